@@ -1,0 +1,61 @@
+// What every kernel shares: element types, status, the CPU level, the thread pool. No framework here.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <type_traits>
+
+namespace finetune {
+
+enum class DType : int { f32, bf16 };
+enum class Status : int { ok, unsupported };
+
+// Levels of the CPU instruction set, in rising order: a kernel compiled for one runs on all above it.
+enum class Level : int { portable, avx2, avx512, amx };
+constexpr int kLevels = 4;
+constexpr std::array<const char*, kLevels> kLevelNames{"portable", "avx2", "avx512", "amx"};
+
+Level supported_level();   // the highest level of this machine
+Level level();             // the level in use: supported_level() unless FINETUNE_CPU or set_level() says lower
+bool set_level(Level at);  // false, and nothing changes, if this machine does not support it
+
+// The kernels of one op, by level; each level's translation unit adds its own. `Args` is the op's
+// argument struct, so the pair (Args, level) names one compiled function.
+template <class Args>
+struct Kernels {
+  static inline std::array<Status (*)(const Args&), kLevels> by_level{};
+};
+
+template <class Args>
+struct Register {
+  Register(Level at, Status (*kernel)(const Args&)) { Kernels<Args>::by_level[static_cast<int>(at)] = kernel; }
+};
+
+// Runs the best kernel compiled for `Args` that the level in use allows.
+template <class Args>
+Status launch(const Args& args) {
+  for (int at = static_cast<int>(level()); at >= 0; --at) {
+    if (auto* kernel = Kernels<Args>::by_level[at]) return kernel(args);
+  }
+  return Status::unsupported;
+}
+
+// Work is spread over the host framework's thread pool; without one it runs on the calling thread.
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t tasks, int64_t grain, Body body, void* context);
+void set_thread_pool(ParallelFor parallel_for, int (*threads)());
+void run_parallel(int64_t tasks, int64_t grain, Body body, void* context);
+int threads();
+
+// body(begin, end) over [0, tasks), split into contiguous ranges of at least `grain` tasks.
+template <class F>
+void parallel_for(int64_t tasks, int64_t grain, F&& body) {
+  run_parallel(
+      tasks, grain,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
+      },
+      &body);
+}
+
+}  // namespace finetune

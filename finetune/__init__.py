@@ -1,0 +1,1 @@
+"""finetune: a systems lab for LLM, VLM and RLHF training."""

@@ -1,0 +1,1 @@
+"""Memory: what training should need (formulas) and what it does need (meters)."""

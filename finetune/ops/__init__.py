@@ -1,0 +1,15 @@
+"""The ops of the project: `from finetune import ops; ops.rms_norm(x, weight)`. See `_op.py`."""
+
+from finetune.ops._op import BACKENDS, REGISTRY, BackendUnavailable, Op, Sample, table, use_backend
+from finetune.ops.rms_norm import rms_norm
+
+__all__ = [
+    "BACKENDS",
+    "REGISTRY",
+    "BackendUnavailable",
+    "Op",
+    "Sample",
+    "rms_norm",
+    "table",
+    "use_backend",
+]

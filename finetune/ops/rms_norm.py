@@ -1,0 +1,92 @@
+"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    y = x / sqrt(mean(x², over the last dimension) + eps) · weight
+
+Statistics and arithmetic in fp32 whatever the dtype; the result is rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+
+
+def reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x32 = x.to(wide)
+    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * rstd * weight.to(wide)).to(x.dtype)
+
+
+def cpp(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    return torch.ops.finetune.rms_norm(x, weight, eps)[0]
+
+
+def overload(x: Tensor, weight: Tensor, eps: float = 1e-5):
+    return torch.ops.finetune.rms_norm.default, (x, weight, eps)
+
+
+def cpp_supports(x: Tensor, weight: Tensor, eps: float = 1e-5) -> str | None:
+    return native_float(x, weight)
+
+
+if not NATIVE_PROBLEM:
+
+    @torch.library.register_fake("finetune::rms_norm")
+    def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        dim = x.shape[-1]
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return y, x.new_empty(x.numel() // max(dim, 1), dtype=torch.float32)
+
+    @torch.library.register_fake("finetune::rms_norm_backward")
+    def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_grad: bool) -> tuple[Tensor, Tensor]:
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return dx, weight.new_empty(weight.shape[0] if weight_grad else 0)
+
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, dy, _):
+        if dy is None:
+            return None, None, None
+        x, weight, rstd = ctx.saved_tensors
+        weight_grad = ctx.needs_input_grad[1]
+        dx, dweight = torch.ops.finetune.rms_norm_backward(dy, x, weight, rstd, weight_grad)
+        return dx, dweight if weight_grad else None, None
+
+    torch.library.register_autograd("finetune::rms_norm", backward, setup_context=setup_context)
+
+
+def samples() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(0)
+
+    def make(name: str, *shape: int, scale: float = 1.0, bench: bool = False) -> Sample:
+        x = torch.randn(*shape, generator=g, dtype=torch.float64) * scale
+        weight = torch.randn(shape[-1], generator=g, dtype=torch.float64)
+        n = x.numel()
+        return Sample(name, (x, weight), grad=(0, 1), bench=bench, flops=14.0 * n, bytes=4.0 * 5 * n)
+
+    yield make("small", 2, 3, 8)
+    yield make("odd", 5, 37)
+    yield make("one", 1, 1)
+    yield make("empty", 0, 16)
+    yield make("wide", 3, 1031)
+    yield make("large", 4, 64, scale=1e4)
+    x = torch.randn(48, 6, generator=g, dtype=torch.float64).t()
+    yield Sample("strided", (x, torch.randn(48, generator=g, dtype=torch.float64)), grad=(0, 1))
+    yield make("bench", 2048, 576, bench=True)
+
+
+op = Op("rms_norm", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:
+    """x (..., C), weight (C,) of one dtype → (..., C). Gradients for both."""
+    return op(x, weight, eps, backend=backend)
