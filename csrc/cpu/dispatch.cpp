@@ -13,22 +13,24 @@
 namespace finetune {
 namespace {
 
+#if defined(FINETUNE_AMX)  // the compiler knew AMX when this was built
 // AMX state is off until the process asks the kernel for it (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA = 18).
 bool amx_permitted() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
 }
+#endif
 
 Level detect() {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#if defined(FINETUNE_AMX)  // the compiler knew AMX when this was built
+#if defined(FINETUNE_AMX)
   if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16") && amx_permitted()) {
     return Level::amx;
   }

@@ -1,0 +1,46 @@
+# make run: set-up and the main job. make test: set-up and all tests. Nothing else is needed on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.txt csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/include/finetune/*.h)
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+
+run: setup ## fine-tune SmolLM2-135M-Instruct with LoRA on Python's own documentation (about five minutes with the set-up)
+	@$(BIN)/python -m finetune run sft
+
+test: setup $(VENV)/.test-installed ## every test: default, slow and peer
+	@$(BIN)/python -m pytest
+
+bench: setup $(VENV)/.test-installed ## time every op beside torch's own
+	@$(BIN)/python -m finetune bench
+
+lint: setup $(VENV)/.test-installed ## ruff, mypy, clang-format
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h csrc/include/finetune/*.h
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build finetune/_native.so *.egg-info
+
+setup: $(VENV)/.native-built
+
+# torch is built against and run with, so it goes in once, before the build, which then needs no environment of its own.
+$(VENV)/.base-installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the base packages into $(VENV) (about a minute) …"
+	@$(PIP) "torch==2.13.0" "setuptools>=77" numpy cmake ninja
+	@touch $@
+
+$(VENV)/.native-built: $(VENV)/.base-installed $(NATIVE_SOURCES)
+	@echo "building the native kernels …"
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.test-installed: pyproject.toml | $(VENV)/.native-built
+	@echo "installing the test and peer packages (a few minutes, once) …"
+	@$(PIP) --no-build-isolation --editable ".[test,peers]"
+	@touch $@
+
+.PHONY: help run test bench lint clean setup

@@ -1,0 +1,100 @@
+"""What can be grepped of the project's layout rules."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(path.parent for path in ROOT.glob("modules/*/*/*/module.toml"))
+PEERS = ("transformers", "peft", "trl", "diffusers", "d3rlpy", "stable_baselines3", "torchrl", "accelerate", "datasets")
+
+
+def tracked() -> list[Path]:
+    out = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if out.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / line for line in out.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def sources() -> dict[str, list[str]]:
+    lines = (ROOT / "csrc/sources.txt").read_text().splitlines()
+    return {line.split()[0]: line.split()[1:] for line in lines if line and not line.startswith("#")}
+
+
+def test_sources_txt_equals_the_disk():
+    ops = set(sources())
+    assert ops
+    for op in ops:
+        for path in (
+            f"csrc/cpu/{op}.cpp",
+            f"csrc/bindings/{op}.cpp",
+            f"csrc/include/finetune/{op}.h",
+            f"finetune/ops/{op}.py",
+        ):
+            assert (ROOT / path).exists(), f"sources.txt names {op} but {path} is missing"
+    assert {p.stem for p in (ROOT / "csrc/cpu").glob("*.cpp")} - {"dispatch"} == ops
+    assert {p.stem for p in (ROOT / "csrc/bindings").glob("*.cpp")} - {"library"} == ops
+    assert {p.stem for p in (ROOT / "csrc/cuda").glob("*.cu")} <= ops
+    assert {p.stem for p in (ROOT / "finetune/ops").glob("[a-z]*.py")} == ops
+    assert all(set(levels) <= {"portable", "avx2", "avx512", "amx"} and "portable" in levels for levels in sources().values())
+
+
+def test_torch_headers_only_in_bindings():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh") and path.parent.name != "bindings":
+            assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
+
+
+def test_no_file_over_700_lines():
+    code = [p for p in tracked() if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".txt", ".toml", ".md")]
+    assert code
+    assert not [f"{p}: {n}" for p in code if (n := len(p.read_text().splitlines())) > 700 and "assets" not in p.parts]
+
+
+def test_peers_are_never_the_implementation():
+    pattern = re.compile(rf"^\s*(?:import|from)\s+({'|'.join(PEERS)})\b", re.MULTILINE)
+    for path in [*ROOT.glob("finetune/**/*.py"), *ROOT.glob("modules/**/*.py")]:
+        assert not (found := pattern.search(path.read_text())), f"{path} imports {found}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.name)
+def test_every_module_has_its_files(module):
+    for name in ("README.md", "module.toml", "interview.toml", "code/main.py"):
+        assert (module / name).exists(), f"{module.name} lacks {name}"
+    for name in ("data", "models", "checkpoints", "output"):
+        assert (module / name).is_dir(), f"{module.name} lacks the folder {name}"
+    assert not (module / "code/__init__.py").exists(), "it would shadow the standard library's `code`"
+    others = "|".join(re.escape(m.name) for m in MODULES if m != module)
+    for path in module.glob("code/*.py"):
+        text = path.read_text()
+        assert "sys.path" not in text, f"{path} edits sys.path"
+        assert not others or not re.search(rf"modules[./].*\b({others})\b", text), f"{path} imports another module"
+
+
+def test_readme_is_current():
+    check = subprocess.run([sys.executable, "scripts/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_the_tree_in_the_readme_exists():
+    text = (ROOT / "README.md").read_text()
+    tree = re.search(r"```text tree\n(.*?)```", text, re.DOTALL)
+    assert tree, "the README has no tree"
+    names = [line.split()[0] for line in tree[1].splitlines() if line.strip()]
+    assert len(names) > 8
+    for name in names:
+        assert (ROOT / name).exists(), f"the README's tree names {name}"
+
+
+def test_one_torch_version_everywhere():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert text.count('"torch==2.13.0"') == 2, "pinned in build and run-time requirements"
+    assert "torch==2.13.0" in (ROOT / "Makefile").read_text()
+    import torch
+
+    assert torch.__version__.startswith("2.13.0")
