@@ -1,0 +1,116 @@
+"""Finds the modules by their module.toml. Imports no torch: `list` must answer at once.
+
+module.toml:
+    title = { en = "Supervised fine-tuning", zh = "监督微调" }
+    summary = { en = "one line", zh = "一行" }
+    day = 6                                   # day of the 14-day path
+    status = "ready"                          # or "draft"
+    papers = ["https://arxiv.org/abs/..."]
+    peers = ["trl"]                           # implementations the tests compare with
+
+The name of a module is its folder's, its group the two folders above: modules/<group>/<sub>/<name>/module.toml.
+"""
+
+import importlib
+import os
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    name: str
+    group: str  # e.g. "post_train/alignment"
+    title: str
+    title_zh: str
+    summary: str
+    summary_zh: str
+    status: str
+    day: int
+    papers: list[str]
+    peers: list[str]
+    folder: Path
+
+
+def root() -> Path:
+    """The folder of all modules: $FINETUNE_MODULES, or modules/ beside the package."""
+    given = os.environ.get("FINETUNE_MODULES")
+    return Path(given).resolve() if given else Path(__file__).resolve().parent.parent / "modules"
+
+
+def modules() -> list[ModuleInfo]:
+    """All modules, by day and then name. UserError names a module.toml that cannot be read."""
+    found = [_read(path) for path in root().glob("*/*/*/module.toml")]
+    return sorted(found, key=lambda m: (m.day, m.name))
+
+
+def find(name: str) -> ModuleInfo:
+    """The module of this name. UserError suggests the nearest."""
+    known = {m.name: m for m in modules()}
+    if name not in known:
+        hint = nearest(name, known) or "; `python -m finetune list` shows all"
+        raise UserError(f"unknown module '{name}'{hint}")
+    return known[name]
+
+
+def load(info: ModuleInfo) -> types.ModuleType:
+    """code/main.py as `finetune_modules.<name>.main`; its other parts are importable from it as `from .part import x`.
+
+    The two packages above it are made here, with the code folder as their search path: no __init__.py (which would make
+    `code` shadow the standard library's) and no change of sys.path.
+    """
+    code = info.folder / "code"
+    if not (code / "main.py").is_file():
+        raise UserError(f"module '{info.name}' has no {code / 'main.py'}")
+    parent, package = "finetune_modules", f"finetune_modules.{info.name}"
+    if getattr(sys.modules.get(package), "__path__", None) != [str(code)]:
+        for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
+            del sys.modules[name]
+        _package(parent, [])
+        _package(package, [str(code)])
+    try:
+        return importlib.import_module(f"{package}.main")
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.split(".")[0] in ("finetune", parent):
+            raise
+        raise UserError(f"module '{info.name}' needs the package '{e.name}': pip install {e.name}") from e
+
+
+def _package(name: str, path: list[str]) -> None:
+    if name not in sys.modules or path:
+        package = types.ModuleType(name)
+        package.__path__ = path
+        sys.modules[name] = package
+
+
+def _read(path: Path) -> ModuleInfo:
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        folder = path.parent
+        return ModuleInfo(
+            name=folder.name,
+            group=f"{folder.parent.parent.name}/{folder.parent.name}",
+            title=str(data["title"]["en"]),
+            title_zh=str(data["title"]["zh"]),
+            summary=str(data["summary"]["en"]),
+            summary_zh=str(data["summary"]["zh"]),
+            status=str(data["status"]),
+            day=int(data["day"]),
+            papers=[str(p) for p in data["papers"]],
+            peers=[str(p) for p in data["peers"]],
+            folder=folder,
+        )
+    except KeyError as e:
+        raise UserError(f"{path}: the entry {e} is missing") from None
+    except (tomllib.TOMLDecodeError, TypeError, ValueError) as e:
+        raise UserError(f"{path}: {e}") from None
