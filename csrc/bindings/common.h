@@ -41,4 +41,35 @@ inline Tensor empty_f32(const Tensor& like, std::vector<int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Float);
 }
 
+// A tensor (..., dim) seen as (rows, dim) with adjacent elements in a row and one stride between rows: halves of a
+// fused projection and the like are read in place, anything else is copied.
+struct Rows {
+  Tensor tensor;
+  int64_t rows = 1, dim = 0, stride = 0;
+
+  explicit Rows(const Tensor& t) : tensor(fits(t) ? t : torch::stable::contiguous(t)) {
+    const int64_t last = tensor.dim() - 1;
+    dim = tensor.size(last);
+    stride = dim;
+    for (int64_t i = last - 1, found = 0; i >= 0; --i) {
+      if (tensor.size(i) != 1 && !found++) stride = tensor.stride(i);
+      rows *= tensor.size(i);
+    }
+  }
+  const void* data() const { return tensor.const_data_ptr(); }
+
+ private:
+  static bool fits(const Tensor& t) {
+    const int64_t last = t.dim() - 1;
+    check(last >= 0, "ops", "a tensor needs at least one dimension");
+    if (t.size(last) != 1 && t.stride(last) != 1) return false;
+    for (int64_t i = last - 1, next = -1; i >= 0; --i) {
+      if (t.size(i) == 1) continue;
+      if (next >= 0 && t.stride(i) != next) return false;
+      next = t.stride(i) * t.size(i);
+    }
+    return true;
+  }
+};
+
 }  // namespace finetune

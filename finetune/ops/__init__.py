@@ -2,6 +2,8 @@
 
 from finetune.ops._op import BACKENDS, REGISTRY, BackendUnavailable, Op, Sample, table, use_backend
 from finetune.ops.rms_norm import rms_norm
+from finetune.ops.rope import rope
+from finetune.ops.swiglu import swiglu
 
 __all__ = [
     "BACKENDS",
@@ -10,6 +12,8 @@ __all__ = [
     "Op",
     "Sample",
     "rms_norm",
+    "rope",
+    "swiglu",
     "table",
     "use_backend",
 ]

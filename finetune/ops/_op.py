@@ -59,7 +59,8 @@ class Sample:
             if not isinstance(arg, torch.Tensor):
                 return arg
             keep = dtype if arg.dtype == torch.float64 else arg.dtype
-            return arg.detach().to(keep, copy=True).requires_grad_(grad)
+            copy = torch.empty_strided(arg.shape, arg.stride(), dtype=keep)  # a view's gaps and order are kept
+            return copy.copy_(arg.detach()).requires_grad_(grad)
 
         return tuple(one(arg, i in self.grad) for i, arg in enumerate(self.args))
 
