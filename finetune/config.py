@@ -139,8 +139,9 @@ def from_json(cls: type[C], values: dict[str, Any]) -> C:
     fields = {f.name: f for f in describe(cls)}
     if set(values) != set(fields):
         names = ", ".join(sorted(set(values) ^ set(fields)))
-        raise UserError(f"the saved settings are of another version of this module (they differ in {names}): start anew")
-    return cls(**{k: Path(v) if fields[k].type is Path and v is not None else v for k, v in values.items()})
+        raise UserError(f"the saved settings are of another version of this module ({names} differ): start anew")
+    typed: dict[str, Any] = {k: Path(v) if fields[k].type is Path and v is not None else v for k, v in values.items()}
+    return cls(**typed)
 
 
 def _unwrap(hint: Any) -> tuple[Any, bool]:
@@ -172,7 +173,8 @@ def _convert(field: Field, text: str) -> Any:
 def _comments(cls: type) -> dict[str, str]:
     """Comment of each annotated field in the class's own source."""
     source = textwrap.dedent(inspect.getsource(cls))
-    comment, code = {}, set()
+    comment: dict[int, str] = {}
+    code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comment[token.start[0]] = token.string.lstrip("#").strip()
@@ -182,7 +184,7 @@ def _comments(cls: type) -> dict[str, str]:
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
-        lines = []
+        lines: list[str] = []
         above = node.lineno - 1
         while above in comment and above not in code:
             lines.insert(0, comment[above])

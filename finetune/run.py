@@ -1,0 +1,334 @@
+"""A run: one folder with settings, metrics, curves, checkpoints and a summary; killed at any moment, it resumes.
+
+The result is a function of (settings, seed). Nothing random is carried over from step to step: before step s every
+generator is seeded from (seed, phase, s), so a resumed step draws what it would have drawn. `execute` runs a module;
+its `main(cfg, run)` uses the public methods of `Run`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import checkpoint, config, display, folders, machine, registry
+from finetune.errors import UserError
+from finetune.metrics import MAIN, Metrics
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+KEPT = 2  # checkpoints kept: the newest, and one to fall back to
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, raised once the step in progress is finished and saved. No `except Exception` catches it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+class NotFinite(UserError):
+    """A loss or gradient norm became NaN or infinite."""
+
+
+class Run:
+    """One run folder. `dir`, `cfg`, `toy` and `console` are for the module to read; `phase` is the loop it is in."""
+
+    def __init__(
+        self,
+        folder: Path,
+        cfg: config.Config,
+        *,
+        toy: bool = False,
+        resume: bool = False,
+        console: "Console | None" = None,
+    ) -> None:
+        self.dir = Path(folder)
+        self.cfg, self.toy, self.resume = cfg, toy, resume
+        self.console = console or display.console()
+        self.phase = MAIN
+        self.metrics = Metrics(self.dir / "metrics.csv", resume)
+        self.judged: dict[str, dict[str, Any]] = {}
+        self.memory_rows: list[dict[str, Any]] = []
+        self.sample_tables: list[dict[str, Any]] = []
+        self.finished_steps = 0
+        self._latest: dict[str, float] = {}
+        self._signal, self._busy = 0, False
+        self._began, self._earlier_seconds, self._earlier_peak = time.monotonic(), 0.0, 0
+        with checkpoint.writing(self.dir):
+            self.dir.mkdir(parents=True, exist_ok=True)
+
+    def say(self, text: str) -> None:
+        """One line to the terminal, above the progress bar."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def generator(self, *key: Any) -> "torch.Generator":
+        """A CPU generator that depends on (seed, *key) only: `run.generator("batch", step)`."""
+        import torch
+
+        return torch.Generator().manual_seed(stable_hash(self.cfg.seed, *key))
+
+    def steps(self, total: int, state: dict[str, Any], phase: str = MAIN) -> Iterator[int]:
+        """Yields the steps 0 … total-1 that are still to do, with a progress bar, checkpoints and safe interruption.
+
+        state: all that the step changes, name -> an object with state_dict() and load_state_dict(), or a dict of
+        tensors and plain values (updated in place). A run with several loops gives each a `phase` name of its own.
+        """
+        folder = self.dir / "checkpoints" / ("" if phase == MAIN else phase)
+        start = self._restore(folder, state) if self.resume else 0
+        self.phase, self.finished_steps = phase, start
+        self.metrics.keep(phase, start)
+        try:
+            with display.progress(self.console, phase, start, total) as show:
+                for step in range(start, total):
+                    self._busy = True
+                    self.seed(phase, step)
+                    yield step
+                    self.finished_steps = step + 1
+                    if self._signal or (step + 1) % self.cfg.checkpoint_every == 0 or step + 1 == total:
+                        self.metrics.flush()
+                        self._save(folder, step + 1, state)
+                    show(step + 1, self._latest)
+                    if self._signal:
+                        raise Stopped(self._signal)
+                    self._busy = False
+        finally:
+            self._busy = False
+        self.seed(phase, total)
+
+    def log(self, step: int, **metrics: Any) -> None:
+        """Adds to the row of this step in metrics.csv. UserError if a loss or grad_norm is not finite."""
+        values = {name: v.item() if hasattr(v, "item") else v for name, v in metrics.items()}
+        for name, value in values.items():
+            if ("loss" in name or name == "grad_norm") and not math.isfinite(value):
+                self.metrics.flush()
+                raise NotFinite(
+                    f"{name} became {value} at step {step}: try a smaller learning rate or another --seed; "
+                    f"what was recorded before is kept in {self.dir}"
+                )
+        self.metrics.log(self.phase, step, {name: repr(value) for name, value in values.items()})
+        self._latest |= values
+
+    def judge(
+        self,
+        name: str,
+        value: float,
+        *,
+        baseline: float | None = None,
+        target: float | None = None,
+        higher: bool = True,
+    ) -> None:
+        """Records a result beside its baseline and the target it must reach (`higher=False`: must not exceed).
+
+        Without a target the result must beat its baseline; without both it is only shown.
+        """
+        value = float(value)
+        bar = baseline if target is None else target
+        passed: bool | None = None
+        if bar is not None:
+            reached = value >= bar if higher else value <= bar
+            passed = math.isfinite(value) and reached and (target is not None or value != bar)
+        self.judged[name] = {"value": value, "baseline": baseline, "target": target, "higher": higher, "passed": passed}
+
+    def memory(self, rows: list[dict[str, Any]]) -> None:
+        """Shows and records rows of {name, predicted, measured}, in bytes (either may be None)."""
+        self.memory_rows += rows
+        display.memory(self.console, rows)
+
+    def samples(self, title: str, rows: list[dict[str, Any]]) -> None:
+        """Shows rows of text with the same keys, such as {prompt, before, after}, and writes them to samples.json."""
+        self.sample_tables.append({"title": title, "rows": rows})
+        checkpoint.write_json(self.dir / "samples.json", self.sample_tables)
+        display.samples(self.console, title, rows)
+
+    def curves(self) -> None:
+        """Writes training_curves.png, if anything was logged."""
+        from finetune import plots
+
+        self.metrics.flush()
+        if series := self.metrics.series():
+            levels = {k: {n: j[k] for n, j in self.judged.items() if j[k] is not None} for k in ("baseline", "target")}
+            title = f"{self.dir.name} · {'toy' if self.toy else 'default'} · seed {self.cfg.seed}"
+            with checkpoint.atomic_write(self.dir / "training_curves.png") as temporary:
+                plots.training_curves(temporary, title, series, levels["baseline"], levels["target"])
+
+    def summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """What summary.json holds. `passed` is null if nothing was judged."""
+        results = [j["passed"] for j in self.judged.values() if j["passed"] is not None]
+        return {
+            "metrics": {**{n: j["value"] for n, j in self.judged.items()}, **metrics},
+            "baseline": {n: j["baseline"] for n, j in self.judged.items() if j["baseline"] is not None},
+            "target": {n: j["target"] for n, j in self.judged.items() if j["target"] is not None},
+            "higher_is_better": {n: j["higher"] for n, j in self.judged.items()},
+            "passed": all(results) if results else None,
+            "seconds": round(self._seconds(), 3),
+            "peak_rss_bytes": self._peak(),
+            "memory": self.memory_rows,
+        }
+
+    def seed(self, *key: Any) -> None:
+        """Seeds torch, random and (where loaded) numpy from (seed, *key)."""
+        import torch
+
+        value = stable_hash(self.cfg.seed, *key)
+        torch.default_generator.manual_seed(value)  # torch.manual_seed takes a stack trace each time without a GPU
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(value)
+        random.seed(value)
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed(value % 2**32)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Here Ctrl-C and SIGTERM let a step finish and save; a second one, or one between loops, stops at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self._signal or not self._busy:
+                raise Stopped(number)
+            self._signal = number
+            os.write(2, b"\nstopping after this step (once more: at once)\n")  # a print here could meet itself
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _seconds(self) -> float:
+        return self._earlier_seconds + time.monotonic() - self._began
+
+    def _peak(self) -> int:
+        return max(self._earlier_peak, machine.peak_rss_bytes())
+
+    def _save(self, folder: Path, step: int, state: dict[str, Any]) -> None:
+        tree, tensors = checkpoint.flatten(
+            {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
+        )
+        meta = {"step": step, "seconds": self._seconds(), "peak_rss_bytes": self._peak(), "state": tree}
+        checkpoint.save(folder / f"step_{step:06d}", tensors, meta)
+        for old in sorted(folder.glob("step_*"), key=_number)[:-KEPT]:
+            checkpoint.remove(old)
+
+    def _restore(self, folder: Path, state: dict[str, Any]) -> int:
+        """Loads the newest good checkpoint into `state`; the number of steps it has behind it, 0 without one."""
+        found = sorted(folder.glob("step_*"), key=_number, reverse=True)
+        for i, path in enumerate(found):
+            try:
+                tensors, meta = checkpoint.load(path)
+                saved = checkpoint.unflatten(meta["state"], tensors)
+            except (UserError, KeyError, TypeError) as e:
+                if i + 1 == len(found):
+                    raise UserError(f"{e}; no earlier one is left: start the run anew") from None
+                self.say(f"{e}; falling back to {found[i + 1].name}")
+                continue
+            if set(saved) != set(state):
+                raise UserError(f"checkpoint {path} holds {sorted(saved)}, this module has {sorted(state)}: start anew")
+            for name, target in state.items():
+                if hasattr(target, "load_state_dict"):
+                    target.load_state_dict(saved[name])
+                else:
+                    _update(target, saved[name])
+            self._earlier_seconds = max(self._earlier_seconds, meta["seconds"])
+            self._earlier_peak = max(self._earlier_peak, meta["peak_rss_bytes"])
+            return int(meta["step"])
+        return 0
+
+
+def execute(
+    info: registry.ModuleInfo,
+    cfg: config.Config,
+    out: Path | None = None,
+    *,
+    toy: bool = False,
+    resume: bool = False,
+    console: "Console | None" = None,
+) -> dict[str, Any]:
+    """Runs a module in a new folder (`out`, or a default one), or continues the one in `out`; returns the summary."""
+    main = registry.load(info).main
+    if not resume:
+        cfg = dataclasses.replace(cfg, threads=cfg.threads or machine.physical_cores())
+    folder = Path(out) if out else folders.default(info, cfg, toy)
+    saved_in = folder / "config.json"
+    if resume and not saved_in.exists():
+        raise UserError(f"{folder} holds no run to resume: leave --resume away to start one there")
+    if not resume and saved_in.exists():
+        raise UserError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
+    if resume and (folder / "summary.json").exists():
+        summary = dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        (console or display.console()).print(f"{folder} is finished already: nothing to resume", soft_wrap=True)
+        return summary
+    run = Run(folder, cfg, toy=toy, resume=resume, console=console)
+    with folders.locked(folder), torch_settings(cfg.threads), run.signals():
+        folders.clean(folder)
+        if not resume:
+            checkpoint.write_json(saved_in, folders.settings(info, cfg, toy))
+        display.header(run.console, info, cfg, folder, toy, resume)
+        run.seed("init")
+        try:
+            metrics = main(cfg, run) or {}
+        except (Stopped, NotFinite):
+            run.curves()
+            raise
+        run.curves()
+        summary = {"module": info.name, "toy": toy, "seed": cfg.seed, "steps": cfg.steps, **run.summary(metrics)}
+        checkpoint.write_json(folder / "summary.json", summary)
+        display.closing(run.console, summary, run.judged, folder)
+    return summary
+
+
+@contextmanager
+def torch_settings(threads: int) -> Iterator[None]:
+    """Thread count and deterministic algorithms for a run; put back afterwards."""
+    import torch
+
+    deterministic: Any = torch.utils.deterministic
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    fill = deterministic.fill_uninitialized_memory
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = False  # it would cost a pass over every new tensor
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+        deterministic.fill_uninitialized_memory = fill
+
+
+def stable_hash(*key: Any) -> int:
+    """63 bits that are the same in every process, unlike hash()."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _update(target: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Puts saved values into a dict, tensors into the tensors that are there: others may hold them."""
+    for name, value in saved.items():
+        there: Any = target.get(name)
+        if hasattr(there, "copy_") and there.shape == value.shape:
+            there.detach().copy_(value)
+        elif isinstance(there, dict) and isinstance(value, dict):
+            _update(there, value)
+        else:
+            target[name] = value
+    for name in set(target) - set(saved):
+        del target[name]
