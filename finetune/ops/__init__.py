@@ -1,6 +1,9 @@
 """The ops of the project: `from finetune import ops; ops.rms_norm(x, weight)`. See `_op.py`."""
 
 from finetune.ops._op import BACKENDS, REGISTRY, BackendUnavailable, Op, Sample, table, use_backend
+from finetune.ops.adamw import adamw_
+from finetune.ops.clip_grad_norm import clip_grad_norm_
+from finetune.ops.linear_cross_entropy import linear_cross_entropy
 from finetune.ops.rms_norm import rms_norm
 from finetune.ops.rope import rope
 from finetune.ops.swiglu import swiglu
@@ -11,6 +14,9 @@ __all__ = [
     "BackendUnavailable",
     "Op",
     "Sample",
+    "adamw_",
+    "clip_grad_norm_",
+    "linear_cross_entropy",
     "rms_norm",
     "rope",
     "swiglu",

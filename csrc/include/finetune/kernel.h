@@ -8,6 +8,7 @@
 namespace finetune {
 
 enum class DType : int { f32, bf16 };
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 enum class Status : int { ok, unsupported };
 
 // Levels of the CPU instruction set, in rising order: a kernel compiled for one runs on all above it.

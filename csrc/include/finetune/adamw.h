@@ -1,0 +1,32 @@
+// One AdamW step over many tensors at once; the definition is finetune/ops/adamw.py.
+#pragma once
+
+#include "finetune/kernel.h"
+
+namespace finetune {
+
+// A run of elements of one tensor. The caller cuts every tensor into pieces of at most `AdamW::piece` elements, so
+// that one parallel loop covers large and small tensors alike.
+struct AdamWPiece {
+  void* param;
+  const void* grad;
+  float* exp_avg;
+  float* exp_avg_sq;
+  float* master;  // fp32 copy that is updated and then rounded to param; null: param itself is updated
+  int64_t size;
+  DType param_dtype, grad_dtype;
+};
+
+struct AdamW {
+  const AdamWPiece* pieces;
+  int64_t count;
+  float grad_scale;  // multiplies every gradient
+  float decay;       // 1 - lr · weight_decay
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
+  float step_size;  // lr / (1 - beta1^step)
+  float rsqrt_bc2;  // 1 / sqrt(1 - beta2^step)
+  float eps;
+  static constexpr int64_t piece = 32768;
+};
+
+}  // namespace finetune

@@ -1,0 +1,145 @@
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2): decoupled weight decay, bias correction, in place.
+
+    m ← β1 m + (1 − β1) g          v ← β2 v + (1 − β2) g²          (g already multiplied by grad_scale)
+    p ← (1 − lr λ) p − lr · m / (1 − β1^step) / (sqrt(v / (1 − β2^step)) + ε)
+
+With masters (fp32 copies of bf16 parameters) the master is updated and the parameter is its rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+
+
+def reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor] | None = None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float | Tensor = 1.0,
+) -> None:
+    with torch.no_grad():
+        for p, g, m, v, target in zip(params, grads, exp_avgs, exp_avg_sqs, masters or params, strict=True):
+            wide = torch.promote_types(target.dtype, torch.float32)
+            g = g.to(wide) * grad_scale
+            m.copy_(m.to(wide) * beta1 + g * (1 - beta1))
+            v.copy_(v.to(wide) * beta2 + g * g * (1 - beta2))
+            size = m.to(wide) / (1 - beta1**step) / ((v.to(wide) / (1 - beta2**step)).sqrt() + eps)
+            target.copy_(target.to(wide) * (1 - lr * weight_decay) - lr * size)
+            p.copy_(target)
+
+
+def overload(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0, lr, beta1, beta2, eps, weight_decay, step):
+    if not isinstance(grad_scale, Tensor):
+        grad_scale = None if grad_scale == 1.0 else torch.tensor(grad_scale, dtype=torch.float32)
+    lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(masters or []))
+    return torch.ops.finetune.adamw_.default, (*lists, grad_scale, lr, beta1, beta2, eps, weight_decay, step)
+
+
+@torch.no_grad()
+def cpp(params, *args, **kwargs) -> None:
+    if params:
+        call, arguments = overload(params, *args, **kwargs)
+        call(*arguments)
+        torch.autograd.graph.increment_version(params)  # a graph that saved a parameter must notice
+
+
+def cpp_supports(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0, **_) -> str | None:
+    if reason := native_float(*params):
+        return reason
+    if any(g.dtype not in (torch.float32, torch.bfloat16) for g in grads):
+        return "it takes float32 and bfloat16 gradients"
+    states = [*exp_avgs, *exp_avg_sqs, *(masters or [])]
+    if any(t.dtype != torch.float32 for t in states):
+        return "it keeps moments and masters in float32"
+    if isinstance(grad_scale, Tensor) and grad_scale.dtype != torch.float32:
+        return "it takes a float32 grad_scale"
+    if any(t.device.type != "cpu" for t in (*grads, *states)):
+        return "it takes CPU tensors"
+    if not all(t.is_contiguous() for t in (*params, *states)):
+        return "it takes contiguous parameters, moments and masters"
+    return None
+
+
+if not NATIVE_PROBLEM:
+
+    @torch.library.register_fake("finetune::adamw_")
+    def _(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
+        return None
+
+
+SHAPES = {"embed": (49152, 576), "q": (576, 576), "kv": (192, 576), "mlp": (1536, 576), "norm": (576,)}
+
+
+def samples() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(0)
+
+    def make(name, shapes, masters=False, moments=1.0, scale=1.0, bench=False, **kwargs) -> Sample:
+        def draw(dtype=torch.float64):
+            return [torch.randn(*shape, generator=g, dtype=dtype) for shape in shapes]
+
+        # Moments and masters are float32 at any dtype of the parameters.
+        first = [t * moments for t in draw(torch.float32)]
+        second = [t.square() * moments for t in draw(torch.float32)]
+        copies = draw(torch.float32) if masters else None
+        args = (draw(), [t * scale for t in draw()], first, second, copies)
+        n = sum(t.numel() for t in args[0])
+        hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 7} | kwargs
+        mutates = (0, 2, 3, 4) if masters else (0, 2, 3)
+        return Sample(name, args, hyper, mutates=mutates, bench=bench, flops=15.0 * n, bytes=28.0 * n)
+
+    yield make("small", [(3, 4), (5,)])
+    yield make("first step", [(37,), (1,), (2, 3, 5)], moments=0.0, step=1)
+    yield make("masters", [(64, 33), (17,)], masters=True)
+    yield make("no decay", [(129,)], weight_decay=0.0)
+    yield make("clipped", [(33, 5), (7,)], masters=True, grad_scale=0.3)
+    yield make("clipped by a tensor", [(33, 5)], grad_scale=torch.tensor(0.3))
+    yield make("large gradients", [(41,)], scale=1e4)
+    yield make("pieces", [(3, 32768), (40000,)])
+    yield make("empty", [(0, 4), (3,)])
+    block = ["q", "q", "kv", "kv", "mlp", "mlp", "mlp", "norm", "norm"]
+    yield make("bench", [SHAPES[name] for name in [*block * 8, "norm"]], bench=True)
+
+
+op = Op("adamw", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor] | None = None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float | Tensor = 1.0,
+    backend: str | None = None,
+) -> None:
+    """One step over lists of tensors of equal shapes, in place. `step` counts from 1.
+
+    params: float32 or bfloat16, all of one dtype; grads: float32 or bfloat16 (not changed); exp_avgs, exp_avg_sqs and
+    masters: float32. Without masters a bfloat16 parameter is rounded every step and loses small updates.
+    grad_scale: a number or a 0-d float32 tensor that multiplies the gradients, for clipping without a sweep of its own.
+    """
+    op(
+        params, grads, exp_avgs, exp_avg_sqs, masters, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+        weight_decay=weight_decay, step=step, grad_scale=grad_scale, backend=backend,
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Clipping by the global norm (Pascanu et al. 2013, arXiv:1211.5063), in place:
+
+    norm = sqrt(Σ over all gradients of g²)          g ← g · min(1, max_norm / (norm + 1e-6))
+
+As torch.nn.utils.clip_grad_norm_: a norm that is not finite is returned as it is and the rule applied (an infinite
+norm makes finite gradients 0, a NaN norm makes all NaN), so look at the norm before the optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+
+
+def reference(grads: Sequence[Tensor], max_norm: float) -> Tensor:
+    with torch.no_grad():
+        if not grads:
+            return torch.zeros(())
+        wide = [torch.promote_types(g.dtype, torch.float32) for g in grads]
+        norm = torch.stack([g.to(t).norm() for g, t in zip(grads, wide, strict=True)]).norm()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for g, t in zip(grads, wide, strict=True):
+            g.copy_(g.to(t) * scale)
+        return norm
+
+
+def overload(grads: Sequence[Tensor], max_norm: float):
+    return torch.ops.finetune.clip_grad_norm_.default, (list(grads), max_norm)
+
+
+@torch.no_grad()
+def cpp(grads: Sequence[Tensor], max_norm: float) -> Tensor:
+    if not grads:
+        return torch.zeros(())
+    norm = torch.ops.finetune.clip_grad_norm_(list(grads), max_norm)
+    torch.autograd.graph.increment_version(grads)
+    return norm
+
+
+def cpp_supports(grads: Sequence[Tensor], max_norm: float) -> str | None:
+    for dtype in {g.dtype for g in grads}:  # each may be float32 or bfloat16
+        if reason := native_float(*(g for g in grads if g.dtype == dtype)):
+            return reason
+    if not all(g.is_contiguous() for g in grads):
+        return "it takes contiguous gradients"
+    return NATIVE_PROBLEM
+
+
+if not NATIVE_PROBLEM:
+
+    @torch.library.register_fake("finetune::clip_grad_norm_")
+    def _(grads: list[Tensor], max_norm: float) -> Tensor:
+        return grads[0].new_empty((), dtype=torch.float32)
+
+
+def samples() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(0)
+
+    def make(name: str, shapes, max_norm: float, scale: float = 1.0, bench: bool = False) -> Sample:
+        grads = [torch.randn(*shape, generator=g, dtype=torch.float64) * scale for shape in shapes]
+        n = sum(t.numel() for t in grads)
+        return Sample(name, (grads, max_norm), mutates=(0,), bench=bench, flops=3.0 * n, bytes=12.0 * n)
+
+    yield make("clipped", [(3, 4), (5,), (2, 3, 5)], 1.0)
+    yield make("not clipped", [(3, 4), (5,)], 1e3)
+    yield make("pieces", [(3, 32768), (40000,), (17,)], 1.0)
+    yield make("large", [(1031,)], 1.0, scale=1e4)
+    yield make("zero", [(9,), (2, 2)], 1.0, scale=0.0)
+    yield make("empty", [(0, 3), (7,)], 0.1)
+    block = [(576, 576), (576, 576), (192, 576), (192, 576), (1536, 576), (1536, 576), (1536, 576), (576,), (576,)]
+    yield make("bench", block * 8, 1.0, bench=True)
+
+
+op = Op("clip_grad_norm", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+
+
+def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, *, backend: str | None = None) -> Tensor:
+    """Scales float32 or bfloat16 gradients in place; returns their L2 norm before that, a 0-d float32 tensor.
+
+    The same bits for any number of threads. `max_norm=inf` only measures.
+    """
+    return op(grads, max_norm, backend=backend)
