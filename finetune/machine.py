@@ -22,7 +22,7 @@ def physical_cores() -> int:
             cores.add(((topology / "physical_package_id").read_text(), (topology / "core_id").read_text()))
         except OSError:  # a container that hides the topology: take each as a core
             cores.add((str(cpu), ""))
-    return max(1, min(len(cores), math.ceil(cpu_quota())))
+    return max(1, math.ceil(min(len(cores), cpu_quota())))
 
 
 def cpu_quota(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> float:
@@ -52,8 +52,27 @@ def cpu_quota(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/f
     return limit
 
 
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far."""
+_peak_before_reset = 0
+
+
+def peak_rss_bytes(since_reset: bool = False) -> int:
+    """Largest resident set of this process so far, or since the last `reset_peak_rss`."""
+    return max(_current_peak(), 0 if since_reset else _peak_before_reset)
+
+
+def reset_peak_rss() -> bool:
+    """Sets the kernel's record of the peak back to the resident set of now; False where the system cannot."""
+    global _peak_before_reset
+    highest = peak_rss_bytes()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+    except OSError:
+        return False
+    _peak_before_reset = highest
+    return True
+
+
+def _current_peak() -> int:
     try:  # ru_maxrss would include the parent's size before exec
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,0 +1,216 @@
+"""What a model does need in memory, measured: tensors that are alive, tensors saved for a backward pass, allocations, and
+the resident set of the process.
+
+Tensors are counted by their storages, each once, whole: views, tied weights and shared inputs cost nothing extra.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune import machine
+from finetune.memory.formulas import Setup, Shape, predict, shape_of
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind the tensors."""
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return storage_bytes(model.parameters())
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    return storage_bytes(p.grad for p in model.parameters() if p.grad is not None)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Moments and master copies. A scalar (the count of steps) is not one of them."""
+    return storage_bytes(t for t in tensors_in(list(optimizer.state.values())) if t.dim())
+
+
+def constants(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that stay with the model whatever it computes: parameters, buffers and tables (such as the rotary angles)
+    that its modules or plain objects in them hold."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        for value in vars(module).values():
+            yield from tensors_in(value)
+            if type(value).__module__.startswith("finetune."):
+                yield from tensors_in(vars(value))
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps between `forward()` and its backward pass, without the model's own tensors; from hooks on
+    every tensor that is saved. What checkpointed blocks compute again is not kept and not counted."""
+    saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    own = {t.untyped_storage().data_ptr() for t in constants(model)}
+    total = sum(s.nbytes() for pointer, s in saved.items() if pointer not in own)
+    del result
+    return total
+
+
+def peak_allocated(call: Callable[[], Any]) -> int:
+    """Most bytes that torch's allocator gave out at once during `call()`, above those before: exact, whatever the
+    process's heap does with them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = call()
+    now = peak = 0
+    for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    del result
+    return peak
+
+
+# ---- the process -----------------------------------------------------------------------------------------------------
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # macOS
+        return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())])) * 1024
+
+
+def trim_heap() -> bool:
+    """Gives freed memory back to the system. glibc keeps freed blocks of up to 32 MiB in its heap, where they count as
+    resident; without this a second step would seem to need nothing. False where the C library cannot."""
+    gc.collect()
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0)) or True
+    except (OSError, AttributeError):
+        return False
+
+
+class Peak:
+    """`with Peak() as peak: …` then `peak.growth`: highest resident set inside, above that at entry, in bytes.
+
+    Linux keeps the peak itself (VmHWM), and /proc/self/clear_refs sets it back; elsewhere, and where that is forbidden,
+    a thread samples the resident set (`exact` is False) and can miss what lives for less than `interval` seconds.
+    """
+
+    def __init__(self, interval: float = 0.005, exact: bool = True) -> None:
+        self.interval, self.exact = interval, exact
+        self.start = self.highest = 0
+        self.stop = threading.Event()
+
+    def __enter__(self) -> Peak:
+        trim_heap()
+        self.exact = self.exact and machine.reset_peak_rss()
+        self.start = self.highest = resident_bytes()
+        if not self.exact:
+            self.thread = threading.Thread(target=self.sample, daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.exact:
+            self.highest = max(self.highest, machine.peak_rss_bytes(since_reset=True))
+            return
+        self.stop.set()
+        self.thread.join()
+        self.highest = max(self.highest, resident_bytes())
+
+    def sample(self) -> None:
+        while not self.stop.is_set():
+            self.highest = max(self.highest, resident_bytes())
+            time.sleep(self.interval)
+
+    @property
+    def growth(self) -> int:
+        return self.highest - self.start
+
+
+# ---- predicted beside measured ---------------------------------------------------------------------------------------
+
+
+def measure(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, loss: Callable[[], Tensor] | None = None
+) -> dict[str, int]:
+    """Bytes by the names of `predict`. `loss()` runs one forward and returns the scalar to differentiate: it is called
+    twice, gradients are dropped before and after, parameters and optimizer states stay as they are."""
+    measured = {"weights": weight_bytes(model)}
+    if optimizer is not None:
+        measured["optimizer states"] = optimizer_bytes(optimizer)
+    if loss is None:
+        return measured
+    model.zero_grad(set_to_none=True)
+    measured["activations"] = saved_bytes(model, loss)
+    with Peak() as peak:
+        loss().backward()
+    measured["gradients"] = gradient_bytes(model)
+    measured["step growth"] = peak.growth
+    model.zero_grad(set_to_none=True)
+    return measured
+
+
+def loss_bytes(model: Any, shape: Shape, setup: Setup) -> int:
+    """Most bytes that the loss has allocated at once, on as many tokens as `setup` says, all of them counted."""
+    from finetune import ops
+
+    weight = model.head_weight
+    x = torch.zeros(setup.tokens, shape.dim, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    targets = torch.zeros(setup.tokens, dtype=torch.int64, device=weight.device)
+    return peak_allocated(lambda: ops.linear_cross_entropy(x, weight, targets))
+
+
+def table(predicted: dict[str, int], measured: dict[str, int]) -> list[dict[str, Any]]:
+    """Rows for `run.memory`: name, predicted and measured bytes, for every name that was measured."""
+    return [
+        {"name": name, "predicted": value, "measured": measured[name]}
+        for name, value in predicted.items()
+        if name in measured
+    ]
+
+
+def for_training(
+    config: Any, setup: Setup, *, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
+) -> list[dict[str, Any]]:
+    """See the text of `finetune.memory`: one row each for weights, gradients, optimizer states, activations, logits and the
+    growth of the resident set in a step (what a step adds to weights and optimizer states at its peak)."""
+    shape = shape_of(config)
+    measured = measure(model, optimizer, loss)
+    if setup.loss == "chunked":
+        measured["logits"] = loss_bytes(model, shape, setup)
+    return table({term.name: term.bytes for term in predict(shape, setup)}, measured)
