@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def write_model(
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the model to {folder}: {error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def require(config: dict[str, Any], source: object, allowed: dict[str, tuple[Any, ...]]) -> None:

@@ -13,3 +13,34 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if "peer" in item.keywords and not peers:
             item.add_marker(pytest.mark.skip(reason="needs the peers extra: pip install -e '.[peers]'"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Folder of SmolLM2-135M-Instruct, fetched into the user's cache the first time."""
+    from finetune.hub import fetch_smollm2
+
+    return fetch_smollm2()
+
+
+@pytest.fixture(scope="session")
+def smollm2_model(smollm2):
+    """Our Llama with its weights in fp32; shared, so tests must leave it as it is."""
+    from finetune.llama import Llama
+
+    return Llama.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2):
+    from finetune.tokenizer import Tokenizer
+
+    return Tokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def smollm2_peer(smollm2):
+    """transformers' Llama of the same folder, fp32 (peer tests only); shared too."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
