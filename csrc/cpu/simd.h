@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "finetune/kernel.h"
 
 #define FINETUNE_INLINE inline __attribute__((always_inline))
@@ -41,18 +45,23 @@ FINETUNE_INLINE vf load(const float* p) {
   return out;
 }
 FINETUNE_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)  // gcc makes five instructions of the conversion below
+  return (vf)((vu)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+#elif defined(__AVX2__)
+  return (vf)((vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16);
+#else
   vh half;
   std::memcpy(&half, p, sizeof half);
   return (vf)(__builtin_convertvector(half, vu) << 16);
+#endif
 }
 
 FINETUNE_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 FINETUNE_INLINE void store(bf16* p, vf x) {  // to nearest, ties to even; a NaN stays a (quiet) NaN
-  const vu bits = (vu)x;
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vu quiet = (bits >> 16) | 0x40u;
-  const vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
-  const vh half = __builtin_convertvector((nan & quiet) | (~nan & rounded), vh);
+  const vi bits = (vi)x;
+  const vi nan = (0x7f800000 - (bits & 0x7fffffff)) >> 31;  // by arithmetic: gcc splits wide comparisons into scalars
+  const vu rounded = (vu)bits + 0x7fffu + (((vu)bits >> 16) & 1u);
+  const vh half = __builtin_convertvector((rounded | (vu)(nan & 0x7fc00000)) >> 16, vh);
   std::memcpy(p, &half, sizeof half);
 }
 
@@ -84,31 +93,52 @@ FINETUNE_INLINE void for_each_vector(int64_t n, Body&& body) {
 }
 
 FINETUNE_INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
-FINETUNE_INLINE vf vmax(vf a, vf b) { return select(a > b, a, b); }
-FINETUNE_INLINE vf vmin(vf a, vf b) { return select(a < b, a, b); }
+// Loops over lanes: gcc makes one maxps a register of them, also where vf is wider than a register.
+FINETUNE_INLINE vf vmax(vf a, vf b) {  // b where either is a NaN, and so vmin
+  for (int i = 0; i < kLanes; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
+  return a;
+}
+FINETUNE_INLINE vf vmin(vf a, vf b) {
+  for (int i = 0; i < kLanes; ++i) a[i] = a[i] < b[i] ? a[i] : b[i];
+  return a;
+}
 
 FINETUNE_INLINE vf vsqrt(vf x) {
   for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
 }
 
+// Horizontal: fours of lanes first, which are a register on every machine, then by halves.
+typedef float v4 __attribute__((vector_size(16)));
 FINETUNE_INLINE float sum(vf x) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
+  v4 part[kLanes / 4];
+  std::memcpy(part, &x, sizeof x);
+  for (int width = kLanes / 8; width; width /= 2) {
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  }
+  return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 FINETUNE_INLINE float max(vf x) {
-  float top = x[0];
-  for (int i = 1; i < kLanes; ++i) top = top > x[i] ? top : x[i];
-  return top;
+  v4 part[kLanes / 4];
+  std::memcpy(part, &x, sizeof x);
+  for (int i = 1; i < kLanes / 4; ++i) {
+    for (int j = 0; j < 4; ++j) part[0][j] = part[0][j] > part[i][j] ? part[0][j] : part[i][j];
+  }
+  const v4 top = part[0];
+  const float even = top[0] > top[2] ? top[0] : top[2], odd = top[1] > top[3] ? top[1] : top[3];
+  return even > odd ? even : odd;
 }
 
 // e^x to about 1 ulp: x = n ln2 + r with |r| <= ln2/2, a degree-6 polynomial for e^r (Taylor with the error
-// spread), and 2^n put into the exponent. Below -87.33 it is 0 (no denormals), above 88.72 infinity.
+// spread) times 2^n. Below -86.98 it is 0 (no denormals), above 88.72 infinity; a NaN stays one.
 FINETUNE_INLINE vf vexp(vf x) {
-  const vf shift = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf n = (vmin(vmax(x, set1(-87.5f)), set1(88.75f)) * 1.44269504f + shift) - shift;
-  const vf r = (vmin(vmax(x, set1(-87.5f)), set1(88.75f)) - n * 0.693359375f) - n * -2.12194440e-4f;
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa. With 126 more those bits, moved into
+  // the exponent, are 2^(n-1): zero for n = -126, and the doubling at the end overflows where e^x does.
+  const vf shift = set1(12582912.0f + 126.0f);
+  x = vmin(set1(89.0f), vmax(set1(-87.3f), x));
+  const vf shifted = x * 1.44269504f + shift;
+  const vf n = shifted - shift;
+  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   vf p = set1(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -116,13 +146,8 @@ FINETUNE_INLINE vf vexp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // 2^n in two halves, so that n = 128 does not overflow the exponent field before the product does.
-  const vi half = __builtin_convertvector(n, vi) >> 1;
-  const vi rest = __builtin_convertvector(n, vi) - half;
-  p = p * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
-  p = select(x < -87.33f, vf{}, p);
-  p = select(x > 88.7228f, set1(__builtin_inff()), p);
-  return select(x != x, x, p);
+  p *= (vf)((vi)shifted << 23);
+  return p + p;
 }
 
 }  // namespace finetune::FINETUNE_LEVEL
