@@ -6,10 +6,13 @@
 // element, so the roof is memory bandwidth. All arithmetic is fp32.
 #include "finetune/rms_norm.h"
 
+#include "row_blocks.h"
 #include "simd.h"
 
 namespace finetune::FINETUNE_LEVEL {
 namespace {
+
+static_assert(RmsNormBackward::blocks == kRowBlocks);
 
 template <class T>
 void forward(const RmsNorm& a) {
@@ -18,57 +21,43 @@ void forward(const RmsNorm& a) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(a.x) + row * a.dim;
       T* y = static_cast<T*>(a.y) + row * a.dim;
-      vf squares{};
-      for_each_vector(a.dim, [&](int64_t i, auto get, auto) {
-        const vf v = get(x + i);
-        squares += v * v;
-      });
-      const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(a.dim) + a.eps);
+      const float squares = sum_vectors(a.dim, [&](int64_t i, auto get) { return get(x + i) * get(x + i); });
+      const float rstd = 1.0f / __builtin_sqrtf(squares / static_cast<float>(a.dim) + a.eps);
       a.rstd[row] = rstd;
       for_each_vector(a.dim, [&](int64_t i, auto get, auto put) { put(y + i, get(x + i) * rstd * get(w + i)); });
     }
   });
 }
 
-template <class T>
+template <class T, bool kWeightGrad>
 void backward_rows(const RmsNormBackward& a, int64_t begin, int64_t end, float* dw) {
   const auto* w = static_cast<const T*>(a.weight);
+  if (kWeightGrad) std::memset(dw, 0, a.dim * sizeof(float));
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.dim;
     const T* dy = static_cast<const T*>(a.dy) + row * a.dim;
     T* dx = static_cast<T*>(a.dx) + row * a.dim;
     const float rstd = a.rstd[row];
-    vf dots{};
-    for_each_vector(a.dim, [&](int64_t i, auto get, auto) { dots += get(dy + i) * get(w + i) * get(x + i); });
-    const float pull = sum(dots) / static_cast<float>(a.dim) * rstd * rstd;
+    const float dots = sum_vectors(a.dim, [&](int64_t i, auto get) { return get(dy + i) * get(w + i) * get(x + i); });
+    const float pull = dots / static_cast<float>(a.dim) * rstd * rstd;
     for_each_vector(a.dim, [&](int64_t i, auto get, auto put) {
-      put(dx + i, (get(dy + i) * get(w + i) - get(x + i) * pull) * rstd);
+      const vf d = get(dy + i) * rstd, v = get(x + i);
+      put(dx + i, d * get(w + i) - v * (pull * rstd));
+      if (kWeightGrad) put(dw + i, get(dw + i) + d * v);
     });
-    if (dw) {
-      for_each_vector(
-          a.dim, [&](int64_t i, auto get, auto put) { put(dw + i, get(dw + i) + get(dy + i) * get(x + i) * rstd); });
-    }
   }
 }
 
 template <class T>
 void backward(const RmsNormBackward& a) {
-  const int64_t per_block = (a.rows + a.blocks - 1) / a.blocks;
-  parallel_for(a.blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      float* dw = a.dweight ? a.partial + block * a.dim : nullptr;
-      if (dw) std::memset(dw, 0, a.dim * sizeof(float));
-      const int64_t first = block * per_block, last = first + per_block;
-      backward_rows<T>(a, first < a.rows ? first : a.rows, last < a.rows ? last : a.rows, dw);
+  for_each_row_block(a.rows, a.dim, [&](int64_t block, int64_t begin, int64_t end) {
+    if (a.dweight) {
+      backward_rows<T, true>(a, begin, end, a.partial + block * a.dim);
+    } else {
+      backward_rows<T, false>(a, begin, end, nullptr);
     }
   });
-  if (!a.dweight) return;
-  T* dweight = static_cast<T*>(a.dweight);
-  for_each_vector(a.dim, [&](int64_t i, auto get, auto put) {
-    vf total{};
-    for (int64_t block = 0; block < a.blocks; ++block) total += get(a.partial + block * a.dim + i);
-    put(dweight + i, total);
-  });
+  if (a.dweight) sum_blocks(a.rows, a.dim, a.partial, static_cast<T*>(a.dweight));
 }
 
 Status rms_norm(const RmsNorm& a) {

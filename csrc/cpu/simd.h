@@ -129,6 +129,19 @@ FINETUNE_INLINE float max(vf x) {
   return even > odd ? even : odd;
 }
 
+// Σ term(offset, load) over the vectors of n elements, the tail included (its missing elements load as zero). Four
+// accumulators, so that an addition need not wait for the one before.
+template <class Term>
+FINETUNE_INLINE float sum_vectors(int64_t n, Term&& term) {
+  vf total[4] = {};
+  int64_t first = 0;
+  for (; first + 4 * kLanes <= n; first += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) total[j] += term(first + j * kLanes, [](auto* p) { return load(p); });
+  }
+  for_each_vector(n - first, [&](int64_t i, auto get, auto) { total[0] += term(first + i, get); });
+  return sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+
 // e^x to about 1 ulp: x = n ln2 + r with |r| <= ln2/2, a degree-6 polynomial for e^r (Taylor with the error
 // spread) times 2^n. Below -86.98 it is 0 (no denormals), above 88.72 infinity; a NaN stays one.
 FINETUNE_INLINE vf vexp(vf x) {

@@ -1,0 +1,60 @@
+#include "finetune/layer_norm.h"
+
+#include "common.h"
+
+namespace finetune {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const Tensor& weight_,
+                                              const std::optional<Tensor>& bias_, double eps) {
+  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
+  check(x.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x.size(-1), "layer_norm",
+        "weight must be (dim,) of x (..., dim)");
+  check(x.scalar_type() == weight.scalar_type(), "layer_norm", "x and weight must have one dtype");
+  std::optional<Tensor> bias;
+  if (bias_) {
+    bias = torch::stable::contiguous(*bias_);
+    check(bias->sizes().equals(weight.sizes()), "layer_norm", "bias must be (dim,) of x (..., dim)");
+    check(bias->scalar_type() == x.scalar_type(), "layer_norm", "x and bias must have one dtype");
+  }
+  const int64_t dim = x.size(-1), rows = dim ? x.numel() / dim : 0;
+  Tensor y = torch::stable::empty_like(x), mean = empty_f32(x, {rows}), rstd = empty_f32(x, {rows});
+  run("layer_norm",
+      LayerNorm{dtype_of(x), x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
+                y.mutable_data_ptr(), mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>(), rows, dim,
+                static_cast<float>(eps)});
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_, const Tensor& x_, const Tensor& weight_,
+                                                       const Tensor& mean, const Tensor& rstd, bool weight_grad,
+                                                       bool bias_grad) {
+  const Tensor dy = torch::stable::contiguous(dy_), x = torch::stable::contiguous(x_),
+               weight = torch::stable::contiguous(weight_);
+  const int64_t dim = x.size(-1), rows = rstd.numel();
+  Tensor dx = torch::stable::empty_like(x);
+  Tensor dweight = torch::stable::new_empty(weight, {weight_grad ? dim : 0});
+  Tensor dbias = torch::stable::new_empty(weight, {bias_grad ? dim : 0});
+  Tensor partial = empty_f32(x, {weight_grad || bias_grad ? 2 * LayerNormBackward::blocks * dim : 0});
+  run("layer_norm_backward",
+      LayerNormBackward{dtype_of(x), dy.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
+                        mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(), dx.mutable_data_ptr(),
+                        weight_grad ? dweight.mutable_data_ptr() : nullptr,
+                        bias_grad ? dbias.mutable_data_ptr() : nullptr, partial.mutable_data_ptr<float>(), rows, dim});
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool weight_grad, bool "
+      "bias_grad) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+}
+STABLE_TORCH_LIBRARY_IMPL(finetune, CPU, m) {
+  m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+}
+
+}  // namespace finetune

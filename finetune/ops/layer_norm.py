@@ -1,0 +1,104 @@
+"""LayerNorm (Ba, Kiros & Hinton 2016, arXiv:1607.06450).
+
+    y = (x − mean) / sqrt(variance + eps) · weight + bias
+
+Mean and (biased) variance over the last dimension. Statistics and arithmetic in fp32 whatever the dtype; the result is
+rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    centred = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def cpp(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    return torch.ops.finetune.layer_norm(x, weight, bias, eps)[0]
+
+
+def overload(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5):
+    return torch.ops.finetune.layer_norm.default, (x, weight, bias, eps)
+
+
+def cpp_supports(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> str | None:
+    return native_float(x, weight, bias)
+
+
+if not NATIVE_PROBLEM:
+
+    @torch.library.register_fake("finetune::layer_norm")
+    def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x.numel() // max(x.shape[-1], 1)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return y, x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+
+    @torch.library.register_fake("finetune::layer_norm_backward")
+    def _(
+        dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool, bias_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dim = weight.shape[0]
+        return dx, weight.new_empty(dim if weight_grad else 0), weight.new_empty(dim if bias_grad else 0)
+
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, _, _ = inputs
+        _, mean, rstd = output
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return None, None, None, None
+        weight_grad, bias_grad = ctx.needs_input_grad[1:3]
+        dx, dweight, dbias = torch.ops.finetune.layer_norm_backward(dy, *ctx.saved_tensors, weight_grad, bias_grad)
+        return dx, dweight if weight_grad else None, dbias if bias_grad else None, None
+
+    torch.library.register_autograd("finetune::layer_norm", backward, setup_context=setup_context)
+
+
+def samples() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(0)
+
+    def around(name: str, x: Tensor, bias: bool = True, bench: bool = False) -> Sample:
+        weight, b = (torch.randn(x.shape[-1], generator=g, dtype=torch.float64) for _ in range(2))
+        grad = (0, 1, 2) if bias else (0, 1)
+        n = x.numel()
+        return Sample(name, (x, weight, b if bias else None), grad=grad, bench=bench, flops=20.0 * n, bytes=20.0 * n)
+
+    def make(name: str, *shape: int, scale: float = 1.0, shift: float = 0.0, **kwargs: bool) -> Sample:
+        return around(name, torch.randn(*shape, generator=g, dtype=torch.float64) * scale + shift, **kwargs)
+
+    yield make("small", 2, 3, 8)
+    yield make("odd", 5, 37)
+    one = torch.ones(1, dtype=torch.float64)  # weight 1: the gradient is 0 = (g − g) · rstd only if g is exact
+    yield Sample("one", (one[None] * 0.3, one, one * 0.7), grad=(0, 1, 2))
+    yield make("empty", 0, 16)
+    yield make("no_bias", 3, 24, bias=False)
+    yield make("wide", 3, 1031)
+    yield make("many_rows", 67, 19)
+    yield make("large", 4, 64, scale=1e4)
+    yield make("shifted", 4, 65, shift=300.0)
+    yield around("strided", torch.randn(48, 6, generator=g, dtype=torch.float64).t())
+    yield make("bench", 2048, 768, bench=True)
+
+
+op = Op("layer_norm", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, backend: str | None = None
+) -> Tensor:
+    """x (..., C), weight (C,) and bias (C,) or None, of one dtype → (..., C). Gradients for all three."""
+    return op(x, weight, bias, eps, backend=backend)
