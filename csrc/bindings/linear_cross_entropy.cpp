@@ -1,13 +1,18 @@
-// The chunk loop of linear_cross_entropy. Matrix products are torch's; the loss is the kernel's. Per chunk of tokens:
-//   L = x_chunk · Wᵀ   (one buffer, reused),   L ← d(loss)/dL in place,   dx_chunk = L · W,   dW += Lᵀ · x_chunk.
-// Products run in the type `bf16_matmul` says. Without it, bf16 inputs are widened: x_chunk whole, W a tile of the
-// vocabulary at a time (fp32 inputs have one tile, which is W itself). dW is summed over the chunks in fp32.
+// The chunk loop of linear_cross_entropy. Per chunk of tokens, with one reused buffer for the chunk's logits L:
+//   1. L = x_chunk · Wᵀ and each row's maximum and sum of exponentials,
+//   2. L ← d(loss)/dL in place, dx_chunk = L · W, dW += Lᵀ · x_chunk.
+// Each half is one parallel loop over tasks (block of rows × tile of the vocabulary), at most kTasks of them: blocks
+// where the vocabulary is small, tiles where it is large. A task's matrix products are torch's, on one thread, over
+// data still in its cache. dx is summed over tiles and dW over blocks, in a fixed order: the result does not depend
+// on the number of threads.
+//
+// The products run in `type`: fp32, or bf16 with `bf16_matmul`. bf16 inputs are otherwise widened, x_chunk whole and
+// W a tile at a time. dW of bf16 is summed over the chunks in fp32 and rounded once.
 #include "finetune/linear_cross_entropy.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "common.h"
 
@@ -15,47 +20,47 @@ namespace finetune {
 namespace {
 
 constexpr int64_t kLogitBytes = 24 << 20;  // of the logits buffer: 128 rows of SmolLM2's 49152 in fp32
-constexpr int64_t kLeastRows = 64;         // fewer would leave the products memory bound
-constexpr int64_t kTileBytes = 8 << 20;    // of a widened tile of W
+constexpr int64_t kLeastRows = 64;         // of a chunk: fewer would leave the products memory bound
+constexpr int64_t kTasks = 32, kLeastTile = 256, kLeastBlock = 16;
 
-void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+ScalarType scalar_of(DType dtype) { return dtype == DType::f32 ? ScalarType::Float : ScalarType::BFloat16; }
+
+// A row-major matrix in memory that somebody else owns.
+struct Matrix {
+  void* data;
+  int64_t rows, cols;
+  DType dtype;
+
+  Matrix from_row(int64_t row, int64_t count) const {
+    return {static_cast<char*>(data) + row * cols * bytes_of(dtype), count, cols, dtype};
+  }
+  Tensor view(bool transposed = false) const {  // not a torch view: autograd must not see it, on any thread
+    const std::vector<int64_t> size{rows, cols}, stride{cols, 1}, size_t{cols, rows}, stride_t{1, cols};
+    return torch::stable::from_blob(data, transposed ? size_t : size, transposed ? stride_t : stride,
+                                    {torch::headeronly::DeviceType::CPU, 0}, scalar_of(dtype));
+  }
+};
+
+Matrix matrix(const Tensor& t) {
+  return {const_cast<void*>(t.const_data_ptr()), t.size(0), t.size(1), dtype_of(t)};
 }
 
-// out (+)= a · b
-void mm_into(bool add, const Tensor& out, const Tensor& a, const Tensor& b) {
-  if (!add) return mm_out(out, a, b);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+// out = a · b, or out += a · b
+void product(const Matrix& out, const Tensor& a, const Tensor& b, bool add = false) {
+  const Tensor to = out.view();
+  STABLE_TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), b.get(), 1.0, 1.0)
+                                    : aoti_torch_cpu_mm_out(to.get(), a.get(), b.get()));
 }
 
-Tensor rows_of(const Tensor& t, int64_t start, int64_t count) {
-  Tensor base = t;
-  return torch::stable::narrow(base, 0, start, count);
-}
-
-Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
-
-Tensor call_index(const char* name, const std::vector<StableIValue>& arguments) {
-  std::vector<StableIValue> stack = arguments;
+Tensor call(const char* name, std::vector<StableIValue> stack) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor index_select(const Tensor& t, const Tensor& index) {
-  using torch::stable::detail::from;
-  return call_index("aten::index_select", {from(t), from(int64_t{0}), from(index)});
-}
-
-void index_copy_(const Tensor& t, const Tensor& index, const Tensor& source) {
-  using torch::stable::detail::from;
-  call_index("aten::index_copy_", {from(t), from(int64_t{0}), from(index), from(source)});
 }
 
 // Positions and values of the targets that count; an error names the first that is out of the vocabulary.
 std::tuple<Tensor, Tensor> kept(const Tensor& targets, int64_t ignore_index, int64_t vocab) {
   const int64_t* target = targets.const_data_ptr<int64_t>();
-  const int64_t size = targets.numel();
-  const int64_t count = size - std::count(target, target + size, ignore_index);
+  const int64_t size = targets.numel(), count = size - std::count(target, target + size, ignore_index);
   Tensor positions = torch::stable::new_empty(targets, {count}), values = torch::stable::new_empty(targets, {count});
   int64_t *position = positions.mutable_data_ptr<int64_t>(), *value = values.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < size; ++i) {
@@ -68,10 +73,139 @@ std::tuple<Tensor, Tensor> kept(const Tensor& targets, int64_t ignore_index, int
   return {positions, values};
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The cut of all work, a function of the sizes alone.
+struct Plan {
+  int64_t chunk, tile, tiles, block, blocks;
+
+  Plan(int64_t rows, int64_t vocab, DType type) {
+    const int64_t most = std::max(kLeastRows, kLogitBytes / (vocab * bytes_of(type)));
+    chunk = ceil_div(rows, ceil_div(rows, most));
+    tile = std::max(kLeastTile, ceil_div(vocab, kTasks));
+    tiles = ceil_div(vocab, tile);
+    block = std::max(kLeastBlock, ceil_div(chunk, std::max<int64_t>(kTasks / tiles, 1)));
+    blocks = ceil_div(chunk, block);
+  }
+};
+
+struct Loop {
+  const Matrix x, weight;  // (rows, C) and (V, C)
+  const int64_t* targets;  // (rows,)
+  Matrix dx, dweight;      // (rows, C) and (V, C); no rows where not wanted
+  float z_loss, scale;
+  DType type;
+  bool x_grad, weight_grad;
+  const Plan plan{x.rows, weight.rows, type};
+
+  Tensor new_empty(std::vector<int64_t> size, ScalarType scalar) const {
+    return torch::stable::empty(size, scalar, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU, 0));
+  }
+
+  double run_all() {  // → the loss, summed and not scaled
+    const int64_t dim = x.cols, vocab = weight.rows;
+    const bool widen = x.dtype != type, grad = x_grad || weight_grad;
+    const bool direct = plan.blocks == 1 && dweight.dtype == DType::f32;  // dW needs no sum beside it
+    const ScalarType scalar = scalar_of(type), f32 = ScalarType::Float;
+    const Tensor logits = new_empty({plan.chunk, vocab}, scalar), x_wide = new_empty({widen ? plan.chunk : 0, dim}, scalar),
+                 tops = new_empty({plan.tiles, plan.chunk}, f32),
+                 sums = new_empty({plan.tiles, plan.chunk}, ScalarType::Double), rows = new_empty({4, plan.chunk}, f32),
+                 dx_parts = new_empty({x_grad ? plan.tiles * plan.chunk : 0, dim}, scalar),
+                 dweight_parts = new_empty({weight_grad && !direct ? plan.blocks * vocab : 0, dim}, f32);
+    float *top = rows.mutable_data_ptr<float>(), *hit = top + plan.chunk, *factor = hit + plan.chunk,
+          *loss = factor + plan.chunk;
+    double total = 0;
+    for (int64_t start = 0; start < x.rows; start += plan.chunk) {
+      const int64_t count = std::min(plan.chunk, x.rows - start);
+      Matrix x_chunk = x.from_row(start, count);
+      if (widen) {
+        Matrix wide = matrix(x_wide).from_row(0, count);
+        Tensor to = wide.view();
+        torch::stable::copy_(to, x_chunk.view());
+        x_chunk = wide;
+      }
+      const auto part = [&](int64_t block_at, int64_t tile_at) {  // the task's logits, one dense matrix
+        const int64_t row = block_at * plan.block, first = tile_at * plan.tile;
+        const int64_t n = std::min(plan.block, count - row), size = std::min(plan.tile, vocab - first);
+        char* data = static_cast<char*>(logits.mutable_data_ptr()) + (row * vocab + n * first) * bytes_of(type);
+        return LogitTile{type, data, targets + start + row, n, size, first};
+      };
+
+      each_task(count, [&](int64_t block_at, int64_t tile_at, const Scratch& scratch) {
+        const LogitTile tile = part(block_at, tile_at);
+        const int64_t row = block_at * plan.block, at = tile_at * plan.chunk + row;
+        product({tile.data, tile.rows, tile.size, type}, x_chunk.from_row(row, tile.rows).view(),
+                weight_tile(tile, scratch).view(true));
+        run("linear_cross_entropy", CrossEntropyTile{tile, tops.mutable_data_ptr<float>() + at,
+                                                     sums.mutable_data_ptr<double>() + at, hit + row});
+      });
+      run("linear_cross_entropy",
+          CrossEntropyLoss{tops.const_data_ptr<float>(), sums.const_data_ptr<double>(), hit, loss, top, factor, count,
+                           plan.chunk, plan.tiles, z_loss, scale});
+      for (int64_t i = 0; i < count; ++i) total += loss[i];
+      if (!grad) continue;
+
+      each_task(count, [&](int64_t block_at, int64_t tile_at, const Scratch& scratch) {
+        const LogitTile tile = part(block_at, tile_at);
+        const int64_t row = block_at * plan.block;
+        run("linear_cross_entropy", CrossEntropyGrad{tile, hit + row, top + row, factor + row, scale});
+        const Matrix dlogits{tile.data, tile.rows, tile.size, type}, x_block = x_chunk.from_row(row, tile.rows);
+        if (x_grad) {
+          product(matrix(dx_parts).from_row(tile_at * count + row, tile.rows), dlogits.view(),
+                  weight_tile(tile, scratch).view());
+        }
+        if (!weight_grad) return;
+        const Matrix sum = direct ? dweight.from_row(tile.first, tile.size)
+                                  : matrix(dweight_parts).from_row(block_at * vocab + tile.first, tile.size);
+        if (type == DType::f32) return product(sum, dlogits.view(true), x_block.view(), start > 0);
+        const Matrix rounded{scratch.product, tile.size, dim, type};  // torch rounds products of bf16 to bf16
+        product(rounded, dlogits.view(true), x_block.view());
+        run("linear_cross_entropy", AddPart{rounded.data, static_cast<float*>(sum.data), tile.size * dim, start > 0});
+      });
+      if (x_grad) {
+        run("linear_cross_entropy", SumParts{dx_parts.const_data_ptr(), dx.from_row(start, count).data, type, dx.dtype,
+                                             plan.tiles, count * dim});
+      }
+    }
+    if (weight_grad && !direct) {
+      run("linear_cross_entropy",
+          SumParts{dweight_parts.const_data_ptr(), dweight.data, DType::f32, dweight.dtype, plan.blocks, vocab * dim});
+    }
+    return total;
+  }
+
+ private:
+  struct Scratch {
+    void *weight, *product;
+  };
+
+  // body(block, tile, scratch) for the tasks of a chunk of `count` rows, spread over the threads.
+  template <class Body>
+  void each_task(int64_t count, Body&& body) const {
+    const int64_t blocks = ceil_div(count, plan.block), tasks = blocks * plan.tiles;
+    // Never a single task: torch would run it outside of a parallel region, and its product on all threads.
+    parallel_for(std::max<int64_t>(tasks, 2), 1, [&](int64_t begin, int64_t end) {
+      const bool widen = weight.dtype != type, round = weight_grad && type == DType::bf16;
+      const Tensor wide = new_empty({widen ? plan.tile : 0, x.cols}, scalar_of(type));
+      const Tensor rounded = new_empty({round ? plan.tile : 0, x.cols}, scalar_of(type));
+      const Scratch scratch{wide.mutable_data_ptr(), rounded.mutable_data_ptr()};
+      for (int64_t task = begin; task < std::min(end, tasks); ++task) body(task / plan.tiles, task % plan.tiles, scratch);
+    });
+  }
+
+  Matrix weight_tile(const LogitTile& tile, const Scratch& scratch) const {
+    const Matrix part = weight.from_row(tile.first, tile.size);
+    if (weight.dtype == type) return part;
+    const Matrix wide{scratch.weight, tile.size, weight.cols, type};
+    Tensor to = wide.view();
+    torch::stable::copy_(to, part.view());
+    return wide;
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tensor& targets_,
                                                         int64_t ignore_index, double z_loss, bool mean, bool x_grad,
                                                         bool weight_grad, bool bf16_matmul) {
-  using torch::stable::copy_;
   constexpr const char* op = "linear_cross_entropy";
   check(x_.dim() == 2 && weight_.dim() == 2 && x_.size(1) == weight_.size(1), op, "x (N, C) and weight (V, C) expected");
   check(targets_.dim() == 1 && targets_.size(0) == x_.size(0), op, "targets must be (N,) for x (N, C)");
@@ -82,79 +216,25 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
   const auto [positions, targets] = kept(torch::stable::contiguous(targets_), ignore_index, vocab);
   const int64_t rows = targets.numel();
   const bool all = rows == x_.size(0);
-  const Tensor x = all ? torch::stable::contiguous(x_) : index_select(x_, positions);
+  using torch::stable::detail::from;
+  const Tensor x = all ? torch::stable::contiguous(x_)
+                       : call("aten::index_select", {from(x_), from(int64_t{0}), from(positions)});
 
-  const DType given = dtype_of(x), type = given == DType::bf16 && bf16_matmul ? DType::bf16 : DType::f32;
-  const ScalarType scalar = type == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Float;
-  const bool widen = given != type;
-  const double scale = mean ? 1.0 / static_cast<double>(std::max<int64_t>(rows, 1)) : 1.0;
-
-  Tensor loss = torch::stable::new_empty(x, {}, ScalarType::Float);
+  Tensor loss = torch::stable::new_zeros(x, {}, ScalarType::Float);
   Tensor dx = torch::stable::new_empty(x, {x_grad ? rows : 0, dim});
   Tensor dweight = torch::stable::new_empty(weight, {weight_grad ? vocab : 0, dim});
-  Tensor dweight32 = weight_grad && given == DType::bf16 ? empty_f32(weight, {vocab, dim}) : dweight;
-  if (weight_grad && !rows) torch::stable::zero_(dweight);
-
-  const int64_t fit = std::max(kLeastRows, kLogitBytes / std::max<int64_t>(vocab * bytes_of(type), 1));
-  const int64_t chunks = (rows + fit - 1) / fit, chunk = chunks ? (rows + chunks - 1) / chunks : 0;
-  const int64_t tile = widen ? std::min(vocab, std::max<int64_t>(kTileBytes / 4 / std::max<int64_t>(dim, 1), 64)) : vocab;
-  Tensor logits = torch::stable::new_empty(x, {chunk, vocab}, scalar);
-  Tensor losses = empty_f32(x, {chunk});
-  Tensor x_wide = torch::stable::new_empty(x, {widen ? chunk : 0, dim}, scalar);
-  Tensor dx_wide = torch::stable::new_empty(x, {widen && x_grad ? chunk : 0, dim}, scalar);
-  Tensor tile_wide = torch::stable::new_empty(x, {widen ? tile : 0, dim}, scalar);
-  const auto weight_tile = [&](int64_t start, int64_t size) {
-    const Tensor part = rows_of(weight, start, size);
-    if (!widen) return part;
-    Tensor wide = rows_of(tile_wide, 0, size);
-    return copy_(wide, part);
-  };
-
-  double total = 0;
-  for (int64_t start = 0; start < rows; start += chunk) {
-    const int64_t count = std::min(chunk, rows - start);
-    Tensor x_chunk = rows_of(x, start, count);
-    if (widen) {
-      Tensor wide = rows_of(x_wide, 0, count);
-      x_chunk = copy_(wide, x_chunk);
-    }
-    Tensor out = rows_of(logits, 0, count);  // (count, V)
-    for (int64_t at = 0; at < vocab; at += tile) {
-      const int64_t size = std::min(tile, vocab - at);
-      mm_out(torch::stable::narrow(out, 1, at, size), x_chunk, transposed(weight_tile(at, size)));
-    }
-    run(op, CrossEntropyRows{type, logits.mutable_data_ptr(), targets.const_data_ptr<int64_t>() + start,
-                             losses.mutable_data_ptr<float>(), count, vocab, static_cast<float>(z_loss),
-                             static_cast<float>(scale), x_grad || weight_grad});
-    const float* each = losses.const_data_ptr<float>();
-    for (int64_t i = 0; i < count; ++i) total += each[i];
-    if (!x_grad && !weight_grad) continue;
-
-    Tensor dx_chunk = widen ? rows_of(dx_wide, 0, x_grad ? count : 0) : rows_of(dx, x_grad ? start : 0, x_grad ? count : 0);
-    for (int64_t at = 0; at < vocab; at += tile) {
-      const int64_t size = std::min(tile, vocab - at);
-      const Tensor dlogits = torch::stable::narrow(out, 1, at, size);  // (count, size)
-      if (x_grad) mm_into(at > 0, dx_chunk, dlogits, weight_tile(at, size));
-      if (!weight_grad) continue;
-      const Tensor sum = rows_of(dweight32, at, size);
-      if (type == DType::f32) {
-        mm_into(start > 0, sum, transposed(dlogits), x_chunk);
-      } else {  // torch rounds the product of bf16 matrices to bf16: each chunk's is added up in fp32
-        mm_out(dweight, transposed(dlogits), x_chunk);
-        run(op, AddRounded{dweight.const_data_ptr(), sum.mutable_data_ptr<float>(), vocab * dim, start > 0});
-      }
-    }
-    if (widen && x_grad) {
-      Tensor place = rows_of(dx, start, count);
-      copy_(place, dx_chunk);
-    }
+  if (rows) {
+    const double scale = mean ? 1.0 / static_cast<double>(rows) : 1.0;
+    const DType type = dtype_of(x) == DType::bf16 && bf16_matmul ? DType::bf16 : DType::f32;
+    Loop loop{matrix(x), matrix(weight), targets.const_data_ptr<int64_t>(), matrix(dx), matrix(dweight),
+              static_cast<float>(z_loss), static_cast<float>(scale), type, x_grad, weight_grad};
+    *loss.mutable_data_ptr<float>() = static_cast<float>(loop.run_all() * scale);
+  } else {
+    torch::stable::zero_(dweight);
   }
-  *loss.mutable_data_ptr<float>() = static_cast<float>(total * scale);
-  if (weight_grad && rows && given == DType::bf16) copy_(dweight, dweight32);
   if (x_grad && !all) {
-    Tensor every = torch::stable::new_zeros(x, {x_.size(0), dim});
-    index_copy_(every, positions, dx);
-    dx = every;
+    const Tensor every = torch::stable::new_zeros(x, {x_.size(0), dim});
+    dx = call("aten::index_copy_", {from(every), from(int64_t{0}), from(positions), from(dx)});
   }
   return {loss, dx, dweight};
 }

@@ -1,11 +1,11 @@
-// Cross-entropy with z-loss of rows of logits (z-loss: Chowdhery et al. 2022, PaLM, arXiv:2204.02311, §5), by the
-// online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867), block by block:
+// Cross-entropy with z-loss (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, §5) of logits that come in tiles of the
+// vocabulary, joined as in the online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867):
 //   lse = log Σ exp(l_j),   loss = lse − l_t + z · lse²,
 //   d loss / d l_j = softmax(l)_j · (1 + 2 z lse) − [j = t].
 //
-// Memory: one sweep reads a row in blocks that stay in L1 between their maximum and their sum; with gradients a
-// second sweep, the row still in L2, overwrites it: 4 + 8 bytes a logit in fp32. About 30 FLOPs a logit a sweep.
-// Arithmetic is fp32; sums run over one block in lanes, and over blocks in double.
+// Memory: the first sweep reads a tile just multiplied, in blocks that stay in L1 between their maximum and their
+// sum; the second overwrites it just before its products: 4 + 8 bytes a logit in fp32. About 20 FLOPs a logit each.
+// Arithmetic is fp32; sums run over one block in lanes, and over blocks and tiles in double.
 #include "finetune/linear_cross_entropy.h"
 
 #include "simd.h"
@@ -15,80 +15,119 @@ namespace {
 
 constexpr int64_t kBlock = 2048;
 
-struct Softmax {
-  float top;   // the maximum
-  double sum;  // Σ exp(l − top)
-};
+FINETUNE_INLINE float exp_of(float x) { return vexp(set1(x))[0]; }
 
 template <class T>
-Softmax softmax_of(const T* logits, int64_t vocab) {
-  Softmax out{-__builtin_inff(), 0};
-  for (int64_t start = 0; start < vocab; start += kBlock) {
+void softmax_sum(const T* logits, int64_t size, float* top_out, double* sum_out) {
+  float top = -__builtin_inff();
+  double sum_so_far = 0;
+  for (int64_t start = 0; start < size; start += kBlock) {
     const T* block = logits + start;
-    const int64_t size = vocab - start < kBlock ? vocab - start : kBlock;
-    vf tops = set1(out.top);
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) tops = vmax(load(block + i), tops);
-    float top = max(tops);
-    for (int64_t j = i; j < size; ++j) top = to_float(block[j]) > top ? to_float(block[j]) : top;
-    vf sums{};
-    for (int64_t j = 0; j < i; j += kLanes) sums += vexp(load(block + j) - top);
-    float total = sum(sums);
-    if (i < size) {
-      const vf rest = vexp(load_part(block + i, size - i) - top);
-      for (int64_t j = 0; j < size - i; ++j) total += rest[j];
+    const int64_t n = size - start < kBlock ? size - start : kBlock, whole = n / kLanes * kLanes;
+    vf tops = set1(top), sums{};
+    for (int64_t j = 0; j < whole; j += kLanes) tops = vmax(load(block + j), tops);
+    const float before = top;
+    top = max(tops);
+    for (int64_t j = whole; j < n; ++j) top = to_float(block[j]) > top ? to_float(block[j]) : top;
+    for (int64_t j = 0; j < whole; j += kLanes) sums += vexp(load(block + j) - top);
+    if (whole < n) {
+      const vf rest = vexp(load_part(block + whole, n - whole) - top);
+      for (int64_t j = 0; j < n - whole; ++j) sums[j] += rest[j];
     }
-    // A first block of -inf only has top = -inf: the sum is NaN then, as torch's.
-    if (top > out.top) out.sum *= vexp(set1(out.top - top))[0];
-    out.top = top;
-    out.sum += total;
+    sum_so_far = (before == top ? sum_so_far : sum_so_far * exp_of(before - top)) + sum(sums);
   }
-  return out;
+  *top_out = top;
+  *sum_out = sum_so_far;
 }
 
 template <class T>
-void rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    T* logits = static_cast<T*>(a.logits) + row * a.vocab;
-    const int64_t target = a.targets[row];
-    const Softmax softmax = softmax_of(logits, a.vocab);
-    const float log_sum = static_cast<float>(__builtin_log(softmax.sum)), lse = softmax.top + log_sum;
-    const float hit = to_float(logits[target]);
-    a.loss[row] = (softmax.top - hit) + log_sum + a.z_loss * lse * lse;
-    if (!a.grad) continue;
-    const float top = softmax.top;
-    const float factor = static_cast<float>((1 + 2.0 * a.z_loss * lse) / softmax.sum) * a.scale;
-    for_each_vector(a.vocab, [&](int64_t i, auto get, auto put) { put(logits + i, vexp(get(logits + i) - top) * factor); });
-    // The target's own entry from its logit, not from the stored (perhaps rounded) one.
-    const float at_target = vexp(set1(hit - top))[0] * factor - a.scale;
-    T rounded[kLanes];
-    store(rounded, set1(at_target));
-    logits[target] = rounded[0];
+void tile(const CrossEntropyTile& a) {
+  for (int64_t row = 0; row < a.logits.rows; ++row) {
+    const T* logits = static_cast<const T*>(a.logits.data) + row * a.logits.size;
+    softmax_sum(logits, a.logits.size, a.top + row, a.sum + row);
+    const int64_t at = a.logits.targets[row] - a.logits.first;
+    if (at >= 0 && at < a.logits.size) a.hit[row] = to_float(logits[at]);
   }
 }
 
-Status cross_entropy_rows(const CrossEntropyRows& a) {
-  parallel_for(a.rows, 1, [&](int64_t begin, int64_t end) {
-    a.dtype == DType::f32 ? rows<float>(a, begin, end) : rows<bf16>(a, begin, end);
-  });
+template <class T>
+void grad(const CrossEntropyGrad& a) {
+  for (int64_t row = 0; row < a.logits.rows; ++row) {
+    T* logits = static_cast<T*>(a.logits.data) + row * a.logits.size;
+    const float top = a.top[row], factor = a.factor[row];
+    for_each_vector(a.logits.size,
+                    [&](int64_t i, auto get, auto put) { put(logits + i, vexp(get(logits + i) - top) * factor); });
+    const int64_t at = a.logits.targets[row] - a.logits.first;
+    if (at >= 0 && at < a.logits.size) {  // from its logit, not from what was just stored (and perhaps rounded)
+      store_part(logits + at, set1(exp_of(a.hit[row] - top) * factor - a.scale), 1);
+    }
+  }
+}
+
+Status cross_entropy_tile(const CrossEntropyTile& a) {
+  a.logits.dtype == DType::f32 ? tile<float>(a) : tile<bf16>(a);
   return Status::ok;
 }
 
-Status add_rounded(const AddRounded& a) {
-  constexpr int64_t kPiece = 32768;
-  const auto* part = static_cast<const bf16*>(a.part);
-  parallel_for((a.size + kPiece - 1) / kPiece, 1, [&](int64_t begin, int64_t end) {
+Status cross_entropy_grad(const CrossEntropyGrad& a) {
+  a.logits.dtype == DType::f32 ? grad<float>(a) : grad<bf16>(a);
+  return Status::ok;
+}
+
+Status cross_entropy_loss(const CrossEntropyLoss& a) {
+  for (int64_t row = 0; row < a.rows; ++row) {
+    float top = -__builtin_inff();
+    for (int64_t t = 0; t < a.tiles; ++t) top = a.tops[t * a.stride + row] > top ? a.tops[t * a.stride + row] : top;
+    double total = 0;
+    for (int64_t t = 0; t < a.tiles; ++t) {
+      total += a.sums[t * a.stride + row] * exp_of(a.tops[t * a.stride + row] - top);
+    }
+    const float log_sum = static_cast<float>(__builtin_log(total)), lse = top + log_sum;
+    a.loss[row] = (top - a.hits[row]) + log_sum + a.z_loss * lse * lse;
+    a.top[row] = top;
+    a.factor[row] = static_cast<float>((1 + 2.0 * a.z_loss * lse) / total) * a.scale;
+  }
+  return Status::ok;
+}
+
+template <class P, class T>
+void sum_parts(const SumParts& a) {
+  constexpr int64_t kPiece = 4096;
+  const P* parts = static_cast<const P*>(a.parts);
+  T* out = static_cast<T*>(a.out);
+  parallel_for((a.size + kPiece - 1) / kPiece, 4, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kPiece, last = end * kPiece < a.size ? end * kPiece : a.size;
     for_each_vector(last - first, [&](int64_t i, auto get, auto put) {
-      const vf value = get(part + first + i);
-      put(a.sum + first + i, a.add ? get(a.sum + first + i) + value : value);
+      vf total{};
+      for (int64_t part = 0; part < a.count; ++part) total += get(parts + part * a.size + first + i);
+      put(out + first + i, total);
     });
+  });
+}
+
+Status sum_of_parts(const SumParts& a) {
+  if (a.part_dtype == DType::f32) {
+    a.out_dtype == DType::f32 ? sum_parts<float, float>(a) : sum_parts<float, bf16>(a);
+  } else {
+    a.out_dtype == DType::f32 ? sum_parts<bf16, float>(a) : sum_parts<bf16, bf16>(a);
+  }
+  return Status::ok;
+}
+
+Status add_part(const AddPart& a) {
+  const auto* part = static_cast<const bf16*>(a.part);
+  for_each_vector(a.size, [&](int64_t i, auto get, auto put) {
+    const vf value = get(part + i);
+    put(a.sum + i, a.add ? get(a.sum + i) + value : value);
   });
   return Status::ok;
 }
 
-FINETUNE_REGISTER(CrossEntropyRows, cross_entropy_rows);
-FINETUNE_REGISTER(AddRounded, add_rounded);
+FINETUNE_REGISTER(CrossEntropyTile, cross_entropy_tile);
+FINETUNE_REGISTER(CrossEntropyLoss, cross_entropy_loss);
+FINETUNE_REGISTER(CrossEntropyGrad, cross_entropy_grad);
+FINETUNE_REGISTER(SumParts, sum_of_parts);
+FINETUNE_REGISTER(AddPart, add_part);
 
 }  // namespace
 }  // namespace finetune::FINETUNE_LEVEL

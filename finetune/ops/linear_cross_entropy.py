@@ -61,7 +61,7 @@ if not NATIVE_PROBLEM:
     @torch.library.register_fake("finetune::linear_cross_entropy")
     def _(x, weight, targets, ignore_index, z_loss, mean, x_grad, weight_grad, bf16_matmul):
         dim = x.shape[1]
-        dx, dweight = x.new_empty(x.shape[0] if x_grad else 0, dim), None
+        dx = x.new_empty(x.shape[0] if x_grad else 0, dim)
         dweight = weight.new_empty(weight.shape[0] if weight_grad else 0, dim)
         return x.new_empty((), dtype=torch.float32), dx, dweight
 
@@ -76,13 +76,15 @@ if not NATIVE_PROBLEM:
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 9
-        # The gradients are handed out scaled in place, so that no second copy of dweight exists. A second backward
-        # through the same graph (retain_graph) makes them anew.
+        # The gradients are handed out scaled in place, so that no second copy of dweight exists (only cpp() above sees
+        # them otherwise, and it drops them; a tracer's tensors are left alone). A second backward through the same
+        # graph (retain_graph) makes them anew.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             grads = torch.ops.finetune.linear_cross_entropy(*ctx.saved_tensors, *ctx.options)[1:]
+        scaled = (grad.mul_(dloss) if type(grad) is Tensor else grad * dloss for grad in grads)
         wanted = ctx.options[3:5]
-        return *(grad.mul_(dloss) if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 7
+        return *(grad if want else None for grad, want in zip(scaled, wanted, strict=True)), *(None,) * 7
 
     torch.library.register_autograd("finetune::linear_cross_entropy", backward, setup_context=setup_context)
 
