@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune import weights
 from finetune.errors import UserError
-from finetune.nn import Cache, Context, LayerNorm, init_gpt2, prepare
+from finetune.nn import Cache, Context, LayerNorm, embedding, init_gpt2, prepare
 
 if TYPE_CHECKING:
     from finetune.tokenizer import Tokenizer
@@ -96,8 +96,8 @@ class GPT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.token_ids: dict[str, Any] = {}
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.positions = nn.Embedding(config.max_length, config.dim)
+        self.embed = embedding(config.vocab_size, config.dim)
+        self.positions = embedding(config.max_length, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = LayerNorm(config.dim, config.norm_eps)
         if self.embed.weight.device.type != "meta":

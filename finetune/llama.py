@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune import ops, weights
 from finetune.errors import UserError
-from finetune.nn import Cache, Context, RMSNorm, RotaryTable, init_gpt2, prepare
+from finetune.nn import Cache, Context, RMSNorm, RotaryTable, embedding, init_gpt2, prepare
 
 if TYPE_CHECKING:
     from finetune.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ class Llama(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.token_ids: dict[str, Any] = {}
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.embed = embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tied:

@@ -35,6 +35,12 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
+def embedding(count: int, dim: int) -> nn.Embedding:
+    """An embedding whose weights are not set yet: torch's own initialisation would import its compiler on the meta
+    device, which takes longer than loading a model."""
+    return nn.Embedding(count, dim, _weight=torch.empty(count, dim))
+
+
 class RotaryTable:
     """cos and sin of position · theta^(−2i/D), each (max_length, D/2) in fp32 (Su et al. 2021, arXiv:2104.09864).
 

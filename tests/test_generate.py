@@ -179,7 +179,7 @@ QUESTIONS = [
 
 @pytest.mark.peer
 def test_smollm2_greedy_equals_transformers(smollm2_model, smollm2_peer, smollm2_tokenizer):
-    """10 prompts × 64 tokens, ours as one batch of unequal rows, theirs left-padded; and single rows of ours."""
+    """10 prompts × 64 tokens, ours as one batch of unequal rows, theirs left-padded; and a single row of ours, and no cache."""
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [smollm2_tokenizer.render(chat, add_generation_prompt=True)[0] for chat in chats]
     width = max(map(len, prompts))
@@ -188,6 +188,5 @@ def test_smollm2_greedy_equals_transformers(smollm2_model, smollm2_peer, smollm2
     smollm2_peer.generation_config.eos_token_id = None  # all 64 tokens, past the ends of the answers
     theirs = smollm2_peer.generate(rows, attention_mask=mask, max_new_tokens=64, do_sample=False)[:, width:].tolist()
     assert generate(smollm2_model, prompts, 64) == theirs
-    for i in (0, 4):
-        assert generate(smollm2_model, [prompts[i]], 64) == [theirs[i]]
-    assert recompute(smollm2_model, prompts[0], 8) == theirs[0][:8]
+    assert generate(smollm2_model, prompts[:1], 64) == theirs[:1]
+    assert recompute(smollm2_model, prompts[1], 4) == theirs[1][:4]
