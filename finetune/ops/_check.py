@@ -1,0 +1,86 @@
+"""Is a backend right on a sample? What the tests and the benches ask before they believe a kernel.
+
+Bound (flash-attention's): the error may be twice that of the plain-torch reference in the same dtype, plus one unit of
+that dtype at the largest magnitude of the result; both errors against float64 on the same, already rounded, inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.ops._op import REGISTRY, Sample
+
+
+class WrongResult(AssertionError):
+    """A backend's result is not the reference's; the message says where and by how much."""
+
+
+def flat(value: Any) -> list[Tensor]:
+    """The tensors of nested lists and tuples, in order."""
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in flat(item)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def widen(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Floating tensors, also those in lists, as float64."""
+
+    def one(arg: Any) -> Any:
+        if isinstance(arg, list):
+            return [one(item) for item in arg]
+        if isinstance(arg, Tensor) and arg.is_floating_point():
+            return arg.detach().double().requires_grad_(arg.requires_grad)
+        return arg
+
+    return tuple(one(arg) for arg in args)
+
+
+def cotangents(result: Any, dtype: torch.dtype) -> list[Tensor]:
+    """The gradient that comes in at each result: normal, rounded to `dtype`, the same at every call."""
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(y.shape, generator=g).to(dtype).to(y.dtype) for y in flat(result)]
+
+
+def run(op: str, sample: Sample, dtype: torch.dtype, backend: str, wide: bool = False) -> list[Tensor]:
+    """Results, then mutated arguments, then gradients. `wide`: float64 arithmetic on inputs rounded to `dtype`."""
+    args = sample.cast(dtype)
+    if wide:
+        args = widen(args)
+    before = [leaf.detach().clone() for leaf in flat(args)]
+    result = REGISTRY[op](*args, backend=backend, **sample.kwargs)
+    out = flat(result) + [leaf for i in sample.mutates for leaf in flat(args[i])]
+    changed = {id(leaf) for i in sample.mutates for leaf in flat(args[i])}
+    for leaf, old in zip(flat(args), before, strict=True):
+        if id(leaf) not in changed and not torch.equal(leaf, old):
+            raise WrongResult(f"{op}, {sample.name}: an input changed")
+    if sample.grad:
+        out += torch.autograd.grad(flat(result), [args[i] for i in sample.grad], cotangents(result, dtype))
+    return [leaf.detach() for leaf in out]
+
+
+def check_close(got: list[Tensor], torch_like: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> None:
+    """Raises WrongResult unless every tensor of `got` is within the bound."""
+    if len(got) != len(exact):
+        raise WrongResult(f"{len(got)} results, not {len(exact)}")
+    for i, (mine, theirs, want) in enumerate(zip(got, torch_like, exact, strict=True)):
+        if mine.shape != want.shape or mine.dtype != theirs.dtype:
+            raise WrongResult(f"result {i}: {mine.dtype} {[*mine.shape]}, not {theirs.dtype} {[*want.shape]}")
+        if not want.numel():
+            continue
+        if bool(torch.isfinite(mine).all()) != bool(torch.isfinite(want).all()):
+            raise WrongResult(f"result {i} is not finite where the reference is, or the other way round")
+        unit = torch.finfo(mine.dtype if mine.is_floating_point() else dtype).eps
+        floor = unit * want.abs().max().item() + torch.finfo(torch.float32).eps  # arithmetic is fp32
+        error = (mine.double() - want).abs().max().item()
+        bound = 2 * (theirs.double() - want).abs().max().item() + floor
+        if not error <= bound:
+            raise WrongResult(f"result {i}: error {error:.3g} > bound {bound:.3g}")
+
+
+def check(op: str, sample: Sample, dtype: torch.dtype, backend: str) -> None:
+    """Raises WrongResult unless `backend` agrees with the reference on values, mutated arguments and gradients."""
+    exact = run(op, sample, dtype, "reference", wide=True)
+    check_close(run(op, sample, dtype, backend), run(op, sample, dtype, "reference"), exact, dtype)
