@@ -94,8 +94,8 @@ def generate(
     tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)  # (B, T), right-padded
     cache = KVCache(model, len(rows), longest + max_new_tokens)
     state = model(tokens, lengths=lengths, cache=cache, hidden=True)[cache.rows, lengths - 1]  # (B, C)
-    stops, new = set(stop_ids), [[] for _ in rows]  # type: tuple[set[int], list[list[int]]]
-    running = set(range(len(rows)))
+    new: list[list[int]] = [[] for _ in rows]
+    stops, running = set(stop_ids), set(range(len(rows)))
     for left in reversed(range(max_new_tokens)):
         picked = sample(F.linear(state, model.head_weight), temperature, top_k, top_p, generator)  # (B,)
         for row, token in enumerate(picked.tolist()):

@@ -192,7 +192,9 @@ def to_hf(name: str) -> str:
     part, leaf = name.rsplit(".", 1)
     if part in TOP_NAMES:
         return f"transformer.{TOP_NAMES[part]}.{leaf}"
-    _, layer, part = part.split(".", 2)
+    prefix, layer, part = ([*part.split(".", 2), "", ""])[:3]
+    if prefix != "blocks" or part not in HF_NAMES or leaf not in ("weight", "bias"):
+        raise UserError(f"parameter {name} is not a GPT-2's own: merge the adapter before saving the model")
     return f"transformer.h.{layer}.{HF_NAMES[part]}.{leaf}"
 
 

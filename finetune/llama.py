@@ -223,8 +223,10 @@ def to_hf(name: str) -> str:
     """`blocks.3.attn.q.weight` → `model.layers.3.self_attn.q_proj.weight`."""
     if name in TOP_NAMES:
         return TOP_NAMES[name]
-    _, layer, part = name.split(".", 2)
-    part, leaf = part.rsplit(".", 1)
+    prefix, layer, part = ([*name.split(".", 2), "", ""])[:3]
+    part, _, leaf = part.rpartition(".")
+    if prefix != "blocks" or part not in HF_NAMES or leaf != "weight":
+        raise UserError(f"parameter {name} is not a Llama's own: merge the adapter before saving the model")
     return f"model.layers.{layer}.{HF_NAMES[part]}.{leaf}"
 
 

