@@ -179,7 +179,7 @@ QUESTIONS = [
 
 @pytest.mark.peer
 def test_smollm2_greedy_equals_transformers(smollm2_model, smollm2_peer, smollm2_tokenizer):
-    """10 prompts × 64 tokens, ours as one batch of unequal rows, theirs left-padded; also a single row, and no cache."""
+    """10 prompts × 64 tokens, ours as one batch of unequal rows, theirs left-padded; also a single row and no cache."""
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [smollm2_tokenizer.render(chat, add_generation_prompt=True)[0] for chat in chats]
     width = max(map(len, prompts))
