@@ -19,53 +19,70 @@ template <class T>
 void forward(const LayerNorm& a) {
   const auto* w = static_cast<const T*>(a.weight);
   const auto* b = static_cast<const T*>(a.bias);
-  const float n = static_cast<float>(a.dim);
-  parallel_for(a.rows, 1 + 16384 / (a.dim + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(a.x) + row * a.dim;
-      T* y = static_cast<T*>(a.y) + row * a.dim;
-      const float mean = sum_vectors(a.dim, [&](int64_t i, auto get) { return get(x + i); }) / n;
-      float centre[kLanes];  // loaded like x, so that the lanes past a row's end differ by zero
-      store(centre, set1(mean));
-      const float squares = sum_vectors(a.dim, [&](int64_t i, auto get) {
-        const vf v = get(x + i) - get(centre);
-        return v * v;
-      });
-      const float rstd = 1.0f / __builtin_sqrtf(squares / n + a.eps);
-      a.mean[row] = mean;
-      a.rstd[row] = rstd;
-      for_each_vector(a.dim, [&](int64_t i, auto get, auto put) {
-        const vf v = (get(x + i) - mean) * rstd * get(w + i);
-        put(y + i, b ? v + get(b + i) : v);
-      });
+  const int64_t dim = a.dim;
+  const float n = static_cast<float>(dim);
+  for_each_pair(a.rows, dim, [&]<int kRows>(int64_t row) {
+    const T* x = static_cast<const T*>(a.x) + row * dim;
+    T* y = static_cast<T*>(a.y) + row * dim;
+    float total[kRows], mean[kRows], rstd[kRows];
+    sum_vectors(dim, total, [&](vf* sums, int64_t i, auto get) {
+      for (int r = 0; r < kRows; ++r) sums[r] += get(x + r * dim + i);
+    });
+    float centre[kRows][kLanes];  // the mean, loaded like x, so that the lanes past a row's end differ by zero
+    for (int r = 0; r < kRows; ++r) {
+      a.mean[row + r] = mean[r] = total[r] / n;
+      store(centre[r], set1(mean[r]));
     }
+    sum_vectors(dim, total, [&](vf* sums, int64_t i, auto get) {
+      for (int r = 0; r < kRows; ++r) {
+        const vf v = get(x + r * dim + i) - get(centre[r]);
+        sums[r] += v * v;
+      }
+    });
+    for (int r = 0; r < kRows; ++r) a.rstd[row + r] = rstd[r] = 1.0f / __builtin_sqrtf(total[r] / n + a.eps);
+    for_each_vector(dim, [&](int64_t i, auto get, auto put) {
+      const vf scale = get(w + i), shift = b ? get(b + i) : vf{};
+      for (int r = 0; r < kRows; ++r) put(y + r * dim + i, (get(x + r * dim + i) - mean[r]) * rstd[r] * scale + shift);
+    });
   });
 }
 
 template <class T, bool kParameterGrads>
 void backward_rows(const LayerNormBackward& a, int64_t begin, int64_t end, float* dw, float* db) {
   const auto* w = static_cast<const T*>(a.weight);
-  const float n = static_cast<float>(a.dim);
-  if (kParameterGrads) std::memset(dw, 0, a.dim * sizeof(float)), std::memset(db, 0, a.dim * sizeof(float));
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(a.x) + row * a.dim;
-    const T* dy = static_cast<const T*>(a.dy) + row * a.dim;
-    T* dx = static_cast<T*>(a.dx) + row * a.dim;
-    const float mean = a.mean[row], rstd = a.rstd[row];
-    const float push = sum_vectors(a.dim, [&](int64_t i, auto get) { return get(dy + i) * get(w + i); }) / n;
-    const float pull =
-        sum_vectors(a.dim,
-                    [&](int64_t i, auto get) { return get(dy + i) * get(w + i) * ((get(x + i) - mean) * rstd); }) /
-        n;
-    for_each_vector(a.dim, [&](int64_t i, auto get, auto put) {
-      const vf d = get(dy + i), normal = (get(x + i) - mean) * rstd;
-      put(dx + i, (d * get(w + i) - push - normal * pull) * rstd);
-      if (kParameterGrads) {
-        put(dw + i, get(dw + i) + d * normal);
-        put(db + i, get(db + i) + d);
+  const int64_t dim = a.dim;
+  const float n = static_cast<float>(dim);
+  if (kParameterGrads) std::memset(dw, 0, dim * sizeof(float)), std::memset(db, 0, dim * sizeof(float));
+  in_pairs<kBackwardPairs<T>>(begin, end, [&]<int kRows>(int64_t row) {
+    const T* x = static_cast<const T*>(a.x) + row * dim;
+    const T* dy = static_cast<const T*>(a.dy) + row * dim;
+    T* dx = static_cast<T*>(a.dx) + row * dim;
+    float mean[kRows], rstd[kRows], push[kRows], pull[kRows], dots[2 * kRows];  // dots: Σ g and Σ g · x̂ of each row
+    for (int r = 0; r < kRows; ++r) mean[r] = a.mean[row + r], rstd[r] = a.rstd[row + r];
+    sum_vectors(dim, dots, [&](vf* total, int64_t i, auto get) {
+      const vf scale = get(w + i);
+      for (int r = 0; r < kRows; ++r) {
+        const vf g = get(dy + r * dim + i) * scale;
+        total[2 * r] += g;
+        total[2 * r + 1] += g * ((get(x + r * dim + i) - mean[r]) * rstd[r]);
       }
     });
-  }
+    for (int r = 0; r < kRows; ++r) push[r] = dots[2 * r] / n, pull[r] = dots[2 * r + 1] / n;
+    for_each_vector(dim, [&](int64_t i, auto get, auto put) {
+      const vf scale = get(w + i);
+      vf sum_dw{}, sum_db{};
+      for (int r = 0; r < kRows; ++r) {
+        const vf d = get(dy + r * dim + i), normal = (get(x + r * dim + i) - mean[r]) * rstd[r];
+        put(dx + r * dim + i, (d * scale - push[r] - normal * pull[r]) * rstd[r]);
+        sum_dw += d * normal;
+        sum_db += d;
+      }
+      if (kParameterGrads) {
+        put(dw + i, get(dw + i) + sum_dw);
+        put(db + i, get(db + i) + sum_db);
+      }
+    });
+  });
 }
 
 template <class T>

@@ -17,35 +17,52 @@ static_assert(RmsNormBackward::blocks == kRowBlocks);
 template <class T>
 void forward(const RmsNorm& a) {
   const auto* w = static_cast<const T*>(a.weight);
-  parallel_for(a.rows, 1 + 16384 / (a.dim + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(a.x) + row * a.dim;
-      T* y = static_cast<T*>(a.y) + row * a.dim;
-      const float squares = sum_vectors(a.dim, [&](int64_t i, auto get) { return get(x + i) * get(x + i); });
-      const float rstd = 1.0f / __builtin_sqrtf(squares / static_cast<float>(a.dim) + a.eps);
-      a.rstd[row] = rstd;
-      for_each_vector(a.dim, [&](int64_t i, auto get, auto put) { put(y + i, get(x + i) * rstd * get(w + i)); });
+  const int64_t dim = a.dim;
+  for_each_pair(a.rows, dim, [&]<int kRows>(int64_t row) {
+    const T* x = static_cast<const T*>(a.x) + row * dim;
+    T* y = static_cast<T*>(a.y) + row * dim;
+    float squares[kRows], rstd[kRows];
+    sum_vectors(dim, squares, [&](vf* total, int64_t i, auto get) {
+      for (int r = 0; r < kRows; ++r) total[r] += get(x + r * dim + i) * get(x + r * dim + i);
+    });
+    for (int r = 0; r < kRows; ++r) {
+      rstd[r] = 1.0f / __builtin_sqrtf(squares[r] / static_cast<float>(dim) + a.eps);
+      a.rstd[row + r] = rstd[r];
     }
+    for_each_vector(dim, [&](int64_t i, auto get, auto put) {
+      const vf scale = get(w + i);
+      for (int r = 0; r < kRows; ++r) put(y + r * dim + i, get(x + r * dim + i) * rstd[r] * scale);
+    });
   });
 }
 
 template <class T, bool kWeightGrad>
 void backward_rows(const RmsNormBackward& a, int64_t begin, int64_t end, float* dw) {
   const auto* w = static_cast<const T*>(a.weight);
-  if (kWeightGrad) std::memset(dw, 0, a.dim * sizeof(float));
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = static_cast<const T*>(a.x) + row * a.dim;
-    const T* dy = static_cast<const T*>(a.dy) + row * a.dim;
-    T* dx = static_cast<T*>(a.dx) + row * a.dim;
-    const float rstd = a.rstd[row];
-    const float dots = sum_vectors(a.dim, [&](int64_t i, auto get) { return get(dy + i) * get(w + i) * get(x + i); });
-    const float pull = dots / static_cast<float>(a.dim) * rstd * rstd;
-    for_each_vector(a.dim, [&](int64_t i, auto get, auto put) {
-      const vf d = get(dy + i) * rstd, v = get(x + i);
-      put(dx + i, d * get(w + i) - v * (pull * rstd));
-      if (kWeightGrad) put(dw + i, get(dw + i) + d * v);
+  const int64_t dim = a.dim;
+  if (kWeightGrad) std::memset(dw, 0, dim * sizeof(float));
+  in_pairs<kBackwardPairs<T>>(begin, end, [&]<int kRows>(int64_t row) {
+    const T* x = static_cast<const T*>(a.x) + row * dim;
+    const T* dy = static_cast<const T*>(a.dy) + row * dim;
+    T* dx = static_cast<T*>(a.dx) + row * dim;
+    float rstd[kRows], dots[kRows], pull[kRows];
+    for (int r = 0; r < kRows; ++r) rstd[r] = a.rstd[row + r];
+    sum_vectors(dim, dots, [&](vf* total, int64_t i, auto get) {
+      const vf scale = get(w + i);
+      for (int r = 0; r < kRows; ++r) total[r] += get(dy + r * dim + i) * scale * get(x + r * dim + i);
     });
-  }
+    for (int r = 0; r < kRows; ++r) pull[r] = dots[r] / static_cast<float>(dim) * rstd[r] * rstd[r] * rstd[r];
+    for_each_vector(dim, [&](int64_t i, auto get, auto put) {
+      const vf scale = get(w + i);
+      vf sum_dw{};
+      for (int r = 0; r < kRows; ++r) {
+        const vf d = get(dy + r * dim + i) * rstd[r], v = get(x + r * dim + i);
+        put(dx + r * dim + i, d * scale - v * pull[r]);
+        sum_dw += d * v;
+      }
+      if (kWeightGrad) put(dw + i, get(dw + i) + sum_dw);
+    });
+  });
 }
 
 template <class T>

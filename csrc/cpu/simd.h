@@ -59,9 +59,19 @@ FINETUNE_INLINE vf load(const bf16* p) {
 FINETUNE_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 FINETUNE_INLINE void store(bf16* p, vf x) {  // to nearest, ties to even; a NaN stays a (quiet) NaN
   const vi bits = (vi)x;
-  const vi nan = (0x7f800000 - (bits & 0x7fffffff)) >> 31;  // by arithmetic: gcc splits wide comparisons into scalars
+#if defined(__AVX2__)
+  const vi nan = (vi)(x != x);
+#else  // by arithmetic: gcc splits a comparison that is wider than the machine's vectors into scalars
+  const vi nan = (0x7f800000 - (bits & 0x7fffffff)) >> 31;
+#endif
   const vu rounded = (vu)bits + 0x7fffu + (((vu)bits >> 16) & 1u);
-  const vh half = __builtin_convertvector((rounded | (vu)(nan & 0x7fc00000)) >> 16, vh);
+  const vu top = (rounded | (vu)nan) >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)  // two instructions instead of three
+  const __m256i wide = (__m256i)top;
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+#else
+  const vh half = __builtin_convertvector(top, vh);
+#endif
   std::memcpy(p, &half, sizeof half);
 }
 
@@ -93,14 +103,22 @@ FINETUNE_INLINE void for_each_vector(int64_t n, Body&& body) {
 }
 
 FINETUNE_INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
-// Loops over lanes: gcc makes one maxps a register of them, also where vf is wider than a register.
-FINETUNE_INLINE vf vmax(vf a, vf b) {  // b where either is a NaN, and so vmin
+// b where either is a NaN. The loops become one maxps a register, but for a constant a gcc takes two instructions.
+FINETUNE_INLINE vf vmax(vf a, vf b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
   for (int i = 0; i < kLanes; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
   return a;
+#endif
 }
 FINETUNE_INLINE vf vmin(vf a, vf b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
   for (int i = 0; i < kLanes; ++i) a[i] = a[i] < b[i] ? a[i] : b[i];
   return a;
+#endif
 }
 
 FINETUNE_INLINE vf vsqrt(vf x) {
@@ -129,38 +147,44 @@ FINETUNE_INLINE float max(vf x) {
   return even > odd ? even : odd;
 }
 
-// Σ term(offset, load) over the vectors of n elements, the tail included (its missing elements load as zero). Four
-// accumulators, so that an addition need not wait for the one before.
-template <class Term>
-FINETUNE_INLINE float sum_vectors(int64_t n, Term&& term) {
-  vf total[4] = {};
+// out[k] = Σ of what add(total, offset, load) adds to total[k], over the vectors of n elements, the tail included (its
+// missing elements load as zero). In several sets of totals, so that an addition need not wait for the one before, but
+// no more than the registers hold.
+template <int kSums, class Add>
+FINETUNE_INLINE void sum_vectors(int64_t n, float (&out)[kSums], Add&& add) {
+#if defined(__AVX2__)
+  constexpr int kSets = kSums <= 2 ? 4 : 2;
+#else  // a vector is four registers
+  constexpr int kSets = 1;
+#endif
+  vf total[kSets][kSums] = {};
   int64_t first = 0;
-  for (; first + 4 * kLanes <= n; first += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) total[j] += term(first + j * kLanes, [](auto* p) { return load(p); });
+  for (; first + kSets * kLanes <= n; first += kSets * kLanes) {
+    for (int j = 0; j < kSets; ++j) add(total[j], first + j * kLanes, [](auto* p) { return load(p); });
   }
-  for_each_vector(n - first, [&](int64_t i, auto get, auto) { total[0] += term(first + i, get); });
-  return sum((total[0] + total[1]) + (total[2] + total[3]));
+  for_each_vector(n - first, [&](int64_t i, auto get, auto) { add(total[0], first + i, get); });
+  for (int k = 0; k < kSums; ++k) {
+    for (int j = 1; j < kSets; ++j) total[0][k] += total[j][k];
+    out[k] = sum(total[0][k]);
+  }
 }
 
 // e^x to about 1 ulp: x = n ln2 + r with |r| <= ln2/2, a degree-6 polynomial for e^r (Taylor with the error
-// spread) times 2^n. Below -86.98 it is 0 (no denormals), above 88.72 infinity; a NaN stays one.
+// spread; Estrin's order, since it is its latency that one waits for) times 2^n. Below -86.98 it is 0 (no denormals),
+// above 88.72 infinity; a NaN stays one.
 FINETUNE_INLINE vf vexp(vf x) {
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa. With 126 more those bits, moved into
-  // the exponent, are 2^(n-1): zero for n = -126, and the doubling at the end overflows where e^x does.
+  // the exponent, are 2^(n-1): zero for n = -126, and its product with 2 e^r overflows where e^x does.
   const vf shift = set1(12582912.0f + 126.0f);
   x = vmin(set1(89.0f), vmax(set1(-87.3f), x));
   const vf shifted = x * 1.44269504f + shift;
   const vf n = shifted - shift;
-  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  vf p = set1(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  p *= (vf)((vi)shifted << 23);
-  return p + p;
+  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f, rr = r * r;
+  const vf low = r * 1.6666665459e-1f + 5.0000001201e-1f;
+  const vf middle = r * 8.3334519073e-3f + 4.1665795894e-2f;
+  const vf high = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const vf above_one = ((high * rr + middle) * rr + low) * rr + r;
+  return (above_one * 2.0f + 2.0f) * (vf)((vi)shifted << 23);
 }
 
 }  // namespace finetune::FINETUNE_LEVEL
