@@ -3,6 +3,7 @@
 from finetune.ops._op import BACKENDS, REGISTRY, BackendUnavailable, Op, Sample, table, use_backend
 from finetune.ops.adamw import adamw_
 from finetune.ops.clip_grad_norm import clip_grad_norm_
+from finetune.ops.layer_norm import layer_norm
 from finetune.ops.linear_cross_entropy import linear_cross_entropy
 from finetune.ops.rms_norm import rms_norm
 from finetune.ops.rope import rope
@@ -16,6 +17,7 @@ __all__ = [
     "Sample",
     "adamw_",
     "clip_grad_norm_",
+    "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
