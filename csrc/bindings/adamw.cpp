@@ -42,13 +42,13 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
                         std::min(AdamW::piece, size - at), param_dtype, grad_dtype});
     }
   }
-  run("adamw_", AdamW{pieces.data(), static_cast<int64_t>(pieces.size()),
-                      grad_scale ? *grad_scale->const_data_ptr<float>() : 1.0f, static_cast<float>(1 - lr * weight_decay),
-                      static_cast<float>(beta1), static_cast<float>(1 - beta1), static_cast<float>(beta2),
-                      static_cast<float>(1 - beta2),
-                      static_cast<float>(lr / (1 - std::pow(beta1, static_cast<double>(step)))),
-                      static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step)))),
-                      static_cast<float>(eps)});
+  run("adamw_",
+      AdamW{pieces.data(), static_cast<int64_t>(pieces.size()),
+            grad_scale ? *grad_scale->const_data_ptr<float>() : 1.0f, static_cast<float>(1 - lr * weight_decay),
+            static_cast<float>(beta1), static_cast<float>(1 - beta1), static_cast<float>(beta2),
+            static_cast<float>(1 - beta2), static_cast<float>(lr / (1 - std::pow(beta1, static_cast<double>(step)))),
+            static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step)))),
+            static_cast<float>(eps)});
 }
 
 }  // namespace
@@ -56,7 +56,8 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
 STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] "
-      "masters, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()");
+      "masters, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> "
+      "()");
 }
 STABLE_TORCH_LIBRARY_IMPL(finetune, CPU, m) { m.impl("adamw_", TORCH_BOX(&adamw_)); }
 

@@ -6,8 +6,9 @@
 // data still in its cache. dx is summed over tiles and dW over blocks, in a fixed order: the result does not depend
 // on the number of threads.
 //
-// The products run in `type`: fp32, or bf16 with `bf16_matmul`. bf16 inputs are otherwise widened, x_chunk whole and
-// W a tile at a time. dW of bf16 is summed over the chunks in fp32 and rounded once.
+// The products run in `type`: fp32, or bf16 (for bf16 inputs, where `bf16_matmul` says so or, left open, the machine
+// has AMX). bf16 inputs are otherwise widened, x_chunk whole and W a tile at a time. dW of bf16 is summed over the
+// chunks in fp32 and rounded once.
 #include "finetune/linear_cross_entropy.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -41,9 +42,7 @@ struct Matrix {
   }
 };
 
-Matrix matrix(const Tensor& t) {
-  return {const_cast<void*>(t.const_data_ptr()), t.size(0), t.size(1), dtype_of(t)};
-}
+Matrix matrix(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.size(0), t.size(1), dtype_of(t)}; }
 
 // out = a · b, or out += a · b
 void product(const Matrix& out, const Tensor& a, const Tensor& b, bool add = false) {
@@ -66,7 +65,8 @@ std::tuple<Tensor, Tensor> kept(const Tensor& targets, int64_t ignore_index, int
   for (int64_t i = 0; i < size; ++i) {
     if (target[i] == ignore_index) continue;
     STD_TORCH_CHECK(target[i] >= 0 && target[i] < vocab, "linear_cross_entropy: targets[", i, "] is ", target[i],
-                    ", outside the vocabulary of ", vocab, " (positions to skip hold ignore_index = ", ignore_index, ")");
+                    ", outside the vocabulary of ", vocab, " (positions to skip hold ignore_index = ", ignore_index,
+                    ")");
     *position++ = i;
     *value++ = target[i];
   }
@@ -99,7 +99,8 @@ struct Loop {
   const Plan plan{x.rows, weight.rows, type};
 
   Tensor new_empty(std::vector<int64_t> size, ScalarType scalar) const {
-    return torch::stable::empty(size, scalar, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU, 0));
+    return torch::stable::empty(size, scalar, std::nullopt,
+                                torch::stable::Device(torch::headeronly::DeviceType::CPU, 0));
   }
 
   double run_all() {  // → the loss, summed and not scaled
@@ -107,7 +108,8 @@ struct Loop {
     const bool widen = x.dtype != type, grad = x_grad || weight_grad;
     const bool direct = plan.blocks == 1 && dweight.dtype == DType::f32;  // dW needs no sum beside it
     const ScalarType scalar = scalar_of(type), f32 = ScalarType::Float;
-    const Tensor logits = new_empty({plan.chunk, vocab}, scalar), x_wide = new_empty({widen ? plan.chunk : 0, dim}, scalar),
+    const Tensor logits = new_empty({plan.chunk, vocab}, scalar),
+                 x_wide = new_empty({widen ? plan.chunk : 0, dim}, scalar),
                  tops = new_empty({plan.tiles, plan.chunk}, f32),
                  sums = new_empty({plan.tiles, plan.chunk}, ScalarType::Double), rows = new_empty({4, plan.chunk}, f32),
                  dx_parts = new_empty({x_grad ? plan.tiles * plan.chunk : 0, dim}, scalar),
@@ -139,9 +141,8 @@ struct Loop {
         run("linear_cross_entropy", CrossEntropyTile{tile, tops.mutable_data_ptr<float>() + at,
                                                      sums.mutable_data_ptr<double>() + at, hit + row});
       });
-      run("linear_cross_entropy",
-          CrossEntropyLoss{tops.const_data_ptr<float>(), sums.const_data_ptr<double>(), hit, loss, top, factor, count,
-                           plan.chunk, plan.tiles, z_loss, scale});
+      run("linear_cross_entropy", CrossEntropyLoss{tops.const_data_ptr<float>(), sums.const_data_ptr<double>(), hit,
+                                                   loss, top, factor, count, plan.chunk, plan.tiles, z_loss, scale});
       for (int64_t i = 0; i < count; ++i) total += loss[i];
       if (!grad) continue;
 
@@ -189,7 +190,8 @@ struct Loop {
       const Tensor wide = new_empty({widen ? plan.tile : 0, x.cols}, scalar_of(type));
       const Tensor rounded = new_empty({round ? plan.tile : 0, x.cols}, scalar_of(type));
       const Scratch scratch{wide.mutable_data_ptr(), rounded.mutable_data_ptr()};
-      for (int64_t task = begin; task < std::min(end, tasks); ++task) body(task / plan.tiles, task % plan.tiles, scratch);
+      for (int64_t task = begin; task < std::min(end, tasks); ++task)
+        body(task / plan.tiles, task % plan.tiles, scratch);
     });
   }
 
@@ -205,9 +207,10 @@ struct Loop {
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tensor& targets_,
                                                         int64_t ignore_index, double z_loss, bool mean, bool x_grad,
-                                                        bool weight_grad, bool bf16_matmul) {
+                                                        bool weight_grad, std::optional<bool> bf16_matmul) {
   constexpr const char* op = "linear_cross_entropy";
-  check(x_.dim() == 2 && weight_.dim() == 2 && x_.size(1) == weight_.size(1), op, "x (N, C) and weight (V, C) expected");
+  check(x_.dim() == 2 && weight_.dim() == 2 && x_.size(1) == weight_.size(1), op,
+        "x (N, C) and weight (V, C) expected");
   check(targets_.dim() == 1 && targets_.size(0) == x_.size(0), op, "targets must be (N,) for x (N, C)");
   check(targets_.scalar_type() == ScalarType::Long, op, "targets must be int64");
   check(x_.scalar_type() == weight_.scalar_type(), op, "x and weight must have one dtype");
@@ -217,17 +220,27 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
   const int64_t rows = targets.numel();
   const bool all = rows == x_.size(0);
   using torch::stable::detail::from;
-  const Tensor x = all ? torch::stable::contiguous(x_)
-                       : call("aten::index_select", {from(x_), from(int64_t{0}), from(positions)});
+  const Tensor x =
+      all ? torch::stable::contiguous(x_) : call("aten::index_select", {from(x_), from(int64_t{0}), from(positions)});
 
   Tensor loss = torch::stable::new_zeros(x, {}, ScalarType::Float);
   Tensor dx = torch::stable::new_empty(x, {x_grad ? rows : 0, dim});
   Tensor dweight = torch::stable::new_empty(weight, {weight_grad ? vocab : 0, dim});
   if (rows) {
     const double scale = mean ? 1.0 / static_cast<double>(rows) : 1.0;
-    const DType type = dtype_of(x) == DType::bf16 && bf16_matmul ? DType::bf16 : DType::f32;
-    Loop loop{matrix(x), matrix(weight), targets.const_data_ptr<int64_t>(), matrix(dx), matrix(dweight),
-              static_cast<float>(z_loss), static_cast<float>(scale), type, x_grad, weight_grad};
+    // torch multiplies bf16 matrices fast where there is AMX, and several times slower than fp32 ones elsewhere.
+    const bool narrow = dtype_of(x) == DType::bf16 && bf16_matmul.value_or(level() == Level::amx);
+    const DType type = narrow ? DType::bf16 : DType::f32;
+    Loop loop{matrix(x),
+              matrix(weight),
+              targets.const_data_ptr<int64_t>(),
+              matrix(dx),
+              matrix(dweight),
+              static_cast<float>(z_loss),
+              static_cast<float>(scale),
+              type,
+              x_grad,
+              weight_grad};
     *loss.mutable_data_ptr<float>() = static_cast<float>(loop.run_all() * scale);
   } else {
     torch::stable::zero_(dweight);
@@ -244,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
 STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
   m.def(
       "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, float z_loss, bool mean, bool "
-      "x_grad, bool weight_grad, bool bf16_matmul) -> (Tensor loss, Tensor dx, Tensor dweight)");
+      "x_grad, bool weight_grad, bool? bf16_matmul) -> (Tensor loss, Tensor dx, Tensor dweight)");
 }
 STABLE_TORCH_LIBRARY_IMPL(finetune, CPU, m) { m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy)); }
 

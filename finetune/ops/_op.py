@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,17 @@ class Sample:
     """One call of an op, for tests, benches and learning pages. Tensors are float64; `cast` makes them any dtype."""
 
     name: str
-    args: tuple[Any, ...]
+    given: tuple[Any, ...] | Callable[[], tuple[Any, ...]]  # the arguments, or what makes them: large ones when used
     kwargs: dict[str, Any] = field(default_factory=dict)
     grad: tuple[int, ...] = ()  # positions of the differentiable arguments
     mutates: tuple[int, ...] = ()  # positions of the arguments (tensors or lists of them) changed in place
     bench: bool = False  # of a size worth timing
     flops: float = 0.0
     bytes: float = 0.0  # read and written once, at fp32
+
+    @cached_property
+    def args(self) -> tuple[Any, ...]:
+        return self.given() if callable(self.given) else self.given
 
     def cast(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """Fresh copies of the arguments, float64 tensors converted to `dtype`; those of `grad` require gradients."""

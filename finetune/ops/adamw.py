@@ -8,6 +8,7 @@ With masters (fp32 copies of bf16 parameters) the master is updated and the para
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -42,7 +43,9 @@ def reference(
             p.copy_(target)
 
 
-def overload(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0, lr, beta1, beta2, eps, weight_decay, step):
+def overload(
+    params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, beta1, beta2, eps, weight_decay, step, grad_scale=1.0
+):
     if not isinstance(grad_scale, Tensor):
         grad_scale = None if grad_scale == 1.0 else torch.tensor(grad_scale, dtype=torch.float32)
     lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(masters or []))
@@ -81,7 +84,7 @@ if not NATIVE_PROBLEM:
         return None
 
 
-SHAPES = {"embed": (49152, 576), "q": (576, 576), "kv": (192, 576), "mlp": (1536, 576), "norm": (576,)}
+SMOLLM2_BLOCK = [*[(576, 576)] * 2, *[(192, 576)] * 2, *[(1536, 576)] * 3, *[(576,)] * 2]  # shapes of its weights
 
 
 def samples() -> Iterator[Sample]:
@@ -91,27 +94,28 @@ def samples() -> Iterator[Sample]:
         def draw(dtype=torch.float64):
             return [torch.randn(*shape, generator=g, dtype=dtype) for shape in shapes]
 
-        # Moments and masters are float32 at any dtype of the parameters.
-        first = [t * moments for t in draw(torch.float32)]
-        second = [t.square() * moments for t in draw(torch.float32)]
-        copies = draw(torch.float32) if masters else None
-        args = (draw(), [t * scale for t in draw()], first, second, copies)
-        n = sum(t.numel() for t in args[0])
+        def args():  # moments and masters are float32 at any dtype of the parameters
+            first = [t * moments for t in draw(torch.float32)]
+            second = [t.square() * moments for t in draw(torch.float32)]
+            copies = draw(torch.float32) if masters else None
+            return draw(), [t * scale for t in draw()], first, second, copies
+
+        n = sum(math.prod(shape) for shape in shapes)
         hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 7} | kwargs
         mutates = (0, 2, 3, 4) if masters else (0, 2, 3)
-        return Sample(name, args, hyper, mutates=mutates, bench=bench, flops=15.0 * n, bytes=28.0 * n)
+        given = args if bench else args()
+        return Sample(name, given, hyper, mutates=mutates, bench=bench, flops=15.0 * n, bytes=28.0 * n)
 
     yield make("small", [(3, 4), (5,)])
     yield make("first step", [(37,), (1,), (2, 3, 5)], moments=0.0, step=1)
     yield make("masters", [(64, 33), (17,)], masters=True)
-    yield make("no decay", [(129,)], weight_decay=0.0)
     yield make("clipped", [(33, 5), (7,)], masters=True, grad_scale=0.3)
     yield make("clipped by a tensor", [(33, 5)], grad_scale=torch.tensor(0.3))
-    yield make("large gradients", [(41,)], scale=1e4)
+    yield make("large gradients, no decay", [(41,)], scale=1e4, weight_decay=0.0)
     yield make("pieces", [(3, 32768), (40000,)])
     yield make("empty", [(0, 4), (3,)])
-    block = ["q", "q", "kv", "kv", "mlp", "mlp", "mlp", "norm", "norm"]
-    yield make("bench", [SHAPES[name] for name in [*block * 8, "norm"]], bench=True)
+    yield make("bench", SMOLLM2_BLOCK * 8, bench=True)
+    yield make("bench masters", SMOLLM2_BLOCK * 8, masters=True, bench=True)
 
 
 op = Op("adamw", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)

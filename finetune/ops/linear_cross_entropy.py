@@ -15,7 +15,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
@@ -40,11 +39,9 @@ def reference(
 
 def overload(x, weight, targets, *, ignore_index=-100, z_loss=0.0, reduction="mean"):
     grad = torch.is_grad_enabled()
-    # torch multiplies bf16 matrices fast where there is AMX, and several times slower than fp32 ones elsewhere.
-    bf16_matmul = torch.ops.finetune.cpu_level() == "amx"
     wanted = (grad and x.requires_grad, grad and weight.requires_grad)
     call = torch.ops.finetune.linear_cross_entropy.default
-    return call, (x, weight, targets, ignore_index, z_loss, reduction == "mean", *wanted, bf16_matmul)
+    return call, (x, weight, targets, ignore_index, z_loss, reduction == "mean", *wanted, None)
 
 
 def cpp(*args, **kwargs) -> Tensor:
@@ -72,10 +69,11 @@ if not NATIVE_PROBLEM:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
-    @once_differentiable
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 9
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy cannot be differentiated twice: call it without create_graph=True")
         # The gradients are handed out scaled in place, so that no second copy of dweight exists (only cpp() above sees
         # them otherwise, and it drops them; a tracer's tensors are left alone). A second backward through the same
         # graph (retain_graph) makes them anew.
@@ -93,13 +91,17 @@ def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
     def make(name, n, dim, vocab, ignored=0.0, scale=1.0, grad=(0, 1), bench=False, **kwargs) -> Sample:
-        x = torch.randn(n, dim, generator=g, dtype=torch.float64) * scale
-        weight = torch.randn(vocab, dim, generator=g, dtype=torch.float64) * dim**-0.5
-        targets = torch.randint(vocab, (n,), generator=g)
-        targets[torch.rand(n, generator=g) < ignored] = kwargs.get("ignore_index", -100)
+        def args():
+            x = torch.randn(n, dim, generator=g, dtype=torch.float64) * scale
+            weight = torch.randn(vocab, dim, generator=g, dtype=torch.float64) * dim**-0.5
+            targets = torch.randint(vocab, (n,), generator=g)
+            targets[torch.rand(n, generator=g) < ignored] = kwargs.get("ignore_index", -100)
+            return x, weight, targets
+
         flops = 2.0 * n * dim * vocab * (1 + len(grad))
         traffic = 4.0 * (2 * n * dim + vocab * dim * (2 if 1 in grad else 1))
-        return Sample(name, (x, weight, targets), kwargs, grad=grad, bench=bench, flops=flops, bytes=traffic)
+        given = args if bench else args()
+        return Sample(name, given, kwargs, grad=grad, bench=bench, flops=flops, bytes=traffic)
 
     yield make("small", 5, 8, 11)
     yield make("sum", 7, 16, 33, reduction="sum")

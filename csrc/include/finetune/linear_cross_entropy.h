@@ -26,9 +26,9 @@ struct CrossEntropyTile {
 
 // Joins the tiles of each row.
 struct CrossEntropyLoss {
-  const float* tops;   // (tiles, stride), the first `rows` of each
-  const double* sums;  // the same
-  const float* hits;  // (rows,)
+  const float* tops;           // (tiles, stride), the first `rows` of each
+  const double* sums;          // the same
+  const float* hits;           // (rows,)
   float *loss, *top, *factor;  // (rows,) loss, not scaled; maximum; d(loss · scale)/d(logit) / exp(logit − top)
   int64_t rows, stride, tiles;
   float z_loss, scale;
