@@ -172,6 +172,7 @@ class Run:
             "baseline": {n: j["baseline"] for n, j in self.judged.items() if j["baseline"] is not None},
             "target": {n: j["target"] for n, j in self.judged.items() if j["target"] is not None},
             "higher_is_better": {n: j["higher"] for n, j in self.judged.items()},
+            "reached": {n: j["passed"] for n, j in self.judged.items()},
             "passed": all(results) if results else None,
             "seconds": round(self._seconds(), 3),
             "peak_rss_bytes": self._peak(),
@@ -282,8 +283,12 @@ def execute(
         run.seed("init")
         try:
             metrics = main(cfg, run) or {}
-        except (Stopped, NotFinite):
+        except NotFinite:
             run.curves()
+            raise
+        except Stopped as e:
+            run.curves()
+            e.args = (f"{e}: continue with python -m finetune run {info.name} --resume --out {display.short(folder)}",)
             raise
         run.curves()
         summary = {"module": info.name, "toy": toy, "seed": cfg.seed, "steps": cfg.steps, **run.summary(metrics)}

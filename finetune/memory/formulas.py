@@ -6,7 +6,7 @@ P parameters, r LoRA rank, R adapter parameters of a block = Σ r·(in + out), e
 
 Activations follow the method of Korthikanti et al. 2022 (arXiv:2205.05198, §4: add up what each operation keeps for its
 backward pass) applied to the operations of this project, which keep less than theirs: norms keep their input and one
-or two fp32 numbers a row, attention its q, k, v, output and one log-sum-exp a row instead of matrices of T×T, and there
+or two fp32 numbers a row, attention its q, k, v, output and two numbers a row and head instead of T×T matrices, and there
 is no dropout mask. A tensor that two operations keep is counted once.
 """
 
@@ -16,11 +16,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetune.errors import UserError
+
 BYTES = {"fp32": 4, "bf16": 2}
-LLAMA_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-GPT_LINEARS = ("qkv", "o", "up", "down")
-# The logits buffer of ops.linear_cross_entropy: constants of csrc/bindings/linear_cross_entropy.cpp.
-LOGIT_BYTES, LEAST_ROWS, TILE_BYTES = 24 << 20, 64, 8 << 20
+# Constants of csrc/bindings/linear_cross_entropy.cpp, see `loss_plan`.
+LOGIT_BYTES, LEAST_ROWS, TASKS, LEAST_TILE, LEAST_BLOCK = 24 << 20, 64, 32, 256, 16
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,21 @@ def shape_of(config: Any) -> Shape:
 class Setup:
     """What is done with the model. `optimizer="none"` is inference: no gradients, a cache of batch · seq tokens."""
 
-    batch: int = 1  # rows of one micro-batch; packed rows count as one
+    batch: int = 1  # rows of a micro-batch; a row of packed documents counts as one
     seq: int = 2048  # tokens of a row, padding included
-    dtype: str = "fp32"  # of the parameters: fp32, bf16
-    optimizer: str = "adamw"  # adamw, none
-    lora_rank: int = 0  # 0: all parameters are trained
-    lora_targets: tuple[str, ...] = ()  # linear layers with an adapter; () = all
-    checkpointing: bool = False  # keep the blocks' inputs only
-    attention: str = "flash"  # flash, naive
-    loss: str = "chunked"  # chunked (ops.linear_cross_entropy), full (all logits, torch's cross entropy)
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the parameters
+    optimizer: Literal["adamw", "none"] = "adamw"  # none: inference
+    lora_rank: int = 0  # rank of LoRA adapters; 0: all parameters are trained
+    lora_targets: str = "all"  # linear layers with an adapter, separated by commas
+    checkpointing: bool = False  # keep only the blocks' inputs and compute the rest again
+    attention: Literal["flash", "naive"] = "flash"  # naive: ops.attention's reference, which makes T×T matrices
+    loss: Literal["chunked", "full"] = "chunked"  # ops.linear_cross_entropy, or cross entropy of all logits
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("seq", 1), ("lora_rank", 0)):
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} {getattr(self, name)} is too small: it must be at least {least}")
 
     @property
     def tokens(self) -> int:
@@ -107,7 +113,14 @@ class Setup:
 
     def targets(self, shape: Shape) -> tuple[str, ...]:
         """The linear layers with an adapter; () without LoRA."""
-        return (self.lora_targets or tuple(shape.linears)) if self.lora_rank else ()
+        if not self.lora_rank or not self.training:
+            return ()
+        names = tuple(shape.linears) if self.lora_targets == "all" else tuple(self.lora_targets.split(","))
+        for name in names:
+            if name not in shape.linears:
+                known = ", ".join(shape.linears)
+                raise UserError(f"--lora-targets: a {shape.family} has no linear layer {name!r}; it has {known}")
+        return names
 
 
 @dataclass(frozen=True)
@@ -122,12 +135,11 @@ class Term:
 
 def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
     """The values of the letters in the formulas."""
-    return {
-        **{"N": setup.tokens, "B": setup.batch, "T": setup.seq, "L": shape.layers, "C": shape.dim, "F": shape.hidden},
-        **{"H": shape.heads, "K": shape.kv_heads, "D": shape.head_dim, "V": shape.vocab, "M": shape.max_length},
-        **{"P": parameters(shape), "e": setup.element, "r": setup.lora_rank},
-        "R": adapter_parameters(shape, setup.lora_rank, setup.targets(shape)) // shape.layers,
-    }
+    per_block = adapter_parameters(shape, setup.lora_rank, setup.targets(shape)) // shape.layers
+    sizes = {"L": shape.layers, "C": shape.dim, "F": shape.hidden, "V": shape.vocab, "M": shape.max_length}
+    heads = {"H": shape.heads, "K": shape.kv_heads, "D": shape.head_dim}
+    work = {"B": setup.batch, "T": setup.seq, "N": setup.tokens, "e": setup.element, "r": setup.lora_rank}
+    return {**sizes, **heads, **work, "R": per_block, "P": parameters(shape)}
 
 
 # ---- what stays -----------------------------------------------------------------------------------------------------
@@ -182,8 +194,8 @@ def gradients(shape: Shape, setup: Setup) -> Term:
 
 
 def optimizer_states(shape: Shape, setup: Setup) -> Term:
-    """AdamW's two moments in fp32 (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2); bf16 parameters have an fp32
-    master copy too (Micikevicius et al. 2018, arXiv:1710.03740, §3.1): K = 12 bytes a parameter of ZeRO's accounting
+    """AdamW's two moments in fp32 (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2); bf16 parameters have an
+    fp32 master copy too (Micikevicius et al. 2018, arXiv:1710.03740, §3.1): K = 12 bytes a parameter of ZeRO's accounting
     (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1)."""
     count, element = trained(shape, setup)
     copies = 2 + (element < 4)
@@ -223,12 +235,12 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
     if any_of("q", "k", "v", "qkv"):
         saved["q, k, v: input"] = c * e, "C·e"
         flowing = True
-    if flowing:
+    if flowing and setup.attention == "flash":
         saved["attention: q, k, v"] = (heads + 2 * kv) * shape.head_dim * e, "(H + 2·K)·D·e"
-        if setup.attention == "flash":
-            saved["attention: log-sum-exp"] = 4 * heads, "4·H"
-        else:
-            saved["attention: probabilities"] = heads * setup.seq * e, "H·T·e"
+        saved["attention: maxima, sums"] = 8 * heads, "8·H"
+    elif flowing:  # the reference widens all three to fp32 and k, v to all heads
+        saved["attention: q, k, v"] = 12 * heads * shape.head_dim, "12·H·D"
+        saved["attention: T×T probabilities, twice; mask"] = (8 * heads + 1) * setup.seq, "(8·H + 1)·T"
     if any_of("o") or (flowing and setup.attention == "flash"):
         saved["attention: output"] = heads * shape.head_dim * e, "H·D·e"
     flowing = flowing or any_of("o")
@@ -277,48 +289,61 @@ def activations(shape: Shape, setup: Setup) -> Term:
 # ---- what passes ----------------------------------------------------------------------------------------------------
 
 
-def chunk_rows(shape: Shape, setup: Setup) -> int:
-    """Tokens whose logits exist at once in ops.linear_cross_entropy: at most LOGIT_BYTES, but LEAST_ROWS rows."""
-    fit = max(LEAST_ROWS, LOGIT_BYTES // (4 * shape.vocab))
-    return -(-setup.tokens // -(-setup.tokens // fit))
+def loss_plan(shape: Shape, setup: Setup) -> tuple[int, int, int]:
+    """(rows of a chunk, tiles of the vocabulary, blocks of rows) of ops.linear_cross_entropy, for products in fp32: the
+    arithmetic and the constants of `Plan` in csrc/bindings/linear_cross_entropy.cpp."""
+    most = max(LEAST_ROWS, LOGIT_BYTES // (4 * shape.vocab))
+    chunk = -(-setup.tokens // -(-setup.tokens // most))
+    tiles = -(-shape.vocab // max(LEAST_TILE, -(-shape.vocab // TASKS)))
+    block = max(LEAST_BLOCK, -(-chunk // max(TASKS // tiles, 1)))
+    return chunk, tiles, -(-chunk // block)
 
 
 def logits(shape: Shape, setup: Setup) -> Term:
-    """What the loss needs beside its input. Chunked: one chunk of fp32 logits, then the gradients that it makes in the
-    forward pass, of its input and (if trained) of the head (Hsu et al. 2024, arXiv:2410.10989; with bf16 the latter is
-    summed in fp32). Full: log-probabilities, their gradient and the logits' gradient, N·V fp32 each.
-    Inference: the last position's logits of each row, fp32."""
+    """What the loss needs beside its input. Chunked: a chunk of fp32 logits, each tile's part of the gradient of its
+    input, maxima and sums, and the gradients that the forward pass makes: of all inputs, and of the head where it is
+    trained (Hsu et al. 2024, arXiv:2410.10989). Full: log-probabilities, their gradient and the logits' gradient, N·V
+    fp32 each. Inference: the last position's logits of each row."""
     n, e, c, v = setup.tokens, setup.element, shape.dim, shape.vocab
     if not setup.training:
         return Term("logits", setup.batch * v * 4, "B·V·4", "generate.py: the last position only")
     if setup.loss == "full":
         return Term("logits", 3 * n * v * 4, "3·N·V·4", "torch.nn.functional.cross_entropy")
-    rows = chunk_rows(shape, setup)
-    total, text = rows * v * 4 + n * c * e, f"{rows}·V·4 + N·C·e"
+    chunk, tiles, blocks = loss_plan(shape, setup)
+    parts = tiles * chunk
+    total, text = chunk * v * 4 + parts * (c * 4 + 12) + n * c * e, f"{chunk}·V·4 + {parts}·(C·4 + 12) + N·C·e"
     if e < 4:
-        tile = min(v, max(TILE_BYTES // 4 // c, LEAST_ROWS))
-        total, text = total + (2 * rows + tile) * c * 4, f"{text} + {2 * rows + tile}·C·4"
+        total, text = total + chunk * c * 4, text + f" + {chunk}·C·4"
     if not setup.lora_rank:
-        head = e if e == 4 else e + 4
+        head = e + (4 * blocks if blocks > 1 or e < 4 else 0)
         total, text = total + v * c * head, f"{text} + V·C·{head}"
-    return Term("logits", total, text, f"ops.linear_cross_entropy, {rows} tokens a chunk")
+    return Term("logits", total, text, f"ops.linear_cross_entropy, {chunk} tokens a chunk")
 
 
 def step_growth(shape: Shape, setup: Setup) -> Term:
-    """What a training step adds at its peak to weights and optimizer states: the larger of its two ends.
+    """What a training step adds at its peak to weights and optimizer states: the largest of four moments.
 
-    Backward's start: all activations, what the loss holds on to, and the gradients that pass through the last block.
-    Backward's end: all gradients; a tied table's comes in two parts, from the head and from the embedding.
+    In the loss: all activations and the loss's own. In the last block's backward: the blocks' activations, the head's
+    gradient, and gradients that pass through the MLP (of its output, of gate and up). In the first block's: its
+    activations and nearly all gradients. At the end: all gradients; a tied table's comes in two parts until then, from
+    the head and from the embedding. Between the last and the first block the sum changes evenly, so its ends suffice.
     """
     n, e, c, v = setup.tokens, setup.element, shape.dim, shape.vocab
-    passing = n * (2 * c + 2 * shape.hidden) * e  # of the MLP: of its output and input, of gate and up
-    if setup.checkpointing:
-        passing += block_total(shape, setup)  # computed again
-    start = activations(shape, setup).bytes + max(logits(shape, setup).bytes, passing)
-    end = gradients(shape, setup).bytes
-    if not setup.lora_rank:
-        end += v * c * e * shape.tied
-    return Term("step growth", max(start, end), "", "the larger of both ends of the backward pass")
+    saved, all_gradients = activations(shape, setup).bytes, gradients(shape, setup).bytes
+    head = 0 if setup.lora_rank else v * c * e
+    table = head if shape.tied else 0
+    passing = n * (c + (2 if shape.family == "llama" else 1) * shape.hidden) * e
+    one = block_total(shape, setup)
+    again = one if setup.checkpointing else 0  # computed again
+    inputs = n * 2 * c * e  # of the last norm and the loss: gone by then
+    moments = {
+        "in the loss: activations + logits": saved + logits(shape, setup).bytes,
+        "in the last block's backward: activations + what passes": saved - inputs + again + head + passing,
+        "in the first block's backward: gradients + what passes": all_gradients + one + passing,
+        "at the backward's end: gradients": all_gradients + table,
+    }
+    text = max(moments, key=lambda moment: moments[moment])
+    return Term("step growth", moments[text], text, "")
 
 
 def predict(shape: Shape, setup: Setup) -> list[Term]:

@@ -1,5 +1,5 @@
-"""What a model does need in memory, measured: tensors that are alive, tensors saved for a backward pass, allocations, and
-the resident set of the process.
+"""What a model does need in memory, measured: tensors that are alive, tensors saved for a backward pass, allocations,
+and the resident set of the process.
 
 Tensors are counted by their storages, each once, whole: views, tied weights and shared inputs cost nothing extra.
 """
@@ -67,8 +67,8 @@ def constants(model: nn.Module) -> Iterator[Tensor]:
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps between `forward()` and its backward pass, without the model's own tensors; from hooks on
-    every tensor that is saved. What checkpointed blocks compute again is not kept and not counted."""
+    """Bytes that autograd keeps between `forward()` and its backward pass, without the model's own tensors; from hooks
+    on every tensor that is saved. What checkpointed blocks compute again is not kept and not counted."""
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
@@ -89,6 +89,7 @@ def peak_allocated(call: Callable[[], Any]) -> int:
     process's heap does with them."""
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler announces itself on stderr otherwise
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = call()
@@ -123,8 +124,23 @@ def trim_heap() -> bool:
         return False
 
 
+def mmap_threshold(size: int) -> bool:
+    """Blocks of at least `size` bytes come from the system and go back at once, instead of leaving holes in the heap:
+    with glibc's own moving threshold (up to 32 MiB) the holes of a training step came to 15 % of it, with checkpointing
+    to 75 %. The price is that the system clears each block anew. False where the C library cannot."""
+    try:
+        libc = ctypes.CDLL(None)
+        return bool(libc.mallopt(-3, size)) and bool(libc.mallopt(-1, 2 * size))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        return False
+
+
 class Peak:
     """`with Peak() as peak: …` then `peak.growth`: highest resident set inside, above that at entry, in bytes.
+
+    Counted is what the work inside holds at once, as pages of this process: its tensors, the kernels' and libraries' scratch, and
+    what code and threads touch for the first time (warm up before, if that is not meant). Holes in the heap are not: inside,
+    blocks of 1 MiB and more go back to the system when they are freed (`mmap_threshold`).
 
     Linux keeps the peak itself (VmHWM), and /proc/self/clear_refs sets it back; elsewhere, and where that is forbidden,
     a thread samples the resident set (`exact` is False) and can miss what lives for less than `interval` seconds.
@@ -137,6 +153,7 @@ class Peak:
 
     def __enter__(self) -> Peak:
         trim_heap()
+        mmap_threshold(1 << 20)
         self.exact = self.exact and machine.reset_peak_rss()
         self.start = self.highest = resident_bytes()
         if not self.exact:
@@ -147,10 +164,11 @@ class Peak:
     def __exit__(self, *_: object) -> None:
         if self.exact:
             self.highest = max(self.highest, machine.peak_rss_bytes(since_reset=True))
-            return
-        self.stop.set()
-        self.thread.join()
-        self.highest = max(self.highest, resident_bytes())
+        else:
+            self.stop.set()
+            self.thread.join()
+            self.highest = max(self.highest, resident_bytes())
+        mmap_threshold(32 << 20)  # where glibc's own threshold ends up in a process that frees large tensors
 
     def sample(self) -> None:
         while not self.stop.is_set():
@@ -207,8 +225,8 @@ def table(predicted: dict[str, int], measured: dict[str, int]) -> list[dict[str,
 def for_training(
     config: Any, setup: Setup, *, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
 ) -> list[dict[str, Any]]:
-    """See the text of `finetune.memory`: one row each for weights, gradients, optimizer states, activations, logits and the
-    growth of the resident set in a step (what a step adds to weights and optimizer states at its peak)."""
+    """See the text of `finetune.memory`: a row each for weights, gradients, optimizer states, activations, logits and
+    the growth of the resident set in a step (what a step adds to weights and optimizer states at its peak)."""
     shape = shape_of(config)
     measured = measure(model, optimizer, loss)
     if setup.loss == "chunked":

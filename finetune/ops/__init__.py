@@ -2,6 +2,7 @@
 
 from finetune.ops._op import BACKENDS, REGISTRY, BackendUnavailable, Op, Sample, table, use_backend
 from finetune.ops.adamw import adamw_
+from finetune.ops.attention import attention
 from finetune.ops.clip_grad_norm import clip_grad_norm_
 from finetune.ops.layer_norm import layer_norm
 from finetune.ops.linear_cross_entropy import linear_cross_entropy
@@ -16,6 +17,7 @@ __all__ = [
     "Op",
     "Sample",
     "adamw_",
+    "attention",
     "clip_grad_norm_",
     "layer_norm",
     "linear_cross_entropy",

@@ -83,4 +83,8 @@ def check_close(got: list[Tensor], torch_like: list[Tensor], exact: list[Tensor]
 def check(op: str, sample: Sample, dtype: torch.dtype, backend: str) -> None:
     """Raises WrongResult unless `backend` agrees with the reference on values, mutated arguments and gradients."""
     exact = run(op, sample, dtype, "reference", wide=True)
-    check_close(run(op, sample, dtype, backend), run(op, sample, dtype, "reference"), exact, dtype)
+    try:
+        check_close(run(op, sample, dtype, backend), run(op, sample, dtype, "reference"), exact, dtype)
+    except WrongResult as error:
+        where = f"{op} on {backend}, sample {sample.name!r}, {str(dtype).removeprefix('torch.')}"
+        raise WrongResult(f"{where}: {error}") from None

@@ -1,0 +1,109 @@
+"""torch's own ways to do what each op does: op → (its arguments) → label → a call. The fastest is the one to beat.
+
+What a training loop would compute once for all layers (tables, masks) is computed before the call and not timed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+Call = Callable[[], Any]
+
+
+def rms_norm(x, weight, eps=1e-5):
+    return {"F.rms_norm": lambda: F.rms_norm(x, weight.shape, weight, eps)}
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    return {"F.layer_norm": lambda: F.layer_norm(x, weight.shape, weight, bias, eps)}
+
+
+def swiglu(gate, up):
+    return {"F.silu · up": lambda: F.silu(gate) * up}
+
+
+def rope(x, cos, sin, positions):
+    """Hugging Face's apply_rotary_pos_emb, with the tables' rows already gathered, doubled and cast."""
+    c, s = (torch.cat((t[positions],) * 2, -1)[:, :, None].to(x.dtype) for t in (cos, sin))  # (B, T, 1, D)
+
+    def call():
+        x1, x2 = x.chunk(2, dim=-1)
+        return x * c + torch.cat((-x2, x1), dim=-1) * s
+
+    return {"rotate_half": call}
+
+
+def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None):
+    from finetune.ops.attention import visible
+
+    (_, tq, heads, _), (_, tk, kv_heads, _) = q.shape, k.shape
+    plain = lengths is None and cu_seqlens is None and (not causal or tq == tk)
+    mask = None if plain else visible(q, k, causal, lengths, cu_seqlens)[:, None]  # (B, 1, Tq, Tk)
+    options = {"scale": scale, "enable_gqa": heads != kv_heads}
+
+    def sdpa(q, k, v, **how):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, **how, **options).transpose(1, 2)
+
+    def each_document():
+        ends = cu_seqlens.tolist()
+        pieces = [sdpa(*(t[:, a:b] for t in (q, k, v)), is_causal=causal) for a, b in itertools.pairwise(ends)]
+        return torch.cat(pieces, dim=1)
+
+    if plain:
+        return {"SDPA": lambda: sdpa(q, k, v, is_causal=causal)}
+    masked = {"SDPA, mask": lambda: sdpa(q, k, v, attn_mask=mask)}
+    return masked if cu_seqlens is None else {**masked, "SDPA, a document each": each_document}
+
+
+def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, reduction="mean"):
+    def call():
+        logits = F.linear(x, weight)
+        loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction).float()
+        if z_loss:
+            squares = logits.float().logsumexp(-1).square()[targets != ignore_index]
+            loss = loss + z_loss * (squares.mean() if reduction == "mean" else squares.sum())
+        return loss
+
+    return {"F.linear, F.cross_entropy": call}
+
+
+def adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0, step, **hyper):
+    """torch.optim.AdamW's own update; bfloat16 parameters go through fp32, as the moments are."""
+    from torch.optim.adamw import adamw as update  # an attribute of torch.optim that it deletes again
+
+    steps = [torch.tensor(float(step - 1)) for _ in params]
+
+    def call(**how):
+        for t in steps:
+            t.fill_(step - 1)
+        wide = masters or (params if params[0].dtype == torch.float32 else [p.float() for p in params])
+        g = grads if wide[0].dtype == grads[0].dtype else [t.float() for t in grads]
+        if grad_scale != 1.0:
+            g = torch._foreach_mul(g, grad_scale)
+        update(wide, g, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, maximize=False, **how, **hyper)
+        if wide is not params:
+            torch._foreach_copy_(params, wide)
+
+    return {"AdamW fused": lambda: call(fused=True), "AdamW foreach": lambda: call(foreach=True)}
+
+
+def clip_grad_norm(grads, max_norm):
+    params = [torch.nn.Parameter(torch.empty_like(g)) for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+
+    def call(foreach):
+        return torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=foreach).float()
+
+    return {"clip_grad_norm_": lambda: call(False), "clip_grad_norm_ foreach": lambda: call(True)}
+
+
+COMPOSITIONS: dict[str, Callable[..., dict[str, Call]]] = {
+    f.__name__: f for f in (rms_norm, layer_norm, swiglu, rope, attention, linear_cross_entropy, adamw, clip_grad_norm)
+}

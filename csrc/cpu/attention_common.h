@@ -1,0 +1,107 @@
+// What attention's forward and backward share: which keys a row sees, where it lies, the task queue, 2^x.
+//
+// A "row" is one query of one head. The rows of all heads that share a key/value head are numbered position-major
+// (row = position · group + head in group), so grouped heads reuse each packed key block and causal rows stay sorted
+// by what they see.
+#pragma once
+
+#include "finetune/attention.h"
+#include "gemm.h"
+
+namespace finetune::FINETUNE_LEVEL {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896f;
+static_assert(kStrip <= kAttentionMaxStrip && kAttentionBackwardRows % kStrip == 0);
+
+struct Sequence {
+  int64_t batch, begin, queries, keys, shift;  // tokens from `begin`; causal: key j <= query i + shift
+  bool causal;
+
+  Sequence(const AttentionShape& a, int64_t n) : batch(n), begin(0), queries(a.queries), keys(a.keys) {
+    causal = a.causal;
+    shift = a.keys - a.queries;
+    if (a.lengths) keys = a.lengths[n] < 0 ? 0 : smaller(a.lengths[n], a.keys);
+    if (a.offsets) {
+      batch = 0, begin = a.offsets[n], shift = 0;
+      queries = keys = a.offsets[n + 1] - begin;
+    }
+  }
+  int64_t visible(int64_t query) const {
+    if (!causal) return keys;
+    const int64_t limit = query + shift + 1;
+    return limit < 0 ? 0 : smaller(limit, keys);
+  }
+};
+
+template <class T>
+FINETUNE_INLINE T* at(const AttentionView& x, const Sequence& s, int64_t token, int64_t head) {
+  return static_cast<T*>(x.data) + s.batch * x.batch + (s.begin + token) * x.token + head * x.head;
+}
+
+// The rows of one sequence that share key/value head `kv_head`.
+struct Group {
+  Sequence s;
+  int64_t kv_head, size;  // `size` query heads
+
+  int64_t rows() const { return s.queries * size; }
+  int64_t visible(int64_t row) const { return s.visible(row / size); }
+  template <class T>
+  FINETUNE_INLINE T* row(const AttentionView& x, int64_t row) const {
+    return at<T>(x, s, row / size, kv_head * size + row % size);
+  }
+  int64_t row_index(const AttentionShape& a, int64_t row) const {
+    return (s.batch * a.heads + kv_head * size + row % size) * a.queries + s.begin + row / size;
+  }
+};
+
+// body(worker, task) for every task; a worker takes the next task when it is done, since causal ones differ in size.
+template <class F>
+void each_task(int64_t workers, int64_t tasks, F&& body) {
+  int64_t next = 0;
+  parallel_for(smaller(workers, tasks), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) body(worker, task);
+    }
+  });
+}
+
+struct Arena {  // pieces of a worker's scratch, each on a cache line
+  float* free;
+  float* take(int64_t floats) {
+    float* const piece = free;
+    free += round_up(floats, 16);
+    return piece;
+  }
+};
+
+FINETUNE_INLINE vi keys_from(int64_t key) { return vi{} + static_cast<int32_t>(key); }
+
+FINETUNE_INLINE vi load_int(const int32_t* p) {
+  vi out;
+  std::memcpy(&out, p, sizeof out);
+  return out;
+}
+
+// 2^x for x <= about 1, to 2 ulp: 2^round(x) · polynomial (Cephes exp2f) on |x - round(x)| <= 1/2. 0 below -126, so a
+// masked -inf gives 0; a NaN stays one.
+FINETUNE_INLINE vf vexp2(vf x) {
+  const vf bounded = x < -126.0f ? set1(-126.0f) : x;
+  const vf shifted = bounded + 12582912.0f;  // 1.5 * 2^23: the integer now stands in the low bits
+  const vf r = bounded - (shifted - 12582912.0f);
+  vf p = set1(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+  p *= (vf)(((vu)shifted + 127u) << 23);
+  return x < -126.0f ? vf{} : p;
+}
+
+// max that takes b where either is NaN (vmaxps does the same).
+FINETUNE_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+
+}  // namespace
+}  // namespace finetune::FINETUNE_LEVEL

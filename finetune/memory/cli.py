@@ -1,0 +1,169 @@
+"""`python -m finetune memory MODULE [--toy] [--key value …]` and `memory MODEL [--batch 8 --seq 4096 …]`: what training
+needs, by the formulas; nothing is loaded, trained or allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as jsonlib
+from typing import TYPE_CHECKING, Any
+
+from finetune import shapes
+from finetune.errors import UserError, nearest
+from finetune.memory.formulas import Setup, Shape, Term, block_saved, parameters, predict, shape_of, symbols
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MODELS: dict[str, dict[str, Any]] = {**shapes.LLAMA, **shapes.GPT}
+MEANING = {
+    **{"L": "layers", "C": "width", "F": "MLP width", "V": "vocabulary", "M": "maximum length"},
+    **{"H": "heads", "K": "key–value heads", "D": "head size", "P": "parameters"},
+    **{"B": "rows", "T": "tokens a row", "N": "tokens", "e": "bytes a number"},
+    **{"r": "LoRA rank", "R": "adapter parameters a block"},
+}
+
+
+def main(argv: list[str], json: bool = False) -> int:
+    """Prints the table; UserError for an unknown name or option, with the nearest known one."""
+    words = [word for word in argv if word not in ("-h", "--help")]
+    if len(words) < len(argv) or not words:
+        usage()
+        return 0
+    name, *rest = words
+    if name.startswith("-"):
+        raise UserError(f"the name comes first: memory MODULE|MODEL {name} …")
+    config, setup = plan(name, rest)
+    shape = shape_of(config)
+    if json:
+        print(jsonlib.dumps(as_json(name, shape, setup), indent=2, ensure_ascii=False))
+    else:
+        show(name, shape, setup)
+    return 0
+
+
+def plan(name: str, argv: list[str]) -> tuple[Any, Setup]:
+    """Model config and setup of a module under the settings in argv, or of a well-known model."""
+    from finetune import config, registry
+
+    modules = {info.name: info for info in registry.modules()}
+    if name in modules:
+        module = registry.load(modules[name])
+        if not hasattr(module, "memory_plan"):
+            raise UserError(f"module '{name}' has no memory plan; `memory` without a name lists the models it knows")
+        toy, given = "--toy" in argv, config.given(module.Config, [word for word in argv if word != "--toy"])
+        return module.memory_plan(dataclasses.replace(module.Config.toy() if toy else module.Config(), **given))
+    if name in MODELS:
+        return MODELS[name], Setup(**config.given(Setup, argv))  # type: ignore[arg-type]  # it has a Config's comments
+    hint = nearest(name, [*modules, *MODELS]) or "; `memory` without a name lists them"
+    raise UserError(f"unknown module or model '{name}'{hint}")
+
+
+def instead(shape: Shape, setup: Setup) -> dict[str, int]:
+    """Peaks of setups that differ in one thing, by the option that makes the difference."""
+    options: dict[str, dict[str, Any]] = {}
+    if setup.training:
+        options["--no-checkpointing" if setup.checkpointing else "--checkpointing"] = {
+            "checkpointing": not setup.checkpointing
+        }
+        other = {"flash": "naive", "naive": "flash"}[setup.attention]
+        options[f"--attention {other}"] = {"attention": other}
+        other = {"chunked": "full", "full": "chunked"}[setup.loss]
+        options[f"--loss {other}"] = {"loss": other}
+        rank = 0 if setup.lora_rank else 8
+        options[f"--lora-rank {rank}"] = {"lora_rank": rank, "lora_targets": "all"}
+    other = {"fp32": "bf16", "bf16": "fp32"}[setup.dtype]
+    options[f"--dtype {other}"] = {"dtype": other}
+    if setup.training:
+        options["--optimizer none"] = {"optimizer": "none"}
+    return {
+        option: predict(shape, dataclasses.replace(setup, **changes))[-1].bytes for option, changes in options.items()
+    }
+
+
+def as_json(name: str, shape: Shape, setup: Setup) -> dict[str, Any]:
+    return {
+        "name": name,
+        "parameters": parameters(shape),
+        "shape": dataclasses.asdict(shape),
+        "setup": dataclasses.asdict(setup),
+        "symbols": symbols(shape, setup),
+        "terms": [dataclasses.asdict(term) for term in predict(shape, setup)],
+        "instead": instead(shape, setup),
+    }
+
+
+def size(count: int) -> str:
+    """`1.50 GiB`, `24.0 MiB`, `512 B`."""
+    if count < 1 << 10:
+        return f"{count} B"
+    if count < 1 << 20:
+        return f"{count / (1 << 10):.1f} KiB"
+    return f"{count / (1 << 30):,.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"
+
+
+def headline(name: str, shape: Shape, setup: Setup) -> str:
+    count = parameters(shape)
+    number = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
+    what = "inference"
+    if setup.training:
+        kind = f"LoRA of rank {setup.lora_rank}" if setup.lora_rank else "full fine-tuning"
+        what = f"{kind} with {setup.optimizer.replace('adamw', 'AdamW')}"
+        what += ", checkpointed" if setup.checkpointing else ""
+        what += f", {setup.attention} attention, {setup.loss} loss"
+    return f"{name}: {number} parameters in {setup.dtype}, {what}, {setup.batch} × {setup.seq} tokens"
+
+
+def show(name: str, shape: Shape, setup: Setup) -> None:
+    from rich.console import Console
+
+    from finetune import machine
+
+    console = Console()
+    terms = predict(shape, setup)
+    console.print(f"[bold]{headline(name, shape, setup)}[/]")
+    listing(console, terms)
+    values = symbols(shape, setup)
+    used = [key for key in values if any(key in term.formula for term in terms) and (values[key] or key not in "rR")]
+    console.print(" · ".join(f"{key} {MEANING[key]} {values[key]:,}" for key in used), style="dim")
+    if setup.training and not setup.checkpointing:
+        saved = block_saved(shape, setup)
+        console.print(f"\nOne block keeps {size(sum(b for b, _ in saved.values()))} a token for its backward pass:")
+        listing(console, [Term(what, count, text, "") for what, (count, text) in saved.items()])
+    console.print("\nThe peak would be")
+    for option, peak in instead(shape, setup).items():
+        console.print(f"  {size(peak):>11}  with {option}")
+    total = machine.total_memory_bytes()
+    verdict = "fits" if terms[-1].bytes < total else "does not fit"
+    console.print(f"This machine has {size(total)}: it {verdict} here.")
+
+
+def listing(console: Console, terms: list[Term]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table("what", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("formula", overflow="fold")
+    if any(term.source for term in terms):
+        table.add_column("source", style="dim", overflow="fold")
+    for term in terms:
+        row = [term.name, size(term.bytes), term.formula, term.source][: len(table.columns)]
+        table.add_row(*row, style="bold" if term.name == "peak" else "")
+    console.print(table)
+
+
+def usage() -> None:
+    from rich.console import Console
+
+    from finetune import config, registry
+
+    console = Console()
+    console.print(
+        "memory MODULE \\[--toy] \\[--key value …]   what a run of the module needs (its settings: run MODULE --help)"
+    )
+    console.print("memory MODEL \\[--key value …]             what training or inference of a well-known model needs\n")
+    console.print("modules: " + (", ".join(info.name for info in registry.modules()) or "none yet"))
+    console.print("models:  " + ", ".join(MODELS) + "\n")
+    for field in config.describe(Setup):  # type: ignore[arg-type]
+        left = f"--{config.dashed(field.name)} {field.type_name}"
+        console.print(f"  {left:<32} {field.help} [dim](default {field.default})[/]", highlight=False)

@@ -1,0 +1,237 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) with grouped key/value heads (Ainslie et al. 2023,
+arXiv:2305.13245), padding by lengths and packed documents.
+
+    o[b, i, h] = Σ_j p_j v[b, j, h // (H / Hkv)],   p = softmax over the visible j of  scale · q[b, i, h] · k[b, j, h // …]
+    visible(b, i, j) = (j < lengths[b]) and (not causal or j <= i + Tk − Tq) and (i and j of one document)
+
+A query that sees no key gives 0. Arithmetic in fp32 whatever the dtype; the result is rounded once. The reference makes
+the whole (Tq, Tk) score matrix; the cpp kernel never does (FlashAttention-2, arXiv:2307.08691).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    if q.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[-1]):
+        raise ValueError(
+            f"attention: q must be (B, Tq, H, D), k and v (B, Tk, Hkv, D), got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    if lengths is not None and (cu_seqlens is not None or lengths.shape != q.shape[:1]):
+        raise ValueError("attention: lengths must be (B,), and excludes cu_seqlens")
+    if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
+        raise ValueError("attention: cu_seqlens needs B = 1 and as many queries as keys")
+
+
+def visible(q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """(B, Tq, Tk) bool: which key each query sees."""
+    (b, tq), tk = q.shape[:2], k.shape[1]
+    i = torch.arange(tq, device=q.device)[:, None]
+    j = torch.arange(tk, device=q.device)
+    mask = torch.ones(b, tq, tk, dtype=torch.bool, device=q.device)
+    if causal:
+        mask = mask & (j <= i + tk - tq)
+    if lengths is not None:
+        mask = mask & (j < lengths.to(q.device)[:, None, None])
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens.to(q.device).long(), j, right=True)  # (T,)
+        mask = mask & (document[:, None] == document)
+    return mask
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    check(q, k, v, lengths, cu_seqlens)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.to(wide).repeat_interleave(group, dim=2) for x in (k, v))  # (B, Tk, H, D)
+    scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), k) * scale
+    hidden = ~visible(q, k, causal, lengths, cu_seqlens)[:, None]  # (B, 1, Tq, Tk)
+    p = scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # a row without keys: NaN, then 0
+    return torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype)
+
+
+def overload(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+):
+    check(q, k, v, lengths, cu_seqlens)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return torch.ops.finetune.attention.default, (q, k, v, causal, scale, lengths, cu_seqlens)
+
+
+def cpp(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
+    call, args = overload(q, k, v, **kwargs)
+    return call(*args)[0]
+
+
+def cpp_supports(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> str | None:
+    return native_float(q, k, v)
+
+
+if not NATIVE_PROBLEM:
+
+    @torch.library.register_fake("finetune::attention")
+    def _(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        b, t, h, _d = q.shape
+        top, total = (q.new_empty(b, h, t, dtype=torch.float32) for _ in range(2))
+        return q.new_empty(q.shape), top, total
+
+    @torch.library.register_fake("finetune::attention_backward")
+    def _(
+        grad_o: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        top: Tensor,
+        total: Tensor,
+        causal: bool,
+        scale: float,
+        lengths: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def setup_context(ctx, inputs, output) -> None:
+        q, k, v, ctx.causal, ctx.scale, lengths, cu_seqlens = inputs
+        ctx.save_for_backward(q, k, v, *output, lengths, cu_seqlens)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_o, *_):
+        if grad_o is None:
+            return (None,) * 7
+        q, k, v, o, top, total, lengths, cu_seqlens = ctx.saved_tensors
+        grads = torch.ops.finetune.attention_backward(
+            grad_o, q, k, v, o, top, total, ctx.causal, ctx.scale, lengths, cu_seqlens
+        )
+        return *grads, None, None, None, None
+
+    torch.library.register_autograd("finetune::attention", backward, setup_context=setup_context)
+
+
+def samples() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(0)
+
+    def make(
+        name: str,
+        b: int,
+        tq: int,
+        tk: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        *,
+        size: float = 1.0,
+        bench: bool = False,
+        grad: bool = True,
+        **kwargs,
+    ) -> Sample:
+        q, k, v = (
+            torch.randn(b, t, h, dim, generator=g, dtype=torch.float64) * s
+            for t, h, s in ((tq, heads, size), (tk, kv_heads, size), (tk, kv_heads, 1.0))
+        )
+        pairs = 0.0  # (query, key, head) triples in which the query sees the key
+        if bench:
+            causal, lengths, documents = kwargs.get("causal", True), kwargs.get("lengths"), kwargs.get("cu_seqlens")
+            pairs = heads * visible(q, k, causal, lengths, documents).sum().item()
+        return Sample(
+            name,
+            (q, k, v),
+            kwargs,
+            grad=(0, 1, 2) if grad else (),
+            bench=bench,
+            flops=(4.0 + 10.0 * grad) * dim * pairs,
+            bytes=4.0 * (2 + 4 * grad) * (q.numel() + k.numel()),  # q k v → o; then do q k v o → dq dk dv
+        )
+
+    def ints(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype)
+
+    yield make("small", 1, 3, 3, 2, 1, 8)
+    yield make("one", 1, 1, 1, 1, 1, 1)
+    yield make("causal", 2, 37, 37, 2, 2, 16)
+    yield make("full", 1, 70, 70, 3, 1, 33, causal=False)
+    yield make("blocks", 1, 131, 131, 2, 1, 64)
+    yield make("grouped", 2, 67, 67, 6, 2, 24)
+    yield make("fewer queries", 2, 5, 83, 4, 2, 20)
+    yield make("many keys", 1, 21, 150, 2, 1, 7)
+    yield make("more queries", 1, 41, 29, 2, 1, 12)  # the first 12 rows see nothing
+    yield make("decode", 3, 1, 71, 4, 2, 40, lengths=ints(71, 13, 0))
+    yield make("lengths", 3, 45, 45, 2, 1, 16, lengths=ints(45, 17, 0, dtype=torch.int32))
+    yield make("full lengths", 3, 45, 50, 2, 1, 16, causal=False, lengths=ints(50, 1, 0))
+    yield make("packed", 1, 90, 90, 4, 2, 16, cu_seqlens=ints(0, 1, 1, 40, 67, 90))
+    yield make("packed full", 1, 90, 90, 2, 2, 10, causal=False, cu_seqlens=ints(0, 70, 90, dtype=torch.int32))
+    yield make("wide", 1, 19, 19, 2, 1, 256)
+    yield make("scaled", 1, 24, 24, 1, 1, 17, scale=0.05)
+    yield make("large logits", 1, 50, 50, 1, 1, 16, size=70.0)
+    yield make("no queries", 1, 0, 5, 2, 1, 8)
+    yield make("no batch", 0, 4, 4, 2, 1, 8)
+    q, k, v = make("", 2, 4, 23, 4, 4, 9).args
+    # (B, H, T, D) tensors seen as (B, T, H, D), and one whose D is not adjacent
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    yield Sample("strided", (*heads_first, v.transpose(1, 3).contiguous().transpose(1, 3)), grad=(0, 1, 2))
+
+    yield make("bench", 1, 1024, 1024, 8, 8, 64, bench=True)
+    yield make("bench grouped", 4, 512, 512, 9, 3, 64, bench=True)
+    yield make("bench short", 32, 128, 128, 4, 4, 64, bench=True)
+    ends = [0, 118, 241, 359, 483, 600, 724, 841, 960]
+    yield make("bench packed", 1, 960, 960, 9, 3, 64, bench=True, cu_seqlens=ints(*ends))
+    tokens = ints(*range(64, 513, 64))
+    yield make("bench decode", 8, 1, 512, 9, 3, 64, bench=True, grad=False, lengths=tokens, causal=False)
+
+
+op = Op("attention", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """q (B, Tq, H, D), k and v (B, Tk, Hkv, D) of one dtype, H a multiple of Hkv → (B, Tq, H, D). Gradients for all three.
+
+    causal: query i sees keys j <= i + Tk − Tq. lengths (B,): query rows of b see keys j < lengths[b] only.
+    cu_seqlens (N + 1,): B = 1 and Tq = Tk; tokens cu_seqlens[n] … cu_seqlens[n+1] − 1 are document n and see only it.
+    A query that sees no key gives 0. scale defaults to 1/√D.
+    """
+    return op(q, k, v, causal=causal, scale=scale, lengths=lengths, cu_seqlens=cu_seqlens, backend=backend)
