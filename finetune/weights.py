@@ -40,10 +40,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_safetensors(folder: Path, name: str = "model.safetensors") -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every weight of the folder. The tensors live in the mapped file: copy what you keep."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    index = folder / f"{name}.index.json"
+    single = folder / name
     if single.exists():
         files = [single]
     elif index.exists():
@@ -51,7 +51,7 @@ def read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     else:
         pickled = next(folder.glob("*.bin"), None)
         hint = f" ({pickled.name} is pickle, which is not read: convert it to safetensors)" if pickled else ""
-        raise UserError(f"{folder} holds no model.safetensors{hint}")
+        raise UserError(f"{folder} holds no {name}{hint}")
     for file in files:
         try:
             yield from read_shard(file)
