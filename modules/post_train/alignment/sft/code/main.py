@@ -1,0 +1,317 @@
+"""Supervised fine-tuning: the next token of the answers, given the questions. Reads top to bottom.
+
+    loss = − Σ_t m_t log p(x_t | x_<t) / Σ_t m_t        m_t = 1 for the tokens of an answer and its end, else 0
+
+Step 1 of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155). The README explains every metric and every choice.
+"""
+
+import json
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import torch
+
+from finetune import config, data, hub, lora, memory, ops, optim, shapes
+from finetune.data import Batch, Conversation, Document
+from finetune.errors import UserError
+from finetune.generate import generate
+from finetune.llama import Llama, LlamaConfig, read_config
+from finetune.tokenizer import Tokenizer
+from finetune.weights import read_json
+
+from .toy import CHANCE, directory, small_config, small_llama, small_tokenizer
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 30
+    checkpoint_every: int = 10
+    model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small new Llama
+    # JSONL with messages, or prompt and completion; none: Python's own documentation (scratch: a toy directory)
+    data: Path | None = None
+    method: Literal["lora", "full"] = "lora"  # train adapters on frozen weights, or all weights
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; adapters and optimizer stay in float32
+    rank: int = 8  # LoRA: rank of the update
+    alpha: float = 16.0  # LoRA: the update is scaled by alpha / rank
+    dropout: float = 0.0  # LoRA: chance that an input of the adapters is left out
+    targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers, by the ends of their names
+    lr: float = 1e-3  # peak learning rate
+    warmup: int = 3  # steps until the peak; from there a cosine falls to a tenth
+    weight_decay: float = 0.0  # AdamW's, on matrices only
+    clip: float = 1.0  # largest norm of the gradient
+    batch: int = 2  # rows of a step
+    accumulate: int = 1  # parts in which a step is computed one after the other, for less memory
+    max_length: int = 480  # tokens of a row; longer conversations are cut
+    packing: bool = True  # fill rows with several conversations, which do not see each other
+    checkpointing: bool = False  # keep only the blocks' inputs and compute the rest again: less memory, more time
+    eval_rows: int = 40  # held-out conversations to evaluate on
+    eval_every: int = 10  # steps between two evaluations; 0: only before and after
+    samples: int = 3  # questions to answer before and after
+    shuffle_answers: bool = False  # control: every question gets another one's answer, so there is nothing to learn
+
+    @classmethod
+    def toy(cls) -> "Config":
+        return cls(
+            steps=200, model="scratch", method="full", lr=3e-3, warmup=20, batch=8, max_length=160,
+            eval_rows=128, eval_every=25, samples=4, checkpoint_every=50,
+        )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"rank": 1, "batch": 1, "accumulate": 1, "max_length": 8, "eval_rows": 1, "eval_every": 0, "samples": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                key = config.dashed(name)
+                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
+        if self.accumulate > self.batch:
+            raise UserError(f"--accumulate {self.accumulate}: a step of {self.batch} rows has no so many parts")
+
+
+# --- The algorithm: what is predicted, a step, the loop
+
+
+def sft_loss(model: Llama, batch: Batch, reduction: Literal["mean", "sum"] = "mean") -> torch.Tensor:
+    """Cross entropy (nats) of the learnt tokens of a packed batch; scalar fp32. The logits never exist at once."""
+    hidden = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, hidden=True)  # (1, T, C)
+    return ops.linear_cross_entropy(hidden[0], model.head_weight, batch.targets[0], reduction=reduction)
+
+
+def accumulate_gradients(model: Llama, parts: Sequence[Batch]) -> float:
+    """Adds the gradient of the mean loss over all learnt tokens of `parts`; that loss.
+
+    Every token counts the same, in whichever part it is: a mean of the parts' means would favour short answers.
+    """
+    learnt = sum(batch.learnt for batch in parts)
+    total = 0.0
+    for batch in parts:
+        loss = sft_loss(model, batch, reduction="sum") / learnt
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def main(cfg: Config, run):
+    sets = load_data(cfg)
+    model, tokenizer = load_model(cfg, sets, run)
+    documents = {name: tokenized(cfg, name, rows, tokenizer, run) for name, rows in sets.items()}
+    train = documents.pop("train")
+    if cfg.method == "lora":
+        targets, start = cfg.targets.split(","), run.generator("lora")
+        lora.apply_lora(model, cfg.rank, cfg.alpha, cfg.dropout, targets, start)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = optim.AdamW(optim.decay_groups(trained.values(), cfg.weight_decay), lr=cfg.lr)
+    model.gradient_checkpointing = cfg.checkpointing
+    rows = data.pack([len(d) for d in train], cfg.max_length) if cfg.packing else [[i] for i in range(len(train))]
+    tokens, learnt = sum(map(len, train)), sum(d.learnt for d in train)
+    run.say(
+        f"{len(train)} conversations in {len(rows)} rows, {tokens:,} tokens of which {learnt:,} are learnt; "
+        f"{sum(p.numel() for p in trained.values()):,} parameters are trained"
+    )
+
+    run.say(f"evaluating the model as it is on {', '.join(f'{len(d)} {name}' for name, d in documents.items())} …")
+    before = evaluate(model, documents, cfg)
+    questions = sets.get("unseen_topics", sets["held_out"])[: cfg.samples]
+    answers_before = answers(model, tokenizer, questions)
+    if not run.resume:
+        run.log(0, **before)
+
+    def micro_batches(step: int) -> list[Batch]:
+        chosen = data.batch_indices(len(rows), cfg.batch, step, lambda epoch: run.generator("epoch", epoch))
+        bounds = [i * cfg.batch // cfg.accumulate for i in range(cfg.accumulate + 1)]
+        parts = [[train[i] for row in chosen[a:b] for i in rows[row]] for a, b in pairwise(bounds)]
+        return [data.collate(part) for part in parts]
+
+    speeds = []
+    for step in run.steps(cfg.steps, {"trained": trained, "optimizer": optimizer}):
+        began = perf_counter()
+        parts = micro_batches(step)
+        loss = accumulate_gradients(model, parts)
+        norm = ops.clip_grad_norm_([p.grad for p in trained.values()], cfg.clip)
+        lr = optim.cosine(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 10)
+        optimizer.step(lr=lr)
+        optimizer.zero_grad()
+        speeds.append(sum(b.tokens.numel() for b in parts) / (perf_counter() - began))
+        run.log(step, loss=loss, grad_norm=norm, lr=lr)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
+            run.log(step, **evaluate(model, documents, cfg))
+
+    after = evaluate(model, documents, cfg)
+    if cfg.steps:
+        run.log(cfg.steps - 1, **after)
+    save(cfg, model, tokenizer, run.dir / "model")
+    compared = zip(questions, answers_before, answers(model, tokenizer, questions), strict=True)
+    run.samples(
+        f"answers of the model to {'unseen topics' if 'unseen_topics' in sets else 'held-out questions'}",
+        [
+            {"question": row[-2]["content"], "before": old, "after": new, "wanted": row[-1]["content"]}
+            for row, old, new in compared
+        ],
+    )
+    judge(cfg, run, before, after)
+    measure_memory(cfg, run, model, optimizer, micro_batches(0)[0])
+    return {
+        "trained_parameters": sum(p.numel() for p in trained.values()),
+        "loss_before": before["held_out_loss"],
+        "tokens_per_second": sorted(speeds)[len(speeds) // 2] if speeds else None,
+    }
+
+
+# --- Data
+
+
+def load_data(cfg: Config) -> dict[str, list[Conversation]]:
+    """train, held_out and, of Python's documentation, unseen_topics; the latter two no larger than cfg.eval_rows."""
+    if cfg.data is not None:
+        train, held_out = split(data.read_jsonl(cfg.data), cfg.data)
+        sets = {"train": train, "held_out": held_out}
+    elif cfg.model == "scratch":
+        train, held_out = directory(cfg.seed)
+        sets = {"train": train, "held_out": held_out}
+    else:
+        names = ("train", "held_out", "unseen_topics")
+        parts = data.split_pairs(data.python_pairs())
+        sets = {name: [pair.conversation() for pair in part] for name, part in zip(names, parts, strict=True)}
+    for name in sets:
+        if name != "train":  # the same for every seed, so that seeds can be compared
+            sets[name] = random.Random(0).sample(sets[name], min(cfg.eval_rows, len(sets[name])))
+    if cfg.shuffle_answers:
+        sets["train"] = shuffled(sets["train"], cfg.seed)
+    return sets
+
+
+def split(rows: list[Conversation], source: Path) -> tuple[list[Conversation], list[Conversation]]:
+    """(training, held-out): a twentieth of the different rows is held out, always the same ones."""
+    keyed = [(zlib.crc32(json.dumps(row).encode()), row) for row in rows]
+    keys = sorted({key for key, _ in keyed})
+    if len(keys) < 2:
+        raise UserError(f"{source} has one row only: a second, different one is needed to evaluate on")
+    held_out = set(keys[: max(1, len(keys) // 20)])
+    return [row for key, row in keyed if key not in held_out], [row for key, row in keyed if key in held_out]
+
+
+def shuffled(rows: list[Conversation], seed: int) -> list[Conversation]:
+    """The rows with their last answers dealt out anew."""
+    dealt = random.Random(seed).sample(rows, len(rows))
+    return [[*row[:-1], other[-1]] for row, other in zip(rows, dealt, strict=True)]
+
+
+def tokenized(cfg: Config, name: str, rows: list[Conversation], tokenizer: Tokenizer, run) -> list[Document]:
+    documents, cut, dropped = data.tokenize(rows, tokenizer.render, cfg.max_length)
+    if cut or dropped:
+        run.say(
+            f"{name}: of {len(rows)} conversations {cut} were cut to {cfg.max_length} tokens and {dropped} left out"
+        )
+    return documents
+
+
+# --- Model
+
+
+def load_model(cfg: Config, sets: dict[str, list[Conversation]], run) -> tuple[Llama, Tokenizer]:
+    dtype = getattr(torch, cfg.dtype)
+    if cfg.model == "scratch":
+        tokenizer = small_tokenizer(sets["train"])
+        model = small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(dtype)
+    else:
+        source = hub.resolve(cfg.model, run.console)
+        tokenizer, model = Tokenizer.from_pretrained(source), Llama.from_pretrained(source, dtype)
+    if cfg.max_length > model.config.max_length:
+        raise UserError(f"--max-length {cfg.max_length}: the model's own is {model.config.max_length}")
+    return model, tokenizer
+
+
+def save(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
+    """The adapter as peft opens it, or the whole model as transformers does, with the tokenizer."""
+    if cfg.method == "lora" and cfg.model != "scratch":
+        lora.save_adapter(model, folder, str(hub.resolve(cfg.model)))
+        tokenizer.save_pretrained(folder)
+    else:
+        lora.merge(model)
+        model.save_pretrained(folder, tokenizer)
+
+
+# --- Evaluation
+
+
+@torch.no_grad()
+def evaluate(model: Llama, documents: dict[str, list[Document]], cfg: Config) -> dict[str, float]:
+    """Mean loss (nats) over the learnt tokens of each set and, of a model from scratch, the share of answers whose
+    every token is the likeliest: those that greedy decoding gives."""
+    model.eval()
+    found = {}
+    for name, part in documents.items():
+        batches = [data.collate([part[i] for i in row]) for row in data.pack([len(d) for d in part], cfg.max_length)]
+        found[f"{name}_loss"] = sum(sft_loss(model, b, "sum").item() for b in batches) / sum(b.learnt for b in batches)
+        if cfg.model == "scratch":
+            right = [r for batch in batches for r in answered(model, batch)]
+            found[f"{name}_accuracy"] = sum(right) / len(right)
+    model.train()
+    return found
+
+
+def answered(model: Llama, batch: Batch) -> list[bool]:
+    """For each document: is every learnt token the likeliest one?"""
+    logits = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens)[0]  # (T, V)
+    right = (logits.argmax(-1) == batch.targets[0]) | (batch.targets[0] == data.IGNORE)
+    return [bool(part.all()) for part in right.tensor_split(batch.cu_seqlens[1:-1].long())]
+
+
+def answers(model: Llama, tokenizer: Tokenizer, rows: Sequence[Conversation], max_new_tokens: int = 64) -> list[str]:
+    """What the model says in place of each conversation's last message, greedily."""
+    if not rows:
+        return []
+    prompts = [tokenizer.render(row[:-1], add_generation_prompt=True)[0] for row in rows]
+    room = model.config.max_length - max(map(len, prompts))
+    stops = [tokenizer.backend.token_to_id("<|im_end|>"), tokenizer.eos_id]
+    model.eval()
+    new = generate(model, prompts, min(max_new_tokens, room), stop_ids=[i for i in stops if i is not None])
+    model.train()
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+
+
+def judge(cfg: Config, run, before: dict[str, float], after: dict[str, float]) -> None:
+    """The bars of the default setting and of the toy; whatever else is run has to beat the model it began with."""
+    falls = {} if cfg.data or cfg.model != "smollm2" else {"held_out_loss": 0.25, "unseen_topics_loss": 0.10}
+    for name, value in after.items():
+        if name.endswith("_accuracy"):
+            run.judge(name, value, baseline=CHANCE, target=None if cfg.data else 0.9)
+        else:
+            target = before[name] * (1 - falls[name]) if name in falls else None
+            run.judge(name, value, baseline=before[name], target=target, higher=False)
+
+
+# --- Memory
+
+
+def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
+    """What is trained and how, for the formulas; nothing is loaded."""
+    if cfg.model == "scratch":
+        shape = small_config(small_tokenizer(load_data(cfg)["train"]).vocab_size, cfg.max_length)
+    elif cfg.model == "smollm2":
+        shape = LlamaConfig(**shapes.LLAMA["smollm2-135m"])
+    else:
+        source = hub.resolve(cfg.model)
+        shape = read_config(read_json(source / "config.json"), source)
+    return shape, memory.Setup(
+        batch=1,
+        seq=cfg.max_length * -(-cfg.batch // cfg.accumulate),  # a part's rows lie end to end in one
+        dtype="fp32" if cfg.dtype == "float32" else "bf16",
+        lora_rank=cfg.rank if cfg.method == "lora" else 0,
+        lora_targets=cfg.targets,
+        checkpointing=cfg.checkpointing,
+    )
+
+
+def measure_memory(cfg: Config, run, model: Llama, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    _, setup = memory_plan(cfg)
+    setup = replace(setup, seq=batch.tokens.numel())
+    run.say("measuring the memory of a step …")
+    run.memory(
+        memory.for_training(model.config, setup, model=model, optimizer=optimizer, loss=lambda: sft_loss(model, batch))
+    )
