@@ -12,10 +12,11 @@ from finetune.llama import Llama, LlamaConfig
 from finetune.tokenizer import Tokenizer
 
 CHANCE = 0.1
-NAMES = (  # noqa: SIM905: forty quoted words are no easier to read
-    "Ada Amir Anna Ben Bela Cleo Chen Dan Dora Emil Eve Finn Fay Gus Gita Hal Hana Ida Ivo Jon "
-    "June Kim Kofi Leo Lin Mia Max Ned Nora Ola Omar Pia Paul Quinn Rosa Ravi Sam Sue Tom Tara"
-).split()
+NAMES = [
+    "Ada", "Amir", "Anna", "Ben", "Bela", "Cleo", "Chen", "Dan", "Dora", "Emil", "Eve", "Finn", "Fay", "Gus",
+    "Gita", "Hal", "Hana", "Ida", "Ivo", "Jon", "June", "Kim", "Kofi", "Leo", "Lin", "Mia", "Max", "Ned",
+    "Nora", "Ola", "Omar", "Pia", "Paul", "Quinn", "Rosa", "Ravi", "Sam", "Sue", "Tom", "Tara",
+]  # fmt: skip
 WORDINGS = (  # no name begins a text: without a space before it it would be another token
     "On which {what} does {name} live?",
     "Which {what} is {name} at?",
