@@ -22,7 +22,7 @@ from finetune.checkpoint import atomic_write
 from finetune.errors import UserError, nearest
 from finetune.llama import from_hf, to_hf
 
-TARGETS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # all linear layers of a Llama's blocks
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before a Hugging Face name
 

@@ -40,7 +40,7 @@ class Config(config.Config):
     rank: int = 8  # LoRA: rank of the update
     alpha: float = 16.0  # LoRA: the update is scaled by alpha / rank
     dropout: float = 0.0  # LoRA: chance that an input of the adapters is left out
-    targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers, by the ends of their names
+    targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers
     lr: float = 1e-3  # peak learning rate
     warmup: int = 3  # steps until the peak; from there a cosine falls to a tenth
     weight_decay: float = 0.0  # AdamW's, on matrices only
@@ -69,6 +69,10 @@ class Config(config.Config):
             if getattr(self, name) < bound:
                 key = config.dashed(name)
                 raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
+        for target in self.targets.split(","):
+            if target not in lora.TARGETS:
+                known = ", ".join(lora.TARGETS)
+                raise UserError(f"--targets: '{target}' is no linear layer of a Llama: they are {known}")
         if self.accumulate > self.batch:
             raise UserError(f"--accumulate {self.accumulate}: a step of {self.batch} rows has no so many parts")
 
