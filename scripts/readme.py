@@ -1,29 +1,81 @@
-"""Renews the generated parts of README.md (the table of modules); `--check` only says whether they are current."""
+"""Writes the generated parts of the READMEs.
 
+    python scripts/readme.py [--run RUN_FOLDER …]
+
+The table of modules comes from their module.toml. With --run, what a finished default run measured goes into its
+module's README; that of sft, as the main job, into README.md too.
+"""
+
+import argparse
+import io
+import json
+import re
 import sys
 from pathlib import Path
 
-from finetune.registry import modules
+from rich.console import Console
 
-README = Path(__file__).parents[1] / "README.md"
+from finetune import display, registry
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+def block(text: str, name: str, content: str) -> str:
+    """`text` with `content` between <!-- name --> and <!-- /name -->."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}{content}{end}{rest.split(end, 1)[1]}"
 
 
 def table() -> str:
     rows = ["| module | group | what you do in it |", "|---|---|---|"]
-    rows += [f"| [{m.name}](modules/{m.group}/{m.name}) | {m.group} | {m.summary} |" for m in modules()]
-    return "\n".join(rows)
+    rows += [f"| [{m.name}](modules/{m.group}/{m.name}) | {m.group} | {m.summary} |" for m in registry.modules()]
+    return "\n".join(rows) + "\n"
+
+
+def measured(folder: Path) -> str:
+    """What the run showed at its end, as text."""
+    summary, settings = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "config"))
+    judged = {
+        name: {
+            "baseline": summary["baseline"].get(name),
+            "target": summary["target"].get(name),
+            "higher": summary["higher_is_better"][name],
+            "passed": passed,
+        }
+        for name, passed in summary["reached"].items()
+    }
+    console = Console(file=io.StringIO(), width=112)
+    for part in json.loads((folder / "samples.json").read_text()):
+        display.samples(console, part["title"], part["rows"])
+    display.memory(console, summary["memory"])
+    display.closing(console, summary, judged, Path("RUN"))
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    shown = re.sub(r"\n{2,}", "\n\n", "\n".join(lines[:-1])).strip()
+    machine = settings["machine"]
+    where = f"{machine['cpu']}, {settings['config']['threads']} threads, Python {settings['versions']['python']}"
+    return f"```text\n$ python -m finetune run {summary['module']}        # {where}\n{shown}\n```\n"
 
 
 def main() -> int:
-    text = README.read_text()
-    before, rest = text.split("<!-- modules -->\n", 1)
-    after = rest.split("<!-- /modules -->", 1)[1]
-    new = f"{before}<!-- modules -->\n{table()}\n<!-- /modules -->{after}"
-    if "--check" in sys.argv:
-        if new != text:
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--check", action="store_true", help="change nothing; status 1 if the table is not current")
+    p.add_argument("--run", nargs="+", type=Path, default=[], metavar="FOLDER", help="finished default runs to show")
+    wanted = p.parse_args()
+    text = block(README.read_text(), "modules", table())
+    if wanted.check:
+        if text != README.read_text():
             print("README.md is not current: python scripts/readme.py")
-        return int(new != text)
-    README.write_text(new)
+        return int(text != README.read_text())
+    for folder in wanted.run:
+        shown = measured(folder)
+        name = json.loads((folder / "summary.json").read_text())["module"]
+        page = registry.find(name).folder / "README.md"
+        page.write_text(block(page.read_text(), "measured", shown))
+        if name == "sft":
+            text = block(text, "run", shown)
+    README.write_text(text)
     return 0
 
 

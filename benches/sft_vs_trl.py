@@ -1,0 +1,413 @@
+"""One SFT step with LoRA beside TRL's SFTTrainer: seconds and memory on the same rows, weights, adapters and threads.
+
+    python benches/sft_vs_trl.py [--steps 5] [--rows 64] [--threads 2] [--dtype float32 bfloat16] [--json FILE]
+                                 [--trl-checkpointing | --no-trl-checkpointing] [--checkpointing] [--model FOLDER]
+
+Each side is a process of its own, so its peak resident set is its own, and they take turns step by step, so other work
+on the machine meets all; a ratio is the median of the rounds' ratios (above 1: ours is faster). TRL runs twice, with
+gradient checkpointing (its default, and its leanest) and without (its fastest). The first step is not timed: it is
+where both must give the same loss, or nothing is timed. Needs the peers extra: pip install -e '.[peers]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import data, machine
+from finetune.errors import UserError
+
+BATCH, TOKENS = 8, 960  # rows of a step, and about how many tokens they are to have
+RANK, ALPHA, LR, CLIP = 8, 16.0, 1e-3, 1.0
+# float32: rounding. bfloat16: TRL computes the adapters and the head in bfloat16 too, ours in float32.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+SIDES = {  # name → (which, gradient checkpointing)
+    "ours": ("ours", False),
+    "ours, checkpointing": ("ours", True),
+    "TRL, checkpointing (default)": ("trl", True),
+    "TRL, no checkpointing": ("trl", False),
+}
+
+# --- the two sides, each in a process of its own. One line "step" comes in, one JSON object a step goes out.
+
+
+def ours(task: dict[str, Any], turn: Turn) -> None:
+    """The step of modules/post_train/alignment/sft, from its own functions."""
+    import torch
+
+    from finetune import lora, ops, optim, registry
+    from finetune.llama import Llama
+
+    sft = registry.load(registry.find("sft"))
+    model = Llama.from_pretrained(task["model"], getattr(torch, task["dtype"]))
+    lora.load_adapter(model, task["adapter"])
+    model.gradient_checkpointing = task["checkpointing"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optim.AdamW(optim.decay_groups(trained, 0.0), lr=LR)
+    documents = [data.Document(row["input_ids"], row["assistant_masks"]) for row in task["rows"]]
+
+    turn.ready()
+    for step in range(task["steps"]):
+        turn.wait()
+        chosen = [documents[(step * BATCH + i) % len(documents)] for i in range(BATCH)]
+        loss = sft.accumulate_gradients(model, [data.collate(chosen)])
+        norm = ops.clip_grad_norm_([p.grad for p in trained], CLIP)
+        optimizer.step(lr=LR)
+        optimizer.zero_grad()
+        turn.done(loss, float(norm))
+
+
+def trl(task: dict[str, Any], turn: Turn) -> None:
+    """SFTTrainer at its defaults (padded rows, no packing, its fused head) but for what both sides share."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class TakeTurns(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            turn.ready()
+            turn.wait()
+
+        def on_log(self, args, state, control, logs, **_):  # a step's last act, with its loss
+            if "loss" in logs:
+                turn.done(logs["loss"], logs["grad_norm"])
+                if state.global_step < state.max_steps:
+                    turn.wait()
+
+    config = SFTConfig(
+        output_dir=task["folder"],
+        gradient_checkpointing=task["checkpointing"],
+        per_device_train_batch_size=BATCH,
+        max_steps=task["steps"],
+        train_sampling_strategy="sequential",  # as ours: the rows in order, again and again
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=CLIP,
+        optim="adamw_torch",
+        bf16=task["dtype"] == "bfloat16",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(task["model"], dtype=getattr(torch, task["dtype"])),
+        config,
+        # TRL takes `assistant_masks` of rows that are tokens already as it takes those that it makes itself.
+        train_dataset=Dataset.from_list(task["rows"]),
+        processing_class=AutoTokenizer.from_pretrained(task["model"]),
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[TakeTurns()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    set_peft_model_state_dict(trainer.model, load_file(Path(task["adapter"], "adapter_model.safetensors")))
+    trainer.train()
+
+
+class Turn:
+    """A worker's end of the pipe, its clocks and its memory."""
+
+    def __init__(self) -> None:
+        self.out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print must not get into the pipe
+
+    def send(self, **values: Any) -> None:
+        print(json.dumps(values), file=self.out, flush=True)
+
+    def ready(self) -> None:
+        """Everything is loaded: memory grows from here."""
+        reset = machine.reset_peak_rss()
+        self.loaded = machine.peak_rss_bytes(since_reset=True) if reset else None
+        self.send(loaded=self.loaded)
+
+    def wait(self) -> None:
+        if not sys.stdin.readline():
+            sys.exit(0)  # the parent has gone, or has seen enough
+        self.began = time.perf_counter(), time.process_time()
+
+    def done(self, loss: float, grad_norm: float) -> None:
+        seconds, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+        growth = None if self.loaded is None else machine.peak_rss_bytes(since_reset=True) - self.loaded
+        peak = machine.peak_rss_bytes()
+        self.send(loss=loss, grad_norm=grad_norm, seconds=seconds, cpu=cpu, peak=peak, growth=growth)
+
+
+def work(name: str, task_file: str) -> None:
+    import torch
+
+    turn = Turn()
+    task = json.loads(Path(task_file).read_text())
+    which, task["checkpointing"] = SIDES[name]
+    torch.set_num_threads(task["threads"])
+    {"ours": ours, "trl": trl}[which](task, turn)
+
+
+# --- the parent
+
+
+class Worker:
+    """One side's process as the parent sees it."""
+
+    def __init__(self, name: str, task_file: Path, threads: int) -> None:
+        self.name, self.log = name, task_file.parent / f"{list(SIDES).index(name)}.log"
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--worker", name, str(task_file)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env,
+            )  # fmt: skip
+
+    def read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            raise UserError(f"{self.name} died, exit status {self.process.wait()}:\n{self.log.read_text()[-2000:]}")
+        return json.loads(line)
+
+    def step(self) -> dict[str, Any]:
+        try:
+            print("step", file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # it has died: read() says of what
+        return self.read()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def choose_rows(model: Path, count: int) -> list[dict[str, list[int]]]:
+    """`count` of the longer questions and answers on Python's documentation, on average TOKENS / BATCH tokens long."""
+    from finetune.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(model)
+    train, _, _ = data.split_pairs(data.python_pairs())
+    rendered = sorted((tokenizer.render(pair.conversation()) for pair in train), key=lambda row: -len(row[0]))
+    total = kept = 0
+    while kept < len(rendered) and (total + len(rendered[kept][0])) / (kept + 1) >= TOKENS / BATCH:
+        total += len(rendered[kept][0])
+        kept += 1
+    if kept < count:
+        raise UserError(f"--rows {count}: only {kept} rows average {TOKENS // BATCH} tokens")
+    chosen = random.Random(0).sample(rendered[:kept], count)
+    return [{"input_ids": ids, "assistant_masks": mask} for ids, mask in chosen]
+
+
+def make_adapter(model: Path, folder: Path) -> None:
+    """The adapter that all sides start from; its B is 0."""
+    import torch
+
+    from finetune import lora
+    from finetune.llama import Llama
+
+    llama = Llama.from_pretrained(model, torch.bfloat16)  # the adapter's dtype is float32 all the same
+    lora.apply_lora(llama, RANK, ALPHA, generator=torch.Generator().manual_seed(0))
+    lora.save_adapter(llama, folder, str(model))
+
+
+def disagreement(losses: dict[str, float], tolerance: float) -> str | None:
+    """Why the sides do not compute the same, if so; a NaN never agrees."""
+    first = losses["ours"]
+    for name, loss in losses.items():
+        if not abs(loss - first) <= tolerance * abs(first):
+            return f"not timed: the loss of step 1 is {loss:.6f} for {name} but {first:.6f} for ours"
+    return None
+
+
+Steps = dict[str, list[dict[str, Any]]]  # of each side
+
+
+def measure(args: argparse.Namespace, dtype: str, sides: list[str], task: dict[str, Any], tick: Callable) -> Steps:
+    """Starts the sides, checks that they agree at step 1, and lets them take turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        task_file = Path(folder, "task.json")
+        task |= {"dtype": dtype, "threads": args.threads, "steps": args.steps + 1, "folder": folder}
+        task_file.write_text(json.dumps(task))
+        workers: list[Worker] = []
+        try:
+            for name in sides:
+                tick(f"{dtype}: loading {name}")
+                workers.append(Worker(name, task_file, args.threads))
+                workers[-1].read()
+            steps: Steps = {name: [] for name in sides}
+            for number in range(args.steps + 1):
+                for worker in workers if number % 2 else workers[::-1]:
+                    tick(f"{dtype}: step {number}, {worker.name}")
+                    steps[worker.name].append(worker.step())
+                if number == 0 and (
+                    reason := disagreement({n: s[0]["loss"] for n, s in steps.items()}, TOLERANCE[dtype])
+                ):
+                    raise UserError(reason)
+        finally:
+            for worker in workers:
+                worker.stop()
+    return steps
+
+
+@dataclass(frozen=True)
+class Spread:
+    median: float
+    p20: float
+    p80: float
+
+    @staticmethod
+    def of(values: list[float]) -> Spread:
+        ordered = sorted(values)
+        last = len(ordered) - 1
+        return Spread(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
+
+
+def summarise(steps: Steps, batches: list[list[int]]) -> dict[str, dict[str, Any]]:
+    """Of each side: time, memory, its ratio to ours and how far its losses stray. `batches`: the lengths of the rows
+    of each step, the first one included, which is not timed."""
+    tokens = [sum(lengths) for lengths in batches]
+    found = {}
+    for name, all_steps in steps.items():
+        timed, mine = all_steps[1:], steps["ours"][1:]
+        pairs = list(zip(timed, mine, strict=True))
+        speeds = [n / step["seconds"] for n, step in zip(tokens[1:], timed, strict=True)]
+        growths = [step["growth"] for step in all_steps if step["growth"] is not None]
+        found[name] = {
+            "seconds": vars(Spread.of([step["seconds"] for step in timed])),
+            "cpu_seconds": vars(Spread.of([step["cpu"] for step in timed])),
+            "tokens_per_second": statistics.median(speeds),
+            "peak": max(step["peak"] for step in all_steps),
+            "growth": max(growths) if growths else None,
+            "ratio": vars(Spread.of([a["seconds"] / b["seconds"] for a, b in pairs])),
+            "cpu_ratio": vars(Spread.of([a["cpu"] / b["cpu"] for a, b in pairs])),
+            "loss_difference": max(
+                abs(a["loss"] / b["loss"] - 1) for a, b in zip(all_steps, steps["ours"], strict=True)
+            ),
+        }
+    return found
+
+
+def linear_gflop(batches: list[list[int]], parameters: int, padded: bool, checkpointing: bool) -> float:
+    """Matrix products of a step with the blocks' frozen weights, ×1e-9: forward, input's gradient, and the forward
+    pass again if it is not kept. Padding is computed like any token."""
+    tokens = statistics.mean(len(lengths) * max(lengths) if padded else sum(lengths) for lengths in batches)
+    return 2e-9 * parameters * tokens * (3 if checkpointing else 2)
+
+
+def show(console: Any, title: str, found: dict[str, dict[str, Any]], gflop: dict[str, float]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in ("side", "s/step", "p20 … p80", "CPU s", "tokens/s", "GFLOP", "peak RSS", "growth"):
+        table.add_column(column, justify="left" if column == "side" else "right", no_wrap=True)
+    for name, side in found.items():
+        s = side["seconds"]
+        table.add_row(
+            name, f"{s['median']:.2f}", f"{s['p20']:.2f} … {s['p80']:.2f}", f"{side['cpu_seconds']['median']:.2f}",
+            f"{side['tokens_per_second']:.0f}", f"{gflop[name]:.0f}", mib(side["peak"]), mib(side["growth"]),
+        )  # fmt: skip
+    console.print(table)
+    mine = found["ours"]
+    for name, side in found.items():
+        if name == "ours":
+            continue
+        ratio, cpu = side["ratio"], side["cpu_ratio"]["median"]
+        colour = "green" if ratio["median"] >= 1.5 else "yellow" if ratio["median"] >= 1 else "red"
+        less = side["peak"] >= mine["peak"]
+        console.print(
+            f"{name} / ours: [{colour}]{ratio['median']:.2f}×[/] ({ratio['p20']:.2f} … {ratio['p80']:.2f}) the time, "
+            f"{cpu:.2f}× the CPU time; peak [{'green' if less else 'red'}]{side['peak'] / mine['peak']:.2f}×[/]; "
+            f"losses within {side['loss_difference']:.0e}"
+        )
+
+
+def mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:,.0f} MiB"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--steps", type=int, default=5, help="timed steps of each side (5)")
+    p.add_argument("--rows", type=int, default=64, help=f"rows in all, a multiple of {BATCH} (64)")
+    p.add_argument("--threads", type=int, default=machine.physical_cores(), help="threads of each side (the cores)")
+    p.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=["float32"], help="of the weights (float32)")
+    p.add_argument("--trl-checkpointing", action=argparse.BooleanOptionalAction, help="only this setting of TRL (both)")
+    p.add_argument("--checkpointing", action="store_true", help="ours with gradient checkpointing too")
+    p.add_argument("--model", default="smollm2", help="a model folder, or smollm2 (smollm2)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.steps < 1 or args.rows < BATCH or args.rows % BATCH or args.threads < 1:
+        raise UserError(f"--steps and --threads must be at least 1, --rows a multiple of {BATCH}")
+
+    from rich.console import Console
+
+    from finetune import hub
+    from finetune.llama import read_config
+    from finetune.weights import read_json
+
+    console, progress = Console(width=None if sys.stdout.isatty() else 130), Console(stderr=True)
+    model = hub.resolve(args.model, progress)
+    rows = choose_rows(model, args.rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    batches = [[lengths[(s * BATCH + i) % args.rows] for i in range(BATCH)] for s in range(args.steps + 1)]
+    shape = read_config(read_json(model / "config.json"), model)
+    per_block = shape.dim * (shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.hidden)
+    sides = [name for name, (which, on) in SIDES.items() if wanted(args, which, on)]
+    gflop = {n: linear_gflop(batches[1:], shape.layers * per_block, w == "trl", on) for n, (w, on) in SIDES.items()}
+    real, padded = sum(map(sum, batches[1:])), sum(BATCH * max(b) for b in batches[1:])
+    console.print(
+        f"{machine.cpu_name()}, {args.threads} threads, load {os.getloadavg()[0]:.1f}; {args.rows} rows, "
+        f"{real / args.steps:.0f} tokens a step, {padded / args.steps:.0f} with TRL's padding"
+    )
+    report: dict[str, Any] = {"cpu": machine.cpu_name(), "threads": args.threads, "versions": versions(), "dtypes": {}}
+    report |= {"tokens": real / args.steps, "padded_tokens": padded / args.steps, "linear_gflop": gflop}
+    with tempfile.TemporaryDirectory() as adapter, progress.status("preparing") as status:
+        make_adapter(model, Path(adapter))
+        for dtype in args.dtype:
+            task = {"model": str(model), "adapter": adapter, "rows": rows}
+            steps = measure(args, dtype, sides, task, status.update)
+            found = summarise(steps, batches)
+            report["dtypes"][dtype] = {"steps": steps, "summary": found}
+            show(console, f"one SFT step of {BATCH} rows, LoRA r={RANK}, {dtype}", found, gflop)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def wanted(args: argparse.Namespace, which: str, checkpointing: bool) -> bool:
+    if which == "ours":
+        return args.checkpointing or not checkpointing
+    return args.trl_checkpointing in (None, checkpointing)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work(*sys.argv[2:])
+        sys.exit(0)
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
