@@ -74,7 +74,8 @@ REGISTRY: dict[str, Op] = {}
 
 
 class Op:
-    """See the module's text. `samples()` yields the op's `Sample`s."""
+    """See the module's text. `samples()` yields the op's `Sample`s. `torch_kernel`: torch's own fused form of the op,
+    if it has one; like the reference it shows what accuracy torch achieves (`_check`)."""
 
     def __init__(
         self,
@@ -82,8 +83,9 @@ class Op:
         reference: Callable[..., Any],
         backends: dict[str, Backend],
         samples: Callable[[], Iterator[Sample]],
+        torch_kernel: Callable[..., Any] | None = None,
     ) -> None:
-        self.name, self.reference, self.samples = name, reference, samples
+        self.name, self.reference, self.samples, self.torch_kernel = name, reference, samples, torch_kernel
         self.backends = {"reference": Backend(reference, lambda *a, **k: None), **backends}
         self.warned: set[str] = set()
         REGISTRY[name] = self

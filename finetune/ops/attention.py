@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
@@ -67,6 +68,22 @@ def reference(
     hidden = ~visible(q, k, causal, lengths, cu_seqlens)[:, None]  # (B, 1, Tq, Tk)
     p = scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # a row without keys: NaN, then 0
     return torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype)
+
+
+def torch_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The same by F.scaled_dot_product_attention, which is fused where torch can."""
+    mask = visible(q, k, causal, lengths, cu_seqlens)[:, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 def overload(
@@ -214,7 +231,7 @@ def samples() -> Iterator[Sample]:
     yield make("bench decode", 8, 1, 512, 9, 3, 64, bench=True, grad=False, lengths=tokens, causal=False)
 
 
-op = Op("attention", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+op = Op("attention", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples, torch_kernel)
 
 
 def attention(
