@@ -1,8 +1,10 @@
 """The module sft: loss and accumulation against definitions; that it learns; resume; what it leaves behind."""
 
+import copy
 import csv
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -126,8 +128,12 @@ def test_gradient_checkpointing_changes_no_gradient(method):
 
 
 @pytest.mark.peer
-def test_gradients_equal_those_of_transformers_and_torch(smollm2, smollm2_peer, smollm2_model, smollm2_tokenizer):
-    """The loss of SFT on SmolLM2, packed here, padded there: relative 1e-4."""
+def test_gradients_equal_those_of_transformers_and_torch(smollm2_peer, smollm2_model, smollm2_tokenizer):
+    """The loss of SFT on SmolLM2, packed here, padded there: relative 1e-4.
+
+    Per parameter against transformers in float64: its own fp32 gradients are 1.05e-4 away from those in the worst
+    norm weight, ours 1.6e-5 (3e-5 and 3e-6 over all parameters together).
+    """
     rows = [
         [{"role": "user", "content": "What is a tuple?"}, {"role": "assistant", "content": "An immutable sequence."}],
         [{"role": "user", "content": "And a list?"}, {"role": "assistant", "content": "A mutable one, made by [ ]."}],
@@ -139,21 +145,27 @@ def test_gradients_equal_those_of_transformers_and_torch(smollm2, smollm2_peer, 
     labels = torch.tensor(
         [[t if m else -100 for t, m in zip(d.ids, d.mask, strict=True)] + [-100] * (width - len(d)) for d in docs]
     )
-    for model in (smollm2_peer, smollm2_model):
-        model.zero_grad(set_to_none=True)
+
+    def theirs(model):
+        logits = model(ids, attention_mask=mask).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        return loss.item(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
     try:
-        logits = smollm2_peer(ids, attention_mask=mask).logits
-        want = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        want.backward()
-        loss = sft.accumulate_gradients(smollm2_model, [data.collate(docs)])
-        assert loss == pytest.approx(want.item(), rel=1e-4)
-        theirs = dict(smollm2_peer.named_parameters())
-        for name, p in smollm2_model.named_parameters():
-            g = theirs[to_hf(name)].grad
-            assert (p.grad - g).norm() <= 1e-4 * g.norm(), name
+        got_loss = sft.accumulate_gradients(smollm2_model, [data.collate(docs)])
+        got = {to_hf(name): g for name, g in gradients(smollm2_model).items()}
     finally:
-        for model in (smollm2_peer, smollm2_model):
-            model.zero_grad(set_to_none=True)
+        smollm2_model.zero_grad(set_to_none=True)
+    want_loss, want = theirs(smollm2_peer)
+    assert got_loss == pytest.approx(want_loss, rel=1e-4)
+    assert got.keys() == want.keys()
+    whole = math.sqrt(sum(g.norm().item() ** 2 for g in want.values()))
+    assert math.sqrt(sum((got[name] - want[name]).norm().item() ** 2 for name in want)) <= 1e-4 * whole
+    exact_loss, exact = theirs(copy.deepcopy(smollm2_peer).double())
+    assert got_loss == pytest.approx(exact_loss, rel=1e-5)
+    for name, g in exact.items():
+        assert (got[name] - g).norm() <= 1e-4 * g.norm(), name
 
 
 # --- it learns
@@ -287,7 +299,7 @@ def start(folder, *more):
 @pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bits(tmp_path):
     """kill -9 at ten random moments of one run, each resumed; and a run that nobody interrupted."""
-    given = {"steps": 60, "checkpoint-every": 3, "eval-every": 0, "samples": 0, "eval-rows": 4, "threads": 1}
+    given = {"steps": 240, "checkpoint-every": 3, "eval-every": 0, "samples": 0, "eval-rows": 4, "threads": 1}
     settings = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     assert start(tmp_path / "whole", *settings).wait() == 0
     draw, kills = random.Random(0), 0
@@ -300,16 +312,13 @@ def test_killed_runs_resume_to_the_same_bits(tmp_path):
             if folder.exists() and {p.name for p in folder.glob("step_*")} - seen:
                 break
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.15))
-        if process.poll() is not None:
-            break
+        time.sleep(draw.uniform(0, 0.1))
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, f"it ended before kill {kills + 1}: {process.stderr.read()}"
         kills += 1
         more = ["--resume"]
     finish = start(tmp_path / "killed", "--resume")
     assert finish.wait() == 0, finish.stderr.read()
-    assert kills == 10
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     assert (tmp_path / "whole/metrics.csv").read_bytes() == (tmp_path / "killed/metrics.csv").read_bytes()

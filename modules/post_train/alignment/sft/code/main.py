@@ -30,8 +30,8 @@ from .toy import CHANCE, directory, small_config, small_llama, small_tokenizer
 
 @dataclass
 class Config(config.Config):
-    steps: int = 30
-    checkpoint_every: int = 10
+    steps: int = 60
+    checkpoint_every: int = 20
     model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small new Llama
     # JSONL with messages, or prompt and completion; none: Python's own documentation (scratch: a toy directory)
     data: Path | None = None
@@ -42,16 +42,16 @@ class Config(config.Config):
     dropout: float = 0.0  # LoRA: chance that an input of the adapters is left out
     targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers
     lr: float = 1e-3  # peak learning rate
-    warmup: int = 3  # steps until the peak; from there a cosine falls to a tenth
+    warmup: int = 5  # steps until the peak; from there a cosine falls to a tenth
     weight_decay: float = 0.0  # AdamW's, on matrices only
     clip: float = 1.0  # largest norm of the gradient
-    batch: int = 2  # rows of a step
+    batch: int = 1  # rows of a step
     accumulate: int = 1  # parts in which a step is computed one after the other, for less memory
     max_length: int = 480  # tokens of a row; longer conversations are cut
     packing: bool = True  # fill rows with several conversations, which do not see each other
     checkpointing: bool = False  # keep only the blocks' inputs and compute the rest again: less memory, more time
     eval_rows: int = 40  # held-out conversations to evaluate on
-    eval_every: int = 10  # steps between two evaluations; 0: only before and after
+    eval_every: int = 20  # steps between two evaluations; 0: only before and after
     samples: int = 3  # questions to answer before and after
     shuffle_answers: bool = False  # control: every question gets another one's answer, so there is nothing to learn
 
