@@ -19,9 +19,13 @@ def answer(
     console: "Console | None" = None,
     **sampling: Any,
 ) -> list[str]:
-    """The answers to the prompts, in order; `sampling` as in `generate`. chat=None: by the template, if there is one."""
+    """The answers to the prompts, in order; `sampling` as in `generate`. chat=None: by the template, if there is one.
+
+    `source`: what `hub.resolve` takes, or the folder of a LoRA adapter, which names its base.
+    """
     import torch
 
+    from finetune import lora
     from finetune.generate import generate
     from finetune.gpt import GPT
     from finetune.llama import Llama
@@ -29,12 +33,18 @@ def answer(
     from finetune.weights import read_json
 
     torch.set_num_threads(threads or machine.physical_cores())
-    path = hub.resolve(source, console)
-    kind = read_json(path / "config.json").get("model_type") if path.is_dir() else "llama"
+    path = base = hub.resolve(source, console)
+    adapter = path.is_dir() and (path / lora.CONFIG).exists()
+    if adapter:
+        named = read_json(path / lora.CONFIG).get("base_model_name_or_path")
+        if not named:
+            raise UserError(f"{path / lora.CONFIG} does not name its base model: fill in base_model_name_or_path")
+        base = hub.resolve(str(named), console)
+    kind = read_json(base / "config.json").get("model_type") if base.is_dir() else "llama"
     kinds: dict[Any, type[Llama] | type[GPT]] = {"llama": Llama, "gpt2": GPT}
     if kind not in kinds:
-        raise UserError(f"{path} is a model of type {kind}: only {' and '.join(kinds)} can be run")
-    tokenizer = Tokenizer.from_pretrained(path)
+        raise UserError(f"{base} is a model of type {kind}: only {' and '.join(kinds)} can be run")
+    tokenizer = Tokenizer.from_pretrained(path if (path / "tokenizer.json").exists() else base)
     if chat and not tokenizer.chat_template:
         raise UserError(f"{path} has no chat template: use --no-chat")
     if chat is None:
@@ -43,7 +53,10 @@ def answer(
     if chat:
         texts = [tokenizer.render_text([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts]
     rows = [tokenizer.encode(text, add_special_tokens=not chat) for text in texts]
-    model = kinds[kind].from_pretrained(path).eval()
+    model = kinds[kind].from_pretrained(base).eval()
+    if adapter:
+        lora.load_adapter(model, path)
+        lora.merge(model)
     stops = [tokenizer.backend.token_to_id(name) for name in (tokenizer.eos, "<|im_end|>") if name]
     new = generate(
         model,
