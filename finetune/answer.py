@@ -51,7 +51,9 @@ def answer(
         chat = tokenizer.chat_template is not None
     texts = prompts
     if chat:
-        texts = [tokenizer.render_text([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts]
+        texts = [
+            tokenizer.render_text([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts
+        ]
     rows = [tokenizer.encode(text, add_special_tokens=not chat) for text in texts]
     model = kinds[kind].from_pretrained(base).eval()
     if adapter:

@@ -268,7 +268,7 @@ def python_pairs() -> list[Pair]:
     for topic, name, answer in [*docstrings(), *reference()]:
         answer = cut_sentences(plain(answer))
         key = " ".join(words(answer))
-        if len(words(answer)) < 4 or key in seen:
+        if len(words(answer)) < 4 or key in seen or ">>>" in answer:  # an interpreter's session explains nothing
             continue
         seen.add(key)
         question = QUESTIONS[zlib.crc32(name.encode()) % len(QUESTIONS)].format(name)
