@@ -41,7 +41,9 @@ def test_sources_txt_equals_the_disk():
     assert {p.stem for p in (ROOT / "csrc/bindings").glob("*.cpp")} - {"library"} == ops
     assert {p.stem for p in (ROOT / "csrc/cuda").glob("*.cu")} <= ops
     assert {p.stem for p in (ROOT / "finetune/ops").glob("[a-z]*.py")} == ops
-    assert all(set(levels) <= {"portable", "avx2", "avx512", "amx"} and "portable" in levels for levels in sources().values())
+    assert all(
+        set(levels) <= {"portable", "avx2", "avx512", "amx"} and "portable" in levels for levels in sources().values()
+    )
 
 
 def test_torch_headers_only_in_bindings():

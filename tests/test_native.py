@@ -14,7 +14,9 @@ KERNELS = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
 @pytest.mark.slow
 def test_cpp_tests(tmp_path):
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, *generator, "-DFINETUNE_TESTS=ON"], check=True, capture_output=True)
+    subprocess.run(
+        ["cmake", "-S", ROOT, "-B", tmp_path, *generator, "-DFINETUNE_TESTS=ON"], check=True, capture_output=True
+    )
     subprocess.run(["cmake", "--build", tmp_path, "--parallel", "2"], check=True, capture_output=True)
     out = subprocess.run(["ctest", "--test-dir", tmp_path, "--output-on-failure"], capture_output=True, text=True)
     assert out.returncode == 0, out.stdout
@@ -25,7 +27,20 @@ def test_cpp_tests(tmp_path):
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_arm_compiles(source, tmp_path):
     """zig's clang carries the ARM headers, so that every machine can check this."""
-    command = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu", "-std=c++20", "-O1", "-Wall", "-Wextra"]
+    command = [
+        sys.executable,
+        "-m",
+        "ziglang",
+        "c++",
+        "-target",
+        "aarch64-linux-gnu",
+        "-std=c++20",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+    ]
     defines = ["-DFINETUNE_LEVEL=portable", "-DFINETUNE_LANES=16", f"-I{ROOT}/csrc/include"]
-    out = subprocess.run([*command, "-Werror", *defines, "-c", source, "-o", tmp_path / "out.o"], capture_output=True, text=True)
+    out = subprocess.run(
+        [*command, "-Werror", *defines, "-c", source, "-o", tmp_path / "out.o"], capture_output=True, text=True
+    )
     assert out.returncode == 0, out.stderr
