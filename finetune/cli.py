@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from finetune.errors import UserError, nearest
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +86,9 @@ def run(
             if value != getattr(cfg, name):
                 key = config.dashed(name)
                 was = getattr(cfg, name)
-                raise UserError(f"--{key} {value}: the run in {out} was started with {was}; leave it away, or start anew")
+                raise UserError(
+                    f"--{key} {value}: the run in {out} was started with {was}; leave it away, or start anew"
+                )
     else:
         cfg = dataclasses.replace(cls.toy() if toy else cls(), **given)
 
@@ -132,26 +134,16 @@ def ops(json: bool) -> None:
 
 
 @app.command(context_settings=OPEN)
-@click.argument("name", required=False)
-@click.option("-h", "--help", "help_", is_flag=True, help="This text; after a name, that script's own help.")
+@click.option("-h", "--help", "help_", is_flag=True, help="What can be asked.")
 @REST
-def bench(name: str | None, help_: bool, rest: tuple[str, ...]) -> int:
-    """Time things: bench NAME [ARGS] runs benches/NAME.py; without a name, all that there is to run."""
-    import ast
-
+def bench(help_: bool, rest: tuple[str, ...]) -> int:
+    """Time our ops beside torch's: bench [OP …]. `bench sft_vs_trl` times a whole step beside TRL's."""
     folder = Path(__file__).resolve().parent.parent / "benches"
-    scripts = {p.stem: p for p in sorted(folder.glob("*.py")) if not p.stem.startswith(("_", "conftest"))}
-    if name is None:
-        if help_:
-            click.echo(click.get_current_context().get_help())
-        table = _table("bench", "what it times")
-        for stem, path in scripts.items():
-            table.add_row(f"[bold]{stem}[/]", (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0])
-        _console().print(table)
-        return 0
-    if name not in scripts:
-        raise UserError(f"unknown bench '{name}'{nearest(name, scripts) or '; `bench` alone lists them'}")
-    return subprocess.call([sys.executable, str(scripts[name]), *(["--help"] if help_ else []), *rest])
+    if not folder.is_dir():
+        raise UserError(f"there is no {folder}: `bench` needs a checkout of the project, installed by pip install -e .")
+    scripts = {path.stem for path in folder.glob("*_vs_*.py")}
+    name, words = (rest[0], rest[1:]) if rest and rest[0] in scripts else ("harness", rest)
+    return subprocess.call([sys.executable, str(folder / f"{name}.py"), *words, *(["--help"] if help_ else [])])
 
 
 @app.command()
@@ -203,7 +195,9 @@ def smoke(modules: str | None, json: bool) -> int:
         click.echo(jsonlib.dumps(report, indent=2, ensure_ascii=False))
     else:
         good = sum(r["passed"] for r in report["modules"])
-        console.print(f"{good} of {len(report['modules'])} passed · {report['report']}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{good} of {len(report['modules'])} passed · {report['report']}", highlight=False, soft_wrap=True
+        )
     return 0 if report["passed"] else 1
 
 

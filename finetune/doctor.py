@@ -103,7 +103,9 @@ def native() -> Iterator[Row]:
     else:
         own = torch.ops.finetune
         yield row("native library", own.build_info().replace("|", ", "), True)
-        yield row("CPU level", f"{own.cpu_level()} in use, {own.cpu_level_supported()} supported (FINETUNE_CPU lowers it)")
+        yield row(
+            "CPU level", f"{own.cpu_level()} in use, {own.cpu_level_supported()} supported (FINETUNE_CPU lowers it)"
+        )
     table = ops.table()
     for backend in dict.fromkeys(r["backend"] for r in table):
         mine = [r for r in table if r["backend"] == backend]

@@ -16,10 +16,21 @@ if TYPE_CHECKING:
 
 MODELS: dict[str, dict[str, Any]] = {**shapes.LLAMA, **shapes.GPT}
 MEANING = {
-    **{"L": "layers", "C": "width", "F": "MLP width", "V": "vocabulary", "M": "maximum length"},
-    **{"H": "heads", "K": "key–value heads", "D": "head size", "P": "parameters"},
-    **{"B": "rows", "T": "tokens a row", "N": "tokens", "e": "bytes a number"},
-    **{"r": "LoRA rank", "R": "adapter parameters a block"},
+    "L": "layers",
+    "C": "width",
+    "F": "MLP width",
+    "V": "vocabulary",
+    "M": "maximum length",
+    "H": "heads",
+    "K": "key–value heads",
+    "D": "head size",
+    "P": "parameters",
+    "B": "rows",
+    "T": "tokens a row",
+    "N": "tokens",
+    "e": "bytes a number",
+    "r": "LoRA rank",
+    "R": "adapter parameters a block",
 }
 
 
