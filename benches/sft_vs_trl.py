@@ -12,6 +12,7 @@ where both must give the same loss, or nothing is timed. Needs the peers extra: 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -181,10 +182,8 @@ class Worker:
         return json.loads(line)
 
     def step(self) -> dict[str, Any]:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has died: read() says of what
             print("step", file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it has died: read() says of what
         return self.read()
 
     def stop(self) -> None:

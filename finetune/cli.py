@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
+from click import Context, get_current_context
+from click.exceptions import NoArgsIsHelpError
 
 from finetune.errors import UserError
 
@@ -21,7 +23,7 @@ JSON = click.option("--json", is_flag=True, help="Print JSON on stdout; all else
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.rich_config({"text_markup": "rich", "style_options_table_box": "", "max_width": 110})
+@click.rich_config({"text_markup": "rich", "max_width": 110})
 def app() -> None:
     """A lab for LLM, VLM and RLHF training: own kernels, own algorithms, every claim checked.
 
@@ -63,7 +65,7 @@ def run(
 
     if module is None:
         if help_:
-            click.echo(click.get_current_context().get_help())
+            click.echo(get_current_context().get_help())
             return 0
         raise UserError("which module? `run MODULE --toy`; `python -m finetune list` shows them")
     if module.startswith("-"):
@@ -86,9 +88,7 @@ def run(
             if value != getattr(cfg, name):
                 key = config.dashed(name)
                 was = getattr(cfg, name)
-                raise UserError(
-                    f"--{key} {value}: the run in {out} was started with {was}; leave it away, or start anew"
-                )
+                raise UserError(f"--{key} {value}: the run in {out} has {was}; leave it away, or start anew")
     else:
         cfg = dataclasses.replace(cls.toy() if toy else cls(), **given)
 
@@ -272,8 +272,8 @@ def main(argv: list[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except UserError as e:
         return _fail(str(e))
-    except click.exceptions.NoArgsIsHelpError:
-        click.echo(app.get_help(click.Context(app, info_name="python -m finetune")))
+    except NoArgsIsHelpError:
+        click.echo(app.get_help(Context(app, info_name="python -m finetune")))
         return 0
     except click.ClickException as e:
         return _fail(" ".join(e.format_message().split()))

@@ -96,7 +96,7 @@ def test_resume_takes_the_newest_and_refuses_other_settings(tmp_path):
     changed = tiny("run", "tinynet", "--resume", "--out", folder, "--lr", "1")
     assert changed.returncode == 2
     assert "--lr 1.0" in changed.stderr
-    assert "was started with 0.01" in changed.stderr
+    assert "has 0.01" in changed.stderr
     assert "--toy: the run in" in tiny("run", "tinynet", "--toy", "--resume", "--out", folder).stderr
     assert tiny("run", "tinynet", "--resume", "--out", folder).returncode == 0
     assert "finished already" in tiny("run", "tinynet", "--resume", "--out", folder).stdout
@@ -107,7 +107,7 @@ def test_resume_takes_the_newest_and_refuses_other_settings(tmp_path):
     [
         (["run", "tinyent"], "unknown module 'tinyent'"),
         (["run"], "which module?"),
-        (["run", "--toy", "tinynet"], "unknown module|the module's name"),
+        (["run", "--lr", "1", "tinynet"], "the module's name comes first"),
         (["run", "tinynet", "--lrr", "1"], "unknown option --lrr"),
         (["run", "tinynet", "--lr", "fast"], "--lr 'fast': expected float"),
         (["run", "tinynet", "--loss", "mes"], "expected mse|l1"),

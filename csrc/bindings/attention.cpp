@@ -49,8 +49,8 @@ struct Problem {
     check(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), kName, "q, k, v need one dtype");
     check(k.size(2) > 0 && q.size(2) % k.size(2) == 0, kName, "q's heads must be a multiple of k's");
     check(k.size(1) < INT32_MAX && q.size(1) < INT32_MAX, kName, "at most 2^31 - 2 tokens");
-    shape = {dtype_of(q), q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3),
-             static_cast<float>(scale), causal, nullptr, nullptr, 0, nullptr, threads()};
+    shape = {dtype_of(q), q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), static_cast<float>(scale),
+             causal,      nullptr,   nullptr,   0,         nullptr,   threads()};
     if (lengths_) {
       lengths = integers(*lengths_);
       check(static_cast<int64_t>(lengths.size()) == shape.batch, kName, "lengths must be (batch,)");
@@ -59,10 +59,12 @@ struct Problem {
     if (cu_seqlens) {
       check(!lengths_, kName, "lengths and cu_seqlens exclude each other");
       offsets = integers(*cu_seqlens);
-      check(shape.batch == 1 && shape.queries == shape.keys, kName, "cu_seqlens needs batch 1 and as many queries as keys");
+      check(shape.batch == 1 && shape.queries == shape.keys, kName,
+            "cu_seqlens needs batch 1 and as many queries as keys");
       check(!offsets.empty() && offsets.front() == 0 && offsets.back() == shape.keys, kName,
             "cu_seqlens must start at 0 and end at the number of tokens");
-      for (size_t i = 1; i < offsets.size(); ++i) check(offsets[i - 1] <= offsets[i], kName, "cu_seqlens must not fall");
+      for (size_t i = 1; i < offsets.size(); ++i)
+        check(offsets[i - 1] <= offsets[i], kName, "cu_seqlens must not fall");
       shape.documents = static_cast<int64_t>(offsets.size()) - 1;
       shape.offsets = offsets.data();
     }
@@ -70,8 +72,9 @@ struct Problem {
   Problem(const Problem&) = delete;  // shape points into lengths and offsets
 };
 
-std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
-                                     const OptionalTensor& lengths, const OptionalTensor& cu_seqlens) {
+std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                                             double scale, const OptionalTensor& lengths,
+                                             const OptionalTensor& cu_seqlens) {
   Problem p(q, k, v, causal, scale, lengths, cu_seqlens);
   const AttentionShape& s = p.shape;
   Tensor o = torch::stable::new_empty(p.q, {s.batch, s.queries, s.heads, s.dim});
@@ -84,9 +87,9 @@ std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_o_, const Tensor& q, const Tensor& k,
-                                                      const Tensor& v, const Tensor& o, const Tensor& top_, const Tensor& total_, bool causal,
-                                                      double scale, const OptionalTensor& lengths,
-                                                      const OptionalTensor& cu_seqlens) {
+                                                      const Tensor& v, const Tensor& o, const Tensor& top_,
+                                                      const Tensor& total_, bool causal, double scale,
+                                                      const OptionalTensor& lengths, const OptionalTensor& cu_seqlens) {
   Problem p(q, k, v, causal, scale, lengths, cu_seqlens);
   const AttentionShape& s = p.shape;
   const Tensor grad_o = unit_stride(grad_o_), out = unit_stride(o), top = torch::stable::contiguous(top_),
@@ -116,7 +119,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_o_, con
   p.shape.scratch = scratch.mutable_data_ptr<float>();
   run("attention_backward",
       AttentionBackward{p.shape, view(p.q), view(p.k), view(p.v), view(out), view(grad_o), view(dq), view(dk), view(dv),
-                        top.const_data_ptr<float>(), total.const_data_ptr<float>(), longest, parts, partial.mutable_data_ptr<float>()});
+                        top.const_data_ptr<float>(), total.const_data_ptr<float>(), longest, parts,
+                        partial.mutable_data_ptr<float>()});
   return {dq, dk, dv};
 }
 
@@ -124,10 +128,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_o_, con
 
 STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens) -> (Tensor "
+      "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens) -> "
+      "(Tensor "
       "o, Tensor top, Tensor total)");
   m.def(
-      "attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor top, Tensor total, bool causal, float scale, "
+      "attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor top, Tensor total, bool "
+      "causal, float scale, "
       "Tensor? lengths, Tensor? cu_seqlens) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 STABLE_TORCH_LIBRARY_IMPL(finetune, CPU, m) {

@@ -7,17 +7,17 @@
 // Exponentials are to base 2, with log2(e) folded into Q.
 //
 // Memory: a worker holds one block of rows (kAttentionRows of q and o, fp32), one of keys (k and v) and one strip of
-// scores. q and o move once, k and v once a row block. 4 · rows · visible keys · dim FLOPs, so the roof is FMA throughput
-// (with few rows, as in decoding, memory bandwidth: few_rows() reads k and v in place).
-#include "attention_common.h"
+// scores. q and o move once, k and v once a row block. 4 · rows · visible keys · dim FLOPs, so the roof is FMA
+// throughput (with few rows, as in decoding, memory bandwidth: few_rows() reads k and v in place).
 #include "attention_backward.h"
+#include "attention_common.h"
 
 namespace finetune::FINETUNE_LEVEL {
 namespace {
 
 constexpr int64_t kFewRows = 8;
 
-struct Strip {  // the softmax of one strip of queries
+struct Strip {           // the softmax of one strip of queries
   float* scores;         // (keys, kStrip)
   const int32_t* limit;  // (kStrip,) visible keys of each lane
   float *top, *total, *alpha;

@@ -1,10 +1,11 @@
 // Gradients of attention, FlashAttention-2 (arXiv:2307.08691), Algorithm 2. With P = 2^(S − top) / total recomputed:
-//   dV = P^T dO,   dP = dO V^T,   delta = rowsum(dO ∘ O),   dS = P ∘ (dP − delta),   dQ = scale dS K,   dK = scale dS^T Q.
+//   dV = P^T dO,   dP = dO V^T,   delta = rowsum(dO ∘ O),   dS = P ∘ (dP − delta),   dQ = scale dS K,   dK = scale dS^T
+//   Q.
 // S, P, dP, dS are held transposed, (key, query), as in the forward pass.
 //
 // A task is the rows of one (sequence, kv head), or every parts-th block of them: dk and dv are summed in fp32 over its
-// rows in order, dq over its keys in order; with several parts their sums are added in order afterwards. Memory: fp32 dk
-// and dv a worker (or a part), and blocks. 10 · rows · visible keys · dim FLOPs.
+// rows in order, dq over its keys in order; with several parts their sums are added in order afterwards. Memory: fp32
+// dk and dv a worker (or a part), and blocks. 10 · rows · visible keys · dim FLOPs.
 #pragma once
 
 #include "attention_common.h"
@@ -12,7 +13,8 @@
 namespace finetune::FINETUNE_LEVEL {
 namespace {
 
-constexpr int64_t kScoresLd = kAttentionBackwardRows + 16;  // not a multiple of 4 KB over few rows: L1 sets are shared out
+constexpr int64_t kScoresLd =
+    kAttentionBackwardRows + 16;  // not a multiple of 4 KB over few rows: L1 sets are shared out
 
 struct BackwardBlocks {
   float *q_columns, *grad_columns, *dq;  // (strip, dim, kStrip): scale log2(e) q, dO; dq's sum
@@ -86,7 +88,8 @@ void backward_rows(const AttentionBackward& a, const Group& g, int64_t first, in
     pack_columns(o, dim, 1.0f, b.dq + offset, kStrip);
     // Summed in the order of dP's products: where a row sees one key they cancel to the bit, as they should.
     vf delta{};
-    for (int64_t d = 0; d < dim; ++d) delta += load(b.dq + offset + d * kStrip) * load(b.grad_columns + offset + d * kStrip);
+    for (int64_t d = 0; d < dim; ++d)
+      delta += load(b.dq + offset + d * kStrip) * load(b.grad_columns + offset + d * kStrip);
     store(b.delta + i, delta);
   }
   std::memset(b.dq, 0, strips * dim * kStrip * sizeof(float));
@@ -104,7 +107,8 @@ void backward_rows(const AttentionBackward& a, const Group& g, int64_t first, in
       float *const p = b.p + i * kStrip, *const ds = b.ds + i * kStrip;
       gemm<A::by_rows, C::set>(n, kStrip, dim, b.k, ld, b.q_columns + i * dim * kStrip, kStrip, p, kScoresLd);
       gemm<A::by_rows, C::set>(n, kStrip, dim, b.v, ld, b.grad_columns + i * dim * kStrip, kStrip, ds, kScoresLd);
-      const float *const top = b.top + i * kStrip, *const share = b.share + i * kStrip, *const delta = b.delta + i * kStrip;
+      const float *const top = b.top + i * kStrip, *const share = b.share + i * kStrip,
+                         *const delta = b.delta + i * kStrip;
       limits[0] < key + n ? softmax_gradient<true>(p, ds, top, share, delta, limits, key, n)
                           : softmax_gradient<false>(p, ds, top, share, delta, limits, key, n);
       gemm<A::by_columns, C::add>(dim, kStrip, n, b.k, ld, ds, kScoresLd, b.dq + i * dim * kStrip, kStrip);

@@ -2,7 +2,8 @@
 // of B meets broadcast elements of A, so that A may be read by rows or by columns and B and C lie in whole vectors.
 #pragma once
 
-// The portable level's 16 lanes would live on the stack; SSE and NEON registers hold 4 floats, and tiles need registers.
+// The portable level's 16 lanes would live on the stack; SSE and NEON registers hold 4 floats, and tiles need
+// registers.
 #if FINETUNE_LANES == 16 && !defined(__AVX512F__) && !defined(FINETUNE_WIDE)
 #ifdef FINETUNE_INLINE
 #error "include gemm.h before simd.h"
@@ -60,8 +61,8 @@ FINETUNE_INLINE void last_rows(int64_t m, int64_t depth, const float* a, int64_t
 }
 
 template <A kA, C kC, int kVectors>
-FINETUNE_INLINE void panel(int64_t m, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-                           float* c, int64_t ldc, const float* alpha) {
+FINETUNE_INLINE void panel(int64_t m, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                           int64_t ldc, const float* alpha) {
   const int64_t step = kA == A::by_rows ? lda : 1;
   int64_t i = 0;
   for (; i + kTileRows <= m; i += kTileRows) {
@@ -90,8 +91,8 @@ FINETUNE_INLINE vf exchange(vf a, vf b, std::integer_sequence<int, kLane...>) {
 #else
 #define FINETUNE_SHUFFLE(...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
 #endif
-  return FINETUNE_SHUFFLE((kHigh ? (kLane & kStep ? kLanes + kLane : kLane + kStep)
-                                 : (kLane & kStep ? kLanes + kLane - kStep : kLane))...);
+  return FINETUNE_SHUFFLE(
+      (kHigh ? (kLane & kStep ? kLanes + kLane : kLane + kStep) : (kLane & kStep ? kLanes + kLane - kStep : kLane))...);
 #undef FINETUNE_SHUFFLE
 }
 

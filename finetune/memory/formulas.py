@@ -6,13 +6,13 @@ P parameters, r LoRA rank, R adapter parameters of a block = Σ r·(in + out), e
 
 Activations follow the method of Korthikanti et al. 2022 (arXiv:2205.05198, §4: add up what each operation keeps for its
 backward pass) applied to the operations of this project, which keep less than theirs: norms keep their input and one
-or two fp32 numbers a row, attention its q, k, v, output and two numbers a row and head instead of T×T matrices, and there
-is no dropout mask. A tensor that two operations keep is counted once.
+or two fp32 numbers a row, attention its q, k, v, output and two numbers a row and head instead of T×T matrices, and
+there is no dropout mask. A tensor that two operations keep is counted once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,7 +62,9 @@ class Shape:
 
 def shape_of(config: Any) -> Shape:
     """Shape of a LlamaConfig or GPTConfig, or of a dict with their fields (finetune/shapes.py)."""
-    get = config.get if isinstance(config, dict) else lambda key, default=None: getattr(config, key, default)
+    get: Callable[..., Any] = (
+        config.get if isinstance(config, dict) else lambda key, default=None: getattr(config, key, default)
+    )
     llama = get("rope_theta") is not None
     dim, heads = get("dim"), get("heads")
     return Shape(
@@ -195,8 +197,8 @@ def gradients(shape: Shape, setup: Setup) -> Term:
 
 def optimizer_states(shape: Shape, setup: Setup) -> Term:
     """AdamW's two moments in fp32 (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2); bf16 parameters have an
-    fp32 master copy too (Micikevicius et al. 2018, arXiv:1710.03740, §3.1): K = 12 bytes a parameter of ZeRO's accounting
-    (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1)."""
+    fp32 master copy too (Micikevicius et al. 2018, arXiv:1710.03740, §3.1): K = 12 bytes a parameter of ZeRO's
+    accounting (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1)."""
     count, element = trained(shape, setup)
     copies = 2 + (element < 4)
     text = ("L·R" if setup.lora_rank else "P") + f"·{4 * copies}"

@@ -138,9 +138,9 @@ def mmap_threshold(size: int) -> bool:
 class Peak:
     """`with Peak() as peak: …` then `peak.growth`: highest resident set inside, above that at entry, in bytes.
 
-    Counted is what the work inside holds at once, as pages of this process: its tensors, the kernels' and libraries' scratch, and
-    what code and threads touch for the first time (warm up before, if that is not meant). Holes in the heap are not: inside,
-    blocks of 1 MiB and more go back to the system when they are freed (`mmap_threshold`).
+    Counted is what the work inside holds at once, as pages of this process: its tensors, the kernels' and libraries'
+    scratch, and what code and threads touch for the first time (warm up before, if that is not meant). Holes in the
+    heap are not: inside, blocks of 1 MiB and more go back to the system when they are freed (`mmap_threshold`).
 
     Linux keeps the peak itself (VmHWM), and /proc/self/clear_refs sets it back; elsewhere, and where that is forbidden,
     a thread samples the resident set (`exact` is False) and can miss what lives for less than `interval` seconds.

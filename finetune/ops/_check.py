@@ -67,7 +67,7 @@ def run(op: str, sample: Sample, dtype: torch.dtype, backend: str | Callable, wi
 
 
 def check_close(got: list[Tensor], by_torch: list[list[Tensor]], exact: list[Tensor], dtype: torch.dtype) -> None:
-    """Raises WrongResult unless every tensor of `got` is within the bound. `by_torch`: the reference's results first."""
+    """Raises WrongResult unless all of `got` is within the bound. `by_torch`: the reference's results first."""
     if len(got) != len(exact):
         raise WrongResult(f"{len(got)} results, not {len(exact)}")
     for i, (mine, want, *theirs) in enumerate(zip(got, exact, *by_torch, strict=True)):

@@ -1,7 +1,8 @@
-"""Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) with grouped key/value heads (Ainslie et al. 2023,
-arXiv:2305.13245), padding by lengths and packed documents.
+"""Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) with grouped key/value heads (Ainslie et al.
+2023, arXiv:2305.13245), padding by lengths and packed documents.
 
-    o[b, i, h] = Σ_j p_j v[b, j, h // (H / Hkv)],   p = softmax over the visible j of  scale · q[b, i, h] · k[b, j, h // …]
+    o[b, i, h] = Σ_j p_j v[b, j, g],   p = softmax over the visible j of  scale · q[b, i, h] · k[b, j, g]
+    g = h // (H / Hkv)
     visible(b, i, j) = (j < lengths[b]) and (not causal or j <= i + Tk − Tq) and (i and j of one document)
 
 A query that sees no key gives 0. Arithmetic in fp32 whatever the dtype; the result is rounded once. The reference makes
@@ -245,7 +246,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """q (B, Tq, H, D), k and v (B, Tk, Hkv, D) of one dtype, H a multiple of Hkv → (B, Tq, H, D). Gradients for all three.
+    """q (B, Tq, H, D), k and v (B, Tk, Hkv, D) of one dtype, H a multiple of Hkv → (B, Tq, H, D). Gradients for all.
 
     causal: query i sees keys j <= i + Tk − Tq. lengths (B,): query rows of b see keys j < lengths[b] only.
     cu_seqlens (N + 1,): B = 1 and Tq = Tk; tokens cu_seqlens[n] … cu_seqlens[n+1] − 1 are document n and see only it.

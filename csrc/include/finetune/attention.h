@@ -14,12 +14,12 @@ struct AttentionShape {
   DType dtype;  // of every view
   int64_t batch, queries, keys, heads, kv_heads, dim;
   float scale;
-  bool causal;              // key j is visible to query i if j <= i + keys - queries
-  const int64_t* lengths;   // (batch,) number of real keys, or null
-  const int64_t* offsets;   // (documents + 1,) first token of each packed document, or null; batch is 1 then
+  bool causal;             // key j is visible to query i if j <= i + keys - queries
+  const int64_t* lengths;  // (batch,) number of real keys, or null
+  const int64_t* offsets;  // (documents + 1,) first token of each packed document, or null; batch is 1 then
   int64_t documents;
-  float* scratch;           // (workers, *_scratch()), 64-byte aligned
-  int64_t workers;          // threads that may run at once; the result does not depend on it
+  float* scratch;   // (workers, *_scratch()), 64-byte aligned
+  int64_t workers;  // threads that may run at once; the result does not depend on it
 
   int64_t sequences() const { return offsets ? documents : batch; }
 };
