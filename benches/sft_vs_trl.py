@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from harness import Times
 
 from finetune import data, machine
 from finetune.errors import UserError
@@ -259,19 +260,6 @@ def measure(args: argparse.Namespace, dtype: str, sides: list[str], task: dict[s
     return steps
 
 
-@dataclass(frozen=True)
-class Spread:
-    median: float
-    p20: float
-    p80: float
-
-    @staticmethod
-    def of(values: list[float]) -> Spread:
-        ordered = sorted(values)
-        last = len(ordered) - 1
-        return Spread(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
-
-
 def summarise(steps: Steps, batches: list[list[int]]) -> dict[str, dict[str, Any]]:
     """Of each side: time, memory, its ratio to ours and how far its losses stray. `batches`: the lengths of the rows
     of each step, the first one included, which is not timed."""
@@ -283,13 +271,13 @@ def summarise(steps: Steps, batches: list[list[int]]) -> dict[str, dict[str, Any
         speeds = [n / step["seconds"] for n, step in zip(tokens[1:], timed, strict=True)]
         growths = [step["growth"] for step in all_steps if step["growth"] is not None]
         found[name] = {
-            "seconds": vars(Spread.of([step["seconds"] for step in timed])),
-            "cpu_seconds": vars(Spread.of([step["cpu"] for step in timed])),
+            "seconds": vars(Times.of([step["seconds"] for step in timed])),
+            "cpu_seconds": vars(Times.of([step["cpu"] for step in timed])),
             "tokens_per_second": statistics.median(speeds),
             "peak": max(step["peak"] for step in all_steps),
             "growth": max(growths) if growths else None,
-            "ratio": vars(Spread.of([a["seconds"] / b["seconds"] for a, b in pairs])),
-            "cpu_ratio": vars(Spread.of([a["cpu"] / b["cpu"] for a, b in pairs])),
+            "ratio": vars(Times.of([a["seconds"] / b["seconds"] for a, b in pairs])),
+            "cpu_ratio": vars(Times.of([a["cpu"] / b["cpu"] for a, b in pairs])),
             "loss_difference": max(
                 abs(a["loss"] / b["loss"] - 1) for a, b in zip(all_steps, steps["ours"], strict=True)
             ),

@@ -1,0 +1,103 @@
+"""The benches: that they refuse what is wrong, compare like with like, and report what they measured."""
+
+import json
+import math
+
+import harness
+import pytest
+import sft_vs_trl
+import torch
+from compositions import COMPOSITIONS
+
+from finetune import ops
+
+
+def test_every_op_has_a_composition_and_bench_samples():
+    assert set(COMPOSITIONS) == set(ops.REGISTRY)
+    for op in ops.REGISTRY:
+        assert harness.bench_samples(op), op
+        for sample in harness.bench_samples(op).values():
+            assert sample.bytes > 0, (op, sample.name)
+
+
+def test_times():
+    assert harness.Times.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == harness.Times(3.5, 2.0, 5.0)
+
+
+def test_a_wrong_backend_is_not_timed(monkeypatch, capsys, tmp_path):
+    page = ops.REGISTRY["swiglu"]
+    right = page.backends["cpp"]
+    wrong = ops._op.Backend(lambda gate, up: right.call(gate, up) * 1.001, right.supports, right.overload)
+    monkeypatch.setitem(page.backends, "cpp", wrong)
+    sample = next(iter(harness.bench_samples("swiglu")))
+    status = harness.main(["swiglu", "--sample", sample, "--dtype", "f32", "--json", str(tmp_path / "out.json")])
+    assert status == 1
+    assert "not timed:" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["results"], len(report["refused"])) == ([], 1)
+
+
+def test_a_composition_of_something_else_is_refused(monkeypatch):
+    monkeypatch.setitem(COMPOSITIONS, "swiglu", lambda gate, up: {"other": lambda: gate * up})
+    cell = next(harness.cells(["swiglu"], [], ["f32"], ["cpp"], [1]))
+    with pytest.raises(AssertionError, match="swiglu: other computes something else"):
+        harness.measure(cell, harness.Peaks(), 0.01)
+
+
+def test_a_slow_kernel_fails_the_check(monkeypatch, capsys):
+    page = ops.REGISTRY["swiglu"]
+    right = page.backends["cpp"]
+
+    def slow(gate, up):
+        for _ in range(20):
+            out = right.call(gate, up)
+        return out
+
+    monkeypatch.setitem(page.backends, "cpp", ops._op.Backend(slow, right.supports, right.overload))
+    sample = next(iter(harness.bench_samples("swiglu")))
+    words = ["swiglu", "--sample", sample, "--dtype", "f32", "--seconds", "0.05"]
+    assert harness.main(words) == 0
+    assert harness.main([*words, "--check"]) == 1
+    assert "slower than torch's own" in capsys.readouterr().out
+
+
+def test_report(tmp_path, capsys):
+    sample = next(iter(harness.bench_samples("rms_norm")))
+    words = ["rms_norm", "--sample", sample, "--dtype", "f32", "--threads", "1", "--seconds", "0.05"]
+    threads = torch.get_num_threads()
+    assert harness.main([*words, "--json", str(tmp_path / "deep" / "out.json")]) == 0
+    assert torch.get_num_threads() == threads
+    report = json.loads((tmp_path / "deep" / "out.json").read_text())
+    assert [r["cell"]["work"] for r in report["results"]] == ["forward", "forward + backward"]
+    for r in report["results"]:
+        assert r["pairs"] >= 5
+        assert r["ratio"]["p20"] <= r["ratio"]["median"] <= r["ratio"]["p80"]
+    moved = report["results"][1]["bytes_per_second"]
+    assert math.isfinite(moved)
+    assert moved > 0
+    assert {"cpu", "level", "torch"} <= set(report["machine"])
+    assert "rms_norm" in capsys.readouterr().out
+
+
+# --- the step beside TRL's
+
+
+def test_sides_that_differ_are_not_timed():
+    assert sft_vs_trl.disagreement({"ours": 2.0, "TRL": 2.0001}, 1e-4) is None
+    assert "2.000300 for TRL" in sft_vs_trl.disagreement({"ours": 2.0, "TRL": 2.0003}, 1e-4)
+    assert sft_vs_trl.disagreement({"ours": 2.0, "TRL": math.nan}, 1e-4)
+    assert sft_vs_trl.disagreement({"ours": math.nan, "TRL": 2.0}, 1e-4)
+
+
+def test_ratios_are_of_the_same_step_and_leave_the_first_out():
+    def steps(*seconds):
+        return [
+            {"seconds": s, "cpu": 2 * s, "peak": 10 * s, "growth": s, "loss": 1 + s / 1000} for s in (100.0, *seconds)
+        ]
+
+    found = sft_vs_trl.summarise({"ours": steps(1.0, 2.0, 4.0), "TRL": steps(3.0, 2.0, 8.0)}, [[5], [7], [8], [12]])
+    assert found["TRL"]["ratio"]["median"] == 2.0
+    assert found["ours"]["ratio"]["median"] == 1.0
+    assert found["ours"]["tokens_per_second"] == 4.0
+    assert found["TRL"]["peak"] == 1000.0
+    assert found["TRL"]["loss_difference"] == pytest.approx(1.008 / 1.004 - 1)
