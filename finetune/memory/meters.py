@@ -135,7 +135,7 @@ def mmap_threshold(size: int) -> bool:
         return False
 
 
-def plug_holes(least: int = 1 << 16) -> list[int]:
+def plug_holes(least: int = 4096) -> list[int]:
     """Takes the heap's free blocks of at least `least` bytes, without touching them; the pointers, for `unplug_holes`.
 
     glibc serves large requests, too, from the holes that earlier work left in the heap, and what comes and goes there
