@@ -110,7 +110,8 @@ def alternate(a: Side, b: Side, seconds: float) -> tuple[list[float], list[float
     """Times of a and b in turn (a b, b a, …) for about `seconds`, after one call of each to warm up."""
     once = a.time(1) + b.time(1)
     repeats = max(1, int(1e-3 / once))  # a reading is worth about a millisecond: the clock and the caches settle
-    rounds = min(max(int(seconds / (once * repeats)), ROUNDS[0]), ROUNDS[1])
+    least = ROUNDS[0] if once < 2 else 2  # some of torch's bfloat16 products take half a minute without AVX-512
+    rounds = min(max(int(seconds / (once * repeats)), least), ROUNDS[1])
     times: tuple[list[float], list[float]] = ([], [])
     gc.collect()
     gc.disable()
@@ -225,9 +226,9 @@ def measure(cell: Cell, peaks: Peaks, seconds: float = 1.0) -> Result:
     torch.set_num_threads(cell.threads)
     try:
         ours, theirs = sides(cell.op, sample, dtype, cell.backend, backward)
-        for candidate in theirs.values():
-            candidate.time(1)
-        label = min(theirs, key=lambda name: min(theirs[name].time(1) for _ in range(3 if len(theirs) > 1 else 1)))
+        label = next(iter(theirs))
+        if len(theirs) > 1:
+            label = min(theirs, key=lambda name: min(theirs[name].time(1) for _ in range(4)))
         mine, other = alternate(ours, theirs[label], seconds)
         whole = backward or not sample.grad  # a sample's bytes and FLOPs count the backward pass where there is one
         moved = traffic(sample, dtype)
