@@ -27,7 +27,7 @@ def test_times():
 def test_a_wrong_backend_is_not_timed(monkeypatch, capsys, tmp_path):
     page = ops.REGISTRY["swiglu"]
     right = page.backends["cpp"]
-    wrong = ops._op.Backend(lambda gate, up: right.call(gate, up) * 1.001, right.supports, right.overload)
+    wrong = ops._op.Backend(lambda gate, up: right.call(gate, up) * 1.001, right.supports)
     monkeypatch.setitem(page.backends, "cpp", wrong)
     sample = next(iter(harness.bench_samples("swiglu")))
     status = harness.main(["swiglu", "--sample", sample, "--dtype", "f32", "--json", str(tmp_path / "out.json")])
@@ -53,7 +53,7 @@ def test_a_slow_kernel_fails_the_check(monkeypatch, capsys):
             out = right.call(gate, up)
         return out
 
-    monkeypatch.setitem(page.backends, "cpp", ops._op.Backend(slow, right.supports, right.overload))
+    monkeypatch.setitem(page.backends, "cpp", ops._op.Backend(slow, right.supports))
     sample = next(iter(harness.bench_samples("swiglu")))
     words = ["swiglu", "--sample", sample, "--dtype", "f32", "--seconds", "0.05"]
     assert harness.main(words) == 0

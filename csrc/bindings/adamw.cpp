@@ -53,12 +53,12 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
+FINETUNE_SCHEMAS(m) {
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] "
       "masters, Tensor? grad_scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> "
       "()");
 }
-STABLE_TORCH_LIBRARY_IMPL(finetune, CPU, m) { m.impl("adamw_", TORCH_BOX(&adamw_)); }
+FINETUNE_KERNELS(m) { m.impl("adamw_", TORCH_BOX(&adamw_)); }
 
 }  // namespace finetune

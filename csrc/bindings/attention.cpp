@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_o_, con
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
+FINETUNE_SCHEMAS(m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens) -> "
       "(Tensor "
@@ -136,7 +136,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
       "causal, float scale, "
       "Tensor? lengths, Tensor? cu_seqlens) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
-STABLE_TORCH_LIBRARY_IMPL(finetune, CPU, m) {
+FINETUNE_KERNELS(m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }

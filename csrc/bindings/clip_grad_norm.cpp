@@ -33,9 +33,7 @@ Tensor clip_grad_norm_(std::vector<Tensor> grads, double max_norm) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
-  m.def("clip_grad_norm_(Tensor(a!)[] grads, float max_norm) -> Tensor norm");
-}
-STABLE_TORCH_LIBRARY_IMPL(finetune, CPU, m) { m.impl("clip_grad_norm_", TORCH_BOX(&clip_grad_norm_)); }
+FINETUNE_SCHEMAS(m) { m.def("clip_grad_norm_(Tensor(a!)[] grads, float max_norm) -> Tensor norm"); }
+FINETUNE_KERNELS(m) { m.impl("clip_grad_norm_", TORCH_BOX(&clip_grad_norm_)); }
 
 }  // namespace finetune

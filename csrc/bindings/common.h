@@ -1,6 +1,11 @@
 // What every binding needs of torch (its stable ABI: the library built here loads in later releases too).
 #pragma once
 
+//
+// One binding serves three builds of an operator: CPU kernels (dispatch key CPU), CUDA kernels where nvcc built them
+// (FINETUNE_CUDA, key CUDA), and, in the test-only library finetune_emulated, the CUDA kernels run by the emulator on
+// CPU tensors (FINETUNE_EMULATED, key CPU).
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,11 +16,56 @@
 #include <vector>
 
 #include "finetune/kernel.h"
+#if defined(FINETUNE_EMULATED)
+#include "emulator.h"
+#endif
+
+#if !defined(FINETUNE_LIBRARY)  // the emulator's builds have names of their own
+#define FINETUNE_LIBRARY finetune
+#endif
+#if defined(FINETUNE_EMULATED) || defined(FINETUNE_CUDA)
+#define FINETUNE_DEVICE 1  // there are CUDA kernels to launch
+#else
+#define FINETUNE_DEVICE 0
+#endif
+
+// FINETUNE_SCHEMAS(m) { m.def(…); }   FINETUNE_KERNELS(m) { m.impl(…); }   once each in a binding
+#define FINETUNE_SCHEMAS(m) FINETUNE_SCHEMAS_OF(FINETUNE_LIBRARY, m)
+#define FINETUNE_SCHEMAS_OF(library, m) STABLE_TORCH_LIBRARY_FRAGMENT(library, m)
+#define FINETUNE_KERNELS(m) FINETUNE_KERNELS_OF(FINETUNE_LIBRARY, m)
+#if defined(FINETUNE_CUDA)
+#define FINETUNE_KERNELS_OF(library, m)                                                     \
+  static void implement(torch::stable::detail::StableLibrary& m);                           \
+  STABLE_TORCH_LIBRARY_IMPL(library, CPU, kernels_on_cpu) { implement(kernels_on_cpu); }    \
+  STABLE_TORCH_LIBRARY_IMPL(library, CUDA, kernels_on_cuda) { implement(kernels_on_cuda); } \
+  static void implement(torch::stable::detail::StableLibrary& m)
+#else
+#define FINETUNE_KERNELS_OF(library, m) STABLE_TORCH_LIBRARY_IMPL(library, CPU, m)
+#endif
+
+#if defined(FINETUNE_CUDA)  // a symbol of CUDA builds of torch, absent from CPU builds
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
 
 namespace finetune {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Does a call on this tensor run a CUDA kernel?
+inline bool on_device([[maybe_unused]] const Tensor& t) {
+#if defined(FINETUNE_EMULATED)
+  return true;
+#elif defined(FINETUNE_CUDA)
+  return t.is_cuda();
+#else
+  return false;
+#endif
+}
+
+inline Tensor empty_f32(const Tensor& like, std::vector<int64_t> size) {
+  return torch::stable::new_empty(like, size, ScalarType::Float);
+}
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -23,8 +73,11 @@ inline DType dtype_of(const Tensor& t) {
       return DType::f32;
     case ScalarType::BFloat16:
       return DType::bf16;
+    case ScalarType::Half:
+      STD_TORCH_CHECK(on_device(t), "finetune: the CPU kernels take float32 and bfloat16, got float16");
+      return DType::f16;
     default:
-      STD_TORCH_CHECK(false, "finetune: expected float32 or bfloat16");
+      STD_TORCH_CHECK(false, "finetune: expected float32, bfloat16 or float16");
   }
 }
 
@@ -32,13 +85,93 @@ inline void check(bool holds, const char* op, const char* what) {
   STD_TORCH_CHECK(holds, "finetune::", op, ": ", what);
 }
 
-template <class Args>
-void run(const char* op, const Args& args) {
-  check(launch(args) == Status::ok, op, "the kernel does not support these arguments");
+inline void check_status(Status status, const char* op) {
+  check(status != Status::unsupported, op, "the kernel does not support these arguments");
+  check(status == Status::ok, op, "the kernel could not be launched");
 }
 
-inline Tensor empty_f32(const Tensor& like, std::vector<int64_t> size) {
-  return torch::stable::new_empty(like, size, ScalarType::Float);
+#if !defined(FINETUNE_EMULATED)
+template <class Args>
+void run(const char* op, const Args& args) {
+  check_status(launch(args), op);
+}
+#endif
+
+// The memory of a tensor as a kernel's argument: read, written (its contents count as undefined until then), or both.
+// The emulator learns here which bytes a kernel may touch, and how.
+inline const void* in(const Tensor& t);
+inline void* out(const Tensor& t);
+inline void* inout(const Tensor& t);
+
+#if defined(FINETUNE_EMULATED)
+inline int64_t extent(const Tensor& t) {  // bytes from the first element's to the last one's end
+  if (!t.numel()) return 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  return (last + 1) * t.element_size();
+}
+inline const void* in(const Tensor& t) {
+  emulator::allow(t.const_data_ptr(), extent(t), emulator::Use::read);
+  return t.const_data_ptr();
+}
+inline void* out(const Tensor& t) {
+  emulator::allow(t.mutable_data_ptr(), extent(t), emulator::Use::write);
+  return t.mutable_data_ptr();
+}
+inline void* inout(const Tensor& t) {
+  emulator::allow(t.mutable_data_ptr(), extent(t), emulator::Use::read_write);
+  return t.mutable_data_ptr();
+}
+#else
+inline const void* in(const Tensor& t) { return t.const_data_ptr(); }
+inline void* out(const Tensor& t) { return t.mutable_data_ptr(); }
+inline void* inout(const Tensor& t) { return t.mutable_data_ptr(); }
+#endif
+template <class T>
+const T* in(const Tensor& t) {
+  return static_cast<const T*>(in(t));
+}
+template <class T>
+T* out(const Tensor& t) {
+  return static_cast<T*>(out(t));
+}
+template <class T>
+T* inout(const Tensor& t) {
+  return static_cast<T*>(inout(t));
+}
+
+#if FINETUNE_DEVICE
+// Launches the CUDA kernel of `args` on the device and current stream of `on`.
+template <class Args>
+void run_device(const char* op, [[maybe_unused]] const Tensor& on, const Args& args) {
+#if defined(FINETUNE_EMULATED)
+  const Status status = launch_cuda(args, nullptr);
+  const std::string fault = emulator::take_fault();
+  STD_TORCH_CHECK(fault.empty(), "finetune::", op, ": ", fault);
+  check_status(status, op);
+#else
+  check(on.is_cuda(), op, "expected CUDA tensors");
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  void* stream = nullptr;
+  check(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream), op,
+        "this torch has no CUDA streams");
+  check_status(launch_cuda(args, stream), op);
+#endif
+}
+#endif
+
+// Runs the kernel of `args` where the tensor `on` lives.
+template <class Args>
+void run(const char* op, const Tensor& on, const Args& args) {
+#if defined(FINETUNE_EMULATED)
+  run_device(op, on, args);
+#else
+#if defined(FINETUNE_CUDA)
+  if (on.is_cuda()) return run_device(op, on, args);
+#endif
+  check(on.is_cpu(), op, "expected CPU tensors");
+  run(op, args);
+#endif
 }
 
 // A tensor (..., dim) seen as (rows, dim) with adjacent elements in a row and one stride between rows: halves of a

@@ -46,13 +46,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
+FINETUNE_SCHEMAS(m) {
   m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
       "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool weight_grad, bool "
       "bias_grad) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
-STABLE_TORCH_LIBRARY_IMPL(finetune, CPU, m) {
+FINETUNE_KERNELS(m) {
   m.impl("layer_norm", TORCH_BOX(&layer_norm));
   m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
 }

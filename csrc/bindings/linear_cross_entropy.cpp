@@ -17,8 +17,22 @@
 
 #include "common.h"
 
+// MKL, if this torch has it: the calling thread's limit, 0 for none; returns the limit before.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
+
 namespace finetune {
 namespace {
+
+// While it lives, this thread's products are made by one thread and cut as one thread would cut them: even in a
+// parallel region MKL otherwise cuts long sums by the number of threads that it might have had.
+struct OneThread {
+  int before = MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0;
+  OneThread() = default;
+  OneThread(const OneThread&) = delete;
+  ~OneThread() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before);
+  }
+};
 
 constexpr int64_t kLogitBytes = 24 << 20;  // of the logits buffer: 128 rows of SmolLM2's 49152 in fp32
 constexpr int64_t kLeastRows = 64;         // of a chunk: fewer would leave the products memory bound
@@ -186,6 +200,7 @@ struct Loop {
     const int64_t blocks = ceil_div(count, plan.block), tasks = blocks * plan.tiles;
     // Never a single task: torch would run it outside of a parallel region, and its product on all threads.
     parallel_for(std::max<int64_t>(tasks, 2), 1, [&](int64_t begin, int64_t end) {
+      const OneThread one;
       const bool widen = weight.dtype != type, round = weight_grad && type == DType::bf16;
       const Tensor wide = new_empty({widen ? plan.tile : 0, x.cols}, scalar_of(type));
       const Tensor rounded = new_empty({round ? plan.tile : 0, x.cols}, scalar_of(type));
@@ -254,11 +269,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
+FINETUNE_SCHEMAS(m) {
   m.def(
       "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, float z_loss, bool mean, bool "
       "x_grad, bool weight_grad, bool? bf16_matmul) -> (Tensor loss, Tensor dx, Tensor dweight)");
 }
-STABLE_TORCH_LIBRARY_IMPL(finetune, CPU, m) { m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy)); }
+FINETUNE_KERNELS(m) { m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy)); }
 
 }  // namespace finetune

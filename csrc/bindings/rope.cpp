@@ -34,9 +34,7 @@ Tensor rope(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, const Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
-  m.def("rope(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool inverse=False) -> Tensor");
-}
-STABLE_TORCH_LIBRARY_IMPL(finetune, CPU, m) { m.impl("rope", TORCH_BOX(&rope)); }
+FINETUNE_SCHEMAS(m) { m.def("rope(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool inverse=False) -> Tensor"); }
+FINETUNE_KERNELS(m) { m.impl("rope", TORCH_BOX(&rope)); }
 
 }  // namespace finetune

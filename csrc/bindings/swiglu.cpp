@@ -26,11 +26,11 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy_, const Tensor& gate
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(finetune, m) {
+FINETUNE_SCHEMAS(m) {
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
 }
-STABLE_TORCH_LIBRARY_IMPL(finetune, CPU, m) {
+FINETUNE_KERNELS(m) {
   m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
 }

@@ -1,8 +1,12 @@
 """The dispatcher: an op is a plain-torch reference that defines it, and backends that must agree with it.
 
-`Op(name, reference, backends)` is called like the reference, plus `backend=`. Without a choice the first available
-backend of `ORDER` for the tensors' device runs. A forced backend that cannot run raises `BackendUnavailable` with the
-reason; an automatic choice that falls through to the reference warns once, with the reason.
+`Op(name, reference, native, samples)` is called like the reference, plus `backend=`. Without a choice the first
+available backend of `ORDER` for the tensors' device runs. A forced backend that cannot run raises `BackendUnavailable`
+with the reason; an automatic choice that falls through to the reference warns once, with the reason.
+
+Every backend but the reference is a torch library of operators with the same schemas, so that an op's autograd formula
+and shape functions are written once, on its page: cpp and cuda are one library under two dispatch keys, triton is a
+second one, and the CUDA kernels that the emulator runs on CPU tensors (`finetune.emulator`) are a third.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from typing import Any
 import torch
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
+LIBRARIES = {"cpp": "finetune", "cuda": "finetune", "triton": "finetune_triton"}
+LIBRARIES |= {build: f"finetune_{build}" for build in ("emulated", "checked", "sanitized")}  # see finetune.emulator
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 LIBRARY = Path(__file__).parents[1] / "_native.so"
 
@@ -35,7 +41,16 @@ class Backend:
 
     call: Callable[..., Any]
     supports: Callable[..., str | None]
-    overload: Callable[..., tuple[Any, tuple[Any, ...]]] | None = None  # call → torch operator and its arguments
+
+
+@dataclass(frozen=True)
+class Native:
+    """An op as torch operators, whichever library they come from (`operators` is torch.ops.<library>)."""
+
+    call: Callable[..., Any]  # (operators, *args, **kwargs): the op's result through them
+    overload: Callable[..., tuple[str, tuple[Any, ...]]]  # (*args, **kwargs): the operator's name and its arguments
+    supports: Callable[..., str | None]  # (backend, *args, **kwargs): None or the reason why not
+    register: Callable[[str], None]  # (library): its shape functions and autograd formula
 
 
 @dataclass(frozen=True)
@@ -81,21 +96,46 @@ class Op:
         self,
         name: str,
         reference: Callable[..., Any],
-        backends: dict[str, Backend],
+        native: Native,
         samples: Callable[[], Iterator[Sample]],
         torch_kernel: Callable[..., Any] | None = None,
     ) -> None:
-        self.name, self.reference, self.samples, self.torch_kernel = name, reference, samples, torch_kernel
-        self.backends = {"reference": Backend(reference, lambda *a, **k: None), **backends}
+        self.name, self.reference, self.native = name, reference, native
+        self.samples, self.torch_kernel = samples, torch_kernel
+        self.backends = {"reference": Backend(reference, lambda *a, **k: None)}
+        for backend in ("cpp", "triton", "cuda"):
+            self.add_backend(backend)
         self.warned: set[str] = set()
+        if not NATIVE_PROBLEM:
+            native.register("finetune")
         REGISTRY[name] = self
+
+    def add_backend(self, backend: str) -> None:
+        """Makes the operators of `backend`'s library callable through this op."""
+
+        absent = (
+            missing(self.name, backend) if backend != "triton" else None
+        )  # known for good, so that tracers need not ask
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self.native.call(getattr(torch.ops, LIBRARIES[backend]), *args, **kwargs)
+
+        def supports(*args: Any, **kwargs: Any) -> str | None:
+            reason = load_triton(self) if backend == "triton" else absent
+            return reason or self.native.supports(backend, *args, **kwargs)
+
+        self.backends[backend] = Backend(call, supports)
+
+    def overload(self, library: str, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
+        """The torch operator that this call becomes, and its arguments."""
+        name, arguments = self.native.overload(*args, **kwargs)
+        return getattr(getattr(torch.ops, library), name).default, arguments
 
     def why_not(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
         """None if `backend` can run this call, else the reason."""
-        if backend not in BACKENDS:
+        if backend not in self.backends:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-        found = self.backends.get(backend)
-        return found.supports(*args, **kwargs) if found else f"{self.name} has no {backend} kernel yet"
+        return self.backends[backend].supports(*args, **kwargs)
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         backend = backend or forced
@@ -104,8 +144,6 @@ class Op:
                 raise BackendUnavailable(f"{self.name}: backend {backend} cannot run this call: {reason}")
             return self.backends[backend].call(*args, **kwargs)
         for name in ORDER[device_of(args)]:
-            if name not in self.backends:
-                continue
             if reason := self.why_not(name, *args, **kwargs):
                 if reason not in self.warned:
                     self.warned.add(reason)
@@ -155,19 +193,56 @@ def load_library() -> str | None:
 NATIVE_PROBLEM = load_library()
 
 
-def native_float(*tensors: torch.Tensor | None) -> str | None:
-    """The `supports` that most cpp backends share: CPU tensors of one dtype, float32 or bfloat16."""
+def load_triton(op: Op) -> str | None:
+    """Why there are no Triton operators for this op, if so."""
+    if NATIVE_PROBLEM:
+        return NATIVE_PROBLEM  # they take their schemas from it
+    from finetune.ops import _triton
+
+    return _triton.load(op)
+
+
+def missing(op: str, backend: str) -> str | None:
+    """Why `backend` has no native operators for this op, if so."""
     if NATIVE_PROBLEM:
         return NATIVE_PROBLEM
+    name = f"{LIBRARIES[backend]}::{op}"
+    key = "CUDA" if backend == "cuda" else "CPU"
+    if any(torch._C._dispatch_has_kernel_for_dispatch_key(name + end, key) for end in ("", "_") if known(name + end)):
+        return None
+    if backend == "cuda" and "nvcc=0" in torch.ops.finetune.build_info():
+        return (
+            "the native library was built without nvcc: install the CUDA toolkit, then pip install -e . builds it anew"
+        )
+    return f"{op} has no {backend} kernel yet"
+
+
+def known(operator: str) -> bool:
+    library, name = operator.split("::")
+    return hasattr(getattr(torch.ops, library), name)
+
+
+def native_float(backend: str, *tensors: torch.Tensor | None) -> str | None:
+    """The `supports` that most ops share: tensors of one floating dtype where the backend wants them; float16 only on
+    GPUs (and their emulation)."""
     given = [t for t in tensors if t is not None]
-    if any(t.device.type != "cpu" for t in given):
-        return "it takes CPU tensors"
+    if reason := wrong_device(backend, *given):
+        return reason
     dtypes = {t.dtype for t in given}
     if len(dtypes) > 1:
         return f"it takes one dtype, got {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
-    if not dtypes <= {torch.float32, torch.bfloat16}:
-        return f"it takes float32 and bfloat16, got {str(dtypes.pop()).removeprefix('torch.')}"
+    half = backend != "cpp"
+    if not dtypes <= {torch.float32, torch.bfloat16, *([torch.float16] if half else [])}:
+        names = "float32, bfloat16 and float16" if half else "float32 and bfloat16"
+        return f"it takes {names}, got {str(dtypes.pop()).removeprefix('torch.')}"
     return None
+
+
+def wrong_device(backend: str, *tensors: torch.Tensor) -> str | None:
+    """CPU tensors for cpp and for what is emulated or interpreted, CUDA tensors for the GPU."""
+    on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
+    wanted = "cuda" if on_gpu else "cpu"
+    return f"it takes {wanted.upper()} tensors" if any(t.device.type != wanted for t in tensors) else None
 
 
 def table() -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+from finetune.ops._op import Native, Op, Sample, native_float, wrong_device
 
 
 def reference(
@@ -49,37 +49,38 @@ def overload(
     if not isinstance(grad_scale, Tensor):
         grad_scale = None if grad_scale == 1.0 else torch.tensor(grad_scale, dtype=torch.float32)
     lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(masters or []))
-    return torch.ops.finetune.adamw_.default, (*lists, grad_scale, lr, beta1, beta2, eps, weight_decay, step)
+    return "adamw_", (*lists, grad_scale, lr, beta1, beta2, eps, weight_decay, step)
 
 
 @torch.no_grad()
-def cpp(params, *args, **kwargs) -> None:
+def native(operators, params, *args, **kwargs) -> None:
     if params:
-        call, arguments = overload(params, *args, **kwargs)
-        call(*arguments)
+        name, arguments = overload(params, *args, **kwargs)
+        getattr(operators, name)(*arguments)
         torch.autograd.graph.increment_version(params)  # a graph that saved a parameter must notice
 
 
-def cpp_supports(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0, **_) -> str | None:
-    if reason := native_float(*params):
+def supports(backend: str, params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0, **_) -> str | None:
+    if reason := native_float(backend, *params):
         return reason
-    if any(g.dtype not in (torch.float32, torch.bfloat16) for g in grads):
-        return "it takes float32 and bfloat16 gradients"
+    for dtype in {g.dtype for g in grads}:  # not always that of the parameters
+        if reason := native_float(backend, *(g for g in grads if g.dtype == dtype)):
+            return f"of the gradients: {reason}"
     states = [*exp_avgs, *exp_avg_sqs, *(masters or [])]
     if any(t.dtype != torch.float32 for t in states):
         return "it keeps moments and masters in float32"
     if isinstance(grad_scale, Tensor) and grad_scale.dtype != torch.float32:
         return "it takes a float32 grad_scale"
-    if any(t.device.type != "cpu" for t in (*grads, *states)):
-        return "it takes CPU tensors"
+    if reason := wrong_device(backend, *states):
+        return reason
     if not all(t.is_contiguous() for t in (*params, *states)):
         return "it takes contiguous parameters, moments and masters"
     return None
 
 
-if not NATIVE_PROBLEM:
+def register(library: str) -> None:
 
-    @torch.library.register_fake("finetune::adamw_")
+    @torch.library.register_fake(f"{library}::adamw_")
     def _(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
         return None
 
@@ -118,7 +119,7 @@ def samples() -> Iterator[Sample]:
     yield make("bench masters", SMOLLM2_BLOCK * 8, masters=True, bench=True)
 
 
-op = Op("adamw", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+op = Op("adamw", reference, Native(native, overload, supports, register), samples)
 
 
 def adamw_(

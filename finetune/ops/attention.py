@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+from finetune.ops._op import Native, Op, Sample, native_float
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -99,21 +99,22 @@ def overload(
 ):
     check(q, k, v, lengths, cu_seqlens)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return torch.ops.finetune.attention.default, (q, k, v, causal, scale, lengths, cu_seqlens)
+    return "attention", (q, k, v, causal, scale, lengths, cu_seqlens)
 
 
-def cpp(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
-    call, args = overload(q, k, v, **kwargs)
-    return call(*args)[0]
+def native(operators, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
+    name, args = overload(q, k, v, **kwargs)
+    return getattr(operators, name)(*args)[0]
 
 
-def cpp_supports(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> str | None:
-    return native_float(q, k, v)
+def supports(backend: str, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> str | None:
+    return native_float(backend, q, k, v)
 
 
-if not NATIVE_PROBLEM:
+def register(library: str) -> None:
+    operators = getattr(torch.ops, library)
 
-    @torch.library.register_fake("finetune::attention")
+    @torch.library.register_fake(f"{library}::attention")
     def _(
         q: Tensor,
         k: Tensor,
@@ -127,7 +128,7 @@ if not NATIVE_PROBLEM:
         top, total = (q.new_empty(b, h, t, dtype=torch.float32) for _ in range(2))
         return q.new_empty(q.shape), top, total
 
-    @torch.library.register_fake("finetune::attention_backward")
+    @torch.library.register_fake(f"{library}::attention_backward")
     def _(
         grad_o: Tensor,
         q: Tensor,
@@ -153,12 +154,10 @@ if not NATIVE_PROBLEM:
         if grad_o is None:
             return (None,) * 7
         q, k, v, o, top, total, lengths, cu_seqlens = ctx.saved_tensors
-        grads = torch.ops.finetune.attention_backward(
-            grad_o, q, k, v, o, top, total, ctx.causal, ctx.scale, lengths, cu_seqlens
-        )
+        grads = operators.attention_backward(grad_o, q, k, v, o, top, total, ctx.causal, ctx.scale, lengths, cu_seqlens)
         return *grads, None, None, None, None
 
-    torch.library.register_autograd("finetune::attention", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{library}::attention", backward, setup_context=setup_context)
 
 
 def samples() -> Iterator[Sample]:
@@ -232,7 +231,7 @@ def samples() -> Iterator[Sample]:
     yield make("bench decode", 8, 1, 512, 9, 3, 64, bench=True, grad=False, lengths=tokens, causal=False)
 
 
-op = Op("attention", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples, torch_kernel)
+op = Op("attention", reference, Native(native, overload, supports, register), samples, torch_kernel)
 
 
 def attention(

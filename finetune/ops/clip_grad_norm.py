@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+from finetune.ops._op import Native, Op, Sample, native_float
 from finetune.ops.adamw import SMOLLM2_BLOCK
 
 
@@ -31,30 +31,30 @@ def reference(grads: Sequence[Tensor], max_norm: float) -> Tensor:
 
 
 def overload(grads: Sequence[Tensor], max_norm: float):
-    return torch.ops.finetune.clip_grad_norm_.default, (list(grads), max_norm)
+    return "clip_grad_norm_", (list(grads), max_norm)
 
 
 @torch.no_grad()
-def cpp(grads: Sequence[Tensor], max_norm: float) -> Tensor:
+def native(operators, grads: Sequence[Tensor], max_norm: float) -> Tensor:
     if not grads:
         return torch.zeros(())
-    norm = torch.ops.finetune.clip_grad_norm_(list(grads), max_norm)
+    norm = operators.clip_grad_norm_(list(grads), max_norm)
     torch.autograd.graph.increment_version(grads)
     return norm
 
 
-def cpp_supports(grads: Sequence[Tensor], max_norm: float) -> str | None:
-    for dtype in {g.dtype for g in grads}:  # each may be float32 or bfloat16
-        if reason := native_float(*(g for g in grads if g.dtype == dtype)):
+def supports(backend: str, grads: Sequence[Tensor], max_norm: float) -> str | None:
+    for dtype in {g.dtype for g in grads}:  # each may have its own
+        if reason := native_float(backend, *(g for g in grads if g.dtype == dtype)):
             return reason
     if not all(g.is_contiguous() for g in grads):
         return "it takes contiguous gradients"
-    return NATIVE_PROBLEM
+    return None
 
 
-if not NATIVE_PROBLEM:
+def register(library: str) -> None:
 
-    @torch.library.register_fake("finetune::clip_grad_norm_")
+    @torch.library.register_fake(f"{library}::clip_grad_norm_")
     def _(grads: list[Tensor], max_norm: float) -> Tensor:
         return grads[0].new_empty((), dtype=torch.float32)
 
@@ -78,7 +78,7 @@ def samples() -> Iterator[Sample]:
     yield make("bench", SMOLLM2_BLOCK * 16, 1.0, bench=True)
 
 
-op = Op("clip_grad_norm", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+op = Op("clip_grad_norm", reference, Native(native, overload, supports, register), samples)
 
 
 def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, *, backend: str | None = None) -> Tensor:

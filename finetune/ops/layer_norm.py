@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+from finetune.ops._op import Native, Op, Sample, native_float
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -23,27 +23,28 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5)
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
-def cpp(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    return torch.ops.finetune.layer_norm(x, weight, bias, eps)[0]
+def native(operators, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    return operators.layer_norm(x, weight, bias, eps)[0]
 
 
 def overload(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5):
-    return torch.ops.finetune.layer_norm.default, (x, weight, bias, eps)
+    return "layer_norm", (x, weight, bias, eps)
 
 
-def cpp_supports(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> str | None:
-    return native_float(x, weight, bias)
+def supports(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> str | None:
+    return native_float(backend, x, weight, bias)
 
 
-if not NATIVE_PROBLEM:
+def register(library: str) -> None:
+    operators = getattr(torch.ops, library)
 
-    @torch.library.register_fake("finetune::layer_norm")
+    @torch.library.register_fake(f"{library}::layer_norm")
     def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.numel() // max(x.shape[-1], 1)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         return y, x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
 
-    @torch.library.register_fake("finetune::layer_norm_backward")
+    @torch.library.register_fake(f"{library}::layer_norm_backward")
     def _(
         dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool, bias_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,10 +63,10 @@ if not NATIVE_PROBLEM:
         if dy is None:
             return None, None, None, None
         weight_grad, bias_grad = ctx.needs_input_grad[1:3]
-        dx, dweight, dbias = torch.ops.finetune.layer_norm_backward(dy, *ctx.saved_tensors, weight_grad, bias_grad)
+        dx, dweight, dbias = operators.layer_norm_backward(dy, *ctx.saved_tensors, weight_grad, bias_grad)
         return dx, dweight if weight_grad else None, dbias if bias_grad else None, None
 
-    torch.library.register_autograd("finetune::layer_norm", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{library}::layer_norm", backward, setup_context=setup_context)
 
 
 def samples() -> Iterator[Sample]:
@@ -94,7 +95,7 @@ def samples() -> Iterator[Sample]:
     yield make("bench", 2048, 768, bench=True)
 
 
-op = Op("layer_norm", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+op = Op("layer_norm", reference, Native(native, overload, supports, register), samples)
 
 
 def layer_norm(

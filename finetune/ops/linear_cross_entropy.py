@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+from finetune.ops._op import Native, Op, Sample, native_float
 
 
 def reference(
@@ -40,22 +40,22 @@ def reference(
 def overload(x, weight, targets, *, ignore_index=-100, z_loss=0.0, reduction="mean"):
     grad = torch.is_grad_enabled()
     wanted = (grad and x.requires_grad, grad and weight.requires_grad)
-    call = torch.ops.finetune.linear_cross_entropy.default
-    return call, (x, weight, targets, ignore_index, z_loss, reduction == "mean", *wanted, None)
+    return "linear_cross_entropy", (x, weight, targets, ignore_index, z_loss, reduction == "mean", *wanted, None)
 
 
-def cpp(*args, **kwargs) -> Tensor:
-    call, arguments = overload(*args, **kwargs)
-    return call(*arguments)[0]
+def native(operators, *args, **kwargs) -> Tensor:
+    name, arguments = overload(*args, **kwargs)
+    return getattr(operators, name)(*arguments)[0]
 
 
-def cpp_supports(x: Tensor, weight: Tensor, targets: Tensor, **_) -> str | None:
-    return native_float(x, weight)
+def supports(backend: str, x: Tensor, weight: Tensor, targets: Tensor, **_) -> str | None:
+    return native_float(backend, x, weight)
 
 
-if not NATIVE_PROBLEM:
+def register(library: str) -> None:
+    operators = getattr(torch.ops, library)
 
-    @torch.library.register_fake("finetune::linear_cross_entropy")
+    @torch.library.register_fake(f"{library}::linear_cross_entropy")
     def _(x, weight, targets, ignore_index, z_loss, mean, x_grad, weight_grad, bf16_matmul):
         dim = x.shape[1]
         dx = x.new_empty(x.shape[0] if x_grad else 0, dim)
@@ -74,17 +74,17 @@ if not NATIVE_PROBLEM:
             return (None,) * 9
         if torch.is_grad_enabled():
             raise RuntimeError("linear_cross_entropy cannot be differentiated twice: call it without create_graph=True")
-        # The gradients are handed out scaled in place, so that no second copy of dweight exists (only cpp() above sees
-        # them otherwise, and it drops them; a tracer's tensors are left alone). A second backward through the same
+        # The gradients are handed out scaled in place, so that no second copy of dweight exists (only native() above
+        # sees them otherwise, and it drops them; a tracer's tensors are left alone). A second backward through the same
         # graph (retain_graph) makes them anew.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            grads = torch.ops.finetune.linear_cross_entropy(*ctx.saved_tensors, *ctx.options)[1:]
+            grads = operators.linear_cross_entropy(*ctx.saved_tensors, *ctx.options)[1:]
         scaled = (grad.mul_(dloss) if type(grad) is Tensor else grad * dloss for grad in grads)
         wanted = ctx.options[3:5]
         return *(grad if want else None for grad, want in zip(scaled, wanted, strict=True)), *(None,) * 7
 
-    torch.library.register_autograd("finetune::linear_cross_entropy", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{library}::linear_cross_entropy", backward, setup_context=setup_context)
 
 
 def samples() -> Iterator[Sample]:
@@ -118,7 +118,7 @@ def samples() -> Iterator[Sample]:
     yield make("bench trained", 256, 576, 49152, bench=True)
 
 
-op = Op("linear_cross_entropy", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+op = Op("linear_cross_entropy", reference, Native(native, overload, supports, register), samples)
 
 
 def linear_cross_entropy(

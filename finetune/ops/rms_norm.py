@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+from finetune.ops._op import Native, Op, Sample, native_float
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -22,27 +22,28 @@ def reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return (x32 * rstd * weight.to(wide)).to(x.dtype)
 
 
-def cpp(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    return torch.ops.finetune.rms_norm(x, weight, eps)[0]
+def native(operators, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    return operators.rms_norm(x, weight, eps)[0]
 
 
 def overload(x: Tensor, weight: Tensor, eps: float = 1e-5):
-    return torch.ops.finetune.rms_norm.default, (x, weight, eps)
+    return "rms_norm", (x, weight, eps)
 
 
-def cpp_supports(x: Tensor, weight: Tensor, eps: float = 1e-5) -> str | None:
-    return native_float(x, weight)
+def supports(backend: str, x: Tensor, weight: Tensor, eps: float = 1e-5) -> str | None:
+    return native_float(backend, x, weight)
 
 
-if not NATIVE_PROBLEM:
+def register(library: str) -> None:
+    operators = getattr(torch.ops, library)
 
-    @torch.library.register_fake("finetune::rms_norm")
+    @torch.library.register_fake(f"{library}::rms_norm")
     def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         dim = x.shape[-1]
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         return y, x.new_empty(x.numel() // max(dim, 1), dtype=torch.float32)
 
-    @torch.library.register_fake("finetune::rms_norm_backward")
+    @torch.library.register_fake(f"{library}::rms_norm_backward")
     def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_grad: bool) -> tuple[Tensor, Tensor]:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         return dx, weight.new_empty(weight.shape[0] if weight_grad else 0)
@@ -58,10 +59,10 @@ if not NATIVE_PROBLEM:
             return None, None, None
         x, weight, rstd = ctx.saved_tensors
         weight_grad = ctx.needs_input_grad[1]
-        dx, dweight = torch.ops.finetune.rms_norm_backward(dy, x, weight, rstd, weight_grad)
+        dx, dweight = operators.rms_norm_backward(dy, x, weight, rstd, weight_grad)
         return dx, dweight if weight_grad else None, None
 
-    torch.library.register_autograd("finetune::rms_norm", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{library}::rms_norm", backward, setup_context=setup_context)
 
 
 def samples() -> Iterator[Sample]:
@@ -84,7 +85,7 @@ def samples() -> Iterator[Sample]:
     yield make("bench", 2048, 576, bench=True)
 
 
-op = Op("rms_norm", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+op = Op("rms_norm", reference, Native(native, overload, supports, register), samples)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+from finetune.ops._op import Native, Op, Sample, native_float
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
@@ -30,25 +30,26 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1).to(x.dtype)
 
 
-def cpp(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    return torch.ops.finetune.rope(x, cos, sin, positions)
+def native(operators, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    return operators.rope(x, cos, sin, positions)
 
 
 def overload(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor):
-    return torch.ops.finetune.rope.default, (x, cos, sin, positions)
+    return "rope", (x, cos, sin, positions)
 
 
-def cpp_supports(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> str | None:
+def supports(backend: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> str | None:
     if cos.requires_grad or sin.requires_grad:
         return "it has no gradient for cos and sin"
     if cos.dtype != torch.float32 or sin.dtype != torch.float32 or positions.dtype != torch.int64:
         return "it takes float32 tables and int64 positions"
-    return native_float(x) or native_float(cos, sin)
+    return native_float(backend, x) or native_float(backend, cos, sin)
 
 
-if not NATIVE_PROBLEM:
+def register(library: str) -> None:
+    operators = getattr(torch.ops, library)
 
-    @torch.library.register_fake("finetune::rope")
+    @torch.library.register_fake(f"{library}::rope")
     def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
         return x.new_empty(x.shape)
 
@@ -60,9 +61,9 @@ if not NATIVE_PROBLEM:
     def backward(ctx, dy):
         if dy is None:
             return None, None, None, None, None
-        return torch.ops.finetune.rope(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None, None
+        return operators.rope(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None, None
 
-    torch.library.register_autograd("finetune::rope", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{library}::rope", backward, setup_context=setup_context)
 
 
 def tables(length: int, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,7 @@ def samples() -> Iterator[Sample]:
     yield make("bench", 4, 512, 9, 64, bench=True)
 
 
-op = Op("rope", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+op = Op("rope", reference, Native(native, overload, supports, register), samples)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, backend: str | None = None) -> Tensor:

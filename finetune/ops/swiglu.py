@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._op import NATIVE_PROBLEM, Backend, Op, Sample, native_float
+from finetune.ops._op import Native, Op, Sample, native_float
 
 
 def reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -22,25 +22,26 @@ def reference(gate: Tensor, up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
 
-def cpp(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.ops.finetune.swiglu(gate, up)
+def native(operators, gate: Tensor, up: Tensor) -> Tensor:
+    return operators.swiglu(gate, up)
 
 
 def overload(gate: Tensor, up: Tensor):
-    return torch.ops.finetune.swiglu.default, (gate, up)
+    return "swiglu", (gate, up)
 
 
-def cpp_supports(gate: Tensor, up: Tensor) -> str | None:
-    return native_float(gate, up)
+def supports(backend: str, gate: Tensor, up: Tensor) -> str | None:
+    return native_float(backend, gate, up)
 
 
-if not NATIVE_PROBLEM:
+def register(library: str) -> None:
+    operators = getattr(torch.ops, library)
 
-    @torch.library.register_fake("finetune::swiglu")
+    @torch.library.register_fake(f"{library}::swiglu")
     def _(gate: Tensor, up: Tensor) -> Tensor:
         return gate.new_empty(gate.shape)
 
-    @torch.library.register_fake("finetune::swiglu_backward")
+    @torch.library.register_fake(f"{library}::swiglu_backward")
     def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
@@ -51,9 +52,9 @@ if not NATIVE_PROBLEM:
     def backward(ctx, dy):
         if dy is None:
             return None, None
-        return torch.ops.finetune.swiglu_backward(dy, *ctx.saved_tensors)
+        return operators.swiglu_backward(dy, *ctx.saved_tensors)
 
-    torch.library.register_autograd("finetune::swiglu", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{library}::swiglu", backward, setup_context=setup_context)
 
 
 def samples() -> Iterator[Sample]:
@@ -77,7 +78,7 @@ def samples() -> Iterator[Sample]:
     yield make("bench", 2048, 1536, bench=True)
 
 
-op = Op("swiglu", reference, {"cpp": Backend(cpp, cpp_supports, overload)}, samples)
+op = Op("swiglu", reference, Native(native, overload, supports, register), samples)
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:

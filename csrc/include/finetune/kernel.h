@@ -7,9 +7,9 @@
 
 namespace finetune {
 
-enum class DType : int { f32, bf16 };
+enum class DType : int { f32, bf16, f16 };  // f16: GPU kernels only
 constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-enum class Status : int { ok, unsupported };
+enum class Status : int { ok, unsupported, failed };
 
 // Levels of the CPU instruction set, in rising order: a kernel compiled for one runs on all above it.
 enum class Level : int { portable, avx2, avx512, amx };
@@ -40,6 +40,11 @@ Status launch(const Args& args) {
   }
   return Status::unsupported;
 }
+
+// The CUDA kernel of `Args`, on pointers to device memory, queued on `stream` (a cudaStream_t); csrc/cuda/<op>.cu
+// specialises it. The emulator runs the same source on the CPU.
+template <class Args>
+Status launch_cuda(const Args& args, void* stream);
 
 // Work is spread over the host framework's thread pool; without one it runs on the calling thread.
 using Body = void (*)(int64_t begin, int64_t end, void* context);

@@ -1,0 +1,51 @@
+// CUDA itself: nvcc's headers, or the emulator's where g++ compiles the kernels.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+#else
+#include "cuda.h"
+#endif
+
+namespace finetune {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+using bf16x2 = __nv_bfloat162;
+using f16x2 = __half2;
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// --- one spelling for the three element types
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(f16 v) { return __half2float(v); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float v) {
+  return __float2bfloat16(v);
+}
+template <>
+__device__ __forceinline__ f16 from_float<f16>(float v) {
+  return __float2half(v);
+}
+
+// N elements that move as one load or store: 16 bytes at most. The address must be a multiple of N · sizeof(T).
+template <class T, int N>
+struct __align__(N * sizeof(T)) Vector {
+  T at[N];
+};
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // elements of the widest load
+
+}  // namespace finetune

@@ -1,0 +1,83 @@
+// What the emulator's own files share: the running block and its fibres.
+#pragma once
+
+#include <vector>
+
+#include "emulator.h"
+
+namespace emulator {
+
+constexpr int kMostThreads = 1024, kWarp = 32;
+constexpr size_t kSharedBytes = 227 * 1024;  // what a block may have on sm_90
+constexpr size_t kStackBytes =
+#if defined(__SANITIZE_ADDRESS__)
+    256 * 1024;
+#else
+    64 * 1024;
+#endif
+
+enum class State { ready, at_barrier, at_named_barrier, at_collective, at_mbarrier, exited };
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, bytes_read;
+  Site site;
+};
+
+struct Fiber {
+  void* stack_pointer;
+  State state;
+  unsigned id, lane, warp;  // within the block
+  uint3 index;
+  Site site;    // where it waits
+  int barrier;  // the named barrier it waits at
+  // its part in a warp's collective
+  uint32_t mask;
+  void (*run)(void* const*, uint32_t, Site);
+  void* part;
+  // asynchronous copies: those not committed, and the committed groups, oldest first
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> groups;
+  void* fake_stack;  // AddressSanitizer's
+};
+
+struct Block {
+  dim3 grid, size;
+  uint3 index;
+  unsigned threads, exited;
+  std::vector<Fiber> fibers;
+  const void* kernel;
+  void (*body)(void*);
+  void* context;
+  size_t dynamic_bytes;
+};
+
+extern Block block;
+extern Fiber* self;                  // the running fibre
+extern unsigned char* stacks;        // kMostThreads of kStackBytes
+extern unsigned char* arena;         // shared memory: dynamic first, then the static arrays
+void yield(State state, Site site);  // waits until somebody makes this fibre ready
+
+// The checked build's view of what happens; nothing in the others.
+namespace checker {
+#if defined(EMULATOR_checked) && 0
+void begin_launch();
+void begin_block();
+void end_launch();
+void new_shared(const void* data, size_t bytes, const char* name);
+void join_block();                              // all threads passed a barrier
+void join(const unsigned* threads, int count);  // these threads passed a barrier of theirs
+void in_flight(const void* shared, int bytes, bool begins, Site site);
+#else
+inline void begin_launch() {}
+inline void begin_block() {}
+inline void end_launch() {}
+inline void new_shared(const void*, size_t, const char*) {}
+inline void join_block() {}
+inline void join(const unsigned*, int) {}
+inline void in_flight(const void*, int, bool, Site) {}
+#endif
+}  // namespace checker
+
+}  // namespace emulator

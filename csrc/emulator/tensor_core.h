@@ -1,0 +1,84 @@
+// ldmatrix and mma of a whole warp, after the fragment tables of the PTX ISA manual. The hardware sums in an order of
+// its own; this one sums in double and rounds once.
+#pragma once
+
+#include "cuda.h"
+
+namespace emulator {
+
+struct LoadMatrix {
+  const void* row;
+  unsigned* r;
+  int count;
+  bool transposed;
+};
+
+inline void ldmatrix(unsigned* r, int count, const void* row, bool transposed, Site site) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) fault("ldmatrix of an unaligned row", site);
+  LoadMatrix mine{row, r, count, transposed};
+  touch(static_cast<int>(lane_index()) < 8 * count ? row : nullptr, 16, Access::read, site);
+  collective(
+      0xffffffffu,
+      [](void* const* parts, uint32_t, Site) {
+        const auto part = [&](int lane) { return static_cast<LoadMatrix*>(parts[lane]); };
+        for (int lane = 0; lane < 32; ++lane) {
+          for (int m = 0; m < part(0)->count; ++m) {
+            unsigned value = 0;
+            for (int half = 0; half < 2; ++half) {
+              int i = lane / 4, j = 2 * (lane % 4) + half;
+              if (part(0)->transposed) std::swap(i, j);
+              uint16_t element;
+              std::memcpy(&element, static_cast<const char*>(part(8 * m + i)->row) + 2 * j, 2);
+              value |= static_cast<unsigned>(element) << (16 * half);
+            }
+            part(lane)->r[m] = value;
+          }
+        }
+      },
+      &mine, site);
+}
+
+inline float half_of(unsigned r, int which, __nv_bfloat16) {
+  return __bfloat162float({static_cast<uint16_t>(r >> (16 * which))});
+}
+inline float half_of(unsigned r, int which, __half) { return __half2float({static_cast<uint16_t>(r >> (16 * which))}); }
+
+struct Mma {
+  float* d;
+  const unsigned* a;
+  unsigned b[2];
+};
+
+template <class T>
+void mma_16x8x16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Site site) {
+  Mma mine{d, a, {b0, b1}};
+  collective(
+      0xffffffffu,
+      [](void* const* parts, uint32_t, Site) {
+        float a[16][16], b[16][8];
+        for (int lane = 0; lane < 32; ++lane) {
+          const auto* part = static_cast<Mma*>(parts[lane]);
+          const int g = lane / 4, t = lane % 4;
+          for (int i = 0; i < 4; ++i) {
+            for (int half = 0; half < 2; ++half) {
+              a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + half] = half_of(part->a[i], half, T{});
+            }
+          }
+          for (int i = 0; i < 2; ++i) {
+            for (int half = 0; half < 2; ++half) b[2 * t + 8 * i + half][g] = half_of(part->b[i], half, T{});
+          }
+        }
+        for (int lane = 0; lane < 32; ++lane) {
+          float* out = static_cast<Mma*>(parts[lane])->d;
+          for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+            double sum = out[i];
+            for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
+            out[i] = static_cast<float>(sum);
+          }
+        }
+      },
+      &mine, site);
+}
+
+}  // namespace emulator
