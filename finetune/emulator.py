@@ -29,7 +29,7 @@ BUILDS = ("emulated", "checked", "sanitized")
 
 
 def build(name: str) -> Path:
-    """Builds what is not up to date of one of `BUILDS`; the library's path. Raises UserError with the compiler's words."""
+    """Builds what is out of date of one of `BUILDS`; the library's path. UserError with the compiler's words."""
     ninja, cmake = (
         shutil.which(tool) or shutil.which(tool, path=sysconfig.get_path("scripts")) for tool in ("ninja", "cmake")
     )

@@ -140,6 +140,17 @@ T* inout(const Tensor& t) {
   return static_cast<T*>(inout(t));
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+// A number that stays where it is, on the device of `like`: nobody reads it on the host.
+inline const float* one_float(const Tensor& t, const Tensor& like, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float && same_device(t, like), "finetune::", op,
+                  ": ", name, " must be one float32 number on the device of the others");
+  return in<float>(t);
+}
+
 #if FINETUNE_DEVICE
 // Launches the CUDA kernel of `args` on the device and current stream of `on`.
 template <class Args>

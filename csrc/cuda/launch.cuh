@@ -49,6 +49,8 @@ Status launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, [[mayb
 #endif
 }
 
+constexpr DType kFloats[] = {DType::f32, DType::bf16, DType::f16};
+
 // Calls f with a value of the element type that `dtype` names: for_dtype(a.dtype, [&](auto t) { using T = decltype(t);
 // … }).
 template <class F>

@@ -46,10 +46,9 @@ def reference(
 def overload(
     params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, beta1, beta2, eps, weight_decay, step, grad_scale=1.0
 ):
-    if not isinstance(grad_scale, Tensor):
-        grad_scale = None if grad_scale == 1.0 else torch.tensor(grad_scale, dtype=torch.float32)
+    scale = (1.0, grad_scale) if isinstance(grad_scale, Tensor) else (grad_scale, None)
     lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(masters or []))
-    return "adamw_", (*lists, grad_scale, lr, beta1, beta2, eps, weight_decay, step)
+    return "adamw_", (*lists, *scale, lr, beta1, beta2, eps, weight_decay, step)
 
 
 @torch.no_grad()
@@ -81,7 +80,7 @@ def supports(backend: str, params, grads, exp_avgs, exp_avg_sqs, masters=None, *
 def register(library: str) -> None:
 
     @torch.library.register_fake(f"{library}::adamw_")
-    def _(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, lr, beta1, beta2, eps, weight_decay, step):
+    def _(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, scale, lr, beta1, beta2, eps, weight_decay, step):
         return None
 
 
@@ -114,6 +113,7 @@ def samples() -> Iterator[Sample]:
     yield make("clipped by a tensor", [(33, 5)], grad_scale=torch.tensor(0.3))
     yield make("large gradients, no decay", [(41,)], scale=1e4, weight_decay=0.0)
     yield make("pieces", [(3, 32768), (40000,)])
+    yield make("many", [(3,)] * 70, masters=True)
     yield make("empty", [(0, 4), (3,)])
     yield make("bench", SMOLLM2_BLOCK * 8, bench=True)
     yield make("bench masters", SMOLLM2_BLOCK * 8, masters=True, bench=True)
@@ -140,9 +140,10 @@ def adamw_(
 ) -> None:
     """One step over lists of tensors of equal shapes, in place. `step` counts from 1.
 
-    params: float32 or bfloat16, all of one dtype; grads: float32 or bfloat16 (not changed); exp_avgs, exp_avg_sqs and
-    masters: float32. Without masters a bfloat16 parameter is rounded every step and loses small updates.
-    grad_scale: a number or a 0-d float32 tensor that multiplies the gradients, for clipping without a sweep of its own.
+    params: float32, bfloat16 or (CUDA) float16, all of one dtype; grads: any of these (not changed); exp_avgs,
+    exp_avg_sqs and masters: float32. Without masters a 16-bit parameter is rounded every step and loses small updates.
+    grad_scale: a number or a 0-d float32 tensor that multiplies the gradients, for clipping without a sweep of its own;
+    a tensor on the GPU is not waited for.
     """
     op(
         params, grads, exp_avgs, exp_avg_sqs, masters, lr=lr, beta1=beta1, beta2=beta2, eps=eps,

@@ -5,8 +5,8 @@
 
 namespace finetune {
 
-// A run of elements of one tensor. The caller cuts every tensor into pieces of at most `AdamW::piece` elements, so
-// that one parallel loop covers large and small tensors alike.
+// A run of elements of one tensor. On the CPU the caller cuts every tensor into pieces of at most `AdamW::piece`
+// elements, so that one parallel loop covers large and small tensors alike; on CUDA a piece is a tensor.
 struct AdamWPiece {
   void* param;
   const void* grad;
@@ -20,8 +20,9 @@ struct AdamWPiece {
 struct AdamW {
   const AdamWPiece* pieces;
   int64_t count;
-  float grad_scale;  // multiplies every gradient
-  float decay;       // 1 - lr · weight_decay
+  float grad_scale;           // multiplies every gradient
+  const float* scale_tensor;  // CUDA only, may be null: a number in device memory that multiplies them too
+  float decay;                // 1 - lr · weight_decay
   float beta1, one_minus_beta1, beta2, one_minus_beta2;
   float step_size;  // lr / (1 - beta1^step)
   float rsqrt_bc2;  // 1 / sqrt(1 - beta2^step)

@@ -1,0 +1,61 @@
+// Many tensors in one launch. Their table travels by value among the kernel's parameters (4 KB at most), so nothing is
+// copied to the device first and nobody waits; it may be captured in a graph. What does not fit goes with a further
+// launch. A block takes `kElements` elements of one tensor; `first` says which blocks are whose.
+#pragma once
+
+#include <vector>
+
+#include "launch.cuh"
+
+namespace finetune {
+
+template <class Piece, int kElements>
+struct TensorList {
+  static constexpr int most = (4096 - 256) / (sizeof(Piece) + sizeof(unsigned));
+  static constexpr int elements = kElements;
+  Piece pieces[most];
+  unsigned first[most + 1];  // piece i has the blocks [first[i], first[i + 1])
+  int count;
+};
+
+// What this block works on: elements [begin, begin + size) of pieces[piece].
+struct Slice {
+  int piece;
+  int64_t begin, size;
+};
+
+template <class List>
+__device__ __forceinline__ Slice slice(const List& list) {
+  int low = 0, high = list.count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    list.first[middle] <= blockIdx.x ? low = middle : high = middle - 1;
+  }
+  const int64_t begin = static_cast<int64_t>(blockIdx.x - list.first[low]) * List::elements;
+  const int64_t rest = list.pieces[low].size - begin;
+  return {low, begin, rest < List::elements ? rest : List::elements};
+}
+
+// Calls f(list, blocks, blocks of the lists before) for as many lists as the pieces that `keep` accepts fill.
+template <int kElements, class Piece, class Keep, class F>
+Status for_each_list(const Piece* pieces, int64_t count, Keep&& keep, F&& f) {
+  TensorList<Piece, kElements> list{};
+  int64_t before = 0;
+  for (int64_t i = 0; i <= count; ++i) {
+    if (list.count == list.most || (i == count && list.count)) {
+      const unsigned blocks = list.first[list.count];
+      const Status status = f(list, blocks, before);
+      if (status != Status::ok) return status;
+      before += blocks;
+      list.count = 0;
+    }
+    if (i < count && pieces[i].size && keep(pieces[i])) {
+      list.pieces[list.count] = pieces[i];
+      list.first[list.count + 1] = list.first[list.count] + static_cast<unsigned>(ceil_div(pieces[i].size, kElements));
+      ++list.count;
+    }
+  }
+  return Status::ok;
+}
+
+}  // namespace finetune
