@@ -7,7 +7,28 @@
 namespace finetune {
 namespace {
 
+#if FINETUNE_DEVICE
+Tensor on_one_device(const std::vector<Tensor>& grads, double max_norm) {
+  std::vector<ClipGradNorm::Tensor> tensors;
+  int64_t pieces = 0;
+  for (const Tensor& grad : grads) {
+    check(grad.is_contiguous() && grad.get_device_index() == grads[0].get_device_index(), "clip_grad_norm_",
+          "grads must be contiguous tensors on one device");
+    tensors.push_back({inout(grad), grad.numel(), dtype_of(grad)});
+    pieces += (grad.numel() + GradNorm::piece - 1) / GradNorm::piece;
+  }
+  const Tensor squares = empty_f32(grads[0], {pieces}), norm = empty_f32(grads[0], {}), scale = empty_f32(norm, {});
+  run_device("clip_grad_norm_", grads[0],
+             ClipGradNorm{tensors.data(), static_cast<int64_t>(tensors.size()), inout<float>(squares), pieces,
+                          inout<float>(norm), inout<float>(scale), max_norm});
+  return norm;
+}
+#endif
+
 Tensor clip_grad_norm_(std::vector<Tensor> grads, double max_norm) {
+#if FINETUNE_DEVICE
+  if (!grads.empty() && on_device(grads[0])) return on_one_device(grads, max_norm);
+#endif
   std::vector<GradPiece> pieces;
   for (const Tensor& grad : grads) {
     check(grad.is_cpu() && grad.is_contiguous(), "clip_grad_norm_", "grads must be contiguous CPU tensors");

@@ -90,12 +90,11 @@ inline void check_status(Status status, const char* op) {
   check(status == Status::ok, op, "the kernel could not be launched");
 }
 
-#if !defined(FINETUNE_EMULATED)
+// Runs the CPU kernel of `args`; the emulator's libraries hold none.
 template <class Args>
 void run(const char* op, const Args& args) {
   check_status(launch(args), op);
 }
-#endif
 
 // The memory of a tensor as a kernel's argument: read, written (its contents count as undefined until then), or both.
 // The emulator learns here which bytes a kernel may touch, and how.
@@ -200,7 +199,6 @@ struct Rows {
       rows *= tensor.size(i);
     }
   }
-  const void* data() const { return tensor.const_data_ptr(); }
 
  private:
   static bool fits(const Tensor& t) {

@@ -19,10 +19,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x_, const Tensor& we
   }
   const int64_t dim = x.size(-1), rows = dim ? x.numel() / dim : 0;
   Tensor y = torch::stable::empty_like(x), mean = empty_f32(x, {rows}), rstd = empty_f32(x, {rows});
-  run("layer_norm",
-      LayerNorm{dtype_of(x), x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr,
-                y.mutable_data_ptr(), mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>(), rows, dim,
-                static_cast<float>(eps)});
+  run("layer_norm", x,
+      LayerNorm{dtype_of(x), in(x), in(weight), bias ? in(*bias) : nullptr, out(y), out<float>(mean), out<float>(rstd),
+                rows, dim, static_cast<float>(eps)});
   return {y, mean, rstd};
 }
 
@@ -36,11 +35,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_, const 
   Tensor dweight = torch::stable::new_empty(weight, {weight_grad ? dim : 0});
   Tensor dbias = torch::stable::new_empty(weight, {bias_grad ? dim : 0});
   Tensor partial = empty_f32(x, {weight_grad || bias_grad ? 2 * LayerNormBackward::blocks * dim : 0});
-  run("layer_norm_backward",
-      LayerNormBackward{dtype_of(x), dy.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
-                        mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(), dx.mutable_data_ptr(),
-                        weight_grad ? dweight.mutable_data_ptr() : nullptr,
-                        bias_grad ? dbias.mutable_data_ptr() : nullptr, partial.mutable_data_ptr<float>(), rows, dim});
+  run("layer_norm_backward", x,
+      LayerNormBackward{dtype_of(x), in(dy), in(x), in(weight), in<float>(mean), in<float>(rstd), out(dx),
+                        weight_grad ? out(dweight) : nullptr, bias_grad ? out(dbias) : nullptr, out<float>(partial),
+                        rows, dim});
   return {dx, dweight, dbias};
 }
 

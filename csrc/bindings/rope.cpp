@@ -20,15 +20,18 @@ Tensor rope(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, const Tens
   const Tensor x = dim <= 1 || x_.stride(3) == 1 ? x_ : torch::stable::contiguous(x_);
   const Tensor cos = torch::stable::contiguous(cos_), sin = torch::stable::contiguous(sin_),
                positions = torch::stable::contiguous(positions_);
-  const int64_t* at = positions.const_data_ptr<int64_t>();
   const int64_t limit = cos.size(0);
-  for (int64_t i = 0; i < batch * length; ++i) {
-    STD_TORCH_CHECK(at[i] >= 0 && at[i] < limit, "finetune::rope: position ", at[i], " (row ", i / length, ", token ",
-                    i % length, ") is outside the tables of ", limit, " positions");
+  if (!on_device(x)) {  // a device would have to be waited for: its kernel marks such tokens with NaN
+    const int64_t* at = positions.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < batch * length; ++i) {
+      STD_TORCH_CHECK(at[i] >= 0 && at[i] < limit, "finetune::rope: position ", at[i], " (row ", i / length, ", token ",
+                      i % length, ") is outside the tables of ", limit, " positions");
+    }
   }
   Tensor y = torch::stable::new_empty(x, x.sizes());
-  run("rope", Rope{dtype_of(x), x.const_data_ptr(), cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), at,
-                   y.mutable_data_ptr(), batch, length, heads, dim, x.stride(0), x.stride(1), x.stride(2), inverse});
+  run("rope", x,
+      Rope{dtype_of(x), in(x), in<float>(cos), in<float>(sin), in<int64_t>(positions), out(y), batch, length, heads,
+           dim, limit, x.stride(0), x.stride(1), x.stride(2), inverse});
   return y;
 }
 

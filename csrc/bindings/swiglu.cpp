@@ -10,17 +10,17 @@ Tensor swiglu(const Tensor& gate_, const Tensor& up_) {
   check(gate_.scalar_type() == up_.scalar_type(), "swiglu", "gate and up must have one dtype");
   const Rows gate(gate_), up(up_);
   Tensor y = torch::stable::new_empty(gate_, gate_.sizes());
-  run("swiglu", Swiglu{dtype_of(gate_), gate.data(), up.data(), y.mutable_data_ptr(), gate.rows, gate.dim, gate.stride,
-                       up.stride});
+  run("swiglu", gate_,
+      Swiglu{dtype_of(gate_), in(gate.tensor), in(up.tensor), out(y), gate.rows, gate.dim, gate.stride, up.stride});
   return y;
 }
 
 std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy_, const Tensor& gate_, const Tensor& up_) {
   const Rows dy(dy_), gate(gate_), up(up_);
   Tensor dgate = torch::stable::new_empty(gate_, gate_.sizes()), dup = torch::stable::new_empty(up_, up_.sizes());
-  run("swiglu_backward",
-      SwigluBackward{dtype_of(gate_), dy.data(), gate.data(), up.data(), dgate.mutable_data_ptr(),
-                     dup.mutable_data_ptr(), gate.rows, gate.dim, dy.stride, gate.stride, up.stride});
+  run("swiglu_backward", gate_,
+      SwigluBackward{dtype_of(gate_), in(dy.tensor), in(gate.tensor), in(up.tensor), out(dgate), out(dup), gate.rows,
+                     gate.dim, dy.stride, gate.stride, up.stride});
   return {dgate, dup};
 }
 

@@ -6,7 +6,7 @@
 namespace finetune {
 
 template <class... T>
-__device__ __forceinline__ bool are_aligned(const T*... p) {
+__host__ __device__ __forceinline__ bool are_aligned(const T*... p) {
   return ((reinterpret_cast<uintptr_t>(p) | ...) & 15) == 0;
 }
 

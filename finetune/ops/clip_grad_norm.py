@@ -75,6 +75,7 @@ def samples() -> Iterator[Sample]:
     yield make("large", [(1031,)], 1.0, scale=1e4)
     yield make("zero", [(9,), (2, 2)], 1.0, scale=0.0)
     yield make("empty", [(0, 3), (7,)], 0.1)
+    yield make("many", [(i % 5,) for i in range(333)], 2.0)  # more than one launch on a GPU
     yield make("bench", SMOLLM2_BLOCK * 16, 1.0, bench=True)
 
 
@@ -82,7 +83,8 @@ op = Op("clip_grad_norm", reference, Native(native, overload, supports, register
 
 
 def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, *, backend: str | None = None) -> Tensor:
-    """Scales float32 or bfloat16 gradients in place; returns their L2 norm before that, a 0-d float32 tensor.
+    """Scales contiguous gradients in place, each of a dtype of its own; returns their L2 norm before that, a 0-d
+    float32 tensor where they live (on a GPU the host never waits).
 
     The same bits for any number of threads. `max_norm=inf` only measures.
     """

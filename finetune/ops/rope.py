@@ -104,5 +104,6 @@ op = Op("rope", reference, Native(native, overload, supports, register), samples
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, backend: str | None = None) -> Tensor:
     """x (B, T, H, D) with D even and unit stride in D (else copied), cos and sin (max_T, D/2) float32, positions (B, T)
-    int64 → (B, T, H, D). Gradient for x. A position outside [0, max_T) raises RuntimeError."""
+    int64 → (B, T, H, D). Gradient for x. A position outside [0, max_T) raises RuntimeError; on a GPU, where the host
+    would have to wait for that, it makes its token NaN."""
     return op(x, cos, sin, positions, backend=backend)

@@ -75,6 +75,7 @@ def samples() -> Iterator[Sample]:
     fused = torch.randn(2, 5, 74, generator=g, dtype=torch.float64)
     yield Sample("halves", fused.chunk(2, dim=-1), grad=(0, 1))
     yield Sample("strided", (fused.transpose(0, 1), fused.transpose(1, 2).reshape(5, 2, 74)), grad=(0, 1))
+    yield Sample("one half", (torch.randn(2, 5, 37, generator=g, dtype=torch.float64), fused[..., 37:]), grad=(0, 1))
     yield make("bench", 2048, 1536, bench=True)
 
 

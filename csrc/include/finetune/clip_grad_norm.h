@@ -26,4 +26,19 @@ struct GradScale {
   float scale;
 };
 
+// The CUDA kernels' form: whole tensors, and everything between the norm and the scaling stays on the device.
+struct ClipGradNorm {
+  struct Tensor {
+    void* data;
+    int64_t size;
+    DType dtype;
+  };
+  const Tensor* tensors;  // (count,) on the host
+  int64_t count;
+  float* squares;  // (pieces,) the sum of squares of each piece of at most GradNorm::piece elements, tensor by tensor
+  int64_t pieces;
+  float *norm, *scale;  // one each
+  double max_norm;
+};
+
 }  // namespace finetune
