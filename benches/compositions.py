@@ -1,10 +1,12 @@
 """torch's own ways to do what each op does: op → (its arguments) → label → a call. The fastest is the one to beat.
 
-What a training loop would compute once for all layers (tables, masks) is computed before the call and not timed.
+What a training loop would compute once for all layers (tables, masks) is computed before the call and not timed. On a
+GPU the kernels of flash-attn and Liger are among them where these are installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +17,17 @@ from torch.nn import functional as F
 Call = Callable[[], Any]
 
 
+def on_gpu_with(package: str, x: torch.Tensor) -> bool:
+    return x.is_cuda and importlib.util.find_spec(package) is not None
+
+
 def rms_norm(x, weight, eps=1e-5):
-    return {"F.rms_norm": lambda: F.rms_norm(x, weight.shape, weight, eps)}
+    ways = {"F.rms_norm": lambda: F.rms_norm(x, weight.shape, weight, eps)}
+    if on_gpu_with("liger_kernel", x):
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+        ways["Liger"] = lambda: LigerRMSNormFunction.apply(x, weight, eps)
+    return ways
 
 
 def layer_norm(x, weight, bias, eps=1e-5):
@@ -24,7 +35,12 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 
 def swiglu(gate, up):
-    return {"F.silu · up": lambda: F.silu(gate) * up}
+    ways = {"F.silu · up": lambda: F.silu(gate) * up}
+    if on_gpu_with("liger_kernel", gate):
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        ways["Liger"] = lambda: LigerSiLUMulFunction.apply(gate, up)
+    return ways
 
 
 def rope(x, cos, sin, positions):
@@ -55,10 +71,22 @@ def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None
         pieces = [sdpa(*(t[:, a:b] for t in (q, k, v)), is_causal=causal) for a, b in itertools.pairwise(ends)]
         return torch.cat(pieces, dim=1)
 
+    ways = {}
+    if q.dtype != torch.float32 and lengths is None and on_gpu_with("flash_attn", q):
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+        if cu_seqlens is None:
+            ways["flash-attn"] = lambda: flash_attn_func(q, k, v, softmax_scale=scale, causal=causal)
+        else:
+            ends, longest = cu_seqlens.to(q.device, torch.int32), int(cu_seqlens.diff().max())
+            packed = {"softmax_scale": scale, "causal": causal}
+            ways["flash-attn"] = lambda: flash_attn_varlen_func(
+                q[0], k[0], v[0], ends, ends, longest, longest, **packed
+            )[None]
     if plain:
-        return {"SDPA": lambda: sdpa(q, k, v, is_causal=causal)}
+        return {"SDPA": lambda: sdpa(q, k, v, is_causal=causal), **ways}
     masked = {"SDPA, mask": lambda: sdpa(q, k, v, attn_mask=mask)}
-    return masked if cu_seqlens is None else {**masked, "SDPA, a document each": each_document}
+    return masked | ways if cu_seqlens is None else masked | ways | {"SDPA, a document each": each_document}
 
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, reduction="mean"):
@@ -70,7 +98,13 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, r
             loss = loss + z_loss * (squares.mean() if reduction == "mean" else squares.sum())
         return loss
 
-    return {"F.linear, F.cross_entropy": call}
+    ways = {"F.linear, F.cross_entropy": call}
+    if on_gpu_with("liger_kernel", x) and not z_loss:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss(ignore_index=ignore_index, reduction=reduction)
+        ways["Liger"] = lambda: liger(weight, x, targets).float()
+    return ways
 
 
 def adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0, step, **hyper):

@@ -1,166 +1,37 @@
 """Every op beside torch's own composition of it: median times, their ratio, GB/s and GFLOP/s against measured peaks.
 
     python -m finetune bench [OP …] [--dtype f32 bf16] [--threads 1 2] [--sample NAME …] [--json FILE] [--check]
+                             [--compare OLD.json]
 
 The samples are those of the op's page that carry bench=True. A backend that is wrong is refused before it is timed.
 Ours and torch's calls alternate in one process, so that other work on the machine meets both; the ratio is the median
-of the pairs' ratios (above 1: ours is faster). `--check` fails if any is below 0.95 in three rounds.
+of the pairs' ratios (above 1: ours is faster). `--check` fails if any is below 0.95 in three rounds. `--compare` sets
+the ratios beside those of an earlier `--json`: times of two runs say nothing where the machine's speed drifts.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from compositions import COMPOSITIONS, Call
+from timing import Times, alternate, roofs, sides
 
 from finetune import machine, ops
 from finetune.errors import UserError, nearest
-from finetune.ops._check import WrongResult, check, cotangents, flat
+from finetune.ops._check import WrongResult, check, flat
+from finetune.ops._op import device_for
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 ALLOWANCE = 0.95  # of the median ratio: what is left of the noise
-ROUNDS = (5, 200)  # pairs a cell, at least and at most
-
-# --- timing
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds a call."""
-
-    median: float
-    p20: float
-    p80: float
-
-    @staticmethod
-    def of(values: list[float]) -> Times:
-        ordered = sorted(values)
-        last = len(ordered) - 1
-        return Times(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two that are compared. `reset` undoes what a call changed in place, off the clock."""
-
-    call: Call
-    reset: Call
-    changed: list[torch.Tensor]
-
-    def results(self) -> list[torch.Tensor]:
-        self.reset()
-        return [leaf.detach().clone() for leaf in [*flat(self.call()), *self.changed]]
-
-    def time(self, repeats: int) -> float:
-        total = 0.0
-        for _ in range(repeats):
-            self.reset()
-            start = time.perf_counter()
-            result = self.call()
-            total += time.perf_counter() - start
-            del result
-        return total / repeats
-
-
-def side(args: tuple[Any, ...], sample: ops.Sample, call: Call, backward: bool, dtype: torch.dtype) -> Side:
-    saved = [(leaf, leaf.detach().clone()) for i in sample.mutates for leaf in flat(args[i])]
-
-    def reset() -> None:
-        for leaf, old in saved:
-            leaf.detach().copy_(old)
-
-    if not backward:
-        return Side(torch.no_grad()(call), reset, [leaf for leaf, _ in saved])
-    wanted = [args[i] for i in sample.grad]
-    incoming = cotangents(call(), dtype)
-    return Side(lambda: torch.autograd.grad(flat(call()), wanted, incoming), reset, [])
-
-
-def sides(
-    op: str, sample: ops.Sample, dtype: torch.dtype, backend: str, backward: bool
-) -> tuple[Side, dict[str, Side]]:
-    """Ours and torch's, each on its own copies of the arguments."""
-    args = sample.cast(dtype)
-    ours = side(args, sample, lambda: ops.REGISTRY[op](*args, backend=backend, **sample.kwargs), backward, dtype)
-    theirs_args = sample.cast(dtype)
-    theirs = COMPOSITIONS[op](*theirs_args, **sample.kwargs)
-    others = {label: side(theirs_args, sample, call, backward, dtype) for label, call in theirs.items()}
-    tolerance = 1e-3 if dtype == torch.float32 else 0.1  # bf16: torch rounds its layer norm's partial sums
-    wanted = ours.results()
-    for label, other in others.items():
-        for mine, theirs_too in zip(wanted, other.results(), strict=True):
-            difference = (mine.double() - theirs_too.double()).abs().max()
-            assert difference <= tolerance * mine.double().abs().max(), f"{op}: {label} computes something else"
-    return ours, others
-
-
-def alternate(a: Side, b: Side, seconds: float) -> tuple[list[float], list[float]]:
-    """Times of a and b in turn (a b, b a, …) for about `seconds`, after one call of each to warm up."""
-    once = a.time(1) + b.time(1)
-    repeats = max(1, int(1e-3 / once))  # a reading is worth about a millisecond: the clock and the caches settle
-    least = ROUNDS[0] if once < 2 else 2  # some of torch's bfloat16 products take half a minute without AVX-512
-    rounds = min(max(int(seconds / (once * repeats)), least), ROUNDS[1])
-    times: tuple[list[float], list[float]] = ([], [])
-    gc.collect()
-    gc.disable()
-    try:
-        for i in range(rounds):
-            for which in (0, 1) if i % 2 == 0 else (1, 0):
-                times[which].append((a, b)[which].time(repeats))
-    finally:
-        gc.enable()
-    return times
-
-
-# --- peaks, measured with the same threads in the same run
-
-
-class Peaks:
-    """What this machine does at best, measured now: bytes a second of a copy, fp32 FLOPs a second of a product."""
-
-    def __init__(self) -> None:
-        self.copies: dict[tuple[int, int], float] = {}
-        self.products: dict[int, float] = {}
-
-    def copy(self, bytes_moved: float) -> float:
-        """Bytes a second, read and written, of a copy that moves about `bytes_moved`, so from the same caches."""
-        power = min(max(int(bytes_moved / 2).bit_length(), 16), 28)
-        key = (power, torch.get_num_threads())
-        if key not in self.copies:
-            source = torch.ones(2**power // 4)
-            target = torch.empty_like(source)
-            self.copies[key] = 2 * 2**power / best(lambda: target.copy_(source))
-        return self.copies[key]
-
-    def product(self) -> float:
-        threads = torch.get_num_threads()
-        if threads not in self.products:
-            a, b, out = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.empty(1024, 1024)
-            self.products[threads] = 2 * 1024**3 / best(lambda: torch.mm(a, b, out=out))
-        return self.products[threads]
-
-
-def best(call: Call, seconds: float = 0.3) -> float:
-    call()
-    times, until = [], time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times) < 5:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
 
 # --- cells
 
@@ -218,7 +89,7 @@ def traffic(sample: ops.Sample, dtype: torch.dtype) -> float:
     return sample.bytes * now / max(sum(4 * leaf.numel() for leaf in leaves), 1)
 
 
-def measure(cell: Cell, peaks: Peaks, seconds: float = 1.0) -> Result:
+def measure(cell: Cell, seconds: float = 1.0) -> Result:
     """Times one cell. The backend must already have passed `check`."""
     sample, dtype = bench_samples(cell.op)[cell.sample], DTYPES[cell.dtype]
     backward = cell.work != "forward"
@@ -232,7 +103,7 @@ def measure(cell: Cell, peaks: Peaks, seconds: float = 1.0) -> Result:
         mine, other = alternate(ours, theirs[label], seconds)
         whole = backward or not sample.grad  # a sample's bytes and FLOPs count the backward pass where there is one
         moved = traffic(sample, dtype)
-        copy, product = peaks.copy(moved), peaks.product()
+        copy, product = roofs(moved, dtype, device_for(cell.backend))
     finally:
         torch.set_num_threads(before)
     median = statistics.median(mine)
@@ -250,13 +121,13 @@ def measure(cell: Cell, peaks: Peaks, seconds: float = 1.0) -> Result:
     )
 
 
-def retried(cell: Cell, peaks: Peaks, seconds: float = 1.0, rounds: int = 3) -> Result:
+def retried(cell: Cell, seconds: float = 1.0, rounds: int = 3) -> Result:
     """The best of up to `rounds` measurements, stopping at the first that is not slower than torch."""
-    result = measure(cell, peaks, seconds)
+    result = measure(cell, seconds)
     for _ in range(rounds - 1):
         if result.ratio.median >= ALLOWANCE:
             break
-        result = max(result, measure(cell, peaks, seconds), key=lambda r: r.ratio.median)
+        result = max(result, measure(cell, seconds), key=lambda r: r.ratio.median)
     return result
 
 
@@ -326,17 +197,49 @@ def show(results: list[Result], about: dict[str, Any], console: Any) -> None:
     console.print(table)
 
 
+def read_report(path: Path) -> dict[Cell, float]:
+    """The ratio of each cell in a file that `--json` wrote."""
+    try:
+        return {Cell(**r["cell"]): r["ratio"]["median"] for r in json.loads(path.read_text())["results"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a report of `bench --json`: {error}") from None
+
+
+def show_comparison(results: list[Result], before: dict[Cell, float], console: Any) -> None:
+    from rich.table import Table
+
+    table = Table(title="torch / ours, then and now")
+    for name in ("op", "sample", "work", "dtype", "backend", "threads"):
+        table.add_column(name)
+    for name in ("then", "now", "change"):
+        table.add_column(name, justify="right")
+    for r in results:
+        old, now = before.get(r.cell), r.ratio.median
+        change = f"{now / old - 1:+.0%}" if old else "new"
+        noise = old is not None and r.ratio.p20 <= old <= r.ratio.p80
+        cells = (*(str(value) for value in asdict(r.cell).values()), f"{old:.2f}×" if old else "-", f"{now:.2f}×")
+        table.add_row(*cells, f"[dim]{change}[/]" if noise else change)
+    console.print(table)
+    gone = sum(cell not in {r.cell for r in results} for cell in before)
+    if gone:
+        console.print(f"{gone} cells of the earlier report were not measured now")
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m finetune bench", description=(__doc__ or "").split("\n")[0])
     p.add_argument("ops", nargs="*", metavar="OP", help="ops to time (all)")
     p.add_argument("--sample", nargs="+", default=[], metavar="NAME", help="only these bench samples (all)")
     p.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="element types (both)")
-    p.add_argument("--backend", nargs="+", choices=ops.BACKENDS, default=["cpp"], help="backends to time (cpp)")
+    backends = ["cpp", "cuda", "triton"] if torch.cuda.is_available() else ["cpp"]
+    p.add_argument(
+        "--backend", nargs="+", choices=ops.BACKENDS, default=backends, help="backends to time (those of this machine)"
+    )
     p.add_argument(
         "--threads", nargs="+", type=int, default=[machine.physical_cores()], help="thread counts (the cores)"
     )
     p.add_argument("--seconds", type=float, default=1.0, help="time for each line of the table (1)")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    p.add_argument("--compare", type=Path, metavar="OLD.json", help="show the ratios beside those of an earlier --json")
     p.add_argument("--check", action="store_true", help=f"fail if a ratio is below {ALLOWANCE} in three rounds")
     return p
 
@@ -355,8 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     for sample in wanted.sample:
         if sample not in known:
             raise UserError(f"unknown sample '{sample}': these ops have {', '.join(sorted(known))}")
+    before = read_report(wanted.compare) if wanted.compare else None
     console = Console() if sys.stdout.isatty() else Console(width=170)
-    peaks, results = Peaks(), []
+    results: list[Result] = []
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     todo = list(cells(names, wanted.sample, wanted.dtype, wanted.backend, wanted.threads))
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -366,11 +270,13 @@ def main(argv: list[str] | None = None) -> int:
             if key(cell) in refused:
                 continue
             progress.update(bar, description=f"{cell.op} {cell.sample} {cell.dtype}")
-            results.append((retried if wanted.check else measure)(cell, peaks, wanted.seconds))
+            results.append((retried if wanted.check else measure)(cell, wanted.seconds))
             progress.advance(bar)
     about = header()
     about["load"] = load
     show(results, about, console)
+    if before is not None:
+        show_comparison(results, before, console)
     if load > 0.5:
         console.print(
             f"[yellow]load {load:.1f} when this began:[/] ratios hold, absolute figures and > 1 thread may not"

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import Times
+from timing import Times
 
 from finetune import data, machine
 from finetune.errors import UserError

@@ -10,6 +10,7 @@ import torch
 from compositions import COMPOSITIONS
 
 from finetune import ops
+from finetune.errors import UserError
 
 
 def test_every_op_has_a_composition_and_bench_samples():
@@ -41,7 +42,7 @@ def test_a_composition_of_something_else_is_refused(monkeypatch):
     monkeypatch.setitem(COMPOSITIONS, "swiglu", lambda gate, up: {"other": lambda: gate * up})
     cell = next(harness.cells(["swiglu"], [], ["f32"], ["cpp"], [1]))
     with pytest.raises(AssertionError, match="swiglu: other computes something else"):
-        harness.measure(cell, harness.Peaks(), 0.01)
+        harness.measure(cell, 0.01)
 
 
 def test_a_slow_kernel_fails_the_check(monkeypatch, capsys):
@@ -77,6 +78,26 @@ def test_report(tmp_path, capsys):
     assert moved > 0
     assert {"cpu", "level", "torch"} <= set(report["machine"])
     assert "rms_norm" in capsys.readouterr().out
+
+
+def test_comparison_with_an_earlier_report(tmp_path, capsys):
+    sample = next(iter(harness.bench_samples("rms_norm")))
+    words = ["rms_norm", "--sample", sample, "--dtype", "f32", "--seconds", "0.05"]
+    old = tmp_path / "old.json"
+    assert harness.main([*words, "--json", str(old)]) == 0
+    report = json.loads(old.read_text())
+    report["results"][0]["ratio"]["median"] = 100.0
+    report["results"].append({**report["results"][0], "cell": {**report["results"][0]["cell"], "threads": 7}})
+    old.write_text(json.dumps(report))
+    capsys.readouterr()
+    assert harness.main([*words, "--compare", str(old)]) == 0
+    out = capsys.readouterr().out
+    assert "100.00×" in out
+    assert "-9" in out  # the ratio fell by more than nine tenths
+    assert "1 cells of the earlier report were not measured now" in out
+    old.write_text("[]")
+    with pytest.raises(UserError, match=r"old\.json is not a report"):
+        harness.main([*words, "--compare", str(old)])
 
 
 # --- the step beside TRL's

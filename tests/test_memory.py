@@ -106,6 +106,22 @@ def test_naive_attention_keeps_its_matrices():
     assert measured > 2 * by_name(LLAMA, Setup(batch=2, seq=200))["activations"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("f32", "bf16"))
+def test_attention_allocates_in_proportion_to_the_length(dtype):
+    def peak(length):
+        q, k, v = (torch.randn(1, length, heads, 64, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
+
+        def step():
+            return torch.autograd.grad(ops.attention(q, k, v).float().sum(), (q, k, v))
+
+        return meters.peak_allocated(step)
+
+    lengths = (512, 1024, 2048)
+    peaks = [peak(length) for length in lengths]
+    assert peaks[2] <= 2.05 * peaks[1] <= 2.05**2 * peaks[0]
+    assert peaks[2] < 4 * 2048 * 2048 * dtype.itemsize / 4  # a quarter of one (heads, T, T) score matrix
+
+
 @pytest.mark.parametrize("tokens", [700, 2500])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_loss_allocates_what_the_formula_says(tokens, dtype):

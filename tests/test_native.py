@@ -23,6 +23,22 @@ def test_cpp_tests(tmp_path):
     assert "100% tests passed" in out.stdout
 
 
+def test_without_a_compiler_the_build_fails_with_one_line(tmp_path):
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        tmp_path / "lib",
+        "--build-temp",
+        tmp_path / "temp",
+    ]
+    out = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert out.returncode == 1
+    assert out.stderr.splitlines()[-1].startswith("finetune: no C++ compiler found; install one (Debian, Ubuntu:")
+    assert "Traceback" not in out.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_arm_compiles(source, tmp_path):

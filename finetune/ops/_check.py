@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.ops._op import REGISTRY, Sample
+from finetune.ops._op import REGISTRY, Sample, device_for
 
 
 class WrongResult(AssertionError):
@@ -44,13 +44,13 @@ def widen(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def cotangents(result: Any, dtype: torch.dtype) -> list[Tensor]:
     """The gradient that comes in at each result: normal, rounded to `dtype`, the same at every call."""
     g = torch.Generator().manual_seed(1)
-    return [torch.randn(y.shape, generator=g).to(dtype).to(y.dtype) for y in flat(result)]
+    return [torch.randn(y.shape, generator=g).to(dtype).to(y.device, y.dtype) for y in flat(result)]
 
 
 def run(op: str, sample: Sample, dtype: torch.dtype, backend: str | Callable, wide: bool = False) -> list[Tensor]:
-    """Results, then mutated arguments, then gradients, by a backend or by any function called like the reference.
-    `wide`: float64 arithmetic on inputs rounded to `dtype`."""
-    args = sample.cast(dtype)
+    """Results, then mutated arguments, then gradients, by a backend (on its kind of device; the results come back to
+    the CPU) or by any function called like the reference. `wide`: float64 arithmetic on inputs rounded to `dtype`."""
+    args = sample.cast(dtype, device_for(backend) if isinstance(backend, str) else "cpu")
     if wide:
         args = widen(args)
     before = [leaf.detach().clone() for leaf in flat(args)]
@@ -63,7 +63,7 @@ def run(op: str, sample: Sample, dtype: torch.dtype, backend: str | Callable, wi
             raise WrongResult(f"{op}, {sample.name}: an input changed")
     if sample.grad:
         out += torch.autograd.grad(flat(result), [args[i] for i in sample.grad], cotangents(result, dtype))
-    return [leaf.detach() for leaf in out]
+    return [leaf.detach().cpu() for leaf in out]
 
 
 def check_close(got: list[Tensor], by_torch: list[list[Tensor]], exact: list[Tensor], dtype: torch.dtype) -> None:

@@ -70,8 +70,9 @@ class Sample:
     def args(self) -> tuple[Any, ...]:
         return self.given() if callable(self.given) else self.given
 
-    def cast(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Fresh copies of the arguments, float64 tensors converted to `dtype`; those of `grad` require gradients."""
+    def cast(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, ...]:
+        """Fresh copies of the arguments on `device`, float64 tensors converted to `dtype`; those of `grad` require
+        gradients."""
 
         def one(arg: Any, grad: bool) -> Any:
             if isinstance(arg, list):
@@ -79,7 +80,9 @@ class Sample:
             if not isinstance(arg, torch.Tensor):
                 return arg
             keep = dtype if arg.dtype == torch.float64 else arg.dtype
-            copy = torch.empty_strided(arg.shape, arg.stride(), dtype=keep)  # a view's gaps and order are kept
+            copy = torch.empty_strided(
+                arg.shape, arg.stride(), dtype=keep, device=device
+            )  # a view's gaps and order are kept
             return copy.copy_(arg.detach()).requires_grad_(grad)
 
         return tuple(one(arg, i in self.grad) for i, arg in enumerate(self.args))
@@ -238,10 +241,15 @@ def native_float(backend: str, *tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+def device_for(backend: str) -> str:
+    """The type of device whose tensors `backend` takes."""
+    on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
+    return "cuda" if on_gpu else "cpu"
+
+
 def wrong_device(backend: str, *tensors: torch.Tensor) -> str | None:
     """CPU tensors for cpp and for what is emulated or interpreted, CUDA tensors for the GPU."""
-    on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
-    wanted = "cuda" if on_gpu else "cpu"
+    wanted = device_for(backend)
     return f"it takes {wanted.upper()} tensors" if any(t.device.type != wanted for t in tensors) else None
 
 

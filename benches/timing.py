@@ -1,0 +1,159 @@
+"""Two calls timed in turn, and what the device does at best: the parts of the harness that know no op."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compositions import COMPOSITIONS, Call
+
+from finetune import ops
+from finetune.ops._check import cotangents, flat
+from finetune.ops._op import device_for
+
+ROUNDS = (5, 200)  # pairs a cell, at least and at most
+
+# --- timing
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a call."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @staticmethod
+    def of(values: list[float]) -> Times:
+        ordered = sorted(values)
+        last = len(ordered) - 1
+        return Times(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared. `reset` undoes what a call changed in place, off the clock."""
+
+    call: Call
+    reset: Call
+    changed: list[torch.Tensor]
+    settle: Call  # waits until the device has done what it was given
+
+    def results(self) -> list[torch.Tensor]:
+        self.reset()
+        return [leaf.detach().clone() for leaf in [*flat(self.call()), *self.changed]]
+
+    def time(self, repeats: int) -> float:
+        total = 0.0
+        for _ in range(repeats):
+            self.reset()
+            self.settle()
+            start = time.perf_counter()
+            result = self.call()
+            self.settle()
+            total += time.perf_counter() - start
+            del result
+        return total / repeats
+
+
+def settle(device: str) -> Call:
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def side(
+    args: tuple[Any, ...], sample: ops.Sample, call: Call, backward: bool, dtype: torch.dtype, device: str
+) -> Side:
+    saved = [(leaf, leaf.detach().clone()) for i in sample.mutates for leaf in flat(args[i])]
+
+    def reset() -> None:
+        for leaf, old in saved:
+            leaf.detach().copy_(old)
+
+    if not backward:
+        return Side(torch.no_grad()(call), reset, [leaf for leaf, _ in saved], settle(device))
+    wanted = [args[i] for i in sample.grad]
+    incoming = cotangents(call(), dtype)
+    return Side(lambda: torch.autograd.grad(flat(call()), wanted, incoming), reset, [], settle(device))
+
+
+def sides(
+    op: str, sample: ops.Sample, dtype: torch.dtype, backend: str, backward: bool
+) -> tuple[Side, dict[str, Side]]:
+    """Ours and torch's, each on its own copies of the arguments, where `backend` wants them."""
+    device = device_for(backend)
+    args = sample.cast(dtype, device)
+    ours = side(
+        args, sample, lambda: ops.REGISTRY[op](*args, backend=backend, **sample.kwargs), backward, dtype, device
+    )
+    theirs_args = sample.cast(dtype, device)
+    theirs = COMPOSITIONS[op](*theirs_args, **sample.kwargs)
+    others = {label: side(theirs_args, sample, call, backward, dtype, device) for label, call in theirs.items()}
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1  # bf16: torch rounds its layer norm's partial sums
+    wanted = ours.results()
+    for label, other in others.items():
+        for mine, theirs_too in zip(wanted, other.results(), strict=True):
+            difference = (mine.double() - theirs_too.double()).abs().max()
+            assert difference <= tolerance * mine.double().abs().max(), f"{op}: {label} computes something else"
+    return ours, others
+
+
+def alternate(a: Side, b: Side, seconds: float) -> tuple[list[float], list[float]]:
+    """Times of a and b in turn (a b, b a, …) for about `seconds`, after one call of each to warm up."""
+    once = a.time(1) + b.time(1)
+    repeats = max(1, int(1e-3 / once))  # a reading is worth about a millisecond: the clock and the caches settle
+    least = ROUNDS[0] if once < 2 else 2  # some of torch's bfloat16 products take half a minute without AVX-512
+    rounds = min(max(int(seconds / (once * repeats)), least), ROUNDS[1])
+    times: tuple[list[float], list[float]] = ([], [])
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            for which in (0, 1) if i % 2 == 0 else (1, 0):
+                times[which].append((a, b)[which].time(repeats))
+    finally:
+        gc.enable()
+    return times
+
+
+# --- peaks, measured with the same threads in the same run
+
+
+@functools.cache
+def copy_rate(power: int, device: str, threads: int) -> float:
+    """Bytes a second, read and written, of a copy of 2^power bytes: small ones come from the caches."""
+    source = torch.ones(2**power // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * 2**power / best(lambda: target.copy_(source), settle(device))
+
+
+@functools.cache
+def product_rate(dtype: torch.dtype, device: str, threads: int) -> float:
+    """FLOPs a second of a matrix product: of fp32 on a CPU, where less is not always faster, of `dtype` on a GPU."""
+    n, dtype = (1024, torch.float32) if device == "cpu" else (8192, dtype)
+    a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+    return 2 * n**3 / best(lambda: torch.mm(a, b, out=out), settle(device))
+
+
+def roofs(bytes_moved: float, dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """Both for work that moves so many bytes, with the threads of now."""
+    power = min(max(int(bytes_moved / 2).bit_length(), 16), 28)
+    threads = torch.get_num_threads()
+    return copy_rate(power, device, threads), product_rate(dtype, device, threads)
+
+
+def best(call: Call, settled: Call, seconds: float = 0.3) -> float:
+    call()
+    settled()
+    times, until = [], time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 5:
+        start = time.perf_counter()
+        call()
+        settled()
+        times.append(time.perf_counter() - start)
+    return min(times)
