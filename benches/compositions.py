@@ -89,6 +89,32 @@ def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None
     return masked | ways if cu_seqlens is None else masked | ways | {"SDPA, a document each": each_document}
 
 
+def kv_cache(what, *args):
+    """Indexing; a quantised append and gather by elementwise ops."""
+    from finetune.ops.kv_cache import dequantise, quantise
+
+    def append(k, v, k_cache, v_cache, slots, k_scale, v_scale):
+        for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+            if scale is None:
+                cache.flatten(0, 1).index_copy_(0, slots, x)
+                continue
+            stored, scales = quantise(x, cache.dtype)
+            cache.view(torch.int8).flatten(0, 1).index_copy_(0, slots, stored.view(torch.int8))
+            scale.flatten(0, 1).index_copy_(0, slots, scales)
+
+    def gather(cache, table, lengths, scale, dtype):
+        x = cache[table].flatten(1, 2)
+        x = x if scale is None else dequantise(x, scale[table].flatten(1, 2), dtype or torch.float32)
+        hidden = torch.arange(x.shape[1]) >= lengths[:, None]
+        return x.masked_fill_(hidden[..., None, None], 0)
+
+    def copy(caches, pairs):
+        for cache in caches:
+            cache[pairs[:, 1]] = cache[pairs[:, 0]]
+
+    return {"indexing": lambda: {"append": append, "gather": gather, "copy": copy}[what](*args)}
+
+
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, reduction="mean"):
     def call():
         logits = F.linear(x, weight)
@@ -138,6 +164,5 @@ def clip_grad_norm(grads, max_norm):
     return {"clip_grad_norm_": lambda: call(False), "clip_grad_norm_ foreach": lambda: call(True)}
 
 
-COMPOSITIONS: dict[str, Callable[..., dict[str, Call]]] = {
-    f.__name__: f for f in (rms_norm, layer_norm, swiglu, rope, attention, linear_cross_entropy, adamw, clip_grad_norm)
-}
+PAGES = (rms_norm, layer_norm, swiglu, rope, attention, linear_cross_entropy, adamw, clip_grad_norm, kv_cache)
+COMPOSITIONS: dict[str, Callable[..., dict[str, Call]]] = {f.__name__: f for f in PAGES}

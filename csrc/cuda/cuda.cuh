@@ -14,16 +14,19 @@ namespace finetune {
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
+using fp8 = __nv_fp8_e4m3;
 using bf16x2 = __nv_bfloat162;
 using f16x2 = __half2;
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// --- one spelling for the three element types
+// --- one spelling for the element types
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(f16 v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(fp8 v) { return static_cast<float>(v); }
+__device__ __forceinline__ float to_float(int8_t v) { return static_cast<float>(v); }
 
 template <class T>
 __device__ __forceinline__ T from_float(float v);
@@ -38,6 +41,12 @@ __device__ __forceinline__ bf16 from_float<bf16>(float v) {
 template <>
 __device__ __forceinline__ f16 from_float<f16>(float v) {
   return __float2half(v);
+}
+template <>
+__device__ __forceinline__ fp8 from_float<fp8>(float v) {  // what is too large becomes ±448
+  fp8 out;
+  out.__x = __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
+  return out;
 }
 
 // N elements that move as one load or store: 16 bytes at most. The address must be a multiple of N · sizeof(T).

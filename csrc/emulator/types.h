@@ -61,10 +61,14 @@ struct __half {
 };
 struct __nv_fp8_e4m3 {
   uint8_t __x;
+  explicit operator float() const { return emulator::widen<4, 3, true>(__x); }
 };
 struct __nv_fp8_e5m2 {
   uint8_t __x;
+  explicit operator float() const { return emulator::widen<5, 2, false>(__x); }
 };
+enum __nv_saturation_t { __NV_NOSAT, __NV_SATFINITE };
+enum __nv_fp8_interpretation_t { __NV_E4M3, __NV_E5M2 };
 struct alignas(4) __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
@@ -81,3 +85,12 @@ inline __nv_bfloat16 __float2bfloat16(float v) {
 }
 inline float __half2float(__half v) { return emulator::widen<5, 10, false>(v.bits); }
 inline __half __float2half(float v) { return {static_cast<uint16_t>(emulator::narrow<5, 10, false, false>(v))}; }
+inline uint8_t __nv_cvt_float_to_fp8(float v, __nv_saturation_t saturate, __nv_fp8_interpretation_t kind) {
+  const bool finite = saturate == __NV_SATFINITE;
+  if (kind == __NV_E4M3) {
+    return static_cast<uint8_t>(finite ? emulator::narrow<4, 3, true, true>(v)
+                                       : emulator::narrow<4, 3, true, false>(v));
+  }
+  return static_cast<uint8_t>(finite ? emulator::narrow<5, 2, false, true>(v)
+                                     : emulator::narrow<5, 2, false, false>(v));
+}

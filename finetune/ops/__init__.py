@@ -4,6 +4,7 @@ from finetune.ops._op import BACKENDS, REGISTRY, BackendUnavailable, Op, Sample,
 from finetune.ops.adamw import adamw_
 from finetune.ops.attention import attention
 from finetune.ops.clip_grad_norm import clip_grad_norm_
+from finetune.ops.kv_cache import kv_cache_append_, kv_cache_copy_, kv_cache_gather
 from finetune.ops.layer_norm import layer_norm
 from finetune.ops.linear_cross_entropy import linear_cross_entropy
 from finetune.ops.rms_norm import rms_norm
@@ -19,6 +20,9 @@ __all__ = [
     "adamw_",
     "attention",
     "clip_grad_norm_",
+    "kv_cache_append_",
+    "kv_cache_copy_",
+    "kv_cache_gather",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
