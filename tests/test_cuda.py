@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from finetune import emulator, ops
+from finetune import emulator, faults, ops
 from finetune.ops._check import check, run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROOT = emulator.ROOT
-KERNELS = [op for op in ops.REGISTRY if (ROOT / f"csrc/cuda/{op}.cu").exists()]
+KERNELS = faults.kernels()
 SAMPLES = [
     pytest.param(op, sample, id=f"{op}-{sample.name}")
     for op in KERNELS
@@ -46,3 +45,43 @@ def test_opcheck(emulated, op):
     for sample in [s for s in ops.REGISTRY[op].samples() if not s.bench][:4]:
         overload, args = ops.REGISTRY[op].overload("finetune_emulated", *sample.cast(torch.float16), **sample.kwargs)
         torch.library.opcheck(overload, args)
+
+
+def smallest(op, count):
+    """(sample, dtype) of an op's smallest samples, all dtypes, as far as its kernel takes them."""
+    found = [(s, d) for s, d in faults.cases(op) if not ops.REGISTRY[op].why_not("emulated", *s.cast(d), **s.kwargs)]
+    return found[: count * len(DTYPES)]
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_checked_in_every_order_and_copy_mode(op):
+    """No wrong access and no race in any of the builds' threads orders, and every one gives the same bits."""
+    checked = emulator.load("checked")
+    try:
+        for sample, dtype in smallest(op, 6):
+            first = None
+            for order, eager in ((0, False), (1, True), (7, False)):
+                checked.set_order(order)
+                checked.set_eager(eager)
+                got = run(op, sample, dtype, "checked")
+                first = first or got
+                for mine, other in zip(got, first, strict=True):
+                    assert torch.equal(mine.nan_to_num(7.0), other.nan_to_num(7.0)), (sample.name, dtype, order, eager)
+    finally:
+        checked.set_order(0)
+        checked.set_eager(False)
+
+
+def test_faults_are_all_listed():
+    assert not faults.mismatches()
+    for op in KERNELS:
+        text = (faults.FOLDER / f"{op}.cu").read_text()
+        shared = any(word in text for word in ("SHARED(", "block_sum", "ptx::"))
+        assert len(faults.listed(op)) >= (6 if shared else 3), op
+
+
+@pytest.mark.parametrize(("op", "fault"), [(op, fault) for op in KERNELS for fault in faults.listed(op)])
+def test_fault_is_rejected(op, fault):
+    verdict = faults.judge(op, fault)
+    assert verdict.reached, f"no sample of {op} comes by {fault}"
+    assert verdict.by, f"{fault} survives all samples of {op}"

@@ -6,7 +6,7 @@
 // is two launches a step. Memory: the norm reads every element once; the scaling reads and writes it once, and nothing
 // if nothing is clipped: 4 and 8 bytes an element in fp32. Two FLOPs and one an element: the roof is memory bandwidth.
 // A thread sums in fp32 (at most piece / 256 elements), pieces are joined in double.
-// Faults: block_sum.no_barrier block_sum.no_second_barrier clip_grad_norm.no_barrier clip_grad_norm.no_tail
+// Faults: block_sum.no_barrier clip_grad_norm.no_barrier clip_grad_norm.half_the_sums clip_grad_norm.no_tail
 //         clip_grad_norm.first_piece clip_grad_norm.never_one
 #include "finetune/clip_grad_norm.h"
 #include "launch.cuh"
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
   double sum = 0;
   for (int64_t i = threadIdx.x; i < pieces; i += kThreads) sum += squares[i];
   sums[threadIdx.x] = sum;
-  for (unsigned width = kThreads / 2; width; width /= 2) {
+  for (unsigned width = kThreads / (BUG("clip_grad_norm.half_the_sums") ? 4 : 2); width; width /= 2) {
     if (!BUG("clip_grad_norm.no_barrier")) __syncthreads();
     if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
   }

@@ -34,25 +34,17 @@ template <class... P, class... A>
 Status launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, [[maybe_unused]] void* stream, A... args) {
   static_assert((sizeof(P) + ... + 0) <= 4096, "kernel parameters");
 #if defined(__CUDACC__)
-  const auto status = [](cudaError_t error) {
-    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) return Status::no_kernel;
-    return error == cudaSuccess ? Status::ok : Status::failed;
-  };
-  if (shared > 48 * 1024) {
-    const Status allowed =
-        status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-    if (allowed != Status::ok) {
-      cudaGetLastError();  // the next launch must not find this one's error
-      return allowed;
-    }
+  if (shared > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(shared)) != cudaSuccess) {
+    return Status::failed;
   }
   kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
-  return status(cudaGetLastError());
+  return cudaGetLastError() == cudaSuccess ? Status::ok : Status::failed;
 #else
-  auto body = [&] { kernel(static_cast<P>(args)...); };
+  auto body = [kernel, ... given = static_cast<P>(args)] { kernel(given...); };
   const bool ok = emulator::run_grid(
       reinterpret_cast<const void*>(kernel), grid, block, shared, [](void* f) { (*static_cast<decltype(body)*>(f))(); },
-      &body);
+      &body, sizeof body);
   return ok ? Status::ok : Status::failed;
 #endif
 }

@@ -17,7 +17,11 @@
 #define __device__
 #define __host__
 #define __constant__ const
+#if defined(EMULATOR_checked)  // so that an access has the line of the kernel that asked for it
+#define __forceinline__ inline __attribute__((always_inline))
+#else
 #define __forceinline__ inline
+#endif
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -114,7 +118,7 @@ T shuffle(unsigned mask, T value, int source, Site site) {
           part->result = static_cast<Exchange<T>*>(parts[part->source])->value;
         }
       },
-      &mine, site);
+      &mine, site, "shuffle");
   return mine.result;
 }
 
@@ -136,7 +140,7 @@ inline uint32_t vote(unsigned mask, bool yes, Site site) {
           if (lanes >> lane & 1) static_cast<Vote*>(parts[lane])->ballot = ballot;
         }
       },
-      &mine, site);
+      &mine, site, "vote");
   return mine.ballot;
 }
 
@@ -190,7 +194,7 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned v, emulator::Site site
 // --- atomics: fibres do not preempt each other, so only the checks must know
 
 template <class T, class F>
-T emulated_atomic(T* p, F&& update, emulator::Site site) {
+EMULATOR_UNCHECKED T emulated_atomic(T* p, F&& update, emulator::Site site) {
   emulator::touch(p, sizeof(T), emulator::Access::atomic, site);
   T old;
   std::memcpy(&old, p, sizeof(T));

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 struct uint3 {
   unsigned x, y, z;
@@ -37,7 +38,9 @@ std::string take_fault();
 
 // --- for launch.cuh
 
-bool run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);
+// body(context) is what each thread runs; the context, of so many bytes, holds the kernel's arguments.
+bool run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context,
+              size_t context_bytes);
 
 // --- for the kernels
 
@@ -47,15 +50,16 @@ const dim3& block_size();
 const dim3& grid_size();
 unsigned lane_index();
 
-[[noreturn]] void fault(const std::string& what, Site site);  // ends the launch
+[[noreturn]] void fault(const char* what, Site site);  // ends the launch
 
 void block_barrier(Site site);
 void named_barrier(int id, int threads, Site site);  // bar.sync id, threads
 void warp_barrier(uint32_t mask, Site site);
 
 // Every lane of `mask` calls this with the same `run`; the last to arrive calls run(parts, mask), where parts[lane] is
-// what that lane passed (null outside of the mask).
-void collective(uint32_t mask, void (*run)(void* const* parts, uint32_t mask, Site site), void* part, Site site);
+// what that lane passed (null outside of the mask). `what`: its name in the statistics.
+void collective(uint32_t mask, void (*run)(void* const* parts, uint32_t mask, Site site), void* part, Site site,
+                const char* what = "collective");
 
 // A block's static shared array: the same memory for all threads that come by `key`.
 void* shared_array(const void* key, size_t bytes, size_t align, const char* name);
@@ -68,11 +72,16 @@ void copy_commit();
 void copy_wait(int groups_left, Site site);
 
 // Memory traffic that the compiler's instrumentation does not see (tensor-core operands, atomics): for the checks.
+// `what`: its name in the statistics, where it is no plain load or store.
 enum class Access { read, write, atomic };
-void touch(const void* data, int bytes, Access access, Site site);
+void touch(const void* data, int bytes, Access access, Site site, const char* what = nullptr);
+void count(const char* what, Site site);  // one more of these, for the statistics
+// The compiler's instrumentation leaves this function out.
+#define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread")))
 
 // A deliberate fault of a kernel, chosen by name at run time: BUG(name) in csrc/cuda/launch.cuh.
 bool bug(const char* name);
+bool bug_reached();  // has a kernel asked for the active one?
 
 // --- for tests (csrc/emulator/python.cpp)
 
@@ -82,6 +91,18 @@ struct Options {
   std::string bug;     // the active deliberate fault
 };
 Options& options();
+
+// Accesses and instructions by source line, counted by the checked build while switched on (which also forgets what was
+// counted before). width: most bytes a lane asked for at once; units: 32-byte sectors of global memory, wavefronts of
+// shared memory; ideal: as few as would do.
+struct Row {
+  std::string file;
+  int line;
+  std::string kind;
+  long requests, units, ideal, width;
+};
+void set_counting(bool on);
+std::vector<Row> statistics();
 
 template <class T>
 T& shared(const void* key, const char* name) {

@@ -16,4 +16,30 @@ PYBIND11_MODULE(EMULATOR_MODULE, m) {
   m.def(
       "set_bug", [](const std::string& name) { options().bug = name; },
       "Activates the deliberate fault of that name, or none (\"\").");
+  m.def("bug_reached", &emulator::bug_reached, "Whether a kernel has come by the active deliberate fault.");
+  m.def("set_counting", &emulator::set_counting,
+        "Count accesses by source line (the checked build only); True forgets what was counted before.");
+  m.def(
+      "statistics",
+      [] {
+        pybind11::list rows;
+        for (const emulator::Row& row : emulator::statistics()) {
+          pybind11::dict fields;
+          fields["file"] = row.file;
+          fields["line"] = row.line;
+          fields["kind"] = row.kind;
+          fields["requests"] = row.requests;
+          fields["units"] = row.units;
+          fields["ideal"] = row.ideal;
+          fields["width"] = row.width;
+          rows.append(fields);
+        }
+        return rows;
+      },
+      "What was counted: file, line, kind, requests, units (32-byte sectors of global memory, wavefronts of shared "
+      "memory), the fewest units that would have done, width (the most bytes that a lane asked for at once).");
+#if defined(EMULATOR_EXTRA)  // what a test's own kernels add
+  void extend(pybind11::module_&);
+  extend(m);
+#endif
 }

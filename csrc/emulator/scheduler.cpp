@@ -252,11 +252,13 @@ void yield(State state, Site site) {
   suspend();
 }
 
-void fault(const std::string& what, Site site) {
-  report(at(site) + ": " + what + ", by " + who(*self));
+void end_with(const std::string& what) {
+  report(what + ", by " + who(*self));
   suspend();  // and is never resumed: what a kernel has on its stack needs no destructor
   __builtin_unreachable();
 }
+
+void fault(const char* what, Site site) { end_with(at(site) + ": " + what); }
 
 std::string take_fault() {
   checker::end_launch();
@@ -266,9 +268,18 @@ std::string take_fault() {
 
 Options& options() { return chosen; }
 
-bool bug(const char* name) { return !chosen.bug.empty() && chosen.bug == name; }
+namespace {
+std::string reached;  // the fault that a kernel last asked for and got
+}
+bool bug(const char* name) {
+  if (chosen.bug.empty() || chosen.bug != name) return false;
+  reached = name;
+  return true;
+}
+bool bug_reached() { return !chosen.bug.empty() && reached == chosen.bug; }
 
-bool run_grid(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*), void* context) {
+bool run_grid(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*), void* context,
+              size_t context_bytes) {
   if (failed) return false;
   const uint64_t threads = uint64_t{size.x} * size.y * size.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (!threads || threads > kMostThreads || size.z > 64 || !blocks || grid.x > 0x7fffffffu || grid.y > 65535 ||
@@ -289,6 +300,7 @@ bool run_grid(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, voi
   block.kernel = kernel;
   block.body = body;
   block.context = context;
+  block.context_bytes = context_bytes;
   block.dynamic_bytes = shared_bytes;
   block.fibers.resize(threads);
   for (unsigned id = 0; id < threads; ++id) {
@@ -305,6 +317,7 @@ bool run_grid(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, voi
       for (unsigned x = 0; x < grid.x && !failed; ++x) {
         block.index = {x, y, z};
         run_block(ids);
+        if (!failed) checker::end_block();
       }
     }
   }
@@ -322,6 +335,7 @@ unsigned lane_index() { return self->lane; }
 void block_barrier(Site site) {
   self->state = State::at_barrier;
   self->site = site;
+  if (self->lane == 0) count("__syncthreads", site);
   release_block_barrier();
   if (failed || self->state != State::ready) suspend();
 }
@@ -342,7 +356,7 @@ void named_barrier(int id, int threads, Site site) {
   }
 }
 
-void collective(uint32_t mask, void (*run)(void* const*, uint32_t, Site), void* part, Site site) {
+void collective(uint32_t mask, void (*run)(void* const*, uint32_t, Site), void* part, Site site, const char* what) {
   Fiber& me = *self;
   if (!(mask >> me.lane & 1)) fault("a warp collective whose mask leaves out the lane that calls it", site);
   me.mask = mask;
@@ -359,11 +373,14 @@ void collective(uint32_t mask, void (*run)(void* const*, uint32_t, Site), void* 
     if (other.state == State::exited) fault("a warp collective whose mask names a lane that has exited", site);
     if (other.state != State::at_collective || other.mask != mask) return suspend();
     if (other.run != run) {
-      fault("lanes of one warp meet in different collectives, here and at " + at(other.site), site);
+      end_with(at(site) + ": lanes of one warp meet in different collectives, here and at " + at(other.site));
     }
     parts[lane] = other.part;
   }
+  checker::pause(true);
   run(parts, mask, site);
+  checker::pause(false);
+  count(what, site);
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     if (parts[lane]) block.fibers[first + lane].state = State::ready;
   }
@@ -380,7 +397,7 @@ void warp_barrier(uint32_t mask, Site site) {
         }
         checker::join(ids, count);
       },
-      self, site);
+      self, site, "__syncwarp");
 }
 
 void* shared_array(const void* key, size_t bytes, size_t align, const char* name) {
@@ -411,8 +428,8 @@ void make(const Copy& copy) {
 void copy_async(void* shared, const void* global, int bytes, int bytes_read, Site site) {
   const auto misaligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes != 0; };
   if (misaligned(shared) || (bytes_read && misaligned(global))) fault("cp.async of unaligned addresses", site);
-  if (bytes_read) touch(global, bytes_read, Access::read, site);
-  touch(shared, bytes, Access::write, site);
+  if (bytes_read) touch(global, bytes_read, Access::read, site, "cp.async from global");
+  touch(shared, bytes, Access::write, site, "cp.async to shared");
   const Copy copy{shared, global, bytes, bytes_read, site};
   if (chosen.eager) make(copy);
   checker::in_flight(shared, bytes, true, site);
@@ -437,7 +454,10 @@ void copy_wait(int groups_left, Site site) {
 
 #if !defined(EMULATOR_checked)
 void allow(const void*, int64_t, Use) {}
-void touch(const void*, int, Access, Site) {}
+void touch(const void*, int, Access, Site, const char*) {}
+void count(const char*, Site) {}
+void set_counting(bool) {}
+std::vector<Row> statistics() { return {}; }
 #endif
 
 }  // namespace emulator

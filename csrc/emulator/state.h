@@ -49,7 +49,8 @@ struct Block {
   std::vector<Fiber> fibers;
   const void* kernel;
   void (*body)(void*);
-  void* context;
+  void* context;  // of `body`: the kernel's arguments
+  size_t context_bytes;
   size_t dynamic_bytes;
 };
 
@@ -59,24 +60,34 @@ extern unsigned char* stacks;        // kMostThreads of kStackBytes
 extern unsigned char* arena;         // shared memory: dynamic first, then the static arrays
 void yield(State state, Site site);  // waits until somebody makes this fibre ready
 
-// The checked build's view of what happens; nothing in the others.
+[[noreturn]] void end_with(const std::string& what);  // the launch, by a fault of the running thread
+
+// The checked build's view of what happens (checker.h); nothing in the others.
 namespace checker {
-#if defined(EMULATOR_checked) && 0
+#if defined(EMULATOR_checked)
 void begin_launch();
 void begin_block();
+void end_block();
 void end_launch();
 void new_shared(const void* data, size_t bytes, const char* name);
 void join_block();                              // all threads passed a barrier
 void join(const unsigned* threads, int count);  // these threads passed a barrier of theirs
+void release(const void* object);               // the running thread arrives at an mbarrier, say,
+void acquire(const void* object);               // and this one has waited for it: it comes after all that arrived
 void in_flight(const void* shared, int bytes, bool begins, Site site);
+void pause(bool on);  // the emulator itself works on the kernel's memory
 #else
 inline void begin_launch() {}
 inline void begin_block() {}
+inline void end_block() {}
 inline void end_launch() {}
 inline void new_shared(const void*, size_t, const char*) {}
 inline void join_block() {}
 inline void join(const unsigned*, int) {}
+inline void release(const void*) {}
+inline void acquire(const void*) {}
 inline void in_flight(const void*, int, bool, Site) {}
+inline void pause(bool) {}
 #endif
 }  // namespace checker
 

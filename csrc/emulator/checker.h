@@ -1,0 +1,79 @@
+// What the files of the checked build share: checker.cpp (the compiler's hooks), regions.cpp (what may be touched),
+// races.cpp (who comes after whom), statistics.cpp (accesses by source line), lines.cpp (addresses as file:line).
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "state.h"
+
+namespace emulator::checker {
+
+// --- lines.cpp
+
+// A place in the source: an offset into this library's code, or, with kSite, the number of a Site.
+using Place = uint32_t;
+constexpr Place kSite = 1u << 30, kAtomic = 1u << 31;  // kAtomic: in a Stamp, the access was an atomic
+struct Line {
+  std::string file;  // the innermost frame outside of the emulator's own headers
+  int line = 0;
+  std::string text;         // "vector.cuh:27", or "vector.cuh:27 from rms_norm.cu:31"
+  std::string kernel_file;  // the innermost frame in a .cu file, where there is one; else `file`
+  int kernel_line = 0;
+};
+Place place_of(const void* return_address);
+Place place_of(Site site);
+const Line& resolve(Place place);
+void resolve_all(const std::vector<Place>& places);  // the same for many at once: addr2line is started once
+bool in_module_data(uintptr_t address, size_t bytes);
+
+// --- races.cpp
+
+// One access: in which phase (the time between two block barriers; numbered through all blocks of all launches), by
+// which thread, at which of its own times within the phase.
+struct Stamp {
+  uint32_t phase = 0, who = 0;  // phase 0: none; who: time << 10 | thread
+  Place place = 0;
+};
+struct Cell {
+  Stamp writer;
+  Stamp readers[3];  // the last, the last of another thread of its warp, the last of another warp
+};
+
+// --- regions.cpp
+
+enum Flag : unsigned char { kDefined = 1, kWritable = 2, kInFlight = 4 };
+
+// A tensor or a shared array.
+struct Region {
+  uintptr_t begin = 0;
+  size_t bytes = 0;
+  std::string name;
+  bool shared = false;
+  std::vector<unsigned char> flags;  // Flag of each byte
+  // Stamps: one cell for 1 << shift bytes. It starts coarse and is refined when a smaller access comes by, which is
+  // exact, since all before covered whole cells.
+  std::vector<Cell> cells;
+  unsigned shift = 4;
+
+  bool holds(uintptr_t address) const { return address - begin < bytes; }
+};
+void begin_regions();                                  // of a block
+void end_call();                                       // ends the permissions
+Region* find(uintptr_t address);                       // null if there is none
+std::string nearest(uintptr_t address, size_t bytes);  // "4 bytes past the end of …"
+std::string title(const Region& region);               // "shared array 'sums' (128 bytes)"
+
+void begin_order();  // of a block
+// Ends the launch unless nothing unordered conflicts with this access, and stamps it.
+void order(Region& region, uintptr_t address, size_t bytes, Access access, Place place);
+
+// --- statistics.cpp
+
+extern bool counting;
+void count_access(const Region& region, uintptr_t address, size_t bytes, Access access, Place place, const char* what);
+void finish_block();  // the groups of lanes of this block are complete
+
+[[noreturn]] void stop(Place place, const std::string& what);  // a fault at this place
+
+}  // namespace emulator::checker

@@ -1,0 +1,129 @@
+"""The deliberate faults of the CUDA kernels (`BUG("op.name")` in csrc/cuda), and what catches each.
+
+A kernel that passes its tests shows little if a broken one would pass them too. So every kernel carries faults that a
+test can switch on in the emulator, lists them under "Faults:" in its head comment, and each must be rejected: by wrong
+numbers in the plain build, or by the checked build (`finetune.emulator`).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from finetune import emulator, ops
+from finetune.ops._check import WrongResult, check_close, flat, run
+from finetune.ops._op import Sample
+
+FOLDER = emulator.ROOT / "csrc" / "cuda"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one fault. `by`: "numbers", "emulator" (a deadlock and the like, which the plain build sees too)
+    or "checker"; None if it survived. `reached`: did any kernel come by it?"""
+
+    op: str
+    fault: str
+    by: str | None
+    reached: bool
+    sample: str = ""
+    dtype: str = ""
+    message: str = ""
+
+
+def kernels() -> list[str]:
+    """The ops that have a CUDA kernel."""
+    return [op for op in ops.REGISTRY if (FOLDER / f"{op}.cu").exists()]
+
+
+def listed(op: str) -> list[str]:
+    """The faults in the head comment of csrc/cuda/<op>.cu."""
+    head = re.match(r"(?://.*\n)+", (FOLDER / f"{op}.cu").read_text())
+    _, found, names = (head[0] if head else "").partition("Faults:")
+    return re.findall(r"\b[a-z0-9_]+\.(?!(?:cuh?|h|py|cpp)\b)[a-z0-9_]+", names) if found else []
+
+
+def written(op: str) -> set[str]:
+    """The faults in the code of csrc/cuda/<op>.cu and of what it includes from that folder."""
+    todo, seen, names = [f"{op}.cu"], set(), set()
+    while todo:
+        name = todo.pop()
+        if name not in seen and (FOLDER / name).exists():
+            seen.add(name)
+            text = (FOLDER / name).read_text()
+            names |= set(re.findall(r'\bBUG\("([^"]+)"\)', text))
+            todo += re.findall(r'#include "([^"/]+)"', text)
+    return names
+
+
+def mismatches() -> list[str]:
+    """Faults that are listed but not written, or written but listed by no kernel that has them."""
+    everywhere = {name for path in FOLDER.glob("*.cu*") for name in re.findall(r'\bBUG\("([^"]+)"\)', path.read_text())}
+    lists = {op: listed(op) for op in kernels()}
+    absent = [
+        f"{op} lists {name}, which is not in its code" for op in lists for name in lists[op] if name not in written(op)
+    ]
+    named = {name for names in lists.values() for name in names}
+    return absent + [f"{name} is in no list of faults" for name in sorted(everywhere - named)]
+
+
+def samples(op: str) -> list[Sample]:
+    """Those of the tests, smallest first."""
+    return sorted(
+        (s for s in ops.REGISTRY[op].samples() if not s.bench), key=lambda s: sum(t.numel() for t in flat(s.args))
+    )
+
+
+@functools.cache
+def cases(op: str) -> tuple[tuple[Sample, torch.dtype], ...]:
+    return tuple((sample, dtype) for sample in samples(op) for dtype in DTYPES)
+
+
+@functools.cache
+def expected(op: str, index: int) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
+    """torch's results and the exact ones of one of `cases`."""
+    sample, dtype = cases(op)[index]
+    hows = [how for how in ("reference", ops.REGISTRY[op].torch_kernel) if how]
+    return [run(op, sample, dtype, how) for how in hows], run(op, sample, dtype, "reference", wide=True)
+
+
+def judge(op: str, fault: str) -> Verdict:
+    """Runs the op's samples with this fault, on the plain and on the checked build, until something notices."""
+    builds = {name: emulator.load(name) for name in ("emulated", "checked")}
+    reached = False
+    try:
+        for build in builds.values():
+            build.set_bug(fault)
+        for index, (sample, dtype) in enumerate(cases(op)):
+            if ops.REGISTRY[op].why_not("emulated", *sample.cast(dtype), **sample.kwargs):
+                continue
+            by_torch, exact = expected(op, index)
+            for name, build in builds.items():
+                where = sample.name, str(dtype).removeprefix("torch.")
+                try:
+                    check_close(run(op, sample, dtype, name), by_torch, exact, dtype)
+                except WrongResult as error:
+                    return Verdict(op, fault, "numbers", build.bug_reached(), *where, str(error))
+                except RuntimeError as error:
+                    message = str(error).splitlines()[0].partition(f"finetune::{op}")[2].partition(": ")[2] or str(
+                        error
+                    )
+                    by = "checker" if name == "checked" else "emulator"
+                    return Verdict(op, fault, by, build.bug_reached(), *where, message)
+                reached |= build.bug_reached()
+    finally:
+        for build in builds.values():
+            build.set_bug("")
+    return Verdict(op, fault, None, reached)
+
+
+def judge_all(op: str | None = None) -> Iterator[Verdict]:
+    """Every fault of one op, or of all."""
+    for name in [op] if op else kernels():
+        for fault in listed(name):
+            yield judge(name, fault)
