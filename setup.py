@@ -1,6 +1,7 @@
 """Builds finetune/_native.so with CMake; everything else about the package is in pyproject.toml."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,11 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
         build = ROOT / "build" / ("ninja" if ninja else "make")
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        nvcc = runpy.run_path(str(ROOT / "finetune/cuda_toolkit.py"))["tool"]("nvcc")
         configure = [cmake, "-S", ROOT, "-B", build, *generator, f"-DTORCH_DIR={torch.__path__[0]}"]
+        configure += [f"-DNVCC={nvcc or 'NVCC-NOTFOUND'}"]
+        with_cuda = nvcc and os.environ.get("FINETUNE_CUDA", "1") != "0"
+        hint = "; FINETUNE_CUDA=0 builds without the CUDA kernels" if with_cuda else ""
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         for command in (
             [*configure, f"-DCMAKE_INSTALL_PREFIX={target}"],
@@ -51,7 +56,9 @@ class CMakeBuild(build_ext):
             [cmake, "--install", build],
         ):
             if subprocess.run([str(word) for word in command]).returncode:
-                stop(f"the native build failed at: {' '.join(str(word) for word in command)} (its output is above)")
+                stop(
+                    f"the native build failed at: {' '.join(str(word) for word in command)} (its output is above){hint}"
+                )
 
     def get_ext_filename(self, name: str) -> str:
         """finetune/_native.so: no Python ABI in the name, since torch loads it, not Python's import."""

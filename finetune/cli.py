@@ -12,6 +12,7 @@ from click import Context, get_current_context
 from click.exceptions import NoArgsIsHelpError
 
 from finetune.errors import UserError
+from finetune.interview import cli as interview
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -216,6 +217,10 @@ def doctor(json: bool) -> None:
         table.add_row(marks[r["ok"]], f"[bold]{r['what']}[/]", r["found"])
     _console().print(table)
     return None
+
+
+for command in (interview.brief, interview.quiz, interview.compare):
+    app.add_command(command)
 
 
 def _settings(info: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune import machine
+from finetune import cuda_toolkit, machine
 from finetune.display import size
 
 Row = dict[str, Any]  # {"what": str, "ok": bool | None, "found": str}; None: neither good nor bad
@@ -73,9 +73,8 @@ def compilers() -> Iterator[Row]:
         yield row("ninja", first_line(ninja, "--version"), True)
     else:
         yield row("ninja", "not on PATH (the build brings its own)", None)
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
-    text = last_line(nvcc, "--version") if nvcc else "not found: the CUDA kernels are not built (CPU only)"
+    nvcc = cuda_toolkit.tool("nvcc")
+    text = f"{last_line(nvcc, '--version')}, {nvcc}" if nvcc else "not found: the CUDA kernels are not built (CPU only)"
     yield row("nvcc", text, True if nvcc else None)
 
 

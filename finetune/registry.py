@@ -7,6 +7,10 @@ module.toml:
     status = "ready"                          # or "draft"
     papers = ["https://arxiv.org/abs/..."]
     peers = ["trl"]                           # implementations the tests compare with
+    [compare]                                 # its row in `compare`; each in en and zh
+    data = { en = "…", zh = "…" }             # what it needs to learn from
+    models = { en = "…", zh = "…" }           # models in memory
+    used = { en = "…", zh = "…" }             # where it is used
 
 The name of a module is its folder's, its group the two folders above: modules/<group>/<sub>/<name>/module.toml.
 """
@@ -27,6 +31,9 @@ else:
     import tomli as tomllib
 
 
+COMPARED = ("data", "models", "used")
+
+
 @dataclass(frozen=True)
 class ModuleInfo:
     name: str
@@ -39,6 +46,7 @@ class ModuleInfo:
     day: int
     papers: list[str]
     peers: list[str]
+    compare: dict[str, dict[str, str]]  # data, models, used: in en and zh
     folder: Path
 
 
@@ -108,6 +116,7 @@ def _read(path: Path) -> ModuleInfo:
             day=int(data["day"]),
             papers=[str(p) for p in data["papers"]],
             peers=[str(p) for p in data["peers"]],
+            compare={key: {lang: str(data["compare"][key][lang]) for lang in ("en", "zh")} for key in COMPARED},
             folder=folder,
         )
     except KeyError as e:

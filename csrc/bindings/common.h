@@ -1,7 +1,6 @@
 // What every binding needs of torch (its stable ABI: the library built here loads in later releases too).
 #pragma once
 
-//
 // One binding serves three builds of an operator: CPU kernels (dispatch key CPU), CUDA kernels where nvcc built them
 // (FINETUNE_CUDA, key CUDA), and, in the test-only library finetune_emulated, the CUDA kernels run by the emulator on
 // CPU tensors (FINETUNE_EMULATED, key CPU).
@@ -49,6 +48,13 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 
 namespace finetune {
 
+// Bindings with and without CUDA kernels are linked into one library: what differs between them needs two names.
+#if defined(FINETUNE_CUDA)
+inline namespace with_cuda {
+#else
+inline namespace without_cuda {
+#endif
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -87,6 +93,8 @@ inline void check(bool holds, const char* op, const char* what) {
 
 inline void check_status(Status status, const char* op) {
   check(status != Status::unsupported, op, "the kernel does not support these arguments");
+  check(status != Status::no_kernel, op,
+        "the library holds no kernel for this GPU: FINETUNE_CUDA_ARCHS=<its architecture> pip install -e . builds one");
   check(status == Status::ok, op, "the kernel could not be launched");
 }
 
@@ -214,4 +222,5 @@ struct Rows {
   }
 };
 
+}  // namespace with_cuda or without_cuda
 }  // namespace finetune

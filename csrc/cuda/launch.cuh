@@ -34,12 +34,20 @@ template <class... P, class... A>
 Status launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, [[maybe_unused]] void* stream, A... args) {
   static_assert((sizeof(P) + ... + 0) <= 4096, "kernel parameters");
 #if defined(__CUDACC__)
-  if (shared > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(shared)) != cudaSuccess) {
-    return Status::failed;
+  const auto status = [](cudaError_t error) {
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) return Status::no_kernel;
+    return error == cudaSuccess ? Status::ok : Status::failed;
+  };
+  if (shared > 48 * 1024) {
+    const Status allowed =
+        status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    if (allowed != Status::ok) {
+      cudaGetLastError();  // the next launch must not find this one's error
+      return allowed;
+    }
   }
   kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
-  return cudaGetLastError() == cudaSuccess ? Status::ok : Status::failed;
+  return status(cudaGetLastError());
 #else
   auto body = [kernel, ... given = static_cast<P>(args)] { kernel(given...); };
   const bool ok = emulator::run_grid(

@@ -215,7 +215,8 @@ def missing(op: str, backend: str) -> str | None:
         return None
     if backend == "cuda" and "nvcc=0" in torch.ops.finetune.build_info():
         return (
-            "the native library was built without nvcc: install the CUDA toolkit, then pip install -e . builds it anew"
+            "the native library was built without its CUDA kernels: with nvcc installed (and FINETUNE_CUDA not 0), "
+            "pip install -e . builds them"
         )
     return f"{op} has no {backend} kernel yet"
 
@@ -250,7 +251,12 @@ def device_for(backend: str) -> str:
 def wrong_device(backend: str, *tensors: torch.Tensor) -> str | None:
     """CPU tensors for cpp and for what is emulated or interpreted, CUDA tensors for the GPU."""
     wanted = device_for(backend)
-    return f"it takes {wanted.upper()} tensors" if any(t.device.type != wanted for t in tensors) else None
+    if all(t.device.type == wanted for t in tensors):
+        return None
+    if wanted == "cuda" and not torch.cuda.is_available():
+        why = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        return f"it takes CUDA tensors, and torch ({why}) finds no GPU"
+    return f"it takes {wanted.upper()} tensors"
 
 
 def table() -> list[dict[str, Any]]:

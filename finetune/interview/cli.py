@@ -1,0 +1,116 @@
+"""`python -m finetune brief | quiz | compare`."""
+
+import json as jsonlib
+from datetime import datetime, timezone
+from pathlib import Path
+
+import rich_click as click
+
+from finetune.errors import UserError
+
+LANG = click.option("--lang", type=click.Choice(["en", "zh"]), default="en", show_default=True, help="Language.")
+
+
+@click.command()
+@click.argument("module", required=False)
+@click.option("--all", "all_", is_flag=True, help="Every module that has a run; needs --out.")
+@click.option("--run", type=click.Path(path_type=Path), help="Run folder; default: the module's newest finished run.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write <module>.<lang>.md there instead of printing.")
+@LANG
+def brief(module: str | None, all_: bool, run: Path | None, out: Path | None, lang: str) -> int:
+    """What to say about a module in three minutes, with your own run's numbers."""
+    from finetune import registry
+    from finetune.checkpoint import atomic_write, writing
+    from finetune.interview import brief as engine
+
+    if all_ == bool(module):
+        raise UserError("brief MODULE, or brief --all --out DIR")
+    if all_ and (run or not out):
+        raise UserError("--all writes a file a module: it needs --out DIR, and takes no --run")
+    missing = []
+    for info in registry.modules() if all_ else [registry.find(module or "")]:
+        try:
+            text = engine.brief(info, lang, run)
+        except UserError as e:
+            if not all_:
+                raise
+            missing.append(str(e))
+            continue
+        if out is None:
+            click.echo(text, nl=False)
+            continue
+        path = out / f"{info.name}.{lang}.md"
+        with writing(path):
+            out.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        click.echo(str(path))
+    for line in missing:
+        click.echo(line, err=True)
+    return 0
+
+
+@click.command()
+@click.argument("module", required=False)
+@click.option("--day", type=click.IntRange(1, 14), help="The modules of that day of the path.")
+@click.option("--due", is_flag=True, help="Only questions whose time has come; new ones count as due.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many questions.")
+@click.option("--export", type=click.Choice(["anki"]), help="Write a deck for Anki instead of asking.")
+@click.option("--out", type=click.Path(path_type=Path), help="File of --export; default: finetune-<lang>.apkg.")
+@LANG
+def quiz(
+    module: str | None, day: int | None, due: bool, limit: int | None, export: str | None, out: Path | None, lang: str
+) -> int:
+    """Be questioned: quiz [MODULE | --day N | --due]. Your grades decide when a question comes again."""
+    from finetune import registry
+    from finetune.interview import content
+    from finetune.interview import quiz as engine
+
+    if module and day:
+        raise UserError("quiz MODULE or quiz --day N, not both")
+    infos = [registry.find(module)] if module else [m for m in registry.modules() if day in (None, m.day)]
+    if not infos:
+        raise UserError(f"day {day} has no module yet; `python -m finetune list` shows what there is")
+    questions = [question for info in infos for question in content.read(info).questions]
+    if export:
+        from finetune.interview import deck
+
+        path = out or Path(f"finetune-{lang}.apkg")
+        click.echo(f"{deck.write(questions, path, lang)} questions in {path}")
+        return 0
+    schedule = engine.Schedule(engine.data_folder() / "quiz.json")
+    if due:
+        questions = [q for q in questions if schedule.due(q, datetime.now(timezone.utc))]
+        if not questions:
+            click.echo("nothing is due")
+            return 0
+    shares = engine.ask(questions[:limit], schedule, lang)
+    if shares:
+        click.echo(f"\n{len(shares)} questions, {sum(shares) / len(shares):.0%} of the points · {schedule.path}")
+    return 0
+
+
+@click.command()
+@click.argument("modules", nargs=-1)
+@LANG
+@click.option("--json", is_flag=True, help="Print JSON on stdout.")
+def compare(modules: tuple[str, ...], lang: str, json: bool) -> int:
+    """Modules side by side: data, models in memory, memory and result of the last runs, where used."""
+    from rich import box
+    from rich.table import Table
+
+    from finetune import display, registry
+    from finetune.interview import compare as engine
+
+    infos = [registry.find(name) for name in modules] if modules else registry.modules()
+    rows = engine.matrix(infos, lang)
+    if json:
+        click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
+        return 0
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for key in rows[0] if rows else ():
+        table.add_column(engine.HEADS[lang].get(key, ""), overflow="fold")
+    for row in rows:
+        table.add_row(f"[bold]{row['module']}[/]", *list(row.values())[1:])
+    display.console().print(table)
+    return 0

@@ -1,0 +1,42 @@
+"""Modules side by side: what each needs, from its module.toml, and what its last run measured."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.interview.brief import last_run
+from finetune.registry import ModuleInfo
+
+HEADS = {
+    "en": {"data": "data needed", "models": "models in memory", "memory": "peak memory", "result": "result / baseline",
+           "time": "steps, time", "used": "where used", "none": "no run yet"},
+    "zh": {"data": "需要的数据", "models": "内存中的模型", "memory": "峰值内存", "result": "结果 / 基线",
+           "time": "步数、时间", "used": "用在哪里", "none": "尚无运行"},
+}  # fmt: skip
+
+
+def measured(info: ModuleInfo) -> dict[str, Any] | None:
+    """The summary of the module's last run; None without one."""
+    try:
+        return dict(json.loads((last_run(info) / "summary.json").read_text(encoding="utf-8")))
+    except UserError:
+        return None
+
+
+def matrix(infos: list[ModuleInfo], lang: str = "en") -> list[dict[str, str]]:
+    """A row a module: name, data, models, memory, result, time, used."""
+    rows = []
+    for info in infos:
+        row = {"module": info.name} | {key: text[lang] for key, text in info.compare.items()}
+        summary = measured(info)
+        if summary is None:
+            row |= dict.fromkeys(("memory", "result", "time"), HEADS[lang]["none"])
+        else:
+            judged = {n: v for n, v in (summary.get("baseline") or {}).items() if v is not None}
+            row["memory"] = f"{summary['peak_rss_bytes'] / 1e9:.2f} GB"
+            row["result"] = "\n".join(f"{n} {summary['metrics'][n]:.4g} / {v:.4g}" for n, v in judged.items())
+            row["time"] = f"{summary['steps']}, {summary['seconds']:.0f} s{' (toy)' if summary['toy'] else ''}"
+        rows.append({key: row[key] for key in ("module", "data", "models", "memory", "result", "time", "used")})
+    return rows
