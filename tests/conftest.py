@@ -1,9 +1,15 @@
 """Shared by all tests: markers skip what this machine lacks, with the reason."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
+
+# Before anything imports triton, which reads it once: without a GPU its kernels are interpreted. Processes that tests
+# start inherit it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config, items):

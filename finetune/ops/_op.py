@@ -253,10 +253,11 @@ def wrong_device(backend: str, *tensors: torch.Tensor) -> str | None:
     wanted = device_for(backend)
     if all(t.device.type == wanted for t in tensors):
         return None
+    how = "; TRITON_INTERPRET=1 interprets it on the CPU" if (backend, wanted) == ("triton", "cuda") else ""
     if wanted == "cuda" and not torch.cuda.is_available():
         why = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        return f"it takes CUDA tensors, and torch ({why}) finds no GPU"
-    return f"it takes {wanted.upper()} tensors"
+        return f"it takes CUDA tensors, and torch ({why}) finds no GPU{how}"
+    return f"it takes {wanted.upper()} tensors{how}"
 
 
 def table() -> list[dict[str, Any]]:

@@ -1,15 +1,18 @@
 """The torch library `finetune_triton`: the operators of `triton_kernels/<op>.py` under the schemas of the native ones.
 
 A kernel file ends in `OPERATORS`, a dict from an operator's name to a function with the native operator's arguments
-and results (`rms_norm`, `rms_norm_backward`, …), so the op's page needs nothing of its own for Triton.
+and results (`rms_norm`, `rms_norm_backward`, …), so the op's page needs nothing of its own for Triton. The kernels are
+compiled for CUDA tensors; with TRITON_INTERPRET=1 in the environment they are interpreted on CPU tensors.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,8 +20,13 @@ if TYPE_CHECKING:
     from finetune.ops._op import Op
 
 LIBRARY = "finetune_triton"
+KERNELS = Path(__file__).parents[2] / "triton_kernels"
 loaded: dict[str, str | None] = {}  # op → None or why not
 library: torch.library.Library | None = None
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def load(op: Op) -> str | None:
@@ -28,17 +36,40 @@ def load(op: Op) -> str | None:
     return loaded[op.name]
 
 
+def kernels(op: str) -> Any:
+    """The module triton_kernels.<op>."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a · b + c rounds once; Triton 3.10 changes its default
+    if interpreted():
+        from finetune.ops import _interpreter
+
+        _interpreter.repair()
+    return importlib.import_module(f"triton_kernels.{op}")
+
+
 def define(op: Op) -> str | None:
     global library
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    if not (Path(__file__).parents[2] / "triton_kernels" / f"{op.name}.py").exists():
+    if not (KERNELS / f"{op.name}.py").exists():
         return f"{op.name} has no triton kernel yet"
-    kernels = importlib.import_module(f"triton_kernels.{op.name}")
+    operators = kernels(op.name).OPERATORS
     library = library or torch.library.Library(LIBRARY, "DEF")
-    for name, function in kernels.OPERATORS.items():
+    for name, function in operators.items():
         schema = str(getattr(torch.ops.finetune, name).default._schema)
         library.define(schema.removeprefix("finetune::"))
-        library.impl(name, function, "CompositeExplicitAutograd")
+        library.impl(name, *((function, "CPU") if interpreted() else (on_its_device(function), "CUDA")))
     op.native.register(LIBRARY)
     return None
+
+
+def on_its_device(function: Callable) -> Callable:
+    """Triton launches on torch's current device: makes that the one of the first tensor given."""
+
+    def call(*args: Any) -> Any:
+        first = next(
+            leaf for arg in args for leaf in (arg if isinstance(arg, list) else [arg]) if torch.is_tensor(leaf)
+        )
+        with torch.cuda.device_of(first):
+            return function(*args)
+
+    return call

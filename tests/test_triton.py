@@ -1,0 +1,86 @@
+"""The Triton kernels against their float64 references: values and gradients.
+
+Without a GPU they are interpreted on CPU tensors (conftest.py sets TRITON_INTERPRET=1); with one the same tests, marked
+`gpu` then, compile and run them there. test_triton_compile.py compiles them for GPUs that are not here.
+"""
+
+import importlib
+import os
+
+import pytest
+import torch
+
+from finetune import ops
+from finetune.ops import _triton
+from finetune.ops._check import check, run
+from finetune.ops._op import device_for
+
+pytest.importorskip("triton")
+DEVICE = device_for("triton")
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNELS = [op for op in ops.REGISTRY if (_triton.KERNELS / f"{op}.py").exists()]
+SAMPLES = {op: [s for s in ops.REGISTRY[op].samples() if not s.bench] for op in KERNELS}
+each_sample = pytest.mark.parametrize(
+    ("op", "sample"), [pytest.param(op, s, id=f"{op}-{s.name}") for op in KERNELS for s in SAMPLES[op]]
+)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("f32", "bf16", "f16"))
+
+
+def test_every_kernel_file_belongs_to_an_op():
+    assert {path.stem for path in _triton.KERNELS.glob("[a-z]*.py")} == set(KERNELS)
+    for op in KERNELS:
+        assert ops.REGISTRY[op].name in importlib.import_module(f"triton_kernels.{op}").OPERATORS or op == "adamw"
+
+
+@each_dtype
+@each_sample
+def test_values_and_gradients(op, sample, dtype):
+    check(op, sample, dtype, "triton")
+
+
+@each_sample
+def test_uninitialised_memory_is_never_read(op, sample):
+    """torch fills every new tensor with NaN in deterministic mode: the result must not change by a bit."""
+    plain = run(op, sample, torch.float32, "triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert all(map(torch.equal, run(op, sample, torch.float32, "triton"), plain))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_opcheck(op):
+    for sample in SAMPLES[op][:2]:
+        args = sample.cast(torch.float16, DEVICE)
+        assert ops.REGISTRY[op].why_not("triton", *args, **sample.kwargs) is None
+        overload, arguments = ops.REGISTRY[op].overload("finetune_triton", *args, **sample.kwargs)
+        torch.library.opcheck(overload, arguments)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+def test_rows_wider_than_a_tile(op, monkeypatch):
+    monkeypatch.setattr(_triton.kernels(op), "WIDEST", 16)
+    for sample in SAMPLES[op]:
+        if sample.args[0].shape[-1] < 100:
+            check(op, sample, torch.float32, "triton")
+
+
+def test_rope_marks_a_token_whose_position_is_outside_the_tables():
+    x, cos, sin, positions = SAMPLES["rope"][0].cast(torch.float32, DEVICE)
+    for wrong in (-1, len(cos), 2**40):
+        positions[0, 1] = wrong
+        y = ops.rope(x, cos, sin, positions, backend="triton")
+        bad = torch.zeros_like(y, dtype=torch.bool)
+        bad[0, 1] = True
+        assert torch.equal(y.isnan(), bad)
+
+
+def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
+    x, weight = torch.ones(2, 3), torch.ones(3)
+    with pytest.raises(ops.BackendUnavailable, match="it takes CUDA tensors.*; TRITON_INTERPRET=1 interprets it"):
+        ops.rms_norm(x, weight, backend="triton")
