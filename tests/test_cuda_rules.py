@@ -50,3 +50,37 @@ def test_clip_grad_norm_takes_any_mixture_and_alignment():
     kept = [g.clone() for g in grads]
     ops.clip_grad_norm_(grads, math.inf, backend="emulated")
     assert all(map(torch.equal, grads, kept))
+
+
+def test_linear_cross_entropy_marks_targets_outside_of_the_vocabulary():
+    x, weight, targets = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
+    for bad in (11, -1, 2**40):
+        assert ops.linear_cross_entropy(
+            x, weight, targets.index_fill(0, torch.tensor(2), bad), backend="emulated"
+        ).isnan()
+
+
+def test_linear_cross_entropy_never_multiplies_ignored_rows():
+    """Rows of NaN leave no trace if their target is ignored; the others get the same bits."""
+    x, weight, targets = torch.randn(70, 8), torch.randn(90, 8), torch.randint(90, (70,))
+    targets[5::2] = -100
+    results = []
+    for fill in (1.0, math.nan):
+        given = [x.clone(), weight.clone()]
+        given[0][5::2] = fill
+        given = [t.requires_grad_() for t in given]
+        loss = ops.linear_cross_entropy(*given, targets, backend="emulated")
+        results.append([loss, *torch.autograd.grad(loss, given)])
+    assert all(map(torch.equal, *results))
+    assert torch.equal(results[0][1][5::2], torch.zeros(33, 8))
+
+
+def test_linear_cross_entropy_makes_what_is_wanted():
+    x, weight, targets = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
+    op = torch.ops.finetune_emulated.linear_cross_entropy
+    both = op(x, weight, targets, -100, 0.0, True, True, True, None)
+    for x_grad, weight_grad in ((True, False), (False, True), (False, False)):
+        loss, dx, dweight = op(x, weight, targets, -100, 0.0, True, x_grad, weight_grad, None)
+        assert torch.equal(loss, both[0])
+        assert torch.equal(dx, both[1] if x_grad else both[1][:0])
+        assert torch.equal(dweight, both[2] if weight_grad else both[2][:0])

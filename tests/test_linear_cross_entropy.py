@@ -8,6 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from finetune import ops
+from finetune.ops._check import check, run
+
+LEVELS = ("portable", "avx2", "avx512", "amx")
 
 
 def inputs(n=40, dim=16, vocab=300, dtype=torch.float32, seed=0):
@@ -43,6 +46,27 @@ def test_any_block_and_tile():
             results.append([loss, *torch.autograd.grad(loss, (x, weight))])
         for a, b in zip(*results, strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), (n, dim, vocab)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("f32", "bf16"))
+@pytest.mark.parametrize("level", LEVELS[: LEVELS.index(torch.ops.finetune.cpu_level_supported()) + 1])
+def test_chunks(level, dtype):
+    """So many words that the rows go in two chunks, of 34 and 33: the bound of every op, poisoned memory, threads."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 3, generator=g, dtype=torch.float64) for n in (67, 98317))
+    sample = ops.Sample("chunks", (x, weight * 3**-0.5, torch.randint(98317, (67,), generator=g)), grad=(0, 1))
+    before, threads = torch.ops.finetune.cpu_level(), torch.get_num_threads()
+    torch.ops.finetune.set_cpu_level(level)
+    try:
+        check("linear_cross_entropy", sample, dtype, "cpp")
+        plain = run("linear_cross_entropy", sample, dtype, "cpp")
+        torch.set_num_threads(threads % 2 + 1)
+        torch.use_deterministic_algorithms(True)
+        assert all(map(torch.equal, run("linear_cross_entropy", sample, dtype, "cpp"), plain))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+        torch.ops.finetune.set_cpu_level(before)
 
 
 MEMORY = """

@@ -220,6 +220,39 @@ struct Loop {
   }
 };
 
+#if FINETUNE_DEVICE
+// The CUDA kernels do all of it; the host waits for nothing, so a target outside of the vocabulary makes the loss NaN.
+std::tuple<Tensor, Tensor, Tensor> by_kernels(const Tensor& x, const Tensor& weight, const Tensor& targets,
+                                              int64_t ignore_index, double z_loss, bool mean, bool x_grad,
+                                              bool weight_grad) {
+  LinearCrossEntropy a{};
+  a.dtype = dtype_of(x);
+  a.rows = x.size(0), a.dim = x.size(1), a.vocab = weight.size(0);
+  a.ignore_index = ignore_index, a.z_loss = static_cast<float>(z_loss), a.mean = mean;
+  const Tensor loss = empty_f32(x, {}), dx = torch::stable::new_empty(x, {x_grad ? a.rows : 0, a.dim});
+  Tensor dweight = torch::stable::new_empty(weight, {weight_grad ? a.vocab : 0, a.dim});
+  if (!a.rows) {
+    torch::stable::zero_(dweight);
+    return {torch::stable::new_zeros(x, {}, ScalarType::Float), dx, dweight};
+  }
+  check(a.vocab > 0, "linear_cross_entropy", "the vocabulary is empty");
+  const bool grad = x_grad || weight_grad;
+  const Tensor kept = torch::stable::new_empty(targets, {a.rows}), place = torch::stable::new_empty(targets, {a.rows}),
+               count = torch::stable::new_empty(targets, {1}), tops = empty_f32(x, {a.parts(), a.rows}),
+               sums = empty_f32(x, {a.parts(), a.rows}), per_row = empty_f32(x, {4, a.rows}),
+               dlogits = torch::stable::new_empty(x, {grad ? a.chunk_here() : 0, a.tile_here()}),
+               dx_sum = empty_f32(x, {x_grad ? a.rows : 0, a.dim}),
+               dweight_sum = empty_f32(x, {weight_grad && a.rows > a.chunk ? a.tile_here() : 0, a.dim});
+  a.x = in(x), a.weight = in(weight), a.targets = in<int64_t>(targets), a.loss = out<float>(loss);
+  a.dx = x_grad ? out(dx) : nullptr, a.dweight = weight_grad ? out(dweight) : nullptr;
+  a.kept = out<int64_t>(kept), a.place = out<int64_t>(place), a.count = out<int64_t>(count);
+  a.tops = out<float>(tops), a.sums = out<float>(sums), a.per_row = out<float>(per_row), a.dlogits = out(dlogits);
+  a.dx_sum = out<float>(dx_sum), a.dweight_sum = out<float>(dweight_sum);
+  run_device("linear_cross_entropy", x, a);
+  return {loss, dx, dweight};
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const Tensor& weight_, const Tensor& targets_,
                                                         int64_t ignore_index, double z_loss, bool mean, bool x_grad,
                                                         bool weight_grad, std::optional<bool> bf16_matmul) {
@@ -230,6 +263,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& x_, const 
   check(targets_.scalar_type() == ScalarType::Long, op, "targets must be int64");
   check(x_.scalar_type() == weight_.scalar_type(), op, "x and weight must have one dtype");
   const Tensor weight = torch::stable::contiguous(weight_);
+#if FINETUNE_DEVICE
+  if (on_device(x_)) {
+    return by_kernels(torch::stable::contiguous(x_), weight, torch::stable::contiguous(targets_), ignore_index, z_loss,
+                      mean, x_grad, weight_grad);
+  }
+#endif
   const int64_t vocab = weight.size(0), dim = weight.size(1);
   const auto [positions, targets] = kept(torch::stable::contiguous(targets_), ignore_index, vocab);
   const int64_t rows = targets.numel();

@@ -113,7 +113,9 @@ def samples() -> Iterator[Sample]:
     yield make("one", 1, 1, 1)
     yield make("empty", 0, 8, 11)
     yield make("large logits", 6, 16, 2100, scale=1e4)
-    yield make("chunks", 67, 3, 98317)  # two of 34 and 33 tokens
+    yield make("aligned", 70, 72, 144, ignored=0.1)  # what cp.async takes
+    yield make("wide", 3, 3, 8259)  # two tiles of the vocabulary on a GPU
+    yield make("long", 1061, 2, 67, ignored=0.01, z_loss=1e-3)  # two chunks on a GPU
     yield make("bench frozen", 256, 576, 49152, grad=(0,), bench=True)
     yield make("bench trained", 256, 576, 49152, bench=True)
 
@@ -135,7 +137,8 @@ def linear_cross_entropy(
 
     reduction: "mean" over the targets that count, or "sum". Rows with ignore_index cost no matrix product. Gradients
     for x and weight; a weight that needs none costs neither its product nor its memory. Not twice differentiable.
-    A target outside the vocabulary raises an error that names its position.
+    A target outside the vocabulary raises an error that names its position; on a GPU, where the host would have to wait
+    for that, it makes the loss NaN.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")

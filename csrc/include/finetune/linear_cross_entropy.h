@@ -3,6 +3,8 @@
 // The definition is finetune/ops/linear_cross_entropy.py.
 #pragma once
 
+#include <algorithm>
+
 #include "finetune/kernel.h"
 
 namespace finetune {
@@ -55,6 +57,40 @@ struct AddPart {
   float* sum;        // (size,)
   int64_t size;
   bool add;  // false: sum = part
+};
+
+// All of it, on a GPU (csrc/cuda/linear_cross_entropy.cu explains the scratch).
+struct LinearCrossEntropy {
+  static constexpr int64_t side = 64;     // of the square of logits that a block makes
+  static constexpr int64_t chunk = 1024;  // rows, and
+  static constexpr int64_t tile = 8192;   // words whose logits' gradients exist at once, in the inputs' dtype
+
+  DType dtype;             // of x, weight, dx and dweight
+  const void* x;           // (rows, dim)
+  const void* weight;      // (vocab, dim)
+  const int64_t* targets;  // (rows,)
+  float* loss;             // one
+  void* dx;                // (rows, dim), or null
+  void* dweight;           // (vocab, dim), or null
+  int64_t* kept;           // (rows,) the rows that count, in order
+  int64_t* place;          // (rows,) a row's place in `kept`, or −1
+  int64_t* count;          // one: how many
+  float* tops;             // (parts, rows) maximum of a part of a row's logits
+  float* sums;             // (parts, rows) and its Σ exp(logit − maximum)
+  float* per_row;          // (4, rows) target's logit, maximum, d loss/d logit / exp(logit − maximum), loss
+  void* dlogits;           // (chunk, tile)
+  float* dx_sum;           // (rows, dim)
+  float* dweight_sum;      // (tile, dim)
+  int64_t rows, dim, vocab, ignore_index;
+  float z_loss;
+  bool mean;
+
+  static int64_t sides(int64_t n) { return (n + side - 1) / side; }
+  // Blocks along the vocabulary in the forward pass: enough of them in all to fill a GPU, if each has four squares.
+  int64_t splits() const { return std::clamp<int64_t>(512 / sides(rows), 1, (sides(vocab) + 3) / 4); }
+  int64_t parts() const { return 2 * splits(); }  // each block's halves by columns
+  int64_t tile_here() const { return std::min(tile, sides(vocab) * side); }
+  int64_t chunk_here() const { return std::min(chunk, rows); }
 };
 
 }  // namespace finetune
