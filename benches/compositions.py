@@ -153,6 +153,25 @@ def adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0,
     return {"AdamW fused": lambda: call(fused=True), "AdamW foreach": lambda: call(foreach=True)}
 
 
+def adamw8bit(params, grads, exp_avgs, exp_avg_maxs, exp_avg_sqs, exp_avg_sq_maxs, masters=None, **hyper):
+    """The moments widened, torch.optim.AdamW's update, the moments rounded to codes again."""
+    from finetune.ops.adamw8bit import dequantize, quantize
+
+    def call(label):
+        first = [dequantize(*pair, True) for pair in zip(exp_avgs, exp_avg_maxs, strict=True)]
+        second = [dequantize(*pair, False) for pair in zip(exp_avg_sqs, exp_avg_sq_maxs, strict=True)]
+        adamw(params, grads, first, second, masters, **hyper)[label]()
+        for moments, codes, maxs, signed in (
+            (first, exp_avgs, exp_avg_maxs, True),
+            (second, exp_avg_sqs, exp_avg_sq_maxs, False),
+        ):
+            for moment, code, top in zip(moments, codes, maxs, strict=True):
+                for old, new in zip((code, top), quantize(moment, signed), strict=True):
+                    old.copy_(new)
+
+    return {"AdamW fused, bucketize": lambda: call("AdamW fused")}
+
+
 def clip_grad_norm(grads, max_norm):
     params = [torch.nn.Parameter(torch.empty_like(g)) for g in grads]
     for p, g in zip(params, grads, strict=True):
@@ -164,5 +183,16 @@ def clip_grad_norm(grads, max_norm):
     return {"clip_grad_norm_": lambda: call(False), "clip_grad_norm_ foreach": lambda: call(True)}
 
 
-PAGES = (rms_norm, layer_norm, swiglu, rope, attention, linear_cross_entropy, adamw, clip_grad_norm, kv_cache)
+PAGES = (
+    rms_norm,
+    layer_norm,
+    swiglu,
+    rope,
+    attention,
+    linear_cross_entropy,
+    adamw,
+    adamw8bit,
+    clip_grad_norm,
+    kv_cache,
+)
 COMPOSITIONS: dict[str, Callable[..., dict[str, Call]]] = {f.__name__: f for f in PAGES}

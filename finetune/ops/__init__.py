@@ -2,6 +2,7 @@
 
 from finetune.ops._op import BACKENDS, REGISTRY, BackendUnavailable, Op, Sample, table, use_backend
 from finetune.ops.adamw import adamw_
+from finetune.ops.adamw8bit import adamw8bit_
 from finetune.ops.attention import attention
 from finetune.ops.clip_grad_norm import clip_grad_norm_
 from finetune.ops.kv_cache import kv_cache_append_, kv_cache_copy_, kv_cache_gather
@@ -17,6 +18,7 @@ __all__ = [
     "BackendUnavailable",
     "Op",
     "Sample",
+    "adamw8bit_",
     "adamw_",
     "attention",
     "clip_grad_norm_",
