@@ -109,7 +109,7 @@ def prepare(
     rows, steps = tokens.shape
     if cu_seqlens is not None and (rows != 1 or lengths is not None or cache is not None):
         raise UserError("cu_seqlens packs documents into one row: it takes batch 1, no lengths and no cache")
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU this would wait for the device
+    if at_hand(tokens):
         check_tokens(tokens, vocab_size)
     if positions is None:
         if cu_seqlens is not None:
@@ -120,11 +120,16 @@ def prepare(
                 positions = positions + cache.lengths.to(tokens.device)[:, None]
             elif steps > max_length:
                 raise UserError(f"{steps} tokens do not fit the model's maximum length of {max_length}")
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and positions.numel():
+    if at_hand(tokens) and positions.numel():
         last = int(positions.max())
         if last >= max_length:
             raise UserError(f"position {last} does not fit the model's maximum length of {max_length}")
     return Context(positions, lengths, cu_seqlens, cache)
+
+
+def at_hand(tokens: Tensor) -> bool:
+    """Can the values be looked at for nothing? Not on a GPU, which one would wait for, nor where only shapes exist."""
+    return tokens.device.type == "cpu" and type(tokens) is Tensor and not torch.compiler.is_compiling()
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:

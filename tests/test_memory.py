@@ -1,9 +1,12 @@
 """The memory formulas against live tensors, against the resident set, and against published figures."""
 
+import re
+
 import pytest
 import torch
 
 from finetune import lora, memory, ops, optim, shapes
+from finetune.errors import UserError
 from finetune.generate import KVCache
 from finetune.gpt import GPT, GPTConfig
 from finetune.llama import Llama, LlamaConfig
@@ -86,22 +89,19 @@ def test_tied_and_shared_storages_count_once():
     assert meters.storage_bytes([x, x[2:], x.t(), torch.zeros(3)]) == 400 + 12
 
 
-def test_naive_attention_keeps_its_matrices():
+def test_naive_attention_keeps_its_matrices(monkeypatch):
     """The reference's T×T probabilities, as the formula says; flash attention keeps a small part of that."""
     setup = Setup(batch=2, seq=200, attention="naive")
     model, _, _ = build(LLAMA, setup)
     tokens = torch.zeros(2, 200, dtype=torch.int64)
-    attention = ops.REGISTRY["attention"]
-    native = attention.backends.pop("cpp")
-    try:
-        measured = meters.saved_bytes(
-            model,
-            lambda: ops.linear_cross_entropy(
-                model(tokens, hidden=True).flatten(0, 1), model.head_weight, tokens.flatten()
-            ),
-        )
-    finally:
-        attention.backends["cpp"] = native
+    backends = ops.REGISTRY["attention"].backends
+    monkeypatch.setitem(backends, "cpp", backends["reference"])
+
+    def loss():
+        hidden = model(tokens, hidden=True).flatten(0, 1)
+        return ops.linear_cross_entropy(hidden, model.head_weight, tokens.flatten())
+
+    measured = meters.saved_bytes(model, loss)
     assert by_name(LLAMA, setup)["activations"] == pytest.approx(measured, rel=0.05)
     assert measured > 2 * by_name(LLAMA, Setup(batch=2, seq=200))["activations"]
 
@@ -168,13 +168,16 @@ def test_formulas_give_their_bytes():
     """Each printed formula, evaluated with the printed symbols, is the value beside it."""
     for config in (LLAMA, GPT2, shapes.LLAMA["llama-7b"]):
         shape = shape_of(config)
-        for setup in (*SETUPS, Setup(optimizer="none", batch=4, seq=33), Setup(attention="naive", loss="full")):
+        others = [Setup(optimizer="none", batch=4, seq=33), Setup(attention="naive", loss="full")]
+        others += [Setup(zero=stage, ranks=7, algorithm="ppo", dtype="bf16") for stage in (1, 2, 3)]
+        others += [Setup(zero=3, ranks=7, algorithm="ppo", lora_rank=4)]
+        for setup in (*SETUPS, *others):
             if setup.lora_targets == "q,v" and shape.family == "gpt":
                 continue
             values = formulas.symbols(shape, setup)
             for term in predict(shape, setup)[:-1]:
                 if term.name != "step growth":
-                    text = term.formula.replace("·", "*")
+                    text = re.sub("⌈(.+?)/(W)⌉", r"-(-(\1)//\2)", term.formula).replace("·", "*")
                     assert eval(text, {"__builtins__": {}}, values) == term.bytes, (term.name, term.formula)
 
 
@@ -212,3 +215,90 @@ def test_rows_of_a_run():
     assert [row["name"] for row in rows] == [t.name for t in predict(shape_of(LLAMA), SETUPS[3])[:-1]]
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
+
+
+# --- many ranks, several models
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gigabytes"),
+    [
+        (1, (120, 120, 120)), (4, (52.5, 41.3, 30)), (16, (35.6, 21.6, 7.5)),
+        (64, (31.4, 16.6, 1.88)), (256, (30.4, 15.4, 0.47)), (1024, (30.1, 15.1, 0.12)),
+    ],
+)  # fmt: skip
+def test_zero_as_published(ranks, gigabytes):
+    """Rajbhandari et al. 2020 (arXiv:1910.02054), table 1, the model of 7.5 billion: GB of model states a rank."""
+    shape = shape_of(shapes.LLAMA["llama-7b"])
+    scale = 7.5e9 / formulas.parameters(shape)
+    for stage, published in zip((1, 2, 3), gigabytes, strict=True):
+        terms = by_name(shapes.LLAMA["llama-7b"], Setup(dtype="bf16", zero=stage, ranks=ranks))
+        found = sum(terms[name] for name in ("weights", "gradients", "optimizer states")) * scale / 1e9
+        assert found == pytest.approx(published, abs=0.06 if published > 1 else 0.006)
+
+
+def test_activations_of_the_megatron_paper():
+    """Korthikanti et al. 2022 (arXiv:2205.05198), §4.1 and table 2: 34·s·b·h + 5·a·s²·b a layer, of which recomputing
+    attention saves 70 % for GPT-3 (5·a·s/h = 80) and 65 % for MT-NLG (64)."""
+    for heads, length, width, ratio, saved in ((96, 2048, 12288, 80, 0.70), (128, 2048, 20480, 64, 0.65)):
+        assert 5 * heads * length / width == ratio
+        whole = formulas.megatron_layer(length, 1, width, heads)
+        assert whole == length * width * (34 + ratio)
+        assert 1 - formulas.megatron_layer(length, 1, width, heads, selective=True) / whole == pytest.approx(
+            saved, abs=0.005
+        )
+        assert formulas.megatron_layer(length, 1, width, heads, ranks=8, sequence=True) == whole / 8
+        assert formulas.megatron_layer(length, 1, width, heads, ranks=8) == length * width * (10 + 24 / 8 + ratio / 8)
+
+
+def test_the_models_of_an_algorithm():
+    """bf16 with AdamW is 16 bytes a trained parameter, 2 a frozen one: SFT 16, DPO and GRPO 18, PPO 16 + 2 + 2 + 16."""
+    config = shapes.LLAMA["smollm2-135m"]
+    count = formulas.parameters(shape_of(config))
+    kept = ("weights", "gradients", "optimizer states", "reference model", "reward model", "value model")
+
+    def total(**kwargs):
+        terms = by_name(config, Setup(dtype="bf16", **kwargs))
+        return sum(terms.get(name, 0) for name in kept)
+
+    assert total() == 16 * count
+    assert total(algorithm="dpo") == total(algorithm="grpo") == 18 * count
+    assert total(algorithm="ppo") == pytest.approx(36 * count, rel=1e-4)
+    assert total(algorithm="ppo") > 36 * count, "the scalar heads"
+    assert total(algorithm="dpo", lora_rank=8) == total(lora_rank=8), "the policy without adapters is the reference"
+    assert total(algorithm="ppo", zero=3, ranks=8) == pytest.approx(36 * count / 8, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "setup"),
+    [
+        ("llama-7b", Setup(dtype="bf16", seq=512)),
+        ("llama-7b", Setup(dtype="bf16", seq=512, checkpointing=True)),
+        ("llama-2-70b", Setup(dtype="bf16", seq=512, zero=3, ranks=1024)),
+        ("gpt2-xl", Setup(seq=256)),
+    ],
+    ids=("7b", "7b-checkpointed", "70b-1024-ranks", "gpt2-xl"),
+)
+def test_formulas_beside_a_simulated_step(name, setup):
+    from finetune.memory.simulate import scaled
+
+    config = (shapes.LLAMA | shapes.GPT)[name]
+    for term, found in scaled(config, setup).items():
+        assert by_name(config, setup)[term] == pytest.approx(found, rel=0.05), term
+
+
+def test_depth_is_extrapolated_exactly():
+    from finetune.memory.simulate import scaled, simulate
+
+    config, setup = {**shapes.LLAMA["smollm2-135m"], "layers": 7}, Setup(seq=64)
+    assert scaled(config, setup) == simulate(config, setup)
+
+
+def test_what_is_not_simulated_is_refused():
+    from finetune.memory.simulate import simulate
+
+    for setup in (Setup(zero=1, ranks=2), Setup(lora_rank=4), Setup(optimizer="none")):
+        with pytest.raises(UserError, match="simulated are full training steps"):
+            simulate(shapes.LLAMA["smollm2-135m"], setup)
+    with pytest.raises(UserError, match="the stages are"):
+        Setup(zero=4)

@@ -31,6 +31,7 @@ MEANING = {
     "e": "bytes a number",
     "r": "LoRA rank",
     "R": "adapter parameters a block",
+    "W": "ranks",
 }
 
 
@@ -40,15 +41,23 @@ def main(argv: list[str], json: bool = False) -> int:
     if len(words) < len(argv) or not words:
         usage()
         return 0
-    name, *rest = words
+    name, *rest = (word for word in words if word != "--simulate")
     if name.startswith("-"):
         raise UserError(f"the name comes first: memory MODULE|MODEL {name} …")
     config, setup = plan(name, rest)
-    shape = shape_of(config)
+    shape, found = shape_of(config), {}
+    if "--simulate" in words:
+        if not isinstance(config, dict):
+            raise UserError(f"--simulate is for models ({', '.join(MODELS)}); a run of '{name}' measures itself")
+        from finetune.memory.simulate import scaled
+
+        found = scaled(config, setup)
     if json:
-        print(jsonlib.dumps(as_json(name, shape, setup), indent=2, ensure_ascii=False))
-    else:
-        show(name, shape, setup)
+        print(jsonlib.dumps(as_json(name, shape, setup) | {"simulated": found}, indent=2, ensure_ascii=False))
+        return 0
+    show(name, shape, setup)
+    if found:
+        show_simulated(shape, setup, found)
     return 0
 
 
@@ -82,6 +91,9 @@ def instead(shape: Shape, setup: Setup) -> dict[str, int]:
         options[f"--loss {other}"] = {"loss": other}
         rank = 0 if setup.lora_rank else 8
         options[f"--lora-rank {rank}"] = {"lora_rank": rank, "lora_targets": "all"}
+        for stage in (1, 2, 3):
+            if setup.ranks > 1 and stage != setup.zero:
+                options[f"--zero {stage}"] = {"zero": stage}
     other = {"fp32": "bf16", "bf16": "fp32"}[setup.dtype]
     options[f"--dtype {other}"] = {"dtype": other}
     if setup.training:
@@ -121,6 +133,8 @@ def headline(name: str, shape: Shape, setup: Setup) -> str:
         what = f"{kind} with {setup.optimizer.replace('adamw', 'AdamW')}"
         what += ", checkpointed" if setup.checkpointing else ""
         what += f", {setup.attention} attention, {setup.loss} loss"
+        what += f", {setup.algorithm}" if setup.algorithm != "sft" else ""
+        what += f", one of {setup.ranks} ranks with ZeRO-{setup.zero}" if setup.ranks > 1 else ""
     return f"{name}: {number} parameters in {setup.dtype}, {what}, {setup.batch} × {setup.seq} tokens"
 
 
@@ -148,6 +162,22 @@ def show(name: str, shape: Shape, setup: Setup) -> None:
     console.print(f"This machine has {size(total)}: it {verdict} here.")
 
 
+def show_simulated(shape: Shape, setup: Setup, found: dict[str, int]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("one step, simulated in shapes only", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("formula", "simulated", "error"):
+        table.add_column(name, justify="right")
+    for term in predict(shape, setup):
+        if term.name in found:
+            now = found[term.name]
+            error = f"{term.bytes / now - 1:+.1%}" if term.bytes != now else "exact"
+            table.add_row(term.name, size(term.bytes), size(now), error)
+    Console().print(table)
+
+
 def listing(console: Console, terms: list[Term]) -> None:
     from rich import box
     from rich.table import Table
@@ -172,7 +202,10 @@ def usage() -> None:
     console.print(
         "memory MODULE \\[--toy] \\[--key value …]   what a run of the module needs (its settings: run MODULE --help)"
     )
-    console.print("memory MODEL \\[--key value …]             what training or inference of a well-known model needs\n")
+    console.print("memory MODEL \\[--key value …]             what training or inference of a well-known model needs")
+    console.print(
+        "                                          --simulate: beside it a step in shapes only (torch's fake tensors)\n"
+    )
     console.print("modules: " + (", ".join(info.name for info in registry.modules()) or "none yet"))
     console.print("models:  " + ", ".join(MODELS) + "\n")
     for field in config.describe(Setup):  # type: ignore[arg-type]

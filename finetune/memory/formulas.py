@@ -2,7 +2,8 @@
 
 Each formula is printed beside its value and can be evaluated with `symbols`: N = B·T tokens of B rows, C width (`dim`),
 F hidden width of the MLP, H query heads, K key–value heads, D head size, V vocabulary, M maximum length, L layers,
-P parameters, r LoRA rank, R adapter parameters of a block = Σ r·(in + out), e bytes of a number (fp32 4, bf16 2).
+P parameters, r LoRA rank, R adapter parameters of a block = Σ r·(in + out), e bytes of a number (fp32 4, bf16 2),
+W ranks. Everything is of one rank.
 
 Activations follow the method of Korthikanti et al. 2022 (arXiv:2205.05198, §4: add up what each operation keeps for its
 backward pass) applied to the operations of this project, which keep less than theirs: norms keep their input and one
@@ -94,12 +95,17 @@ class Setup:
     checkpointing: bool = False  # keep only the blocks' inputs and compute the rest again
     attention: Literal["flash", "naive"] = "flash"  # naive: ops.attention's reference, which makes T×T matrices
     loss: Literal["chunked", "full"] = "chunked"  # ops.linear_cross_entropy, or cross entropy of all logits
+    zero: int = 0  # ZeRO stage: the ranks share out optimizer states (1), gradients too (2), parameters too (3)
+    ranks: int = 1  # data-parallel ranks, each with its own batch
+    algorithm: Literal["sft", "dpo", "grpo", "ppo"] = "sft"  # how many models are in memory beside the trained policy
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("seq", 1), ("lora_rank", 0)):
+        for name, least in (("batch", 1), ("seq", 1), ("lora_rank", 0), ("ranks", 1), ("zero", 0)):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)} is too small: it must be at least {least}")
+        if self.zero > 3:
+            raise UserError(f"--zero {self.zero}: the stages are 0, 1, 2 and 3")
 
     @property
     def tokens(self) -> int:
@@ -112,6 +118,10 @@ class Setup:
     @property
     def training(self) -> bool:
         return self.optimizer != "none"
+
+    def share(self, count: int, stage: int) -> int:
+        """What one rank holds of `count` numbers that ZeRO shares out from this stage on: 1 / ranks, rounded up."""
+        return -(-count // self.ranks) if self.zero >= stage else count
 
     def targets(self, shape: Shape) -> tuple[str, ...]:
         """The linear layers with an adapter; () without LoRA."""
@@ -140,7 +150,14 @@ def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
     per_block = adapter_parameters(shape, setup.lora_rank, setup.targets(shape)) // shape.layers
     sizes = {"L": shape.layers, "C": shape.dim, "F": shape.hidden, "V": shape.vocab, "M": shape.max_length}
     heads = {"H": shape.heads, "K": shape.kv_heads, "D": shape.head_dim}
-    work = {"B": setup.batch, "T": setup.seq, "N": setup.tokens, "e": setup.element, "r": setup.lora_rank}
+    work = {
+        "B": setup.batch,
+        "T": setup.seq,
+        "N": setup.tokens,
+        "e": setup.element,
+        "r": setup.lora_rank,
+        "W": setup.ranks,
+    }
     return {**sizes, **heads, **work, "R": per_block, "P": parameters(shape)}
 
 
@@ -167,16 +184,24 @@ def adapter_parameters(shape: Shape, rank: int, targets: Iterable[str]) -> int:
 
 def weights(shape: Shape, setup: Setup) -> Term:
     """Parameters in their dtype; LoRA adapters beside them are fp32 whatever the dtype (finetune/lora.py)."""
-    base = parameters(shape) * setup.element
-    adapters = 4 * adapter_parameters(shape, setup.lora_rank, setup.targets(shape))
+    base = setup.share(parameters(shape), 3) * setup.element
+    adapters = 4 * setup.share(adapter_parameters(shape, setup.lora_rank, setup.targets(shape)), 3)
     if shape.family == "gpt":
         text = "((V + M)·C + L·(2·C·F + 4·C·C + F + 9·C) + 2·C)·e"
     else:
         text = ("V·C" if shape.tied else "2·V·C") + " + L·(2·C·H·D + 2·C·K·D + 3·C·F + 2·C) + C"
         text = f"({text})·e"
+    if shared := setup.zero >= 3:
+        text = "⌈P/W⌉·e"
     if adapters:
-        text += " + L·R·4"
+        text += " + ⌈L·R/W⌉·4" if shared else " + L·R·4"
     return Term("weights", base + adapters, text, f"layers of finetune/{shape.family}.py")
+
+
+def shared_text(setup: Setup, stage: int) -> str:
+    """The number of trained parameters that a rank holds the states of, as a formula."""
+    text = "L·R" if setup.lora_rank else "P"
+    return f"⌈{text}/W⌉" if setup.zero >= stage else text
 
 
 def trained(shape: Shape, setup: Setup) -> tuple[int, int]:
@@ -191,8 +216,8 @@ def trained(shape: Shape, setup: Setup) -> tuple[int, int]:
 def gradients(shape: Shape, setup: Setup) -> Term:
     """One number of the parameter's dtype for each trained parameter (autograd: p.grad is like p)."""
     count, element = trained(shape, setup)
-    text = "L·R·4" if setup.lora_rank else "P·e"
-    return Term("gradients", count * element, text, "p.grad is like p")
+    text = f"{shared_text(setup, 2)}·{'4' if setup.lora_rank else 'e'}"
+    return Term("gradients", setup.share(count, 2) * element, text, "p.grad is like p")
 
 
 def optimizer_states(shape: Shape, setup: Setup) -> Term:
@@ -201,8 +226,62 @@ def optimizer_states(shape: Shape, setup: Setup) -> Term:
     accounting (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1)."""
     count, element = trained(shape, setup)
     copies = 2 + (element < 4)
-    text = ("L·R" if setup.lora_rank else "P") + f"·{4 * copies}"
-    return Term("optimizer states", count * 4 * copies, text, "AdamW: two fp32 moments; bf16 adds an fp32 master")
+    text = f"{shared_text(setup, 1)}·{4 * copies}"
+    source = "AdamW: two fp32 moments; bf16 adds an fp32 master"
+    return Term("optimizer states", setup.share(count, 1) * 4 * copies, text, source)
+
+
+def gathered(shape: Shape, setup: Setup) -> Term:
+    """ZeRO-3's other need: the full parameters of what is computed now and of what is fetched ahead, two blocks or the
+    table (Rajbhandari et al. 2020, §5.3; Zhao et al. 2023, arXiv:2304.11277, §3)."""
+    if setup.zero < 3 or setup.ranks == 1:
+        return Term("gathered parameters", 0, "0", "")
+    block = (parameters(shape) - rest(shape)) // shape.layers
+    table = shape.vocab * shape.dim
+    size = max(2 * block, table)
+    text = f"{size}·e"
+    return Term(
+        "gathered parameters", size * setup.element, text, "ZeRO-3: two blocks, or the table, whole for a while"
+    )
+
+
+def rest(shape: Shape) -> int:
+    """Parameters outside of the blocks: tables and the last norm."""
+    if shape.family == "gpt":
+        return (shape.vocab + shape.max_length) * shape.dim + 2 * shape.dim
+    return shape.vocab * shape.dim * (1 if shape.tied else 2) + shape.dim
+
+
+# ---- the other models of an algorithm --------------------------------------------------------------------------------
+
+
+def companions(shape: Shape, setup: Setup) -> list[Term]:
+    """The models beside the trained policy, of the policy's shape. In reward and value model a head of C numbers
+    replaces the projection to the vocabulary (Ouyang et al. 2022, arXiv:2203.02155, §3.5, appendix C).
+
+    dpo: a frozen reference (Rafailov et al. 2023, arXiv:2305.18290); grpo: the same, and no value model (Shao et al.
+    2024, arXiv:2402.03300, §4.1; the reward is a rule); ppo: reference, frozen reward model, trained value model, so
+    four in all. With LoRA the policy without its adapters is the reference, and costs nothing.
+    """
+    if setup.algorithm == "sft" or not setup.training:
+        return []
+    terms = []
+    if not setup.lora_rank:
+        text = "⌈P/W⌉·e" if setup.zero >= 3 else "P·e"
+        size = setup.share(parameters(shape), 3) * setup.element
+        terms.append(Term("reference model", size, text, "frozen weights"))
+    if setup.algorithm == "ppo":
+        head = shape.dim - (0 if shape.tied else shape.vocab * shape.dim)
+        count = parameters(shape) + head
+        plain = f"{count}"
+        shared = {stage: f"⌈{plain}/W⌉" if setup.zero >= stage else plain for stage in (1, 2, 3)}
+        terms.append(Term("reward model", setup.share(count, 3) * setup.element, f"{shared[3]}·e", "frozen weights"))
+        copies = 2 + (setup.element < 4)
+        size = setup.share(count, 3) * setup.element + setup.share(count, 2) * setup.element
+        size += setup.share(count, 1) * 4 * copies
+        text = f"{shared[3]}·e + {shared[2]}·e + {shared[1]}·{4 * copies}"
+        terms.append(Term("value model", size, text, "weights, gradients and optimizer states"))
+    return terms
 
 
 def kv_cache(shape: Shape, setup: Setup) -> Term:
@@ -263,6 +342,17 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
 
 def block_total(shape: Shape, setup: Setup, first: bool = False) -> int:
     return setup.tokens * sum(size for size, _ in block_saved(shape, setup, first).values())
+
+
+def megatron_layer(
+    seq: int, batch: int, dim: int, heads: int, ranks: int = 1, sequence: bool = False, selective: bool = False
+) -> float:
+    """Bytes that one layer of Megatron-LM keeps, 16-bit, with dropout: s·b·h·(10 + 24/t + 5·a·s/(h·t)) on t
+    tensor-parallel ranks, all of it divided by t with `sequence` parallelism, without the last summand where attention
+    is computed again (`selective`). Korthikanti et al. 2022 (arXiv:2205.05198), §4; not this project's layers."""
+    scores = 0 if selective else 5 * heads * seq / dim
+    each = (34 + scores) / ranks if sequence else 10 + (24 + scores) / ranks
+    return seq * batch * dim * each
 
 
 def activations(shape: Shape, setup: Setup) -> Term:
@@ -338,6 +428,8 @@ def step_growth(shape: Shape, setup: Setup) -> Term:
     one = block_total(shape, setup)
     again = one if setup.checkpointing else 0  # computed again
     inputs = n * 2 * c * e  # of the last norm and the loss: gone by then
+    if setup.zero >= 2 and setup.ranks > 1:  # a block's gradients are whole until they are summed over the ranks
+        passing += (parameters(shape) - rest(shape)) // shape.layers * e
     moments = {
         "in the loss: activations + logits": saved + logits(shape, setup).bytes,
         "in the last block's backward: activations + what passes": saved - inputs + again + head + passing,
@@ -354,6 +446,8 @@ def predict(shape: Shape, setup: Setup) -> list[Term]:
         terms = [weights(shape, setup), kv_cache(shape, setup), logits(shape, setup)]
         return [*terms, Term("peak", sum(t.bytes for t in terms), "sum", "")]
     kept = [weights(shape, setup), gradients(shape, setup), optimizer_states(shape, setup)]
-    growth = step_growth(shape, setup)
-    peak = Term("peak", kept[0].bytes + kept[2].bytes + growth.bytes, "weights + optimizer states + step growth", "")
-    return [*kept, activations(shape, setup), logits(shape, setup), growth, peak]
+    growth, whole, others = step_growth(shape, setup), gathered(shape, setup), companions(shape, setup)
+    stay = [kept[0], kept[2], *others, *([whole] if whole.bytes else [])]
+    names = " + ".join([term.name for term in stay] + [growth.name])
+    peak = Term("peak", sum(term.bytes for term in stay) + growth.bytes, names, "")
+    return [*kept, *stay[2:], activations(shape, setup), logits(shape, setup), growth, peak]

@@ -110,7 +110,12 @@ class Op:
             self.add_backend(backend)
         self.warned: set[str] = set()
         if not NATIVE_PROBLEM:
-            native.register("finetune")
+            try:
+                native.register("finetune")
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{LIBRARY} is older than the sources ({error}): pip install -e . builds it anew"
+                ) from error
         REGISTRY[name] = self
 
     def add_backend(self, backend: str) -> None:
