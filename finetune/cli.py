@@ -11,6 +11,7 @@ import rich_click as click
 from click import Context, get_current_context
 from click.exceptions import NoArgsIsHelpError
 
+from finetune import kernels
 from finetune.errors import UserError
 from finetune.interview import cli as interview
 
@@ -221,6 +222,7 @@ def doctor(json: bool) -> None:
 
 for command in (interview.brief, interview.quiz, interview.compare):
     app.add_command(command)
+app.add_command(kernels.kernels)
 
 
 def _settings(info: Any) -> None:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import importlib.util
+import linecache
 import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -79,3 +82,40 @@ def load(name: str = "emulated") -> ModuleType:
         if not ops._op.missing(op.name, name):
             op.native.register(ops._op.LIBRARIES[name])
     return module
+
+
+def trace(call: Callable[[], object]) -> list[dict[str, Any]]:
+    """What the kernels that `call` runs on the checked build do to memory, by source line and kind of access.
+
+    Dicts of file, line, source (the line's text), kind ("global load", "shared store", "ldmatrix", …), requests (of
+    warps), width (the most bytes a lane asked for at once), units (32-byte sectors of global memory, wavefronts of
+    shared memory) and ideal (as few units as would do). Kinds that are no accesses (barriers, shuffles, mma) have
+    requests only. A kernel's tests hold it to its promises: `assert not excess(trace(call))`.
+    """
+    controls = load("checked")
+    controls.set_counting(True)
+    try:
+        call()
+    finally:
+        controls.set_counting(False)
+    rows = controls.statistics()
+    for row in rows:
+        row["file"] = in_tree(row["file"])
+        row["source"] = linecache.getline(str(ROOT / row["file"]), row["line"]).strip()
+    return rows
+
+
+def in_tree(path: str) -> str:
+    """A source's path relative to the project, whatever folder the compiler (or its cache) saw it in."""
+    parts = Path(path).parts
+    inside = (Path(*parts[i:]) for i in range(1, len(parts)))
+    return str(next((each for each in inside if (ROOT / each).is_file() and ".." not in each.parts), path))
+
+
+def excess(rows: list[dict[str, Any]], kinds: str = "") -> list[str]:
+    """Of `trace`'s rows, those of these kinds (a part of their name) that take more units than needed, as text."""
+    return [
+        f"{row['file']}:{row['line']}: {row['kind']}, {row['units']} units, {row['ideal']} would do: {row['source']}"
+        for row in rows
+        if kinds in row["kind"] and row["units"] > row["ideal"]
+    ]

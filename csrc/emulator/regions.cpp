@@ -55,7 +55,8 @@ std::string nearest(uintptr_t address, size_t bytes) {
   }
   if (!best) return shared ? "of shared memory that the launch did not ask for" : "outside of every tensor of the call";
   const uintptr_t end = best->begin + best->bytes;
-  if (address >= end) return std::to_string(address - end) + " bytes past the end of " + title(*best);
+  if (address == end) return "right past the end of " + title(*best);
+  if (address > end) return std::to_string(address - end) + " bytes past the end of " + title(*best);
   if (address < best->begin) return std::to_string(best->begin - address) + " bytes before " + title(*best);
   return std::to_string(address + bytes - end) + " bytes over the end of " + title(*best);
 }

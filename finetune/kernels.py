@@ -1,0 +1,175 @@
+"""`python -m finetune kernels …`: the CUDA kernels without a GPU. A command is a function with `@kernels.command()`;
+like all of the command line it imports what it needs when it runs."""
+
+import json as jsonlib
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from finetune.errors import UserError, nearest
+
+JSON = click.option("--json", is_flag=True, help="Print JSON on stdout; all else goes to stderr.")
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+ROOT = Path(__file__).parents[1]
+
+
+@click.group()
+def kernels() -> None:
+    """The CUDA kernels without a GPU, by emulation: their memory accesses, their faults."""
+
+
+def find(op: str) -> str:
+    """`op`, if it has a CUDA kernel."""
+    if not (ROOT / "csrc" / "cuda").is_dir():
+        raise UserError(f"there is no {ROOT / 'csrc'}: `kernels` needs a checkout, installed by pip install -e .")
+    known = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    if op not in known:
+        raise UserError(f"no CUDA kernel '{op}'{nearest(op, known)}: there are {', '.join(known)}")
+    return op
+
+
+@kernels.command()
+@click.argument("op")
+@click.option("--sample", "name", help="One of the op's samples (see its page); default: the largest of the tests.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="f16", show_default=True)
+@click.option(
+    "--shape", help="Of the first tensor instead, such as 4x64; the others' follow where they are its suffix."
+)
+@click.option("--forward", is_flag=True, help="Without the backward.")
+@JSON
+def trace(op: str, name: str | None, dtype: str, shape: str | None, forward: bool, json: bool) -> None:
+    """Count a kernel's memory accesses by source line: sectors and bank conflicts beside the fewest possible."""
+    import dataclasses
+
+    import torch
+
+    from finetune import emulator, faults, ops
+    from finetune.ops._check import run
+
+    find(op)
+    samples = {s.name: s for s in faults.samples(op)}
+    if name and name not in samples:
+        raise UserError(f"{op} has no sample '{name}'{nearest(name, samples)}: there are {', '.join(samples)}")
+    sample = samples[name] if name else list(samples.values())[-1]
+    if shape:
+        sample = reshaped(sample, shape)
+    if forward:
+        sample = dataclasses.replace(sample, grad=())
+    kind = getattr(torch, DTYPES[dtype])
+    emulator.load("checked")
+    if reason := ops.REGISTRY[op].why_not("checked", *sample.cast(kind), **sample.kwargs):
+        raise UserError(f"{op}: sample '{sample.name}' in {DTYPES[dtype]}: {reason}")
+    rows = emulator.trace(lambda: run(op, sample, kind, "checked"))
+    if json:
+        return click.echo(jsonlib.dumps(rows, indent=2))
+    shapes = ", ".join(str(tuple(t.shape)) for t in sample.args if isinstance(t, torch.Tensor))
+    console = _console()
+    console.print(f"\n[bold]{op}[/], sample '{sample.name}': {shapes}, {DTYPES[dtype]}\n", highlight=False)
+    console.print(_trace_table(rows))
+    console.print(
+        "A request is a warp's, width the bytes a lane; its units are 32-byte sectors of global memory or wavefronts "
+        "of shared memory (one 4-byte word from each of 32 banks), the ideal as few as would do.\n",
+        style="dim",
+    )
+    return None
+
+
+def reshaped(sample: Any, shape: str) -> Any:
+    """The sample with other sizes: its first tensor gets `shape`, those whose shapes are suffixes of it follow."""
+    import dataclasses
+
+    import torch
+
+    try:
+        new = tuple(int(word) for word in shape.lower().replace(",", "x").split("x"))
+    except ValueError:
+        raise UserError(f"--shape {shape}: expected sizes such as 4x64") from None
+    tensors = [arg for arg in sample.args if isinstance(arg, torch.Tensor)]
+    old = tuple(tensors[0].shape) if tensors else ()
+    fits = all(isinstance(a, torch.Tensor) or not isinstance(a, (list, tuple)) for a in sample.args)
+    fits &= all(t.is_floating_point() and t.dim() and old[-t.dim() :] == tuple(t.shape) for t in tensors)
+    if not fits or len(new) != len(old) or min(new) < 0:
+        raise UserError(
+            f"--shape {shape}: sample '{sample.name}' has {[tuple(t.shape) for t in tensors]}; choose --sample"
+        )
+    g = torch.Generator().manual_seed(0)
+    args = tuple(
+        torch.randn(new[-a.dim() :], generator=g, dtype=torch.float64) if isinstance(a, torch.Tensor) else a
+        for a in sample.args
+    )
+    return dataclasses.replace(sample, name=shape, given=args)
+
+
+def _trace_table(rows: list[dict[str, Any]]) -> Any:
+    table = _table("line", "source", "what", "requests", "width", "units", "ideal", "×")
+    table.columns[0].no_wrap = table.columns[1].no_wrap = table.columns[2].no_wrap = True
+    table.columns[1].overflow, table.columns[1].max_width = "ellipsis", 34
+    for column in table.columns[3:]:
+        column.justify = "right"
+    before = None
+    for row in rows:
+        where = f"{Path(row['file']).name}:{row['line']}"
+        first = where != before
+        before = where
+        excess = row["units"] / row["ideal"] if row["ideal"] else None
+        mark = "" if excess is None else f"{excess:.2f}"
+        table.add_row(
+            where if first else "",
+            row["source"].replace("[", "\\[") if first else "",
+            row["kind"],
+            str(row["requests"]),
+            *((str(row[key]) if row["ideal"] else "") for key in ("width", "units", "ideal")),
+            f"[yellow]{mark}[/]" if excess and excess > 1 else mark,
+        )
+    return table
+
+
+@kernels.command()
+@click.argument("op", required=False)
+@JSON
+def faults(op: str | None, json: bool) -> int:
+    """Run every deliberate fault of the kernels: what catches it? Exit code 1 if one survives."""
+    import dataclasses
+
+    from finetune import display
+    from finetune import faults as engine
+
+    ops = [find(op)] if op else engine.kernels()
+    todo = [(name, fault) for name in ops for fault in engine.listed(name)]
+    console = _console(stderr=json)
+    for line in engine.mismatches():
+        console.print(f"[red]{line}[/]")
+    verdicts = []
+    with display.progress(console, "faults", 0, len(todo)) as show:
+        for name, fault in todo:
+            verdicts.append(engine.judge(name, fault))
+            show(len(verdicts), {})
+    survivors = [v for v in verdicts if not v.by or not v.reached]
+    if json:
+        click.echo(jsonlib.dumps([dataclasses.asdict(v) for v in verdicts], indent=2, ensure_ascii=False))
+    else:
+        table = _table("op", "fault", "caught by", "on", "how")
+        for v in verdicts:
+            by = v.by or "[red]nothing[/]"
+            how = v.message.replace("[", "\\[") if v.reached else "[red]no sample comes by it[/]"
+            table.add_row(v.op, v.fault.removeprefix(f"{v.op}."), by, f"{v.sample} {v.dtype}", how)
+        console.print(table)
+        console.print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} caught", highlight=False)
+    return 1 if survivors or engine.mismatches() else 0
+
+
+def _console(stderr: bool = False) -> Any:
+    from finetune import display
+
+    return display.console(stderr)
+
+
+def _table(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
