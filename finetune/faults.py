@@ -2,7 +2,8 @@
 
 A kernel that passes its tests shows little if a broken one would pass them too. So every kernel carries faults that a
 test can switch on in the emulator, lists them under "Faults:" in its head comment, and each must be rejected: by wrong
-numbers in the plain build, or by the checked build (`finetune.emulator`).
+numbers in the plain build, or by the checked build (`finetune.emulator`). What makes a kernel only slow comes after
+them, under "Slow:"; tests of the op count its accesses to see that.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def kernels() -> list[str]:
     return [op for op in ops.REGISTRY if (FOLDER / f"{op}.cu").exists()]
 
 
-def listed(op: str) -> list[str]:
-    """The faults in the head comment of csrc/cuda/<op>.cu."""
+def listed(op: str, slow: bool = False) -> list[str]:
+    """The faults in the head comment of csrc/cuda/<op>.cu: the wrong ones, or the slow ones."""
     head = re.match(r"(?://.*\n)+", (FOLDER / f"{op}.cu").read_text())
-    _, found, names = (head[0] if head else "").partition("Faults:")
-    return re.findall(r"\b[a-z0-9_]+\.(?!(?:cuh?|h|py|cpp)\b)[a-z0-9_]+", names) if found else []
+    wrong, _, slower = (head[0] if head else "").partition("Faults:")[2].partition("Slow:")
+    return re.findall(r"\b[a-z0-9_]+\.(?!(?:cuh?|h|py|cpp)\b)[a-z0-9_]+", slower if slow else wrong)
 
 
 def written(op: str) -> set[str]:
@@ -64,7 +65,7 @@ def written(op: str) -> set[str]:
 def mismatches() -> list[str]:
     """Faults that are listed but not written, or written but listed by no kernel that has them."""
     everywhere = {name for path in FOLDER.glob("*.cu*") for name in re.findall(r'\bBUG\("([^"]+)"\)', path.read_text())}
-    lists = {op: listed(op) for op in kernels()}
+    lists = {op: listed(op) + listed(op, slow=True) for op in kernels()}
     absent = [
         f"{op} lists {name}, which is not in its code" for op in lists for name in lists[op] if name not in written(op)
     ]

@@ -54,7 +54,7 @@ def smallest(op, count):
 
 
 @pytest.mark.parametrize("op", KERNELS)
-def test_checked_in_every_order_and_copy_mode(op):
+def test_checked_in_every_order_and_copy_mode(emulated, op):
     """No wrong access and no race in any of the builds' threads orders, and every one gives the same bits."""
     checked = emulator.load("checked")
     try:

@@ -12,10 +12,13 @@ Tensor unit_stride(const Tensor& t) {
   return t.dim() == 4 && (t.size(3) == 1 || t.stride(3) == 1) ? t : torch::stable::contiguous(t);
 }
 
-AttentionView view(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+AttentionView view(const Tensor& t, const void* data) {
+  return {const_cast<void*>(data), t.stride(0), t.stride(1), t.stride(2)};
+}
+AttentionView read(const Tensor& t) { return view(t, in(t)); }
+AttentionView written(const Tensor& t) { return view(t, out(t)); }
 
 std::vector<int64_t> integers(const Tensor& t) {
-  check(t.dim() == 1 && t.is_cpu(), kName, "lengths and cu_seqlens are one-dimensional CPU tensors");
   std::vector<int64_t> out(t.size(0));
   for (int64_t i = 0; i < t.size(0); ++i) {
     const int64_t at = i * t.stride(0);
@@ -27,10 +30,17 @@ std::vector<int64_t> integers(const Tensor& t) {
         out[i] = t.const_data_ptr<int64_t>()[at];
         break;
       default:
-        check(false, kName, "lengths and cu_seqlens are int32 or int64");
+        break;
     }
   }
   return out;
+}
+
+void check_integers(const Tensor& t, const Tensor& q) {
+  check(t.dim() == 1 && (t.is_cpu() || t.is_cuda() == q.is_cuda()), kName,
+        "lengths and cu_seqlens are one-dimensional, on the CPU or where q is");
+  check(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, kName,
+        "lengths and cu_seqlens are int32 or int64");
 }
 
 // The checked problem: inputs with unit stride in the last dimension, lengths and offsets as int64.
@@ -49,28 +59,46 @@ struct Problem {
     check(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), kName, "q, k, v need one dtype");
     check(k.size(2) > 0 && q.size(2) % k.size(2) == 0, kName, "q's heads must be a multiple of k's");
     check(k.size(1) < INT32_MAX && q.size(1) < INT32_MAX, kName, "at most 2^31 - 2 tokens");
-    shape = {dtype_of(q), q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), static_cast<float>(scale),
-             causal,      nullptr,   nullptr,   0,         nullptr,   threads()};
+    shape = {{dtype_of(q), q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), static_cast<float>(scale),
+              causal},
+             nullptr,
+             nullptr,
+             0,
+             nullptr,
+             threads()};
     if (lengths_) {
-      lengths = integers(*lengths_);
-      check(static_cast<int64_t>(lengths.size()) == shape.batch, kName, "lengths must be (batch,)");
+      check_integers(*lengths_, q);
+      check(lengths_->size(0) == shape.batch, kName, "lengths must be (batch,)");
+      if (lengths_->is_cpu()) lengths = integers(*lengths_);
       shape.lengths = lengths.data();
     }
     if (cu_seqlens) {
+      check_integers(*cu_seqlens, q);
       check(!lengths_, kName, "lengths and cu_seqlens exclude each other");
-      offsets = integers(*cu_seqlens);
       check(shape.batch == 1 && shape.queries == shape.keys, kName,
             "cu_seqlens needs batch 1 and as many queries as keys");
-      check(!offsets.empty() && offsets.front() == 0 && offsets.back() == shape.keys, kName,
+      check(cu_seqlens->size(0) > 0, kName, "cu_seqlens must not be empty");
+      shape.documents = cu_seqlens->size(0) - 1;
+      if (!cu_seqlens->is_cpu()) return;  // to look at them would mean to wait for the GPU; its kernels stay in bounds
+      offsets = integers(*cu_seqlens);
+      check(offsets.front() == 0 && offsets.back() == shape.keys, kName,
             "cu_seqlens must start at 0 and end at the number of tokens");
       for (size_t i = 1; i < offsets.size(); ++i)
         check(offsets[i - 1] <= offsets[i], kName, "cu_seqlens must not fall");
-      shape.documents = static_cast<int64_t>(offsets.size()) - 1;
       shape.offsets = offsets.data();
     }
   }
   Problem(const Problem&) = delete;  // shape points into lengths and offsets
 };
+
+#if FINETUNE_DEVICE
+// Lengths or offsets for the kernels on q's device; `kept` holds them alive.
+Integers device_integers(const OptionalTensor& t, const Tensor& q, OptionalTensor& kept) {
+  if (!t) return {};
+  kept = torch::stable::contiguous(q.is_cuda() && t->is_cpu() ? torch::stable::to(*t, q.device()) : *t);
+  return {in(*kept), kept->scalar_type() == ScalarType::Long};
+}
+#endif
 
 std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                                              double scale, const OptionalTensor& lengths,
@@ -79,10 +107,19 @@ std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, c
   const AttentionShape& s = p.shape;
   Tensor o = torch::stable::new_empty(p.q, {s.batch, s.queries, s.heads, s.dim});
   Tensor top = empty_f32(p.q, {s.batch, s.heads, s.queries}), total = empty_f32(p.q, {s.batch, s.heads, s.queries});
+#if FINETUNE_DEVICE
+  if (on_device(q)) {
+    OptionalTensor kept[2];
+    const AttentionCudaShape shape{s, device_integers(lengths, p.q, kept[0]), device_integers(cu_seqlens, p.q, kept[1]),
+                                   s.documents};
+    run_device(kName, p.q,
+               AttentionCuda{shape, read(p.q), read(p.k), read(p.v), written(o), out<float>(top), out<float>(total)});
+    return {o, top, total};
+  }
+#endif
   Tensor scratch = empty_f32(p.q, {s.workers, attention_scratch(s.dim)});
   p.shape.scratch = scratch.mutable_data_ptr<float>();
-  run(kName, Attention{p.shape, view(p.q), view(p.k), view(p.v), view(o), top.mutable_data_ptr<float>(),
-                       total.mutable_data_ptr<float>()});
+  run(kName, Attention{p.shape, read(p.q), read(p.k), read(p.v), written(o), out<float>(top), out<float>(total)});
   return {o, top, total};
 }
 
@@ -92,9 +129,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_o_, con
                                                       const OptionalTensor& lengths, const OptionalTensor& cu_seqlens) {
   Problem p(q, k, v, causal, scale, lengths, cu_seqlens);
   const AttentionShape& s = p.shape;
-  const Tensor grad_o = unit_stride(grad_o_), out = unit_stride(o), top = torch::stable::contiguous(top_),
+  const Tensor grad_o = unit_stride(grad_o_), output = unit_stride(o), top = torch::stable::contiguous(top_),
                total = torch::stable::contiguous(total_);
-  for (const Tensor& t : {grad_o, out}) {
+  for (const Tensor& t : {grad_o, output}) {
     for (int i = 0; i < 4; ++i) check(t.dim() == 4 && t.size(i) == p.q.size(i), kName, "grad_o and o have q's shape");
     check(t.scalar_type() == p.q.scalar_type(), kName, "grad_o and o have q's dtype");
   }
@@ -104,6 +141,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_o_, con
   Tensor dq = torch::stable::new_empty(p.q, {s.batch, s.queries, s.heads, s.dim});
   Tensor dk = torch::stable::new_empty(p.k, {s.batch, s.keys, s.kv_heads, s.dim});
   Tensor dv = torch::stable::new_empty(p.v, {s.batch, s.keys, s.kv_heads, s.dim});
+#if FINETUNE_DEVICE
+  if (on_device(q)) {
+    OptionalTensor kept[2];
+    const AttentionCudaShape shape{s, device_integers(lengths, p.q, kept[0]), device_integers(cu_seqlens, p.q, kept[1]),
+                                   s.documents};
+    Tensor rows = empty_f32(p.q, {s.batch, s.heads, s.queries, sizeof(AttentionRow) / sizeof(float)});
+    run_device(
+        "attention_backward", p.q,
+        AttentionBackwardCuda{shape, read(p.q), read(p.k), read(p.v), read(output), read(grad_o), written(dq),
+                              written(dk), written(dv), in<float>(top), in<float>(total), out<AttentionRow>(rows)});
+    return {dq, dk, dv};
+  }
+#endif
   int64_t longest = s.keys;
   if (s.offsets) {
     longest = 0;
@@ -118,9 +168,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_o_, con
   Tensor partial = empty_f32(p.q, {attention_partial(parts, s.kv_heads, s.batch * s.keys, s.dim)});
   p.shape.scratch = scratch.mutable_data_ptr<float>();
   run("attention_backward",
-      AttentionBackward{p.shape, view(p.q), view(p.k), view(p.v), view(out), view(grad_o), view(dq), view(dk), view(dv),
-                        top.const_data_ptr<float>(), total.const_data_ptr<float>(), longest, parts,
-                        partial.mutable_data_ptr<float>()});
+      AttentionBackward{p.shape, read(p.q), read(p.k), read(p.v), read(output), read(grad_o), written(dq), written(dk),
+                        written(dv), in<float>(top), in<float>(total), longest, parts, out<float>(partial)});
   return {dq, dk, dv};
 }
 

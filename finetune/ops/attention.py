@@ -6,7 +6,7 @@
     visible(b, i, j) = (j < lengths[b]) and (not causal or j <= i + Tk − Tq) and (i and j of one document)
 
 A query that sees no key gives 0. Arithmetic in fp32 whatever the dtype; the result is rounded once. The reference makes
-the whole (Tq, Tk) score matrix; the cpp kernel never does (FlashAttention-2, arXiv:2307.08691).
+the whole (Tq, Tk) score matrix; the kernels never do (FlashAttention-2, arXiv:2307.08691).
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def native(operators, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
 
 
 def supports(backend: str, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> str | None:
+    if backend not in ("cpp", "triton") and q.shape[-1] > 256:
+        return f"it takes head dims up to 256, got {q.shape[-1]}"
     return native_float(backend, q, k, v)
 
 

@@ -10,11 +10,14 @@ struct AttentionView {  // (batch, token, head, dim): strides in elements, 1 in 
   int64_t batch, token, head;
 };
 
-struct AttentionShape {
+struct AttentionSizes {
   DType dtype;  // of every view
   int64_t batch, queries, keys, heads, kv_heads, dim;
   float scale;
-  bool causal;             // key j is visible to query i if j <= i + keys - queries
+  bool causal;  // key j is visible to query i if j <= i + keys - queries
+};
+
+struct AttentionShape : AttentionSizes {
   const int64_t* lengths;  // (batch,) number of real keys, or null
   const int64_t* offsets;  // (documents + 1,) first token of each packed document, or null; batch is 1 then
   int64_t documents;
@@ -39,6 +42,38 @@ struct AttentionBackward : AttentionShape {
   int64_t parts;    // the rows of a (sequence, kv head) are dealt out to so many tasks: attention_parts()
   float* partial;   // attention_partial() floats: dk and dv of each part, if there are several
 };
+
+// --- CUDA
+
+struct Integers {  // a device array of int64 (`wide`) or int32, or null
+  const void* data;
+  bool wide;
+};
+
+struct AttentionCudaShape : AttentionSizes {
+  Integers lengths, offsets;  // as above, wherever they were made: the host never waits for them
+  int64_t documents;
+};
+
+struct AttentionCuda : AttentionCudaShape {
+  AttentionView q, k, v, o;
+  float *top, *total;
+};
+
+// What the backward pass needs of a row: dS_j = P_j (dP_j - delta), P_j = 2^(s_j - top) · share.
+struct alignas(16) AttentionRow {
+  float top, share, delta, unused;
+};
+
+struct AttentionBackwardCuda : AttentionCudaShape {
+  AttentionView q, k, v, o, grad_o, dq, dk, dv;
+  const float *top, *total;
+  AttentionRow* rows;  // scratch, (batch, heads, queries)
+};
+
+constexpr int64_t kAttentionCudaDim = 256;  // the largest head dim of the CUDA kernels
+
+// --- CPU
 
 // Block sizes, at every level. A strip is the queries that one set of vectors holds.
 constexpr int64_t kAttentionRows = 128, kAttentionBackwardRows = 64, kAttentionKeys = 64, kAttentionMaxStrip = 32;

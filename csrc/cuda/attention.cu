@@ -1,0 +1,90 @@
+// Attention without the score matrix: FlashAttention-2 (Dao 2023, arXiv:2307.08691), Algorithms 1 and 2, with the
+// online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867). Per row of q, over tiles of keys, with the scores
+// s = scale log2(e) q·k:
+//   m' = max(m, max s),   p = 2^(s − m'),   l = 2^(m − m') l + Σ p,   o = 2^(m − m') o + p V;   at the end o / l.
+// m and l are kept (top, total). Backward, with P = 2^(s − top) / total made again and delta = rowsum(dO ∘ O):
+//   dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − delta),   dQ = scale dS K,   dK = scale dSᵀ Q.
+//
+// A block has a tile of tokens of one head ("own": 64 queries, or keys for dK and dV), a warp 16 rows of it; the other
+// side is streamed past through shared memory, by cp.async into two stages of pairs (k and v, or q and dO), swizzled so
+// that ldmatrix meets no bank conflict. P goes from one mma's result to the next one's operand in registers. fp32 has
+// the same kernels with 32 own rows, one stage and no tensor cores (Warp<float, D>). Head dims are padded with zeros to
+// 32, 64, 128 or 256, in shared memory only. Nothing is summed by atomics: the same bits at every run.
+//   attention_common.cuh    masks, tiles, copies      attention_warp.cuh       products by a warp
+//   attention_forward.cuh   o, top, total             attention_backward.cuh   dq, then dk and dv
+//
+// Shared memory, of 16-bit types, forward / backward: D = 64 40 / 50 KiB, 128 80 / 65, 256 96 / 97.
+// DRAM: q, k, v, o once (k and v come again for each query tile, from L2 where they fit). FLOPs for each visible
+// (query, key) pair: 4 D forward; 14 D backward, 4 D of them because S and dP are made twice to need no atomics. With
+// T tokens, causal, 16 bits: T² D · 2 FLOPs over 8 T D bytes = T / 4 FLOPs a byte: from about a thousand tokens on the
+// roof is the tensor cores (fp32: the FMA units), below it memory bandwidth. A warp's 16 rows take 16 FLOPs from each
+// byte that ldmatrix reads.
+//
+// Faults: attention.causal_off_by_one attention.since_off_by_one attention.swizzled_on_store_only
+//   attention.reads_past_dim attention.no_warp_barrier_before_the_store attention.overwrites_early
+//   attention.waits_one_short attention.no_barrier attention.no_barrier_before_overwriting attention.swapped_fragment
+//   attention.not_transposed attention.no_warp_barrier attention.no_warp_barrier_before_the_result
+//   attention.no_second_warp_barrier attention.wrong_kv_head attention.no_tail_mask attention.row_maximum_of_a_lane
+//   attention.no_rescale attention.total_not_rescaled attention.past_the_end attention.no_delta
+//   attention.no_barrier_after_delta attention.first_head_of_the_group attention.no_causal_mask_for_dk
+//   attention.no_share attention.dk_not_scaled attention.no_mask_for_dq
+// Slow: attention.no_swizzle
+#include "attention_backward.cuh"
+#include "attention_forward.cuh"
+
+namespace finetune {
+namespace {
+
+using attention::kThreads;
+
+// Calls f with the head dim that the tiles have: the next of 32, 64, 128, 256.
+template <class F>
+Status for_dim(int64_t dim, F&& f) {
+  if (dim <= 32) return f(std::integral_constant<int, 32>{});
+  if (dim <= 64) return f(std::integral_constant<int, 64>{});
+  if (dim <= 128) return f(std::integral_constant<int, 128>{});
+  if (dim <= kAttentionCudaDim) return f(std::integral_constant<int, 256>{});
+  return Status::unsupported;
+}
+
+template <class Args>
+Status launch_blocks(void (*kernel)(Args), int64_t blocks, size_t shared, void* stream, const Args& a) {
+  if (!blocks) return Status::ok;
+  if (blocks > 0x7fffffff) return Status::unsupported;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream, a);
+}
+
+}  // namespace
+
+template <>
+Status launch_cuda(const AttentionCuda& a, void* stream) {
+  return for_dtype(a.dtype, [&](auto t) {
+    return for_dim(a.dim, [&](auto dim) {
+      using T = decltype(t);
+      constexpr int D = dim, kOwn = attention::Warp<T, D>::kOwn;
+      const int64_t tiles = attention::tiles_of(a, a.queries, kOwn);
+      return launch_blocks(attention::forward<T, D>, a.batch * a.heads * tiles, attention::kForwardBytes<T, D>, stream,
+                           a);
+    });
+  });
+}
+
+template <>
+Status launch_cuda(const AttentionBackwardCuda& a, void* stream) {
+  return for_dtype(a.dtype, [&](auto t) {
+    return for_dim(a.dim, [&](auto dim) {
+      using T = decltype(t);
+      constexpr int D = dim;
+      using W = attention::Warp<T, D>;
+      constexpr size_t kBytes = attention::BackwardMemory<T, D>::kBytes;
+      const int64_t tiles = attention::tiles_of(a, a.queries, W::kOwn);
+      const Status status =
+          launch_blocks(attention::backward_queries<T, D>, a.batch * a.heads * tiles, kBytes, stream, a);
+      if (status != Status::ok) return status;
+      const int64_t parts = D / W::kKeyColumns, key_tiles = attention::tiles_of(a, a.keys, W::kOwn);
+      return launch_blocks(attention::backward_keys<T, D>, a.batch * a.kv_heads * key_tiles * parts, kBytes, stream, a);
+    });
+  });
+}
+
+}  // namespace finetune

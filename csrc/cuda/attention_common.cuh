@@ -1,0 +1,185 @@
+// What attention's kernels share: which rows and keys a block has, tiles in shared memory, the copy pipeline.
+#pragma once
+
+#include "finetune/attention.h"
+#include "launch.cuh"
+#include "ptx.cuh"
+#include "vector.cuh"
+
+namespace finetune::attention {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr float kLog2e = 1.44269504088896f;
+
+// --- which keys a query sees
+
+__device__ __forceinline__ int64_t integer(const Integers& x, int64_t i) {
+  return x.wide ? static_cast<const int64_t*>(x.data)[i] : static_cast<const int32_t*>(x.data)[i];
+}
+__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : (x < high ? x : high);
+}
+
+struct Sequence {
+  int64_t batch, begin;  // its tokens start at `begin`
+  int queries, keys, shift;
+  bool causal;
+
+  // How many keys query i sees: the first so many.
+  __device__ int limit(int i) const {
+    const int visible = i + shift + (BUG("attention.causal_off_by_one") ? 2 : 1);
+    return causal ? min(max(visible, 0), keys) : keys;
+  }
+  // The first query that sees key j, if one does.
+  __device__ int since(int j) const {
+    return causal ? max(j - shift - (BUG("attention.since_off_by_one") ? 1 : 0), 0) : 0;
+  }
+};
+
+// A block's share of the work: `rows` tokens (queries or keys) of one head from token `first` of a sequence.
+struct Place {
+  Sequence s;
+  int64_t head;
+  int first, rows, part;
+};
+
+// Tiles of `size` tokens for one head. A packed document n gets the tiles from begin / size + n on, so that a block
+// finds its document by bisection: the host need not know where documents end. Some tiles get nothing.
+__host__ __device__ inline int64_t tiles_of(const AttentionCudaShape& a, int64_t tokens, int64_t size) {
+  return a.offsets.data ? tokens / size + a.documents : ceil_div(tokens, size);
+}
+
+// The place of block `index` where blocks are numbered (batch, head, tile, part); of_keys: tokens are keys.
+__device__ __forceinline__ Place place(const AttentionCudaShape& a, int64_t index, bool of_keys, int size, int parts) {
+  const int64_t heads = of_keys ? a.kv_heads : a.heads, tokens = of_keys ? a.keys : a.queries;
+  const int64_t tiles = tiles_of(a, tokens, size);
+  Place p;
+  p.part = static_cast<int>(index % parts);
+  index /= parts;
+  int64_t tile = index % tiles;
+  p.head = index / tiles % heads;
+  p.s.batch = index / tiles / heads;
+  p.s.begin = 0;
+  p.s.queries = static_cast<int>(a.queries);
+  p.s.keys = static_cast<int>(a.keys);
+  p.s.shift = p.s.keys - p.s.queries;
+  p.s.causal = a.causal;
+  if (a.offsets.data) {
+    int64_t low = 0, high = a.documents;  // document `low` begins at or before the tile, `high` after it
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (clamp(integer(a.offsets, middle), 0, tokens) / size + middle <= tile ? low : high) = middle;
+    }
+    p.s.begin = clamp(integer(a.offsets, low), 0, tokens);
+    p.s.queries = p.s.keys = static_cast<int>(clamp(integer(a.offsets, low + 1), p.s.begin, tokens) - p.s.begin);
+    p.s.shift = 0;
+    tile -= p.s.begin / size + low;
+  }
+  p.first = static_cast<int>(clamp(tile * size, 0, 0x7fffffff));
+  p.rows = static_cast<int>(clamp((of_keys ? p.s.keys : p.s.queries) - p.first, 0, size));
+  if (a.lengths.data) p.s.keys = static_cast<int>(clamp(integer(a.lengths, p.s.batch), 0, a.keys));
+  return p;
+}
+
+template <class T>
+__device__ __forceinline__ T* at(const AttentionView& x, const Sequence& s, int64_t token, int64_t head) {
+  return static_cast<T*>(x.data) + s.batch * x.batch + (s.begin + token) * x.token + head * x.head;
+}
+__device__ __forceinline__ int64_t row_index(const AttentionSizes& a, const Sequence& s, int64_t head, int64_t query) {
+  return (s.batch * a.heads + head) * a.queries + s.begin + query;
+}
+
+// May all of the view be moved 16 bytes at a time?
+template <class T>
+__device__ __forceinline__ bool in_chunks(const AttentionView& x, int64_t dim) {
+  return (dim | x.batch | x.token | x.head) % kVector<T> == 0 && are_aligned(static_cast<const char*>(x.data));
+}
+
+// --- tiles
+
+// Rows of D elements in shared memory, as chunks of 16 bytes. Chunk c of row r lies at place c ^ r % 8 of its row (rows
+// of four chunks: c ^ r / 2 % 4), so that eight rows' chunks c, what ldmatrix and a quarter of a warp read at once, are
+// in different banks, as are the chunks of one row.
+template <class T, int D>
+struct Tile {
+  static constexpr int kChunks = D / kVector<T>;
+  T* data;
+
+  __device__ T* write(int row, int chunk) const {
+    const int mixed = BUG("attention.no_swizzle") ? chunk : chunk ^ (kChunks >= 8 ? row % 8 : row / 2 % 4);
+    return data + (row * kChunks + mixed) * kVector<T>;
+  }
+  __device__ T* read(int row, int chunk) const {
+    return BUG("attention.swizzled_on_store_only") ? data + (row * kChunks + chunk) * kVector<T> : write(row, chunk);
+  }
+  __device__ T* element(int row, int column) const { return read(row, column / kVector<T>) + column % kVector<T>; }
+};
+
+// Copies kRows rows of a view, `stride` elements apart, by all threads of the block; rows past `rows` and columns past
+// `dim` become zeros. By cp.async where `chunks` says that 16 bytes may move at once, else element by element.
+template <int kRows, class T, int D>
+__device__ __forceinline__ void load_tile(Tile<T, D> tile, const T* from, int64_t stride, int rows, int64_t dim,
+                                          bool chunks) {
+  constexpr int V = kVector<T>;
+  const int64_t columns = BUG("attention.reads_past_dim") ? D : dim;
+  for (int i = threadIdx.x; i < kRows * tile.kChunks; i += kThreads) {
+    const int row = i / tile.kChunks, chunk = i % tile.kChunks, column = chunk * V;
+    const T* const source = from + row * stride + column;
+    if (chunks) {
+      const bool inside = row < rows && column < columns;
+      ptx::cp_async16(tile.write(row, chunk), inside ? source : from, inside);
+    } else {
+      Vector<T, V> v;
+#pragma unroll
+      for (int j = 0; j < V; ++j) v.at[j] = row < rows && column + j < columns ? source[j] : from_float<T>(0);
+      store(tile.write(row, chunk), v);
+    }
+  }
+}
+
+// One warp writes rows of a tile, which it alone has filled, to a view; the columns [begin, end) of them.
+template <class T, int D>
+__device__ __forceinline__ void store_rows(Tile<T, D> tile, int row, int count, T* to, int64_t stride, int begin,
+                                           int64_t end, bool chunks) {
+  constexpr int V = kVector<T>;
+  if (!BUG("attention.no_warp_barrier_before_the_store")) __syncwarp();
+  const int lane = threadIdx.x % 32, width = static_cast<int>(ceil_div(end - begin, V));
+  for (int i = lane; i < count * width; i += 32) {
+    const int r = i / width, column = begin + i % width * V;
+    const auto v = load<T, V>(tile.read(row + r, column / V));
+    T* const target = to + r * stride + column;
+    if (chunks) {
+      store(target, v);
+    } else {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        if (column + j < end) target[j] = v.at[j];
+      }
+    }
+  }
+}
+
+// compute(n, stage) for n in [0, count), each after load(n, stage) into one of kStages buffers. With two of them the
+// copies of step n + 1 are under way while step n is computed. One barrier a step then serves twice: all threads'
+// copies have arrived, and nobody reads the buffer any more that the next copies overwrite.
+template <int kStages, class Load, class Compute>
+__device__ __forceinline__ void pipeline(int count, Load&& load, Compute&& compute) {
+  const auto next = [&](int n) {
+    if (n < count) load(n, n % kStages);
+    ptx::cp_async_commit();
+  };
+  next(0);
+  for (int n = 0; n < count; ++n) {
+    if (kStages == 2 && BUG("attention.overwrites_early")) next(n + 1);
+    BUG("attention.waits_one_short") ? ptx::cp_async_wait<1>() : ptx::cp_async_wait<0>();
+    if (!BUG("attention.no_barrier")) __syncthreads();
+    if (kStages == 2 && !BUG("attention.overwrites_early")) next(n + 1);
+    compute(n, n % kStages);
+    if (kStages == 1) {
+      if (!BUG("attention.no_barrier_before_overwriting")) __syncthreads();
+      next(n + 1);
+    }
+  }
+}
+
+}  // namespace finetune::attention
