@@ -115,6 +115,28 @@ def kv_cache(what, *args):
     return {"indexing": lambda: {"append": append, "gather": gather, "copy": copy}[what](*args)}
 
 
+def paged_attention(q, k_cache, v_cache, table, lengths, k_scale, v_scale, *, scale=None, window=None, lse=False):
+    """The blocks gathered into dense keys and values, then SDPA with a mask."""
+    from finetune.ops.kv_cache import dequantise
+    from finetune.ops.paged_attention import visible
+
+    q = q if q.dim() == 4 else q[:, None]
+    mask = visible(q, table.shape[1] * k_cache.shape[1], lengths, window)[:, None]
+    gone = (torch.arange(mask.shape[-1]) >= lengths[:, None])[..., None, None]
+
+    def dense(cache, scale):
+        x = cache[table].flatten(1, 2)
+        x = x if scale is None else dequantise(x, scale[table].flatten(1, 2), q.dtype)
+        return x.masked_fill_(gone, 0).transpose(1, 2)  # what is not in use may hold NaN
+
+    def call():
+        how = {"attn_mask": mask, "scale": scale, "enable_gqa": q.shape[2] != k_cache.shape[2]}
+        k, v = dense(k_cache, k_scale), dense(v_cache, v_scale)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, **how).transpose(1, 2)[:, 0]
+
+    return {"gather, SDPA": call}
+
+
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, reduction="mean"):
     def call():
         logits = F.linear(x, weight)
@@ -194,5 +216,6 @@ PAGES = (
     adamw8bit,
     clip_grad_norm,
     kv_cache,
+    paged_attention,
 )
 COMPOSITIONS: dict[str, Callable[..., dict[str, Call]]] = {f.__name__: f for f in PAGES}

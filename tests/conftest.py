@@ -50,3 +50,22 @@ def smollm2_peer(smollm2):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+LEVELS = ("portable", "avx2", "avx512")
+
+
+@pytest.fixture(params=["reference", *LEVELS, "emulated"])
+def backend(request):
+    """Every backend of an op that runs without a GPU; the levels of the CPU one by one."""
+    from finetune import emulator
+
+    before = torch.ops.finetune.cpu_level()
+    if request.param == "emulated":
+        emulator.load("emulated")
+    elif request.param in LEVELS:
+        if LEVELS.index(request.param) > [*LEVELS, "amx"].index(torch.ops.finetune.cpu_level_supported()):
+            pytest.skip(f"this machine has no {request.param}")
+        torch.ops.finetune.set_cpu_level(request.param)
+    yield "cpp" if request.param in LEVELS else request.param
+    torch.ops.finetune.set_cpu_level(before)

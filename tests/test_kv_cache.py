@@ -6,22 +6,7 @@ import torch
 from finetune import emulator, ops
 from finetune.ops.kv_cache import LARGEST, dequantise, kv_cache_append_, kv_cache_copy_, kv_cache_gather, pool, quantise
 
-LEVELS = ("portable", "avx2", "avx512")
 EACH_8_BIT = pytest.mark.parametrize("dtype", LARGEST, ids=("int8", "fp8"))
-
-
-@pytest.fixture(params=["reference", *LEVELS, "emulated"])
-def backend(request):
-    """Every backend that runs here; the levels of the CPU one by one."""
-    before = torch.ops.finetune.cpu_level()
-    if request.param == "emulated":
-        emulator.load("emulated")
-    elif request.param in LEVELS:
-        if LEVELS.index(request.param) > [*LEVELS, "amx"].index(torch.ops.finetune.cpu_level_supported()):
-            pytest.skip(f"this machine has no {request.param}")
-        torch.ops.finetune.set_cpu_level(request.param)
-    yield "cpp" if request.param in LEVELS else request.param
-    torch.ops.finetune.set_cpu_level(before)
 
 
 def bits(x):

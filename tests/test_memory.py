@@ -11,6 +11,7 @@ from finetune.generate import KVCache
 from finetune.gpt import GPT, GPTConfig
 from finetune.llama import Llama, LlamaConfig
 from finetune.memory import Setup, formulas, meters, predict, shape_of
+from finetune.ops.kv_cache import pool
 
 LLAMA = LlamaConfig(vocab_size=1000, dim=96, layers=3, heads=6, kv_heads=2, hidden=160, max_length=256)
 GPT2 = GPTConfig(vocab_size=1000, dim=96, layers=3, heads=6, max_length=256)
@@ -164,6 +165,21 @@ def test_kv_cache(config):
     assert by_name(config, setup)["KV cache"] == own
 
 
+@pytest.mark.parametrize("block", [1, 16, 13])
+@pytest.mark.parametrize("kv_dtype", ["same", "int8", "fp8"])
+def test_paged_kv_cache(kv_dtype, block):
+    """The pools of ops.kv_cache, with just the blocks that the rows need, for every layer."""
+    rows, tokens = 3, 70
+    blocks = rows * -(-tokens // block)
+    dtype = {"same": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kv_dtype]
+    own = 0
+    for _ in range(2 * LLAMA.layers):
+        cache, scale = pool(blocks, block, LLAMA.kv_heads, LLAMA.head_dim, dtype)
+        own += cache.nbytes + (0 if scale is None else scale.nbytes)
+    setup = Setup(batch=rows, seq=tokens, dtype="bf16", optimizer="none", kv_dtype=kv_dtype, kv_block=block)
+    assert by_name(LLAMA, setup)["KV cache"] == own
+
+
 def test_formulas_give_their_bytes():
     """Each printed formula, evaluated with the printed symbols, is the value beside it."""
     for config in (LLAMA, GPT2, shapes.LLAMA["llama-7b"]):
@@ -171,6 +187,7 @@ def test_formulas_give_their_bytes():
         others = [Setup(optimizer="none", batch=4, seq=33), Setup(attention="naive", loss="full")]
         others += [Setup(zero=stage, ranks=7, algorithm="ppo", dtype="bf16") for stage in (1, 2, 3)]
         others += [Setup(zero=3, ranks=7, algorithm="ppo", lora_rank=4)]
+        others += [Setup(optimizer="none", seq=33, kv_block=16, kv_dtype="fp8")]
         for setup in (*SETUPS, *others):
             if setup.lora_targets == "q,v" and shape.family == "gpt":
                 continue

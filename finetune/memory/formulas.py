@@ -98,9 +98,11 @@ class Setup:
     zero: int = 0  # ZeRO stage: the ranks share out optimizer states (1), gradients too (2), parameters too (3)
     ranks: int = 1  # data-parallel ranks, each with its own batch
     algorithm: Literal["sft", "dpo", "grpo", "ppo"] = "sft"  # how many models are in memory beside the trained policy
+    kv_dtype: Literal["same", "int8", "fp8"] = "same"  # of the cache; 8 bits: an fp32 scale a token and KV head too
+    kv_block: int = 1  # tokens of a block of a paged cache: a row occupies whole ones
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("seq", 1), ("lora_rank", 0), ("ranks", 1), ("zero", 0)):
+        for name, least in (("batch", 1), ("seq", 1), ("lora_rank", 0), ("ranks", 1), ("zero", 0), ("kv_block", 1)):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)} is too small: it must be at least {least}")
@@ -286,9 +288,15 @@ def companions(shape: Shape, setup: Setup) -> list[Term]:
 
 def kv_cache(shape: Shape, setup: Setup) -> Term:
     """2 (keys, values) · L · K · D · e a token: with grouped queries the KV heads count, not the query heads
-    (Ainslie et al. 2023, arXiv:2305.13245); finetune/generate.py, KVCache."""
-    per_token = 2 * shape.layers * shape.kv_heads * shape.head_dim * setup.element
-    return Term("KV cache", per_token * setup.tokens, "2·L·K·D·e·N", "KVCache of finetune/generate.py")
+    (Ainslie et al. 2023, arXiv:2305.13245); finetune/generate.py, KVCache. A paged one (ops.kv_cache) rounds a row up
+    to whole blocks, and in 8 bits has D + 4 bytes for D · e."""
+    same, blocks = setup.kv_dtype == "same", -(-setup.seq // setup.kv_block)
+    head = shape.head_dim * setup.element if same else shape.head_dim + 4
+    tokens = setup.batch * blocks * setup.kv_block
+    text = "2·L·K·D·e" if same else "2·L·K·(D + 4)"
+    text += "·N" if setup.kv_block == 1 else f"·B·{blocks}·{setup.kv_block}"
+    source = "KVCache of finetune/generate.py" if same and setup.kv_block == 1 else "pools of ops.kv_cache"
+    return Term("KV cache", 2 * shape.layers * shape.kv_heads * head * tokens, text, source)
 
 
 # ---- what one forward keeps for its backward ------------------------------------------------------------------------

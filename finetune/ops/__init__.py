@@ -8,6 +8,7 @@ from finetune.ops.clip_grad_norm import clip_grad_norm_
 from finetune.ops.kv_cache import kv_cache_append_, kv_cache_copy_, kv_cache_gather
 from finetune.ops.layer_norm import layer_norm
 from finetune.ops.linear_cross_entropy import linear_cross_entropy
+from finetune.ops.paged_attention import paged_attention
 from finetune.ops.rms_norm import rms_norm
 from finetune.ops.rope import rope
 from finetune.ops.swiglu import swiglu
@@ -27,6 +28,7 @@ __all__ = [
     "kv_cache_gather",
     "layer_norm",
     "linear_cross_entropy",
+    "paged_attention",
     "rms_norm",
     "rope",
     "swiglu",

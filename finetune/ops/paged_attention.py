@@ -1,0 +1,247 @@
+"""Attention of the newest tokens of many sequences over a paged key–value cache (Kwon et al. 2023, arXiv:2309.06180),
+with split keys (Dao et al. 2023, Flash-Decoding). Query i of Tq is token lengths[b] − Tq + i of its sequence:
+
+    o[b, i, h] = Σ_j p_j v[j],   p = softmax over the visible j of  scale · q[b, i, h] · k[j]
+    k[j], v[j]: token j of kv head h // (H / Hkv), in block table[b, j // block_size], times its scale if it has 8 bits
+    visible(i, j) = j <= i + lengths[b] − Tq and, with a window, j > i + lengths[b] − Tq − window
+
+A query that sees nothing gives 0 and a log-sum-exp of −inf. Arithmetic in fp32; the result is rounded once. The native
+kernels cut a sequence into pieces of 256 tokens, attend to each alone, and join the pieces by their log-sum-exps, so a
+result depends on its own sequence only: not on the rest of the batch, the width of the table, or the threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from finetune.ops import kv_cache
+from finetune.ops._op import Native, Op, Sample, native_float, wrong_device
+
+MOST_DIM = 256  # of the kernels for GPUs
+
+
+def check(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor) -> None:
+    if q.dim() not in (3, 4) or k_cache.dim() != 4 or k_cache.shape != v_cache.shape or q.shape[-1] != k_cache.shape[3]:
+        raise ValueError(
+            "paged_attention: q must be (B, H, D) or (B, Tq, H, D) and the caches (blocks, block_size, Hkv, D), got "
+            f"{[*q.shape]}, {[*k_cache.shape]}, {[*v_cache.shape]}"
+        )
+    if q.shape[-2] % k_cache.shape[2]:
+        raise ValueError(
+            f"paged_attention: {q.shape[-2]} query heads are not a multiple of {k_cache.shape[2]} key heads"
+        )
+    if table.dim() != 2 or lengths.shape != table.shape[:1] or q.shape[0] != table.shape[0]:
+        raise ValueError("paged_attention: table must be (B, max_blocks) and lengths (B,)")
+
+
+def dense(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, scale: Tensor | None, heads: int) -> Tensor:
+    """(B, T, H, D) in the arithmetic's dtype: the cache gathered, kv heads repeated."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    x = kv_cache.gather(cache, table, lengths, scale, None if scale is None else wide)
+    return x.to(wide).repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def visible(q: Tensor, keys: int, lengths: Tensor, window: int | None) -> Tensor:
+    """(B, Tq, T) bool: which token each query sees."""
+    j = torch.arange(keys, device=q.device)
+    last = lengths[:, None].clamp(max=keys) - q.shape[1] + torch.arange(q.shape[1], device=q.device)  # (B, Tq)
+    seen = j <= last[..., None]
+    return seen if window is None else seen & (j > last[..., None] - window)
+
+
+def reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    check(q, k_cache, v_cache, table, lengths)
+    if q.dim() == 3:
+        out = reference(
+            q[:, None], k_cache, v_cache, table, lengths, k_scale, v_scale, scale=scale, window=window, lse=lse
+        )
+        return (out[0][:, 0], out[1][:, 0]) if isinstance(out, tuple) else out[:, 0]
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    k = dense(q, k_cache, table, lengths, k_scale, q.shape[2])
+    v = dense(q, v_cache, table, lengths, v_scale, q.shape[2])
+    hidden = ~visible(q, k.shape[1], lengths, window)[:, None]  # (B, 1, Tq, T)
+    scores = (torch.einsum("bihd,bjhd->bhij", q.to(k.dtype), k) * scale).masked_fill(hidden, -math.inf)
+    p = scores.softmax(-1).masked_fill(hidden, 0)
+    out = torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype)
+    return (out, scores.logsumexp(-1).transpose(1, 2)) if lse else out
+
+
+def overload(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    lse: bool = False,
+):
+    check(q, k_cache, v_cache, table, lengths)
+    kv_cache.check_scale("paged_attention", k_cache, k_scale)
+    kv_cache.check_scale("paged_attention", v_cache, v_scale)
+    if window is not None and window < 1:
+        raise ValueError("paged_attention: a window must hold at least one token")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    caches = kv_cache.raw(k_cache), kv_cache.raw(v_cache)
+    args = (q if q.dim() == 4 else q[:, None], *caches, table.int(), lengths.int(), k_scale, v_scale)
+    return "paged_attention", (*args, scale, window or 0)
+
+
+def native(operators, q: Tensor, *args, lse: bool = False, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
+    name, arguments = overload(q, *args, **kwargs)
+    out, sums = getattr(operators, name)(*arguments)
+    if q.dim() == 3:
+        out, sums = out[:, 0], sums[:, 0]
+    return (out, sums) if lse else out
+
+
+def supports(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, *args, **kwargs) -> str | None:
+    if k_cache.dtype != v_cache.dtype:
+        return "it takes keys and values of one dtype"
+    if reason := native_float(backend, q, *(c for c in (k_cache, v_cache) if c.dtype not in kv_cache.LARGEST)):
+        return reason
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
+        return "it has no backward pass"
+    if backend != "cpp" and q.shape[-1] > MOST_DIM:
+        return f"it takes heads of at most {MOST_DIM}"
+    return wrong_device(backend, k_cache, v_cache) or kv_cache.contiguous_blocks(k_cache, v_cache)
+
+
+def register(library: str) -> None:
+
+    @torch.library.register_fake(f"{library}::paged_attention")
+    def _(q, k_cache, v_cache, table, lengths, k_scale, v_scale, scale, window):
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def samples() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(0)
+    int8, fp8 = torch.int8, torch.float8_e4m3fn
+
+    def make(
+        name: str,
+        lengths: list[int],
+        block_size: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        *,
+        queries: int | None = None,
+        dtype: torch.dtype | None = None,
+        size: float = 1.0,
+        width: int = 0,  # of the table, at least
+        shared: int = 0,  # leading blocks that all sequences share
+        bench: bool = False,
+        **kwargs,
+    ) -> Sample:
+        """Blocks in random order; what lies behind a sequence's last token, and block 0, is NaN."""
+        rows = len(lengths)
+        needed = [-(-n // block_size) for n in lengths]
+        blocks = 1 + sum(needed)
+        order = (torch.randperm(blocks - 1, generator=g) + 1).tolist()
+        table = torch.zeros(rows, max([width, *needed], default=0), dtype=torch.int32)
+        for b, n in enumerate(needed):
+            table[b, :n] = torch.tensor([order.pop() for _ in range(n)])
+            common = min(shared, n, needed[0])
+            table[b, :common] = table[0, :common]
+        shape = (blocks, block_size, kv_heads, dim)
+        k, v = (torch.randn(shape, generator=g, dtype=torch.float64) * s for s in (size, 1.0))
+        used = torch.zeros(shape[:2], dtype=torch.bool)
+        for b, n in enumerate(lengths):
+            j = torch.arange(n)
+            used[table[b, j // block_size].long(), j % block_size] = True
+        (k, k_scale), (v, v_scale) = ((x, None) if dtype is None else kv_cache.quantise(x, dtype) for x in (k, v))
+        for x, s in ((k, k_scale), (v, v_scale)):
+            (x if s is None else s)[~used] = torch.nan
+            if dtype == fp8:
+                x.view(torch.uint8)[~used] = 0x7F
+        q = torch.randn(rows, *([queries] if queries else []), heads, dim, generator=g, dtype=torch.float64) * size
+        moved = sum(lengths) * 2 * kv_heads * (dim * (1.0 if dtype else 4.0) + (4 if dtype else 0)) + 8.0 * q.numel()
+        given = (q, k, v, table, torch.tensor(lengths, dtype=torch.int32), k_scale, v_scale)
+        flops = 4.0 * heads * dim * sum(lengths) * (queries or 1)
+        return Sample(name, given, kwargs, bench=bench, flops=flops, bytes=moved)
+
+    yield make("small", [5, 3], 4, 2, 1, 8)
+    yield make("ragged", [37, 0, 1, 16, 17], 16, 2, 2, 16)
+    yield make("int8", [19, 8], 8, 6, 2, 32, dtype=int8)
+    yield make("fp8", [21, 0, 8], 8, 3, 1, 24, dtype=fp8)
+    yield make("one", [1], 1, 1, 1, 1)
+    yield make("prime", [29, 41], 13, 3, 3, 37)
+    yield make("grouped by 3", [33, 6], 32, 6, 2, 40, lse=True)
+    yield make("grouped by 8", [50, 2], 16, 16, 2, 64)
+    yield make("grouped by 11", [23], 7, 11, 1, 12)
+    yield make("shared prefix", [40, 44, 17, 33], 16, 4, 2, 16, shared=2)
+    yield make("split", [300, 256, 257, 0], 16, 4, 2, 16, lse=False)
+    yield make("split, wide table", [513, 5], 32, 2, 1, 8, width=33)
+    yield make("split int8", [530], 16, 3, 1, 20, dtype=int8, lse=True)
+    yield make("window", [40, 300, 3], 16, 2, 1, 16, window=30)
+    yield make("window of 1", [17, 1], 16, 2, 1, 8, window=1, lse=True)
+    yield make("queries", [270, 3, 9, 0], 16, 4, 2, 16, queries=5)
+    yield make("queries, window, int8", [31, 70], 16, 2, 1, 24, queries=3, window=20, dtype=int8)
+    yield make("wide", [40], 16, 2, 1, 256)
+    yield make("wide, odd, fp8", [18], 5, 8, 1, 251, dtype=fp8)
+    yield make("scaled", [20], 16, 2, 1, 16, scale=0.05)
+    yield make("large logits", [60, 7], 16, 4, 2, 16, size=70.0)
+    yield make("no batch", [], 16, 2, 1, 8)
+    yield make("no tokens", [0, 0], 16, 2, 1, 8)
+    q, k, v, table, lengths, *_ = make("", [20, 9], 8, 4, 2, 24).args
+    fused = torch.stack([k, v], 1)  # keys and values of a block side by side
+    yield Sample(
+        "strided",
+        (q.transpose(0, 1).contiguous().transpose(0, 1), fused[:, 0], fused[:, 1], table, lengths, None, None),
+    )
+
+    many = [int(n) for n in torch.randint(64, 513, (8,), generator=g)]
+    yield make("bench", many, 16, 9, 3, 64, bench=True)
+    yield make("bench one sequence", [4096], 16, 8, 8, 64, bench=True)
+    yield make("bench grouped by 8", [1024, 2048], 16, 32, 4, 128, bench=True)
+    yield make("bench int8", many, 16, 9, 3, 64, dtype=int8, bench=True)
+    yield make("bench fp8", many, 16, 9, 3, 64, dtype=fp8, bench=True)
+
+
+op = Op("paged_attention", reference, Native(native, overload, supports, register), samples)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q (B, H, D) or (B, Tq, H, D), caches (blocks, block_size, Hkv, D) of q's dtype or 8 bits, H a multiple of Hkv,
+    table (B, max_blocks), lengths (B,) with the queries' own tokens counted → like q; with `lse` also fp32 log-sum-exps
+    (B, H) or (B, Tq, H), by which results over parts of a cache can be joined. No gradients.
+
+    k_scale, v_scale: fp32 (blocks, block_size, Hkv) of caches of int8 or float8_e4m3fn. scale: 1/√D. window: a query
+    sees that many tokens, itself included. Entries of the table behind the last token are never looked at.
+    """
+    return op(
+        q, k_cache, v_cache, table, lengths, k_scale, v_scale, scale=scale, window=window, lse=lse, backend=backend
+    )
