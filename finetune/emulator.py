@@ -64,11 +64,8 @@ def build(name: str) -> Path:
     return folder / f"{name}.so"
 
 
-@functools.cache
-def load(name: str = "emulated") -> ModuleType:
-    """Builds and loads one of `BUILDS`, adds it as a backend to every op, and returns its controls (python.cpp)."""
-    if ops._op.NATIVE_PROBLEM:
-        raise UserError(ops._op.NATIVE_PROBLEM)
+def import_library(name: str) -> ModuleType:
+    """Builds and imports a library of emulated kernels; its controls are csrc/emulator/python.cpp's."""
     path = str(build(name))
     spec = importlib.util.spec_from_file_location(
         name, path, loader=importlib.machinery.ExtensionFileLoader(name, path)
@@ -77,6 +74,15 @@ def load(name: str = "emulated") -> ModuleType:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def load(name: str = "emulated") -> ModuleType:
+    """Builds and loads one of `BUILDS`, adds it as a backend to every op, and returns its controls (python.cpp)."""
+    if ops._op.NATIVE_PROBLEM:
+        raise UserError(ops._op.NATIVE_PROBLEM)
+    module = import_library(name)
     for op in ops.REGISTRY.values():
         op.add_backend(name)
         if not ops._op.missing(op.name, name):

@@ -70,7 +70,7 @@ void check(uintptr_t address, size_t bytes, Access access, Place place, const ch
   }
   if (access != Access::read && !(all & kWritable)) stop(place, verb(access) + where() + ", which is read-only");
   if (access != Access::write && !(all & kDefined)) {
-    stop(place, verb(access) + where() + ", which nobody has written: uninitialised");
+    stop(place, verb(access) + where() + ", which nobody has written yet: uninitialised, or a barrier is missing");
   }
   if (access != Access::read) std::memset(flags, all | kDefined, bytes);
   if (counting) count_access(*region, address, bytes, access, place, what);

@@ -15,6 +15,7 @@ int named = 0;  // tensors, in the order in which the binding named them
 Region* last = nullptr;
 
 constexpr size_t kArenaBytes = 2 * kSharedBytes;
+constexpr size_t kFar = 1 << 20;  // what is further away has nothing to do with a tensor
 
 }  // namespace
 
@@ -53,7 +54,8 @@ std::string nearest(uintptr_t address, size_t bytes) {
   } else {
     for (const Region& region : tensors) look(region);
   }
-  if (!best) return shared ? "of shared memory that the launch did not ask for" : "outside of every tensor of the call";
+  if (!best || distance > kFar)
+    return shared ? "of shared memory that the launch did not ask for" : "outside of every tensor of the call";
   const uintptr_t end = best->begin + best->bytes;
   if (address == end) return "right past the end of " + title(*best);
   if (address > end) return std::to_string(address - end) + " bytes past the end of " + title(*best);
