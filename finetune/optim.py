@@ -158,5 +158,14 @@ def cosine(step: int, total: int, warmup: int, peak: float, floor: float = 0.0) 
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * _progress(step, total, warmup)))
 
 
+def wsd(step: int, total: int, warmup: int, peak: float, floor: float = 0.0, tail: float = 0.2) -> float:
+    """Warm-up, stable, decay: the peak until the last `tail` of all steps, then down as 1 − √ (Hu et al. 2024,
+    arXiv:2404.06395; the shape of Hägele et al. 2024, arXiv:2405.18392). Training can go on from the peak."""
+    begin = total - math.ceil(tail * total)
+    if step < begin or step < warmup:
+        return constant(step, total, warmup, peak)
+    return floor + (peak - floor) * (1 - math.sqrt((step - begin) / max(1, total - begin)))
+
+
 def _progress(step: int, total: int, warmup: int) -> float:
     return min(1.0, (step - warmup) / max(1, total - warmup))

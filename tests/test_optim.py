@@ -210,3 +210,12 @@ def test_schedules_at_half_way():
     assert optim.cosine(55, 100, 10, 2.0) == pytest.approx(1.0)
     assert optim.linear(55, 100, 10, 2.0) == pytest.approx(1.0)
     assert optim.cosine(33, 102, 10, 2.0) == pytest.approx(1 + 0.5**0.5)
+
+
+def test_wsd_is_flat_and_then_falls():
+    rates = [optim.wsd(step, 100, 10, 1.0, 0.1) for step in range(101)]
+    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert rates[10:81] == [1.0] * 71
+    assert all(a > b for a, b in itertools.pairwise(rates[80:]))
+    assert rates[85] == pytest.approx(0.1 + 0.9 * (1 - 0.5))
+    assert rates[100] == pytest.approx(0.1)

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from finetune.errors import UserError
+
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 LIBRARIES = {"cpp": "finetune", "cuda": "finetune", "triton": "finetune_triton"}
 LIBRARIES |= {build: f"finetune_{build}" for build in ("emulated", "checked", "sanitized")}  # see finetune.emulator
@@ -113,7 +115,7 @@ class Op:
             try:
                 native.register("finetune")
             except RuntimeError as error:
-                raise RuntimeError(
+                raise UserError(
                     f"{LIBRARY} is older than the sources ({error}): pip install -e . builds it anew"
                 ) from error
         REGISTRY[name] = self
