@@ -155,6 +155,18 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, z_loss=0.0, r
     return ways
 
 
+def token_logprobs(logits, targets, *, temperature=1.0, ignore_index=-100, entropy=False):
+    def call():
+        logp = F.log_softmax(logits.float() / temperature if temperature != 1.0 else logits, -1, dtype=torch.float32)
+        ignored = targets == ignore_index
+        logprobs = logp.gather(1, targets.masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(ignored, 0.0)
+        if not entropy:
+            return logprobs
+        return logprobs, -(logp.exp() * logp).sum(-1).masked_fill(ignored, 0.0)
+
+    return {"log_softmax, gather": call}
+
+
 def adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0, step, **hyper):
     """torch.optim.AdamW's own update; bfloat16 parameters go through fp32, as the moments are."""
     from torch.optim.adamw import adamw as update  # an attribute of torch.optim that it deletes again
@@ -214,6 +226,7 @@ PAGES = (
     linear_cross_entropy,
     adamw,
     adamw8bit,
+    token_logprobs,
     clip_grad_norm,
     kv_cache,
     paged_attention,

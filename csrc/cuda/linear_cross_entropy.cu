@@ -30,6 +30,7 @@ namespace {
 
 using Args = LinearCrossEntropy;
 constexpr int kThreads = 128, kSide = Args::side;
+constexpr float kLowest = -3.402823466e38f;    // of a finite float: where a maximum starts, for −inf − −inf is NaN
 constexpr int kTileBytes = kSide * (64 + 16);  // of an operand in shared memory
 
 template <class T>
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) statistics(Args a) {
   for (int i = 0; i < 4; ++i) {
     const int64_t row = row0 + Square::row(i / 2, i % 2);
     target[i] = row < count ? a.targets[a.kept[row]] : -1;
-    top[i] = -INFINITY, sum[i] = 0;
+    top[i] = kLowest, sum[i] = 0;
   }
   const int64_t squares = ceil_div(a.vocab, kSide), each = ceil_div(squares, gridDim.y), first = blockIdx.y * each;
   for (int64_t at = first; at < squares && at < first + each; ++at) {
@@ -221,7 +222,6 @@ __global__ void __launch_bounds__(kThreads) statistics(Args a) {
         if (word >= a.vocab && !BUG("linear_cross_entropy.no_mask")) value = -INFINITY;
         highest = fmaxf(highest, value);
       }
-      if (highest == -INFINITY) continue;
 #pragma unroll
       for (int j = 0; j < 8; ++j) added += __expf(l.at[i / 2][j / 2][i % 2 * 2 + j % 2] - highest);
       sum[i] = (BUG("linear_cross_entropy.no_rescale") ? sum[i] : sum[i] * __expf(top[i] - highest)) + added;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads) statistics(Args a) {
     const float highest =
         fmaxf(fmaxf(top[i], __shfl_xor_sync(0xffffffffu, top[i], 1)),
               fmaxf(__shfl_xor_sync(0xffffffffu, top[i], 2), __shfl_xor_sync(0xffffffffu, top[i], 3)));
-    float total = highest == -INFINITY ? 0 : sum[i] * __expf(top[i] - highest);
+    float total = sum[i] * __expf(top[i] - highest);
     total += __shfl_xor_sync(0xffffffffu, total, 1);
     total += __shfl_xor_sync(0xffffffffu, total, 2);
     const int64_t row = row0 + Square::row(i / 2, i % 2);
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads) statistics(Args a) {
 __global__ void __launch_bounds__(kThreads) join_parts(Args a, int64_t parts) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= *a.count) return;
-  float top = -INFINITY;
+  float top = kLowest;
   for (int64_t i = 0; i < parts; ++i) top = fmaxf(top, a.tops[i * a.rows + row]);
   double total = 0;
   for (int64_t i = 0; i < parts; ++i) total += a.sums[i * a.rows + row] * __expf(a.tops[i * a.rows + row] - top);

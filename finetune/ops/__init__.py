@@ -12,6 +12,7 @@ from finetune.ops.paged_attention import paged_attention
 from finetune.ops.rms_norm import rms_norm
 from finetune.ops.rope import rope
 from finetune.ops.swiglu import swiglu
+from finetune.ops.token_logprobs import token_logprobs
 
 __all__ = [
     "BACKENDS",
@@ -33,5 +34,6 @@ __all__ = [
     "rope",
     "swiglu",
     "table",
+    "token_logprobs",
     "use_backend",
 ]
