@@ -220,7 +220,7 @@ def doctor(json: bool) -> None:
     return None
 
 
-for command in (interview.brief, interview.quiz, interview.compare):
+for command in (interview.brief, interview.quiz, interview.compare, interview.progress):
     app.add_command(command)
 app.add_command(kernels.kernels)
 

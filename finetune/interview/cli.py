@@ -114,3 +114,43 @@ def compare(modules: tuple[str, ...], lang: str, json: bool) -> int:
         table.add_row(f"[bold]{row['module']}[/]", *list(row.values())[1:])
     display.console().print(table)
     return 0
+
+
+@click.command()
+@LANG
+@click.option("--json", is_flag=True, help="Print JSON on stdout.")
+def progress(lang: str, json: bool) -> int:
+    """Your level and day on the 14-day path, and what is missing, from your runs and quiz results."""
+    from dataclasses import asdict
+
+    from rich import box
+    from rich.table import Table
+
+    from finetune import display
+    from finetune.interview import path
+    from finetune.interview import quiz as engine
+
+    found = path.progress(engine.Schedule(engine.data_folder() / "quiz.json").entries)
+    if json:
+        found["modules"] = {name: asdict(s) | {"mastered": s.mastered} for name, s in found["modules"].items()}
+        click.echo(jsonlib.dumps(found, indent=2, ensure_ascii=False))
+        return 0
+    days, levels = path.read()
+    heads = ("day", "module", "run", "quiz") if lang == "en" else ("天", "模块", "运行", "测验")
+    table = Table(*heads, box=box.SIMPLE_HEAD, pad_edge=False)
+    for day in days:
+        for name in day.modules:
+            s = found["modules"][name]
+            if s.exists:
+                quiz_cell = f"{s.asked}/{s.questions} · {s.share:.0%}" if s.asked else "-"
+                table.add_row(str(day.number), name, "[green]✓[/]" if s.passed else "-", quiz_cell)
+            else:
+                table.add_row(str(day.number), f"[dim]{name}[/]", f"[dim]{path.WORDS[lang]['none']}[/]", "")
+    console = display.console()
+    console.print(table)
+    title = levels[found["level"] - 1].title[lang] if found["level"] else "-"
+    label = ("level", "day") if lang == "en" else ("等级", "天")
+    console.print(f"[bold]{label[0]} {found['level']}[/] {title} · {label[1]} {min(found['day'], len(days))}")
+    for command in found["missing"]:
+        console.print(f"  {command}", markup=False, highlight=False)
+    return 0
