@@ -159,6 +159,57 @@ def faults(op: str | None, json: bool) -> int:
     return 1 if survivors or engine.mismatches() else 0
 
 
+@kernels.command()
+@click.argument("topic", required=False)
+@click.option("--level", "number", type=int, help="Only this one, by source line.")
+@click.option("--size", type=click.Choice(["small", "large"]), default="small", show_default=True)
+@click.option("--markdown", is_flag=True, help="As the module's README has it.")
+@click.option("--debug", is_flag=True, help="Run --level once, compiled for a debugger (see the module's README).")
+@JSON
+def levels(topic: str | None, number: int | None, size: str, markdown: bool, debug: bool, json: bool) -> None:
+    """The ladder of the cuda module: what each level does to memory, beside the level before it."""
+    from finetune import registry
+    from finetune.machine import physical_cores
+
+    ladder = registry.load(registry.find("cuda"))
+    if topic and topic not in ladder.TOPICS:
+        raise UserError(f"no topic '{topic}'{nearest(topic, ladder.TOPICS)}: there are {', '.join(ladder.TOPICS)}")
+    console = _console(stderr=json)
+    if number is not None:
+        chosen = [level for level in ladder.levels(topic) if topic and level.number == number]
+        if not chosen:
+            raise UserError(f"--level {number}: name a topic, and a level from 1 to its last")
+        problem = ladder.TOPICS[topic](*ladder.SIZES[size][topic])
+        if debug:
+            result = problem.run(ladder.load(chosen[0], "debug"))
+            console.print(f"{chosen[0].path.name}: within {problem.check(result):.3g} of float64", highlight=False)
+            return None
+        rows = ladder.lines(chosen[0], problem)
+        if json:
+            return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
+        console.print(f"\n{chosen[0].idea}\n", highlight=False, markup=False)
+        console.print(_trace_table(rows))
+        return None
+    if debug:
+        raise UserError("--debug needs a topic and --level")
+    topics = [topic] if topic else list(ladder.TOPICS)
+    ladder.build_all([level for name in topics for level in ladder.levels(name)], "checked", physical_cores())
+    found = {name: ladder.climb(name, size) for name in topics}
+    if json:
+        return click.echo(jsonlib.dumps({k: [c.to_dict() for c in v] for k, v in found.items()}, indent=2))
+    for name, counts in found.items():
+        if markdown:
+            click.echo(ladder.page_table(name, counts))
+            continue
+        rows = ladder.table(counts)
+        table = _table(*rows[0])
+        for row in rows:
+            table.add_row(*row.values())
+        console.print(f"\n[bold]{name}[/] {' × '.join(map(str, ladder.SIZES[size][name]))}", highlight=False)
+        console.print(table)
+    return None
+
+
 def _console(stderr: bool = False) -> Any:
     from finetune import display
 

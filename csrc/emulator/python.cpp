@@ -38,6 +38,13 @@ PYBIND11_MODULE(EMULATOR_MODULE, m) {
       },
       "What was counted: file, line, kind, requests, units (32-byte sectors of global memory, wavefronts of shared "
       "memory), the fewest units that would have done, width (the most bytes that a lane asked for at once).");
+  m.def(
+      "allow",
+      [](uintptr_t data, int64_t bytes, int use) {
+        emulator::allow(reinterpret_cast<const void*>(data), bytes, static_cast<emulator::Use>(use));
+      },
+      "Before a launch from Python: this memory may be read (use 0), written (1) or both (2).");
+  m.def("take_fault", &emulator::take_fault, "After a launch from Python: what went wrong, or \"\".");
 #if defined(EMULATOR_EXTRA)  // what a test's own kernels add
   void extend(pybind11::module_&);
   extend(m);

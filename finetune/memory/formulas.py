@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from finetune.errors import UserError
 
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Constants of csrc/bindings/linear_cross_entropy.cpp, see `loss_plan`.
 LOGIT_BYTES, LEAST_ROWS, TASKS, LEAST_TILE, LEAST_BLOCK = 24 << 20, 64, 32, 256, 16
 
@@ -88,8 +88,9 @@ class Setup:
 
     batch: int = 1  # rows of a micro-batch; a row of packed documents counts as one
     seq: int = 2048  # tokens of a row, padding included
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of the parameters
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the parameters
     optimizer: Literal["adamw", "none"] = "adamw"  # none: inference
+    master: bool = True  # the optimizer keeps parameters of 16 bits a second time, in fp32
     lora_rank: int = 0  # rank of LoRA adapters; 0: all parameters are trained
     lora_targets: str = "all"  # linear layers with an adapter, separated by commas
     checkpointing: bool = False  # keep only the blocks' inputs and compute the rest again
@@ -223,13 +224,13 @@ def gradients(shape: Shape, setup: Setup) -> Term:
 
 
 def optimizer_states(shape: Shape, setup: Setup) -> Term:
-    """AdamW's two moments in fp32 (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2); bf16 parameters have an
+    """AdamW's two moments in fp32 (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2); 16-bit parameters have an
     fp32 master copy too (Micikevicius et al. 2018, arXiv:1710.03740, §3.1): K = 12 bytes a parameter of ZeRO's
     accounting (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1)."""
     count, element = trained(shape, setup)
-    copies = 2 + (element < 4)
+    copies = 2 + (element < 4 and setup.master)
     text = f"{shared_text(setup, 1)}·{4 * copies}"
-    source = "AdamW: two fp32 moments; bf16 adds an fp32 master"
+    source = "AdamW: two fp32 moments; 16 bits add an fp32 master"
     return Term("optimizer states", setup.share(count, 1) * 4 * copies, text, source)
 
 
