@@ -8,6 +8,7 @@
 
 namespace finetune::attention {
 
+// __launch_bounds__(kThreads, 1) lets the compiler take the registers that it needs: 4 warps may have 255 each.
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr float kLog2e = 1.44269504088896f;
 

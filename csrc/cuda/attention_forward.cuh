@@ -11,7 +11,7 @@ constexpr size_t kForwardBytes =
 
 // A block per tile of queries of one head. Shared memory: q, then k and v of each stage, then the warps' scratch.
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads) forward(AttentionCuda a) {
+__global__ void __launch_bounds__(kThreads, 1) forward(AttentionCuda a) {
   using W = Warp<T, D>;
   constexpr int N = W::kStream, kRows = W::kRows;
   DYN_SHARED(unsigned char, memory);

@@ -224,6 +224,9 @@ def samples() -> Iterator[Sample]:
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     yield Sample("strided", (*heads_first, v.transpose(1, 3).contiguous().transpose(1, 3)), grad=(0, 1, 2))
 
+    yield make("padded dim", 1, 75, 75, 2, 1, 96)
+    yield make("odd dim", 1, 40, 67, 1, 1, 129, causal=False)
+
     yield make("bench", 1, 1024, 1024, 8, 8, 64, bench=True)
     yield make("bench grouped", 4, 512, 512, 9, 3, 64, bench=True)
     yield make("bench short", 32, 128, 128, 4, 4, 64, bench=True)
