@@ -19,13 +19,29 @@ pytest.importorskip("triton")
 DEVICE = device_for("triton")
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 KERNELS = [op for op in ops.REGISTRY if (_triton.KERNELS / f"{op}.py").exists()]
 SAMPLES = {op: [s for s in ops.REGISTRY[op].samples() if not s.bench] for op in KERNELS}
-each_sample = pytest.mark.parametrize(
-    ("op", "sample"), [pytest.param(op, s, id=f"{op}-{s.name}") for op in KERNELS for s in SAMPLES[op]]
-)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("f32", "bf16", "f16"))
+QUICK = {"small", "fewer queries", "packed", "large logits"}  # of attention, whose interpretation takes longest
+
+
+def cases(dtypes):
+    """op × sample × dtype; of attention all samples in bf16, and in the other dtypes those that are not QUICK slow."""
+    for op in KERNELS:
+        for sample in SAMPLES[op]:
+            for name, dtype in dtypes.items():
+                slow = op == "attention" and sample.name not in QUICK and name != "bf16"
+                marks = [pytest.mark.slow] if slow else []
+                yield pytest.param(op, sample, dtype, id=f"{op}-{sample.name}-{name}", marks=marks)
+
+
+@pytest.fixture
+def large_tiles(monkeypatch):
+    """The interpreter's time is the number of tiles: attention's fp32, which has small ones, takes those of bf16."""
+    if DEVICE == "cpu":
+        table = _triton.kernels("attention").TILES
+        for bits, dim in list(table):
+            monkeypatch.setitem(table, (bits, dim), table[16, dim])
 
 
 def test_every_kernel_file_belongs_to_an_op():
@@ -34,20 +50,19 @@ def test_every_kernel_file_belongs_to_an_op():
         assert ops.REGISTRY[op].name in importlib.import_module(f"triton_kernels.{op}").OPERATORS or op == "adamw"
 
 
-@each_dtype
-@each_sample
-def test_values_and_gradients(op, sample, dtype):
+@pytest.mark.parametrize(("op", "sample", "dtype"), cases(DTYPES))
+def test_values_and_gradients(op, sample, dtype, large_tiles):
     check(op, sample, dtype, "triton")
 
 
-@each_sample
-def test_uninitialised_memory_is_never_read(op, sample):
+@pytest.mark.parametrize(("op", "sample", "dtype"), cases({"f32": torch.float32}))
+def test_uninitialised_memory_is_never_read(op, sample, dtype, large_tiles):
     """torch fills every new tensor with NaN in deterministic mode: the result must not change by a bit."""
-    plain = run(op, sample, torch.float32, "triton")
+    plain = run(op, sample, dtype, "triton")
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
-        assert all(map(torch.equal, run(op, sample, torch.float32, "triton"), plain))
+        assert all(map(torch.equal, run(op, sample, dtype, "triton"), plain))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -59,6 +74,12 @@ def test_opcheck(op):
         assert ops.REGISTRY[op].why_not("triton", *args, **sample.kwargs) is None
         overload, arguments = ops.REGISTRY[op].overload("finetune_triton", *args, **sample.kwargs)
         torch.library.opcheck(overload, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", SAMPLES["attention"], ids=lambda sample: sample.name)
+def test_attention_with_its_own_tiles_in_fp32(sample):
+    check("attention", sample, torch.float32, "triton")
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])

@@ -1,0 +1,56 @@
+"""Every Triton kernel compiled for GPUs that are not here, at the sizes that models have: no spills, and shared memory
+that the target has. tests/triton_compile.py does it, in a process that does not interpret; build/triton keeps the
+results.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune import ops
+from finetune.ops import _triton
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+KERNELS = {op for op in ops.REGISTRY if (_triton.KERNELS / f"{op}.py").exists()}
+SHARED = {"cuda:80": 163, "cuda:90": 227, "cuda:100": 227, "cuda:120": 99, "hip:gfx942": 64}  # KiB a block may have
+
+
+def compile_for(target, dtypes, *wanted):
+    command = [sys.executable, ROOT / "tests/triton_compile.py", target, dtypes, *wanted]
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    out = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert out.returncode == 0, out.stderr[-3000:]
+    return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+def check(rows, target, dtypes):
+    assert {(row["op"], row["dtype"]) for row in rows} == {(op, dtype) for op in KERNELS for dtype in dtypes}
+    too_much = [row for row in rows if row["shared"] > 1024 * SHARED[target] or row.get("spilled")]
+    assert not too_much, "\n".join(map(str, too_much))
+
+
+def test_bfloat16_for_hopper():
+    check(compile_for("cuda:90", "bfloat16"), "cuda:90", {"bfloat16"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED)
+def test_every_dtype_for(target):
+    dtypes = ("float32", "bfloat16", "float16")
+    check(compile_for(target, ",".join(dtypes)), target, dtypes)
+
+
+def test_every_kernel_is_compiled():
+    """`typical` must launch all of a file's kernels, or the tests above say nothing of the others."""
+    launched = {(row["op"], row["kernel"]) for row in compile_for("cuda:90", "bfloat16")}
+    for op in KERNELS:
+        source = (_triton.KERNELS / f"{op}.py").read_text()
+        kernels = {line.split("def ")[1].split("(")[0] for line in source.splitlines() if line.startswith("def ")}
+        kernels = {name for name in kernels if name.endswith("_kernel")}
+        assert kernels, op
+        assert kernels <= {name for known, name in launched if known == op}
