@@ -4,7 +4,6 @@ Without a GPU they are interpreted on CPU tensors (conftest.py sets TRITON_INTER
 `gpu` then, compile and run them there. test_triton_compile.py compiles them for GPUs that are not here.
 """
 
-import importlib
 import os
 
 import pytest
@@ -37,17 +36,18 @@ def cases(dtypes):
 
 @pytest.fixture
 def large_tiles(monkeypatch):
-    """The interpreter's time is the number of tiles: attention's fp32, which has small ones, takes those of bf16."""
+    """The interpreter's time is the number of tiles: fp32 products, which have small ones, take those of bf16."""
     if DEVICE == "cpu":
-        table = _triton.kernels("attention").TILES
-        for bits, dim in list(table):
-            monkeypatch.setitem(table, (bits, dim), table[16, dim])
+        for op in ("attention", "linear_cross_entropy"):
+            table = _triton.kernels(op).TILES
+            for key in list(table):
+                monkeypatch.setitem(table, key, table[(16, *key[1:]) if isinstance(key, tuple) else 16])
 
 
 def test_every_kernel_file_belongs_to_an_op():
     assert {path.stem for path in _triton.KERNELS.glob("[a-z]*.py")} == set(KERNELS)
     for op in KERNELS:
-        assert ops.REGISTRY[op].name in importlib.import_module(f"triton_kernels.{op}").OPERATORS or op == "adamw"
+        assert all(name.startswith(op) for name in _triton.kernels(op).OPERATORS)
 
 
 @pytest.mark.parametrize(("op", "sample", "dtype"), cases(DTYPES))
@@ -77,9 +77,24 @@ def test_opcheck(op):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sample", SAMPLES["attention"], ids=lambda sample: sample.name)
-def test_attention_with_its_own_tiles_in_fp32(sample):
-    check("attention", sample, torch.float32, "triton")
+@pytest.mark.parametrize("op", ["attention", "linear_cross_entropy"])
+def test_fp32_with_its_own_tiles(op):
+    for sample in SAMPLES[op]:
+        check(op, sample, torch.float32, "triton")
+
+
+def test_several_chunks_of_gradients(monkeypatch):
+    monkeypatch.setattr(_triton.kernels("linear_cross_entropy"), "CHUNK_BYTES", 1)
+    for sample in SAMPLES["linear_cross_entropy"]:
+        if len(sample.args[0]) > 64:
+            check("linear_cross_entropy", sample, torch.bfloat16, "triton")
+
+
+def test_a_target_outside_the_vocabulary_is_named():
+    x, weight, targets = SAMPLES["linear_cross_entropy"][0].cast(torch.float32, DEVICE)
+    targets[3] = len(weight)
+    with pytest.raises(RuntimeError, match=r"targets\[3\] is 11, outside the vocabulary of 11"):
+        ops.linear_cross_entropy(x, weight, targets, backend="triton")
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
@@ -103,5 +118,5 @@ def test_rope_marks_a_token_whose_position_is_outside_the_tables():
 def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
     x, weight = torch.ones(2, 3), torch.ones(3)
-    with pytest.raises(ops.BackendUnavailable, match="it takes CUDA tensors.*; TRITON_INTERPRET=1 interprets it"):
+    with pytest.raises(ops.BackendUnavailable, match=r"it takes CUDA tensors.*; TRITON_INTERPRET=1 interprets it"):
         ops.rms_norm(x, weight, backend="triton")

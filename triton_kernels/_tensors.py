@@ -1,0 +1,66 @@
+"""Many tensors in one launch: a table of addresses in device memory instead of a pointer argument each.
+
+The table has a row a tensor: the number of its first block, its elements, its address in each list of tensors (0 where
+a list is empty). `owner` names each block's row. Both are made without the host waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels._common import check
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+BLOCK = 4096  # elements of a program
+
+
+@triton.jit
+def block_of(table, owner, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's row of the table, and the numbers and the existence of its elements."""
+    row = table + tl.load(owner + tl.program_id(0)).to(tl.int64) * WIDTH
+    at = (tl.program_id(0) - tl.load(row)) * BLOCK + tl.arange(0, BLOCK)
+    return row, at, at < tl.load(row + 1)
+
+
+@triton.jit
+def pointer(row, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tensor's address in list `column`."""
+    address = tl.load(row + 2 + column).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+def by_dtype(*lists: list[Tensor]) -> list[list[list[Tensor]]]:
+    """The tensors (lists of equal length, or empty) without the empty ones, grouped by the dtypes of the first two
+    lists: a kernel has one type for each of its pointers."""
+    groups = defaultdict(list)
+    for i, first in enumerate(lists[0]):
+        if first.numel():
+            key = tuple(tensors[i].dtype for tensors in lists[:2] if tensors)
+            groups[key].append([tensors[i] if tensors else None for tensors in lists])
+    return [[[t for t in column if t is not None] for column in zip(*rows, strict=True)] for rows in groups.values()]
+
+
+def pointers(*lists: list[Tensor], block: int = BLOCK) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """table (n, 2 + lists), owner (blocks,), and the constants WIDTH, BLOCK and ALIGNED."""
+    sizes = [t.numel() for t in lists[0]]
+    for tensors in lists:
+        check(not tensors or [t.numel() for t in tensors] == sizes, "lists of tensors", "their sizes must match")
+        alike = all(t.is_contiguous() and t.device == lists[0][0].device for t in tensors)
+        check(alike, "lists of tensors", "they must be contiguous and on one device")
+    rows, first = [], 0
+    for i, size in enumerate(sizes):
+        rows.append([first, size, *(tensors[i].data_ptr() if tensors else 0 for tensors in lists)])
+        first += triton.cdiv(size, block)
+    aligned = all(address % 16 == 0 for row in rows for address in row[2:])
+    device = lists[0][0].device
+    table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+    ends = torch.tensor([row[0] for row in rows[1:]] + [first], dtype=torch.int64).to(device, non_blocking=True)
+    owner = torch.searchsorted(ends, torch.arange(first, device=device), right=True, out_int32=True)
+    return table, owner, {"WIDTH": 2 + len(lists), "BLOCK": block, "ALIGNED": aligned}
