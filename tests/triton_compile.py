@@ -35,19 +35,19 @@ class Driver:
 
 def launches(op, dtype):
     """(kernel, source, options) of everything the op's typical calls launch; a variant once."""
-    import triton
     from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
 
     from finetune.ops import _triton
 
     module, found = _triton.kernels(op), {}
 
-    def record(*, fn, compile, key, **_):  # triton calls it before it compiles; True: do not
-        source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
-        found[fn.name, key] = (fn.name.split(".")[-1], source, compile)
-        return True
+    def record(kernel, key, signature, device, constants, options, attributes, warmup):  # instead of compiling
+        source = ASTSource(kernel, signature, constants, attributes)
+        chosen = {name: getattr(options, name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+        found[kernel.__name__, key] = (kernel.__name__, source, chosen)  # None: nothing to launch
 
-    triton.knobs.runtime.jit_cache_hook = record
+    JITFunction._do_compile = record
     for operator, args in module.typical(dtype):
         module.OPERATORS[operator](*args)
     return found.values()
@@ -77,11 +77,10 @@ def main(name: str, dtypes: str, *wanted: str) -> None:
     triton.runtime.driver.set_active(Driver(target))
     for op in wanted or [op for op in REGISTRY if (_triton.KERNELS / f"{op}.py").exists()]:
         for dtype in dtypes.split(","):
-            for kernel, source, how in launches(op, getattr(torch, dtype)):
-                options = {k: how[k] for k in ("num_warps", "num_stages", "enable_fp_fusion")}
+            for kernel, source, options in launches(op, getattr(torch, dtype)):
                 compiled = triton.compile(source, target=target, options=options)
                 row = {"op": op, "kernel": kernel, "dtype": dtype, **options}
-                row["constants"] = [v for v in source.constants.values() if not hasattr(v, "fn")]
+                row["constants"] = [v if isinstance(v, int) else str(v) for v in source.constants.values()]
                 row["shared"] = compiled.metadata.shared
                 print(json.dumps(row | (usage(compiled.asm["cubin"]) if backend == "cuda" else {})), flush=True)
 

@@ -79,7 +79,7 @@ def join_kernel(tops, sums, hits, losses, stats, rows, parts, z_loss, BLOCK: tl.
     here = row < rows
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for part in range(0, parts):
+    for part in range(parts):
         at = tl.cast(part, tl.int64) * rows + row
         top = tl.load(tops + at, mask=here, other=0.0)
         best_now = tl.maximum(best, top)

@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens and the entropies of their distributions, without the (N, V) log-softmax:
 
-    z = logits / temperature      logprob = z_t − logsumexp(z)      entropy = log Σ e − Σ e (z − top) / Σ e,  e = exp(z − top)
-    dz_j = dlogprob ([j = t] − p_j) − dentropy p_j (log p_j + entropy),   p_j = exp(z_j − top − log Σ e)
+    z = logits / temperature      top = max z      e = exp(z − top)      p = e / Σ e
+    logprob = z_t − top − log Σ e      entropy = log Σ e − Σ p · (z − top)
+    dz_j = dlogprob · ([j = t] − p_j) − dentropy · p_j · (log p_j + entropy)
 
 Layout: (N, V) with any stride between rows; a program owns ROWS rows and sweeps V in blocks, with a running maximum
 that rescales both sums (Milakov & Gimelshein 2018, arXiv:1805.02867). Backward keeps top and log Σ e, and takes one
