@@ -102,11 +102,8 @@ def reshaped(sample: Any, shape: str) -> Any:
 
 
 def _trace_table(rows: list[dict[str, Any]]) -> Any:
-    table = _table("line", "source", "what", "requests", "width", "units", "ideal", "×")
-    table.columns[0].no_wrap = table.columns[1].no_wrap = table.columns[2].no_wrap = True
-    table.columns[1].overflow, table.columns[1].max_width = "ellipsis", 34
-    for column in table.columns[3:]:
-        column.justify = "right"
+    heads = ("line", "source", "what", "requests", "width", "units", "ideal", "×")
+    cells = []
     before = None
     for row in rows:
         where = f"{Path(row['file']).name}:{row['line']}"
@@ -114,13 +111,17 @@ def _trace_table(rows: list[dict[str, Any]]) -> Any:
         before = where
         excess = row["units"] / row["ideal"] if row["ideal"] else None
         mark = "" if excess is None else f"{excess:.2f}"
+        numbers = [str(row[key]) if row["ideal"] or key == "requests" else "" for key in heads[3:7]]
+        cells.append([where if first else "", row["source"] if first else "", row["kind"], *numbers, mark])
+    table = _table(*heads)
+    for i, column in enumerate(table.columns):  # the source gets what room the others leave
+        column.no_wrap = True
+        column.overflow = "ellipsis" if heads[i] == "source" else "ignore"
+        column.min_width = 20 if heads[i] == "source" else max(len(text) for text in (heads[i], *(c[i] for c in cells)))
+        column.justify = "right" if i >= 3 else "left"
+    for row in cells:
         table.add_row(
-            where if first else "",
-            row["source"].replace("[", "\\[") if first else "",
-            row["kind"],
-            str(row["requests"]),
-            *((str(row[key]) if row["ideal"] else "") for key in ("width", "units", "ideal")),
-            f"[yellow]{mark}[/]" if excess and excess > 1 else mark,
+            *(text.replace("[", "\\[") for text in row[:-1]), row[-1], style="yellow" if float(row[-1] or 0) > 1 else ""
         )
     return table
 

@@ -58,7 +58,7 @@ def test_faults_command(capsys, monkeypatch):
     assert {r["fault"] for r in rows} == set(faults.listed("rms_norm"))
     assert all(r["reached"] and r["by"] in ("numbers", "checker") for r in rows)
     # One that no kernel has survives, and is told of.
-    monkeypatch.setattr(faults, "listed", lambda op: ["rms_norm.absent"])
+    monkeypatch.setattr(faults, "listed", lambda op, slow=False: ["rms_norm.absent"])
     assert cli.main(["kernels", "faults", "rms_norm"]) == 1
     text = " ".join(capsys.readouterr().out.split())
     assert "rms_norm lists rms_norm.absent, which is not in its code" in text

@@ -15,11 +15,9 @@ namespace emulator::checker {
 using Place = uint32_t;
 constexpr Place kSite = 1u << 30, kAtomic = 1u << 31;  // kAtomic: in a Stamp, the access was an atomic
 struct Line {
-  std::string file;  // the innermost frame outside of the emulator's own headers
+  std::string file;  // the innermost frame outside of the headers that all kernels use, where there is one
   int line = 0;
-  std::string text;         // "vector.cuh:27", or "vector.cuh:27 from rms_norm.cu:31"
-  std::string kernel_file;  // the innermost frame in a .cu file, where there is one; else `file`
-  int kernel_line = 0;
+  std::string text;  // for messages: "rms_norm.cu:31", or "vector.cuh:27 from rms_norm.cu:31"
 };
 Place place_of(const void* return_address);
 Place place_of(Site site);

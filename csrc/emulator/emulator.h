@@ -57,7 +57,8 @@ void named_barrier(int id, int threads, Site site);  // bar.sync id, threads
 void warp_barrier(uint32_t mask, Site site);
 
 // Every lane of `mask` calls this with the same `run`; the last to arrive calls run(parts, mask), where parts[lane] is
-// what that lane passed (null outside of the mask). `what`: its name in the statistics.
+// what that lane passed (null outside of the mask). `what`: its name in the statistics (null: it
+// is counted by its accesses).
 void collective(uint32_t mask, void (*run)(void* const* parts, uint32_t mask, Site site), void* part, Site site,
                 const char* what = "collective");
 

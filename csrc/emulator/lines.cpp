@@ -3,9 +3,11 @@
 #include <link.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <unordered_map>
 
 #include "checker.h"
@@ -49,36 +51,29 @@ std::unordered_map<Place, Line> lines;
 
 std::string base_name(const std::string& path) { return path.substr(path.rfind('/') + 1); }
 
-// The frames of one address, innermost first, as "path:line".
+bool ends_in(const std::string& file, std::initializer_list<const char*> names) {
+  return std::any_of(names.begin(), names.end(), [&](const char* name) { return file.ends_with(name); });
+}
+
+// The frames of one address, innermost first.
 Line line_of(const std::vector<std::pair<std::string, int>>& frames) {
   Line found;
   for (const auto& [file, line] : frames) {
-    if (file.find("/emulator/cuda.h") != file.npos || file.find("/emulator/tensor_core.h") != file.npos ||
-        file.find("/emulator/emulator.h") != file.npos) {
-      continue;
+    if (ends_in(file, {"/emulator/cuda.h", "/emulator/tensor_core.h", "/emulator/emulator.h"})) continue;
+    const std::string text = base_name(file) + ":" + std::to_string(line);
+    const bool common = ends_in(file, {"/cuda.cuh", "/launch.cuh", "/vector.cuh", "/ptx.cuh"});
+    if (found.text.empty()) {
+      found.text = text;
+    } else if (!common) {
+      found.text += " from " + text;
     }
-    const bool kernel = file.size() > 3 && file.ends_with(".cu");
-    if (found.file.empty()) {
+    if (found.file.empty() || !common) {
       found.file = file;
       found.line = line;
-      found.text = base_name(file) + ":" + std::to_string(line);
-      if (kernel) {
-        found.kernel_file = file;
-        found.kernel_line = line;
-        break;
-      }
-    } else if (kernel) {
-      found.kernel_file = file;
-      found.kernel_line = line;
-      found.text += " from " + base_name(file) + ":" + std::to_string(line);
-      break;
     }
+    if (!common) break;
   }
   if (found.text.empty()) found.text = found.file = "?";
-  if (found.kernel_file.empty()) {
-    found.kernel_file = found.file;
-    found.kernel_line = found.line;
-  }
   return found;
 }
 

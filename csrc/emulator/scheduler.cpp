@@ -176,10 +176,10 @@ void report(const std::string& what) {
 // --- barriers
 
 void release_block_barrier() {
+  if (block.at_barrier + block.exited < block.threads) return;
   const Fiber* first = nullptr;
   for (const Fiber& fiber : block.fibers) {
     if (fiber.state == State::exited) continue;
-    if (fiber.state != State::at_barrier) return;
     if (!first) first = &fiber;
     if (fiber.site.line != first->site.line || std::strcmp(fiber.site.file, first->site.file) != 0) {
       report("divergent barrier: " + who(*first) + " is at " + at(first->site) + ", " + who(fiber) + " at " +
@@ -188,6 +188,7 @@ void release_block_barrier() {
     }
   }
   checker::join_block();
+  block.at_barrier = 0;
   for (Fiber& fiber : block.fibers) {
     if (fiber.state == State::at_barrier) fiber.state = State::ready;
   }
@@ -209,7 +210,7 @@ void run_block(const std::vector<unsigned>& ids) {
   std::memset(arena, kPoison, used + kRedZone);
   checker::begin_block();
   if (block.dynamic_bytes) checker::new_shared(arena, block.dynamic_bytes, "dynamic shared memory");
-  block.exited = 0;
+  block.exited = block.at_barrier = 0;
   for (Fiber& fiber : block.fibers) {
     fiber.state = State::ready;
     fiber.open.clear();
@@ -335,6 +336,7 @@ unsigned lane_index() { return self->lane; }
 void block_barrier(Site site) {
   self->state = State::at_barrier;
   self->site = site;
+  ++block.at_barrier;
   if (self->lane == 0) count("__syncthreads", site);
   release_block_barrier();
   if (failed || self->state != State::ready) suspend();

@@ -45,7 +45,7 @@ struct Fiber {
 struct Block {
   dim3 grid, size;
   uint3 index;
-  unsigned threads, exited;
+  unsigned threads, exited, at_barrier;  // at_barrier: waiting at the block's barrier
   std::vector<Fiber> fibers;
   const void* kernel;
   void (*body)(void*);

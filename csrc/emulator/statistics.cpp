@@ -111,7 +111,7 @@ void finish_block() {
 }  // namespace checker
 
 void count(const char* kind, Site site) {
-  if (checker::counting) ++checker::counts[{checker::place_of(site), kind}].requests;
+  if (checker::counting && kind) ++checker::counts[{checker::place_of(site), kind}].requests;
 }
 
 void set_counting(bool on) {
@@ -131,7 +131,7 @@ std::vector<Row> statistics() {
   std::map<std::tuple<std::string, int, std::string>, Sums> rows;
   const auto add = [&](Place place, std::string_view kind, const Sums& sums) {
     const Line& line = resolve(place);
-    Sums& row = rows[{line.kernel_file, line.kernel_line, std::string(kind)}];
+    Sums& row = rows[{line.file, line.line, std::string(kind)}];
     row.requests += sums.requests;
     row.units += sums.units;
     row.ideal += sums.ideal;

@@ -35,7 +35,7 @@ inline void ldmatrix(unsigned* r, int count, const void* row, bool transposed, S
           }
         }
       },
-      &mine, site, "ldmatrix instruction");
+      &mine, site, nullptr);
 }
 
 inline float half_of(unsigned r, int which, __nv_bfloat16) {
