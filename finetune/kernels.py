@@ -66,7 +66,7 @@ def trace(op: str, name: str | None, dtype: str, shape: str | None, forward: boo
     shapes = ", ".join(str(tuple(t.shape)) for t in sample.args if isinstance(t, torch.Tensor))
     console = _console()
     console.print(f"\n[bold]{op}[/], sample '{sample.name}': {shapes}, {DTYPES[dtype]}\n", highlight=False)
-    console.print(_trace_table(rows))
+    console.print(_trace_table(rows, console.width))
     console.print(
         "A request is a warp's, width the bytes a lane; its units are 32-byte sectors of global memory or wavefronts "
         "of shared memory (one 4-byte word from each of 32 banks), the ideal as few as would do.\n",
@@ -101,7 +101,7 @@ def reshaped(sample: Any, shape: str) -> Any:
     return dataclasses.replace(sample, name=shape, given=args)
 
 
-def _trace_table(rows: list[dict[str, Any]]) -> Any:
+def _trace_table(rows: list[dict[str, Any]], width: int) -> Any:
     heads = ("line", "source", "what", "requests", "width", "units", "ideal", "×")
     cells = []
     before = None
@@ -113,15 +113,18 @@ def _trace_table(rows: list[dict[str, Any]]) -> Any:
         mark = "" if excess is None else f"{excess:.2f}"
         numbers = [str(row[key]) if row["ideal"] or key == "requests" else "" for key in heads[3:7]]
         cells.append([where if first else "", row["source"] if first else "", row["kind"], *numbers, mark])
+    widths = [max(len(text) for text in column) for column in zip(heads, *cells, strict=True)]
+    room = max(20, width - sum(widths) + widths[1] - 3 * len(heads))  # the source gets what the others leave
     table = _table(*heads)
-    for i, column in enumerate(table.columns):  # the source gets what room the others leave
-        column.no_wrap = True
-        column.overflow = "ellipsis" if heads[i] == "source" else "ignore"
-        column.min_width = 20 if heads[i] == "source" else max(len(text) for text in (heads[i], *(c[i] for c in cells)))
+    for i, column in enumerate(table.columns):
+        column.no_wrap, column.overflow = True, "ellipsis"
+        column.min_width = column.max_width = min(widths[i], room) if i == 1 else widths[i]
         column.justify = "right" if i >= 3 else "left"
-    for row in cells:
+    for texts in cells:
         table.add_row(
-            *(text.replace("[", "\\[") for text in row[:-1]), row[-1], style="yellow" if float(row[-1] or 0) > 1 else ""
+            *(text.replace("[", "\\[") for text in texts[:-1]),
+            texts[-1],
+            style="yellow" if float(texts[-1] or 0) > 1 else "",
         )
     return table
 
