@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from finetune import ops
+from finetune import emulator, ops
 from finetune.ops import _triton
 from finetune.ops._check import check, run
 from finetune.ops._op import device_for
@@ -81,6 +81,24 @@ def test_opcheck(op):
 def test_fp32_with_its_own_tiles(op):
     for sample in SAMPLES[op]:
         check(op, sample, torch.float32, "triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_values_and_gradients compares both with the reference there")
+@pytest.mark.parametrize("name", ["grouped", "packed", "lengths"])
+def test_triton_and_cuda_attention_agree(name, large_tiles):
+    """Two implementations of one algorithm, in two languages, by two interpreters: results, statistics, gradients."""
+    emulator.load("emulated")
+    (sample,) = [s for s in SAMPLES["attention"] if s.name == name]
+    for dtype, units in ((torch.float32, 16), (torch.bfloat16, 1)):
+        both = [run("attention", sample, dtype, backend) for backend in ("triton", "emulated")]
+        for mine, theirs in zip(*both, strict=True):
+            assert (mine - theirs).abs().max() <= units * torch.finfo(dtype).eps * theirs.abs().max()
+        statistics = []
+        for library in ("finetune_triton", "finetune_emulated"):
+            overload, args = ops.REGISTRY["attention"].overload(library, *sample.cast(dtype), **sample.kwargs)
+            statistics.append(overload(*args)[1:])
+        for mine, theirs in zip(*statistics, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_several_chunks_of_gradients(monkeypatch):

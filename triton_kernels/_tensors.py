@@ -47,19 +47,21 @@ def by_dtype(*lists: list[Tensor]) -> list[list[list[Tensor]]]:
     return [[[t for t in column if t is not None] for column in zip(*rows, strict=True)] for rows in groups.values()]
 
 
-def pointers(*lists: list[Tensor], block: int = BLOCK) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """table (n, 2 + lists), owner (blocks,), and the constants WIDTH, BLOCK and ALIGNED."""
-    sizes = [t.numel() for t in lists[0]]
-    for tensors in lists:
-        check(not tensors or [t.numel() for t in tensors] == sizes, "lists of tensors", "their sizes must match")
-        alike = all(t.is_contiguous() and t.device == lists[0][0].device for t in tensors)
-        check(alike, "lists of tensors", "they must be contiguous and on one device")
+def pointers(
+    *lists: list[Tensor], beside: tuple[list[Tensor], ...] = (), block: int = BLOCK
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """table (n, 2 + lists), owner (blocks,), and the constants WIDTH, BLOCK and ALIGNED. `beside`: more lists, of tensors
+    of other sizes."""
+    sizes, device = [t.numel() for t in lists[0]], lists[0][0].device
+    check(all(not ts or [t.numel() for t in ts] == sizes for ts in lists), "lists of tensors", "their sizes must match")
+    lists = (*lists, *beside)
+    alike = all(t.is_contiguous() and t.device == device for tensors in lists for t in tensors)
+    check(alike, "lists of tensors", "they must be contiguous and on one device")
     rows, first = [], 0
     for i, size in enumerate(sizes):
         rows.append([first, size, *(tensors[i].data_ptr() if tensors else 0 for tensors in lists)])
         first += triton.cdiv(size, block)
     aligned = all(address % 16 == 0 for row in rows for address in row[2:])
-    device = lists[0][0].device
     table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
     ends = torch.tensor([row[0] for row in rows[1:]] + [first], dtype=torch.int64).to(device, non_blocking=True)
     owner = torch.searchsorted(ends, torch.arange(first, device=device), right=True, out_int32=True)
