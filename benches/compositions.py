@@ -217,6 +217,48 @@ def clip_grad_norm(grads, max_norm):
     return {"clip_grad_norm_": lambda: call(False), "clip_grad_norm_ foreach": lambda: call(True)}
 
 
+def cast(x, dtype, **how):
+    """torch's own conversion; where it has none (stochastic), the same bits by torch's integer operations."""
+    from finetune.ops.cast import reference
+
+    if how:
+        return {"Philox and integers": lambda: reference(x, dtype, **how)}
+    return {"x.to": lambda: x.to(dtype)}
+
+
+def global_norm(tensors):
+    def call(foreach):
+        return torch.nn.utils.get_total_norm(tensors, foreach=foreach).float()
+
+    return {"get_total_norm": lambda: call(False), "get_total_norm foreach": lambda: call(True)}
+
+
+def unscale_check_finite(grads, inverse_scale):
+    """What GradScaler.unscale_ calls, and the norm that clipping needs next."""
+
+    def call(foreach):
+        found_inf = torch.zeros(())
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inverse_scale)
+        return found_inf, torch.nn.utils.get_total_norm(grads, foreach=foreach).float().square()
+
+    return {"_amp_foreach…unscale_, get_total_norm": lambda: call(False), "the same, foreach": lambda: call(True)}
+
+
+def loss_scale_update(scale, growth_tracker, hysteresis_tracker, found_inf, **how):
+    """torch has the plain rule as one operator, but no hysteresis: that takes torch.where."""
+    from finetune.ops.loss_scale_update import reference
+
+    def plain():
+        torch._amp_update_scale_(
+            scale, growth_tracker, found_inf, how.get("growth_factor", 2.0), how.get("backoff_factor", 0.5),
+            how["growth_interval"],
+        )  # fmt: skip
+
+    if how.get("policy") == "deepspeed" or how.get("hysteresis", 1) > 1:
+        return {"torch.where": lambda: reference(scale, growth_tracker, hysteresis_tracker, found_inf, **how)}
+    return {"_amp_update_scale_": plain}
+
+
 PAGES = (
     rms_norm,
     layer_norm,
@@ -227,7 +269,11 @@ PAGES = (
     adamw,
     adamw8bit,
     token_logprobs,
+    cast,
     clip_grad_norm,
+    global_norm,
+    unscale_check_finite,
+    loss_scale_update,
     kv_cache,
     paged_attention,
 )

@@ -73,14 +73,15 @@ inline Tensor empty_f32(const Tensor& like, std::vector<int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Float);
 }
 
-inline DType dtype_of(const Tensor& t) {
+// half_on_cpu: does the op's CPU kernel take float16?
+inline DType dtype_of(const Tensor& t, bool half_on_cpu = false) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::f32;
     case ScalarType::BFloat16:
       return DType::bf16;
     case ScalarType::Half:
-      STD_TORCH_CHECK(on_device(t), "finetune: the CPU kernels take float32 and bfloat16, got float16");
+      STD_TORCH_CHECK(half_on_cpu || on_device(t), "finetune: the CPU kernels take float32 and bfloat16, got float16");
       return DType::f16;
     default:
       STD_TORCH_CHECK(false, "finetune: expected float32, bfloat16 or float16");

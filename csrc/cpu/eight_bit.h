@@ -2,6 +2,7 @@
 // bits of bias 7, 3 of mantissa, no infinities, all ones is NaN).
 #pragma once
 
+#include "finetune/kv_cache.h"
 #include "simd.h"
 
 namespace finetune::FINETUNE_LEVEL {

@@ -15,6 +15,7 @@ namespace finetune {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 using fp8 = __nv_fp8_e4m3;
+using e5m2 = __nv_fp8_e5m2;
 using bf16x2 = __nv_bfloat162;
 using f16x2 = __half2;
 
@@ -26,6 +27,7 @@ __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(f16 v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(fp8 v) { return static_cast<float>(v); }
+__device__ __forceinline__ float to_float(e5m2 v) { return static_cast<float>(v); }
 __device__ __forceinline__ float to_float(int8_t v) { return static_cast<float>(v); }
 
 template <class T>
@@ -46,6 +48,12 @@ template <>
 __device__ __forceinline__ fp8 from_float<fp8>(float v) {  // what is too large becomes ±448
   fp8 out;
   out.__x = __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
+  return out;
+}
+template <>
+__device__ __forceinline__ e5m2 from_float<e5m2>(float v) {  // what is too large becomes infinite
+  e5m2 out;
+  out.__x = __nv_cvt_float_to_fp8(v, __NV_NOSAT, __NV_E5M2);
   return out;
 }
 

@@ -36,17 +36,15 @@ __device__ __forceinline__ Slice slice(const List& list) {
   return {low, begin, rest < List::elements ? rest : List::elements};
 }
 
-// Calls f(list, blocks, blocks of the lists before) for as many lists as the pieces that `keep` accepts fill.
+// Calls f(list, blocks) for as many lists as the pieces that `keep` accepts fill.
 template <int kElements, class Piece, class Keep, class F>
 Status for_each_list(const Piece* pieces, int64_t count, Keep&& keep, F&& f) {
   TensorList<Piece, kElements> list{};
-  int64_t before = 0;
   for (int64_t i = 0; i <= count; ++i) {
     if (list.count == list.most || (i == count && list.count)) {
       const unsigned blocks = list.first[list.count];
-      const Status status = f(list, blocks, before);
+      const Status status = f(list, blocks);
       if (status != Status::ok) return status;
-      before += blocks;
       list.count = 0;
     }
     if (i < count && pieces[i].size && keep(pieces[i])) {

@@ -4,15 +4,19 @@ from finetune.ops._op import BACKENDS, REGISTRY, BackendUnavailable, Op, Sample,
 from finetune.ops.adamw import adamw_
 from finetune.ops.adamw8bit import adamw8bit_
 from finetune.ops.attention import attention
+from finetune.ops.cast import cast
 from finetune.ops.clip_grad_norm import clip_grad_norm_
+from finetune.ops.global_norm import global_norm
 from finetune.ops.kv_cache import kv_cache_append_, kv_cache_copy_, kv_cache_gather
 from finetune.ops.layer_norm import layer_norm
 from finetune.ops.linear_cross_entropy import linear_cross_entropy
+from finetune.ops.loss_scale_update import loss_scale_update_
 from finetune.ops.paged_attention import paged_attention
 from finetune.ops.rms_norm import rms_norm
 from finetune.ops.rope import rope
 from finetune.ops.swiglu import swiglu
 from finetune.ops.token_logprobs import token_logprobs
+from finetune.ops.unscale_check_finite import unscale_check_finite_
 
 __all__ = [
     "BACKENDS",
@@ -23,17 +27,21 @@ __all__ = [
     "adamw8bit_",
     "adamw_",
     "attention",
+    "cast",
     "clip_grad_norm_",
+    "global_norm",
     "kv_cache_append_",
     "kv_cache_copy_",
     "kv_cache_gather",
     "layer_norm",
     "linear_cross_entropy",
+    "loss_scale_update_",
     "paged_attention",
     "rms_norm",
     "rope",
     "swiglu",
     "table",
     "token_logprobs",
+    "unscale_check_finite_",
     "use_backend",
 ]

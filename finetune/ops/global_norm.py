@@ -1,0 +1,79 @@
+"""The L2 norm of many tensors together:  sqrt(Σ over all tensors of x²), without changing them.
+
+As torch.nn.utils.get_total_norm. For clipping in the optimizer's own sweep: adamw_(…, grad_scale=(max_norm /
+(norm + 1e-6)).clamp(max=1)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from finetune.ops._op import Native, Op, Sample, wrong_device
+from finetune.ops.adamw import SMOLLM2_BLOCK
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def reference(tensors: Sequence[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.zeros(())
+    return torch.stack([t.to(torch.promote_types(t.dtype, torch.float32)).norm() for t in tensors]).norm()
+
+
+def overload(tensors):
+    return "global_norm", (list(tensors),)
+
+
+@torch.no_grad()
+def native(operators, tensors) -> Tensor:
+    return operators.global_norm([t.detach() for t in tensors]) if tensors else torch.zeros(())
+
+
+def supports(backend: str, tensors: Sequence[Tensor]) -> str | None:
+    if wrong := {t.dtype for t in tensors} - {*FLOATS}:
+        return f"it takes float32, bfloat16 and float16, got {str(wrong.pop()).removeprefix('torch.')}"
+    return wrong_device(backend, *tensors)
+
+
+def register(library: str) -> None:
+
+    @torch.library.register_fake(f"{library}::global_norm")
+    def _(tensors):
+        return tensors[0].new_empty((), dtype=torch.float32)
+
+
+def samples() -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(0)
+
+    def make(name: str, shapes, scale: float = 1.0, bench: bool = False) -> Sample:
+        def args():
+            return ([torch.randn(*shape, generator=g, dtype=torch.float64) * scale for shape in shapes],)
+
+        n = sum(math.prod(shape) for shape in shapes)
+        return Sample(name, args if bench else args(), bench=bench, flops=2.0 * n, bytes=4.0 * n)
+
+    yield make("small", [(3, 4), (5,), (2, 3, 5)])
+    yield make("odd", [(1031,), (1,)])
+    yield make("pieces", [(3, 16384), (40003,), (17,)])
+    yield make("many", [(3,)] * 170)
+    yield make("large", [(101,)], scale=1e4)
+    yield make("zero", [(9,), (2, 2)], scale=0.0)
+    yield make("empty", [(0, 3), (7,)])
+    yield Sample("strided", ([torch.randn(7, 9, generator=g, dtype=torch.float64).t()],))
+    yield make("bench", SMOLLM2_BLOCK * 16, bench=True)
+
+
+op = Op("global_norm", reference, Native(native, overload, supports, register), samples)
+
+
+def global_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+    """The L2 norm of float32, bfloat16 and float16 tensors as if they were one: 0-d float32, on their device.
+
+    The same bits at every call, and for any number of threads. The host waits for nothing.
+    """
+    return op(tensors, backend=backend)
