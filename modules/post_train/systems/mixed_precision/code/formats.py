@@ -1,0 +1,165 @@
+"""The number formats, and what each needs beside its dtype: a master copy, stochastic rounding, delayed scaling.
+
+              exponent, mantissa bits   largest    smallest normal, subnormal   last bit at 1
+fp32                 8, 23              3.4e38     1.2e-38, 1.4e-45             1.2e-7
+bf16                 8, 7               3.4e38     1.2e-38, 9.2e-41             7.8e-3
+fp16                 5, 10              65504      6.1e-5,  6.0e-8              9.8e-4
+fp8 e4m3             4, 3               448        1.6e-2,  2.0e-3              0.125
+fp8 e5m2             5, 2               57344      6.1e-5,  1.5e-5              0.25
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finetune import ops
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+
+
+@dataclass(frozen=True)
+class Format:
+    dtype: torch.dtype  # of weights, activations and gradients
+    master: bool = True  # the optimizer keeps weights of less than fp32 a second time, in fp32
+    stochastic: bool = False  # without a master: round the updated weight up or down at random
+    scaled: bool = False  # dynamic loss scaling
+    fp8: bool = False  # the blocks' linear layers multiply in fp8
+
+
+FORMATS = {
+    "fp32": Format(torch.float32),
+    "bf16": Format(torch.bfloat16),
+    "bf16_no_master": Format(torch.bfloat16, master=False),
+    "bf16_stochastic": Format(torch.bfloat16, master=False, stochastic=True),
+    "fp16": Format(torch.float16),
+    "fp16_scaled": Format(torch.float16, scaled=True),
+    "fp8": Format(torch.bfloat16, fp8=True),
+}
+
+
+# --- Rounding
+
+
+def round_stochastically(x: Tensor, noise: Tensor | None = None) -> Tensor:
+    """fp32 → bf16, up with the probability of the distance that is cut off, so that the mean is x.
+
+    A bf16 is the upper half of an fp32: adding a random number of 16 bits to the lower half carries into the upper half
+    exactly so often. `noise`: those numbers, int32 in [0, 65536).
+    """
+    if noise is None:
+        noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    bits = (x.contiguous().view(torch.int32) + noise) & -65536
+    rounded = bits.view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+class StochasticAdamW:
+    """AdamW on bf16 weights without a master copy: each weight is widened, updated and rounded stochastically."""
+
+    def __init__(self, params: Iterable[nn.Parameter], weight_decay: float) -> None:
+        self.params, self.weight_decay, self.steps = list(params), weight_decay, 0
+        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p, dtype=torch.float32) for p in self.params] for _ in "mv")
+
+    @torch.no_grad()
+    def step(self, lr: float, grad_scale: float | Tensor = 1.0) -> None:
+        self.steps += 1
+        for p, m, v in zip(self.params, self.exp_avg, self.exp_avg_sq, strict=True):
+            assert p.grad is not None
+            wide, decay = p.float(), self.weight_decay if p.dim() >= 2 else 0.0
+            ops.adamw_([wide], [p.grad.float()], [m], [v], None, lr=lr, beta1=0.9, beta2=0.999, eps=1e-8,
+                       weight_decay=decay, step=self.steps, grad_scale=grad_scale)  # fmt: skip
+            p.copy_(round_stochastically(wide))
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        moments = zip(self.exp_avg, self.exp_avg_sq, strict=True)
+        return {"steps": self.steps, "moments": {str(i): {"m": m, "v": v} for i, (m, v) in enumerate(moments)}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        for i, saved in state["moments"].items():
+            self.exp_avg[int(i)].copy_(saved["m"])
+            self.exp_avg_sq[int(i)].copy_(saved["v"])
+
+
+# --- fp8 with delayed scaling
+
+
+class Amax(nn.Module):
+    """The largest magnitudes that a tensor had in its last calls, and the factor that they call for.
+
+    The factor is needed before the tensor is known, so it comes from the past: delayed scaling (Micikevicius et al.
+    2022, arXiv:2209.05433; TransformerEngine's DelayedScaling). What exceeds the past is saturated.
+    """
+
+    history: Tensor
+
+    def __init__(self, dtype: torch.dtype, length: int) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("history", torch.zeros(length, dtype=torch.float32))
+
+    def quantise(self, x: Tensor) -> tuple[Tensor, float]:
+        """x · factor in fp8, and the factor. x's own maximum is for the next call."""
+        most, limit = float(self.history.max()), LARGEST[self.dtype]
+        factor = limit / most if most > 0 else 1.0
+        self.history.copy_(self.history.roll(1))
+        self.history[0] = x.abs().max()
+        return to_fp8(x.float() * factor, self.dtype), factor
+
+
+def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 → fp8, round to nearest even; what is too large becomes the largest."""
+    return x.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
+
+
+class Fp8Linear(nn.Module):
+    """y = x·Wᵀ + b with x and W in e4m3 and the gradient of y in e5m2 (range matters more than precision there).
+
+    The products are exact in fp32 and summed in fp32, as a tensor core does; y, dx and dW are rounded to x's dtype.
+    """
+
+    def __init__(self, linear: nn.Linear, history: int = 16) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.x_amax, self.w_amax, self.g_amax = Amax(E4M3, history), Amax(E4M3, history), Amax(E5M2, history)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Fp8Product.apply(x, self.weight, self)  # type: ignore[no-untyped-call]
+        return y + self.bias
+
+
+class Fp8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, layer: Fp8Linear) -> Tensor:
+        x8, x_factor = layer.x_amax.quantise(x.detach())
+        w8, w_factor = layer.w_amax.quantise(w.detach())
+        ctx.save_for_backward(x8, w8)
+        ctx.factors, ctx.layer, ctx.dtype = (x_factor, w_factor), layer, x.dtype
+        return (F.linear(x8.float(), w8.float()) / (x_factor * w_factor)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x8, w8 = ctx.saved_tensors
+        x_factor, w_factor = ctx.factors
+        g8, g_factor = ctx.layer.g_amax.quantise(grads[0])
+        g = g8.float()
+        dx = (g @ w8.float()) / (g_factor * w_factor)
+        dw = g.flatten(0, -2).t() @ x8.float().flatten(0, -2) / (g_factor * x_factor)
+        return dx.to(ctx.dtype), dw.to(ctx.dtype), None
+
+
+def use_fp8(model: nn.Module, history: int = 16) -> None:
+    """Replaces the linear layers of the blocks. Embeddings, norms, attention and the head stay as they are."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Fp8Linear(child, history))

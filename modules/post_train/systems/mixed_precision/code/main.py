@@ -1,0 +1,277 @@
+"""Mixed precision: the same small GPT, data and seed in seven number formats, and why each needs what it needs.
+
+    g = scale · dL/dθ in fp16     only if every element is finite: θ32 ← AdamW(θ32, g / scale), θ16 ← round(θ32)
+
+Micikevicius et al. 2018 (arXiv:1710.03740): fp16 weights, activations and gradients, fp32 masters, a scaled loss.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from finetune import config, memory, ops, optim
+from finetune.errors import UserError
+from finetune.gpt import GPT, GPTConfig
+from finetune.memory import formulas, meters
+
+from . import plots
+from .formats import FORMATS, Format, StochasticAdamW, round_stochastically, use_fp8
+from .scaling import LossScaler
+from .text import Text, load
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 300
+    checkpoint_every: int = 100
+    data: Path | None = None  # a text file; none: the standard library's own reference (pydoc_data.topics)
+    formats: str = ",".join(FORMATS)  # which to train, separated by commas; fp32 is what the others are compared with
+    dim: int = 128  # width of the GPT
+    layers: int = 4
+    heads: int = 4
+    length: int = 128  # characters of a row
+    batch: int = 8  # rows of a step
+    # tokens of the whole step, of which these rows are one rank's micro-batch: the loss is a sum divided by it, so that
+    # the ranks' gradients add up. 3.2 million is GPT-3's batch (Brown et al. 2020, table 2.1); it makes gradients small
+    tokens_per_step: int = 3_200_000
+    lr: float = 2e-3  # peak learning rate
+    warmup: int = 20  # steps until the peak; from there a cosine falls to a tenth
+    weight_decay: float = 0.1  # AdamW's, on matrices only
+    clip: float = 1.0  # largest norm of the gradient
+    policy: Literal["torch", "deepspeed"] = "torch"  # of dynamic loss scaling
+    init_scale: float = 2.0**30  # too large on purpose, so that the first steps show how it is found
+    growth_interval: int = 50  # good steps until the scale doubles (torch's default: 2000)
+    hysteresis: int = 2  # deepspeed: overflows until the scale is halved
+    amax_history: int = 16  # fp8: calls whose maximum decides the factor
+    eval_batches: int = 8  # held-out batches to evaluate on
+
+    @classmethod
+    def toy(cls) -> "Config":
+        return cls(
+            steps=200, dim=64, layers=2, length=64, lr=3e-3, growth_interval=40, checkpoint_every=50,
+        )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"dim": 1, "layers": 1, "heads": 1, "length": 1, "batch": 1, "tokens_per_step": 1, "growth_interval": 1,
+                 "hysteresis": 1, "amax_history": 1, "eval_batches": 1, "warmup": 0}  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                key = config.dashed(name)
+                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
+        for name in self.formats.split(","):
+            if name not in FORMATS:
+                raise UserError(f"--formats: '{name}' is not one of {', '.join(FORMATS)}")
+
+
+def main(cfg: Config, run) -> dict[str, Any]:
+    text = load(cfg.data, cfg.length)
+    names = cfg.formats.split(",")
+    run.say(
+        f"{len(text.train):,} characters to train on, {len(text.vocabulary)} different; formats: {', '.join(names)}"
+    )
+    losses, found, rows = {}, {}, []
+    for name in names:
+        model, optimizer, skipped = train(cfg, run, name, text)
+        losses[name] = evaluate(cfg, model, text, FORMATS[name])
+        run.say(f"{name}: held-out loss {losses[name]:.4f}")
+        if name == "fp16_scaled":
+            found["skipped_steps"] = skipped
+        if name == "fp32":
+            found |= lost_gradients(cfg, run, model, text)
+        rows += memory_rows(cfg, name, model, optimizer, text) if cfg.steps else []
+    before = evaluate(cfg, new_model(cfg, run, FORMATS["fp32"], text), text, FORMATS["fp32"])
+    run.memory(rows)
+    judge(run, losses, before, found)
+    judge_sums(run)
+    plots.losses(run, losses)
+    plots.loss_scale(run)
+    return {"loss_before": before, **{k: v for k, v in found.items() if k not in run.judged}}
+
+
+# --- One format
+
+
+def new_model(cfg: Config, run, format: Format, text: Text) -> GPT:
+    """The same weights for every format, rounded to it."""
+    run.seed("model")
+    model = GPT(GPTConfig(len(text.vocabulary), cfg.dim, cfg.layers, cfg.heads, cfg.length)).to(format.dtype)
+    if format.fp8:
+        use_fp8(model, cfg.amax_history)
+    return model
+
+
+def train(cfg: Config, run, name: str, text: Text) -> tuple[GPT, Any, int]:
+    """The trained model, its optimizer and the number of skipped steps."""
+    format = FORMATS[name]
+    model = new_model(cfg, run, format, text)
+    if format.stochastic:
+        optimizer: Any = StochasticAdamW(model.parameters(), cfg.weight_decay)
+    else:
+        master: Any = "auto" if format.master else False
+        optimizer = optim.AdamW(optim.decay_groups(model.parameters(), cfg.weight_decay), lr=cfg.lr, master=master)
+    scaler = LossScaler(cfg.policy, cfg.init_scale if format.scaled else 1.0, cfg.growth_interval,
+                        hysteresis=cfg.hysteresis)  # fmt: skip
+    counts = {"skipped": 0}
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "counts": counts}
+    for step in run.steps(cfg.steps, state, phase=name):
+        inputs, targets = text.batch(text.train, cfg.batch, cfg.length, run.generator("batch", step))
+        with arithmetic(format):
+            loss = loss_sum(model, inputs, targets)
+            (loss * (scaler.scale / cfg.tokens_per_step)).backward()
+            grads = [p.grad for p in model.parameters()]
+            overflow, norm = check_finite(grads)
+            # The sum over all ranks: they are as many as make up tokens_per_step, and all alike here.
+            unscale = cfg.tokens_per_step / inputs.numel() / scaler.scale
+            if not overflow:
+                clip = min(1.0, cfg.clip / (norm * unscale + 1e-6))
+                lr = optim.cosine(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 10)
+                optimizer.step(lr=lr, grad_scale=unscale * clip)
+            optimizer.zero_grad()
+        run.log(step, loss=loss.item() / inputs.numel(), **({"scale": scaler.scale} if format.scaled else {}))
+        counts["skipped"] += overflow
+        if format.scaled:
+            scaler.update(overflow)
+    return model, optimizer, counts["skipped"]
+
+
+def arithmetic(format: Format):
+    """fp16 has no kernels of ours on the CPU: norms, attention, loss and AdamW go by their references, which compute in
+    fp32 and round between the ops. The products of fp16 are torch's own."""
+    return ops.use_backend("reference") if format.dtype == torch.float16 else ops.use_backend(None)
+
+
+def loss_sum(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy (nats) summed over all positions, fp32."""
+    hidden = model(inputs, hidden=True)  # (B, T, C)
+    return ops.linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten(), reduction="sum")
+
+
+def check_finite(grads: list[Tensor | None]) -> tuple[bool, float]:
+    """(is any element inf or NaN?, the L2 norm of all) of gradients as they are, still scaled."""
+    squares = sum(float(g.float().square().sum(dtype=torch.float64)) for g in grads if g is not None)
+    return not math.isfinite(squares), math.sqrt(squares) if math.isfinite(squares) else math.inf
+
+
+@torch.no_grad()
+def evaluate(cfg: Config, model: GPT, text: Text, format: Format) -> float:
+    """Mean loss in nats on the same held-out rows for every format and seed."""
+    total = 0.0
+    with arithmetic(format):
+        for i in range(cfg.eval_batches):
+            inputs, targets = text.batch(text.held_out, cfg.batch, cfg.length, torch.Generator().manual_seed(i))
+            total += loss_sum(model, inputs, targets).item() / inputs.numel()
+    return total / cfg.eval_batches
+
+
+# --- What fp16 loses
+
+
+def lost_gradients(cfg: Config, run, model: GPT, text: Text) -> dict[str, float]:
+    """Of the gradient elements that are not 0 in fp32: the share that fp16 makes 0, without and with a scaled loss.
+
+    The trained fp32 model's weights, one batch. `lost_weights`: gradients of the parameters; `lost_activations`:
+    gradients of the blocks' outputs.
+    """
+    batch = text.batch(text.train, cfg.batch, cfg.length, torch.Generator().manual_seed(0))
+    wide = all_gradients(cfg, model, batch, 1.0)
+    half = copy.deepcopy(model).half()
+    found = {}
+    for scale, ending in ((1.0, ""), (65536.0, "_scaled")):
+        narrow = all_gradients(cfg, half, batch, scale)
+        for part in wide:
+            there = wide[part] != 0
+            found[f"lost_{part}{ending}"] = float((narrow[part][there] == 0).double().mean())
+    plots.exponents(run, wide)
+    return found
+
+
+def all_gradients(cfg: Config, model: GPT, batch: tuple[Tensor, Tensor], scale: float) -> dict[str, Tensor]:
+    kept: list[Tensor] = []
+    handles = [b.register_full_backward_hook(lambda _m, _i, out: kept.append(out[0].flatten())) for b in model.blocks]
+    with ops.use_backend("reference"):
+        (loss_sum(model, *batch) * (scale / cfg.tokens_per_step)).backward()
+    for handle in handles:
+        handle.remove()
+    weights = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return {"weights": weights, "activations": torch.cat(kept)}
+
+
+# --- What is shown
+
+
+def judge(run, losses: dict[str, float], before: float, found: dict[str, float]) -> None:
+    """Every sound format within 0.05 nat of fp32; fp16 without scaling not."""
+    reference = losses.get("fp32")
+    for name, loss in losses.items():
+        if name == "fp32" or reference is None:
+            run.judge(f"loss_{name}", loss, baseline=before, higher=False)
+        elif name in ("bf16", "fp16_scaled", "fp8", "bf16_stochastic"):
+            run.judge(f"loss_{name}", loss, baseline=before, target=reference + 0.05, higher=False)
+        else:
+            run.judge(f"loss_{name}", loss)
+    if reference is not None and "fp16" in losses:
+        run.judge("fp16_is_worse_by", losses["fp16"] - reference, baseline=0.0, target=0.1)
+    for name in ("lost_weights", "lost_activations"):
+        if name in found:
+            run.judge(name, found[name], baseline=found[f"{name}_scaled"], target=0.3)
+
+
+def judge_sums(run) -> None:
+    """1 + 1000 · 1e-4 in bf16: the last bit at 1 is 1/128, so each addition by itself is rounded away."""
+    plain, stochastic, master = (torch.tensor(1.0, dtype=torch.bfloat16) for _ in range(3))
+    wide = torch.tensor(1.0)
+    run.seed("sums")
+    many = torch.ones(1000, dtype=torch.bfloat16)
+    for _ in range(1000):
+        plain += 1e-4
+        wide += 1e-4
+        master = wide.bfloat16()
+        many = round_stochastically(many.float() + 1e-4)
+    stochastic = many.float().mean()
+    run.judge("sum_bf16", float(plain), target=1.0, higher=False)
+    run.judge("sum_master", float(master), baseline=float(plain), target=1.095)
+    run.judge("sum_stochastic_error", abs(float(stochastic) - 1.1), baseline=abs(float(plain) - 1.1), target=0.01,
+              higher=False)  # fmt: skip
+
+
+# --- Memory
+
+
+def memory_plan(cfg: Config) -> tuple[GPTConfig, memory.Setup]:
+    """The bf16 run with masters, for `python -m finetune memory mixed_precision`."""
+    vocabulary = load(cfg.data, cfg.length).vocabulary
+    shape = GPTConfig(len(vocabulary), cfg.dim, cfg.layers, cfg.heads, cfg.length)
+    return shape, memory.Setup(batch=cfg.batch, seq=cfg.length, dtype="bf16")
+
+
+def memory_rows(cfg: Config, name: str, model: GPT, optimizer: Any, text: Text) -> list[dict[str, Any]]:
+    """What stays in memory for this format, by formula and as found. Weights, gradients, moments, master copy."""
+    format = FORMATS[name]
+    with arithmetic(format):
+        loss_sum(model, *text.batch(text.train, 1, cfg.length, torch.Generator().manual_seed(0))).backward()
+    shape = memory.shape_of(model.config)
+    setup = memory.Setup(dtype=NAMES[format.dtype], master=format.master)
+    if format.stochastic:
+        states = meters.storage_bytes([*optimizer.exp_avg, *optimizer.exp_avg_sq])
+    else:
+        states = meters.optimizer_bytes(optimizer)
+    rows = [
+        ("weights", formulas.weights(shape, setup).bytes, meters.weight_bytes(model)),
+        ("gradients", formulas.gradients(shape, setup).bytes, meters.gradient_bytes(model)),
+        ("optimizer states", formulas.optimizer_states(shape, setup).bytes, states),
+    ]
+    if format.fp8:
+        layers, kept = len(shape.linears) * shape.layers, 3 * 4 * cfg.amax_history
+        rows.append(("maxima", layers * kept, meters.storage_bytes(model.buffers())))
+    model.zero_grad(set_to_none=True)
+    return [{"name": f"{name}: {part}", "predicted": a, "measured": b} for part, a, b in rows]
+
+
+NAMES: dict[torch.dtype, Any] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

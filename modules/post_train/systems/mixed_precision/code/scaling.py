@@ -1,0 +1,67 @@
+"""Loss scaling: multiply the loss so that small gradients survive in fp16, divide in fp32 before the update.
+
+Dynamic scaling looks for the largest factor that does not overflow (Micikevicius et al. 2018, arXiv:1710.03740, §3.2):
+a step with an inf or NaN is skipped and the factor shrinks; after `interval` good steps it grows. The two policies in
+use differ in when it shrinks and in what they count:
+
+torch      (torch.amp.GradScaler) shrinks at every overflow; counts good steps and begins anew after each change.
+deepspeed  (DynamicLossScaler) forgives `hysteresis` − 1 overflows before it shrinks; grows at a good step that comes
+           after `interval` (or a multiple) good ones since the last overflow, and only then forgives again.
+"""
+
+from typing import Any, Literal
+
+LARGEST = 3.4028234663852886e38  # fp32: torch's scale is a tensor and stays where it would become infinite
+
+
+class LossScaler:
+    """The factor, and what decides it. `update(overflow)` after every step, taken or skipped."""
+
+    def __init__(
+        self,
+        policy: Literal["torch", "deepspeed"] = "torch",
+        scale: float = 65536.0,
+        interval: int = 2000,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        hysteresis: int = 2,
+        least: float = 1.0,
+    ) -> None:
+        self.policy, self.scale, self.interval = policy, scale, interval
+        self.growth, self.backoff, self.hysteresis, self.least = growth, backoff, hysteresis, least
+        self.good = 0  # steps since the last change (torch) or the last overflow (deepspeed)
+        self.patience = hysteresis  # deepspeed: the overflow that brings this to 0 shrinks the scale
+
+    def update(self, overflow: bool) -> None:
+        if self.policy == "torch":
+            self._torch(overflow)
+        else:
+            self._deepspeed(overflow)
+
+    def _torch(self, overflow: bool) -> None:
+        self.good = 0 if overflow else self.good + 1
+        if overflow:
+            self.scale *= self.backoff
+        elif self.good == self.interval:
+            if self.scale * self.growth <= LARGEST:
+                self.scale *= self.growth
+            self.good = 0
+
+    def _deepspeed(self, overflow: bool) -> None:
+        if overflow:
+            self.good = 0
+            if self.patience == 1:  # and it stays 1: the next overflow shrinks the scale at once
+                self.scale = max(self.scale * self.backoff, self.least)
+            else:
+                self.patience -= 1
+            return
+        if self.good and self.good % self.interval == 0:
+            self.scale *= self.growth
+            self.patience = self.hysteresis
+        self.good += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.scale, "good": self.good, "patience": self.patience}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scale, self.good, self.patience = state["scale"], state["good"], state["patience"]
