@@ -247,7 +247,7 @@ def samples() -> Iterator[Sample]:
     yield gathered("gather nothing", [0], 2, 4, 1, 8)
     bits, scales = quantise(random(5, 3, 1, 7), torch.int8)
     yield copied("copy int8", [(4, 0)], bits, scales.double())
-    yield copied("copy many", [(i, 16 - i) for i in range(8)], *(random(17, 1, 1, 3) for _ in range(70)))
+    yield copied("copy many", [(0, 2)], *(random(3, 1, 1, 3) for _ in range(70)))
     yield copied("copy none", [], random(2, 2, 1, 4))
 
     yield appended("bench append", 512, 128, 16, 8, 64, bench=True)
