@@ -50,8 +50,8 @@ def by_dtype(*lists: list[Tensor]) -> list[list[list[Tensor]]]:
 def pointers(
     *lists: list[Tensor], beside: tuple[list[Tensor], ...] = (), block: int = BLOCK
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """table (n, 2 + lists), owner (blocks,), and the constants WIDTH, BLOCK and ALIGNED. `beside`: more lists, of tensors
-    of other sizes."""
+    """table (n, 2 + lists), owner (blocks,), and the constants WIDTH, BLOCK and ALIGNED. `beside`: more lists, of
+    tensors of other sizes."""
     sizes, device = [t.numel() for t in lists[0]], lists[0][0].device
     check(all(not ts or [t.numel() for t in ts] == sizes for ts in lists), "lists of tensors", "their sizes must match")
     lists = (*lists, *beside)

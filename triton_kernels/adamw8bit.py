@@ -1,6 +1,6 @@
-"""AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861) over many tensors in one launch, in place.
+"""AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861), many tensors in one launch, in place.
 
-    m = map[code] · absmax;  the step of adamw.py;  absmax ← max |m| of the block;  code ← number of middles < m / absmax
+    m = map[code] · absmax;  the step of adamw.py;  absmax ← max |m|;  code ← number of middles < m / absmax
 
 Layout: a table of addresses (_tensors.py); a program takes BLOCK elements of one tensor, as rows of the 256 that share
 an absmax. Maps and middles (4 KB) are looked up in the first-level cache: one gather to widen a code, eight (a binary
