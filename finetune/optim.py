@@ -1,4 +1,5 @@
-"""The optimizer of the project's training loops, over ops.adamw_, and learning-rate schedules as plain functions.
+"""The optimizer of the project's training loops, over ops.adamw_ and ops.adamw8bit_, and learning-rate schedules as
+plain functions.
 
 optimizer = AdamW(decay_groups(model.parameters(), 0.1), lr=1e-3)
 for step in range(total):
@@ -20,17 +21,26 @@ import torch
 from torch import Tensor, nn
 
 from finetune import ops
+from finetune.ops.adamw8bit import states_like
+
+# Form of the moments → the operator, and the names of its states in the order of its arguments.
+MOMENTS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "fp32": (ops.adamw_, ("exp_avg", "exp_avg_sq")),
+    "8bit": (ops.adamw8bit_, ("exp_avg", "exp_avg_max", "exp_avg_sq", "exp_avg_sq_max")),
+}
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv:1711.05101) with fp32 moments, and fp32 masters for parameters of fewer bits.
+    """AdamW (arXiv:1711.05101) with fp32 or 8-bit moments, and fp32 masters for parameters of fewer bits.
 
     params: parameters, or groups of them as torch.optim takes them; a group may set any of the hyperparameters.
     master: "auto" keeps an fp32 copy of each bfloat16 parameter, updates that and rounds it to the parameter;
     False updates the parameter itself (which then loses updates below half its last bit).
+    moments: "fp32", or "8bit": a byte each and 8 bytes for every 256 elements (arXiv:2110.02861, ops.adamw8bit_).
 
-    State of a parameter: step (int), exp_avg, exp_avg_sq and, if kept, master (fp32 tensors). `state_dict()` holds
-    nothing but tensors, numbers, strings, lists and dicts, and loading it restores every bit.
+    State of a parameter: step (int), exp_avg, exp_avg_sq (fp32, or uint8 codes with the fp32 exp_avg_max and
+    exp_avg_sq_max) and, if kept, master (fp32). `state_dict()` holds nothing but tensors, numbers, strings, lists and
+    dicts, and loading it restores every bit.
     """
 
     def __init__(
@@ -41,6 +51,7 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         master: Literal["auto", False] = "auto",
+        moments: Literal["fp32", "8bit"] = "fp32",
     ) -> None:
         for name, value, holds in (
             ("lr", lr, lr >= 0),
@@ -48,11 +59,12 @@ class AdamW(torch.optim.Optimizer):
             ("eps", eps, eps >= 0),
             ("weight_decay", weight_decay, weight_decay >= 0),
             ("master", master, master in ("auto", False)),
+            ("moments", moments, moments in MOMENTS),
         ):
             if not holds:
                 raise ValueError(f"AdamW: {name}={value!r} is out of range")
-        defaults = {"lr": lr, "betas": list(betas), "eps": eps, "weight_decay": weight_decay, "master": master}
-        super().__init__(params, defaults)
+        defaults = {"lr": lr, "betas": list(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"master": master, "moments": moments})
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -74,17 +86,18 @@ class AdamW(torch.optim.Optimizer):
             alike: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    state = self.state[p] or self._begin(p, group["master"])
+                    state = self.state[p] or self._begin(p, group)
                     state["step"] += 1
-                    alike[p.dtype, p.device, "master" in state, state["step"]].append(p)
+                    moments = "8bit" if "exp_avg_max" in state else "fp32"
+                    alike[p.dtype, p.device, "master" in state, moments, state["step"]].append(p)
             beta1, beta2 = group["betas"]
-            for (_, _, has_master, step), params in alike.items():
+            for (_, _, has_master, moments, step), params in alike.items():
                 states = [self.state[p] for p in params]
-                ops.adamw_(
+                update, names = MOMENTS[moments]
+                update(
                     params,
                     [p.grad for p in params if p.grad is not None],
-                    [s["exp_avg"] for s in states],
-                    [s["exp_avg_sq"] for s in states],
+                    *([s[name] for s in states] for name in names),
                     [s["master"] for s in states] if has_master else None,
                     lr=group["lr"],
                     beta1=beta1,
@@ -96,14 +109,17 @@ class AdamW(torch.optim.Optimizer):
                 )
         return loss
 
-    def _begin(self, p: nn.Parameter, master: Literal["auto", False]) -> dict[str, Any]:
+    def _begin(self, p: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
         if p.grad is not None and p.grad.is_sparse:
             raise ValueError("AdamW takes no sparse gradients")
         state = self.state[p]
         state["step"] = 0
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format)
-        if master == "auto" and p.dtype != torch.float32:
+        if group["moments"] == "8bit":
+            state |= states_like(p)
+        else:
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format)
+        if group["master"] == "auto" and p.dtype != torch.float32:
             state["master"] = p.detach().to(torch.float32, copy=True)
         return state
 

@@ -22,6 +22,9 @@ SETUPS = [
     Setup(batch=1, seq=200, lora_rank=4),
     Setup(batch=1, seq=200, lora_rank=4, lora_targets="q,v"),
     Setup(batch=1, seq=200, lora_rank=4, dtype="bf16", checkpointing=True),
+    Setup(batch=1, seq=64, moments="8bit"),
+    Setup(batch=1, seq=64, moments="8bit", dtype="bf16"),
+    Setup(batch=1, seq=64, moments="8bit", lora_rank=3),
 ]
 EACH_SETUP = pytest.mark.parametrize("setup", SETUPS, ids=str)
 
@@ -34,7 +37,7 @@ def build(config, setup):
         lora.apply_lora(model, setup.lora_rank, targets=setup.targets(shape_of(config)))
     model.gradient_checkpointing = setup.checkpointing
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optim.AdamW(trained, lr=1e-3)
+    optimizer = optim.AdamW(trained, lr=1e-3, moments=setup.moments)
     tokens = torch.randint(config.vocab_size, (setup.batch, setup.seq), generator=torch.Generator().manual_seed(1))
 
     def loss():
@@ -196,6 +199,15 @@ def test_formulas_give_their_bytes():
                 if term.name != "step growth":
                     text = re.sub("⌈(.+?)/(W)⌉", r"-(-(\1)//\2)", term.formula).replace("·", "*")
                     assert eval(text, {"__builtins__": {}}, values) == term.bytes, (term.name, term.formula)
+
+
+@EACH_SETUP
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt"])
+def test_tensors_of_what_is_trained(config, setup):
+    if setup.lora_targets == "all":
+        shape = shape_of(config)
+        sizes = formulas.trained_tensors(shape, setup)
+        assert sum(count * size for count, size in sizes) == formulas.trained(shape, setup)[0]
 
 
 def test_published_figures():

@@ -77,9 +77,10 @@ def test_a_bfloat16_parameter_is_its_rounded_master():
         assert not torch.equal(p.float(), state["master"])
 
 
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("through_json", [False, True])
-def test_resume_is_exact(dtype, through_json):
+def test_resume_is_exact(dtype, through_json, moments):
     whole, first = parameters(dtype), parameters(dtype)
 
     def train(params, optimizer, steps):
@@ -89,10 +90,10 @@ def test_resume_is_exact(dtype, through_json):
                 params[1].grad = None  # its age differs from the others'
             optimizer.step(lr=optim.cosine(step, 12, 2, 1e-2))
 
-    uninterrupted = optim.AdamW(optim.decay_groups(whole, 0.1))
+    uninterrupted = optim.AdamW(optim.decay_groups(whole, 0.1), moments=moments)
     train(whole, uninterrupted, range(12))
 
-    before = optim.AdamW(optim.decay_groups(first, 0.1))
+    before = optim.AdamW(optim.decay_groups(first, 0.1), moments=moments)
     train(first, before, range(5))
     saved = before.state_dict()
     if through_json:  # tensors aside, the rest must survive as text, which makes the keys text
@@ -113,6 +114,29 @@ def test_resume_is_exact(dtype, through_json):
         assert a.keys() == b.keys()
         assert a["step"] == b["step"]
         assert all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a if k != "step")
+
+
+def test_eight_bit_moments():
+    """Two bytes and 1/32 a parameter, groups that differ, updates near those with fp32 moments."""
+    exact, coarse = parameters(), parameters()
+    optimizers = [optim.AdamW(exact), optim.AdamW([{"params": coarse[:2], "moments": "8bit"}, {"params": coarse[2:]}])]
+    for step in range(20):
+        for params, optimizer in zip((exact, coarse), optimizers, strict=True):
+            set_grads(params, step)
+            optimizer.step()
+    state = optimizers[1].state
+    assert {k: v.dtype for k, v in state[coarse[0]].items() if k != "step"} == {
+        "exp_avg": torch.uint8,
+        "exp_avg_max": torch.float32,
+        "exp_avg_sq": torch.uint8,
+        "exp_avg_sq_max": torch.float32,
+    }
+    assert set(state[coarse[2]]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert torch.equal(exact[2], coarse[2])
+    moved = (exact[0] - parameters()[0]).abs().max()
+    assert 0 < (exact[0] - coarse[0]).abs().max() < 0.2 * moved
+    with pytest.raises(ValueError, match="AdamW: moments='4bit'"):
+        optim.AdamW(parameters(), moments="4bit")
 
 
 def test_loading_does_not_share_memory():

@@ -2,8 +2,8 @@
 
 Each formula is printed beside its value and can be evaluated with `symbols`: N = B·T tokens of B rows, C width (`dim`),
 F hidden width of the MLP, H query heads, K key–value heads, D head size, V vocabulary, M maximum length, L layers,
-P parameters, r LoRA rank, R adapter parameters of a block = Σ r·(in + out), e bytes of a number (fp32 4, bf16 2),
-W ranks. Everything is of one rank.
+P parameters, Q blocks of 256 of the trained ones, r LoRA rank, R adapter parameters of a block = Σ r·(in + out),
+e bytes of a number (fp32 4, bf16 2), W ranks. Everything is of one rank.
 
 Activations follow the method of Korthikanti et al. 2022 (arXiv:2205.05198, §4: add up what each operation keeps for its
 backward pass) applied to the operations of this project, which keep less than theirs: norms keep their input and one
@@ -91,6 +91,7 @@ class Setup:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the parameters
     optimizer: Literal["adamw", "none"] = "adamw"  # none: inference
     master: bool = True  # the optimizer keeps parameters of 16 bits a second time, in fp32
+    moments: Literal["fp32", "8bit"] = "fp32"  # of the optimizer; 8bit: a byte, and 4 bytes for 256 of them
     lora_rank: int = 0  # rank of LoRA adapters; 0: all parameters are trained
     lora_targets: str = "all"  # linear layers with an adapter, separated by commas
     checkpointing: bool = False  # keep only the blocks' inputs and compute the rest again
@@ -161,7 +162,7 @@ def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
         "r": setup.lora_rank,
         "W": setup.ranks,
     }
-    return {**sizes, **heads, **work, "R": per_block, "P": parameters(shape)}
+    return {**sizes, **heads, **work, "R": per_block, "P": parameters(shape), "Q": quantised_blocks(shape, setup)}
 
 
 # ---- what stays -----------------------------------------------------------------------------------------------------
@@ -216,6 +217,27 @@ def trained(shape: Shape, setup: Setup) -> tuple[int, int]:
     return parameters(shape), setup.element
 
 
+def trained_tensors(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
+    """(number of tensors, elements of each) of what is trained: tensor by tensor what `trained` counts."""
+    if not setup.training:
+        return []
+    rank, layers, c = setup.lora_rank, shape.layers, shape.dim
+    if rank:
+        sizes = [shape.linears[name] for name in setup.targets(shape)]
+        return [(layers, rank * width) for pair in sizes for width in pair]
+    linears = [(layers, a * b) for a, b in shape.linears.values()]
+    table = (1 if shape.tied else 2, shape.vocab * c)
+    if shape.family == "gpt":
+        biases = [(layers, out) for _, out in shape.linears.values()]
+        return [table, (1, shape.max_length * c), *linears, *biases, (4 * layers + 2, c)]
+    return [table, *linears, (2 * layers + 1, c)]
+
+
+def quantised_blocks(shape: Shape, setup: Setup) -> int:
+    """Blocks of 256 elements of the trained tensors, each of which begins one of its own."""
+    return sum(count * -(-size // 256) for count, size in trained_tensors(shape, setup))
+
+
 def gradients(shape: Shape, setup: Setup) -> Term:
     """One number of the parameter's dtype for each trained parameter (autograd: p.grad is like p)."""
     count, element = trained(shape, setup)
@@ -226,9 +248,16 @@ def gradients(shape: Shape, setup: Setup) -> Term:
 def optimizer_states(shape: Shape, setup: Setup) -> Term:
     """AdamW's two moments in fp32 (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2); 16-bit parameters have an
     fp32 master copy too (Micikevicius et al. 2018, arXiv:1710.03740, §3.1): K = 12 bytes a parameter of ZeRO's
-    accounting (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1)."""
+    accounting (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1). With 8-bit moments 2 bytes a parameter instead of 8,
+    and two fp32 maxima a block of 256 (Dettmers et al. 2022, arXiv:2110.02861; ops.adamw8bit_)."""
     count, element = trained(shape, setup)
-    copies = 2 + (element < 4 and setup.master)
+    master = 4 * (element < 4 and setup.master)
+    if setup.moments == "8bit":
+        blocks = setup.share(quantised_blocks(shape, setup), 1)
+        text = f"{shared_text(setup, 1)}·{2 + master} + {'⌈Q/W⌉' if setup.zero >= 1 else 'Q'}·8"
+        size = setup.share(count, 1) * (2 + master) + blocks * 8
+        return Term("optimizer states", size, text, "AdamW: two 8-bit moments; 16 bits add an fp32 master")
+    copies = 2 + master // 4
     text = f"{shared_text(setup, 1)}·{4 * copies}"
     source = "AdamW: two fp32 moments; 16 bits add an fp32 master"
     return Term("optimizer states", setup.share(count, 1) * 4 * copies, text, source)
