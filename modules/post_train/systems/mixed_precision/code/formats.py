@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune import ops
+from finetune.run import stable_hash
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -45,35 +46,34 @@ FORMATS = {
 # --- Rounding
 
 
-def round_stochastically(x: Tensor, noise: Tensor | None = None) -> Tensor:
+def round_by_hand(x: Tensor, noise: Tensor) -> Tensor:
     """fp32 → bf16, up with the probability of the distance that is cut off, so that the mean is x.
 
-    A bf16 is the upper half of an fp32: adding a random number of 16 bits to the lower half carries into the upper half
-    exactly so often. `noise`: those numbers, int32 in [0, 65536).
+    A bf16 is the upper half of an fp32: adding a random number of 16 bits (`noise`, int32 in [0, 65536)) to the lower
+    half carries into the upper half exactly so often. `ops.cast(…, rounding="stochastic")` does it for every format;
+    the tests hold them equal bit for bit.
     """
-    if noise is None:
-        noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device)
     bits = (x.contiguous().view(torch.int32) + noise) & -65536
-    rounded = bits.view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+    return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)
 
 
 class StochasticAdamW:
     """AdamW on bf16 weights without a master copy: each weight is widened, updated and rounded stochastically."""
 
-    def __init__(self, params: Iterable[nn.Parameter], weight_decay: float) -> None:
-        self.params, self.weight_decay, self.steps = list(params), weight_decay, 0
+    def __init__(self, params: Iterable[nn.Parameter], weight_decay: float, seed: int) -> None:
+        self.params, self.weight_decay, self.seed, self.steps = list(params), weight_decay, seed, 0
         self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p, dtype=torch.float32) for p in self.params] for _ in "mv")
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float | Tensor = 1.0) -> None:
         self.steps += 1
-        for p, m, v in zip(self.params, self.exp_avg, self.exp_avg_sq, strict=True):
+        for i, (p, m, v) in enumerate(zip(self.params, self.exp_avg, self.exp_avg_sq, strict=True)):
             assert p.grad is not None
             wide, decay = p.float(), self.weight_decay if p.dim() >= 2 else 0.0
             ops.adamw_([wide], [p.grad.float()], [m], [v], None, lr=lr, beta1=0.9, beta2=0.999, eps=1e-8,
                        weight_decay=decay, step=self.steps, grad_scale=grad_scale)  # fmt: skip
-            p.copy_(round_stochastically(wide))
+            seed = stable_hash(self.seed, self.steps, i)
+            p.copy_(ops.cast(wide, p.dtype, rounding="stochastic", seed=seed))
 
     def zero_grad(self) -> None:
         for p in self.params:
@@ -113,12 +113,12 @@ class Amax(nn.Module):
         factor = limit / most if most > 0 else 1.0
         self.history.copy_(self.history.roll(1))
         self.history[0] = x.abs().max()
-        return to_fp8(x.float() * factor, self.dtype), factor
+        return to_fp8(x, self.dtype, factor), factor
 
 
-def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 → fp8, round to nearest even; what is too large becomes the largest."""
-    return x.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
+def to_fp8(x: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """x · factor in fp8, to nearest even; what is too large becomes the largest."""
+    return ops.cast(x, dtype, scale=factor, saturate=True)
 
 
 class Fp8Linear(nn.Module):

@@ -20,7 +20,7 @@ from finetune.gpt import GPT, GPTConfig
 from finetune.memory import formulas, meters
 
 from . import plots
-from .formats import FORMATS, Format, StochasticAdamW, round_stochastically, use_fp8
+from .formats import FORMATS, Format, StochasticAdamW, use_fp8
 from .scaling import LossScaler
 from .text import Text, load
 
@@ -111,7 +111,7 @@ def train(cfg: Config, run, name: str, text: Text) -> tuple[GPT, Any, int]:
     format = FORMATS[name]
     model = new_model(cfg, run, format, text)
     if format.stochastic:
-        optimizer: Any = StochasticAdamW(model.parameters(), cfg.weight_decay)
+        optimizer: Any = StochasticAdamW(model.parameters(), cfg.weight_decay, cfg.seed)
     else:
         master: Any = "auto" if format.master else False
         optimizer = optim.AdamW(optim.decay_groups(model.parameters(), cfg.weight_decay), lr=cfg.lr, master=master)
@@ -121,22 +121,26 @@ def train(cfg: Config, run, name: str, text: Text) -> tuple[GPT, Any, int]:
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "counts": counts}
     for step in run.steps(cfg.steps, state, phase=name):
         inputs, targets = text.batch(text.train, cfg.batch, cfg.length, run.generator("batch", step))
+        scale = float(scaler.scale)
         with arithmetic(format):
             loss = loss_sum(model, inputs, targets)
-            (loss * (scaler.scale / cfg.tokens_per_step)).backward()
-            grads = [p.grad for p in model.parameters()]
-            overflow, norm = check_finite(grads)
-            # The sum over all ranks: they are as many as make up tokens_per_step, and all alike here.
-            unscale = cfg.tokens_per_step / inputs.numel() / scaler.scale
-            if not overflow:
-                clip = min(1.0, cfg.clip / (norm * unscale + 1e-6))
-                lr = optim.cosine(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 10)
+            (loss * (scale / cfg.tokens_per_step)).backward()
+        # The gradients stay scaled (by 1: nothing is rounded): in fp16 the unscaled ones would underflow again.
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found_inf, square = ops.unscale_check_finite_(grads, torch.tensor(1.0))
+        overflow = bool(found_inf)
+        # The sum over all ranks: they are as many as make up tokens_per_step, and all alike here.
+        unscale = cfg.tokens_per_step / inputs.numel() / scale
+        if not overflow:
+            clip = min(1.0, cfg.clip / (math.sqrt(float(square)) * unscale + 1e-6))
+            lr = optim.cosine(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 10)
+            with arithmetic(format):
                 optimizer.step(lr=lr, grad_scale=unscale * clip)
-            optimizer.zero_grad()
-        run.log(step, loss=loss.item() / inputs.numel(), **({"scale": scaler.scale} if format.scaled else {}))
+        optimizer.zero_grad()
+        run.log(step, loss=loss.item() / inputs.numel(), **({"scale": scale} if format.scaled else {}))
         counts["skipped"] += overflow
         if format.scaled:
-            scaler.update(overflow)
+            scaler.update(found_inf)
     return model, optimizer, counts["skipped"]
 
 
@@ -150,12 +154,6 @@ def loss_sum(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy (nats) summed over all positions, fp32."""
     hidden = model(inputs, hidden=True)  # (B, T, C)
     return ops.linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten(), reduction="sum")
-
-
-def check_finite(grads: list[Tensor | None]) -> tuple[bool, float]:
-    """(is any element inf or NaN?, the L2 norm of all) of gradients as they are, still scaled."""
-    squares = sum(float(g.float().square().sum(dtype=torch.float64)) for g in grads if g is not None)
-    return not math.isfinite(squares), math.sqrt(squares) if math.isfinite(squares) else math.inf
 
 
 @torch.no_grad()
@@ -227,13 +225,12 @@ def judge_sums(run) -> None:
     """1 + 1000 · 1e-4 in bf16: the last bit at 1 is 1/128, so each addition by itself is rounded away."""
     plain, stochastic, master = (torch.tensor(1.0, dtype=torch.bfloat16) for _ in range(3))
     wide = torch.tensor(1.0)
-    run.seed("sums")
     many = torch.ones(1000, dtype=torch.bfloat16)
-    for _ in range(1000):
+    for step in range(1000):
         plain += 1e-4
         wide += 1e-4
         master = wide.bfloat16()
-        many = round_stochastically(many.float() + 1e-4)
+        many = ops.cast(many.float() + 1e-4, many.dtype, rounding="stochastic", seed=step)
     stochastic = many.float().mean()
     run.judge("sum_bf16", float(plain), target=1.0, higher=False)
     run.judge("sum_master", float(master), baseline=float(plain), target=1.095)

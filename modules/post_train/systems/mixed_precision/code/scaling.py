@@ -11,11 +11,42 @@ deepspeed  (DynamicLossScaler) forgives `hysteresis` − 1 overflows before it s
 
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from finetune import ops
+
 LARGEST = 3.4028234663852886e38  # fp32: torch's scale is a tensor and stays where it would become infinite
 
 
 class LossScaler:
-    """The factor, and what decides it. `update(overflow)` after every step, taken or skipped."""
+    """The factor, and what decides it, as tensors: a GPU never has to tell the host that something overflowed.
+
+    `update(found_inf)` after every step, taken or skipped.
+    """
+
+    def __init__(
+        self, policy: str = "torch", scale: float = 65536.0, interval: int = 2000, hysteresis: int = 2
+    ) -> None:
+        patience = hysteresis if policy == "deepspeed" else 1
+        self.settings: dict[str, Any] = {"policy": policy, "growth_interval": interval, "hysteresis": patience}
+        self.settings["min_scale"] = 1.0 if policy == "deepspeed" else 0.0
+        self.scale = torch.tensor(scale)
+        self.growth, self.patience = (torch.tensor(n, dtype=torch.int32) for n in (0, patience))
+
+    def update(self, found_inf: Tensor) -> None:
+        ops.loss_scale_update_(self.scale, self.growth, self.patience, found_inf, **self.settings)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"scale": self.scale, "growth": self.growth, "patience": self.patience}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, own in self.state_dict().items():
+            own.copy_(state[name])
+
+
+class PlainScaler:
+    """The same in plain numbers, to be read."""
 
     def __init__(
         self,
@@ -59,9 +90,3 @@ class LossScaler:
             self.scale *= self.growth
             self.patience = self.hysteresis
         self.good += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"scale": self.scale, "good": self.good, "patience": self.patience}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scale, self.good, self.patience = state["scale"], state["good"], state["patience"]
