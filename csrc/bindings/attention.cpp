@@ -13,7 +13,8 @@ Tensor unit_stride(const Tensor& t) {
 }
 
 AttentionView view(const Tensor& t, const void* data) {
-  return {const_cast<void*>(data), t.stride(0), t.stride(1), t.stride(2)};
+  const auto stride = [&](int i) { return t.size(i) > 1 ? t.stride(i) : 0; };  // of one element it may be anything
+  return {const_cast<void*>(data), stride(0), stride(1), stride(2)};
 }
 AttentionView read(const Tensor& t) { return view(t, in(t)); }
 AttentionView written(const Tensor& t) { return view(t, out(t)); }
@@ -59,13 +60,10 @@ struct Problem {
     check(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), kName, "q, k, v need one dtype");
     check(k.size(2) > 0 && q.size(2) % k.size(2) == 0, kName, "q's heads must be a multiple of k's");
     check(k.size(1) < INT32_MAX && q.size(1) < INT32_MAX, kName, "at most 2^31 - 2 tokens");
-    shape = {{dtype_of(q), q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), static_cast<float>(scale),
-              causal},
-             nullptr,
-             nullptr,
-             0,
-             nullptr,
-             threads()};
+    static_cast<AttentionSizes&>(shape) = {dtype_of(q), q.size(0), q.size(1), k.size(1),
+                                           q.size(2),   k.size(2), q.size(3), static_cast<float>(scale),
+                                           causal};
+    shape.workers = threads();
     if (lengths_) {
       check_integers(*lengths_, q);
       check(lengths_->size(0) == shape.batch, kName, "lengths must be (batch,)");

@@ -50,7 +50,8 @@ Status for_dim(int64_t dim, F&& f) {
 template <class Args>
 Status launch_blocks(void (*kernel)(Args), int64_t blocks, size_t shared, void* stream, const Args& a) {
   if (!blocks) return Status::ok;
-  if (blocks > 0x7fffffff) return Status::unsupported;
+  constexpr int64_t kMost = 0x7fffffff, kTile = 64;  // tokens are counted in int, up to a tile past the last
+  if (blocks > kMost || a.queries > kMost - kTile || a.keys > kMost - kTile) return Status::unsupported;
   return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream, a);
 }
 

@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
 }
 
 // Of a key tile and one key/value head; where a block's registers do not hold all columns (D = 256), for a part of
-// them. The queries of all the heads that share it stream past.  S^T = K Q^T,   dP^T = V dO^T,   dV += P^T dO,   dK +=
-// dS^T Q.
+// them. The queries of all the heads that share it stream past.
+// Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q.
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCuda a) {
   using W = Warp<T, D>;

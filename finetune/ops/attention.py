@@ -224,6 +224,7 @@ def samples() -> Iterator[Sample]:
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     yield Sample("strided", (*heads_first, v.transpose(1, 3).contiguous().transpose(1, 3)), grad=(0, 1, 2))
 
+    yield make("few of each", 1, 2, 3, 4, 2, 4)
     yield make("padded dim", 1, 75, 75, 2, 1, 96)
     yield make("odd dim", 1, 40, 67, 1, 1, 129, causal=False)
 
