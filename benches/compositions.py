@@ -122,12 +122,10 @@ def paged_attention(q, k_cache, v_cache, table, lengths, k_scale, v_scale, *, sc
 
     q = q if q.dim() == 4 else q[:, None]
     mask = visible(q, table.shape[1] * k_cache.shape[1], lengths, window)[:, None]
-    gone = (torch.arange(mask.shape[-1]) >= lengths[:, None])[..., None, None]
 
     def dense(cache, scale):
         x = cache[table].flatten(1, 2)
-        x = x if scale is None else dequantise(x, scale[table].flatten(1, 2), q.dtype)
-        return x.masked_fill_(gone, 0).transpose(1, 2)  # what is not in use may hold NaN
+        return (x if scale is None else dequantise(x, scale[table].flatten(1, 2), q.dtype)).transpose(1, 2)
 
     def call():
         how = {"attn_mask": mask, "scale": scale, "enable_gqa": q.shape[2] != k_cache.shape[2]}

@@ -55,9 +55,9 @@ def smollm2_peer(smollm2):
 LEVELS = ("portable", "avx2", "avx512")
 
 
-@pytest.fixture(params=["reference", *LEVELS, "emulated"])
+@pytest.fixture(params=["reference", *LEVELS, "emulated", "triton"])
 def backend(request):
-    """Every backend of an op that runs without a GPU; the levels of the CPU one by one."""
+    """Every backend of an op that runs on CPU tensors; the levels of the CPU one by one."""
     from finetune import emulator
 
     before = torch.ops.finetune.cpu_level()
@@ -67,5 +67,9 @@ def backend(request):
         if LEVELS.index(request.param) > [*LEVELS, "amx"].index(torch.ops.finetune.cpu_level_supported()):
             pytest.skip(f"this machine has no {request.param}")
         torch.ops.finetune.set_cpu_level(request.param)
+    elif request.param == "triton":
+        pytest.importorskip("triton")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("Triton compiles for the GPU here")
     yield "cpp" if request.param in LEVELS else request.param
     torch.ops.finetune.set_cpu_level(before)

@@ -134,6 +134,17 @@ def test_what_the_cpu_kernels_refuse():
     assert not cache.any()
 
 
+def test_where_a_gpu_would_have_to_be_waited_for_slots_outside_are_skipped(backend):
+    if backend in ("reference", "cpp"):
+        pytest.skip("these raise")
+    k = torch.randn(3, 1, 4)
+    caches = [torch.zeros(2, 3, 1, 4) for _ in range(2)]
+    kv_cache_append_(k, k, *caches, torch.tensor([6, 5, 1 << 40]), backend=backend)
+    for cache in caches:
+        assert torch.equal(cache[1, 2], k[1])
+        assert cache.count_nonzero() == 4
+
+
 def test_a_graph_that_saved_the_cache_notices():
     cache, x = torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4, requires_grad=True)
     y = (cache * x).sum()

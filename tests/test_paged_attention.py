@@ -29,10 +29,9 @@ def close(a, b):
     return (a - b).abs().max() <= 2e-6 * b.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 7])
-@pytest.mark.parametrize("heads", [2, 6, 16])
+@pytest.mark.parametrize(("heads", "block_size"), [(2, 16), (6, 7), (16, 32)])
 def test_equals_attention_of_the_gathered_cache(backend, heads, block_size):
-    q, k, v, table, lengths = case([70, 0, 1, 33], heads, 2, 20, block_size=block_size)
+    q, k, v, table, lengths = case([70, 0, 1], heads, 2, 20, block_size=block_size)
     dense = [kv_cache_gather(cache, table, lengths, backend=backend) for cache in (k, v)]
     want = dense_attention(q[:, None], *dense, causal=False, lengths=lengths)[:, 0]
     got = paged_attention(q, k, v, table, lengths, backend=backend)
@@ -58,7 +57,7 @@ def test_decoding_is_causal_attention(backend):
 
 
 def test_the_order_of_blocks_does_not_matter(backend):
-    q, k, v, table, lengths = case([530, 40, 3], queries=2)
+    q, k, v, table, lengths = case([270, 40, 3], queries=2)
     want = paged_attention(q, k, v, table, lengths, lse=True, backend=backend)
     order = torch.randperm(len(k), generator=torch.Generator().manual_seed(1))
     got = paged_attention(q, k[order], v[order], order.argsort()[table], lengths, lse=True, backend=backend)
@@ -69,10 +68,10 @@ def test_a_sequence_depends_on_itself_only(backend):
     """Alone, in a batch, in a table that names no block behind its end, in a wider one: the same bits."""
     if backend == "reference":
         pytest.skip("torch's products depend on the batch")
-    q, k, v, table, lengths = case([530, 256, 20, 257])
+    q, k, v, table, lengths = case([513, 256, 20])
     want = paged_attention(q, k, v, table, lengths, lse=True, backend=backend)
     for b, n in enumerate(lengths.tolist()):
-        wide = torch.full((1, table.shape[1] + 20), 1 << 30, dtype=torch.int32)
+        wide = torch.full((1, table.shape[1] + 17), 1 << 30, dtype=torch.int32)
         used = -(-n // BLOCK)
         wide[0, :used] = table[b, :used]
         for t in (wide, wide[:, :used]):

@@ -36,10 +36,10 @@ def append_kernel(
         if SCALED:
             value = value.to(tl.float32)
             top = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-            s = tl.div_rn(top, top * 0 + largest)
+            s = tl.div_rn(top, tl.zeros_like(top) + largest)
             tl.store(scale + block * scale_block + offset * heads + head, s, mask=head < heads)
             usable = ((s > 0) & (s <= 3.4028235e38))[:, None]
-            quotient = tl.div_rn(tl.where(usable, value, 0.0), tl.where(usable, s[:, None], 1.0) + value * 0)
+            quotient = tl.div_rn(tl.where(usable, value, 0.0), tl.where(usable, s[:, None], 1.0) + tl.zeros_like(value))
             bounded = tl.minimum(tl.maximum(tl.where(usable, quotient, 0.0), -largest), largest)
             tl.store(to, narrow(bounded, FP8), mask=inside)
         else:

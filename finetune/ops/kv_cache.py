@@ -48,6 +48,11 @@ def dequantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if scale is None else x.to(dtype) * scale.to(dtype)[..., None]
 
 
+def raw(cache: Tensor) -> Tensor:
+    """float8_e4m3fn as uint8: torch moves it everywhere."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
 # --- the definitions
 
 
@@ -67,7 +72,7 @@ def append(
             cache[block, offset] = x[kept].to(cache.dtype)
         else:
             stored, scales = quantise(x[kept], cache.dtype)
-            cache[block, offset], scale[block, offset] = stored, scales.to(scale.dtype)
+            raw(cache)[block, offset], scale[block, offset] = raw(stored), scales.to(scale.dtype)
 
 
 def gather(
@@ -81,13 +86,14 @@ def gather(
         return cache.new_zeros(*seen.shape, *cache.shape[2:], dtype=dtype or result_dtype(cache))
     at = (block, (j % block_size).expand_as(block))
     wide = torch.promote_types(torch.float32 if scale is None else scale.dtype, torch.float32)
-    x = cache[at] if scale is None else dequantise(cache[at], scale[at], wide)  # (B, T, Hkv, D)
+    x = raw(cache)[at].view(cache.dtype)  # (B, T, Hkv, D)
+    x = x if scale is None else dequantise(x, scale[at], wide)
     return torch.where(seen[..., None, None], x, 0).to(dtype or result_dtype(cache))
 
 
 def copy(caches: Sequence[Tensor], pairs: Tensor) -> None:
     for cache in caches:
-        cache[pairs[:, 1]] = cache[pairs[:, 0]]
+        raw(cache)[pairs[:, 1]] = raw(cache)[pairs[:, 0]]
 
 
 def result_dtype(cache: Tensor) -> torch.dtype:
@@ -100,10 +106,6 @@ def reference(what: str, *args: Any, **kwargs: Any) -> Tensor | None:
 
 
 # --- the operators. They see float8_e4m3fn as uint8.
-
-
-def raw(cache: Tensor) -> Tensor:
-    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 def check_scale(name: str, cache: Tensor, scale: Tensor | None) -> None:
