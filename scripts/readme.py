@@ -18,7 +18,7 @@ from rich.console import Console
 from finetune import display, registry
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 
 
 def block(text: str, name: str, content: str) -> str:
@@ -31,6 +31,12 @@ def block(text: str, name: str, content: str) -> str:
 def table() -> str:
     rows = ["| module | group | what you do in it |", "|---|---|---|"]
     rows += [f"| [{m.name}](modules/{m.group}/{m.name}) | {m.group} | {m.summary} |" for m in registry.modules()]
+    return "\n".join(rows) + "\n"
+
+
+def chinese_table() -> str:
+    rows = ["| 模块 | 分组 | 内容 |", "|---|---|---|"]
+    rows += [f"| [{m.title_zh}](modules/{m.group}/{m.name}) | {m.group} | {m.summary_zh} |" for m in registry.modules()]
     return "\n".join(rows) + "\n"
 
 
@@ -64,10 +70,13 @@ def main() -> int:
     p.add_argument("--run", nargs="+", type=Path, default=[], metavar="FOLDER", help="finished default runs to show")
     wanted = p.parse_args()
     text = block(README.read_text(), "modules", table())
+    chinese = block(CHINESE.read_text(), "modules", chinese_table())
     if wanted.check:
-        if text != README.read_text():
-            print("README.md is not current: python scripts/readme.py")
-        return int(text != README.read_text())
+        stale = [path.name for path, now in ((README, text), (CHINESE, chinese)) if now != path.read_text()]
+        for name in stale:
+            print(f"{name} is not current: python scripts/readme.py")
+        return int(bool(stale))
+    CHINESE.write_text(chinese)
     for folder in wanted.run:
         shown = measured(folder)
         name = json.loads((folder / "summary.json").read_text())["module"]
