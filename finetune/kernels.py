@@ -214,6 +214,44 @@ def levels(topic: str | None, number: int | None, size: str, markdown: bool, deb
     return None
 
 
+@kernels.command()
+@click.argument("ops", nargs=-1, metavar="[OP]…")
+@click.option("--arch", "archs", multiple=True, help="80, 90a, 100a or 120; may be given several times. Default: all.")
+@click.option("--write", is_flag=True, help="Make this the table that the tests expect (assets/kernels_static.json).")
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Compilers at once.")
+@JSON
+def static(ops: tuple[str, ...], archs: tuple[str, ...], write: bool, jobs: int, json: bool) -> None:
+    """What nvcc makes of the kernels: registers, spills, occupancy, instructions, access widths."""
+    from finetune import static_table
+
+    if write and (ops or archs):
+        raise UserError("--write takes all kernels and architectures: leave OP and --arch away")
+    rows = static_table.table([find(op) for op in ops], archs or static_table.ARCHS, jobs)
+    if write:
+        static_table.write(rows)
+    if json:
+        return click.echo(jsonlib.dumps({"toolkit": static_table.toolkit(), "kernels": rows}, indent=2))
+    console = _console()
+    for op, by_arch in rows.items():
+        for arch, found in by_arch.items():
+            console.print(f"[bold]{op}[/] sm_{arch}", highlight=False)
+            console.print(_static_table(found))
+    console.print("loads and stores: number × bytes a lane; occupancy: without dynamic shared memory", highlight=False)
+    return None
+
+
+def _static_table(rows: dict[str, dict[str, Any]]) -> Any:
+    def widths(counts: dict[str, int]) -> str:
+        return " ".join(f"{n}×{size}" for size, n in sorted(counts.items(), key=lambda item: -int(item[0])))
+
+    table = _table("kernel", "threads", "registers", "spills", "shared", "occupancy", "loads", "stores", "instructions")
+    for name, row in rows.items():
+        code = " ".join(f"{word} {n}" for word, n in row["code"].items() if word not in ("LDG", "STG"))
+        numbers = [str(row[column]) for column in ("threads", "registers", "spills", "shared")]
+        table.add_row(name, *numbers, f"{row['occupancy']:.0%}", widths(row["load"]), widths(row["store"]), code)
+    return table
+
+
 def _console(stderr: bool = False) -> Any:
     from finetune import display
 

@@ -60,7 +60,7 @@ __device__ __forceinline__ void put(const T* x, C* y, float* scale, int64_t dim)
 }
 
 template <class T, class C>
-__global__ void __launch_bounds__(32 * kWarps) append(KvAppend a) {
+__global__ void __launch_bounds__(32 * kWarps, 1) append(KvAppend a) {
   const int64_t token = warp_index() / a.kv_heads, head = warp_index() % a.kv_heads;
   if (token >= a.tokens) return;
   const int64_t slot = BUG("kv_cache.skipped_is_slot_0") && a.slots[token] < 0 ? 0 : a.slots[token];

@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kThreads) make_dlogits(Args a, Cut cut) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) multiply_dx(Args a, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 1) multiply_dx(Args a, Cut cut) {
   const int64_t row0 = blockIdx.y * kSide, column0 = blockIdx.x * kSide;
   const auto d = cut.dlogits<T>(a, false);
   if (row0 >= d.outer) return;

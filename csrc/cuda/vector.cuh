@@ -19,13 +19,44 @@ __device__ __forceinline__ void for_each_group(int64_t dim, bool aligned, F&& f)
   for (int64_t i = groups * V + threadIdx.x; i < dim; i += blockDim.x) f.template operator()<1>(i);
 }
 
+// The word that a vector moves as.
+template <int kBytes>
+struct Word;
+template <>
+struct Word<1> {
+  using type = unsigned char;
+};
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
 template <class T, int N>
 __device__ __forceinline__ Vector<T, N> load(const T* p) {
-  return *reinterpret_cast<const Vector<T, N>*>(p);
+  using W = typename Word<sizeof(Vector<T, N>)>::type;
+  const W word = *reinterpret_cast<const W*>(p);
+  return reinterpret_cast<const Vector<T, N>&>(word);
 }
 template <class T, int N>
 __device__ __forceinline__ void store(T* p, const Vector<T, N>& v) {
-  *reinterpret_cast<Vector<T, N>*>(p) = v;
+  using W = typename Word<sizeof(Vector<T, N>)>::type;
+#if defined(__CUDACC__)  // as one instruction: nvcc splits some plain copies into their elements
+  __stwb(reinterpret_cast<W*>(p), reinterpret_cast<const W&>(v));
+#else
+  *reinterpret_cast<W*>(p) = reinterpret_cast<const W&>(v);
+#endif
 }
 
 }  // namespace finetune

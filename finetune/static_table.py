@@ -1,0 +1,247 @@
+"""What the compiler made of the CUDA kernels, without a GPU: registers, spills, occupancy, instructions, access widths.
+
+`python -m finetune kernels static` compiles csrc/cuda/<op>.cu for each architecture and reads ptxas' report and the
+machine code. assets/kernels_static.json keeps the table of a known toolkit; tests hold today's against it.
+
+A kernel's row:
+    threads, registers, stack, spills (bytes), shared (bytes, static)   from ptxas
+    occupancy   share of a multiprocessor's warps that fit, by registers, threads and static shared memory
+                (dynamic shared memory is the launch's, and not in the binary)
+    code        counts of the instructions of `COUNTED`, by the mnemonic's first word
+    load, store counts of global accesses by bytes a lane: {"16": 4, "2": 8}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from finetune import cuda_toolkit
+from finetune.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "assets/kernels_static.json"
+ARCHS = ("80", "90a", "100a", "120")
+# tensor cores · shared memory and copies into it · other memory · warps, barriers, special functions
+COUNTED = (
+    *("HMMA", "HGMMA", "WARPGROUP", "USETMAXREG"),
+    *("LDSM", "LDS", "STS", "LDGSTS", "LDGDEPBAR", "UTMALDG", "UBLKCP", "SYNCS"),
+    *("LDG", "STG", "LDL", "STL", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"),
+    *("SHFL", "REDUX", "BAR", "WARPSYNC", "MUFU"),
+)
+# warps, registers, shared bytes (and those the system keeps of each block) and blocks of a multiprocessor
+LIMITS = {
+    "80": (64, 65536, 164 * 1024, 1024, 32),
+    "90a": (64, 65536, 228 * 1024, 1024, 32),
+    "100a": (64, 65536, 228 * 1024, 1024, 32),
+    "120": (48, 65536, 100 * 1024, 1024, 24),
+}
+
+Row = dict[str, Any]
+Table = dict[str, dict[str, dict[str, Row]]]  # op → architecture → kernel → row
+
+
+def sources() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))}
+
+
+def archs_of(op: str) -> tuple[str, ...]:
+    return ("90a",) if op.endswith("_hopper") else ARCHS
+
+
+@cache
+def toolkit() -> str:
+    """nvcc's version."""
+    out = subprocess.run([tool("nvcc"), "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"V([0-9.]+)", out)
+    return found[1] if found else "unknown"
+
+
+def tool(name: str) -> str:
+    if not (path := cuda_toolkit.tool(name)):
+        raise UserError(f"{name} not found: install the CUDA toolkit, or pip install -e '.[test]', which brings it")
+    return path
+
+
+def table(ops: list[str] | None = None, archs: tuple[str, ...] = ARCHS, jobs: int = 2) -> Table:
+    """The rows of these ops' kernels (all without a choice), compiled side by side; known sources are not compiled
+    again (build/static)."""
+    known = sources()
+    for arch in archs:
+        if arch not in ARCHS:
+            raise UserError(f"--arch {arch}: choose of {', '.join(ARCHS)}")
+    wanted = [(op, arch) for op in ops or known for arch in archs if arch in archs_of(op)]
+    with ThreadPoolExecutor(jobs) as pool:
+        rows = list(pool.map(lambda pair: kernels(*pair), wanted))
+    result: Table = {}
+    for (op, arch), row in zip(wanted, rows, strict=True):
+        result.setdefault(op, {})[arch] = row
+    return result
+
+
+def kernels(op: str, arch: str) -> dict[str, Row]:
+    """The rows of csrc/cuda/<op>.cu for one architecture, by kernel."""
+    source, folder = sources()[op], ROOT / "build/static"
+    parts = [source, *sorted((ROOT / "csrc/cuda").glob("*.cuh")), *sorted((ROOT / "csrc/include").glob("finetune/*.h"))]
+    digest = hashlib.sha256("".join([toolkit(), Path(__file__).read_text(), *(p.read_text() for p in parts)]).encode())
+    stem = folder / f"{op}-{arch}-{digest.hexdigest()[:16]}"
+    kept = stem.with_suffix(".json")
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{op}-{arch}-*"):
+            old.unlink()
+        ptx, cubin = stem.with_suffix(".ptx"), stem.with_suffix(".cubin")
+        include = f"-I{ROOT}/csrc/include"
+        call(tool("nvcc"), "-std=c++20", "-O3", "-ptx", f"-arch=compute_{arch}", include, source, "-o", ptx)
+        report = call(tool("ptxas"), "-v", f"-arch=sm_{arch}", ptx, "-o", cubin)
+        rows = read(report, ptx.read_text(), call(tool("cuobjdump"), "-sass", cubin), arch)
+        partial = stem.with_suffix(".tmp")
+        partial.write_text(json.dumps(rows))
+        partial.rename(kept)
+        ptx.unlink()
+        cubin.unlink()
+    return json.loads(kept.read_text())
+
+
+def call(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, command))}:\n{(done.stderr or done.stdout)[-4000:]}")
+    return done.stdout + done.stderr
+
+
+def read(report: str, ptx: str, sass: str, arch: str) -> dict[str, Row]:
+    """The rows from ptxas' report, the PTX (block sizes) and the disassembly."""
+    sizes: dict[str, int] = {}
+    for entry, size in re.findall(r"\.entry (\w+)\([^{]*?\.(?:max|req)ntid ([\d, ]+)", ptx):
+        sizes[entry] = math.prod(map(int, size.split(",")))
+    bodies = dict(part.split("\n", 1) for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:])
+    rows = {}
+    for part in report.split("Compiling entry function '")[1:]:
+        entry = part.split("'")[0]
+
+        def number(pattern: str, text: str = part) -> int:
+            return int(found[1]) if (found := re.search(pattern, text)) else 0
+
+        registers, shared = number(r"Used (\d+) registers"), number(r"(\d+) bytes smem")
+        threads = sizes.get(entry, 1024)
+        rows[entry] = {
+            "threads": threads,
+            "registers": registers,
+            "stack": number(r"(\d+) bytes stack frame"),
+            "spills": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+            "shared": shared,
+            "occupancy": occupancy(arch, threads, registers, shared),
+            **instructions(bodies[entry]),
+        }
+    names = readable(list(rows))
+    return {names[entry]: rows[entry] for entry in sorted(rows, key=lambda e: names[e])}
+
+
+def occupancy(arch: str, threads: int, registers: int, shared: int) -> float:
+    """Resident warps of a multiprocessor ÷ its most. Registers are dealt out to warps by 256."""
+    warps, all_registers, all_shared, system, blocks = LIMITS[arch]
+    mine = -(-threads // 32)
+    fit = min(
+        blocks,
+        warps // mine,
+        all_registers // (-(-registers * 32 // 256) * 256 * mine) if registers else blocks,
+        all_shared // (shared + (system if arch != "80" or shared else 0) or 1),
+    )
+    return round(fit * mine / warps, 3)
+
+
+def instructions(sass: str) -> Row:
+    """Counts of the mnemonics' first words (LDG is a prefix of LDGSTS), without what never runs (@!PT)."""
+    code: Counter[str] = Counter()
+    widths: dict[str, Counter[str]] = {"LDG": Counter(), "STG": Counter()}
+    for never, name in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(@!U?PT\s)?(?:@!?U?P\d\s+)?([A-Z][A-Z0-9_.]+)", sass):
+        if never:
+            continue
+        words = name.split(".")
+        code[words[0]] += 1
+        if words[0] in widths:
+            bits = next((w for w in words[1:] if w in ("64", "128", "256", "U8", "S8", "U16", "S16")), "32")
+            widths[words[0]][str(int(bits.strip("US")) // 8)] += 1
+    counted = {name: code[name] for name in COUNTED if code[name]}
+    return {"code": counted, "load": dict(sorted(widths["LDG"].items())), "store": dict(sorted(widths["STG"].items()))}
+
+
+def readable(entries: list[str]) -> dict[str, str]:
+    """Kernel names as the source writes them: forward<float>."""
+    out = subprocess.run(["c++filt"], input="\n".join(entries), capture_output=True, text=True).stdout.splitlines()
+    names = {}
+    for entry, name in zip(entries, out, strict=True):
+        name = re.sub(r"finetune::|_GLOBAL__N__\w+::|\(anonymous namespace\)::", "", name.removeprefix("void "))
+        name = re.sub(r"\([^()]*\)$", "", name).replace("__nv_bfloat16", "bf16").replace("__half", "f16")
+        names[entry] = re.sub(r"\((?:bool|int|long|\w*int\d+_t)\)", "", name)
+    return names
+
+
+# --- the golden table
+
+
+def write(rows: Table) -> None:
+    """One line a kernel, so that a change of one kernel is a change of a few lines."""
+    lines = [f'{{"toolkit": "{toolkit()}", "kernels": {{']
+    for i, (op, by_arch) in enumerate(rows.items()):
+        lines.append(f"{json.dumps(op)}: {{")
+        for j, (arch, kernels_) in enumerate(by_arch.items()):
+            lines.append(f' "{arch}": {{')
+            ends = [","] * (len(kernels_) - 1) + [""]
+            lines += [
+                f"  {json.dumps(name)}: {json.dumps(row)}{end}"
+                for (name, row), end in zip(kernels_.items(), ends, strict=True)
+            ]
+            lines.append(" }" + ("," if j + 1 < len(by_arch) else ""))
+        lines.append("}" + ("," if i + 1 < len(rows) else ""))
+    partial = GOLDEN.with_suffix(".tmp")
+    partial.parent.mkdir(exist_ok=True)
+    partial.write_text("\n".join([*lines, "}}"]) + "\n")
+    partial.rename(GOLDEN)
+
+
+def golden() -> tuple[str, Table]:
+    """(toolkit, table) of assets/kernels_static.json."""
+    if not GOLDEN.exists():
+        raise UserError(f"{GOLDEN} is missing: python -m finetune kernels static --write makes it")
+    kept = json.loads(GOLDEN.read_text())
+    return kept["toolkit"], kept["kernels"]
+
+
+def differences(now: Table, before: Table, same_toolkit: bool) -> list[str]:
+    """How `now` departs from the golden table: spills at all, registers by more than 8, the same toolkit's counts at
+    all, another toolkit's by more than a quarter; other kernels than before; access widths that come or go."""
+    found = []
+    for op, by_arch in now.items():
+        for arch, rows in by_arch.items():
+            old_rows = before.get(op, {}).get(arch, {})
+            for name in rows.keys() ^ old_rows.keys():
+                found.append(f"{op} sm_{arch} {name}: {'new' if name in rows else 'gone'}")
+            for name in rows.keys() & old_rows.keys():
+                row, old = rows[name], old_rows[name]
+                where = f"{op} sm_{arch} {name}"
+                if row["spills"]:
+                    found.append(f"{where}: {row['spills']} bytes spilled")
+                if abs(row["registers"] - old["registers"]) > 8:
+                    found.append(f"{where}: {row['registers']} registers, were {old['registers']}")
+                for what in ("threads", "shared"):
+                    if row[what] != old[what]:
+                        found.append(f"{where}: {what} {row[what]}, was {old[what]}")
+                for what in ("code", "load", "store"):
+                    if row[what] == old[what]:
+                        continue
+                    for word in row[what].keys() | old[what].keys():
+                        mine, was = row[what].get(word, 0), old[what].get(word, 0)
+                        if mine != was if same_toolkit else bool(mine) != bool(was) or abs(mine - was) > was / 4 + 2:
+                            label = word if what == "code" else f"{what}s of {word} bytes"
+                            found.append(f"{where}: {mine} {label}, were {was}")
+    return sorted(found)
