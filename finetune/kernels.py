@@ -217,15 +217,15 @@ def levels(topic: str | None, number: int | None, size: str, markdown: bool, deb
 @kernels.command()
 @click.argument("ops", nargs=-1, metavar="[OP]…")
 @click.option("--arch", "archs", multiple=True, help="80, 90a, 100a or 120; may be given several times. Default: all.")
-@click.option("--write", is_flag=True, help="Make this the table that the tests expect (assets/kernels_static.json).")
+@click.option("--write", is_flag=True, help="Into the table that the tests expect (assets/kernels_static.json).")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Compilers at once.")
 @JSON
 def static(ops: tuple[str, ...], archs: tuple[str, ...], write: bool, jobs: int, json: bool) -> None:
     """What nvcc makes of the kernels: registers, spills, occupancy, instructions, access widths."""
     from finetune import static_table
 
-    if write and (ops or archs):
-        raise UserError("--write takes all kernels and architectures: leave OP and --arch away")
+    if write and archs:
+        raise UserError("--write takes all architectures: leave --arch away")
     rows = static_table.table([find(op) for op in ops], archs or static_table.ARCHS, jobs)
     if write:
         static_table.write(rows)

@@ -29,6 +29,7 @@ from finetune.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "assets/kernels_static.json"
+FORMAT = "1"  # of a row: another number forgets the rows in build/static
 ARCHS = ("80", "90a", "100a", "120")
 # tensor cores · shared memory and copies into it · other memory · warps, barriers, special functions
 COUNTED = (
@@ -90,8 +91,8 @@ def table(ops: list[str] | None = None, archs: tuple[str, ...] = ARCHS, jobs: in
 def kernels(op: str, arch: str) -> dict[str, Row]:
     """The rows of csrc/cuda/<op>.cu for one architecture, by kernel."""
     source, folder = sources()[op], ROOT / "build/static"
-    parts = [source, *sorted((ROOT / "csrc/cuda").glob("*.cuh")), *sorted((ROOT / "csrc/include").glob("finetune/*.h"))]
-    digest = hashlib.sha256("".join([toolkit(), Path(__file__).read_text(), *(p.read_text() for p in parts)]).encode())
+    text = "".join([toolkit(), FORMAT, *(path.read_text() for path in included(source))])
+    digest = hashlib.sha256(text.encode())
     stem = folder / f"{op}-{arch}-{digest.hexdigest()[:16]}"
     kept = stem.with_suffix(".json")
     if not kept.exists():
@@ -109,6 +110,16 @@ def kernels(op: str, arch: str) -> dict[str, Row]:
         ptx.unlink()
         cubin.unlink()
     return json.loads(kept.read_text())
+
+
+def included(source: Path) -> list[Path]:
+    """The file and those of the project that it includes, at any depth."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE):
+            near = [f for folder in (source.parent, ROOT / "csrc/include") if (f := folder / name).exists()]
+            found += [f for f in near if f not in found]
+    return found
 
 
 def call(*command: str | Path) -> str:
@@ -190,7 +201,11 @@ def readable(entries: list[str]) -> dict[str, str]:
 
 
 def write(rows: Table) -> None:
-    """One line a kernel, so that a change of one kernel is a change of a few lines."""
+    """Puts these ops' rows into the golden table, for kernels that still exist; one line a kernel."""
+    toolkit_, kept = golden() if GOLDEN.exists() else (toolkit(), {})
+    if toolkit_ != toolkit() and rows.keys() != sources().keys():
+        raise UserError(f"the table is of nvcc {toolkit_}, this one is {toolkit()}: write all of it, without OP")
+    rows = {op: rows.get(op) or kept[op] for op in sources() if op in rows or op in kept}
     lines = [f'{{"toolkit": "{toolkit()}", "kernels": {{']
     for i, (op, by_arch) in enumerate(rows.items()):
         lines.append(f"{json.dumps(op)}: {{")
@@ -218,7 +233,7 @@ def golden() -> tuple[str, Table]:
 
 
 def differences(now: Table, before: Table, same_toolkit: bool) -> list[str]:
-    """How `now` departs from the golden table: spills at all, registers by more than 8, the same toolkit's counts at
+    """How `now` departs from the golden table: more spilled, registers by more than 8, the same toolkit's counts at
     all, another toolkit's by more than a quarter; other kernels than before; access widths that come or go."""
     found = []
     for op, by_arch in now.items():
@@ -229,8 +244,8 @@ def differences(now: Table, before: Table, same_toolkit: bool) -> list[str]:
             for name in rows.keys() & old_rows.keys():
                 row, old = rows[name], old_rows[name]
                 where = f"{op} sm_{arch} {name}"
-                if row["spills"]:
-                    found.append(f"{where}: {row['spills']} bytes spilled")
+                if row["spills"] > old["spills"]:
+                    found.append(f"{where}: {row['spills']} bytes spilled, were {old['spills']}")
                 if abs(row["registers"] - old["registers"]) > 8:
                     found.append(f"{where}: {row['registers']} registers, were {old['registers']}")
                 for what in ("threads", "shared"):

@@ -1,6 +1,7 @@
 """What nvcc makes of the CUDA kernels, against the golden table and against what each kind of kernel must have."""
 
 import json
+import re
 
 import pytest
 
@@ -44,15 +45,30 @@ def test_the_golden_table_is_of_these_kernels():
     assert {op: set(by_arch) for op, by_arch in rows.items()} == {op: set(static_table.archs_of(op)) for op in OPS}
 
 
-def test_nothing_spills_on_any_architecture():
+# (op, architecture, kernel without its type) → bytes: registers end at 255, and ptxas' spills are a few words.
+SPILLS = {
+    ("attention", "100a", "attention::forward<*, 256>"): 24,
+    ("attention", "100a", "attention::forward<float, 64>"): 36,
+    ("attention", "100a", "attention::backward_keys<*, 128>"): 32,
+    ("attention", "120", "attention::forward<*, 256>"): 56,
+    ("attention", "120", "attention::forward<float, 64>"): 44,
+    ("attention", "120", "attention::backward_keys<*, 128>"): 68,
+}
+
+
+def test_nothing_spills():
+    """But for what is listed, which may not grow."""
     _, rows = static_table.golden()
-    kernels = [
-        (op, arch, k, row) for op, archs in rows.items() for arch, found in archs.items() for k, row in found.items()
-    ]
-    assert len(kernels) > 20
-    assert not [k[:3] for k in kernels if k[3]["spills"]]
-    assert all(0 < k[3]["registers"] <= 255 for k in kernels)
-    assert all(k[3]["occupancy"] > 0 for k in kernels), "a block must fit"
+    seen = 0
+    for op, by_arch in rows.items():
+        for arch, found in by_arch.items():
+            for name, row in found.items():
+                seen += 1
+                allowed = SPILLS.get((op, arch, re.sub(r"\b(bf16|f16)\b", "*", name)), 0)
+                assert row["spills"] <= allowed, f"{op} sm_{arch} {name}"
+                assert 0 < row["registers"] <= 255
+                assert row["occupancy"] > 0, "a block must fit"
+    assert seen > 20
 
 
 @pytest.mark.parametrize("op", [op for op in STREAMING if op in OPS])
@@ -138,7 +154,7 @@ def test_differences_are_told():
     assert told() == []
     assert told(registers=48) == []
     assert told(registers=49) == ["op sm_80 k: 49 registers, were 40"]
-    assert told(spills=4) == ["op sm_80 k: 4 bytes spilled"]
+    assert told(spills=4) == ["op sm_80 k: 4 bytes spilled, were 0"]
     assert told(code={"LDG": 5}) == ["op sm_80 k: 5 LDG, were 4"]
     assert told(same=False, code={"LDG": 5}) == []
     assert told(same=False, load={"4": 4}) == [
@@ -157,4 +173,4 @@ def test_command(capsys):
     assert main(["kernels", "static", "rope", "--arch", "70"]) == 2
     assert "--arch 70: choose of 80, 90a, 100a, 120" in capsys.readouterr().err
     assert main(["kernels", "static", "nothing"]) == 2
-    assert main(["kernels", "static", "rope", "--write"]) == 2
+    assert main(["kernels", "static", "rope", "--write", "--arch", "80"]) == 2

@@ -1,6 +1,7 @@
 #include "finetune/attention.h"
 
 #include "common.h"
+#include "finetune/attention_hopper.h"
 
 namespace finetune {
 namespace {
@@ -98,23 +99,63 @@ Integers device_integers(const OptionalTensor& t, const Tensor& q, OptionalTenso
 }
 #endif
 
+#if FINETUNE_DEVICE
+// The forward pass as the kernels take it, and where its results go.
+struct ForwardOnDevice {
+  Problem p;
+  Tensor o, top, total;
+  OptionalTensor kept[2];
+  AttentionCuda args;
+
+  ForwardOnDevice(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
+                  const OptionalTensor& lengths, const OptionalTensor& cu_seqlens)
+      : p(q, k, v, causal, scale, lengths, cu_seqlens),
+        o(torch::stable::new_empty(p.q, {p.shape.batch, p.shape.queries, p.shape.heads, p.shape.dim})),
+        top(empty_f32(p.q, {p.shape.batch, p.shape.heads, p.shape.queries})),
+        total(empty_f32(p.q, {p.shape.batch, p.shape.heads, p.shape.queries})) {
+    const AttentionCudaShape shape{p.shape, device_integers(lengths, p.q, kept[0]),
+                                   device_integers(cu_seqlens, p.q, kept[1]), p.shape.documents};
+    args = {shape, read(p.q), read(p.k), read(p.v), written(o), out<float>(top), out<float>(total)};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> attention_hopper(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                                                    double scale, const OptionalTensor& lengths,
+                                                    const OptionalTensor& cu_seqlens) {
+  ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens);
+  run_device("attention_hopper", f.p.q, AttentionHopper{f.args});
+  return {f.o, f.top, f.total};
+}
+
+// Which kernel `attention` runs, and why not the other: "attention_hopper", or "attention: <reason>".
+std::string attention_kernel(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
+                             const OptionalTensor& lengths, const OptionalTensor& cu_seqlens) {
+  ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens);
+  const char* reason = why_not_hopper(f.args);
+  return reason ? std::string("attention: ") + reason : "attention_hopper";
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                                              double scale, const OptionalTensor& lengths,
                                              const OptionalTensor& cu_seqlens) {
+#if FINETUNE_DEVICE
+  if (on_device(q)) {
+    ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens);
+#if !defined(FINETUNE_EMULATED)  // there each has tests of its own
+    if (!why_not_hopper(f.args)) {
+      run_device(kName, f.p.q, AttentionHopper{f.args});
+      return {f.o, f.top, f.total};
+    }
+#endif
+    run_device(kName, f.p.q, f.args);
+    return {f.o, f.top, f.total};
+  }
+#endif
   Problem p(q, k, v, causal, scale, lengths, cu_seqlens);
   const AttentionShape& s = p.shape;
   Tensor o = torch::stable::new_empty(p.q, {s.batch, s.queries, s.heads, s.dim});
   Tensor top = empty_f32(p.q, {s.batch, s.heads, s.queries}), total = empty_f32(p.q, {s.batch, s.heads, s.queries});
-#if FINETUNE_DEVICE
-  if (on_device(q)) {
-    OptionalTensor kept[2];
-    const AttentionCudaShape shape{s, device_integers(lengths, p.q, kept[0]), device_integers(cu_seqlens, p.q, kept[1]),
-                                   s.documents};
-    run_device(kName, p.q,
-               AttentionCuda{shape, read(p.q), read(p.k), read(p.v), written(o), out<float>(top), out<float>(total)});
-    return {o, top, total};
-  }
-#endif
   Tensor scratch = empty_f32(p.q, {s.workers, attention_scratch(s.dim)});
   p.shape.scratch = scratch.mutable_data_ptr<float>();
   run(kName, Attention{p.shape, read(p.q), read(p.k), read(p.v), written(o), out<float>(top), out<float>(total)});
@@ -178,6 +219,14 @@ FINETUNE_SCHEMAS(m) {
       "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens) -> "
       "(Tensor "
       "o, Tensor top, Tensor total)");
+#if FINETUNE_DEVICE
+  m.def(
+      "attention_hopper(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens) "
+      "-> (Tensor o, Tensor top, Tensor total)");
+  m.def(
+      "attention_kernel(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens) "
+      "-> str");
+#endif
   m.def(
       "attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor top, Tensor total, bool "
       "causal, float scale, "
@@ -186,6 +235,10 @@ FINETUNE_SCHEMAS(m) {
 FINETUNE_KERNELS(m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+#if FINETUNE_DEVICE
+  m.impl("attention_hopper", TORCH_BOX(&attention_hopper));
+  m.impl("attention_kernel", TORCH_BOX(&attention_kernel));
+#endif
 }
 
 }  // namespace finetune

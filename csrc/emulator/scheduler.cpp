@@ -8,6 +8,7 @@
 #include <random>
 #include <utility>
 
+#include "hopper.h"
 #include "state.h"
 
 #if !defined(__x86_64__)
@@ -159,6 +160,7 @@ std::string deadlock() {
     const char* what = fiber.state == State::at_barrier         ? "a block barrier"
                        : fiber.state == State::at_named_barrier ? "a named barrier"
                        : fiber.state == State::at_mbarrier      ? "an mbarrier"
+                       : fiber.state == State::at_warpgroup     ? "a warpgroup's instruction"
                                                                 : "a warp collective";
     const std::string place = std::string(what) + " at " + at(fiber.site);
     auto found = std::find_if(places.begin(), places.end(), [&](auto& p) { return p.first == place; });
@@ -209,6 +211,7 @@ void run_block(const std::vector<unsigned>& ids) {
   used = block.dynamic_bytes;
   std::memset(arena, kPoison, used + kRedZone);
   checker::begin_block();
+  begin_asynchronous();
   if (block.dynamic_bytes) checker::new_shared(arena, block.dynamic_bytes, "dynamic shared memory");
   block.exited = block.at_barrier = 0;
   for (Fiber& fiber : block.fibers) {
@@ -229,6 +232,7 @@ void run_block(const std::vector<unsigned>& ids) {
     if (!progress) {
       release_block_barrier();  // where threads have exited, the last to arrive could not know
       if (failed) return;
+      if (land_one()) continue;
       const bool stuck = std::none_of(block.fibers.begin(), block.fibers.end(),
                                       [](const Fiber& fiber) { return fiber.state == State::ready; });
       if (stuck) {
@@ -237,6 +241,7 @@ void run_block(const std::vector<unsigned>& ids) {
       }
     }
   }
+  if (*unfinished()) report(unfinished());
 }
 
 void* map(size_t bytes) {

@@ -16,7 +16,7 @@ constexpr size_t kStackBytes =
     64 * 1024;
 #endif
 
-enum class State { ready, at_barrier, at_named_barrier, at_collective, at_mbarrier, exited };
+enum class State { ready, at_barrier, at_named_barrier, at_collective, at_warpgroup, at_mbarrier, exited };
 
 struct Copy {
   void* to;

@@ -1,0 +1,318 @@
+// Attention's forward pass for sm_90, after FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608): the maths of
+// attention.cu, with copies by TMA, products by wgmma, and warps that specialise. Head dims 64 and 128, 16 bits.
+//
+// A block has 128 queries of one head and three warpgroups of 128 threads. The first gives its registers away, and one
+// thread of it copies: q, then k and v of 128 keys at a time, each into two stages. The other two have 64 queries each:
+//   S = q kᵀ (both in shared memory);  the online softmax on its registers;  O += P v (P in registers, v transposed on
+//   the way by wgmma).  While one of them works on its softmax, the other's products keep the tensor cores busy.
+// Nothing but mbarriers stands between producer and consumers: full (the bytes have landed) and empty (eight consumer
+// warps have read) of each stage; a phase's parity is that of the times the stage was used.
+//
+// Shared memory: tiles as TMA leaves them, panels of 64 columns with rows of 128 bytes, swizzled; q, then k and v of
+// each stage: 80 KiB for D = 64, 160 KiB for 128. DRAM and FLOPs as in attention.cu: q, k, v, o once, 4 D FLOPs for
+// each visible pair; 128 queries take 128 FLOPs from each byte of k and v, so from about a thousand tokens on the roof
+// is the tensor cores.
+//
+// Faults: attention_hopper.wrong_parity attention_hopper.wrong_parity_of_v attention_hopper.no_expect
+//   attention_hopper.no_init_fence attention_hopper.no_wgmma_fence attention_hopper.no_wait_for_scores
+//   attention_hopper.no_wait_for_result attention_hopper.no_wait_for_empty attention_hopper.early_release
+//   attention_hopper.no_swizzle attention_hopper.steps_a_row attention_hopper.next_rows_too_near
+//   attention_hopper.swapped_fragment attention_hopper.no_rescale attention_hopper.no_tail_mask
+#include "attention_common.cuh"
+#include "finetune/attention_hopper.h"
+#include "ptx_hopper.cuh"
+
+namespace finetune {
+namespace {
+
+using attention::Place;
+using ptx::Mbarrier;
+
+constexpr int kRows = 128, kKeys = 128, kStages = 2, kThreads = 3 * 128, kConsumerWarps = 8;
+constexpr int kPanel = 64;                // columns of a tile that lie together, 128 bytes a row
+constexpr unsigned kEightRows = 8 * 128;  // bytes
+
+struct Arguments : AttentionCuda {
+  ptx::TensorMap q_map, k_map, v_map;
+};
+
+template <class T, int D>
+struct Memory {
+  static constexpr size_t kTiles = (kRows + 2 * kStages * kKeys) * D * sizeof(T);
+  static constexpr size_t kBytes = kTiles + (1 + 4 * kStages) * sizeof(Mbarrier);
+  unsigned char* start;
+
+  __device__ T* q() const { return reinterpret_cast<T*>(start); }
+  __device__ T* k(int stage) const { return q() + (kRows + 2 * stage * kKeys) * D; }
+  __device__ T* v(int stage) const { return k(stage) + kKeys * D; }
+  __device__ Mbarrier* q_full() const { return reinterpret_cast<Mbarrier*>(start + kTiles); }
+  __device__ Mbarrier* k_full(int stage) const { return q_full() + 1 + 4 * stage; }
+  __device__ Mbarrier* v_full(int stage) const { return k_full(stage) + 1; }
+  __device__ Mbarrier* k_empty(int stage) const { return k_full(stage) + 2; }
+  __device__ Mbarrier* v_empty(int stage) const { return k_full(stage) + 3; }
+};
+
+// One thread: a tile of 128 tokens of a head, panel by panel.
+template <class T, int D>
+__device__ __forceinline__ void copy_tile(T* to, const ptx::TensorMap* map, int64_t head, int64_t token, int64_t batch,
+                                          Mbarrier* full) {
+  static_assert(kRows == kKeys);
+  const unsigned bytes = kRows * D * sizeof(T);
+  if (BUG("attention_hopper.no_expect")) {
+    ptx::mbarrier_arrive(full);
+  } else {
+    ptx::mbarrier_expect(full, bytes);
+  }
+#pragma unroll
+  for (int c = 0; c < D; c += kPanel) {
+    ptx::tensor_copy(to + c * kRows, map, c, static_cast<int>(head), static_cast<int>(token), static_cast<int>(batch),
+                     full);
+  }
+}
+
+template <class T, int D>
+__device__ __forceinline__ void produce(const Arguments& a, const Memory<T, D>& m, const Place& p, int tiles) {
+  const int64_t kv_head = p.head / (a.heads / a.kv_heads);
+  if (tiles) copy_tile<T, D>(m.q(), &a.q_map, p.head, p.first, p.s.batch, m.q_full());
+  for (int n = 0; n < tiles; ++n) {
+    const int stage = n % kStages, parity = n / kStages % 2;
+    if (!BUG("attention_hopper.no_wait_for_empty")) ptx::mbarrier_wait(m.k_empty(stage), parity ^ 1);
+    copy_tile<T, D>(m.k(stage), &a.k_map, kv_head, n * kKeys, p.s.batch, m.k_full(stage));
+    if (!BUG("attention_hopper.no_wait_for_empty")) ptx::mbarrier_wait(m.v_empty(stage), parity ^ 1);
+    copy_tile<T, D>(m.v(stage), &a.v_map, kv_head, n * kKeys, p.s.batch, m.v_full(stage));
+  }
+}
+
+template <class F>
+__device__ __forceinline__ float over_row(float x, F&& join) {  // four lanes have a row
+  x = join(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return join(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ uint64_t tile_matrix(const void* p, unsigned stride, unsigned leading) {
+  const uint64_t m = ptx::matrix(p, stride, leading);
+  return BUG("attention_hopper.no_swizzle") ? m ^ uint64_t{1} << 62 : m;
+}
+
+// A consumer warpgroup's 64 queries, from `own` of the block's tile on.
+template <class T, int D>
+__device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& m, const Place& p, int tiles, int own) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, first = own + 16 * warp + lane / 4;
+  const int least = p.s.limit(p.first + own);
+  int limit[2];
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, o[D / 2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) limit[r] = p.s.limit(min(p.first + first + 8 * r, p.s.queries - 1));
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) o[i] = 0;
+
+  if (tiles) ptx::mbarrier_wait(m.q_full(), 0);
+  for (int n = 0; n < tiles; ++n) {
+    const int stage = n % kStages, parity = n / kStages % 2;
+    const auto release = [&](Mbarrier* empty) {
+      if (lane == 0) ptx::mbarrier_arrive(empty);
+    };
+    float s[kKeys / 2];
+    ptx::mbarrier_wait(m.k_full(stage), BUG("attention_hopper.wrong_parity") ? parity ^ 1 : parity);
+    if (!BUG("attention_hopper.no_wgmma_fence")) ptx::wgmma_fence(s);
+#pragma unroll
+    for (int c = 0; c < D; c += 16) {
+      const int at = BUG("attention_hopper.steps_a_row") ? c / 16 * kPanel : c / kPanel * kRows * kPanel + c % kPanel;
+      const unsigned stride = BUG("attention_hopper.next_rows_too_near") ? kEightRows / 2 : kEightRows;
+      ptx::wgmma<T, kKeys>(s, tile_matrix(m.q() + own * kPanel + at, kEightRows, 16),
+                           tile_matrix(m.k(stage) + at, stride, 16), c > 0);
+    }
+    ptx::wgmma_commit();
+    if (BUG("attention_hopper.early_release")) release(m.k_empty(stage));
+    if (BUG("attention_hopper.no_wait_for_scores")) {
+      ptx::wgmma_wait<1>(s);
+    } else {
+      ptx::wgmma_wait<0>(s);
+    }
+    if (!BUG("attention_hopper.early_release")) release(m.k_empty(stage));
+
+    // s[4 j + 2 r + i]: row first + 8 r, key 8 j + 2 (lane % 4) + i
+    const int key = n * kKeys + lane % 4 * 2;
+    const bool whole = BUG("attention_hopper.no_tail_mask") || (n + 1) * kKeys <= least;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float highest = top[r];
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[4 * j + 2 * r + i];
+          x = __fmul_rn(x, a.scale * attention::kLog2e);
+          if (!whole && key + 8 * j + i >= limit[r]) x = -INFINITY;
+          highest = fmaxf(highest, x);
+        }
+      }
+      highest = over_row(highest, [](float x, float y) { return fmaxf(x, y); });
+      const float base = highest == -INFINITY ? 0.0f : highest;  // nothing visible yet: avoid inf − inf
+      const float rescale = BUG("attention_hopper.no_rescale") ? 1.0f : ptx::exp2(top[r] - base);
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[4 * j + 2 * r + i];
+          x = ptx::exp2(x - base);
+          sum += x;
+        }
+      }
+      top[r] = highest;
+      total[r] = total[r] * rescale + sum;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) o[4 * j + 2 * r + i] *= rescale;
+      }
+    }
+
+    unsigned probability[kKeys / 16][4];
+#pragma unroll
+    for (int c = 0; c < kKeys / 16; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int from = BUG("attention_hopper.swapped_fragment") && i % 3 ? 3 - i : i;
+        probability[c][i] = ptx::pack<T>(s[8 * c + 2 * from], s[8 * c + 2 * from + 1]);
+      }
+    }
+    ptx::mbarrier_wait(m.v_full(stage), BUG("attention_hopper.wrong_parity_of_v") ? parity ^ 1 : parity);
+    ptx::wgmma_fence(o);
+#pragma unroll
+    for (int c = 0; c < kKeys / 16; ++c) {
+      ptx::wgmma<T, D>(o, probability[c],
+                       tile_matrix(m.v(stage) + c * 16 * kPanel, kEightRows, kKeys * kPanel * sizeof(T)), true);
+    }
+    ptx::wgmma_commit();
+    if (BUG("attention_hopper.no_wait_for_result")) {
+      ptx::wgmma_wait<1>(o);
+    } else {
+      ptx::wgmma_wait<0>(o);
+    }
+    release(m.v_empty(stage));
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    total[r] = over_row(total[r], [](float x, float y) { return x + y; });
+    const float factor = total[r] == 0 ? 0.0f : 1 / total[r];
+    const int row = first + 8 * r;
+    if (row >= p.rows) continue;
+    const int64_t i = attention::row_index(a, p.s, p.head, p.first + row);
+    if (lane % 4 == 0) {
+      a.top[i] = top[r];
+      a.total[i] = total[r];
+    }
+    T* const to = attention::at<T>(a.o, p.s, p.first + row, p.head) + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      const float* x = o + 4 * j + 2 * r;
+      *reinterpret_cast<unsigned*>(to + 8 * j) = ptx::pack<T>(x[0] * factor, x[1] * factor);
+    }
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Arguments a) {
+  DYN_SHARED(unsigned char, memory);
+  const Place p = attention::place(a, gridDim.x - 1 - blockIdx.x, false, kRows, 1);  // long causal rows first
+  if (!p.rows) return;
+  const Memory<T, D> m{memory};
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(m.q_full(), 1);
+    for (int s = 0; s < kStages; ++s) {
+      ptx::mbarrier_init(m.k_full(s), 1);
+      ptx::mbarrier_init(m.v_full(s), 1);
+      ptx::mbarrier_init(m.k_empty(s), kConsumerWarps);
+      ptx::mbarrier_init(m.v_empty(s), kConsumerWarps);
+    }
+    if (!BUG("attention_hopper.no_init_fence")) ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+  const int tiles = static_cast<int>(ceil_div(p.s.limit(p.first + p.rows - 1), kKeys));
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    ptx::fewer_registers<24>();
+    if (threadIdx.x == 0) produce<T, D>(a, m, p, tiles);
+  } else {
+    ptx::more_registers<240>();
+    consume<T, D>(a, m, p, tiles, (warpgroup - 1) * 64);
+  }
+}
+
+// Strides that TMA takes: 16-byte multiples. A dimension of one element has any stride; it gets a valid one.
+void strides_of(int64_t (&strides)[4], const AttentionView& x, int64_t dim, int64_t heads, int64_t tokens,
+                int64_t batch) {
+  strides[0] = 1;
+  strides[1] = heads == 1 ? dim : x.head;
+  strides[2] = tokens == 1 ? dim : x.token;
+  strides[3] = batch == 1 ? dim : x.batch;
+}
+
+bool is_readable(const AttentionView& x, int64_t dim, int64_t heads, int64_t tokens, int64_t batch) {
+  int64_t strides[4];
+  strides_of(strides, x, dim, heads, tokens, batch);
+  for (int i = 1; i < 4; ++i) {
+    if (strides[i] % 8 || strides[i] <= 0) return false;
+  }
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+}
+
+// The map of (batch, token, head, dim) memory, in boxes of 128 tokens of one head; false: the driver refuses.
+template <class T>
+bool make_map(ptx::TensorMap& map, const AttentionView& x, int64_t dim, int64_t heads, int64_t tokens, int64_t batch) {
+  int64_t strides[4];
+  strides_of(strides, x, dim, heads, tokens, batch);
+  return ptx::make_tensor_map<T>(map, x.data, {dim, heads, tokens, batch}, strides, {kPanel, 1, kRows, 1});
+}
+
+template <class T, int D>
+Status launch_forward(const AttentionCuda& a, void* stream) {
+  const int64_t blocks = a.batch * a.heads * attention::tiles_of(a, a.queries, kRows);
+  if (!blocks) return Status::ok;
+  if (blocks > 0x7fffffff) return Status::unsupported;
+  Arguments args{a, {}, {}, {}};
+  if (!make_map<T>(args.q_map, a.q, D, a.heads, a.queries, a.batch) ||
+      !make_map<T>(args.k_map, a.k, D, a.kv_heads, a.keys, a.batch) ||
+      !make_map<T>(args.v_map, a.v, D, a.kv_heads, a.keys, a.batch)) {
+    return Status::failed;
+  }
+  return launch(forward<T, D>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Memory<T, D>::kBytes, stream, args);
+}
+
+}  // namespace
+
+const char* why_not_hopper(const AttentionCuda& a) {
+#if defined(__CUDACC__)
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (major != 9) return "the GPU is not of compute capability 9";
+#endif
+  if (a.dtype == DType::f32) return "it takes bfloat16 and float16";
+  if (a.dim != 64 && a.dim != 128) return "it takes head dims 64 and 128";
+  if (a.offsets.data) return "it takes no cu_seqlens";
+  if (!a.keys) return "there are no keys";
+  if (!is_readable(a.q, a.dim, a.heads, a.queries, a.batch) || !is_readable(a.k, a.dim, a.kv_heads, a.keys, a.batch) ||
+      !is_readable(a.v, a.dim, a.kv_heads, a.keys, a.batch)) {
+    return "it takes addresses and strides of multiples of 16 bytes";
+  }
+  return nullptr;
+}
+
+template <>
+Status launch_cuda(const AttentionHopper& a, void* stream) {
+  if (why_not_hopper(a)) return Status::unsupported;
+  return for_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (std::is_same_v<T, float>) {
+      return Status::unsupported;
+    } else {
+      return a.dim == 64 ? launch_forward<T, 64>(a, stream) : launch_forward<T, 128>(a, stream);
+    }
+  });
+}
+
+}  // namespace finetune

@@ -1,0 +1,179 @@
+"""The attention kernel of sm_90 (TMA, wgmma, mbarriers), run by the emulator, and the rules that the emulator holds it
+to. Layouts are checked with data whose place is told by its value, after the PTX manual's tables."""
+
+import itertools
+import re
+
+import pytest
+import torch
+
+from finetune import cuda_toolkit, emulator, static_table
+from finetune.ops._op import Sample
+from finetune.ops.attention import overload, reference
+
+SOURCE = (emulator.ROOT / "csrc/cuda/attention_hopper.cu").read_text()
+FAULTS = sorted(set(re.findall(r'BUG\("(attention_hopper\.\w+)"\)', SOURCE)))
+DTYPES = (torch.bfloat16, torch.float16)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("bf16", "f16"))
+
+
+@pytest.fixture(scope="module")
+def controls():
+    return emulator.load("emulated")
+
+
+@pytest.fixture(autouse=True)
+def reset(controls):
+    yield
+    controls.set_bug("")
+    controls.set_eager(False)
+    controls.set_order(0)
+
+
+def hopper(q, k, v, **kwargs):
+    _, args = overload(q, k, v, **kwargs)
+    return torch.ops.finetune_emulated.attention_hopper(*args)
+
+
+def sample(name, b, tq, tk, heads, kv_heads, dim, size=1.0, **kwargs):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(b, t, h, dim, generator=g, dtype=torch.float64) * s
+        for t, h, s in ((tq, heads, size), (tk, kv_heads, size), (tk, kv_heads, 1.0))
+    )
+    return Sample(name, (q, k, v), kwargs)
+
+
+SAMPLES = [
+    sample("tile", 1, 128, 128, 1, 1, 64),
+    sample("tails", 1, 133, 300, 2, 1, 64, causal=False),  # both stages twice
+    sample("wide", 1, 130, 130, 1, 1, 128),
+    sample("one", 1, 1, 1, 1, 1, 64),
+    sample("grouped", 2, 70, 270, 4, 2, 64),
+    sample("more queries", 1, 200, 129, 1, 1, 64),  # the first 71 rows see nothing
+    sample("lengths", 3, 60, 260, 2, 1, 64, causal=False, lengths=torch.tensor([260, 129, 0])),
+    sample("large logits", 1, 150, 150, 1, 1, 64, size=30.0),
+    sample("no queries", 1, 0, 5, 2, 1, 64),
+]
+each_sample = pytest.mark.parametrize("given", SAMPLES, ids=lambda s: s.name)
+
+
+def verify(given, dtype):
+    args = given.cast(dtype)
+    exact = reference(*(x.double() for x in args), **given.kwargs)
+    ours, top, total = hopper(*args, **given.kwargs)
+    bound = 2 * (reference(*args, **given.kwargs).double() - exact).abs().max() if exact.numel() else 0
+    unit = torch.finfo(dtype).eps * exact.abs().max() if exact.numel() else 0
+    assert torch.isfinite(ours).all()
+    assert not ours.numel() or (ours.double() - exact).abs().max() <= bound + unit
+    return args, ours, top, total
+
+
+@each_dtype
+@each_sample
+@pytest.mark.parametrize("eager", [False, True], ids=("late", "eager"))
+def test_values(controls, given, dtype, eager):
+    controls.set_eager(eager)
+    verify(given, dtype)
+
+
+@each_sample
+def test_statistics_are_those_of_the_generic_kernel(given):
+    args, _, top, total = verify(given, torch.float16)
+    _, all_args = overload(*args, **given.kwargs)
+    _, want_top, want_total = torch.ops.finetune_emulated.attention(*all_args)
+    assert torch.equal(torch.isinf(top), torch.isinf(want_top))
+    seen = ~torch.isinf(top)
+    torch.testing.assert_close(top[seen], want_top[seen], rtol=1e-5, atol=1e-4)
+    logs, want = top[seen] + total[seen].log2(), want_top[seen] + want_total[seen].log2()
+    torch.testing.assert_close(logs, want, rtol=1e-5, atol=1e-4)
+    assert (total[~seen] == 0).all()
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_order_of_threads_does_not_matter(controls, order):
+    given = SAMPLES[1]
+    first = hopper(*given.cast(torch.bfloat16), **given.kwargs)
+    controls.set_order(order)
+    assert all(map(torch.equal, hopper(*given.cast(torch.bfloat16), **given.kwargs), first))
+
+
+def test_strided_inputs_are_read_in_place():
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in SAMPLES[4].cast(torch.float16))
+    assert torch.equal(hopper(q, k, v)[0], hopper(q.contiguous(), k.contiguous(), v.contiguous())[0])
+
+
+def test_the_faults_are_those_of_the_head_comment():
+    head = re.match(r"(?://.*\n)+", SOURCE)[0]
+    assert sorted(set(re.findall(r"attention_hopper\.(?!cu\b)\w+", head.partition("Faults:")[2]))) == FAULTS
+    assert len(FAULTS) >= 6
+
+
+# What the emulator itself must say; the others are told by their numbers.
+TOLD = {
+    "no_init_fence": "no fence has made visible",
+    "no_wgmma_fence": r"without a wgmma\.fence",
+    "no_wait_for_empty": "more arrivals at an mbarrier than its phase takes",
+    "early_release": "that a wgmma under way reads",
+    "wrong_parity": "wgmma reads shared memory that a copy under way writes|deadlock",
+    "wrong_parity_of_v": "wgmma reads shared memory that a copy under way writes",
+    "no_wait_for_result": "that a wgmma under way reads|the block ends while a wgmma is under way|wrong numbers",
+    "no_expect": "wgmma reads shared memory that a copy under way writes",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_caught(controls, fault):
+    controls.set_bug(fault)
+    told = TOLD.get(fault.partition(".")[2], "wrong numbers")
+    caught = []
+    for eager, order, given in itertools.product((False, True), (0, 2, 3), SAMPLES[:3]):
+        controls.set_eager(eager)
+        controls.set_order(order)
+        try:
+            verify(given, torch.float16)
+        except AssertionError:
+            caught.append("wrong numbers")
+        except RuntimeError as error:
+            caught.append(str(error))
+        if caught and re.search(told, caught[-1]):
+            break
+    assert controls.bug_reached(), "no sample comes by it"
+    assert caught, "survives"
+    assert re.search(told, caught[-1]), caught
+
+
+def kernel_of(q, k, v, **kwargs):
+    _, args = overload(q, k, v, **kwargs)
+    return torch.ops.finetune_emulated.attention_kernel(*args)
+
+
+def test_the_choice_between_the_kernels():
+    def half(*shape):
+        return torch.zeros(*shape, dtype=torch.float16)
+
+    q = half(2, 4, 2, 64)
+    assert kernel_of(q, q, q) == "attention_hopper"
+    odd = half(2, 4, 2, 65)[..., :64]
+    for reason, args, kwargs in (
+        ("it takes head dims 64 and 128", (half(1, 4, 1, 32),) * 3, {}),
+        ("it takes bfloat16 and float16", (q.float(),) * 3, {}),
+        ("it takes no cu_seqlens", (q[:1],) * 3, {"cu_seqlens": torch.tensor([0, 4])}),
+        ("there are no keys", (q, q[:, :0], q[:, :0]), {}),
+        ("it takes addresses and strides of multiples of 16 bytes", (odd, q, q), {}),
+        ("it takes addresses and strides of multiples of 16 bytes", (q, half(1025)[1:].view_as(q), q), {}),
+    ):
+        assert kernel_of(*args, **kwargs) == f"attention: {reason}"
+        with pytest.raises(RuntimeError, match="does not support these arguments"):
+            hopper(*args, **kwargs)
+
+
+@pytest.mark.skipif(not cuda_toolkit.tool("nvcc"), reason="no nvcc: pip install -e '.[test]'")
+def test_machine_code():
+    """Tensor cores by warpgroups, copies by TMA, registers moved to the consumers, no spills."""
+    for name, row in static_table.table(["attention_hopper"], ("90a",))["attention_hopper"]["90a"].items():
+        assert row["spills"] == row["stack"] == 0, name
+        assert row["code"].get("HGMMA", 0) >= 12, name
+        assert not row["code"].get("HMMA"), name
+        assert row["code"].get("UTMALDG", 0) >= 3, name
+        assert row["code"].get("USETMAXREG") == 2, name
