@@ -165,6 +165,23 @@ def token_logprobs(logits, targets, *, temperature=1.0, ignore_index=-100, entro
     return {"log_softmax, gather": call}
 
 
+def gae(rewards, values, next_values, terminated, truncated, *, gamma=0.99, lam=0.95):
+    """The loop over time that RL code has, with what it can do for all steps at once done before the loop."""
+
+    def call():
+        r, v, following = rewards.float(), values.float(), next_values.float()
+        deltas = torch.addcmul(r, following, ~terminated, value=gamma) - v
+        decay = (gamma * lam) * (~(terminated | truncated)).float()
+        advantages = torch.empty_like(deltas)
+        advantage = torch.zeros_like(deltas[0])
+        for t in reversed(range(len(deltas))):
+            advantage = torch.addcmul(deltas[t], decay[t], advantage)
+            advantages[t] = advantage
+        return advantages, advantages + v
+
+    return {"loop": call}
+
+
 def adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0, step, **hyper):
     """torch.optim.AdamW's own update; bfloat16 parameters go through fp32, as the moments are."""
     from torch.optim.adamw import adamw as update  # an attribute of torch.optim that it deletes again
@@ -268,6 +285,7 @@ PAGES = (
     adamw8bit,
     token_logprobs,
     cast,
+    gae,
     clip_grad_norm,
     global_norm,
     unscale_check_finite,

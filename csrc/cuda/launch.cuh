@@ -70,6 +70,8 @@ Status for_dtype(DType dtype, F&& f) {
       return f(bf16{});
     case DType::f16:
       return f(f16{});
+    case DType::f64:
+      break;
   }
   return Status::unsupported;
 }

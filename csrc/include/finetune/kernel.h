@@ -7,8 +7,8 @@
 
 namespace finetune {
 
-enum class DType : int { f32, bf16, f16 };  // f16: GPU kernels only
-constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+enum class DType : int { f32, bf16, f16, f64 };  // f16: GPU kernels only; f64: gae on the CPU only
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 enum class Status : int { ok, unsupported, failed, no_kernel };  // no_kernel: none for this GPU's architecture
 
 // Levels of the CPU instruction set, in rising order: a kernel compiled for one runs on all above it.
