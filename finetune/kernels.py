@@ -66,7 +66,7 @@ def trace(op: str, name: str | None, dtype: str, shape: str | None, forward: boo
     shapes = ", ".join(str(tuple(t.shape)) for t in sample.args if isinstance(t, torch.Tensor))
     console = _console()
     console.print(f"\n[bold]{op}[/], sample '{sample.name}': {shapes}, {DTYPES[dtype]}\n", highlight=False)
-    console.print(_trace_table(rows, console.width))
+    _print_trace(console, rows)
     console.print(
         "A request is a warp's, width the bytes a lane; its units are 32-byte sectors of global memory or wavefronts "
         "of shared memory (one 4-byte word from each of 32 banks), the ideal as few as would do.\n",
@@ -101,7 +101,9 @@ def reshaped(sample: Any, shape: str) -> Any:
     return dataclasses.replace(sample, name=shape, given=args)
 
 
-def _trace_table(rows: list[dict[str, Any]], width: int) -> Any:
+def _print_trace(console: Any, rows: list[dict[str, Any]]) -> None:
+    if not console.is_terminal:
+        console.width = 140
     heads = ("line", "source", "what", "requests", "width", "units", "ideal", "×")
     cells = []
     before = None
@@ -114,7 +116,7 @@ def _trace_table(rows: list[dict[str, Any]], width: int) -> Any:
         numbers = [str(row[key]) if row["ideal"] or key == "requests" else "" for key in heads[3:7]]
         cells.append([where if first else "", row["source"] if first else "", row["kind"], *numbers, mark])
     widths = [max(len(text) for text in column) for column in zip(heads, *cells, strict=True)]
-    room = max(20, width - sum(widths) + widths[1] - 3 * len(heads))  # the source gets what the others leave
+    room = max(20, console.width - sum(widths) + widths[1] - 3 * len(heads))  # the source gets what the others leave
     table = _table(*heads)
     for i, column in enumerate(table.columns):
         column.no_wrap, column.overflow = True, "ellipsis"
@@ -126,7 +128,7 @@ def _trace_table(rows: list[dict[str, Any]], width: int) -> Any:
             texts[-1],
             style="yellow" if float(texts[-1] or 0) > 1 else "",
         )
-    return table
+    console.print(table)
 
 
 @kernels.command()
@@ -192,7 +194,7 @@ def levels(topic: str | None, number: int | None, size: str, markdown: bool, deb
         if json:
             return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
         console.print(f"\n{chosen[0].idea}\n", highlight=False, markup=False)
-        console.print(_trace_table(rows))
+        _print_trace(console, rows)
         return None
     if debug:
         raise UserError("--debug needs a topic and --level")

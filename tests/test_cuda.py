@@ -1,5 +1,9 @@
 """The CUDA kernels, run by the emulator on CPU tensors, against their float64 references: values and gradients."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -85,3 +89,30 @@ def test_fault_is_rejected(op, fault):
     verdict = faults.judge(op, fault)
     assert verdict.reached, f"no sample of {op} comes by {fault}"
     assert verdict.by, f"{fault} survives all samples of {op}"
+
+
+def sanitized(*words):
+    libasan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": libasan.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python leaves much behind
+        "UBSAN_OPTIONS": "halt_on_error=1",
+        "PYTHONPATH": str(emulator.ROOT),
+    }
+    command = [sys.executable, str(emulator.ROOT / "tests" / "sanitized.py"), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_sanitized():
+    emulator.build("sanitized")
+    clean = sanitized()
+    assert clean.returncode == 0, clean.stderr[-4000:]
+    counts = dict(line.split() for line in clean.stdout.splitlines())
+    assert set(counts) == set(KERNELS)
+    assert all(int(count) for count in counts.values())
+    found = sanitized("rms_norm.past_the_end")  # and would it see anything?
+    assert found.returncode
+    assert "heap-buffer-overflow" in found.stderr
+    assert "rms_norm.cu" in found.stderr
