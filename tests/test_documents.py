@@ -33,10 +33,10 @@ def test_documents_print_commands():
 @pytest.mark.parametrize("words", CASES)
 def test_a_printed_command_is_understood(words):
     context = app.make_context("finetune", list(words))
-    name, command, rest = app.resolve_command(context, [*context.protected_args, *context.args])
+    name, command, rest = app.resolve_command(context, [*context._protected_args, *context.args])
     if name == "kernels":
         group = command.make_context(name, rest, parent=context)
-        name, command, rest = command.resolve_command(group, [*group.protected_args, *group.args])
+        name, command, rest = command.resolve_command(group, [*group._protected_args, *group.args])
         context = group
     inner = command.make_context(name, rest, parent=context)  # unknown options and missing arguments raise
     given = inner.params

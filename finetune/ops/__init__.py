@@ -6,8 +6,8 @@ from finetune.ops.adamw8bit import adamw8bit_
 from finetune.ops.attention import attention
 from finetune.ops.cast import cast
 from finetune.ops.clip_grad_norm import clip_grad_norm_
-from finetune.ops.global_norm import global_norm
 from finetune.ops.gae import gae
+from finetune.ops.global_norm import global_norm
 from finetune.ops.kv_cache import kv_cache_append_, kv_cache_copy_, kv_cache_gather
 from finetune.ops.layer_norm import layer_norm
 from finetune.ops.linear_cross_entropy import linear_cross_entropy
@@ -30,8 +30,8 @@ __all__ = [
     "attention",
     "cast",
     "clip_grad_norm_",
-    "global_norm",
     "gae",
+    "global_norm",
     "kv_cache_append_",
     "kv_cache_copy_",
     "kv_cache_gather",
