@@ -21,20 +21,15 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 KERNELS = [op for op in ops.REGISTRY if (_triton.KERNELS / f"{op}.py").exists()]
 SAMPLES = {op: [s for s in ops.REGISTRY[op].samples() if not s.bench] for op in KERNELS}
-# Of the ops whose interpretation takes longest, the samples that run by default in every dtype.
-QUICK = {
-    "attention": {"small", "fewer queries", "packed", "large logits"},
-    "gae": {"small", "one", "no steps", "no rows", "transposed"},
-}
 
 
-def cases(dtypes):
-    """op × sample × dtype; of an op in QUICK the other samples by default in bf16 alone."""
+def cases(dtypes, default="bf16"):
+    """op × sample × dtype. Interpretation takes its time: of each op the first two samples run by default in every
+    dtype, the others in the default one."""
     for op in KERNELS:
-        for sample in SAMPLES[op]:
+        for i, sample in enumerate(SAMPLES[op]):
             for name, dtype in dtypes.items():
-                slow = op in QUICK and sample.name not in QUICK[op] and name != "bf16"
-                marks = [pytest.mark.slow] if slow else []
+                marks = [pytest.mark.slow] if i > 1 and name != default else []
                 yield pytest.param(op, sample, dtype, id=f"{op}-{sample.name}-{name}", marks=marks)
 
 

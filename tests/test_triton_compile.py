@@ -34,8 +34,13 @@ def check(rows, target, dtypes):
     assert not too_much, "\n".join(map(str, too_much))
 
 
-def test_bfloat16_for_hopper():
-    check(compile_for("cuda:90", "bfloat16"), "cuda:90", {"bfloat16"})
+@pytest.fixture(scope="module")
+def for_hopper():
+    return compile_for("cuda:90", "bfloat16")
+
+
+def test_bfloat16_for_hopper(for_hopper):
+    check(for_hopper, "cuda:90", {"bfloat16"})
 
 
 @pytest.mark.slow
@@ -45,9 +50,9 @@ def test_every_dtype_for(target):
     check(compile_for(target, ",".join(dtypes)), target, dtypes)
 
 
-def test_every_kernel_is_compiled():
+def test_every_kernel_is_compiled(for_hopper):
     """`typical` must launch all of a file's kernels, or the tests above say nothing of the others."""
-    launched = {(row["op"], row["kernel"]) for row in compile_for("cuda:90", "bfloat16")}
+    launched = {(row["op"], row["kernel"]) for row in for_hopper}
     for op in KERNELS:
         source = (_triton.KERNELS / f"{op}.py").read_text()
         kernels = {line.split("def ")[1].split("(")[0] for line in source.splitlines() if line.startswith("def ")}
