@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune import ops
+from finetune import emulator, ops
 
 
 def rollout(steps, rows, seed=0, dtype=torch.float64, ends=0.1):
@@ -97,3 +97,32 @@ def test_bad_settings_are_refused():
         ops.gae(*given, lam=-0.1)
     with pytest.raises(RuntimeError, match="one shape"):
         ops.gae(given[0][:1], *given[1:], backend="reference")
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(4, 1), (1024, 1), (1025, 1), (513, 2), (33, 31), (32, 32), (129, 70)])
+def test_any_tile_of_the_scan(steps, rows):
+    """Sizes around the tiles of the CUDA kernel: 1024 steps of one row, 32 of 32 rows."""
+    emulator.load("emulated")
+    given = rollout(steps, rows, dtype=torch.float32, ends=2 / steps)
+    exact = ops.gae(*(t.double() if t.is_floating_point() else t for t in given), backend="cpp")
+    for mine, want in zip(ops.gae(*given, backend="emulated"), exact, strict=True):
+        assert (mine - want).abs().max() < 2e-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("which", ["terminated", "truncated"])
+def test_nothing_crosses_the_end_of_a_segment_in_the_scan(which):
+    """The CUDA kernel composes maps across steps: a NaN behind an end must not come through a product with 0."""
+    emulator.load("emulated")
+    r, v, next_v, _, _ = rollout(75, 3, dtype=torch.float32)
+    ends = {name: torch.zeros(75, 3, dtype=torch.bool) for name in ("terminated", "truncated")}
+    ends[which][40] = True
+    before = ops.gae(r, v, next_v, **ends, backend="emulated")[0][:41]
+    for x in (r, v, next_v):
+        x[41:] = torch.nan
+    assert torch.equal(ops.gae(r, v, next_v, **ends, backend="emulated")[0][:41], before)
+
+
+def test_compiles():
+    given = rollout(12, 3, dtype=torch.float32)
+    compiled = torch.compile(lambda *given: ops.gae(*given), backend="aot_eager", fullgraph=True)
+    assert all(map(torch.equal, compiled(*given), ops.gae(*given)))
