@@ -118,11 +118,11 @@ def test_stochastic_bits_are_the_same_everywhere(to):
 
 @pytest.mark.parametrize("to", FORMATS[1:], ids=str)
 def test_stochastic_is_unbiased_between_two_neighbours(to):
-    """200 000 draws of each of 24 numbers: only the two neighbours occur, the mean within 4 standard errors."""
+    """50 000 draws of each of 24 numbers: only the two neighbours occur, the mean within 4 standard errors."""
     tiny = torch.finfo(to).smallest_normal
     fractions = torch.tensor([1.0, 1.01, 1.37, 1.9, 1.999, 1.03125])
     values = torch.cat([fractions, -3 * fractions, fractions * tiny / 4, fractions * tiny * 2**-16])
-    n = 200_000
+    n = 50_000
     for i, value in enumerate(values.tolist()):
         x = torch.full((n,), value)
         y = ops.cast(x, to, rounding="stochastic", seed=i, backend="cpp").double()
@@ -137,7 +137,7 @@ def test_stochastic_is_unbiased_between_two_neighbours(to):
             share = (exact - found.min().item()) / step
             error = step * (share * (1 - share) / n) ** 0.5
             assert abs(y.mean().item() - exact) <= 4 * error
-        else:  # a number of the format, or so near one that a draw in 200 000 is not expected
+        else:  # a number of the format, or so near one that a draw in 50 000 is not expected
             nearest = x[0].to(to).double().item()
             gap = abs(exact - nearest)
             assert found.item() == nearest

@@ -150,9 +150,14 @@ def test_mixed_dtypes_and_the_norm_for_clipping(backend):
 
 def test_the_norm_is_clip_grad_norms():
     grads = gradients()
-    assert torch.equal(ops.global_norm(grads), ops.clip_grad_norm_(grads, math.inf))
+    assert torch.allclose(ops.global_norm(grads), ops.clip_grad_norm_(grads, math.inf), rtol=2e-7)
     assert torch.equal(ops.global_norm([]), torch.zeros(()))
-    assert ops.global_norm([torch.full((4,), 1e30)], backend="cpp").item() == pytest.approx(2e30, rel=1e-6)
+    for size in (1e30, 1e-25):  # their squares are no fp32 numbers
+        for n in (4, 4000):
+            norm = ops.global_norm([torch.full((n,), size)], backend="cpp").item()
+            assert norm == pytest.approx(n**0.5 * size, rel=1e-6)
+    assert ops.global_norm([torch.tensor([1.0, math.inf])], backend="cpp") == math.inf
+    assert ops.global_norm([torch.tensor([1.0, math.nan] * 500)], backend="cpp").isnan()
 
 
 @each_backend

@@ -85,6 +85,19 @@ FINETUNE_INLINE void store_rounded(T* p, vf x, vu random, uint32_t over) {
   if constexpr (kFormat<T> == Format::f32) {
     const vu size = (vu)x & 0x7fffffffu;
     store(p, (vf)pick((vi)(size == 0x7f800000u), ((vu)x & 0x80000000u) | over, (vu)x));
+#if defined(__AVX2__)
+  } else if constexpr (kFormat<T> == Format::f16 && !kStochastic) {  // the hardware's, but for infinity and NaN
+    const vu size = (vu)x & 0x7fffffffu;
+    const vf quiet = (vf)pick((vi)size > 0x7f800000, ((vu)x & 0x80000000u) | 0x7fc00000u, (vu)x);
+#if defined(__AVX512F__)
+    vh half = (vh)_mm512_maskz_cvtps_ph(0xffff, (__m512)quiet, _MM_FROUND_TO_NEAREST_INT);
+#else
+    vh half = (vh)_mm256_cvtps_ph((__m256)quiet, _MM_FROUND_TO_NEAREST_INT);
+#endif
+    const uint16_t infinity = LayoutOf<Format::f16>::beyond;
+    half -= (vh)((half & 0x7fff) == infinity) & static_cast<uint16_t>(infinity - over);
+    std::memcpy(p, &half, sizeof half);
+#endif
   } else {
     using L = LayoutOf<kFormat<T>>;
     const vu bits = (vu)x, size = bits & 0x7fffffffu;

@@ -11,8 +11,7 @@ namespace {
 
 template <class T>
 double squares(const NormPiece& piece) {
-  const T* x = static_cast<const T*>(piece.data);
-  return sum_squares(piece.size, [&](int64_t i, auto get, auto) { return get(x + i); });
+  return sum_squares_of(static_cast<const T*>(piece.data), piece.size);
 }
 
 Status global_norm(const GlobalNorm& a) {
