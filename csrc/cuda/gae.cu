@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) scan(Gae a, int columns) {
   const int here = threadIdx.x, segment = here / columns, segments = kThreads / columns;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * columns + here % columns;
   const auto gamma = static_cast<float>(a.gamma), decay = static_cast<float>(a.decay);
-  const int64_t steps = a.steps + (BUG("gae.past_the_end") ? 1 : 0), tile = static_cast<int64_t>(segments) * kItems;
+  const int64_t steps = a.steps, tile = static_cast<int64_t>(segments) * kItems;
   float carry = 0;  // the advantage after this tile
   for (int64_t start = ceil_div(steps, tile) * tile - tile; start >= 0; start -= tile) {
     const int64_t first = start + segment * kItems;
@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kThreads) scan(Gae a, int columns) {
       if (column < a.columns && first + i < steps) {
         const int64_t at = (first + i) * a.columns + column;
         const bool terminated = a.terminated[at], truncated = a.truncated[at] && !BUG("gae.across_truncation");
-        const float next = to_float(static_cast<const T*>(a.next_values)[at]);
+        const int64_t past = BUG("gae.past_the_end") ? a.columns : 0;
+        const float next = to_float(static_cast<const T*>(a.next_values)[at + past]);
         value[i] = to_float(static_cast<const T*>(a.values)[at]);
         const float future = terminated && !BUG("gae.bootstrap") ? 0 : gamma * next;
         step[i] = {terminated || truncated ? 0 : decay,
