@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from finetune import registry
+from finetune import cli, registry
 from finetune.cuda_toolkit import tool
 from finetune.emulator import ROOT
 from finetune.errors import UserError
@@ -231,6 +232,47 @@ def test_nothing_climbed_is_nothing_gained(tmp_path):
 def test_bad_settings(change, message):
     with pytest.raises(UserError, match=message):
         cuda.Config(**change)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gdb") is None, reason="needs gdb")
+def test_a_debugger_stops_in_a_kernel():
+    """As the README shows it."""
+    commands = [
+        "set breakpoint pending on", "set print thread-events off", "tbreak level_02_shared_tile.cu:24", "run",
+        "print emulator::self->index", "print tile[0][0]",
+    ]  # fmt: skip
+    words = [word for command in commands for word in ("-ex", command)]
+    line = [sys.executable, "-m", "finetune", "kernels", "levels", "transpose", "--level", "2", "--debug"]
+    done = subprocess.run(["gdb", "-q", "-batch", *words, "--args", *line], cwd=ROOT, capture_output=True, text=True)
+    first = cuda.TOPICS["transpose"](*cuda.SIZES["small"]["transpose"]).inputs[0][0, 0].item()
+    assert "level_02_shared_tile.cu:24" in done.stdout
+    assert "$1 = {x = 31, y = 7, z = 0}" in done.stdout
+    printed = re.search(r"\$2 = (\S+)", done.stdout)
+    assert printed
+    assert float(printed[1]) == pytest.approx(first)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["matmull"], "no topic 'matmull'.*matmul"),
+        (["matmul", "--level", "9"], "--level 9: name a topic, and a level from 1"),
+        (["--debug"], "--debug needs a topic"),
+    ],
+)
+def test_bad_words_on_the_command_line(words, message, capsys):
+    assert cli.main(["kernels", "levels", *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_command_line_shows_levels(capsys, climbed):
+    assert cli.main(["kernels", "levels", "transpose", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["transpose"]
+    assert [row["sectors"] for row in rows] == [count.sectors for count in climbed["transpose"]]
+    assert cli.main(["kernels", "levels", "transpose", "--level", "2", "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert any(row["units"] == 32 * row["ideal"] for row in lines if row["ideal"])
 
 
 @pytest.mark.slow

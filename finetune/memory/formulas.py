@@ -308,7 +308,7 @@ def companions(shape: Shape, setup: Setup) -> list[Term]:
         plain = f"{count}"
         shared = {stage: f"⌈{plain}/W⌉" if setup.zero >= stage else plain for stage in (1, 2, 3)}
         terms.append(Term("reward model", setup.share(count, 3) * setup.element, f"{shared[3]}·e", "frozen weights"))
-        copies = 2 + (setup.element < 4)
+        copies = 2 + (setup.element < 4 and setup.master)
         size = setup.share(count, 3) * setup.element + setup.share(count, 2) * setup.element
         size += setup.share(count, 1) * 4 * copies
         text = f"{shared[3]}·e + {shared[2]}·e + {shared[1]}·{4 * copies}"
