@@ -29,7 +29,8 @@ def cases(dtypes, default="bf16"):
     for op in KERNELS:
         for i, sample in enumerate(SAMPLES[op]):
             for name, dtype in dtypes.items():
-                marks = [pytest.mark.slow] if i > 1 and name != default else []
+                scan = op == "gae" and sample.args[0].numel() > 1000  # the interpreter takes one element after another
+                marks = [pytest.mark.slow] if scan or (i > 1 and name != default) else []
                 yield pytest.param(op, sample, dtype, id=f"{op}-{sample.name}-{name}", marks=marks)
 
 

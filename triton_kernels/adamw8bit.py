@@ -90,12 +90,12 @@ def adamw8bit_(
         check(enough, "adamw8bit_", "there must be a float32 for every 256 elements")
     grads = [g.contiguous() for g in grads]
     for lists in by_dtype(params, grads, exp_avgs, exp_avg_sqs, masters, exp_avg_maxs, exp_avg_sq_maxs):
-        table, owner, constants = pointers(*lists[:5], beside=lists[5:])
+        table, owner, constants = pointers(*lists[:5], beside=lists[5:], block=2048)
         scale = owner if scale_tensor is None else scale_tensor.to(owner.device)
         adamw8bit_kernel[(len(owner),)](
             table, owner, maps, middles, scale, grad_scale, *how, P=TYPES[lists[0][0].dtype],
             G=TYPES[lists[1][0].dtype], MASTERS=bool(masters), SCALE=scale_tensor is not None, **constants,
-            num_warps=8, enable_fp_fusion=False,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 
