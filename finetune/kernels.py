@@ -19,11 +19,13 @@ def kernels() -> None:
     """The CUDA kernels without a GPU, by emulation: their memory accesses, their faults."""
 
 
-def find(op: str) -> str:
-    """`op`, if it has a CUDA kernel."""
+def find(op: str, runs: bool = True) -> str:
+    """`op`, if it has a CUDA kernel; `runs`: one that runs as an op of its own, not a variant for one architecture."""
     if not (ROOT / "csrc" / "cuda").is_dir():
         raise UserError(f"there is no {ROOT / 'csrc'}: `kernels` needs a checkout, installed by pip install -e .")
-    known = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    pages = ROOT / "finetune" / "ops"
+    found = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    known = [name for name in found if not runs or (pages / f"{name}.py").exists()]
     if op not in known:
         raise UserError(f"no CUDA kernel '{op}'{nearest(op, known)}: there are {', '.join(known)}")
     return op
@@ -228,7 +230,7 @@ def static(ops: tuple[str, ...], archs: tuple[str, ...], write: bool, jobs: int,
 
     if write and archs:
         raise UserError("--write takes all architectures: leave --arch away")
-    rows = static_table.table([find(op) for op in ops], archs or static_table.ARCHS, jobs)
+    rows = static_table.table([find(op, runs=False) for op in ops], archs or static_table.ARCHS, jobs)
     if write:
         static_table.write(rows)
     if json:
