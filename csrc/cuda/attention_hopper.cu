@@ -242,13 +242,13 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ A
   }
 }
 
-// Strides that TMA takes: 16-byte multiples. A dimension of one element has any stride; it gets a valid one.
+// Strides that TMA takes: 16-byte multiples. A dimension of at most one element has any stride; it gets a valid one.
 void strides_of(int64_t (&strides)[4], const AttentionView& x, int64_t dim, int64_t heads, int64_t tokens,
                 int64_t batch) {
   strides[0] = 1;
-  strides[1] = heads == 1 ? dim : x.head;
-  strides[2] = tokens == 1 ? dim : x.token;
-  strides[3] = batch == 1 ? dim : x.batch;
+  strides[1] = heads <= 1 ? dim : x.head;
+  strides[2] = tokens <= 1 ? dim : x.token;
+  strides[3] = batch <= 1 ? dim : x.batch;
 }
 
 bool is_readable(const AttentionView& x, int64_t dim, int64_t heads, int64_t tokens, int64_t batch) {
