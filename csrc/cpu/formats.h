@@ -79,6 +79,22 @@ FINETUNE_INLINE vu round_stochastic(vu size, vu random) {
   return kept - (vu)(random < lost);
 }
 
+template <class T, bool kStochastic>
+FINETUNE_INLINE void store_rounded(T* p, vf x, vu random, uint32_t over);
+
+// To nearest, ties to even, infinity for what is too large.
+FINETUNE_INLINE void store(f16* p, vf x) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof half);
+#elif defined(__AVX2__)
+  const __m128i half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof half);
+#else
+  store_rounded<f16, false>(p, x, vu{}, LayoutOf<Format::f16>::beyond);
+#endif
+}
+
 // x rounded to T, stored. `over`: the bits of what is too large.
 template <class T, bool kStochastic>
 FINETUNE_INLINE void store_rounded(T* p, vf x, vu random, uint32_t over) {
@@ -86,7 +102,8 @@ FINETUNE_INLINE void store_rounded(T* p, vf x, vu random, uint32_t over) {
     const vu size = (vu)x & 0x7fffffffu;
     store(p, (vf)pick((vi)(size == 0x7f800000u), ((vu)x & 0x80000000u) | over, (vu)x));
 #if defined(__AVX2__)
-  } else if constexpr (kFormat<T> == Format::f16 && !kStochastic) {  // the hardware's, but for infinity and NaN
+  } else if constexpr (kFormat<T> == Format::f16 && !kStochastic) {  // the hardware's
+    if (over == LayoutOf<Format::f16>::beyond) return store(p, x);
     const vu size = (vu)x & 0x7fffffffu;
     const vf quiet = (vf)pick((vi)size > 0x7f800000, ((vu)x & 0x80000000u) | 0x7fc00000u, (vu)x);
 #if defined(__AVX512F__)
@@ -114,19 +131,6 @@ FINETUNE_INLINE void store_rounded(T* p, vf x, vu random, uint32_t over) {
     }
   }
 }
-// To nearest, ties to even, infinity for what is too large.
-FINETUNE_INLINE void store(f16* p, vf x) {
-#if defined(__AVX512F__)
-  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
-  std::memcpy(p, &half, sizeof half);
-#elif defined(__AVX2__)
-  const __m128i half = _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
-  std::memcpy(p, &half, sizeof half);
-#else
-  store_rounded<f16, false>(p, x, vu{}, LayoutOf<Format::f16>::beyond);
-#endif
-}
-
 // The products of the lanes with b: even lanes and odd lanes apart.
 FINETUNE_INLINE void multiply(vu a, uint32_t b, vu& high, vu& low) {
 #if defined(__AVX512F__)
