@@ -41,7 +41,7 @@ def reference(
     deltas = r + (gamma * next_v).masked_fill(terminated, 0.0) - v  # (T, N)
     ends = terminated | truncated
     advantages = torch.empty_like(deltas)
-    advantage = torch.zeros_like(deltas[0]) if len(deltas) else None
+    advantage = torch.zeros_like(deltas[:1].sum(0))  # (N,), also of no steps
     for t in reversed(range(len(deltas))):
         advantage = deltas[t] + (gamma * lam * advantage).masked_fill(ends[t], 0.0)
         advantages[t] = advantage
