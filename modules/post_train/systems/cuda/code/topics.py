@@ -49,20 +49,26 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+# A sum of n fp32 terms in any order may be off by √n·UNIT·Σ|x| (Higham & Mary 2019, doi:10.1137/18M1226312).
+UNIT = 2**-24
+
+
 def softmax(rows: int, columns: int, seed: int = 0) -> Problem:
     """Per element: a subtraction, an exponential, an addition, a division, and the comparison for the maximum."""
     x = 3 * normal(seed, rows, columns)
-    n = rows * columns
-    return Problem([x], [], (rows, columns), 0, (rows, columns), lambda: x.double().softmax(-1), lambda: x.softmax(-1),
-                   5 * n, 8 * n)  # fmt: skip
+    n, floor = rows * columns, math.sqrt(columns) * UNIT * float(x.softmax(-1).max())
+    return Problem(
+        [x], [], (rows, columns), 0, (rows, columns), lambda: x.double().softmax(-1), lambda: x.softmax(-1),
+        5 * n, 8 * n, floor,
+    )  # fmt: skip
 
 
 def reduction(n: int, seed: int = 0) -> Problem:
-    """The floor is √n·u·Σ|x|: what a sum of n terms in any order may be off by (Higham & Mary 2019,
-    doi:10.1137/18M1226312)."""
     x = normal(seed, n) + 0.5
-    return Problem([x], [1024], (1,), 1, (n,), lambda: x.double().sum()[None], lambda: x.sum()[None], n, 4 * n + 4,
-                   math.sqrt(n) * 2**-24 * float(x.abs().sum()))  # fmt: skip
+    floor = math.sqrt(n) * UNIT * float(x.abs().sum())
+    return Problem(
+        [x], [1024], (1,), 1, (n,), lambda: x.double().sum()[None], lambda: x.sum()[None], n, 4 * n + 4, floor
+    )  # fmt: skip
 
 
 def transpose(rows: int, columns: int, seed: int = 0) -> Problem:
@@ -73,8 +79,11 @@ def transpose(rows: int, columns: int, seed: int = 0) -> Problem:
 
 def matmul(m: int, n: int, k: int, seed: int = 0) -> Problem:
     a, b = normal(seed, m, k, dtype=torch.bfloat16), normal(seed + 1, k, n, dtype=torch.bfloat16)
-    return Problem([a, b], [], (m, n), 0, (m, n, k), lambda: a.double() @ b.double(), lambda: a.float() @ b.float(),
-                   2 * m * n * k, 2 * (m * k + k * n) + 4 * m * n)  # fmt: skip
+    floor = math.sqrt(k) * UNIT * float((a.abs().float() @ b.abs().float()).max())
+    return Problem(
+        [a, b], [], (m, n), 0, (m, n, k), lambda: a.double() @ b.double(), lambda: a.float() @ b.float(),
+        2 * m * n * k, 2 * (m * k + k * n) + 4 * m * n, floor,
+    )  # fmt: skip
 
 
 def attention(heads: int, q_len: int, k_len: int, dim: int, seed: int = 0) -> Problem:
