@@ -11,8 +11,11 @@ help: ## this list
 run: setup ## fine-tune SmolLM2-135M-Instruct with LoRA on Python's own documentation (about five minutes with the set-up)
 	@$(BIN)/python -m finetune run sft
 
-test: setup $(VENV)/.test-installed ## every test: default, slow and peer
-	@$(BIN)/python -m pytest
+test: setup $(VENV)/.test-installed ## the tests: default, slow and peer
+	@$(BIN)/python -m pytest -m "not long"
+
+longtest: setup $(VENV)/.test-installed ## the tests that take minutes each: all architectures, sanitizers, whole builds
+	@$(BIN)/python -m pytest -m long
 
 bench: setup $(VENV)/.test-installed ## time every op beside torch's own
 	@$(BIN)/python -m finetune bench
@@ -43,4 +46,4 @@ $(VENV)/.test-installed: pyproject.toml | $(VENV)/.native-built
 	@$(PIP) --no-build-isolation --editable ".[test,peers]"
 	@touch $@
 
-.PHONY: help run test bench lint clean setup
+.PHONY: help run test longtest bench lint clean setup

@@ -104,7 +104,7 @@ def sanitized(*words):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sanitized():
     emulator.build("sanitized")
     clean = sanitized()

@@ -92,7 +92,7 @@ assert torch.allclose(ours, torch.nn.functional.rms_norm(x, (8,), w, 1e-5), atol
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_cuda_all_else_works(tmp_path):
     """FINETUNE_CUDA=0 builds, and what it builds runs, where there is an nvcc too."""
     assert configure(tmp_path, FINETUNE_CUDA="0").returncode == 0

@@ -49,7 +49,7 @@ def test_golden(op):
     check(op, default(op))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("arch", static_table.ARCHS)
 @pytest.mark.parametrize("op", OPS)
 def test_golden_of_the_other_architectures(op, arch):

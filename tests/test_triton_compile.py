@@ -43,7 +43,7 @@ def test_bfloat16_for_hopper(for_hopper):
     check(for_hopper, "cuda:90", {"bfloat16"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("target", SHARED)
 def test_every_dtype_for(target):
     dtypes = ("float32", "bfloat16", "float16")
