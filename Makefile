@@ -1,4 +1,4 @@
-# make run: set-up and the main job. make test: set-up and all tests. Nothing else is needed on a fresh machine.
+# make run: set-up and the main job. make test: set-up and the tests. Nothing else is needed on a fresh machine.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
