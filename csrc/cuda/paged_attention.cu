@@ -77,7 +77,7 @@ __device__ __forceinline__ void write(const PagedAttention& a, int64_t row, int6
 }
 
 template <class T, class C, int R>
-__global__ void __launch_bounds__(kThreads) attend(PagedAttention a) {
+__global__ void __launch_bounds__(kThreads, 1) attend(PagedAttention a) {
   SHARED(int2, where, [kPiece]);  // block and offset of each token
   SHARED(float, scores, [R][kPiece]);
   SHARED(int2, bounds, [R]);  // the tokens that a row sees, from the block's first on
