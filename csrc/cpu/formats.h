@@ -154,6 +154,12 @@ FINETUNE_INLINE void multiply(vu a, uint32_t b, vu& high, vu& low) {
 }
 
 FINETUNE_INLINE void zip(vu a, vu b, vu& first, vu& second) {  // a0 b0 a1 b1 …
+#if defined(__clang__)  // which has no shuffle by a vector
+  for (int i = 0; i < kLanes; ++i) {
+    first[i] = i % 2 ? b[i / 2] : a[i / 2];
+    second[i] = i % 2 ? b[(i + kLanes) / 2] : a[(i + kLanes) / 2];
+  }
+#else
   vi low, high;
   for (int i = 0; i < kLanes; ++i) {
     low[i] = i / 2 + i % 2 * kLanes;
@@ -161,6 +167,7 @@ FINETUNE_INLINE void zip(vu a, vu b, vu& first, vu& second) {  // a0 b0 a1 b1 �
   }
   first = __builtin_shuffle(a, b, low);
   second = __builtin_shuffle(a, b, high);
+#endif
 }
 
 // The words of the elements first … first + 4 kLanes − 1; `first` is a multiple of 4.

@@ -32,7 +32,7 @@ void scan(const Gae& a) {
         for (int64_t j = 0; j < count; ++j) {
           const Real v = to_float(value[j]), future = gamma * to_float(next[j]), later = decay * advantage[j];
           const Real delta = to_float(reward[j]) + (terminated[j] ? Real{0} : future) - v;
-          advantage[j] = delta + (terminated[j] | truncated[j] ? Real{0} : later);
+          advantage[j] = delta + ((terminated[j] | truncated[j]) ? Real{0} : later);
           advantages[j] = advantage[j];
           returns[j] = advantage[j] + v;
         }
