@@ -5,6 +5,7 @@ import torch
 
 from finetune import ops
 from finetune.ops._check import check, flat, run, unchanged
+from finetune.ops._op import load_triton
 
 DTYPES = (torch.float32, torch.bfloat16)
 TAKES_FLOAT16 = ("cast", "global_norm", "loss_scale_update", "unscale_check_finite")  # on the CPU
@@ -82,6 +83,7 @@ def test_opcheck(op):
 @pytest.mark.parametrize("op", ops.REGISTRY)
 def test_a_forced_backend_raises_its_reason(op, monkeypatch):
     sample = SAMPLES[op][0]
+    load_triton(ops.REGISTRY[op])  # now: kernels are made for the interpreter, or not, when they are imported
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     reason = f"{op} has no triton kernel yet|it takes CUDA tensors.*; TRITON_INTERPRET=1|triton is not installed"
     with pytest.raises(ops.BackendUnavailable, match=f"{op}: backend triton cannot run this call: ({reason})"):
