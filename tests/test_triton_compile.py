@@ -5,6 +5,7 @@ results.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,5 +58,6 @@ def test_every_kernel_is_compiled(for_hopper):
         source = (_triton.KERNELS / f"{op}.py").read_text()
         kernels = {line.split("def ")[1].split("(")[0] for line in source.splitlines() if line.startswith("def ")}
         kernels = {name for name in kernels if name.endswith("_kernel")}
-        assert kernels, op
+        if not kernels:
+            assert re.search(r"^from triton_kernels\.[a-z]", source, re.MULTILINE), f"{op} has no kernel at all"
         assert kernels <= {name for known, name in launched if known == op}
