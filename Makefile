@@ -11,8 +11,9 @@ help: ## this list
 run: setup ## fine-tune SmolLM2-135M-Instruct with LoRA on Python's own documentation (about five minutes with the set-up)
 	@$(BIN)/python -m finetune run sft
 
+# Two processes, a file of tests at a time; OpenMP's threads sleep while they wait, so that they leave each other the cores.
 test: setup $(VENV)/.test-installed ## the tests: default, slow and peer
-	@$(BIN)/python -m pytest -m "not long"
+	@GOMP_SPINCOUNT=0 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
 longtest: setup $(VENV)/.test-installed ## the tests that take minutes each: all architectures, sanitizers, whole builds
 	@$(BIN)/python -m pytest -m long
