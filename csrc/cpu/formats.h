@@ -154,7 +154,7 @@ FINETUNE_INLINE void multiply(vu a, uint32_t b, vu& high, vu& low) {
 }
 
 FINETUNE_INLINE void zip(vu a, vu b, vu& first, vu& second) {  // a0 b0 a1 b1 …
-#if defined(__clang__)  // which has no shuffle by a vector
+#if defined(__clang__)                                         // which has no shuffle by a vector
   for (int i = 0; i < kLanes; ++i) {
     first[i] = i % 2 ? b[i / 2] : a[i / 2];
     second[i] = i % 2 ? b[(i + kLanes) / 2] : a[(i + kLanes) / 2];
