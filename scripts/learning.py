@@ -6,17 +6,17 @@ from finetune.interview import path
 
 
 def main() -> int:
-    stale = [
-        name
+    stale = {
+        name: text
         for name, text in path.pages().items()
         if not (path.FOLDER / name).exists() or (path.FOLDER / name).read_text(encoding="utf-8") != text
-    ]
+    }
     if "--check" in sys.argv[1:]:
         for name in stale:
             print(f"learning/{name} is not current: python scripts/learning.py")
         return int(bool(stale))
-    for name in stale:
-        (path.FOLDER / name).write_text(path.pages()[name], encoding="utf-8")
+    for name, text in stale.items():
+        (path.FOLDER / name).write_text(text, encoding="utf-8")
         print(f"learning/{name}")
     return 0
 

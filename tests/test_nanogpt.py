@@ -52,7 +52,7 @@ def test_of_shuffled_text_only_the_unigram_is_learnt(tmp_path):
 def test_without_steps_nothing_is_learnt(tmp_path):
     found = run(tmp_path, steps=0)
     assert found["passed"] is False
-    kinds = 1 + len(set(MODULE.split(MODULE.read_text(MODULE.Config())[0], MODULE.Config())[0]))
+    kinds = 1 + len(set(MODULE.split(MODULE.read_text(MODULE.Config())[0])[0]))
     assert found["metrics"]["held_out_bits"] == pytest.approx(math.log2(kinds), abs=0.3)  # as good as guessing
 
 
@@ -94,7 +94,7 @@ def test_ngrams_equal_their_definition():
 def test_ngrams_of_tinyshakespeare():
     """Computed by others on the same last tenth: 3.347, 2.486, 2.049, 1.669 nats a character."""
     text = SHAKESPEARE.read_text()
-    bits = MODULE.ngram_bits(*MODULE.split(text, MODULE.Config()), None)
+    bits = MODULE.ngram_bits(*MODULE.split(text))
     nats = [bits[n] * math.log(2) for n in ("unigram", "bigram", "trigram", "five_gram")]
     assert nats == pytest.approx([3.347, 2.486, 2.049, 1.669], abs=2e-3)
 

@@ -91,7 +91,7 @@ def language_loss(model: GPT | Llama, rows: torch.Tensor, reduction: str = "mean
 
 def main(cfg: Config, run):
     text, digest = read_text(cfg)
-    train_text, held_out_text = split(text, cfg)
+    train_text, held_out_text = split(text)
     tokenizer = make_tokenizer(cfg, train_text)
     train, held_out = (torch.tensor(tokenizer.encode(part)) for part in (train_text, held_out_text))
     if cfg.shuffle:
@@ -106,7 +106,7 @@ def main(cfg: Config, run):
         "on; "
         f"{sum(p.numel() for p in trained.values()):,} parameters"
     )
-    baselines = ngram_bits(train_text, held_out_text, tokenizer if cfg.tokenizer == "char" else None)
+    baselines = ngram_bits(train_text, held_out_text)
     run.say("held-out bits per character of n-gram models: " + ", ".join(f"{n} {b:.3f}" for n, b in baselines.items()))
     per_char = len(held_out) / len(held_out_text) / math.log(2)  # from nats a token to bits a character
 
@@ -178,7 +178,7 @@ def read_text(cfg: Config) -> tuple[str, str]:
     return text, hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def split(text: str, cfg: Config) -> tuple[str, str]:
+def split(text: str) -> tuple[str, str]:
     """(to train on, held out): the last tenth is held out."""
     at = len(text) * 9 // 10
     return text[:at], text[at:]
@@ -194,7 +194,7 @@ def make_tokenizer(cfg: Config, text: str) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def ngram_bits(train: str, held_out: str, tokenizer: Tokenizer | None) -> dict[str, float]:
+def ngram_bits(train: str, held_out: str) -> dict[str, float]:
     """Held-out bits per character of character n-grams. Characters that training does not have count as one."""
     vocab = sorted(set(train))
     number = {character: i for i, character in enumerate(vocab, start=1)}
@@ -239,8 +239,8 @@ def write(model: GPT | Llama, tokenizer: Tokenizer, cfg: Config, run) -> str:
 def flops_per_token(model: GPT | Llama, cfg: Config) -> float:
     """6 a parameter that is multiplied with, and 12 · layers · width · length of attention, of which the causal half is
     computed (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
-    tables = model.embed.weight.numel() if cfg.blocks == "llama" else model.positions.weight.numel()
-    multiplied = sum(p.numel() for p in model.parameters()) - (0 if cfg.blocks == "llama" else tables)
+    looked_up = model.positions.weight.numel() if cfg.blocks == "gpt2" else 0  # the embedding is the head too
+    multiplied = sum(p.numel() for p in model.parameters()) - looked_up
     return 6 * multiplied + 6 * cfg.layers * cfg.dim * cfg.length
 
 
@@ -255,19 +255,21 @@ def matmul_rate(size: int = 1024, seconds: float = 0.2) -> float:
     return 2 * size**3 / best
 
 
-def memory_plan(cfg: Config) -> tuple[GPTConfig | LlamaConfig, memory.Setup]:
-    tokenizer = make_tokenizer(cfg, split(read_text(cfg)[0], cfg)[0])
+def memory_setup(cfg: Config) -> memory.Setup:
     rows = -(-cfg.batch // cfg.accumulate)
-    setup = memory.Setup(batch=rows, seq=cfg.length, dtype="fp32" if cfg.dtype == "float32" else "bf16")
-    return model_config(cfg, tokenizer.vocab_size), setup
+    return memory.Setup(batch=rows, seq=cfg.length, dtype="fp32" if cfg.dtype == "float32" else "bf16")
+
+
+def memory_plan(cfg: Config) -> tuple[GPTConfig | LlamaConfig, memory.Setup]:
+    tokenizer = make_tokenizer(cfg, split(read_text(cfg)[0])[0])
+    return model_config(cfg, tokenizer.vocab_size), memory_setup(cfg)
 
 
 def measure_memory(cfg: Config, run, model: GPT | Llama, optimizer: optim.AdamW, train: torch.Tensor) -> None:
     if not cfg.steps:
         return  # the optimizer has no states yet
-    rows = -(-cfg.batch // cfg.accumulate)
-    setup = memory.Setup(batch=rows, seq=cfg.length, dtype="fp32" if cfg.dtype == "float32" else "bf16")
-    batch = train[: cfg.length + 1].repeat(rows, 1)  # a copy: the whole text is no activation
+    setup = memory_setup(cfg)
+    batch = train[: cfg.length + 1].repeat(setup.batch, 1)  # a copy: the whole text is no activation
     run.memory(
         memory.for_training(
             model.config, setup, model=model, optimizer=optimizer, loss=lambda: language_loss(model, batch)
