@@ -1,0 +1,315 @@
+"""A Markov decision process in tables, and what is exact about a policy in it. NumPy, float64.
+
+    V^π(s) = Σ_a π(a|s) Q^π(s,a)      Q^π(s,a) = R(s,a) + γ Σ_s' P(s'|s,a) V^π(s')      A^π = Q^π − V^π
+
+A policy is an array (S, A) of probabilities. A terminal state absorbs: it stays where it is, with reward 0, so V = 0.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from finetune.errors import UserError
+
+Array = NDArray[np.float64]
+SUM = 1e-9  # how far the sum of a row of probabilities may be from 1
+
+
+@dataclass(frozen=True)
+class MDP:
+    """Made by `make`, which checks it."""
+
+    P: Array  # (S, A, S) probability of the next state
+    R: Array  # (S, A) expected reward
+    rewards: Array  # (S, A, S) expected reward given the next state
+    gamma: float
+    terminal: NDArray[np.bool_]  # (S,)
+    start: Array  # (S,) distribution of the first state
+    allowed: NDArray[np.bool_]  # (S, A); every state has an action
+    actions: tuple[str, ...]  # names
+    shape: tuple[int, int] | None = None  # rows and columns, where the states are the cells of a grid
+    name: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(S, A)"""
+        return self.R.shape  # type: ignore[return-value]
+
+    def discounted(self, gamma: float) -> MDP:
+        """The same with another γ."""
+        check_gamma(gamma)
+        return replace(self, gamma=float(gamma))
+
+
+# --- Policies and their exact values
+
+
+def uniform(mdp: MDP) -> Array:
+    """The policy that takes every allowed action equally often."""
+    return mdp.allowed / mdp.allowed.sum(1, keepdims=True)
+
+
+def one_hot(mdp: MDP, actions: ArrayLike) -> Array:
+    """The policy that takes actions[s] in state s."""
+    return np.eye(mdp.size[1])[np.asarray(actions)]
+
+
+def greedy(mdp: MDP, V: Array, tie: float = 1e-9) -> Array:
+    """The policy that takes an action of the largest Q(s, ·) under V; of those within `tie`, the first."""
+    q = action_values(mdp, V)
+    return one_hot(mdp, (q >= q.max(1, keepdims=True) - tie).argmax(1))
+
+
+def under(mdp: MDP, policy: Array) -> tuple[Array, Array]:
+    """Transition matrix (S, S) and expected reward (S,) when `policy` acts."""
+    return np.einsum("sa,sat->st", policy, mdp.P), (policy * mdp.R).sum(1)
+
+
+def solve(mdp: MDP, policy: Array) -> Array:
+    """V^π (S,) by solving (I − γ P_π) V = R_π. UserError if γ = 1 and the policy may never end."""
+    P, r = under(mdp, policy)
+    inner = ~mdp.terminal
+    check_ends(mdp, P)
+    V = np.zeros(len(r))
+    V[inner] = np.linalg.solve(np.eye(inner.sum()) - mdp.gamma * P[np.ix_(inner, inner)], r[inner])
+    return V
+
+
+def action_values(mdp: MDP, V: Array) -> Array:
+    """Q (S, A) = R + γ P V; −inf where an action is not allowed."""
+    return np.where(mdp.allowed, mdp.R + mdp.gamma * (mdp.P @ V), -np.inf)
+
+
+def advantages(mdp: MDP, policy: Array) -> Array:
+    """A^π (S, A) = Q^π − V^π; −inf where an action is not allowed."""
+    V = solve(mdp, policy)
+    return action_values(mdp, V) - V[:, None]
+
+
+def visits(mdp: MDP, policy: Array) -> Array:
+    """Σ_t γ^t Pr(s_t = s) for every state (S,) from `start`; 0 for terminal states, so that with γ = 1 it is finite."""
+    P, _ = under(mdp, policy)
+    inner = ~mdp.terminal
+    check_ends(mdp, P)
+    d = np.zeros(len(P))
+    d[inner] = np.linalg.solve(np.eye(inner.sum()) - mdp.gamma * P[np.ix_(inner, inner)].T, mdp.start[inner])
+    return d
+
+
+def performance(mdp: MDP, policy: Array) -> float:
+    """J(π) = Σ_s start(s) V^π(s)."""
+    return float(mdp.start @ solve(mdp, policy))
+
+
+def check_ends(mdp: MDP, P: Array) -> None:
+    """With γ = 1, UserError unless a terminal state is reached with probability 1 under the transition matrix P."""
+    if mdp.gamma < 1:
+        return
+    reached, edges = mdp.terminal.copy(), P > 0
+    while True:
+        more = reached | (edges & reached).any(1)
+        if (more == reached).all():
+            break
+        reached = more
+    if not reached.all():
+        raise UserError(
+            f"with γ = 1 a policy that never ends has no value, and here it does not end from state "
+            f"{int((~reached).argmax())}: choose a γ below 1, or a policy that ends"
+        )
+
+
+def sample_next(mdp: MDP, states: NDArray[Any], actions: NDArray[Any], uniforms: Array) -> NDArray[np.intp]:
+    """Next states (N,), one for each state, action and number from [0, 1) (the cumulative probability, inverted)."""
+    cumulative = mdp.P[states, actions].cumsum(1)
+    return (uniforms[:, None] * cumulative[:, -1:] >= cumulative).sum(1)
+
+
+# --- Making one
+
+
+def make(
+    P: ArrayLike,
+    R: ArrayLike,
+    gamma: float,
+    *,
+    terminal: ArrayLike | None = None,
+    start: ArrayLike | None = None,
+    allowed: ArrayLike | None = None,
+    actions: tuple[str, ...] | None = None,
+    shape: tuple[int, int] | None = None,
+    name: str = "",
+) -> MDP:
+    """P (S, A, S); R (S, A) or (S, A, S). UserError names what is wrong, row by row.
+
+    terminal (S,): none given, those states that every action leaves where they are, for nothing. start (S,): none
+    given, all states that are not terminal alike. allowed (S, A): all.
+    """
+    P, R = np.array(P, dtype=np.float64), np.array(R, dtype=np.float64)
+    if P.ndim != 3 or P.shape[0] != P.shape[2] or 0 in P.shape:
+        raise UserError(f"P has shape {P.shape}: it must be (states, actions, states)")
+    S, A, _ = P.shape
+    if R.shape not in ((S, A), (S, A, S)):
+        raise UserError(f"R has shape {R.shape}: with this P it must be {(S, A)} or {(S, A, S)}")
+    check_gamma(gamma)
+    may = np.ones((S, A), bool) if allowed is None else _shaped("allowed", allowed, (S, A)).astype(bool)
+    refuse("allowed", ~may.any(1), "has no action")
+    sums = P.sum(2)
+    refuse("P", may & ~np.isfinite(P).all(2), "holds a value that is not finite")
+    refuse("P", may & (P < 0).any(2), "holds a negative probability")
+    refuse("P", may & (abs(sums - 1) > SUM), "sums to {}, not to 1", sums)
+    pays = R if R.ndim == 2 else np.where(P > 0, R, 0).sum(2)  # what cannot happen pays nothing
+    refuse("R", may & ~np.isfinite(pays), "is not finite")
+    P[~may] = 0
+    R[~may] = 0
+    rewards = R if R.ndim == 3 else np.broadcast_to(R[:, :, None], P.shape)
+    rewards = np.where(P > 0, rewards, 0.0)
+    stays = np.einsum("sas->sa", P) == 1
+    if terminal is None:
+        ends = ((stays & (np.einsum("sas->sa", rewards) == 0)) | ~may).all(1)
+    else:
+        ends = _shaped("terminal", terminal, (S,)).astype(bool)
+    P[ends] = np.eye(S)[ends][:, None, :]
+    P[~may] = 0
+    rewards[ends] = 0.0
+    if start is None:
+        first = (~ends) / max(1, (~ends).sum())
+    else:
+        first = _shaped("start", start, (S,)).astype(np.float64)
+    refuse("start", ~np.isfinite(first) | (first < 0), "is not a probability")
+    if abs(first.sum() - 1) > SUM:
+        raise UserError(f"start sums to {first.sum():.9g}, not to 1")
+    names = tuple(map(str, range(A))) if actions is None else actions
+    if len(names) != A:
+        raise UserError(f"{len(names)} names for {A} actions")
+    if shape is not None and shape[0] * shape[1] != S:
+        raise UserError(f"shape {shape} is not that of {S} states")
+    expected = (P * rewards).sum(2)
+    for array in (P, expected, rewards, ends, first, may):
+        array.flags.writeable = False
+    return MDP(P, expected, rewards, float(gamma), ends, first, may, names, shape, name)
+
+
+def from_gymnasium(env: Any, gamma: float, **kwargs: Any) -> MDP:
+    """The table `P` of a gymnasium environment, or of the id of one (kwargs go to gymnasium.make).
+
+    A state that is entered only at an end is terminal. If some state is entered both ways, what ends goes to one more
+    state, the last. Rewards of several transitions from s to s' under one action are averaged: values do not change.
+    """
+    if isinstance(env, str):
+        import gymnasium
+
+        name = env
+        try:
+            env = gymnasium.make(env, **kwargs)
+        except gymnasium.error.Error as e:
+            raise UserError(f"gymnasium has no environment '{name}': {e}") from None
+    else:
+        name = env.spec.id if env.spec else type(env.unwrapped).__name__
+    table = getattr(env.unwrapped, "P", None)
+    if not isinstance(table, dict):
+        raise UserError(f"'{name}' has no table of transitions (env.unwrapped.P); FrozenLake-v1 has one")
+    S, A = len(table), len(table[0])
+    rows = [(s, a, *row) for s in range(S) for a in range(A) for row in table[s][a]]
+    ends, goes_on = np.zeros(S, bool), np.zeros(S, bool)
+    for s, _, p, after, _, done in rows:
+        if p > 0 and s != after:
+            (ends if done else goes_on)[after] = True
+    extra = bool((ends & goes_on).any())
+    states = S + extra
+    P, total = np.zeros((states, A, states)), np.zeros((states, A, states))
+    terminal = np.zeros(states, bool)
+    for s, a, p, after, reward, done in rows:
+        t = S if extra and done else int(after)
+        P[s, a, t] += p
+        total[s, a, t] += p * reward
+        terminal[t] |= done and p > 0
+    if extra:
+        P[S, :, S] = 1
+    rewards = np.divide(total, P, out=np.zeros_like(total), where=P > 0)
+    start = np.zeros(states)
+    start[:S] = env.unwrapped.initial_state_distrib
+    arrows, shape = _grid(env.unwrapped, S)
+    return make(P / P.sum(2, keepdims=True), rewards, gamma, terminal=terminal, start=start, name=name,
+                actions=arrows or tuple(map(str, range(A))), shape=None if extra else shape)  # fmt: skip
+
+
+def _grid(env: Any, states: int) -> tuple[tuple[str, ...] | None, tuple[int, int] | None]:
+    """Names of the actions of gymnasium's own worlds, and the rows and columns of those that are a grid."""
+    kind = type(env).__name__
+    if kind == "FrozenLakeEnv":
+        return ("←", "↓", "→", "↑"), (env.nrow, env.ncol)
+    if kind == "CliffWalkingEnv":
+        return ("↑", "→", "↓", "←"), env.shape
+    if kind == "TaxiEnv":
+        return ("↓", "↑", "→", "←", "pick up", "drop off"), None
+    return None, None
+
+
+FIELDS = ("P", "R", "gamma", "terminal", "start", "allowed")
+
+
+def load(path: Path, gamma: float | None = None) -> MDP:
+    """An MDP from an npz of P and R and, if they differ from `make`'s own, gamma, terminal, start and allowed."""
+    try:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise UserError(f"{path} is one array: an npz of P and R is needed")
+        with file:
+            found = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is not an npz of plain arrays: {e}") from None
+    for name in ("P", "R"):
+        if name not in found:
+            raise UserError(f"{path} has no {name}: it needs P (states, actions, states) and R (states, actions)")
+    if unknown := sorted(set(found) - set(FIELDS)):
+        raise UserError(f"{path} holds {', '.join(unknown)}, which is none of {', '.join(FIELDS)}")
+    for name, array in found.items():
+        if array.dtype.kind not in "biuf":
+            raise UserError(f"{path}: {name} is not numeric but {array.dtype}")
+    if found.get("gamma", np.zeros(())).ndim:
+        raise UserError(f"{path}: gamma must be one number")
+    own = float(found["gamma"]) if "gamma" in found else None
+    chosen = own if gamma is None else gamma
+    if chosen is None:
+        raise UserError(f"{path} has no gamma: give one with --gamma")
+    rest = {name: found[name] for name in ("terminal", "start", "allowed") if name in found}
+    try:
+        return make(found["P"], found["R"], chosen, name=Path(path).stem, **rest)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+
+
+def save(mdp: MDP, path: Path) -> None:
+    """The npz that `load` reads."""
+    np.savez_compressed(path, P=mdp.P, R=mdp.rewards, gamma=mdp.gamma, terminal=mdp.terminal, start=mdp.start,
+                        allowed=mdp.allowed)  # fmt: skip
+
+
+def check_gamma(gamma: float) -> None:
+    if not 0 <= gamma <= 1:
+        raise UserError(f"gamma {gamma} is not within 0 and 1")
+
+
+def refuse(name: str, wrong: NDArray[np.bool_], what: str, values: Array | None = None) -> None:
+    """UserError that names the first rows that are wrong, and how many are."""
+    if not wrong.any():
+        return
+    at = [tuple(map(int, row)) for row in np.argwhere(wrong)]
+    said = [f"{name}{list(i)} {what.format('' if values is None else f'{values[i]:.9g}')}" for i in at[:3]]
+    raise UserError("; ".join(said) + (f"; and {len(at) - 3} more" if len(at) > 3 else ""))
+
+
+def _shaped(name: str, array: ArrayLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    """`array` itself, once it is known to have this shape."""
+    found = np.array(array)
+    if found.shape != shape:
+        raise UserError(f"{name} has shape {found.shape}: it must be {shape}")
+    return found
