@@ -1,8 +1,11 @@
-"""training_curves.png: every logged series as a small chart of its own."""
+"""training_curves.png: every logged series as a small chart of its own. And what a module's own pictures begin with."""
 
 import math
 import statistics
 from pathlib import Path
+from typing import Any
+
+from finetune.checkpoint import atomic_write
 
 INK, FAINT, LINE, GOOD, GREY = "#1f2933", "#9fb3c8", "#1769aa", "#2e7d32", "#8a6d3b"
 
@@ -18,18 +21,13 @@ def training_curves(
 
     A judged metric of the same name as a series adds its baseline and target as level lines.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     columns = {1: 1, 2: 2, 4: 2}.get(len(series), 3)
     rows = math.ceil(len(series) / columns)
-    figure = Figure(figsize=(0.6 + 4.2 * columns, 0.7 + 2.7 * rows), dpi=120, layout="constrained")
-    figure.suptitle(title, fontsize=13, color=INK, fontweight="bold")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, (name, (xs, ys)) in zip(grid.flat, series.items(), strict=False):
+    made, grid = figure(0.6 + 4.2 * columns, 0.7 + 2.7 * rows, rows, columns)
+    made.suptitle(title, fontsize=13, color=INK, fontweight="bold")
+    for axes, (name, (xs, ys)) in zip(grid, series.items(), strict=False):
         dense = len(xs) > 30
         smooth = moving_average(ys, max(3, len(ys) // 25)) if dense else ys
         if dense:
@@ -46,16 +44,36 @@ def training_curves(
         axes.set_title(name, fontsize=10.5, color=INK, loc="left")
         axes.set_xlabel("step", fontsize=9, color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.tick_params(labelsize=8, colors=INK)
-        axes.grid(True, color="#e4e7eb", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
         axes.margins(x=0.02, y=0.08)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7.5, frameon=False)
-    for axes in list(grid.flat)[len(series) :]:
+    for axes in grid[len(series) :]:
         axes.set_visible(False)
-    figure.savefig(path, format="png")
+    made.savefig(path, format="png")
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
+    """A figure (in inches) and its axes, row by row, in the style of all pictures here."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    grid = list(made.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, color="#e4e7eb", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=9, colors=INK)
+    return made, grid
+
+
+def save(made: Any, path: Path) -> None:
+    """The figure as a PNG, whole or not at all."""
+    with atomic_write(path) as temporary:
+        made.savefig(temporary, format="png")
 
 
 def moving_average(ys: list[float], width: int) -> list[float]:

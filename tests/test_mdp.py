@@ -182,3 +182,13 @@ def test_what_is_no_file_of_arrays(tmp_path):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:150])
     with pytest.raises(UserError, match="is not an npz"):
         mdps.load(tmp_path / "cut.npz")
+
+
+def test_random_mdps_have_the_successors_and_the_end_that_were_asked_for():
+    mdp = mdps.garnet(9, 2, 3, np.random.default_rng(0), 0.9, ending=0.1)
+    assert ((mdp.P[:9] > 0).sum(2) == 4).all()
+    assert np.allclose(mdp.P[:9, :, 9], 0.1)
+    assert mdp.terminal.tolist() == [False] * 9 + [True]
+    assert (mdps.garnet(9, 2, 9, np.random.default_rng(0), 0.9).P > 0).all()
+    with pytest.raises(UserError, match="no random MDP"):
+        mdps.garnet(3, 2, 4, np.random.default_rng(0), 0.9)

@@ -158,7 +158,7 @@ def make(
         raise UserError(f"R has shape {R.shape}: with this P it must be {(S, A)} or {(S, A, S)}")
     check_gamma(gamma)
     may = np.ones((S, A), bool) if allowed is None else _shaped("allowed", allowed, (S, A)).astype(bool)
-    refuse("allowed", ~may.any(1), "has no action")
+    refuse("allowed", ~np.asarray(may.any(1)), "has no action")
     sums = P.sum(2)
     refuse("P", may & ~np.isfinite(P).all(2), "holds a value that is not finite")
     refuse("P", may & (P < 0).any(2), "holds a negative probability")
@@ -193,6 +193,28 @@ def make(
     for array in (P, expected, rewards, ends, first, may):
         array.flags.writeable = False
     return MDP(P, expected, rewards, float(gamma), ends, first, may, names, shape, name)
+
+
+def garnet(
+    states: int, actions: int, branching: int, generator: np.random.Generator, gamma: float, *, ending: float = 0.0
+) -> MDP:
+    """A random MDP (Archibald et al. 1995): each pair leads to `branching` states, with rewards from N(0, 1).
+
+    ending: probability that a step ends the episode; if it is above 0 the last state is terminal.
+    """
+    if not (1 <= branching <= states and actions >= 1 and 0 <= ending < 1):
+        raise UserError(f"no random MDP of {states} states, {actions} actions, {branching} successors, ending {ending}")
+    P = np.zeros((states, actions, states))
+    for s in range(states):
+        for a in range(actions):
+            cuts = np.sort(generator.random(branching - 1))
+            P[s, a, generator.permutation(states)[:branching]] = np.diff(cuts, prepend=0.0, append=1.0)
+    R = generator.standard_normal((states, actions))
+    if ending:
+        P = np.pad((1 - ending) * P, ((0, 1), (0, 0), (0, 1)), constant_values=ending)
+        R = np.pad(R, ((0, 1), (0, 0)))
+        P[states] = np.eye(states + 1)[states]
+    return make(P, R, gamma, terminal=np.arange(len(P)) >= states, name="garnet")
 
 
 def from_gymnasium(env: Any, gamma: float, **kwargs: Any) -> MDP:

@@ -1,35 +1,12 @@
 """The module's own pictures: the loss of every format, the exponents of the gradients, the loss scale."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from finetune.checkpoint import atomic_write
-from finetune.plots import GOOD, INK, moving_average
+from finetune.plots import GOOD, INK, figure, moving_average, save
 
 COLOURS = {"fp32": "#1f2933", "bf16": "#1769aa", "bf16_no_master": "#b7791f", "bf16_stochastic": "#63b3ed",
            "fp16": "#c53030", "fp16_scaled": "#2e7d32", "fp8": "#805ad5"}  # fmt: skip
-
-
-def figure(width: float, height: float):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    axes = made.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#e4e7eb", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9, colors=INK)
-    return made, axes
-
-
-def save(made, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        made.savefig(temporary, format="png")
 
 
 def losses(run, held_out: dict[str, float]) -> None:
@@ -37,7 +14,7 @@ def losses(run, held_out: dict[str, float]) -> None:
     series = run.metrics.series()
     if not series:
         return
-    made, axes = figure(9.6, 4.6)
+    made, [axes] = figure(9.6, 4.6)
     for name, value in held_out.items():
         if f"{name}: loss" not in series:
             continue
@@ -56,7 +33,7 @@ def losses(run, held_out: dict[str, float]) -> None:
 
 def exponents(run, gradients: dict[str, Tensor]) -> None:
     """gradient_exponents.png: where the fp32 gradients lie, and what fp16 can hold of them."""
-    made, axes = figure(8.6, 4.6)
+    made, [axes] = figure(8.6, 4.6)
     kept = {name: g[g != 0].abs().double().log2().floor() for name, g in gradients.items()}
     low = min(-44, *(int(x.quantile(0.001)) for x in map(sample, kept.values()))) - 1
     high = 4
@@ -92,7 +69,7 @@ def loss_scale(run) -> None:
         return
     xs, ys = series
     skipped = [x for x, here, after in zip(xs, ys, ys[1:], strict=False) if after < here]
-    made, axes = figure(8, 3.8)
+    made, [axes] = figure(8, 3.8)
     axes.step(xs, ys, where="post", color=GOOD, linewidth=1.8, label="scale")
     axes.plot(
         skipped, [ys[xs.index(x)] for x in skipped], "x", color="#c53030", markersize=7, label="overflow: skipped"
