@@ -320,11 +320,11 @@ def check_gamma(gamma: float) -> None:
         raise UserError(f"gamma {gamma} is not within 0 and 1")
 
 
-def refuse(name: str, wrong: NDArray[np.bool_], what: str, values: Array | None = None) -> None:
+def refuse(name: str, wrong: ArrayLike, what: str, values: Array | None = None) -> None:
     """UserError that names the first rows that are wrong, and how many are."""
-    if not wrong.any():
-        return
     at = [tuple(map(int, row)) for row in np.argwhere(wrong)]
+    if not at:
+        return
     said = [f"{name}{list(i)} {what.format('' if values is None else f'{values[i]:.9g}')}" for i in at[:3]]
     raise UserError("; ".join(said) + (f"; and {len(at) - 3} more" if len(at) > 3 else ""))
 

@@ -1,0 +1,179 @@
+"""Dynamic programming: V* and V^π of a known MDP, by every classical road.
+
+    (T V)(s) = max_a Q(s,a),   Q = R + γ P V        ‖T V − V*‖∞ ≤ γ ‖V − V*‖∞
+
+The functions of one sweep or one improvement take what they start from and return what they reach; `solve_by` goes on
+until the values are within a tolerance. Sutton & Barto, chapter 4; Puterman, chapters 4 and 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.errors import UserError
+from finetune.rl.mdp import MDP, Array, action_values, check_ends, greedy, one_hot, solve, under, uniform
+
+# --- Sweeps
+
+
+def evaluate(mdp: MDP, policy: Array, V: Array, sweeps: int = 1) -> Array:
+    """Iterative policy evaluation: V ← R_π + γ P_π V, for all states at once."""
+    P, r = under(mdp, policy)
+    for _ in range(sweeps):
+        V = r + mdp.gamma * (P @ V)
+    return V
+
+
+def synchronous(mdp: MDP, V: Array) -> Array:
+    """Value iteration: V ← max_a Q(·, a), all states from the old values."""
+    return action_values(mdp, V).max(1)
+
+
+def in_place(mdp: MDP, V: Array, order: NDArray[np.intp] | None = None) -> Array:
+    """Gauss–Seidel value iteration: each state, in `order`, from the values there are now."""
+    V = V.copy()
+    reward = np.where(mdp.allowed, mdp.R, -np.inf)
+    for s in range(len(V)) if order is None else order:
+        V[s] = (reward[s] + mdp.gamma * (mdp.P[s] @ V)).max()
+    return V
+
+
+class Prioritised:
+    """Prioritised value iteration (Moore & Atkeson 1993): always the state whose value may be wrong the most.
+
+    `priority[s]` bounds |(T V)(s) − V(s)|: a change δ of V(s) adds γ max_a P(s|p,a) |δ| to that of each p.
+    """
+
+    def __init__(self, mdp: MDP, V: Array) -> None:
+        self.mdp, self.V = mdp, V.copy()
+        self.priority = abs(synchronous(mdp, V) - V)
+        self.reward = np.where(mdp.allowed, mdp.R, -np.inf)
+        self.influence = mdp.gamma * mdp.P.max(1).T.copy()  # [s, p]
+
+    def backups(self, count: int) -> None:
+        for _ in range(count):
+            s = int(self.priority.argmax())
+            if self.priority[s] == 0:
+                return
+            value = (self.reward[s] + self.mdp.gamma * (self.mdp.P[s] @ self.V)).max()
+            change = abs(value - self.V[s])
+            self.V[s] = value
+            self.priority[s] = 0
+            self.priority += self.influence[s] * change
+
+
+def modified(mdp: MDP, V: Array, sweeps: int = 5) -> Array:
+    """Modified policy iteration (Puterman & Shin 1978): the greedy policy, then some sweeps of evaluating it.
+
+    One sweep is value iteration; infinitely many are policy iteration.
+    """
+    return evaluate(mdp, greedy(mdp, V), V, sweeps)
+
+
+def improve(mdp: MDP, policy: Array, V: Array, tie: float = 1e-9) -> Array:
+    """Policy improvement: greedy by V, but an action that is within `tie` of the best is kept."""
+    q = action_values(mdp, V)
+    kept = policy.argmax(1)
+    best = np.where(q[np.arange(len(V)), kept] >= q.max(1) - tie, kept, q.argmax(1))
+    return one_hot(mdp, best)
+
+
+# --- Whole solutions
+
+
+def policy_iteration(mdp: MDP, policy: Array | None = None) -> tuple[Array, Array, int]:
+    """V*, an optimal policy and the number of improvements. Starts from the uniform policy, which ends if any does."""
+    policy = uniform(mdp) if policy is None else policy
+    V = solve(mdp, policy)
+    for improvements in range(1, 10_000):
+        better = improve(mdp, policy, V)
+        if (better == policy).all():
+            return V, policy, improvements - 1
+        policy, V = better, solve(mdp, better)
+    raise AssertionError("policy iteration went through 10,000 policies")
+
+
+def solve_by(
+    sweep: Callable[[MDP, Array], Array], mdp: MDP, tolerance: float = 1e-10, most: int = 100_000
+) -> tuple[Array, int]:
+    """Repeats `sweep` from V = 0; values within `tolerance` of V* and the number of sweeps. UserError after `most`.
+
+    ‖V' − V*‖ ≤ γ/(1−γ) ‖V' − V‖; with γ = 1 there is no such bound and the change itself is what is small.
+    """
+    V = np.zeros(mdp.size[0])
+    factor = mdp.gamma / (1 - mdp.gamma) if mdp.gamma < 1 else 1.0
+    for count in range(1, most + 1):
+        after = sweep(mdp, V)
+        change = float(abs(after - V).max())
+        V = after
+        if factor * change <= tolerance:
+            return V, count
+    raise UserError(f"the values still change by {change:.3g} after {most} sweeps: with γ = 1 they may have no limit")
+
+
+def linear_program(mdp: MDP) -> tuple[Array, Array, int]:
+    """V*, policy and pivots of the simplex method on
+
+        min Σ_s V(s)   such that   V(s) ≥ R(s,a) + γ Σ_s' P(s'|s,a) V(s')   for all s, a
+
+    Its bases are the deterministic policies, and the reduced cost of (s, a) is the advantage A^π(s,a): a pivot by
+    Dantzig's rule changes the action of one state, that of the largest advantage (Ye 2011). Changing one row of
+    I − γ P_π changes its inverse by rank one (Sherman & Morrison).
+    """
+    inner = np.flatnonzero(~mdp.terminal)
+    index = np.arange(len(inner))
+    P, R = mdp.P[inner][:, :, inner], np.where(mdp.allowed, mdp.R, -np.inf)[inner]
+    basis = ending(mdp)[inner].argmax(1)
+    inverse = V = np.empty(0)
+    for pivot in range(100_000):
+        if pivot % 100 == 0:  # anew, so that rounding does not add up
+            check_ends(mdp, under(mdp, _whole(mdp, inner, basis))[0])
+            inverse = np.linalg.inv(np.eye(len(inner)) - mdp.gamma * P[index, basis])
+            V = inverse @ R[index, basis]
+        advantage = R + mdp.gamma * (P @ V) - V[:, None]
+        s, a = divmod(int(advantage.argmax()), mdp.size[1])
+        if advantage[s, a] <= 1e-11 * max(1.0, abs(V).max()):
+            policy = _whole(mdp, inner, basis)
+            return solve(mdp, policy), policy, pivot
+        change = mdp.gamma * (P[s, basis[s]] - P[s, a])  # of row s of I − γ P_π
+        pivot_element = 1 + change @ inverse[:, s]
+        if pivot_element <= 1e-13:
+            raise UserError(f"the values have no bound: with γ = 1, state {inner[s]} pays for being returned to")
+        column = inverse[:, s] / pivot_element
+        inverse = inverse - np.outer(column, change @ inverse)
+        V = V + column * advantage[s, a]
+        basis[s] = a
+    raise AssertionError("the simplex method made 100,000 pivots")
+
+
+def ending(mdp: MDP) -> Array:
+    """A policy that comes to a terminal state from wherever some policy does: the first action towards one."""
+    actions = mdp.allowed.argmax(1)
+    reached = mdp.terminal.copy()
+    while True:
+        leads: NDArray[np.bool_] = np.any(mdp.P[:, :, reached] > 0, axis=2)  # (S, A)
+        new = leads.any(1) & ~reached
+        if not new.any():
+            return one_hot(mdp, actions)
+        actions[new] = leads[new].argmax(1)
+        reached |= new
+
+
+def _whole(mdp: MDP, inner: NDArray[np.intp], basis: NDArray[np.intp]) -> Array:
+    actions = mdp.allowed.argmax(1)
+    actions[inner] = basis
+    return one_hot(mdp, actions)
+
+
+def finite_horizon(mdp: MDP, horizon: int) -> tuple[Array, NDArray[np.intp]]:
+    """Backward induction: V (horizon + 1, S) with V[h] the best value of h steps to go, and the actions (horizon, S)
+    that reach it, actions[h] with h + 1 steps to go."""
+    V = np.zeros((horizon + 1, mdp.size[0]))
+    actions = np.zeros((horizon, mdp.size[0]), np.intp)
+    for h in range(horizon):
+        q = action_values(mdp, V[h])
+        V[h + 1], actions[h] = q.max(1), q.argmax(1)
+    return V, actions
