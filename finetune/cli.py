@@ -187,7 +187,7 @@ def generate(
 @click.option("--modules", help="Names, separated by commas; default: all.")
 @JSON
 def smoke(modules: str | None, json: bool) -> int:
-    """Run every module's toy setting; the report goes to output/smoke_reports/. Exit code 1 if a target is missed."""
+    """Every module's help and toy setting; a report in output/smoke_reports/. Exit code 1 if a target is missed."""
     from finetune import smoke as engine
 
     names = [name.strip() for name in modules.split(",") if name.strip()] if modules else []

@@ -1,4 +1,4 @@
-"""training_curves.png: every logged series as a small chart of its own. And what a module's own pictures begin with."""
+"""training_curves.png (a small chart of every logged series), memory.png, and what a module's own pictures begin with."""
 
 import math
 import statistics
@@ -92,3 +92,61 @@ def _spans_decades(ys: list[float]) -> bool:
         return False
     cuts = statistics.quantiles(ys, n=20)
     return cuts[-1] / cuts[0] > 100
+
+
+TERMS = {"weights": "#1769aa", "optimizer states": "#5aa469", "gradients": "#d98e2b", "activations": "#b5493a",
+         "logits": "#7d5ba6", "KV cache": "#2a9d8f"}  # fmt: skip
+OTHERS = ("#8a6d3b", "#c06c9b", "#6b7f99", "#b8b03a", "#4f4f4f")
+AT_ONCE, GROWS = "step growth", ("gradients", "activations", "logits")
+
+
+def memory(path: Path, title: str, rows: list[dict[str, Any]], beside: str = "measured") -> None:
+    """Writes the picture: for each group of rows (what stands before ": " in their names) two stacked bars, predicted
+    and `beside`, of the rows that have both.
+
+    A row "step growth" is no part of the stack, since gradients, activations and logits never have their full sizes at
+    the same time: it is drawn as the line at which the step's peak lies.
+    """
+    groups: dict[str, dict[str, tuple[int, int]]] = {}
+    for row in rows:
+        if row["predicted"] is not None and row["measured"] is not None:
+            group, _, name = row["name"].rpartition(": ")
+            groups.setdefault(group, {})[name] = row["predicted"], row["measured"]
+    if not groups:
+        return
+    names = [*dict.fromkeys(name for group in groups.values() for name in group if name != AT_ONCE)]
+    more = iter(OTHERS * len(names))
+    colours = {name: TERMS.get(name) or next(more) for name in names}
+    highest = max(sum(parts[i] for n, parts in g.items() if n != AT_ONCE) for g in groups.values() for i in (0, 1))
+    scale, unit = next(((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if highest >= s), (1.0, "B"))
+
+    made, (axes,) = figure(4.4 + 1.5 * len(groups), 4.8)
+    for x, group in enumerate(groups.values()):
+        for i, side in enumerate((-0.2, 0.2)):
+            bottom = 0.0
+            for name in names:
+                height = group.get(name, (0, 0))[i] / scale
+                axes.bar(x + side, height, 0.36, bottom, color=colours[name], alpha=(0.55, 1.0)[i], linewidth=0)
+                if height > 0.045 * highest / scale and len(groups) <= 4:
+                    axes.text(x + side, bottom + height / 2, f"{height:.3g}", ha="center", va="center", fontsize=8,
+                              color=(INK, "white")[i])  # fmt: skip
+                bottom += height
+            if AT_ONCE in group:
+                peak = sum(parts[i] for n, parts in group.items() if n not in GROWS) / scale
+                axes.hlines(peak, x + side - 0.19, x + side + 0.19, color=INK, linewidth=1.6, linestyle="--")
+    axes.set_xticks(
+        [x + side for x in range(len(groups)) for side in (-0.2, 0.2)], ["predicted", beside] * len(groups),
+        rotation=90 if len(groups) > 2 else 0, fontsize=8,
+    )  # fmt: skip
+    for x, group_name in enumerate(groups):
+        axes.annotate(group_name, (x, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
+    for name in reversed(names):
+        axes.bar(0, 0, color=colours[name], label=name)
+    if any(AT_ONCE in group for group in groups.values()):
+        axes.plot([], [], color=INK, linewidth=1.6, linestyle="--", label="peak of a step")
+    axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.set_title(title, fontsize=12, color=INK, fontweight="bold", loc="left", pad=18)
+    axes.set_ylabel(unit, fontsize=9, color=INK)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.grid(False, axis="x")
+    save(made, path)

@@ -143,9 +143,12 @@ class Run:
         self.judged[name] = {"value": value, "baseline": baseline, "target": target, "higher": higher, "passed": passed}
 
     def memory(self, rows: list[dict[str, Any]]) -> None:
-        """Shows and records rows of {name, predicted, measured}, in bytes (either may be None)."""
+        """Shows, records and draws (memory.png) rows of {name, predicted, measured}, in bytes; either may be None."""
+        from finetune import plots
+
         self.memory_rows += rows
         display.memory(self.console, rows)
+        plots.memory(self.dir / "memory.png", f"{self._title()} · memory", self.memory_rows)
 
     def samples(self, title: str, rows: list[dict[str, Any]]) -> None:
         """Shows rows of text with the same keys, such as {prompt, before, after}, and writes them to samples.json."""
@@ -160,9 +163,11 @@ class Run:
         self.metrics.flush()
         if series := self.metrics.series():
             levels = {k: {n: j[k] for n, j in self.judged.items() if j[k] is not None} for k in ("baseline", "target")}
-            title = f"{self.dir.name} · {'toy' if self.toy else 'default'} · seed {self.cfg.seed}"
             with checkpoint.atomic_write(self.dir / "training_curves.png") as temporary:
-                plots.training_curves(temporary, title, series, levels["baseline"], levels["target"])
+                plots.training_curves(temporary, self._title(), series, levels["baseline"], levels["target"])
+
+    def _title(self) -> str:
+        return f"{self.dir.name} · {'toy' if self.toy else 'default'} · seed {self.cfg.seed}"
 
     def summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What summary.json holds. `passed` is null if nothing was judged."""

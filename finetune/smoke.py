@@ -1,4 +1,4 @@
-"""Runs the toy setting of every module, each in a process of its own, and writes a JSON report."""
+"""Every module's help and toy setting, each in a process of its own; a report as JSON and as Markdown."""
 
 import json
 import subprocess
@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from finetune import checkpoint, display, machine, registry
+from finetune import checkpoint, config, display, machine, registry
 
-LIMIT = 600  # seconds a module may take
+LIMIT = 600  # seconds a command may take
+KEPT = ("metrics", "baseline", "target", "reached", "higher_is_better", "peak_rss_bytes", "memory")  # of a summary
 
 
 def smoke(names: list[str], console: Console, reports: Path = Path("output/smoke_reports")) -> dict[str, Any]:
@@ -25,9 +26,9 @@ def smoke(names: list[str], console: Console, reports: Path = Path("output/smoke
         label = f"[{i}/{len(chosen)}] {info.name}"
         if console.is_terminal:
             with console.status(f"{label} …"):
-                result = run_toy(info)
+                result = check(info)
         else:
-            result = run_toy(info)
+            result = check(info)
         results.append(result)
         verdict = "passed" if result["passed"] else f"FAILED: {result['error']}"
         console.print(f"{label}: {verdict} in {display.duration(result['seconds'])}", markup=False, highlight=False)
@@ -43,19 +44,36 @@ def smoke(names: list[str], console: Console, reports: Path = Path("output/smoke
         reports.mkdir(parents=True, exist_ok=True)
     path = reports / f"{started:%Y%m%d-%H%M%S}.json"
     checkpoint.write_json(path, report)
-    return {"report": str(path), **report}
+    page = path.with_suffix(".md")
+    with checkpoint.atomic_write(page) as temporary:
+        temporary.write_text(as_markdown(report), encoding="utf-8")
+    return {"report": str(page), **report}
+
+
+def check(info: registry.ModuleInfo) -> dict[str, Any]:
+    """One module's result: its summary's parts, the exit code, and one line of what went wrong (or null)."""
+    began = time.monotonic()
+    result = run_help(info) or run_toy(info)
+    return {"name": info.name, **result, "seconds": round(time.monotonic() - began, 3)}
+
+
+def run_help(info: registry.ModuleInfo) -> dict[str, Any] | None:
+    """None if `run NAME --help` names every setting, else the result."""
+    code, output, lines = call("run", info.name, "--help")
+    if code:
+        error = lines[-1] if lines else f"exit code {code}"
+    else:
+        settings = [config.dashed(field.name) for field in config.describe(registry.load(info).Config)]
+        missing = [name for name in settings if f"--{name}" not in output]
+        if not missing:
+            return None
+        error = f"does not name {', '.join(missing)}"
+    return {"passed": False, "exit_code": code, "error": f"--help: {error}", **dict.fromkeys(KEPT)}
 
 
 def run_toy(info: registry.ModuleInfo) -> dict[str, Any]:
-    """One module's result: its summary's parts, the exit code, and one line of what went wrong (or null)."""
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="finetune-smoke-") as folder:
-        command = [sys.executable, "-m", "finetune", "run", info.name, "--toy", "--json", "--out", folder]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-            code, output, lines = done.returncode, done.stdout, done.stderr.strip().splitlines()
-        except subprocess.TimeoutExpired:
-            code, output, lines = 124, "", [f"stopped after {LIMIT} s"]
+        code, output, lines = call("run", info.name, "--toy", "--json", "--out", folder)
     summary = json.loads(output) if code == 0 else {}
     passed, error = summary.get("passed") is True, None
     if code != 0:
@@ -63,8 +81,47 @@ def run_toy(info: registry.ModuleInfo) -> dict[str, Any]:
     elif not passed:
         missed = [n for n, ok in summary["reached"].items() if ok is False]
         error = f"target missed: {', '.join(missed)}" if missed else "it judged nothing"
-    kept = ("metrics", "baseline", "target", "peak_rss_bytes", "memory")
-    seconds = round(time.monotonic() - began, 3)
-    return {"name": info.name, "passed": passed, "exit_code": code, "error": error, "seconds": seconds} | {
-        name: summary.get(name) for name in kept
-    }
+    return {"passed": passed, "exit_code": code, "error": error} | {name: summary.get(name) for name in KEPT}
+
+
+def call(*words: str) -> tuple[int, str, list[str]]:
+    """Exit code, stdout and the lines of stderr of `python -m finetune …`."""
+    command = [sys.executable, "-m", "finetune", *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return 124, "", [f"stopped after {LIMIT} s"]
+    return done.returncode, done.stdout, done.stderr.strip().splitlines()
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report for a person: a table of the modules, then every judged result beside its baseline and target."""
+    modules, machine_, git = report["modules"], report["machine"], report["git"]
+    good = sum(m["passed"] for m in modules)
+    lines = [
+        f"# Smoke test: {good} of {len(modules)} modules passed",
+        "",
+        f"{report['started']} · {machine_['cpu']}, {machine_['physical_cores']} cores · Python "
+        f"{report['versions']['python']}, torch {report['versions']['torch']}"
+        + (f" · {git['revision'][:12]}{', changed' if git['dirty'] else ''}" if git else ""),
+        "",
+        "Of each module: `run NAME --help` names every setting, and `run NAME --toy` reaches its targets.",
+        "",
+        "| module | result | time | peak memory |",
+        "|---|---|---:|---:|",
+    ]
+    for m in modules:
+        verdict = "passed" if m["passed"] else f"**FAILED** {m['error']}"
+        lines.append(
+            f"| {m['name']} | {verdict} | {display.duration(m['seconds'])} | {display.size(m['peak_rss_bytes'])} |"
+        )
+    judged = ["", "| module | result | value | baseline | target | |", "|---|---|---:|---:|---:|---|"]
+    for m in modules:
+        for name, reached in (m["reached"] or {}).items():
+            sign = "≥" if m["higher_is_better"][name] else "≤"
+            target = m["target"].get(name)
+            mark = {True: "reached", False: "**missed**", None: ""}[reached]
+            cells = (display.number(v) for v in (m["metrics"][name], m["baseline"].get(name)))
+            bar = "–" if target is None else f"{sign} {display.number(target)}"
+            judged.append(f"| {m['name']} | {name} | {' | '.join(cells)} | {bar} | {mark} |")
+    return "\n".join([*lines, *(judged if len(judged) > 3 else [])]) + "\n"

@@ -1,5 +1,6 @@
 """`python -m finetune` as its users meet it: output, exit codes, one clear line for every mistake."""
 
+import io
 import json
 import os
 import signal
@@ -9,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from finetune import cli
+from finetune import cli, config, registry, smoke
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures" / "modules"
@@ -231,7 +233,34 @@ def test_smoke_reports(tmp_path, monkeypatch):
     (path,) = (tmp_path / "output/smoke_reports").glob("*.json")
     report = json.loads(path.read_text())
     assert report["passed"] is True
-    assert report["modules"][0]["metrics"]["test_loss"] < report["modules"][0]["baseline"]["test_loss"]
+    (module,) = report["modules"]
+    assert module["metrics"]["test_loss"] < module["baseline"]["test_loss"]
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert str(path.with_suffix(".md").name) in done.stdout
+    assert "1 of 1 modules passed" in page
+    assert f"| tinynet | test_loss | {module['metrics']['test_loss']:.4g} |" in page
+
+
+def test_smoke_reports_what_fails(tmp_path, monkeypatch):
+    """A missed target, a crash and a setting that the help does not name, each in one line."""
+    monkeypatch.setenv("FINETUNE_MODULES", str(FIXTURES))
+    info = registry.find("tinynet")
+    summary = {"passed": False, "reached": {"a": True, "b": False}, "metrics": {"a": 1, "b": 2}, "baseline": {"b": 1},
+               "target": {"b": 3}, "higher_is_better": {"a": True, "b": True}, "peak_rss_bytes": 5}  # fmt: skip
+    help_text = " ".join(f"--{config.dashed(f.name)}" for f in config.describe(registry.load(info).Config))
+    answers = {"missed": (0, json.dumps(summary), []), "crashed": (1, "", ["…", "ValueError: no"])}
+    for case, (toy, help_, error) in {
+        "missed": ("missed", help_text, "target missed: b"),
+        "crashed": ("crashed", help_text, "ValueError: no"),
+        "unnamed": ("missed", help_text.replace("--noise", ""), "--help: does not name noise"),
+    }.items():
+        monkeypatch.setattr(smoke, "call", lambda *w, h=help_, t=toy: (0, h, []) if "--help" in w else answers[t])
+        report = smoke.smoke(["tinynet"], Console(file=io.StringIO()), tmp_path / case)
+        assert report["passed"] is False
+        assert report["modules"][0]["error"] == error
+        page = Path(report["report"]).read_text(encoding="utf-8")
+        assert f"| tinynet | **FAILED** {error} |" in page
+        assert ("| tinynet | b | 2 | 1 | ≥ 3 | **missed** |" in page) == (case == "missed")
 
 
 def test_broken_pipe_and_interrupt(monkeypatch, capsys):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from finetune import lora, memory, ops, optim, shapes
+from finetune import lora, memory, ops, optim, plots, shapes
 from finetune.errors import UserError
 from finetune.generate import KVCache
 from finetune.gpt import GPT, GPTConfig
@@ -244,6 +244,28 @@ def test_rows_of_a_run():
     assert [row["name"] for row in rows] == [t.name for t in predict(shape_of(LLAMA), SETUPS[3])[:-1]]
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_picture_stacks_what_the_rows_say(tmp_path, monkeypatch):
+    """Two bars a group, as high as the group's rows without step growth, which is a line; half a pair is left out."""
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    rows = [("a: weights", 4_000_000, 5_000_000), ("a: gradients", 2_000_000, 3_000_000), ("a: rest", 7, None)]
+    rows += [("a: step growth", 1_000_000, 1_500_000), ("b: weights", 1_000_000, 500_000)]
+    plots.memory(
+        tmp_path / "x.png", "title", [dict(zip(("name", "predicted", "measured"), row, strict=True)) for row in rows]
+    )
+    axes = drawn[0].axes[0]
+    tops = {}
+    for bar in axes.patches:
+        if bar.get_height():
+            at = round(bar.get_x() + bar.get_width() / 2, 3)
+            tops[at] = max(tops.get(at, 0), bar.get_y() + bar.get_height())
+    assert tops == pytest.approx({-0.2: 6, 0.2: 8, 0.8: 1, 1.2: 0.5})
+    lines = [segment[0][1] for lines in axes.collections for segment in lines.get_segments()]
+    assert lines == pytest.approx([5, 6.5])
+    plots.memory(tmp_path / "x.png", "title", [{"name": "rest", "predicted": 7, "measured": None}])
+    assert len(drawn) == 1, "nothing to draw"
 
 
 # --- many ranks, several models

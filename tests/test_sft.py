@@ -231,6 +231,7 @@ def test_run_folder(trained):
     assert losses[0] == summary["baseline"]["held_out_loss"]
     assert losses[-1] == summary["metrics"]["held_out_loss"]
     assert (folder / "training_curves.png").stat().st_size > 20_000
+    assert (folder / "memory.png").read_bytes().startswith(b"\x89PNG")
     samples = json.loads((folder / "samples.json").read_text())[0]["rows"]
     assert len(samples) == 4
     assert sum(row["after"] == row["wanted"] for row in samples) >= 3
