@@ -1,4 +1,4 @@
-"""training_curves.png (a small chart of every logged series), memory.png, and what a module's own pictures begin with."""
+"""training_curves.png (a chart of each logged series), memory.png, and what a module's own pictures start with."""
 
 import math
 import statistics
