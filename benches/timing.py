@@ -99,7 +99,9 @@ def sides(
     for label, other in others.items():
         for mine, theirs_too in zip(wanted, other.results(), strict=True):
             difference = (mine.double() - theirs_too.double()).abs().max()
-            assert difference <= tolerance * mine.double().abs().max(), f"{op}: {label} computes something else"
+            # a code of 8 bits may be the next one, where a value lies between the two
+            allowed = tolerance * mine.double().abs().max() if mine.is_floating_point() else 1
+            assert difference <= allowed, f"{op}: {label} computes something else"
     return ours, others
 
 

@@ -103,9 +103,12 @@ FINETUNE_INLINE void for_each_vector(int64_t n, Body&& body) {
 }
 
 FINETUNE_INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
-// b where either is a NaN. The loops become one maxps a register, but for a constant a gcc takes two instructions.
+// b where either is a NaN. gcc may make several instructions of the loops, or one for each lane: they are for other
+// machines.
 FINETUNE_INLINE vf vmax(vf a, vf b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
   return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   for (int i = 0; i < kLanes; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
@@ -113,7 +116,9 @@ FINETUNE_INLINE vf vmax(vf a, vf b) {
 #endif
 }
 FINETUNE_INLINE vf vmin(vf a, vf b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
   return (vf)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   for (int i = 0; i < kLanes; ++i) a[i] = a[i] < b[i] ? a[i] : b[i];
