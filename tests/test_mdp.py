@@ -189,6 +189,10 @@ def test_random_mdps_have_the_successors_and_the_end_that_were_asked_for():
     assert ((mdp.P[:9] > 0).sum(2) == 4).all()
     assert np.allclose(mdp.P[:9, :, 9], 0.1)
     assert mdp.terminal.tolist() == [False] * 9 + [True]
+    ring = mdps.garnet(9, 2, 3, np.random.default_rng(0), 0.9, reach=2).P
+    assert ((ring > 0).sum(2) == 3).all()
+    assert not ring[4, :, [0, 1, 7, 8]].any()
+    assert not ring[0, :, 3:7].any()
     assert (mdps.garnet(9, 2, 9, np.random.default_rng(0), 0.9).P > 0).all()
-    with pytest.raises(UserError, match="no random MDP"):
+    with pytest.raises(UserError, match="no random MDP has 3"):
         mdps.garnet(3, 2, 4, np.random.default_rng(0), 0.9)

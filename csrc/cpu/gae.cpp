@@ -6,6 +6,8 @@
 // and for a single column the latency of one multiply-add a step.
 #include "finetune/gae.h"
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace finetune::FINETUNE_LEVEL {
@@ -14,6 +16,16 @@ namespace {
 constexpr int64_t kColumns = 64;
 
 FINETUNE_INLINE double to_float(double x) { return x; }
+
+// x, or 0 where the flag is set (1 and not 0), also of a NaN. By bits: a condition here keeps GCC from vectorising.
+template <class Real>
+FINETUNE_INLINE Real unless(uint8_t flag, Real x) {
+  std::conditional_t<sizeof(Real) == 8, uint64_t, uint32_t> bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= static_cast<decltype(bits)>(flag) - 1;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
 
 template <class T, class Real>
 void scan(const Gae& a) {
@@ -27,12 +39,15 @@ void scan(const Gae& a) {
         const int64_t at = t * a.columns + first;
         const T *reward = static_cast<const T*>(a.rewards) + at, *value = static_cast<const T*>(a.values) + at,
                 *next = static_cast<const T*>(a.next_values) + at;
-        const bool *terminated = a.terminated + at, *truncated = a.truncated + at;
+        // As bytes: GCC 12 vectorises no loop that loads a bool. They might alias anything, hence the pragma.
+        const auto *terminated = reinterpret_cast<const uint8_t*>(a.terminated) + at,
+                   *truncated = reinterpret_cast<const uint8_t*>(a.truncated) + at;
         Real *advantages = static_cast<Real*>(a.advantages) + at, *returns = static_cast<Real*>(a.returns) + at;
+#pragma GCC ivdep
         for (int64_t j = 0; j < count; ++j) {
           const Real v = to_float(value[j]), future = gamma * to_float(next[j]), later = decay * advantage[j];
-          const Real delta = to_float(reward[j]) + (terminated[j] ? Real{0} : future) - v;
-          advantage[j] = delta + ((terminated[j] | truncated[j]) ? Real{0} : later);
+          const Real delta = to_float(reward[j]) + unless(terminated[j], future) - v;
+          advantage[j] = delta + unless(terminated[j] | truncated[j], later);
           advantages[j] = advantage[j];
           returns[j] = advantage[j] + v;
         }

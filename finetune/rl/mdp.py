@@ -196,20 +196,34 @@ def make(
 
 
 def garnet(
-    states: int, actions: int, branching: int, generator: np.random.Generator, gamma: float, *, ending: float = 0.0
+    states: int,
+    actions: int,
+    branching: int,
+    generator: np.random.Generator,
+    gamma: float,
+    *,
+    reach: int | None = None,
+    mean: float = 0.0,
+    ending: float = 0.0,
 ) -> MDP:
-    """A random MDP (Archibald et al. 1995): each pair leads to `branching` states, with rewards from N(0, 1).
+    """A random MDP (Archibald et al. 1995): each pair leads to `branching` states, with rewards from N(mean, 1).
 
-    ending: probability that a step ends the episode; if it is above 0 the last state is terminal.
+    reach: the states lie on a ring, and a step goes at most so far; none: anywhere. ending: probability that a step
+    ends the episode; if it is above 0 there is one more state, the last, which is terminal.
     """
-    if not (1 <= branching <= states and actions >= 1 and 0 <= ending < 1):
-        raise UserError(f"no random MDP of {states} states, {actions} actions, {branching} successors, ending {ending}")
+    near = np.arange(states) if reach is None else np.arange(-reach, reach + 1)
+    if not (1 <= branching <= len(near) <= states and actions >= 1 and 0 <= ending < 1):
+        raise UserError(
+            f"no random MDP has {states} states, {actions} actions, {branching} successors"
+            f"{'' if reach is None else f' at most {reach} away'} and the end with probability {ending}"
+        )
     P = np.zeros((states, actions, states))
     for s in range(states):
         for a in range(actions):
             cuts = np.sort(generator.random(branching - 1))
-            P[s, a, generator.permutation(states)[:branching]] = np.diff(cuts, prepend=0.0, append=1.0)
-    R = generator.standard_normal((states, actions))
+            after = (s + generator.permutation(near)[:branching]) % states
+            P[s, a, after] = np.diff(cuts, prepend=0.0, append=1.0)
+    R = mean + generator.standard_normal((states, actions))
     if ending:
         P = np.pad((1 - ending) * P, ((0, 1), (0, 0), (0, 1)), constant_values=ending)
         R = np.pad(R, ((0, 1), (0, 0)))

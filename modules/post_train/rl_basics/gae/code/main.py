@@ -1,0 +1,307 @@
+"""Generalized advantage estimation: what λ trades, why a time limit is not an ending, and the same sum five ways.
+
+    δ_t = r_t + γ · (1 − terminated_t) · V(next state of t) − V_t        A_t = Σ_k (γλ)^k δ_{t+k}
+
+Schulman et al. 2016 (arXiv:1506.02438). The MDP is small enough to know V and A of the policy exactly, so that bias and
+variance are measured and not argued. The README explains every metric and every choice.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune import config, ops, optim
+from finetune.errors import UserError
+from finetune.rl import mdp as tables
+from finetune.rl.mdp import MDP
+from finetune.rl.rollout import Rollout, sample_tabular
+
+from . import plots
+from .variants import VARIANTS
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 300  # batches of rollouts
+    checkpoint_every: int = 100
+    data: Path | None = None  # an MDP in an npz, as the module mdp reads it; none: a random one that the seed gives
+    states: int = 20  # of the random MDP, besides the terminal one
+    actions: int = 3
+    branching: int = 2  # states that a pair may lead to
+    reach: int = 3  # how far a step may go on the ring of states: the smaller, the longer a value matters
+    ending: float = 0.02  # probability that a step ends the episode
+    gamma: float = 0.95
+    lams: str = "0,0.5,0.8,0.9,0.95,0.99,1"  # rising, separated by commas
+    length: int = 64  # steps of a rollout
+    samples: int = 32  # rollouts a batch from each pair of state and action, for bias and variance
+    sweeps: int = 2  # the half-learnt critic: so many sweeps of policy evaluation from zero
+    rows: int = 64  # rollouts a batch that the critics learn from
+    limit: int = 10  # time limit of their episodes
+    lam: float = 0.9  # of the critics' targets, the λ-returns
+    lr: float = 1.0  # of the critics at the start; a cosine falls to a tenth
+    shuffle_rewards: bool = False  # control: the rewards of a batch are dealt out anew, so there is nothing to learn
+    bench_steps: int = 2048  # size at which the op and the loop in Python are timed
+    bench_rows: int = 64
+
+    @classmethod
+    def toy(cls) -> "Config":
+        return cls(steps=60, samples=16, lams="0,0.5,0.9,1", bench_steps=256, bench_rows=16)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (
+            "states",
+            "actions",
+            "branching",
+            "length",
+            "samples",
+            "rows",
+            "limit",
+            "bench_steps",
+            "bench_rows",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least 1")
+        for name in ("gamma", "lam", "lr", "ending"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} {getattr(self, name)} is not within 0 and 1")
+        if self.gamma == 1:
+            raise UserError("--gamma 1: what a time limit cuts off has to fade for this module; take one below 1")
+        if self.sweeps < 0:
+            raise UserError(f"--sweeps {self.sweeps} is too small: it must be at least 0")
+        found = self.lambdas
+        if len(found) < 2 or sorted(set(found)) != found or not (found[0] >= 0 and found[-1] <= 1):
+            raise UserError(f"--lams {self.lams}: at least two numbers from 0 to 1 are needed, rising")
+
+    @property
+    def lambdas(self) -> list[float]:
+        try:
+            return [float(word) for word in self.lams.split(",")]
+        except ValueError:
+            raise UserError(f"--lams {self.lams}: numbers separated by commas are needed") from None
+
+
+def main(cfg: Config, run) -> dict[str, Any]:
+    mdp = load(cfg, run)
+    policy = tables.uniform(mdp)
+    exact = tables.solve(mdp, policy)
+    critics = {"exact": exact, "half_learnt": swept(mdp, policy, cfg.sweeps)}
+    pairs = np.argwhere(mdp.allowed & ~mdp.terminal[:, None])  # (P, 2)
+    inner = torch.from_numpy(~mdp.terminal)
+    names = ("value_error", "value_error_limits_as_ends")
+    learnt = {name: torch.zeros(len(exact), dtype=torch.float64) for name in names}
+    moments = torch.zeros(2, len(critics), len(cfg.lambdas), len(pairs), dtype=torch.float64)
+    expected = {
+        name: np.stack([expected_advantages(mdp, policy, V, cfg.gamma, lam, cfg.length) for lam in cfg.lambdas])[
+            :, pairs[:, 0], pairs[:, 1]
+        ]
+        for name, V in critics.items()
+    }
+
+    def error(V: Tensor) -> float:
+        return float((V - torch.from_numpy(exact))[inner].square().mean().sqrt())
+
+    for step in run.steps(cfg.steps, {"critics": learnt, "moments": {"sums": moments}}):
+        draw = np.random.default_rng(run.generator("rollout", step).initial_seed())
+        starts = draw.choice(len(exact), cfg.rows, p=mdp.start)
+        rollout = sample_tabular(mdp, policy, cfg.length, starts, draw, limit=cfg.limit)
+        if cfg.shuffle_rewards:
+            rollout.rewards = rollout.rewards.flatten()[torch.from_numpy(draw.permutation(rollout.rewards.numel()))]
+            rollout.rewards = rollout.rewards.view(rollout.terminated.shape)
+        lr = optim.cosine(step, cfg.steps, 0, cfg.lr, cfg.lr / 10)
+        learn(learnt["value_error"], rollout, cfg.gamma, cfg.lam, lr)
+        wrong = Rollout(**vars(rollout) | {"terminated": rollout.ends, "truncated": torch.zeros_like(rollout.ends)})
+        learn(learnt["value_error_limits_as_ends"], wrong, cfg.gamma, cfg.lam, lr)
+
+        first = np.tile(pairs, (cfg.samples, 1))
+        rollout = sample_tabular(mdp, policy, cfg.length, first[:, 0], draw, actions=first[:, 1])
+        moments += estimates(rollout, list(critics.values()), cfg, len(pairs))
+        mean = moments[0] / ((step + 1) * cfg.samples)
+        off = (mean - torch.from_numpy(np.stack([expected["exact"]] * 2))).square().mean(-1).sqrt()  # (critics, λ)
+        run.log(
+            step,
+            **{name: error(V) for name, V in learnt.items()},
+            lr=lr,
+            bias_exact_v=off[0, 0],
+            bias_half_learnt_v=off[1, 0],
+        )
+
+    spread = float(exact[~mdp.terminal].std())
+    reached = error(learnt["value_error"])
+    run.judge("value_error", reached, baseline=spread, target=spread / 5, higher=False)
+    run.judge(
+        "value_error_limits_as_ends", error(learnt["value_error_limits_as_ends"]), baseline=reached, target=3 * reached
+    )
+    found: dict[str, Any] = {}
+    if cfg.steps:
+        found = judge_lambda(cfg, run, policy, pairs, moments, expected)
+        plots.time_limits(run, exact[~mdp.terminal], {n: V[inner].numpy() for n, V in learnt.items()})
+    judge_ways(cfg, run)
+    return found
+
+
+# --- The two experiments
+
+
+def learn(V: Tensor, rollout: Rollout, gamma: float, lam: float, lr: float) -> None:
+    """V moves to the mean λ-return of each state that was seen: V(s) += lr · (mean − V(s))."""
+    states, after = rollout.observations, rollout.next_observations
+    _, returns = ops.gae(
+        rollout.rewards, V[states], V[after], rollout.terminated, rollout.truncated, gamma=gamma, lam=lam
+    )
+    seen = torch.bincount(states.flatten(), minlength=len(V))
+    total = torch.zeros_like(V).index_add_(0, states.flatten(), returns.flatten())
+    V += torch.where(seen > 0, lr * (total / seen.clamp(min=1) - V), 0.0)
+
+
+def estimates(rollout: Rollout, critics: list[np.ndarray], cfg: Config, pairs: int) -> Tensor:
+    """Sums of Â_0 and of its square over the rollouts from each pair: (2, critics, λ, pairs)."""
+    rows = []
+    for V in map(torch.from_numpy, critics):
+        given = (rollout.rewards, V[rollout.observations], V[rollout.next_observations])
+        for lam in cfg.lambdas:
+            advantages, _ = ops.gae(*given, rollout.terminated, rollout.truncated, gamma=cfg.gamma, lam=lam)
+            rows.append(advantages[0].view(-1, pairs))  # (samples, P)
+    first = torch.stack(rows)
+    return torch.stack([first.sum(1), first.square().sum(1)]).view(2, len(critics), len(cfg.lambdas), pairs)
+
+
+def swept(mdp: MDP, policy: np.ndarray, sweeps: int) -> np.ndarray:
+    """V after so many sweeps of policy evaluation from zero: the shape is there, the size is not."""
+    P, r = tables.under(mdp, policy)
+    V = np.zeros(len(r))
+    for _ in range(sweeps):
+        V = r + mdp.gamma * P @ V
+    return V
+
+
+def expected_advantages(
+    mdp: MDP, policy: np.ndarray, V: np.ndarray, gamma: float, lam: float, steps: int
+) -> np.ndarray:
+    """E[Â_0 | s, a] (S, A) of GAE over `steps` steps with the critic V, by dynamic programming: no sampling.
+
+    A(s, a) = δ(s, a) + γλ Σ_s' P(s'|s, a) Σ_a' π(a'|s') A'(s', a') with A' over one step less, and none over no step.
+    """
+    deltas = mdp.R + gamma * mdp.P @ V - V[:, None]
+    advantages = np.zeros_like(deltas)
+    for _ in range(steps):
+        advantages = deltas + gamma * lam * mdp.P @ (policy * advantages).sum(1)
+    return advantages
+
+
+# --- What is shown
+
+
+def judge_lambda(
+    cfg: Config, run, policy: np.ndarray, pairs: np.ndarray, moments: Tensor, expected: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Bias and variance of both critics over λ. Of the bias counts what depends on the action: the policy gradient is
+    blind to the rest (Σ_a ∇π(a|s) · b(s) = 0)."""
+    count = cfg.steps * cfg.samples
+    mean, square = (m / count for m in moments.numpy())  # (critics, λ, P)
+    variance = (square - mean**2).clip(min=0) * count / max(1, count - 1)
+    truth = expected["exact"]
+    z = {name: chi(mean[i] - expected[name], variance[i] / count) for i, name in enumerate(expected)}
+    run.judge("exact_v_bias_z", z["exact"], baseline=chi(mean[1] - truth, variance[1] / count), target=4, higher=False)
+    run.judge("half_learnt_v_expectation_z", z["half_learnt"], target=4, higher=False)
+    bias = seen_by_the_gradient(expected["half_learnt"] - truth, policy, pairs)  # (λ,)
+    measured = {
+        name: seen_by_the_gradient(m - truth, policy, pairs, v / count)
+        for name, m, v in zip(expected, mean, variance, strict=True)
+    }
+    noise = {name: v.mean(-1) for name, v in zip(expected, variance, strict=True)}  # (λ,)
+    for name, values, rising in (("bias_falls", bias, False), ("variance_rises", noise["half_learnt"], True)):
+        steps = values[1:] / values[:-1]
+        run.judge(name, steps.min() if rising else steps.max(), target=1.0, higher=rising)
+    plots.bias_variance(run, cfg.lambdas, bias, measured, noise)
+    return {
+        "bias_at_the_first_lambda": float(bias[0]),
+        "bias_at_the_last_lambda": float(bias[-1]),
+        "variance_at_the_first_lambda": float(noise["half_learnt"][0]),
+        "variance_at_the_last_lambda": float(noise["half_learnt"][-1]),
+    }
+
+
+def chi(off: np.ndarray, variance: np.ndarray) -> float:
+    """How far off the means (λ, P) are, all pairs together, in standard deviations of what chance does: the worst λ.
+
+    χ² = Σ off² / variance has mean P and variance 2 P if the expectation is right.
+    """
+    known = variance > 1e-20  # a pair of which every sample is the same says nothing about chance
+    total = np.where(known, off**2 / np.where(known, variance, 1.0), 0.0).sum(-1)
+    return float(((total - known.sum(-1)) / np.sqrt(2 * known.sum(-1).clip(min=1))).max())
+
+
+def seen_by_the_gradient(
+    off: np.ndarray, policy: np.ndarray, pairs: np.ndarray, variance: np.ndarray | None = None
+) -> np.ndarray:
+    """Root mean square over the pairs of off(s, a) − Σ_a π(a|s) off(s, a); off (λ, P) → (λ,).
+
+    variance (λ, P) of `off`, where that is measured: what chance adds to the square is taken away again.
+    """
+
+    def table(values: np.ndarray) -> np.ndarray:
+        full = np.zeros((len(values), *policy.shape))
+        full[:, pairs[:, 0], pairs[:, 1]] = values
+        return full
+
+    full = table(off)
+    square = (full - (policy * full).sum(-1, keepdims=True)) ** 2
+    if variance is not None:
+        full = table(variance)
+        square -= (1 - 2 * policy) * full + (policy**2 * full).sum(-1, keepdims=True)
+    return np.sqrt(square[:, pairs[:, 0], pairs[:, 1]].mean(-1).clip(min=0))
+
+
+def judge_ways(cfg: Config, run) -> None:
+    """The sum five ways on random numbers with ends: that they agree, and how long the op and the loop take."""
+    g = run.generator("ways")
+
+    def numbers(steps: int, rows: int, dtype: torch.dtype) -> list[Tensor]:
+        floats = [torch.randn(steps, rows, generator=g, dtype=dtype) for _ in range(3)]
+        return [*floats, *(torch.rand(steps, rows, generator=g) < 0.03 for _ in range(2))]
+
+    given = numbers(97, 5, torch.float64)
+    want, _ = ops.gae(*given, gamma=cfg.gamma, lam=cfg.lam)
+    differences = {name: float((way(*given, cfg.gamma, cfg.lam) - want).abs().max()) for name, way in VARIANTS.items()}
+    run.judge("largest_difference", max(differences.values()), target=1e-12, higher=False)
+    given = numbers(cfg.bench_steps, cfg.bench_rows, torch.float32)
+    ways = {
+        "op": lambda: ops.gae(*given, gamma=cfg.gamma, lam=cfg.lam),
+        "recursion": lambda: VARIANTS["recursion"](*given, cfg.gamma, cfg.lam),
+        "scan": lambda: VARIANTS["scan"](*given, cfg.gamma, cfg.lam),
+    }
+    took = dict.fromkeys(ways, math.inf)
+    for _ in range(20):  # in turn, so that a busy machine is busy for all of them
+        for name, way in ways.items():
+            began = perf_counter()
+            way()
+            took[name] = min(took[name], perf_counter() - began)
+    full = cfg.bench_steps * cfg.bench_rows >= 2048 * 64
+    run.judge("op_faster_than_recursion", took["recursion"] / took["op"], baseline=1.0, target=50 if full else None)
+    run.samples(
+        f"the same sum, five ways; times at {cfg.bench_steps} × {cfg.bench_rows} in fp32, of the op's",
+        [
+            {
+                "way": name,
+                "largest difference": f"{differences[name]:.1e}" if name in differences else "–",
+                "time": f"{took[name] / took['op']:.0f} ×" if name in took else "–",
+            }
+            for name in ["op", *VARIANTS]
+        ],
+    )
+
+
+def load(cfg: Config, run) -> MDP:
+    if cfg.data is not None:
+        return tables.load(cfg.data, cfg.gamma)
+    draw = np.random.default_rng(run.generator("mdp").initial_seed())
+    return tables.garnet(
+        cfg.states, cfg.actions, cfg.branching, draw, cfg.gamma, reach=cfg.reach, mean=1.0, ending=cfg.ending
+    )

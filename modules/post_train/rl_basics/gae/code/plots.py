@@ -1,0 +1,59 @@
+"""The module's own pictures: bias and variance over λ, and what a critic learns that takes time limits for endings."""
+
+import numpy as np
+
+from finetune.plots import INK, figure, save
+
+COLOURS = {"exact": "#1769aa", "half_learnt": "#c53030"}
+NAMES = {"exact": "exact V", "half_learnt": "half-learnt V"}
+
+
+def bias_variance(
+    run, lambdas: list[float], bias: np.ndarray, measured: dict[str, np.ndarray], noise: dict[str, np.ndarray]
+) -> None:
+    """bias_variance.png: three panels over λ. `bias` is the half-learnt critic's, by dynamic programming."""
+    made, (left, middle, right) = figure(13.2, 4.2, 1, 3)
+    at = np.arange(len(lambdas))
+    for axes, title in (
+        (left, "bias: the part that the gradient sees"),
+        (middle, "standard deviation of one estimate"),
+        (right, "error of the mean of n estimates, half-learnt V"),
+    ):
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+        axes.set_xlabel("λ", color=INK)
+        axes.set_xticks(at, [f"{lam:g}" for lam in lambdas])
+    left.plot(at, bias, color=COLOURS["half_learnt"], linewidth=1.8, label="half-learnt V, by dynamic programming")
+    for name, values in measured.items():
+        left.plot(at, values, "o", color=COLOURS[name], markersize=5, label=f"{NAMES[name]}, measured")
+        middle.plot(at, np.sqrt(noise[name]), "o-", color=COLOURS[name], linewidth=1.8, markersize=5, label=NAMES[name])
+    left.set_ylim(bottom=0)
+    middle.set_ylim(bottom=0)
+    shades = ("#f3c3c3", "#e48f8f", "#c53030", "#7a1c1c")
+    for n, colour in zip((1, 10, 100, 1000), shades, strict=True):
+        error = np.sqrt(bias**2 + noise["half_learnt"] / n)
+        right.plot(at, error, color=colour, linewidth=1.8, label=f"n = {n}")
+        best = int(error.argmin())
+        right.plot(at[best], error[best], "*", color=colour, markersize=12)
+    right.set_yscale("log")
+    for axes in (left, middle, right):
+        axes.legend(fontsize=8.5, frameon=False)
+    save(made, run.dir / "bias_variance.png")
+
+
+def time_limits(run, exact: np.ndarray, learnt: dict[str, np.ndarray]) -> None:
+    """time_limits.png: learnt against exact values, a point a state."""
+    made, [axes] = figure(5.6, 5.2)
+    low, high = exact.min(), exact.max()
+    axes.plot([low, high], [low, high], color=INK, linewidth=1, linestyle="--", label="exact")
+    looks = {
+        "value_error": ("#1769aa", "o", "time limits bootstrap from the state reached"),
+        "value_error_limits_as_ends": ("#c53030", "X", "time limits taken for endings"),
+    }
+    for name, values in learnt.items():
+        colour, marker, label = looks[name]
+        axes.plot(exact, values, marker, color=colour, markersize=6, label=label)
+    axes.set_title(f"two critics, the same episodes of {run.cfg.limit} steps", loc="left", fontsize=11, color=INK)
+    axes.set_xlabel("exact value of a state", color=INK)
+    axes.set_ylabel("learnt", color=INK)
+    axes.legend(fontsize=8.5, frameon=False)
+    save(made, run.dir / "time_limits.png")

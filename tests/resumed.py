@@ -1,0 +1,35 @@
+"""For module tests: a run that is cut off in the middle and resumed ends as one that nobody interrupted."""
+
+import json
+
+import pytest
+
+from finetune.run import Run, execute
+
+
+class Cut(Exception):
+    pass
+
+
+def resumes_to_the_same_bytes(info, config, folder, calls):
+    """Cuts the run at its `calls`-th log; compares metrics.csv and what was judged."""
+    execute(info, config, folder / "whole", toy=True)
+    keep, seen = Run.log, []
+
+    def log(self, step, **metrics):
+        seen.append(step)
+        if len(seen) == calls:
+            raise Cut
+        return keep(self, step, **metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "log", log)
+        with pytest.raises(Cut):
+            execute(info, config, folder / "cut", toy=True)
+    summary = execute(info, config, folder / "cut", toy=True, resume=True)
+    whole = json.loads((folder / "whole/summary.json").read_text())
+    assert (folder / "cut/metrics.csv").read_bytes() == (folder / "whole/metrics.csv").read_bytes()
+    timed = {name for name in whole["metrics"] if "faster" in name or "per_second" in name}
+    assert {k: v for k, v in summary["metrics"].items() if k not in timed} == {
+        k: v for k, v in whole["metrics"].items() if k not in timed
+    }

@@ -1,0 +1,170 @@
+"""The gae module: the five ways agree with each other and with the peers; bias and variance; time limits; resume."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+import torch
+from resumed import resumes_to_the_same_bytes
+
+from finetune import ops, registry
+from finetune.errors import UserError
+from finetune.rl import mdp as tables
+from finetune.run import execute
+
+INFO = registry.find("gae")
+gae = registry.load(INFO)
+VARIANTS = sys.modules["finetune_modules.gae.variants"].VARIANTS
+LENGTHS = [1, 2, 3, 17, 256, 1031, 4097]
+
+
+def toy(**changes):
+    return dataclasses.replace(gae.Config.toy(), threads=1, **changes)
+
+
+def rollout(steps, rows, seed=0, ends=0.1):
+    """Random numbers with both kinds of end; V of the next state is the next row's V except at an end."""
+    g = torch.Generator().manual_seed(seed)
+    r, v, after = (torch.randn(steps, rows, generator=g, dtype=torch.float64) for _ in range(3))
+    terminated, truncated = (torch.rand(steps, rows, generator=g) < ends for _ in range(2))
+    truncated &= ~terminated
+    follows = torch.cat([v[1:], after[-1:]])
+    return r, v, torch.where(terminated | truncated, after, follows), terminated, truncated
+
+
+def close(mine, theirs):
+    assert (mine - theirs).abs().max() <= 1e-12 * max(1.0, theirs.abs().max())
+
+
+# --- The same numbers as others
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_equals_stable_baselines3(steps):
+    """Its buffer knows ends only; its collector adds γ V of the last observation to the reward of a truncated step."""
+    gym = pytest.importorskip("gymnasium")
+    buffers = pytest.importorskip("stable_baselines3.common.buffers")
+    r, v, after, terminated, truncated = rollout(steps, 3, seed=steps)
+    ends = terminated | truncated
+    space = gym.spaces.Box(-1, 1, (1,))
+    buffer = buffers.RolloutBuffer(steps, space, space, device="cpu", gae_lambda=0.9, gamma=0.97, n_envs=3)
+    buffer.rewards = (r + 0.97 * after * truncated).numpy()
+    buffer.values, buffer.advantages = v.numpy(), np.zeros((steps, 3))
+    buffer.episode_starts = torch.cat([torch.ones(1, 3, dtype=torch.bool), ends[:-1]]).double().numpy()
+    buffer.compute_returns_and_advantage(after[-1], ends[-1].double().numpy())
+    advantages, returns = ops.gae(r, v, after, terminated, truncated, gamma=0.97, lam=0.9)
+    close(advantages, torch.from_numpy(buffer.advantages))
+    close(returns, torch.from_numpy(buffer.returns))
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_equals_torchrl(steps):
+    peer = pytest.importorskip("torchrl.objectives.value.functional")
+    r, v, after, terminated, truncated = rollout(steps, 3, seed=steps)
+
+    def turned(x):
+        return x.T[..., None]  # (N, T, 1)
+
+    torch.set_default_dtype(torch.float64)  # it multiplies γ with an integer mask, which rounds γ to the default
+    try:
+        theirs = peer.generalized_advantage_estimate(
+            0.97, 0.9, *map(turned, (v, after, r, terminated | truncated, terminated))
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    mine = ops.gae(r, v, after, terminated, truncated, gamma=0.97, lam=0.9)
+    for a, b in zip(mine, theirs, strict=True):
+        close(a, b[..., 0].T)
+
+
+@pytest.mark.parametrize("way", VARIANTS)
+@pytest.mark.parametrize(("gamma", "lam"), [(0.97, 0.9), (1.0, 1.0), (0.9, 0.0)])
+def test_every_way_equals_the_op(way, gamma, lam):
+    for steps in (1, 2, 5, 33, 64):
+        given = rollout(steps, 4, seed=steps)
+        close(VARIANTS[way](*given, gamma, lam), ops.gae(*given, gamma=gamma, lam=lam)[0])
+
+
+@pytest.mark.parametrize("way", ["definition", "recursion", "scan"])
+def test_nothing_behind_an_end_comes_through(way):
+    """A NaN there included; the matrix multiplies by zero, so it cannot do that."""
+    r, v, after, terminated, truncated = rollout(20, 2)
+    terminated[9] = True
+    before = VARIANTS[way](r, v, after, terminated, truncated, 0.9, 0.8)[:10]
+    r[10:] = torch.nan
+    assert torch.equal(VARIANTS[way](r, v, after, terminated, truncated, 0.9, 0.8)[:10], before)
+
+
+def test_packed_and_padded_sequences_are_each_their_own():
+    lengths = [5, 1, 17, 8]
+    parts = [rollout(n, 1, seed=n, ends=0.0) for n in lengths]
+    for part in parts:
+        part[3][-1] = True
+    alone = [ops.gae(*part)[0] for part in parts]
+    packed = ops.gae(*(torch.cat(column) for column in zip(*parts, strict=True)))[0]
+    close(packed, torch.cat(alone))
+    padded = [torch.nn.utils.rnn.pad_sequence([x[:, 0] for x in column]) for column in zip(*parts, strict=True)]
+    padded[0][padded[0] == 0] = 1e6  # what stands in the padding does not matter
+    together = ops.gae(*padded)[0]
+    for i, n in enumerate(lengths):
+        close(together[:n, i : i + 1], alone[i])
+
+
+# --- Bias and variance
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+def test_the_expectation_with_the_exact_critic_is_the_advantage_at_any_length(lam):
+    mdp = tables.garnet(8, 3, 2, np.random.default_rng(0), 0.9, ending=0.1)
+    policy = tables.uniform(mdp)
+    V = tables.solve(mdp, policy)
+    for steps in (1, 5, 200):
+        found = gae.expected_advantages(mdp, policy, V, 0.9, lam, steps)
+        assert np.allclose(found, tables.advantages(mdp, policy), atol=1e-12)
+
+
+def test_lambda_one_leaves_only_what_the_gradient_does_not_see():
+    """With any V, Â of the whole return is off by V^π(s) − V(s), the same for every action."""
+    mdp = tables.garnet(8, 3, 2, np.random.default_rng(0), 0.9, ending=0.1)
+    policy, V = tables.uniform(mdp), np.random.default_rng(1).normal(size=9) * np.append(np.ones(8), 0)
+    found = gae.expected_advantages(mdp, policy, V, 0.9, 1.0, 2000)
+    off = found - tables.advantages(mdp, policy)
+    assert np.allclose(off, (tables.solve(mdp, policy) - V)[:, None], atol=1e-12)
+    pairs = np.argwhere(np.ones((9, 3)))
+    assert gae.seen_by_the_gradient(off.reshape(1, -1), policy, pairs) < 1e-12
+
+
+def test_the_toy_reaches_its_targets(tmp_path):
+    summary = execute(INFO, toy(), tmp_path / "run", toy=True)
+    assert summary["passed"], summary["reached"]
+    assert (tmp_path / "run/bias_variance.png").stat().st_size > 10_000
+    assert (tmp_path / "run/time_limits.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"lr": 0.0}, {"shuffle_rewards": True}])
+def test_without_steps_rate_or_rewards_nothing_is_learnt(change, tmp_path):
+    summary = execute(INFO, toy(samples=1, **change), tmp_path / "run", toy=True)
+    assert not summary["reached"]["value_error"]
+    assert summary["metrics"]["value_error"] > 0.8 * summary["baseline"]["value_error"]
+
+
+def test_a_cut_run_resumes(tmp_path):
+    resumes_to_the_same_bytes(INFO, toy(steps=6, samples=2, checkpoint_every=2, bench_steps=8), tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lams": "0,1,0.5"}, "--lams 0,1,0.5: at least two numbers"),
+        ({"lams": "a"}, "--lams a: numbers"),
+        ({"gamma": 1.0}, "--gamma 1"),
+        ({"lr": 2.0}, "--lr 2.0 is not within 0 and 1"),
+        ({"length": 0}, "--length 0 is too small"),
+    ],
+)
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        toy(**change)
