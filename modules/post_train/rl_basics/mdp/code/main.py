@@ -1,0 +1,231 @@
+"""Markov decision processes: what the best values are when the rules are known, by every classical solver.
+
+    V*(s) = max_a R(s,a) + γ Σ_s' P(s'|s,a) V*(s')          ‖T V − V*‖∞ ≤ γ ‖V − V*‖∞
+
+Bellman 1957; Sutton & Barto 2018, chapters 3 and 4; Puterman 1994, chapters 4 and 6.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune import config
+from finetune.errors import UserError
+from finetune.rl import mdp as mdps
+from finetune.rl import planning, worlds
+from finetune.rl.mdp import MDP, Array
+
+from . import plots
+
+CLOSE = 1e-8  # how near every solver has to come to V*
+GALLERY = ("frozen_lake", "cliff_walking", "taxi", "gridworld", "small_gridworld", "car_rental", "gambler")
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 1500  # sweeps at most
+    checkpoint_every: int = 500
+    world: str = "frozen_lake_8x8"  # whose sweeps are recorded: a name in finetune/rl/worlds.py, or a gymnasium id
+    data: Path | None = None  # an npz with P (states, actions, states) and R, in place of a world
+    gamma: float | None = None  # discount; none: the world's own
+    evaluation_sweeps: int = 5  # of modified policy iteration, between two improvements
+    rollouts: int = 10_000  # episodes that the best policy is tried in
+    gallery: bool = True  # the other worlds and the book's figures too; not with --data
+
+    @classmethod
+    def toy(cls) -> "Config":
+        return cls(steps=1000, world="frozen_lake", rollouts=2000)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("evaluation_sweeps", "rollouts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least 1")
+        if self.gamma is not None:
+            mdps.check_gamma(self.gamma)
+
+
+def main(cfg: Config, run) -> dict[str, Any]:
+    mdp = mdps.load(cfg.data, cfg.gamma) if cfg.data else worlds.world(cfg.world, cfg.gamma)
+    best, _, improvements = planning.policy_iteration(mdp)
+    run.say(
+        f"{mdp.name}: {mdp.size[0]} states, {mdp.size[1]} actions, γ = {mdp.gamma:g}; policy iteration took "
+        f"{improvements} improvements, its values miss Bellman's equation by {bellman_error(mdp, best):.1e}"
+    )
+    solvers = Solvers(mdp, cfg.evaluation_sweeps)
+    first = solvers.errors(best)
+    for step in run.steps(cfg.steps, {"solvers": solvers}):
+        solvers.sweep()
+        errors = solvers.errors(best)
+        bounds = {name: mdp.gamma ** (step + 1) * first[name] for name in BOUNDED}
+        solvers.check(errors, bounds)
+        run.log(step, **{f"error_{name}": value for name, value in errors.items()}, bound=bounds["synchronous"])
+
+    judge(run, mdp, solvers, best, first)
+    judge_rollouts(cfg, run, mdp, solvers)
+    found = {"improvements": improvements, "states": mdp.size[0]}
+    plots.convergence(run, mdp, cfg.evaluation_sweeps)
+    plots.values(run, mdp, solvers.values["synchronous"])
+    if cfg.gallery and not cfg.data:
+        judge_gallery(cfg, run)
+        judge_book(cfg, run)
+    return found
+
+
+# --- The solvers, sweep by sweep
+
+ITERATED = ("synchronous", "in_place", "prioritised", "modified", "policy_iteration")
+HEADS = ("sync.", "in place", "priority", "modified")
+BOUNDED = (
+    "synchronous",
+    "in_place",
+    "policy_iteration",
+)  # a sweep contracts by γ, whatever V it begins with
+
+
+class Solvers:
+    """Every iterative solver side by side, from V = 0; policy iteration from the value of the uniform policy.
+
+    A sweep is S backups; of modified policy iteration, one improvement and its sweeps of evaluation; of policy
+    iteration, one improvement and a linear system.
+    """
+
+    def __init__(self, mdp: MDP, evaluation_sweeps: int) -> None:
+        self.mdp, self.evaluation_sweeps = mdp, evaluation_sweeps
+        self.policy = mdps.uniform(mdp)
+        self.values: dict[str, Array] = {name: np.zeros(mdp.size[0]) for name in ITERATED}
+        self.values["policy_iteration"] = mdps.solve(mdp, self.policy)
+        self.queue = planning.Prioritised(mdp, self.values["prioritised"])
+        self.share = 0.0  # the largest error over its bound so far
+
+    def sweep(self) -> None:
+        mdp, V = self.mdp, self.values
+        V["synchronous"] = planning.synchronous(mdp, V["synchronous"])
+        V["in_place"] = planning.in_place(mdp, V["in_place"])
+        self.queue.backups(mdp.size[0])
+        V["prioritised"] = self.queue.V
+        V["modified"] = planning.modified(mdp, V["modified"], self.evaluation_sweeps)
+        better = planning.improve(mdp, self.policy, V["policy_iteration"])
+        if (better != self.policy).any():
+            self.policy = better
+            V["policy_iteration"] = mdps.solve(mdp, better)
+
+    def check(self, errors: dict[str, float], bounds: dict[str, float]) -> None:
+        """Compares with γ^k ‖V_0 − V*‖, as long as that is above what rounding leaves."""
+        floor = 1e-12 * max(1.0, *(abs(V).max() for V in self.values.values()))
+        self.share = max([self.share, *(errors[name] / bound for name, bound in bounds.items() if bound > floor)])
+
+    def errors(self, best: Array) -> dict[str, float]:
+        return {name: float(abs(V - best).max()) for name, V in self.values.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        arrays = {**self.values, "policy": self.policy, "priority": self.queue.priority}
+        return {"share": self.share, **{name: torch.from_numpy(array.copy()) for name, array in arrays.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        arrays = {name: value.numpy().copy() for name, value in state.items() if name != "share"}
+        self.share, self.policy, self.queue.priority = state["share"], arrays["policy"], arrays["priority"]
+        self.values = {name: arrays[name] for name in ITERATED}
+        self.queue.V = arrays["prioritised"]
+
+
+def bellman_error(mdp: MDP, V: Array) -> float:
+    return float(abs(planning.synchronous(mdp, V) - V).max())
+
+
+# --- What is shown
+
+
+def judge(run, mdp: MDP, solvers: Solvers, best: Array, first: dict[str, float]) -> None:
+    for name, error in solvers.errors(best).items():
+        run.judge(f"error_{name}", error, baseline=first[name], target=CLOSE, higher=False)
+    by_program, _, pivots = planning.linear_program(mdp)
+    run.judge("error_linear_program", abs(by_program - best).max(), target=CLOSE, higher=False)
+    run.say(f"linear programming took {pivots} pivots")
+    run.judge("share_of_bound", solvers.share, target=1 + 1e-9, higher=False)
+    worth = mdps.performance(mdp, mdps.uniform(mdp))
+    reached = float(mdp.start @ solvers.values["synchronous"])
+    run.judge("start_value", reached, baseline=worth, target=float(mdp.start @ best) - CLOSE)
+
+
+def judge_rollouts(cfg: Config, run, mdp: MDP, solvers: Solvers) -> None:
+    """The policy tried out: its mean return against V(start), in standard errors."""
+    draw = np.random.default_rng(run.generator("rollouts").initial_seed())
+    returns = rollouts(mdp, solvers.policy, cfg.rollouts, draw)
+    value = mdps.performance(mdp, solvers.policy)
+    error = returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.inf
+    away = abs(returns.mean() - value)
+    if away > 1e-9 * max(1.0, abs(value)):  # where nothing is random, the error is 0 as well
+        away = away / error if error else math.inf
+    run.judge("rollout_deviation", away, target=4.0, higher=False)
+
+
+def rollouts(mdp: MDP, policy: Array, count: int, draw: np.random.Generator) -> Array:
+    """Discounted returns of `count` episodes side by side. Without an end, until γ^t is below 1e-9."""
+    longest = 100_000 if mdp.gamma == 1 else math.ceil(math.log(1e-9) / math.log(max(mdp.gamma, 1e-9)))
+    cumulative = policy.cumsum(1)
+    state = (draw.random((count, 1)) >= mdp.start.cumsum()[:-1]).sum(1)
+    total, factor = np.zeros(count), 1.0
+    for _ in range(longest):
+        going = np.flatnonzero(~mdp.terminal[state])
+        if not len(going):
+            break
+        here = state[going]
+        action = (draw.random((len(going), 1)) >= cumulative[here, :-1]).sum(1)
+        after = mdps.sample_next(mdp, here, action, draw.random(len(going)))
+        total[going] += factor * mdp.rewards[here, action, after]
+        state[going] = after
+        factor *= mdp.gamma
+    return total
+
+
+def judge_gallery(cfg: Config, run) -> None:
+    """The other worlds by every solver: the sweeps that each needs, and the largest distance from V* of any."""
+    rows, shown, apart = [], [], 0.0
+    for name in GALLERY:
+        mdp = worlds.world(name)
+        best, _, improvements = planning.policy_iteration(mdp)
+        solvers, needed = Solvers(mdp, cfg.evaluation_sweeps), {}
+        for sweeps in range(1, cfg.steps + 1):
+            solvers.sweep()
+            errors = solvers.errors(best)
+            needed = {solver: sweeps for solver in ITERATED if errors[solver] <= CLOSE} | needed
+            if len(needed) == len(ITERATED):
+                break
+        by_program, _, pivots = planning.linear_program(mdp)
+        apart = max([apart, *solvers.errors(best).values(), float(abs(by_program - best).max())])
+        rows.append({
+            "world": f"{name.replace('_', ' ')}, γ {mdp.gamma:g}", "size": f"{mdp.size[0]} × {mdp.size[1]}",
+            "V*(start)": f"{mdp.start @ best:.4f}", "policy it.": improvements, "simplex": pivots,
+            **{head: needed.get(solver, "–") for solver, head in zip(ITERATED, HEADS, strict=False)},
+        })  # fmt: skip
+        shown.append((mdp, solvers.values["synchronous"]))
+        if name in ("frozen_lake", "taxi"):
+            run.judge(f"{name}_start", mdp.start @ solvers.values["synchronous"], baseline=0.0,
+                      target={"frozen_lake": 0.542026, "taxi": 7.93}[name] - 5e-7)  # fmt: skip
+    run.samples(f"improvements, pivots and sweeps until every value is within {CLOSE:g}", rows)
+    run.judge("gallery_error", apart, target=CLOSE, higher=False)
+    plots.gallery(run, shown)
+
+
+def judge_book(cfg: Config, run) -> None:
+    """Sutton & Barto's printed tables, and the pictures of their figures."""
+    grid, small = worlds.gridworld(), worlds.small_gridworld()
+    V = planning.evaluate(grid, mdps.uniform(grid), np.zeros(25), cfg.steps)
+    apart = [abs(V - worlds.EXAMPLE_3_5.ravel()).max()]
+    V = np.zeros(25)
+    for _ in range(cfg.steps):
+        V = planning.synchronous(grid, V)
+    apart.append(abs(V - worlds.EXAMPLE_3_8.ravel()).max())
+    sweeps = {0.0: np.zeros(16)}
+    for k, table in worlds.FIGURE_4_1.items():
+        sweeps[k] = planning.evaluate(small, mdps.uniform(small), np.zeros(16), int(min(k, cfg.steps)))
+        apart.append(abs(sweeps[k] - table.ravel()).max())
+    run.judge("book_tables_error", max(apart), target=0.0501, higher=False)
+    plots.evaluation(run, small, sweeps)
+    plots.car_rental(run)
+    plots.gambler(run)

@@ -1,0 +1,168 @@
+"""The module's pictures: convergence, values with the best actions, and the figures of chapter 4."""
+
+import math
+
+import numpy as np
+
+from finetune.plots import INK, figure, save
+from finetune.rl import mdp as mdps
+from finetune.rl import planning, worlds
+from finetune.rl.mdp import MDP, Array
+from finetune.rl.plots import best_actions, value_map
+
+COLOURS = {"synchronous": "#1769aa", "in_place": "#2e7d32", "prioritised": "#b7791f", "modified": "#805ad5",
+           "policy_iteration": "#c53030"}  # fmt: skip
+
+
+def convergence(run, mdp: MDP, evaluation_sweeps: int) -> None:
+    """convergence.png: the largest error after each sweep, and against the state–action pairs that were looked at."""
+    series = run.metrics.series()
+    if not series:
+        return
+    states, actions = mdp.size
+    pairs = dict.fromkeys(COLOURS, states * actions)
+    pairs["modified"] += states * evaluation_sweeps
+    made, axes = figure(11.5, 4.6, 1, 2)
+    floor = 1e-12
+    for name, colour in COLOURS.items():
+        errors = series[f"error_{name}"][1]
+        y = np.maximum(errors, floor)
+        until = int(np.argmax(y <= floor)) + 1 if (y <= floor).any() else len(y)
+        x = np.arange(1, len(y) + 1)
+        label = name.replace("_", " ")
+        mark = {"marker": "o", "markersize": 4} if until < 30 else {}
+        axes[0].plot(x[:until], y[:until], color=colour, linewidth=1.9, label=label, **mark)
+        if name != "policy_iteration":
+            axes[1].plot(x[:until] * pairs[name], y[:until], color=colour, linewidth=1.9, label=label, **mark)
+    axes[0].plot(np.array(series["bound"][0]) + 1, np.maximum(series["bound"][1], floor), color=INK, linestyle="--",
+                 linewidth=1.3, label="γᵏ ‖V₀ − V*‖")  # fmt: skip
+    for ax, label in zip(axes, ("sweeps", "state–action pairs looked at"), strict=True):
+        ax.set_yscale("log")
+        ax.set_xscale("log")
+        ax.set_xlabel(label, color=INK)
+        ax.set_ylabel("largest error of any state", color=INK)
+        ax.legend(fontsize=9, frameon=False)
+    axes[0].set_title(
+        f"{mdp.name}, γ = {mdp.gamma:g}: the bound holds at each sweep", loc="left", fontsize=12, color=INK
+    )
+    axes[1].set_title("the same by work", loc="left", fontsize=12, color=INK)
+    save(made, run.dir / "convergence.png")
+
+
+def values(run, mdp: MDP, V: Array, name: str = "values") -> None:
+    """values.png: a grid as a heat map with every best action; what is no grid as bars coloured by the best action."""
+    if mdp.shape:
+        rows, columns = mdp.shape
+        width = 12.0 if columns > 2 * rows else 6.8
+        made, (ax,) = figure(width, 0.6 + (width - 1.2) * rows / columns)
+        heat(made, ax, mdp, V)
+        save(made, run.dir / f"{name}.png")
+    else:
+        bars(run, mdp, V)
+
+
+def gallery(run, shown: list[tuple[MDP, Array]]) -> None:
+    """gallery.png and cliff_walking.png: the other grids."""
+    square = [(mdp, V) for mdp, V in shown if mdp.shape and mdp.shape[0] == mdp.shape[1]]
+    made, axes = figure(5.6 * len(square), 5.0, 1, len(square))
+    for ax, (mdp, V) in zip(axes, square, strict=True):
+        heat(made, ax, mdp, V)
+    save(made, run.dir / "gallery.png")
+    for mdp, V in shown:
+        if mdp.shape and mdp.shape[0] != mdp.shape[1]:
+            values(run, mdp, V, "cliff_walking")
+
+
+def heat(made, ax, mdp: MDP, V: Array) -> None:
+    digits = 2 if abs(V).max() < 2 else 1
+    image = value_map(ax, mdp, V, best_actions(mdp, V), f"{mdp.name}, γ = {mdp.gamma:g}", digits)
+    made.colorbar(image, ax=ax, shrink=0.7, pad=0.02).outline.set_visible(False)
+
+
+def bars(run, mdp: MDP, V: Array) -> None:
+    made, (ax,) = figure(9.5, 4.2)
+    best = best_actions(mdp, V).argmax(1)
+    palette = ("#1769aa", "#b7791f", "#2e7d32", "#c53030", "#805ad5", "#63b3ed", "#8a6d3b", "#9fb3c8")
+    for a, name in enumerate(mdp.actions):
+        where = np.flatnonzero((best == a) & ~mdp.terminal)
+        if len(where):
+            ax.bar(where, V[where], width=1 if len(V) > 60 else 0.8, color=palette[a % len(palette)], label=name)
+    ax.set_xlabel("state", color=INK)
+    ax.set_ylabel("value", color=INK)
+    ax.set_title(
+        f"{mdp.name}, γ = {mdp.gamma:g}: values, coloured by the best action", loc="left", fontsize=12, color=INK
+    )
+    ax.legend(
+        title="action", fontsize=9, title_fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5)
+    )
+    save(made, run.dir / "values.png")
+
+
+def evaluation(run, mdp: MDP, sweeps: dict[float, Array]) -> None:
+    """policy_evaluation.png, Figure 4.1: values of the random policy after k sweeps, and the greedy policy by them."""
+    made, axes = figure(13.5, 5.4, 2, len(sweeps))
+    for i, (k, V) in enumerate(sweeps.items()):
+        title = "k = ∞" if math.isinf(k) else f"k = {k:g}"
+        value_map(axes[i], mdp, V, None, title, 1)
+        value_map(axes[len(sweeps) + i], mdp, V, best_actions(mdp, V), "greedy" if i else "greedy: all alike", 1)
+    made.suptitle("Iterative policy evaluation of the random policy: the greedy policy is optimal from k = 3 on",
+                  x=0.01, ha="left", fontsize=12, color=INK)  # fmt: skip
+    save(made, run.dir / "policy_evaluation.png")
+
+
+def car_rental(run) -> None:
+    """car_rental.png, Figure 4.2: policy iteration from never moving a car, and the value of the last policy."""
+    mdp = worlds.car_rental()
+    policy = mdps.one_hot(mdp, np.full(mdp.size[0], 5))
+    policies = [policy]
+    while True:
+        V = mdps.solve(mdp, policy)
+        policy = planning.improve(mdp, policy, V)
+        if (policy == policies[-1]).all():
+            break
+        policies.append(policy)
+    made, axes = figure(12.5, 7.6, 2, 3)
+    for k, (ax, policy) in enumerate(zip(axes, policies, strict=False)):
+        cars = policy.argmax(1).reshape(21, 21) - 5
+        image = ax.imshow(cars, origin="lower", cmap="RdBu", vmin=-5.5, vmax=5.5, aspect="equal")
+        ax.contour(cars, levels=np.arange(-4.5, 5), colors=INK, linewidths=0.6)
+        ax.set_title(f"π{'₀₁₂₃₄₅'[k]}", loc="left", fontsize=12, color=INK)
+    made.colorbar(image, ax=axes[2], shrink=0.8, label="cars moved to the second place", ticks=range(-5, 6))
+    surface = axes[5].imshow(V.reshape(21, 21), origin="lower", cmap="YlGnBu")
+    lines = axes[5].contour(V.reshape(21, 21), levels=8, colors="white", linewidths=0.6)
+    axes[5].clabel(lines, fontsize=8, fmt="%.0f")
+    made.colorbar(surface, ax=axes[5], shrink=0.8)
+    axes[5].set_title("value of the last policy", loc="left", fontsize=12, color=INK)
+    for ax in axes:
+        ax.grid(False)
+        ax.set_xticks(range(0, 21, 5))
+        ax.set_yticks(range(0, 21, 5))
+        ax.set_xlabel("cars at the second place", fontsize=9, color=INK)
+        ax.set_ylabel("cars at the first", fontsize=9, color=INK)
+    save(made, run.dir / "car_rental.png")
+
+
+def gambler(run) -> None:
+    """gambler.png, Figure 4.3: the values after some sweeps of value iteration, and the stakes that are best."""
+    mdp = worlds.gambler()
+    made, axes = figure(11.5, 4.4, 1, 2)
+    V = np.zeros(mdp.size[0])
+    shades = {1: "#bcd4e6", 2: "#7fb0d6", 3: "#3f88c0", 32: "#0b3d66"}
+    for sweep in range(1, 33):
+        V = planning.in_place(mdp, V)
+        if sweep in shades:
+            axes[0].plot(range(1, 100), V[1:100], color=shades[sweep], linewidth=1.7, label=f"sweep {sweep}")
+    V, _, _ = planning.policy_iteration(mdp)
+    axes[0].legend(fontsize=9, frameon=False)
+    axes[0].set_title("gambler, heads with 0.4: value estimates", loc="left", fontsize=12, color=INK)
+    axes[0].set_ylabel("probability of reaching 100", color=INK)
+    capital, stake = np.nonzero(best_actions(mdp, V, 1e-9)[1:100])
+    axes[1].plot(capital + 1, stake + 1, ".", color="#b7791f", markersize=4, label="every best stake")
+    smallest = best_actions(mdp, V, 1e-9)[1:100].argmax(1) + 1
+    axes[1].step(range(1, 100), smallest, where="mid", color="#1769aa", linewidth=1.2, label="the smallest of them")
+    axes[1].set_title("stakes", loc="left", fontsize=12, color=INK)
+    axes[1].set_ylabel("stake", color=INK)
+    axes[1].legend(fontsize=9, frameon=False)
+    for ax in axes:
+        ax.set_xlabel("capital", color=INK)
+    save(made, run.dir / "gambler.png")

@@ -1,0 +1,131 @@
+"""The mdp module: what a run claims, shows and refuses."""
+
+import csv
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from finetune import registry
+from finetune.errors import UserError
+from finetune.rl import mdp as mdps
+from finetune.rl import planning, worlds
+from finetune.run import execute
+
+INFO = registry.find("mdp")
+main = registry.load(INFO)
+PICTURES = ("values", "convergence", "gallery", "cliff_walking", "policy_evaluation", "car_rental", "gambler")
+
+
+def run(folder, **changes):
+    return execute(INFO, dataclasses.replace(main.Config.toy(), threads=1, **changes), folder, toy=True)
+
+
+def own(folder, **changes):
+    """A world of this test's, in a file; no grid."""
+    mdp = mdps.garnet(9, 3, 4, np.random.default_rng(5), 0.9)
+    mdps.save(mdp, folder / "own.npz")
+    return {"data": folder / "own.npz", "rollouts": 400} | changes
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mdp") / "run"
+    return folder, run(folder)
+
+
+def test_toy(finished):
+    folder, summary = finished
+    metrics = summary["metrics"]
+    assert summary["passed"]
+    assert metrics["frozen_lake_start"] == pytest.approx(0.542026, abs=5e-7)
+    assert metrics["taxi_start"] == pytest.approx(7.93, abs=1e-9)
+    assert metrics["gallery_error"] <= 1e-8
+    assert metrics["book_tables_error"] < 0.0501
+    assert metrics["start_value"] > 40 * summary["baseline"]["start_value"]
+    for name in PICTURES:
+        assert (folder / f"{name}.png").stat().st_size > 15_000, name
+
+
+def test_the_bound_holds_in_every_row(finished):
+    rows = list(csv.DictReader((finished[0] / "metrics.csv").open()))
+    assert len(rows) == main.Config.toy().steps
+    for row in rows:
+        if float(row["bound"]) > 1e-10:
+            assert float(row["error_in_place"]) <= float(row["error_synchronous"]) <= float(row["bound"])
+    assert 0 < finished[1]["metrics"]["share_of_bound"] <= 1
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_file(tmp_path, seed):
+    changes = own(tmp_path)
+    summary = run(tmp_path / "run", seed=seed, **changes)
+    assert summary["passed"]
+    mdp = mdps.load(changes["data"])
+    assert summary["metrics"]["start_value"] == pytest.approx(mdp.start @ planning.policy_iteration(mdp)[0], abs=1e-8)
+    assert (tmp_path / "run/values.png").stat().st_size > 15_000
+    assert not (tmp_path / "run/gallery.png").exists()
+
+
+def test_without_sweeps_there_is_no_gain(tmp_path):
+    summary = run(tmp_path / "run", steps=0, gallery=False)
+    assert summary["passed"] is False
+    missed = {name for name, reached in summary["reached"].items() if reached is False}
+    assert missed >= {"error_synchronous", "error_prioritised", "error_modified", "start_value"}
+    assert summary["metrics"]["error_in_place"] == summary["baseline"]["error_in_place"]
+
+
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path):
+    from finetune.run import Run
+
+    changes = own(tmp_path, steps=60, checkpoint_every=20)
+    config = dataclasses.replace(main.Config.toy(), threads=1, **changes)
+    execute(INFO, config, tmp_path / "whole", toy=True)
+
+    class Cut(Exception):
+        pass
+
+    def log(self, step, **metrics):
+        if step == 47:
+            raise Cut
+        return keep(self, step, **metrics)
+
+    keep = Run.log
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "log", log)
+        with pytest.raises(Cut):
+            execute(INFO, config, tmp_path / "cut", toy=True)
+    execute(INFO, config, tmp_path / "cut", toy=True, resume=True)
+    assert (tmp_path / "cut/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text())["metrics"] for name in ("whole", "cut"))
+    assert one == two
+
+
+def test_rollouts_are_right_on_average():
+    """The walk's return from the middle is 0 or 1 with even odds; FrozenLake's without discount is 14/17."""
+    rollouts = sys.modules["finetune_modules.mdp.main"].rollouts
+    walk = worlds.random_walk()
+    returns = rollouts(walk, mdps.uniform(walk), 4000, np.random.default_rng(0))
+    assert set(returns) == {0.0, 1.0}
+    assert abs(returns.mean() - 0.5) < 4 * 0.5 / 4000**0.5
+    lake = worlds.world("frozen_lake", 1.0)
+    _, policy, _ = planning.policy_iteration(lake)
+    returns = rollouts(lake, policy, 4000, np.random.default_rng(0))
+    assert abs(returns.mean() - 14 / 17) < 4 * returns.std() / 4000**0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"world": "frozen_lak"}, "did you mean 'frozen_lake'"),
+        ({"world": "CartPole-v1"}, "has no table of transitions"),
+        ({"gamma": 1.5}, "gamma 1.5 is not within 0 and 1"),
+        ({"rollouts": 0}, "--rollouts 0 is too small"),
+        ({"world": "gridworld", "gamma": 1.0}, "does not end from state 0"),
+    ],
+)
+def test_bad_settings(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", **change)
