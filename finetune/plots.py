@@ -102,7 +102,7 @@ AT_ONCE, GROWS = "step growth", ("gradients", "activations", "logits")
 
 def memory(path: Path, title: str, rows: list[dict[str, Any]], beside: str = "measured") -> None:
     """Writes the picture: for each group of rows (what stands before ": " in their names) two stacked bars, predicted
-    and `beside`, of the rows that have both.
+    above `beside`, of the rows that have both.
 
     A row "step growth" is no part of the stack, since gradients, activations and logits never have their full sizes at
     the same time: it is drawn as the line at which the step's peak lies.
@@ -120,33 +120,29 @@ def memory(path: Path, title: str, rows: list[dict[str, Any]], beside: str = "me
     highest = max(sum(parts[i] for n, parts in g.items() if n != AT_ONCE) for g in groups.values() for i in (0, 1))
     scale, unit = next(((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if highest >= s), (1.0, "B"))
 
-    made, (axes,) = figure(4.4 + 1.5 * len(groups), 4.8)
-    for x, group in enumerate(groups.values()):
-        for i, side in enumerate((-0.2, 0.2)):
-            bottom = 0.0
+    made, (axes,) = figure(9.6, 1.5 + 0.62 * len(groups) + 0.2 * (len(names) // 4))
+    for y, group in enumerate(groups.values()):
+        for i, side in enumerate((-0.19, 0.19)):
+            left = 0.0
             for name in names:
-                height = group.get(name, (0, 0))[i] / scale
-                axes.bar(x + side, height, 0.36, bottom, color=colours[name], alpha=(0.55, 1.0)[i], linewidth=0)
-                if height > 0.045 * highest / scale and len(groups) <= 4:
-                    axes.text(x + side, bottom + height / 2, f"{height:.3g}", ha="center", va="center", fontsize=8,
+                width = group.get(name, (0, 0))[i] / scale
+                axes.barh(y + side, width, 0.36, left, color=colours[name], alpha=(0.55, 1.0)[i], linewidth=0)
+                if width > 0.06 * highest / scale:
+                    axes.text(left + width / 2, y + side, f"{width:.3g}", ha="center", va="center", fontsize=8,
                               color=(INK, "white")[i])  # fmt: skip
-                bottom += height
+                left += width
             if AT_ONCE in group:
                 peak = sum(parts[i] for n, parts in group.items() if n not in GROWS) / scale
-                axes.hlines(peak, x + side - 0.19, x + side + 0.19, color=INK, linewidth=1.6, linestyle="--")
-    axes.set_xticks(
-        [x + side for x in range(len(groups)) for side in (-0.2, 0.2)], ["predicted", beside] * len(groups),
-        rotation=90 if len(groups) > 2 else 0, fontsize=8,
-    )  # fmt: skip
-    for x, group_name in enumerate(groups):
-        axes.annotate(group_name, (x, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
-    for name in reversed(names):
-        axes.bar(0, 0, color=colours[name], label=name)
+                axes.vlines(peak, y + side - 0.18, y + side + 0.18, color=INK, linewidth=1.8)
+    axes.set_yticks(range(len(groups)), groups, fontsize=9)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set_xlim(0, 1.03 * highest / scale)
+    for name in names:
+        axes.barh(0, 0, color=colours[name], label=name)
     if any(AT_ONCE in group for group in groups.values()):
-        axes.plot([], [], color=INK, linewidth=1.6, linestyle="--", label="peak of a step")
-    axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    axes.set_title(title, fontsize=12, color=INK, fontweight="bold", loc="left", pad=18)
-    axes.set_ylabel(unit, fontsize=9, color=INK)
-    axes.tick_params(axis="y", labelsize=8)
-    axes.grid(False, axis="x")
+        axes.plot([], [], color=INK, linewidth=1.8, label="peak of a step")
+    made.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=5)
+    axes.set_title(f"{title}: above predicted, below {beside}", fontsize=11, color=INK, fontweight="bold", loc="left")
+    axes.set_xlabel(unit, fontsize=9, color=INK)
+    axes.grid(False, axis="y")
     save(made, path)

@@ -1,14 +1,14 @@
-"""Writes the pages of learning/ from learning/path.toml and the modules; --check only compares."""
+"""Writes the pages of learning/ from learning/path.toml, the modules and the memory formulas; --check only compares."""
 
 import sys
 
-from finetune.interview import path
+from finetune.interview import cheat_sheet, path
 
 
 def main() -> int:
     stale = {
         name: text
-        for name, text in path.pages().items()
+        for name, text in (path.pages() | cheat_sheet.pages()).items()
         if not (path.FOLDER / name).exists() or (path.FOLDER / name).read_text(encoding="utf-8") != text
     }
     if "--check" in sys.argv[1:]:

@@ -3,62 +3,87 @@ needs, by the formulas; nothing is loaded, trained or allocated."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json as jsonlib
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import shapes
 from finetune.errors import UserError, nearest
-from finetune.memory.formulas import Setup, Shape, Term, block_saved, parameters, predict, shape_of, symbols
+from finetune.memory.formulas import MEANING, Setup, Shape, Term, block_saved, parameters, predict, shape_of, symbols
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 MODELS: dict[str, dict[str, Any]] = {**shapes.LLAMA, **shapes.GPT}
-MEANING = {
-    "L": "layers",
-    "C": "width",
-    "F": "MLP width",
-    "V": "vocabulary",
-    "M": "maximum length",
-    "H": "heads",
-    "K": "key–value heads",
-    "D": "head size",
-    "P": "parameters",
-    "B": "rows",
-    "T": "tokens a row",
-    "N": "tokens",
-    "e": "bytes a number",
-    "r": "LoRA rank",
-    "R": "adapter parameters a block",
-    "W": "ranks",
-}
+MODES = ("--measure", "--simulate")
+PICTURES = Path("output/memory")
 
 
 def main(argv: list[str], json: bool = False) -> int:
     """Prints the table; UserError for an unknown name or option, with the nearest known one."""
-    words = [word for word in argv if word not in ("-h", "--help")]
-    if len(words) < len(argv) or not words:
+    words = [word for word in argv if word not in ("-h", "--help", *MODES)]
+    modes = [word for word in argv if word in MODES]
+    if len(words) + len(modes) < len(argv) or not words:
         usage()
         return 0
-    name, *rest = (word for word in words if word != "--simulate")
+    if len(modes) > 1:
+        raise UserError("--measure or --simulate, one of them")
+    name, *rest = words
     if name.startswith("-"):
         raise UserError(f"the name comes first: memory MODULE|MODEL {name} …")
     config, setup = plan(name, rest)
-    shape, found = shape_of(config), {}
-    if "--simulate" in words:
-        if not isinstance(config, dict):
-            raise UserError(f"--simulate is for models ({', '.join(MODELS)}); a run of '{name}' measures itself")
-        from finetune.memory.simulate import scaled
-
-        found = scaled(config, setup)
+    shape, rows = shape_of(config), []
+    if not json:
+        show(name, shape, setup)
+    if modes == ["--measure"]:
+        rows = measured(name, config, setup)
+    elif modes == ["--simulate"]:
+        rows = simulated(name, config, setup)
     if json:
-        print(jsonlib.dumps(as_json(name, shape, setup) | {"simulated": found}, indent=2, ensure_ascii=False))
-        return 0
-    show(name, shape, setup)
-    if found:
-        show_simulated(shape, setup, found)
+        print(jsonlib.dumps(as_json(name, shape, setup) | {"rows": rows}, indent=2, ensure_ascii=False))
+    elif rows:
+        show_rows(name, rows)
     return 0
+
+
+def measured(name: str, config: Any, setup: Setup) -> list[dict[str, Any]]:
+    """The setup and the cheat sheet's settings, on live tensors of models of this shape."""
+    from finetune import display, machine
+    from finetune.memory import lab
+
+    if setup.ranks > 1:
+        raise UserError("--measure is for one rank: --simulate is for several")
+    needed, room = predict(shape_of(config), setup)[0].bytes, machine.available_memory_bytes()
+    if room and needed > lab.ROOM * room:
+        raise UserError(f"{name} has {size(needed)} of weights, {size(room)} are free here: --simulate needs none")
+    console = display.console(stderr=True)
+    with contextlib.ExitStack() as stack:
+        bars: list[Any] = []
+
+        def progress(done: int, of: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(display.progress(console, "measuring", 0, of)))
+            if done:
+                bars[0](done, {})
+
+        return lab.measure(config, setup, progress)
+
+
+def simulated(name: str, config: Any, setup: Setup) -> list[dict[str, Any]]:
+    """One step in shapes only."""
+    if not isinstance(config, dict):
+        raise UserError(f"--simulate is for models ({', '.join(MODELS)}); --measure is for a module such as '{name}'")
+    from finetune.memory.simulate import scaled
+
+    found = scaled(config, setup)
+    return [
+        {"name": term.name, "predicted": term.bytes, "measured": found[term.name], "simulated": True}
+        for term in predict(shape_of(config), setup)
+        if term.name in found
+    ]
 
 
 def plan(name: str, argv: list[str]) -> tuple[Any, Setup]:
@@ -139,17 +164,19 @@ def headline(name: str, shape: Shape, setup: Setup) -> str:
 
 
 def show(name: str, shape: Shape, setup: Setup) -> None:
-    from rich.console import Console
+    from finetune import display, machine
 
-    from finetune import machine
-
-    console = Console()
+    console = display.console()
     terms = predict(shape, setup)
     console.print(f"[bold]{headline(name, shape, setup)}[/]")
     listing(console, terms)
     values = symbols(shape, setup)
-    used = [key for key in values if any(key in term.formula for term in terms) and (values[key] or key not in "rR")]
-    console.print(" · ".join(f"{key} {MEANING[key]} {values[key]:,}" for key in used), style="dim")
+    used = [
+        key
+        for key in values
+        if any(key in re.findall(r"\w", term.formula) for term in terms[:-1] if term.name != "step growth")
+    ]
+    console.print(" · ".join(f"{key} {MEANING[key][0]} {values[key]:,}" for key in used), style="dim")
     if setup.training and not setup.checkpointing:
         saved = block_saved(shape, setup)
         console.print(f"\nOne block keeps {size(sum(b for b, _ in saved.values()))} a token for its backward pass:")
@@ -162,20 +189,35 @@ def show(name: str, shape: Shape, setup: Setup) -> None:
     console.print(f"This machine has {size(total)}: it {verdict} here.")
 
 
-def show_simulated(shape: Shape, setup: Setup, found: dict[str, int]) -> None:
+def show_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    """The table predicted | measured | error, and its picture."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table("one step, simulated in shapes only", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("formula", "simulated", "error"):
-        table.add_column(name, justify="right")
-    for term in predict(shape, setup):
-        if term.name in found:
-            now = found[term.name]
-            error = f"{term.bytes / now - 1:+.1%}" if term.bytes != now else "exact"
-            table.add_row(term.name, size(term.bytes), size(now), error)
-    Console().print(table)
+    from finetune import display, plots
+    from finetune.checkpoint import writing
+
+    only_simulated = all(row["simulated"] for row in rows)
+    table = Table("setting", "what", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("formula", "simulated" if only_simulated else "measured", "error", ""):
+        table.add_column(heading, justify="right")
+    last = ""
+    for row in rows:
+        setting, _, term = row["name"].rpartition(": ")
+        predicted, found = row["predicted"], row["measured"]
+        error = "exact" if predicted == found else f"{predicted / found - 1:+.1%}" if found else "–"
+        shown = size(found) if found is not None else "–"
+        note = "simulated" if row["simulated"] and not only_simulated and found is not None else ""
+        table.add_row(setting if setting != last else "", term, size(predicted), shown, error, f"[dim]{note}[/]")
+        last = setting
+    console = display.console()
+    console.print(table)
+    path = PICTURES / f"{name}.png"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = [row for row in rows if not row["name"].endswith("of a block")]  # a part of the row below it
+    plots.memory(path, f"{name} · memory", drawn, "simulated" if only_simulated else "measured")
+    console.print(str(path), highlight=False, soft_wrap=True)
 
 
 def listing(console: Console, terms: list[Term]) -> None:
@@ -194,18 +236,19 @@ def listing(console: Console, terms: list[Term]) -> None:
 
 
 def usage() -> None:
-    from rich.console import Console
+    from finetune import config, display, registry
 
-    from finetune import config, registry
-
-    console = Console()
+    console = display.console()
     console.print(
         "memory MODULE \\[--toy] \\[--key value …]   what a run of the module needs (its settings: run MODULE --help)"
     )
     console.print("memory MODEL \\[--key value …]             what training or inference of a well-known model needs")
-    console.print(
-        "                                          --simulate: beside it a step in shapes only (torch's fake tensors)\n"
-    )
+    for mode, text in (
+        ("--measure", "beside it every formula measured on models of that shape; a table and output/memory/NAME.png"),
+        ("--simulate", "the same of a MODEL that does not fit: a step in shapes only (torch's fake tensors)"),
+    ):
+        console.print(f"    {mode:<12} {text}")
+    console.print()
     console.print("modules: " + (", ".join(info.name for info in registry.modules()) or "none yet"))
     console.print("models:  " + ", ".join(MODELS) + "\n")
     for field in config.describe(Setup):  # type: ignore[arg-type]

@@ -1,9 +1,7 @@
 """What a language model needs in memory, from its shape alone: integer bytes, no torch, nothing allocated.
 
-Each formula is printed beside its value and can be evaluated with `symbols`: N = B·T tokens of B rows, C width (`dim`),
-F hidden width of the MLP, H query heads, K key–value heads, D head size, V vocabulary, M maximum length, L layers,
-P parameters, Q blocks of 256 of the trained ones, r LoRA rank, R adapter parameters of a block = Σ r·(in + out),
-e bytes of a number (fp32 4, bf16 2), W ranks. Everything is of one rank.
+Each formula is printed beside its value and can be evaluated with `symbols`, which says what the letters mean.
+Everything is of one rank.
 
 Activations follow the method of Korthikanti et al. 2022 (arXiv:2205.05198, §4: add up what each operation keeps for its
 backward pass) applied to the operations of this project, which keep less than theirs: norms keep their input and one
@@ -149,20 +147,63 @@ class Term:
     source: str
 
 
+# The letters of the formulas, in English and Chinese.
+MEANING = {
+    "L": ("layers", "层数"),
+    "C": ("width", "宽度"),
+    "F": ("MLP width", "MLP 宽度"),
+    "V": ("vocabulary", "词表大小"),
+    "M": ("maximum length", "最大长度"),
+    "H": ("heads", "头数"),
+    "K": ("key–value heads", "键值头数"),
+    "D": ("head size", "每个头的维数"),
+    "P": ("parameters", "参数量"),
+    "B": ("rows", "行数"),
+    "T": ("tokens a row", "每行词元数"),
+    "N": ("tokens, B·T", "词元总数 B·T"),
+    "e": ("bytes a number: 4 in fp32, 2 in 16 bits", "每个数的字节数：fp32 为 4，16 位为 2"),
+    "r": ("LoRA rank", "LoRA 的秩"),
+    "R": ("adapter parameters a block, Σ r·(in + out)", "每个块的适配器参数 Σ r·(in + out)"),
+    "W": ("ranks", "进程数"),
+    "Q": ("blocks of 256 trained parameters", "每 256 个可训练参数一块的块数"),
+    "S": ("tokens in a chunk of the loss", "损失每次处理的词元数"),
+    "J": (
+        "rows of partial input gradients: S for each tile of the vocabulary",
+        "输入梯度部分和的行数：词表每个分块有 S 行",
+    ),
+    "U": ("partial sums of the head's gradient in fp32", "输出层梯度的 fp32 部分和的份数"),
+    "G": ("parameters whole at once with ZeRO-3", "ZeRO-3 同时完整的参数量"),
+    "b": ("tokens in a block of a paged cache", "分页缓存每块的词元数"),
+}
+
+
 def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
-    """The values of the letters in the formulas."""
-    per_block = adapter_parameters(shape, setup.lora_rank, setup.targets(shape)) // shape.layers
-    sizes = {"L": shape.layers, "C": shape.dim, "F": shape.hidden, "V": shape.vocab, "M": shape.max_length}
-    heads = {"H": shape.heads, "K": shape.kv_heads, "D": shape.head_dim}
-    work = {
+    """The values of the letters, as `MEANING` explains them."""
+    chunk, tiles, blocks = loss_plan(shape, setup)
+    return {
+        "L": shape.layers,
+        "C": shape.dim,
+        "F": shape.hidden,
+        "V": shape.vocab,
+        "M": shape.max_length,
+        "H": shape.heads,
+        "K": shape.kv_heads,
+        "D": shape.head_dim,
+        "P": parameters(shape),
         "B": setup.batch,
         "T": setup.seq,
         "N": setup.tokens,
         "e": setup.element,
         "r": setup.lora_rank,
+        "R": adapter_parameters(shape, setup.lora_rank, setup.targets(shape)) // shape.layers,
         "W": setup.ranks,
+        "Q": quantised_blocks(shape, setup),
+        "S": chunk,
+        "J": tiles * chunk,
+        "U": blocks,
+        "G": whole_at_once(shape),
+        "b": setup.kv_block,
     }
-    return {**sizes, **heads, **work, "R": per_block, "P": parameters(shape), "Q": quantised_blocks(shape, setup)}
 
 
 # ---- what stays -----------------------------------------------------------------------------------------------------
@@ -268,13 +309,13 @@ def gathered(shape: Shape, setup: Setup) -> Term:
     table (Rajbhandari et al. 2020, §5.3; Zhao et al. 2023, arXiv:2304.11277, §3)."""
     if setup.zero < 3 or setup.ranks == 1:
         return Term("gathered parameters", 0, "0", "")
+    size = whole_at_once(shape) * setup.element
+    return Term("gathered parameters", size, "G·e", "ZeRO-3: two blocks, or the table, whole for a while")
+
+
+def whole_at_once(shape: Shape) -> int:
     block = (parameters(shape) - rest(shape)) // shape.layers
-    table = shape.vocab * shape.dim
-    size = max(2 * block, table)
-    text = f"{size}·e"
-    return Term(
-        "gathered parameters", size * setup.element, text, "ZeRO-3: two blocks, or the table, whole for a while"
-    )
+    return max(2 * block, shape.vocab * shape.dim)
 
 
 def rest(shape: Shape) -> int:
@@ -305,8 +346,8 @@ def companions(shape: Shape, setup: Setup) -> list[Term]:
     if setup.algorithm == "ppo":
         head = shape.dim - (0 if shape.tied else shape.vocab * shape.dim)
         count = parameters(shape) + head
-        plain = f"{count}"
-        shared = {stage: f"⌈{plain}/W⌉" if setup.zero >= stage else plain for stage in (1, 2, 3)}
+        plain = "P + C" if shape.tied else "P + C - V·C"
+        shared = {stage: f"⌈({plain})/W⌉" if setup.zero >= stage else f"({plain})" for stage in (1, 2, 3)}
         terms.append(Term("reward model", setup.share(count, 3) * setup.element, f"{shared[3]}·e", "frozen weights"))
         copies = 2 + (setup.element < 4 and setup.master)
         size = setup.share(count, 3) * setup.element + setup.share(count, 2) * setup.element
@@ -324,7 +365,7 @@ def kv_cache(shape: Shape, setup: Setup) -> Term:
     head = shape.head_dim * setup.element if same else shape.head_dim + 4
     tokens = setup.batch * blocks * setup.kv_block
     text = "2·L·K·D·e" if same else "2·L·K·(D + 4)"
-    text += "·N" if setup.kv_block == 1 else f"·B·{blocks}·{setup.kv_block}"
+    text += "·N" if setup.kv_block == 1 else "·B·⌈T/b⌉·b"
     source = "KVCache of finetune/generate.py" if same and setup.kv_block == 1 else "pools of ops.kv_cache"
     return Term("KV cache", 2 * shape.layers * shape.kv_heads * head * tokens, text, source)
 
@@ -378,8 +419,10 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
     return saved
 
 
-def block_total(shape: Shape, setup: Setup, first: bool = False) -> int:
-    return setup.tokens * sum(size for size, _ in block_saved(shape, setup, first).values())
+def block(shape: Shape, setup: Setup, first: bool = False) -> Term:
+    saved = block_saved(shape, setup, first).values()
+    text = f"N·({' + '.join(text for _, text in saved)})"
+    return Term("activations of a block", setup.tokens * sum(size for size, _ in saved), text, "")
 
 
 def megatron_layer(
@@ -406,11 +449,9 @@ def activations(shape: Shape, setup: Setup) -> Term:
     if setup.checkpointing:
         blocks, text = shape.layers * n * width, "N·L·C·e"
     else:
-        blocks = (shape.layers - 1) * block_total(shape, setup) + block_total(shape, setup, first=True)
-        each, first = (
-            " + ".join(text for _, text in block_saved(shape, setup, first).values()) for first in (False, True)
-        )
-        text = f"N·L·({each})" if each == first else f"N·(L - 1)·({each}) + N·({first})"
+        each, first = block(shape, setup), block(shape, setup, first=True)
+        blocks = (shape.layers - 1) * each.bytes + first.bytes
+        text = f"L·{each.formula}" if each == first else f"(L - 1)·{each.formula} + {first.formula}"
     integers = 16 if setup.lora_rank else 24
     total = blocks + n * (2 * width + norm + integers)
     return Term("activations", total, f"{text} + N·(2·C·e + {norm + integers})", "what each op saves, once a tensor")
@@ -441,12 +482,12 @@ def logits(shape: Shape, setup: Setup) -> Term:
         return Term("logits", 3 * n * v * 4, "3·N·V·4", "torch.nn.functional.cross_entropy")
     chunk, tiles, blocks = loss_plan(shape, setup)
     parts = tiles * chunk
-    total, text = chunk * v * 4 + parts * (c * 4 + 12) + n * c * e, f"{chunk}·V·4 + {parts}·(C·4 + 12) + N·C·e"
+    total, text = chunk * v * 4 + parts * (c * 4 + 12) + n * c * e, "S·V·4 + J·(C·4 + 12) + N·C·e"
     if e < 4:
-        total, text = total + chunk * c * 4, text + f" + {chunk}·C·4"
+        total, text = total + chunk * c * 4, text + " + S·C·4"
     if not setup.lora_rank:
-        head = e + (4 * blocks if blocks > 1 or e < 4 else 0)
-        total, text = total + v * c * head, f"{text} + V·C·{head}"
+        several = blocks > 1 or e < 4
+        total, text = total + v * c * (e + 4 * blocks * several), text + " + V·C·" + ("(e + 4·U)" if several else "e")
     return Term("logits", total, text, f"ops.linear_cross_entropy, {chunk} tokens a chunk")
 
 
@@ -463,7 +504,7 @@ def step_growth(shape: Shape, setup: Setup) -> Term:
     head = 0 if setup.lora_rank else v * c * e
     table = head if shape.tied else 0
     passing = n * (c + (2 if shape.family == "llama" else 1) * shape.hidden) * e
-    one = block_total(shape, setup)
+    one = block(shape, setup).bytes
     again = one if setup.checkpointing else 0  # computed again
     inputs = n * 2 * c * e  # of the last norm and the loss: gone by then
     if setup.zero >= 2 and setup.ranks > 1:  # a block's gradients are whole until they are summed over the ranks

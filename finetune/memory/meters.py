@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from finetune import machine
 from finetune.memory.formulas import Setup, Shape, predict, shape_of
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
@@ -209,6 +212,29 @@ class Peak:
     @property
     def growth(self) -> int:
         return self.highest - self.start
+
+
+# ---- a model of a setup ----------------------------------------------------------------------------------------------
+
+
+def build(config: Any, setup: Setup) -> Any:
+    """The model of a config (as `shape_of` takes it) with random weights, as `setup` wants it."""
+    from finetune import lora
+    from finetune.gpt import GPT, GPTConfig
+    from finetune.llama import Llama, LlamaConfig
+
+    settings = config if isinstance(config, dict) else asdict(config)
+    kinds: tuple[Any, Any] = (Llama, LlamaConfig) if "rope_theta" in settings else (GPT, GPTConfig)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(TORCH_DTYPES[setup.dtype])
+    try:
+        model = kinds[0](kinds[1](**settings))
+    finally:
+        torch.set_default_dtype(default)
+    if setup.lora_rank:
+        lora.apply_lora(model, setup.lora_rank, targets=setup.targets(shape_of(config)))
+    model.gradient_checkpointing = setup.checkpointing
+    return model
 
 
 # ---- predicted beside measured ---------------------------------------------------------------------------------------

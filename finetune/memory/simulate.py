@@ -2,7 +2,9 @@
 the loss and the optimizer, nothing is allocated, and a tracker adds up the bytes that would be alive.
 
 Ranks exist in name only (torch's "fake" process group): with ZeRO-3 the model is sharded by torch's fully_shard, whose
-bookkeeping is then rank 0's. What this gives is simulated, not measured: no allocator, no library's scratch.
+bookkeeping is then rank 0's; with ZeRO-1 and 2 the optimizer gets rank 0's slice of each parameter, and with 2 a
+gradient is cut to its slice as soon as it is whole. What this gives is simulated, not measured: no allocator, no
+library's scratch.
 """
 
 from __future__ import annotations
@@ -17,8 +19,6 @@ from torch import nn
 
 from finetune import ops, optim
 from finetune.errors import UserError
-from finetune.gpt import GPT, GPTConfig
-from finetune.llama import Llama, LlamaConfig
 from finetune.memory import meters
 from finetune.memory.formulas import Setup
 
@@ -38,18 +38,6 @@ def ranks(count: int) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def build(config: dict[str, Any], setup: Setup) -> nn.Module:
-    kind, settings = (Llama, LlamaConfig) if "rope_theta" in config else (GPT, GPTConfig)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if setup.dtype == "bf16" else torch.float32)
-    try:
-        model = kind(settings(**config))  # type: ignore[arg-type]
-    finally:
-        torch.set_default_dtype(default)
-    model.gradient_checkpointing = setup.checkpointing
-    return model
-
-
 def shard(model: Any, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -58,8 +46,13 @@ def shard(model: Any, mesh: Any) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def local(tensor: Any) -> Any:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def own(tensor: Any, setup: Setup, stage: int) -> Any:
+    """Rank 0's part of what ZeRO shares out from this stage on; fully_shard has done it where the stage is 3."""
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()
+    if setup.ranks == 1 or setup.zero < stage:
+        return tensor
+    return tensor.flatten()[: setup.share(tensor.numel(), stage)].clone()
 
 
 def total(tensors: Iterable[torch.Tensor]) -> int:
@@ -69,9 +62,9 @@ def total(tensors: Iterable[torch.Tensor]) -> int:
 
 def simulate(config: dict[str, Any], setup: Setup) -> dict[str, int]:
     """Bytes of rank 0 by the names of `predict`: weights, gradients, optimizer states, activations. `config` as in
-    finetune.shapes. UserError for what is not simulated: LoRA, ZeRO-1 and -2, inference."""
-    if setup.zero in (1, 2) or setup.lora_rank or not setup.training:
-        raise UserError("simulated are full training steps, on one rank or with --zero 3")
+    finetune.shapes. UserError for what is not simulated: LoRA and inference."""
+    if setup.lora_rank or not setup.training:
+        raise UserError("simulated are training steps of all parameters: no LoRA, no inference")
     config = {**config, "max_length": max(setup.seq, config.get("max_length", 0))}
     if setup.ranks > 1 and setup.zero == 3:
         with ranks(setup.ranks) as mesh:
@@ -84,7 +77,7 @@ def step(config: dict[str, Any], setup: Setup, mesh: Any) -> dict[str, int]:
     from torch.distributed._tools.mem_tracker import MemTracker
 
     with FakeTensorMode():
-        model = build(config, setup)
+        model: Any = meters.build(config, setup)
         if mesh is not None:
             shard(model, mesh)
         tracker = MemTracker()
@@ -103,11 +96,18 @@ def step(config: dict[str, Any], setup: Setup, mesh: Any) -> dict[str, int]:
             weight: Any = model.head_weight
             if hasattr(weight, "full_tensor"):
                 weight = weight.full_tensor()
+            gradients: dict[nn.Parameter, torch.Tensor] = {}
+
+            def reduced(parameter: Any) -> None:
+                gradients[parameter], parameter.grad = own(parameter.grad, setup, 2), None
+
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(reduced)
             ops.linear_cross_entropy(hidden, weight, tokens.flatten()).backward()
-            found["gradients"] = total(local(p.grad) for p in model.parameters())
-            parts = [nn.Parameter(local(p).detach()) for p in model.parameters()]
-            for part, parameter in zip(parts, model.parameters(), strict=True):
-                part.grad = local(parameter.grad)
+            found["gradients"] = total(gradients.values())
+            parts = [nn.Parameter(own(p.detach(), setup, 1)) for p in gradients]
+            for part, gradient in zip(parts, gradients.values(), strict=True):
+                part.grad = own(gradient, setup, 1) if gradient.shape != part.shape else gradient
             optimizer = optim.AdamW(parts, lr=1e-3)
             optimizer.step()
         states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]

@@ -1,0 +1,195 @@
+"""Every formula of the cheat sheet, measured: models of the same shape are built with random weights, one setting after
+the other, and their tensors counted. ZeRO is simulated (`simulate.py`): its other ranks are not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finetune import machine, ops, optim
+from finetune.generate import KVCache
+from finetune.memory import meters, simulate
+from finetune.memory.formulas import Setup, Shape, Term, predict, shape_of
+from finetune.memory.sheet import entries_for
+from finetune.ops.kv_cache import pool
+
+ROOM = 0.7  # the share of the free memory that a measurement may be predicted to take
+
+
+def measure(config: Any, setup: Setup, progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
+    """Rows of {name: "setting: term", predicted, measured, simulated}: the setup as it is, then the sheet's settings.
+    `measured` is None for what would not fit into this machine, or has no meter. `progress(done, of)` is told."""
+    config, rows = fitting(config, setup), []
+    shape = shape_of(config)
+    own = {term.name: term for term in predict(shape, setup) if term.name != "peak" and term.bytes}
+    settings = [("as it is", setup, own)]
+    settings += [(e.name[0], e.setup(setup), e.predicted(shape, setup)) for e in entries_for(shape)]
+    for done, (name, each, terms) in enumerate(settings):
+        progress(done, len(settings))
+        found = measured(config, each, terms)
+        rows += [
+            {"name": f"{name}: {term}", "predicted": terms[term].bytes, "measured": size, "simulated": each.ranks > 1}
+            for term, size in found.items()
+        ]
+    progress(len(settings), len(settings))
+    return rows
+
+
+def measured(config: Any, setup: Setup, terms: dict[str, Term]) -> dict[str, int | None]:
+    """Bytes by the names of `terms`; see `measure`."""
+    if setup.ranks > 1:
+        found = simulate.scaled(config if isinstance(config, dict) else asdict(config), setup)
+        return {name: found.get(name) for name in terms}
+    shape, room = shape_of(config), ROOM * (machine.available_memory_bytes() or machine.total_memory_bytes())
+    kept = sum(
+        term.bytes for term in predict(shape, setup) if term.name in ("weights", "gradients", "optimizer states")
+    )
+    rig = Rig(config, shape, setup)
+    return {
+        name: METERS[name](rig) if name in METERS and kept + term.bytes <= room else None
+        for name, term in terms.items()
+    }
+
+
+def fitting(config: Any, setup: Setup) -> Any:
+    """The config with room for the setup's tokens."""
+    longest = max(setup.seq, shape_of(config).max_length)
+    return {**config, "max_length": longest} if isinstance(config, dict) else replace(config, max_length=longest)
+
+
+class Rig:
+    """A model of one setup with its optimizer, made when they are asked for."""
+
+    def __init__(self, config: Any, shape: Shape, setup: Setup) -> None:
+        self.config, self.shape, self.setup = config, shape, setup
+        self.made: Any = None
+
+    @property
+    def model(self) -> Any:
+        if self.made is None:
+            torch.manual_seed(0)
+            self.made = meters.build(self.config, self.setup)
+        return self.made
+
+    def tokens(self, batch: int, seq: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.shape.vocab, (batch, seq), generator=generator)
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        hidden = self.model(tokens, hidden=True).flatten(0, 1)
+        targets = tokens.flatten()
+        if self.setup.loss == "full":
+            return F.cross_entropy(F.linear(hidden, self.model.head_weight).float(), targets)
+        return ops.linear_cross_entropy(hidden, self.model.head_weight, targets)
+
+    def attention(self) -> AbstractContextManager[Any]:
+        if self.setup.attention == "flash":
+            return nullcontext()
+        return mock.patch.object(ops, "attention", partial(ops.attention, backend="reference"))
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+
+def gradients(rig: Rig) -> int:
+    """Of few tokens: their number does not change a gradient's size."""
+    rig.loss(rig.tokens(1, 8)).backward()
+    found = meters.gradient_bytes(rig.model)
+    rig.model.zero_grad(set_to_none=True)
+    return found
+
+
+def states_of(model: nn.Module, setup: Setup, trained: list[nn.Parameter]) -> int:
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = optim.AdamW(trained, lr=0.0, moments=setup.moments, master="auto" if setup.master else False)
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return meters.optimizer_bytes(optimizer)
+
+
+def activations(rig: Rig) -> int:
+    with rig.attention():
+        return meters.saved_bytes(rig.model, lambda: rig.loss(rig.tokens(rig.setup.batch, rig.setup.seq)))
+
+
+def one_block(rig: Rig) -> int:
+    """What a third block adds to two."""
+    config = rig.config if isinstance(rig.config, dict) else asdict(rig.config)
+    two, three = (activations(Rig({**config, "layers": n}, rig.shape, rig.setup)) for n in (2, 3))
+    return three - two
+
+
+def logits(rig: Rig) -> int:
+    setup, weight = rig.setup, rig.model.head_weight
+    if not setup.training:
+        state = torch.zeros(setup.batch, rig.shape.dim, dtype=weight.dtype)
+        with torch.no_grad():
+            return F.linear(state, weight).float().nbytes
+    if setup.loss == "chunked":
+        return meters.loss_bytes(rig.model, rig.shape, setup)
+    scores = torch.zeros(setup.tokens, rig.shape.vocab, requires_grad=True)
+    targets = torch.zeros(setup.tokens, dtype=torch.int64)
+    return meters.peak_allocated(lambda: F.cross_entropy(scores, targets).backward())
+
+
+def kv_cache(rig: Rig) -> int:
+    """The cache of generate.py, or a layer's pools times the layers."""
+    setup, shape = rig.setup, rig.shape
+    if setup.kv_dtype == "same" and setup.kv_block == 1:
+        return KVCache(rig.model, setup.batch, setup.seq).nbytes
+    dtypes = {"same": meters.TORCH_DTYPES[setup.dtype], "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+    blocks = setup.batch * -(-setup.seq // setup.kv_block)
+    layer = [pool(blocks, setup.kv_block, shape.kv_heads, shape.head_dim, dtypes[setup.kv_dtype]) for _ in "kv"]
+    return shape.layers * meters.storage_bytes(meters.tensors_in(layer))
+
+
+def scalar_model(rig: Rig) -> Any:
+    """A model of the policy's shape with a head of one number: what reward and value models are."""
+    model = meters.build(rig.config, replace(rig.setup, lora_rank=0))
+    if not rig.shape.tied:
+        del model.head
+    model.scalar = nn.Linear(rig.shape.dim, 1, bias=False, dtype=meters.TORCH_DTYPES[rig.setup.dtype])
+    return model
+
+
+def value_model(rig: Rig) -> int:
+    model = scalar_model(rig)
+    model.scalar(model(rig.tokens(1, 8), hidden=True)).sum().backward()
+    kept = meters.weight_bytes(model) + meters.gradient_bytes(model)
+    return kept + states_of(model, rig.setup, [p for p in model.parameters() if p.grad is not None])
+
+
+def step_growth(rig: Rig) -> int:
+    tokens = rig.tokens(rig.setup.batch, rig.setup.seq)
+    with rig.attention():
+        rig.loss(tokens).backward()  # touches what is touched once only
+        rig.model.zero_grad(set_to_none=True)
+        with meters.Peak() as peak:
+            rig.loss(tokens).backward()
+    rig.model.zero_grad(set_to_none=True)
+    return peak.growth
+
+
+METERS: dict[str, Callable[[Rig], int]] = {
+    "weights": lambda rig: meters.weight_bytes(rig.model),
+    "gradients": gradients,
+    "optimizer states": lambda rig: states_of(rig.model, rig.setup, rig.trained()),
+    "activations of a block": one_block,
+    "activations": activations,
+    "logits": logits,
+    "KV cache": kv_cache,
+    "reference model": lambda rig: meters.weight_bytes(meters.build(rig.config, replace(rig.setup, lora_rank=0))),
+    "reward model": lambda rig: meters.weight_bytes(scalar_model(rig)),
+    "value model": value_model,
+    "step growth": step_growth,
+}

@@ -1,0 +1,261 @@
+"""The cheat sheet's settings: what each changes, which terms of `predict` it shows, how their formulas come about, and
+who published them. `learning/CHEAT_SHEET.md` prints them; `python -m finetune memory NAME --measure` measures them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune.memory.formulas import Setup, Shape, Term, block, predict
+
+RANKS, RANK = 8, 8  # of the settings with ZeRO and with LoRA
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`changes` are made to a plain setup (`plain`)."""
+
+    name: tuple[str, str]  # English, Chinese
+    changes: dict[str, Any]
+    terms: tuple[str, ...]
+    why: tuple[str, str]
+    sources: tuple[str, ...]
+
+    def setup(self, base: Setup) -> Setup:
+        return replace(plain(base), **self.changes)
+
+    def predicted(self, shape: Shape, base: Setup) -> dict[str, Term]:
+        setup = self.setup(base)
+        known = {term.name: term for term in [block(shape, setup), *predict(shape, setup)]}
+        return {name: known[name] for name in self.terms}
+
+
+def plain(base: Setup) -> Setup:
+    """Full fine-tuning in fp32 of as many tokens as `base` has."""
+    return Setup(batch=base.batch, seq=base.seq)
+
+
+def entries_for(shape: Shape) -> Iterator[Entry]:
+    """Those that a model of this shape can have: adapters are for linear layers without biases."""
+    return (entry for entry in ENTRIES if shape.family == "llama" or "lora_rank" not in entry.changes)
+
+
+STATES = ("weights", "gradients", "optimizer states")
+ZERO = "arXiv:1910.02054"
+
+ENTRIES = (
+    Entry(
+        ("fp32, AdamW", "fp32，AdamW"),
+        {},
+        STATES,
+        (
+            "Weights: the table V·C (twice where the head is not tied to it), in each block q and o with C·H·D, k "
+            "and v "
+            "with C·K·D, three MLP matrices C·F and two norms C, and the last norm C. A gradient is like its "
+            "parameter; "
+            "AdamW keeps two fp32 moments of it. Together 16 bytes a parameter.",
+            "权重：词表 V·C（输出层不共享时两份），每个块有 q、o 各 C·H·D，k、v 各 C·K·D，三个 MLP 矩阵 C·F，"
+            "两个归一化 C，最后还有一个"
+            "归一化 C。梯度与参数同形；AdamW 为它保存两个 fp32 矩。合计每个参数 16 字节。",
+        ),
+        ("arXiv:1711.05101",),
+    ),
+    Entry(
+        ("16 bits with an fp32 master, AdamW", "16 位加 fp32 主副本，AdamW"),
+        {"dtype": "bf16"},
+        STATES,
+        (
+            "Two bytes for the weight and two for the gradient; the optimizer adds to its moments a copy of the "
+            "weight "
+            "in fp32, because an update is often smaller than the last bit of 16. Again 16 bytes a parameter: what 16 "
+            "bits save is in the activations.",
+            "权重与梯度各两字节；优化器除两个矩外还保存一份 fp32 权重，因为更新量常小于 16 位的最后一位。"
+            "合计仍是每个参数 16 字节："
+            "16 位节省的是激活。",
+        ),
+        ("arXiv:1710.03740", ZERO),
+    ),
+    Entry(
+        ("16 bits, 8-bit AdamW", "16 位，8 位 AdamW"),
+        {"dtype": "bf16", "moments": "8bit"},
+        ("optimizer states",),
+        (
+            "The moments in a byte each, with one fp32 maximum each for every 256 numbers; the fp32 master stays.",
+            "每个矩一个字节，每 256 个数各有一个 fp32 最大值；fp32 主副本仍在。",
+        ),
+        ("arXiv:2110.02861",),
+    ),
+    Entry(
+        ("LoRA", "LoRA"),
+        {"dtype": "bf16", "lora_rank": RANK},
+        (*STATES, "activations"),
+        (
+            "A (r × in) and B (out × r) beside a frozen matrix are r·(in + out) numbers, in fp32; gradients and "
+            "moments "
+            "exist for them alone. Activations stay: an adapter needs its layer's input too, and adds its r numbers.",
+            "冻结矩阵旁的 A (r × in) 与 B (out × r) 共 r·(in + out) 个 fp32 数；梯度与矩只为它们存在。激活并不减少："
+            "适配器同样需要该层"
+            "的输入，还要加上中间的 r 个数。",
+        ),
+        ("arXiv:2106.09685",),
+    ),
+    Entry(
+        ("activations, flash attention", "激活，flash attention"),
+        {},
+        ("activations of a block", "activations"),
+        (
+            "Add up what each operation keeps for its backward pass, a tensor once: a linear layer and a norm their "
+            "input, a norm its statistics, attention q, k, v, its output and two numbers a query and head (the "
+            "softmax is computed again from them), the MLP what goes into the non-linearity and into the last matrix. "
+            "Outside of the blocks: the last norm's and the loss's input, and token numbers.",
+            "把每个运算为反向传播保存的东西相加，同一张量只计一次：线性层与归一化保存输入，归一化还有统计量；"
+            "注意力保存 q、k、v、输出，以及每个"
+            "查询和头的两个数（softmax 由它们重算）；MLP 保存非线性的输入和最后一个矩阵的输入。块之外："
+            "最后归一化与损失的输入，以及词元编号。",
+        ),
+        ("arXiv:2205.05198", "arXiv:2307.08691"),
+    ),
+    Entry(
+        ("activations, T×T attention", "激活，T×T 注意力"),
+        {"attention": "naive"},
+        ("activations of a block", "activations"),
+        (
+            "Without an online softmax the probabilities of every pair stay: for each head T numbers a token, here "
+            "twice and in fp32, beside the mask, and k and v for every query head. This is what flash attention does "
+            "not keep.",
+            "没有在线 softmax 时，每一对位置的概率都要保存：每个头、每个词元 T 个数，这里以 fp32 存两份，另有掩码，"
+            "k、v 扩展到每个查询头。"
+            "这正是 flash attention 不保存的部分。",
+        ),
+        ("arXiv:2205.14135",),
+    ),
+    Entry(
+        ("activations, checkpointing", "激活，检查点重算"),
+        {"checkpointing": True},
+        ("activations",),
+        (
+            "Only the input of each block stays; a block's own activations exist again for a while in its backward "
+            "pass, for one forward pass more of arithmetic.",
+            "只保留每个块的输入；反向经过某块时它的激活短暂重现，代价是多一次前向计算。",
+        ),
+        ("arXiv:1604.06174",),
+    ),
+    Entry(
+        ("logits, all at once", "logits，一次全部"),
+        {"loss": "full"},
+        ("logits",),
+        (
+            "Cross entropy holds log-probabilities, their gradient and the logits' gradient: three numbers for every "
+            "token and word of the vocabulary, in fp32.",
+            "交叉熵同时持有对数概率、其梯度和 logits 的梯度：每个词元对词表中每个词三个 fp32 数。",
+        ),
+        ("arXiv:2410.10989",),
+    ),
+    Entry(
+        ("logits, in chunks", "logits，分块"),
+        {},
+        ("logits",),
+        (
+            "Only a chunk of S tokens has logits. The forward pass makes the gradients at once: of the input (N·C), "
+            "summed from a part for each tile of the vocabulary, and of the head (V·C).",
+            "只有 S 个词元的 logits 同时存在。前向时就把梯度算好：输入的梯度 N·C 由词表各分块的部分和相加，"
+            "输出层的梯度 V·C。",
+        ),
+        ("arXiv:2410.10989",),
+    ),
+    Entry(
+        ("inference", "推理"),
+        {"dtype": "bf16", "optimizer": "none"},
+        ("weights", "KV cache", "logits"),
+        (
+            "A key and a value of D numbers for each layer, KV head and token: grouped queries divide it by H/K. "
+            "Logits "
+            "of the last position only.",
+            "每层、每个键值头、每个词元各有 D 个数的键与值：分组查询把它除以 H/K。logits 只算最后一个位置。",
+        ),
+        ("arXiv:2305.13245",),
+    ),
+    Entry(
+        ("inference, 8-bit paged cache", "推理，8 位分页缓存"),
+        {"dtype": "bf16", "optimizer": "none", "kv_dtype": "int8", "kv_block": 16},
+        ("KV cache",),
+        (
+            "A byte a number and an fp32 scale for each token and head; a row takes whole blocks of b tokens.",
+            "每个数一个字节，每个词元和头一个 fp32 比例；每行占用整块，每块 b 个词元。",
+        ),
+        ("arXiv:2309.06180",),
+    ),
+    *(
+        Entry(
+            (f"ZeRO-{stage}, {RANKS} ranks", f"ZeRO-{stage}，{RANKS} 个进程"),
+            {"dtype": "bf16", "zero": stage, "ranks": RANKS},
+            (*STATES, "gathered parameters") if stage == 3 else STATES,
+            why,
+            (ZERO,),
+        )
+        for stage, why in (
+            (
+                1,
+                (
+                    "The ranks share out the optimizer states: 4 + 12/W bytes a parameter instead of 16.",
+                    "各进程分担优化器状态：每个参数 4 + 12/W 字节，而不是 16。",
+                ),
+            ),
+            (
+                2,
+                (
+                    "And the gradients, each reduced to the rank that owns it: 2 + 14/W bytes.",
+                    "再分担梯度，每个梯度归约到拥有它的进程：2 + 14/W 字节。",
+                ),
+            ),
+            (
+                3,
+                (
+                    "And the parameters: 16/W bytes, and for a while those of what is computed now and fetched ahead, "
+                    "two blocks or the table.",
+                    "再分担参数：16/W 字节；正在计算和预取的参数会短暂完整存在：两个块，或词表。",
+                ),
+            ),
+        )
+    ),
+    Entry(
+        ("DPO", "DPO"),
+        {"dtype": "bf16", "algorithm": "dpo"},
+        (*STATES, "reference model"),
+        (
+            "The trained policy with its states, and the frozen reference: 16 + 2 bytes a parameter in 16 bits. With "
+            "LoRA the policy without its adapters is the reference.",
+            "带训练状态的策略，加上冻结的参考模型：16 位下每个参数 16 + 2 字节。用 LoRA 时，"
+            "去掉适配器的策略就是参考模型。",
+        ),
+        ("arXiv:2305.18290",),
+    ),
+    Entry(
+        ("GRPO", "GRPO"),
+        {"dtype": "bf16", "algorithm": "grpo"},
+        (*STATES, "reference model"),
+        (
+            "As DPO: the group's mean reward stands for the value model, and a rule for the reward model. The "
+            "samples' "
+            "KV cache comes on top while they are drawn.",
+            "与 DPO 相同：组内平均奖励代替价值模型，规则代替奖励模型。采样时另有 KV 缓存。",
+        ),
+        ("arXiv:2402.03300",),
+    ),
+    Entry(
+        ("PPO", "PPO"),
+        {"dtype": "bf16", "algorithm": "ppo"},
+        (*STATES, "reference model", "reward model", "value model"),
+        (
+            "Four models: the policy (16 bytes a parameter), the frozen reference and reward model (2 each), and a "
+            "value model that is trained like the policy (16). A head of C numbers replaces the projection to the "
+            "vocabulary in the last two.",
+            "四个模型：策略（每个参数 16 字节），冻结的参考模型和奖励模型（各 2），"
+            "以及与策略同样训练的价值模型（16）。后两者用 C 个数的"
+            "输出头代替到词表的投影。",
+        ),
+        ("arXiv:2203.02155",),
+    ),
+)
