@@ -48,12 +48,12 @@ def ours(task: dict[str, Any], turn: Turn) -> None:
     """The step of modules/post_train/alignment/sft, from its own functions."""
     import torch
 
-    from finetune import lora, ops, optim, registry
+    from finetune import adapters, ops, optim, registry
     from finetune.llama import Llama
 
     sft = registry.load(registry.find("sft"))
     model = Llama.from_pretrained(task["model"], getattr(torch, task["dtype"]))
-    lora.load_adapter(model, task["adapter"])
+    adapters.load_adapter(model, task["adapter"])
     model.gradient_checkpointing = task["checkpointing"]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optim.AdamW(optim.decay_groups(trained, 0.0), lr=LR)
@@ -213,12 +213,12 @@ def make_adapter(model: Path, folder: Path) -> None:
     """The adapter that all sides start from; its B is 0."""
     import torch
 
-    from finetune import lora
+    from finetune import adapters, lora
     from finetune.llama import Llama
 
     llama = Llama.from_pretrained(model, torch.bfloat16)  # the adapter's dtype is float32 all the same
     lora.apply_lora(llama, RANK, ALPHA, generator=torch.Generator().manual_seed(0))
-    lora.save_adapter(llama, folder, str(model))
+    adapters.save_adapter(llama, folder, str(model))
 
 
 def disagreement(losses: dict[str, float], tolerance: float) -> str | None:

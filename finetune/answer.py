@@ -25,7 +25,7 @@ def answer(
     """
     import torch
 
-    from finetune import lora
+    from finetune import adapters, lora
     from finetune.generate import generate
     from finetune.gpt import GPT
     from finetune.llama import Llama
@@ -34,11 +34,11 @@ def answer(
 
     torch.set_num_threads(threads or machine.physical_cores())
     path = base = hub.resolve(source, console)
-    adapter = path.is_dir() and (path / lora.CONFIG).exists()
+    adapter = path.is_dir() and (path / adapters.CONFIG).exists()
     if adapter:
-        named = read_json(path / lora.CONFIG).get("base_model_name_or_path")
+        named = read_json(path / adapters.CONFIG).get("base_model_name_or_path")
         if not named:
-            raise UserError(f"{path / lora.CONFIG} does not name its base model: fill in base_model_name_or_path")
+            raise UserError(f"{path / adapters.CONFIG} does not name its base model: fill in base_model_name_or_path")
         base = hub.resolve(str(named), console)
     kind = read_json(base / "config.json").get("model_type") if base.is_dir() else "llama"
     kinds: dict[Any, type[Llama] | type[GPT]] = {"llama": Llama, "gpt2": GPT}
@@ -57,7 +57,7 @@ def answer(
     rows = [tokenizer.encode(text, add_special_tokens=not chat) for text in texts]
     model = kinds[kind].from_pretrained(base).eval()
     if adapter:
-        lora.load_adapter(model, path)
+        adapters.load_adapter(model, path)
         lora.merge(model)
     stops = [tokenizer.backend.token_to_id(name) for name in (tokenizer.eos, "<|im_end|>") if name]
     new = generate(

@@ -125,6 +125,7 @@ class Llama(nn.Module):
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
+        embedded: Tensor | None = None,
         hidden: bool = False,
     ) -> Tensor:
         """Logits (B, T, V) of tokens (B, T), or with `hidden` the state after the last norm (B, T, C).
@@ -132,6 +133,7 @@ class Llama(nn.Module):
         `lengths` (B,): rows are padded on the right and only the first lengths[b] tokens are real.
         `cu_seqlens` (N+1,): documents packed into one row; each sees only itself, positions start again with each.
         `cache`: keys and values of earlier calls are used and these tokens' are added.
+        `embedded` (B, T, C): vectors in the place of the tokens' embeddings.
         UserError: a token outside the vocabulary, a position beyond the maximum length, contradictory arguments.
         """
         config = self.config
@@ -145,7 +147,7 @@ class Llama(nn.Module):
             cache=cache,
         )
         context.rotary = self.rotary.on(tokens.device)
-        x = self.embed(tokens)  # (B, T, C)
+        x = self.embed(tokens) if embedded is None else embedded  # (B, T, C)
         save_memory = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
             x = checkpoint(block, x, context, use_reentrant=False) if save_memory else block(x, context)

@@ -186,7 +186,7 @@ def test_generate_with_an_adapter(tmp_path, smollm2, smollm2_model):
 
     import torch
 
-    from finetune import lora
+    from finetune import adapters, lora
     from finetune.answer import answer
     from finetune.tokenizer import Tokenizer
 
@@ -195,8 +195,8 @@ def test_generate_with_an_adapter(tmp_path, smollm2, smollm2_model):
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, layer in lora.adapters(model):
-            layer.lora_B.normal_(generator=draw).mul_(0.02)
-    lora.save_adapter(model, tmp_path / "adapter", str(smollm2))
+            layer.part("default").lora_B.normal_(generator=draw).mul_(0.02)
+    adapters.save_adapter(model, tmp_path / "adapter", str(smollm2))
     lora.merge(model)
     model.save_pretrained(tmp_path / "merged", Tokenizer.from_pretrained(smollm2))
     base, adapter, merged = (
@@ -204,7 +204,7 @@ def test_generate_with_an_adapter(tmp_path, smollm2, smollm2_model):
         for source in (smollm2, tmp_path / "adapter", tmp_path / "merged")
     )
     assert adapter == merged != base
-    config = tmp_path / "adapter" / lora.CONFIG
+    config = tmp_path / "adapter" / adapters.CONFIG
     config.write_text(config.read_text().replace(str(smollm2), ""))
     done = finetune("generate", "--model", tmp_path / "adapter", "--prompt", "x")
     assert (done.returncode, "fill in base_model_name_or_path" in done.stderr) == (2, True)

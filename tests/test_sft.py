@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from finetune import data, ops, registry
+from finetune.adapters import load_adapter
 from finetune.errors import UserError
 from finetune.generate import generate
 from finetune.llama import Llama, LlamaConfig, to_hf
-from finetune.lora import apply_lora, load_adapter
+from finetune.lora import apply_lora
 from finetune.run import execute
 from finetune.tokenizer import Tokenizer
 

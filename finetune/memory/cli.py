@@ -114,10 +114,14 @@ def instead(shape: Shape, setup: Setup) -> dict[str, int]:
         options[f"--attention {other}"] = {"attention": other}
         other = {"chunked": "full", "full": "chunked"}[setup.loss]
         options[f"--loss {other}"] = {"loss": other}
-        rank = 0 if setup.lora_rank else 8
-        options[f"--lora-rank {rank}"] = {"lora_rank": rank, "lora_targets": "all"}
+        if setup.frozen and setup.zero < 3:
+            other = "nf4_double" if setup.quantized == "none" else "none"
+            options[f"--quantized {other}"] = {"quantized": other}
+        if setup.quantized == "none" and not (setup.prompt or setup.prefix):
+            rank = 0 if setup.lora_rank else 8
+            options[f"--lora-rank {rank}"] = {"lora_rank": rank, "lora_targets": "all"}
         for stage in (1, 2, 3):
-            if setup.ranks > 1 and stage != setup.zero:
+            if setup.ranks > 1 and stage != setup.zero and (stage < 3 or setup.quantized == "none"):
                 options[f"--zero {stage}"] = {"zero": stage}
     other = {"fp32": "bf16", "bf16": "fp32"}[setup.dtype]
     options[f"--dtype {other}"] = {"dtype": other}
@@ -154,7 +158,11 @@ def headline(name: str, shape: Shape, setup: Setup) -> str:
     number = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
     what = "inference"
     if setup.training:
-        kind = f"LoRA of rank {setup.lora_rank}" if setup.lora_rank else "full fine-tuning"
+        name_of = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA"}[setup.adapter]
+        kind = f"{name_of} of rank {setup.lora_rank}" if setup.lora_rank else "full fine-tuning"
+        kind = f"a prompt of {setup.prompt}" if setup.prompt else kind
+        kind = f"a prefix of {setup.prefix}" if setup.prefix else kind
+        kind += f" over {setup.quantized}" if setup.quantized != "none" else ""
         what = f"{kind} with {setup.optimizer.replace('adamw', 'AdamW')}"
         what += ", checkpointed" if setup.checkpointing else ""
         what += f", {setup.attention} attention, {setup.loss} loss"

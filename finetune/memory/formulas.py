@@ -92,6 +92,10 @@ class Setup:
     moments: Literal["fp32", "8bit"] = "fp32"  # of the optimizer; 8bit: a byte, and 4 bytes for 256 of them
     lora_rank: int = 0  # rank of LoRA adapters; 0: all parameters are trained
     lora_targets: str = "all"  # linear layers with an adapter, separated by commas
+    adapter: Literal["lora", "dora", "pissa"] = "lora"  # dora trains magnitudes too; pissa keeps where it started
+    quantized: Literal["none", "nf4", "nf4_double", "int8"] = "none"  # form of frozen linear layers
+    prompt: int = 0  # prompt tuning: so many vectors before the rows are all that is trained; seq counts them in
+    prefix: int = 0  # prefix tuning: so many keys and values before the rows, in each layer, are all that is trained
     checkpointing: bool = False  # keep only the blocks' inputs and compute the rest again
     attention: Literal["flash", "naive"] = "flash"  # naive: ops.attention's reference, which makes T×T matrices
     loss: Literal["chunked", "full"] = "chunked"  # ops.linear_cross_entropy, or cross entropy of all logits
@@ -102,12 +106,19 @@ class Setup:
     kv_block: int = 1  # tokens of a block of a paged cache: a row occupies whole ones
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("seq", 1), ("lora_rank", 0), ("ranks", 1), ("zero", 0), ("kv_block", 1)):
+        for name, least in (("batch", 1), ("seq", 1), ("lora_rank", 0), ("prompt", 0), ("prefix", 0), ("ranks", 1),
+                            ("zero", 0), ("kv_block", 1)):  # fmt: skip
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)} is too small: it must be at least {least}")
         if self.zero > 3:
             raise UserError(f"--zero {self.zero}: the stages are 0, 1, 2 and 3")
+        if sum(map(bool, (self.lora_rank, self.prompt, self.prefix))) > 1:
+            raise UserError("--lora-rank, --prompt and --prefix: only one of them can be trained")
+        if self.quantized != "none" and self.training and not self.frozen:
+            raise UserError(f"--quantized {self.quantized}: such weights cannot be trained; give a --lora-rank")
+        if self.quantized != "none" and self.zero > 2:
+            raise UserError(f"--quantized {self.quantized}: ZeRO-3 has no formula for such weights")
 
     @property
     def tokens(self) -> int:
@@ -120,6 +131,11 @@ class Setup:
     @property
     def training(self) -> bool:
         return self.optimizer != "none"
+
+    @property
+    def frozen(self) -> bool:
+        """Are the model's own parameters frozen, and something beside them trained?"""
+        return self.training and bool(self.lora_rank or self.prompt or self.prefix)
 
     def share(self, count: int, stage: int) -> int:
         """What one rank holds of `count` numbers that ZeRO shares out from this stage on: 1 / ranks, rounded up."""
@@ -163,7 +179,16 @@ MEANING = {
     "N": ("tokens, B·T", "词元总数 B·T"),
     "e": ("bytes a number: 4 in fp32, 2 in 16 bits", "每个数的字节数：fp32 为 4，16 位为 2"),
     "r": ("LoRA rank", "LoRA 的秩"),
-    "R": ("adapter parameters a block, Σ r·(in + out)", "每个块的适配器参数 Σ r·(in + out)"),
+    "R": (
+        "adapter parameters a block, Σ r·(in + out), with DoRA + Σ out",
+        "每个块的适配器参数 Σ r·(in + out)，DoRA 另加 Σ out",
+    ),
+    "O": ("Σ out of a block's layers with an adapter", "每个块中带适配器的层的 Σ out"),
+    "I": ("weights of a block's linear layers", "每个块的线性层的权重数"),
+    "A": ("virtual tokens that are trained", "可训练的虚拟词元数"),
+    "X": ("blocks of 64 weights in a block's linear layers", "每个块的线性层中每 64 个权重一组的组数"),
+    "Y": ("absmax of 256 blocks of 64, and a mean a layer", "每 256 组一个的最大值，以及每层一个均值"),
+    "Z": ("rows of a block's linear layers", "每个块的线性层的行数"),
     "W": ("ranks", "进程数"),
     "Q": ("blocks of 256 trained parameters", "每 256 个可训练参数一块的块数"),
     "S": ("tokens in a chunk of the loss", "损失每次处理的词元数"),
@@ -195,7 +220,13 @@ def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
         "N": setup.tokens,
         "e": setup.element,
         "r": setup.lora_rank,
-        "R": adapter_parameters(shape, setup.lora_rank, setup.targets(shape)) // shape.layers,
+        "R": block_adapters(shape, setup),
+        "O": outputs(shape, setup),
+        "I": linear_weights(shape),
+        "A": setup.prompt or setup.prefix,
+        "X": sum(-(-a * b // 64) for a, b in shape.linears.values()),
+        "Y": sum(-(-a * b // (64 * 256)) + 1 for a, b in shape.linears.values()),
+        "Z": sum(out for _, out in shape.linears.values()),
         "W": setup.ranks,
         "Q": quantised_blocks(shape, setup),
         "S": chunk,
@@ -227,10 +258,41 @@ def adapter_parameters(shape: Shape, rank: int, targets: Iterable[str]) -> int:
     return shape.layers * sum(rank * sum(shape.linears[name]) for name in targets)
 
 
+def block_adapters(shape: Shape, setup: Setup) -> int:
+    """Trained by a block's adapters; DoRA adds a magnitude for each output (Liu et al. 2024, arXiv:2402.09353)."""
+    count = adapter_parameters(shape, setup.lora_rank, setup.targets(shape)) // shape.layers
+    return count + (outputs(shape, setup) if setup.adapter == "dora" else 0)
+
+
+def outputs(shape: Shape, setup: Setup) -> int:
+    return sum(shape.linears[name][1] for name in setup.targets(shape))
+
+
+def linear_weights(shape: Shape) -> int:
+    return sum(a * b for a, b in shape.linears.values())
+
+
+# Bytes of a block's linear layers in few bits (finetune/quantize.py): codes of 4 bits and the absmax of 64 weights, or
+# that again as codes of 8 bits with an absmax for 256 and a mean a layer (Dettmers et al. 2023, arXiv:2305.14314,
+# §3); codes of 8 bits and the absmax of a row (Dettmers et al. 2022, arXiv:2208.07339).
+QUANTIZED = {"nf4": "I/2 + X·4", "nf4_double": "I/2 + X + Y·4", "int8": "I + Z·4"}
+
+
+def quantized_bytes(shape: Shape, setup: Setup) -> int:
+    value = symbols(shape, setup)
+    if setup.quantized == "int8":
+        return value["I"] + 4 * value["Z"]
+    codes = sum(-(-a * b // 2) for a, b in shape.linears.values())
+    return codes + (4 * value["X"] if setup.quantized == "nf4" else value["X"] + 4 * value["Y"])
+
+
 def weights(shape: Shape, setup: Setup) -> Term:
-    """Parameters in their dtype; LoRA adapters beside them are fp32 whatever the dtype (finetune/lora.py)."""
+    """Parameters in their dtype, or the linear layers in few bits; adapters beside them are fp32 whatever the dtype
+    (finetune/lora.py). PiSSA keeps the A and B that it started from, DoRA the squares of the rows of W, summed."""
     base = setup.share(parameters(shape), 3) * setup.element
-    adapters = 4 * setup.share(adapter_parameters(shape, setup.lora_rank, setup.targets(shape)), 3)
+    kept = {"lora": 1, "pissa": 2, "dora": 1}[setup.adapter] * block_adapters(shape, setup)
+    kept += outputs(shape, setup) if setup.adapter == "dora" else 0
+    adapters = 4 * setup.share(shape.layers * kept, 3)
     if shape.family == "gpt":
         text = "((V + M)·C + L·(2·C·F + 4·C·C + F + 9·C) + 2·C)·e"
     else:
@@ -238,14 +300,21 @@ def weights(shape: Shape, setup: Setup) -> Term:
         text = f"({text})·e"
     if shared := setup.zero >= 3:
         text = "⌈P/W⌉·e"
+    if setup.quantized != "none":
+        base = (parameters(shape) - shape.layers * linear_weights(shape)) * setup.element
+        base += shape.layers * quantized_bytes(shape, setup)
+        text = f"(P - L·I)·e + L·({QUANTIZED[setup.quantized]})"
     if adapters:
-        text += " + ⌈L·R/W⌉·4" if shared else " + L·R·4"
+        each = {"lora": "L·R", "pissa": "2·L·R", "dora": "L·(R + O)"}[setup.adapter]
+        text += f" + ⌈{each}/W⌉·4" if shared else f" + {each}·4"
+    elif setup.frozen:
+        base, text = base + 4 * setup.share(trained(shape, setup)[0], 3), f"{text} + {shared_text(setup, 3)}·4"
     return Term("weights", base + adapters, text, f"layers of finetune/{shape.family}.py")
 
 
 def shared_text(setup: Setup, stage: int) -> str:
     """The number of trained parameters that a rank holds the states of, as a formula."""
-    text = "L·R" if setup.lora_rank else "P"
+    text = "L·R" if setup.lora_rank else "A·C" if setup.prompt else "2·L·A·K·D" if setup.prefix else "P"
     return f"⌈{text}/W⌉" if setup.zero >= stage else text
 
 
@@ -254,7 +323,11 @@ def trained(shape: Shape, setup: Setup) -> tuple[int, int]:
     if not setup.training:
         return 0, setup.element
     if setup.lora_rank:
-        return adapter_parameters(shape, setup.lora_rank, setup.targets(shape)), 4
+        return shape.layers * block_adapters(shape, setup), 4
+    if setup.prompt:
+        return setup.prompt * shape.dim, 4
+    if setup.prefix:
+        return setup.prefix * 2 * shape.layers * shape.kv_heads * shape.head_dim, 4
     return parameters(shape), setup.element
 
 
@@ -265,7 +338,10 @@ def trained_tensors(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
     rank, layers, c = setup.lora_rank, shape.layers, shape.dim
     if rank:
         sizes = [shape.linears[name] for name in setup.targets(shape)]
-        return [(layers, rank * width) for pair in sizes for width in pair]
+        magnitudes = [(layers, out) for _, out in sizes] if setup.adapter == "dora" else []
+        return [(layers, rank * width) for pair in sizes for width in pair] + magnitudes
+    if setup.frozen:
+        return [(1, trained(shape, setup)[0])]
     linears = [(layers, a * b) for a, b in shape.linears.values()]
     table = (1 if shape.tied else 2, shape.vocab * c)
     if shape.family == "gpt":
@@ -282,7 +358,7 @@ def quantised_blocks(shape: Shape, setup: Setup) -> int:
 def gradients(shape: Shape, setup: Setup) -> Term:
     """One number of the parameter's dtype for each trained parameter (autograd: p.grad is like p)."""
     count, element = trained(shape, setup)
-    text = f"{shared_text(setup, 2)}·{'4' if setup.lora_rank else 'e'}"
+    text = f"{shared_text(setup, 2)}·{'4' if setup.frozen else 'e'}"
     return Term("gradients", setup.share(count, 2) * element, text, "p.grad is like p")
 
 
@@ -339,7 +415,7 @@ def companions(shape: Shape, setup: Setup) -> list[Term]:
     if setup.algorithm == "sft" or not setup.training:
         return []
     terms = []
-    if not setup.lora_rank:
+    if not setup.frozen:
         text = "⌈P/W⌉·e" if setup.zero >= 3 else "P·e"
         size = setup.share(parameters(shape), 3) * setup.element
         terms.append(Term("reference model", size, text, "frozen weights"))
@@ -377,24 +453,26 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
     """What one block keeps of a token for its backward pass: what → (bytes, formula).
 
     Frozen linear layers keep nothing (their dx needs the weight alone); one that is trained, or has an adapter, keeps
-    its input; an adapter also the r numbers between A and B, and its input in fp32 where activations are bf16. The
-    `first` block of a LoRA model has an input without gradient: nothing before its first adapter is kept.
+    its input; an adapter also the r numbers between A and B, and its input in fp32 where activations are bf16; DoRA
+    each output before it is scaled. The `first` block of a LoRA model has an input without gradient: nothing before its
+    first adapter is kept, and with a prefix nothing before its keys.
     """
     e, c, f, heads, kv = setup.element, shape.dim, shape.hidden, shape.heads, shape.kv_heads
     llama, linears, targets = shape.family == "llama", shape.linears, setup.targets(shape)
-    active = targets or tuple(linears)  # linear layers with something to train
+    active = targets if setup.frozen else tuple(linears)  # linear layers with something to train
     norm = 4 if llama else 8  # 1/rms; or mean and 1/std: fp32
     saved: dict[str, tuple[int, str]] = {}
 
     def any_of(*names: str) -> bool:
         return any(name in active for name in names)
 
-    flowing = not (first and targets)  # does a gradient flow through here?
+    flowing = not (first and setup.frozen and not setup.prompt)  # does a gradient flow through here?
     if flowing:
         saved["norm 1: input, statistics"] = c * e + norm, f"C·e + {norm}"
     if any_of("q", "k", "v", "qkv"):
         saved["q, k, v: input"] = c * e, "C·e"
         flowing = True
+    flowing = flowing or bool(setup.prefix)
     if flowing and setup.attention == "flash":
         saved["attention: q, k, v"] = (heads + 2 * kv) * shape.head_dim * e, "(H + 2·K)·D·e"
         saved["attention: maxima, sums"] = 8 * heads, "8·H"
@@ -416,6 +494,8 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
         saved["down: input"] = f * e, "F·e"
     if targets:
         saved["adapters: x·Aᵀ"] = 4 * setup.lora_rank * len(targets), f"{4 * len(targets)}·r"
+        if setup.adapter == "dora":
+            saved["DoRA: outputs unscaled"] = outputs(shape, setup) * e, "O·e"
     return saved
 
 
@@ -452,9 +532,14 @@ def activations(shape: Shape, setup: Setup) -> Term:
         each, first = block(shape, setup), block(shape, setup, first=True)
         blocks = (shape.layers - 1) * each.bytes + first.bytes
         text = f"L·{each.formula}" if each == first else f"(L - 1)·{each.formula} + {first.formula}"
-    integers = 16 if setup.lora_rank else 24
-    total = blocks + n * (2 * width + norm + integers)
-    return Term("activations", total, f"{text} + N·(2·C·e + {norm + integers})", "what each op saves, once a tensor")
+    integers = 16 if setup.frozen else 24
+    total, text = blocks + n * (2 * width + norm + integers), f"{text} + N·(2·C·e + {norm + integers})"
+    if setup.adapter == "dora" and setup.lora_rank:  # the factors of the outputs, and the norms in them
+        total, text = total + shape.layers * 8 * outputs(shape, setup), f"{text} + L·O·8"
+    if setup.prefix:  # each row's copy, beside its own keys and values
+        size = setup.batch * setup.prefix * 2 * shape.kv_heads * shape.head_dim * setup.element
+        total, text = total + shape.layers * size, f"{text} + L·B·A·2·K·D·e"
+    return Term("activations", total, text, "what each op saves, once a tensor")
 
 
 # ---- what passes ----------------------------------------------------------------------------------------------------
@@ -485,7 +570,7 @@ def logits(shape: Shape, setup: Setup) -> Term:
     total, text = chunk * v * 4 + parts * (c * 4 + 12) + n * c * e, "S·V·4 + J·(C·4 + 12) + N·C·e"
     if e < 4:
         total, text = total + chunk * c * 4, text + " + S·C·4"
-    if not setup.lora_rank:
+    if not setup.frozen:
         several = blocks > 1 or e < 4
         total, text = total + v * c * (e + 4 * blocks * several), text + " + V·C·" + ("(e + 4·U)" if several else "e")
     return Term("logits", total, text, f"ops.linear_cross_entropy, {chunk} tokens a chunk")
@@ -501,7 +586,7 @@ def step_growth(shape: Shape, setup: Setup) -> Term:
     """
     n, e, c, v = setup.tokens, setup.element, shape.dim, shape.vocab
     saved, all_gradients = activations(shape, setup).bytes, gradients(shape, setup).bytes
-    head = 0 if setup.lora_rank else v * c * e
+    head = 0 if setup.frozen else v * c * e
     table = head if shape.tied else 0
     passing = n * (c + (2 if shape.family == "llama" else 1) * shape.hidden) * e
     one = block(shape, setup).bytes

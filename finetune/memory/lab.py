@@ -85,7 +85,11 @@ class Rig:
         return torch.randint(self.shape.vocab, (batch, seq), generator=generator)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        hidden = self.model(tokens, hidden=True).flatten(0, 1)
+        if virtual := getattr(self.model, "virtual", None):
+            tokens = tokens[:, self.setup.prompt :]  # a prompt is counted in
+            hidden = virtual(self.model, tokens, hidden=True).flatten(0, 1)
+        else:
+            hidden = self.model(tokens, hidden=True).flatten(0, 1)
         targets = tokens.flatten()
         if self.setup.loss == "full":
             return F.cross_entropy(F.linear(hidden, self.model.head_weight).float(), targets)
@@ -153,9 +157,14 @@ def kv_cache(rig: Rig) -> int:
     return shape.layers * meters.storage_bytes(meters.tensors_in(layer))
 
 
+def plain(setup: Setup) -> Setup:
+    """Without what is trained beside a model."""
+    return replace(setup, lora_rank=0, prompt=0, prefix=0, quantized="none")
+
+
 def scalar_model(rig: Rig) -> Any:
     """A model of the policy's shape with a head of one number: what reward and value models are."""
-    model = meters.build(rig.config, replace(rig.setup, lora_rank=0))
+    model = meters.build(rig.config, plain(rig.setup))
     if not rig.shape.tied:
         del model.head
     model.scalar = nn.Linear(rig.shape.dim, 1, bias=False, dtype=meters.TORCH_DTYPES[rig.setup.dtype])
@@ -188,7 +197,7 @@ METERS: dict[str, Callable[[Rig], int]] = {
     "activations": activations,
     "logits": logits,
     "KV cache": kv_cache,
-    "reference model": lambda rig: meters.weight_bytes(meters.build(rig.config, replace(rig.setup, lora_rank=0))),
+    "reference model": lambda rig: meters.weight_bytes(meters.build(rig.config, plain(rig.setup))),
     "reward model": lambda rig: meters.weight_bytes(scalar_model(rig)),
     "value model": value_model,
     "step growth": step_growth,

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    return storage_bytes(model.parameters())
+    """Parameters, and buffers: frozen weights in few bits are such."""
+    return storage_bytes(chain(model.parameters(), model.buffers()))
 
 
 def gradient_bytes(model: nn.Module) -> int:
@@ -218,8 +220,9 @@ class Peak:
 
 
 def build(config: Any, setup: Setup) -> Any:
-    """The model of a config (as `shape_of` takes it) with random weights, as `setup` wants it."""
-    from finetune import lora
+    """The model of a config (as `shape_of` takes it) with random weights, as `setup` wants it, a prompt or prefix in
+    its attribute `virtual`."""
+    from finetune import lora, prompt, quantize
     from finetune.gpt import GPT, GPTConfig
     from finetune.llama import Llama, LlamaConfig
 
@@ -231,8 +234,14 @@ def build(config: Any, setup: Setup) -> Any:
         model = kinds[0](kinds[1](**settings))
     finally:
         torch.set_default_dtype(default)
+    if setup.quantized != "none":
+        quantize.quantize_linears(model, setup.quantized)
     if setup.lora_rank:
-        lora.apply_lora(model, setup.lora_rank, targets=setup.targets(shape_of(config)))
+        targets, kind = setup.targets(shape_of(config)), setup.adapter
+        lora.apply_lora(model, setup.lora_rank, targets=targets, dora=kind == "dora", pissa=kind == "pissa")
+    if count := setup.prompt or setup.prefix:
+        part = prompt.Prompt if setup.prompt else prompt.Prefix
+        model.virtual = part.from_tokens(model.requires_grad_(False), torch.arange(count))
     model.gradient_checkpointing = setup.checkpointing
     return model
 

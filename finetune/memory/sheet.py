@@ -102,6 +102,29 @@ ENTRIES = (
         ("arXiv:2106.09685",),
     ),
     Entry(
+        ("LoRA over NF4, quantised twice (QLoRA)", "双重量化 NF4 上的 LoRA（QLoRA）"),
+        {"dtype": "bf16", "lora_rank": RANK, "quantized": "nf4_double"},
+        ("weights",),
+        (
+            "Frozen weights need no more precision than their use: 4 bits, the index of one of 16 quantiles of a "
+            "normal distribution, times the largest magnitude of their 64. Those are stored in 8 bits in turn, less their "
+            "mean, with one fp32 maximum for 256 of them: 4.13 bits a weight. Tables and norms stay in 16 bits.",
+            "冻结的权重只需够用的精度：4 位，即正态分布 16 个分位数之一的下标，乘以所在 64 个权重的最大绝对值。"
+            "这些最大值减去均值后再存为 8 位，每 256 个配一个 fp32 最大值：每个权重 4.13 位。词表与归一化仍为 16 位。",
+        ),
+        ("arXiv:2305.14314",),
+    ),
+    Entry(
+        ("LoRA over int8", "int8 上的 LoRA"),
+        {"dtype": "bf16", "lora_rank": RANK, "quantized": "int8"},
+        ("weights",),
+        (
+            "A byte a weight, and the largest magnitude of each row.",
+            "每个权重一个字节，外加每行的最大绝对值。",
+        ),
+        ("arXiv:2208.07339",),
+    ),
+    Entry(
         ("activations, flash attention", "激活，flash attention"),
         {},
         ("activations of a block", "activations"),

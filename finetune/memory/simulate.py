@@ -63,7 +63,7 @@ def total(tensors: Iterable[torch.Tensor]) -> int:
 def simulate(config: dict[str, Any], setup: Setup) -> dict[str, int]:
     """Bytes of rank 0 by the names of `predict`: weights, gradients, optimizer states, activations. `config` as in
     finetune.shapes. UserError for what is not simulated: LoRA and inference."""
-    if setup.lora_rank or not setup.training:
+    if setup.frozen or not setup.training:
         raise UserError("simulated are training steps of all parameters: no LoRA, no inference")
     config = {**config, "max_length": max(setup.seq, config.get("max_length", 0))}
     if setup.ranks > 1 and setup.zero == 3:

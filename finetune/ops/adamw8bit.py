@@ -34,8 +34,8 @@ def dynamic_map(signed: bool) -> Tensor:
     for decade in range(7):
         parts = 2**decade if signed else 2 ** (decade + 1)
         edges = torch.linspace(0.1, 1, parts + 1)
-        middles = ((edges[:-1] + edges[1:]) / 2).tolist()
-        values += [sign * 10.0 ** (decade - 6) * x for x in middles for sign in ((1, -1) if signed else (1,))]
+        middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)).tolist()  # in fp32, as bitsandbytes
+        values += [sign * x for x in middles for sign in ((1, -1) if signed else (1,))]
     return torch.tensor(sorted(values))
 
 

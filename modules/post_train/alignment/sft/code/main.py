@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from finetune import config, data, hub, lora, memory, ops, optim, shapes
+from finetune import adapters, config, data, hub, lora, memory, ops, optim, shapes
 from finetune.data import Batch, Conversation, Document
 from finetune.errors import UserError
 from finetune.generate import generate
@@ -233,7 +233,7 @@ def load_model(cfg: Config, sets: dict[str, list[Conversation]], run) -> tuple[L
 def save(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     """The adapter as peft opens it, or the whole model as transformers does, with the tokenizer."""
     if cfg.method == "lora" and cfg.model != "scratch":
-        lora.save_adapter(model, folder, str(hub.resolve(cfg.model)))
+        adapters.save_adapter(model, folder, str(hub.resolve(cfg.model)))
         tokenizer.save_pretrained(folder)
     else:
         lora.merge(model)

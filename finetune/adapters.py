@@ -1,0 +1,181 @@
+"""Adapter folders in peft's format, both ways: LoRA, rsLoRA, DoRA, PiSSA (finetune/lora.py), prompts and prefixes
+(finetune/prompt.py). A folder holds adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from finetune import weights
+from finetune.checkpoint import atomic_write
+from finetune.errors import UserError
+from finetune.llama import Llama, from_hf, to_hf
+from finetune.lora import LoRA, LoRALinear, adapters, apply_lora, first_fit, linear_layers
+from finetune.prompt import Prefix, Prompt
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what peft puts before a Hugging Face name
+PARTS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "magnitude"}
+VECTORS = "prompt_embeddings"
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str = "default") -> None:
+    """Writes a Llama's adapter as peft.PeftModel.from_pretrained opens it. `base`: where the base model is found."""
+    layers = {at: layer.part(name) for at, layer in adapters(model) if name in layer.parts}
+    if not layers:
+        raise UserError(f"the model has no adapter '{name}' to save")
+    first = next(iter(layers.values()))
+    ranks = Counter(part.rank for part in layers.values())
+    alphas = Counter(part.alpha for part in layers.values())
+    (rank, _), (alpha, _) = ranks.most_common(1)[0], alphas.most_common(1)[0]
+    plain = {at for at, m in linear_layers(model).items() if not (isinstance(m, LoRALinear) and name in m.parts)}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {hf_module(at): part.rank for at, part in layers.items() if part.rank != rank},
+        "alpha_pattern": {hf_module(at): part.alpha for at, part in layers.items() if part.alpha != alpha},
+        "lora_dropout": first.dropout,
+        "target_modules": sorted(shortest(set(layers), plain)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": "pissa" if first.start_A is not None else True,
+        "use_rslora": first.rslora,
+        "use_dora": first.magnitude is not None,
+    }
+    tensors = {
+        f"{PREFIX}{hf_module(at)}.{theirs}": tensor
+        for at, part in layers.items()
+        for theirs, mine in PARTS.items()
+        if (tensor := getattr(part, mine)) is not None
+    }
+    write(Path(folder), config, tensors, base)
+
+
+def save_prompt(model: Llama, part: Prompt | Prefix, folder: str | Path, base: str = "") -> None:
+    """Writes a trained prompt or prefix as peft.PeftModel.from_pretrained opens it."""
+    shape, prefix = model.config, isinstance(part, Prefix)
+    config = {
+        "peft_type": "PREFIX_TUNING" if prefix else "PROMPT_TUNING",
+        "num_virtual_tokens": len(part.vectors),
+        "token_dim": shape.kv_heads * shape.head_dim if prefix else shape.dim,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": shape.kv_heads if prefix else shape.heads,
+        "num_layers": shape.layers,
+        **({"encoder_hidden_size": shape.dim, "prefix_projection": False} if prefix else {}),
+    }
+    write(Path(folder), config, {VECTORS: part.vectors}, base)
+
+
+def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], base: str) -> None:
+    config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, **config}
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / TENSORS) as temporary:
+            save_file(own, temporary, metadata={"format": "pt"})
+        weights.write_json(folder / CONFIG, config)
+    except OSError as error:
+        raise UserError(f"cannot write the adapter to {folder}: {error}") from None
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
+    """Puts the LoRA adapter of a peft folder on a Llama, frozen otherwise. UserError names what is missing, damaged,
+    of another model, or a variant that is not supported."""
+    folder = Path(folder)
+    config = weights.read_json(folder / CONFIG)
+    weights.require(config, folder / CONFIG, UNSUPPORTED)
+    rank = weights.take(config, folder / CONFIG, "r", int)
+    alpha = weights.take(config, folder / CONFIG, "lora_alpha", float)
+    dora = bool(config.get("use_dora"))
+    tensors = {adapted(key, folder): tensor for key, tensor in weights.read_safetensors(folder, TENSORS)}
+    targets = sorted({at for at, _ in tensors})
+    known = linear_layers(model)
+    for at in targets:
+        if at not in known:
+            raise UserError(f"{folder}: the adapter is for a layer {at}, which this model has not")
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    apply_lora(
+        model,
+        rank,
+        alpha,
+        float(config.get("lora_dropout") or 0.0),
+        [re.escape(at) for at in targets],
+        name=name,
+        rslora=bool(config.get("use_rslora")),
+        dora=dora,
+        pissa=config.get("init_lora_weights") == "pissa",
+        rank_pattern={re.escape(at): first_fit(ranks, hf_module(at), rank) for at in targets},
+        alpha_pattern={re.escape(at): first_fit(alphas, hf_module(at), alpha) for at in targets},
+    )
+    for at, layer in adapters(model):
+        if at in targets:
+            fill(layer.part(name), at, tensors, folder)
+
+
+def fill(part: LoRA, at: str, tensors: Mapping[tuple[str, str], Tensor], folder: Path) -> None:
+    for key in PARTS.values():
+        mine, given = getattr(part, key), tensors.get((at, key))
+        if mine is not None:
+            if given is None or given.shape != mine.shape:
+                shape = "missing" if given is None else f"{tuple(given.shape)} instead of {tuple(mine.shape)}"
+                raise UserError(f"{folder}: {key} of {at} is {shape}: is it an adapter of this model?")
+            mine.data.copy_(given)
+
+
+def load_prompt(model: Llama, folder: str | Path) -> Prompt | Prefix:
+    """The prompt or prefix of a peft folder, for this Llama."""
+    folder, shape = Path(folder), model.config
+    config = weights.read_json(folder / CONFIG)
+    kinds = ("PROMPT_TUNING", "PREFIX_TUNING")
+    if config.get("peft_type") not in kinds:
+        raise UserError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, not {' or '.join(kinds)}")
+    weights.require(config, folder / CONFIG, {"prefix_projection": (False,), "num_transformer_submodules": (1, None)})
+    found = dict(weights.read_safetensors(folder, TENSORS))
+    prefix = config["peft_type"] == "PREFIX_TUNING"
+    width = 2 * shape.layers * shape.kv_heads * shape.head_dim if prefix else shape.dim
+    vectors = found.get(VECTORS)
+    if vectors is None or vectors.dim() != 2 or vectors.shape[1] != width:
+        got = "missing" if vectors is None else f"{tuple(vectors.shape)} instead of (virtual tokens, {width})"
+        raise UserError(f"{folder}: {VECTORS} is {got}: is it an adapter of this model?")
+    return (Prefix if prefix else Prompt)(vectors.float().clone())
+
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    # Others change the base weights when they begin, in ways that the folder does not tell.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "pissa"),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+}
+
+
+def shortest(chosen: set[str], plain: set[str]) -> set[str]:
+    """Hugging Face names of the adapted layers: `q_proj` if every layer of that name is adapted, else whole names."""
+    partly = {at.rsplit(".", 1)[1] for at in plain}
+    return {
+        whole if at.rsplit(".", 1)[1] in partly else whole.rsplit(".", 1)[1]
+        for at, whole in ((at, hf_module(at)) for at in chosen)
+    }
+
+
+def hf_module(name: str) -> str:
+    """`blocks.3.attn.q` → `model.layers.3.self_attn.q_proj`."""
+    return to_hf(f"{name}.weight").removesuffix(".weight")
+
+
+def adapted(key: str, folder: Path) -> tuple[str, str]:
+    """`base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight` → (`blocks.3.attn.q`, `lora_A`)."""
+    match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)", key)
+    if not match:
+        raise UserError(f"{folder}: tensor {key} is not one of a LoRA adapter")
+    return from_hf(f"{match[1]}.weight").removesuffix(".weight"), PARTS[match[2]]
