@@ -108,7 +108,8 @@ ENTRIES = (
         (
             "Frozen weights need no more precision than their use: 4 bits, the index of one of 16 quantiles of a "
             "normal distribution, times the largest magnitude of their 64. Those are stored in 8 bits in turn, "
-            "less their mean, with one fp32 maximum for 256 of them: 4.13 bits a weight. Tables and norms stay in 16 bits.",
+            "less their mean, with one fp32 maximum for 256 of them: 4.13 bits a weight. "
+            "Tables and norms stay in 16 bits.",
             "冻结的权重只需够用的精度：4 位，即正态分布 16 个分位数之一的下标，乘以所在 64 个权重的最大绝对值。"
             "这些最大值减去均值后再存为 8 位，每 256 个配一个 fp32 最大值：每个权重 4.13 位。词表与归一化仍为 16 位。",
         ),
