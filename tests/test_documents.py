@@ -1,55 +1,213 @@
-"""Every command that a document prints: that it exists, and takes the words it is given. Nothing is trained."""
+"""Every command that a document prints is run, every link leads somewhere, every Python snippet holds.
 
+What takes minutes is run as printed by `make longtest`; by default something smaller takes its place (`instead`), which
+the test's name shows. `NEVER` says what is not run, and why.
+"""
+
+import ast
+import importlib.util
+import io
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from finetune import config, registry
-from finetune.cli import app
-from finetune.memory import cli as memory
+from finetune import registry
+from finetune.cli import main
 
 ROOT = Path(__file__).parents[1]
+specification = importlib.util.spec_from_file_location("run_page", ROOT / "scripts/run_page.py")
+run_page = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(run_page)
+
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("learning/*.md"), *ROOT.glob("modules/*/*/*/README.md")])
+FINETUNE = "python -m finetune "
+PROGRAMS = ("python ", "make ", "pytest ", "source ", "pre-commit ", ".venv/bin/python ")
+
+NEVER = {
+    "source .venv/bin/activate": "it changes a shell",
+    "pre-commit install": "it changes the checkout",
+    "pytest -m gpu": "needs a GPU; without one its tests are skipped",
+    ".venv/bin/python -m pytest tests/test_ops.py -k <op>": "the tests are run by themselves",
+}
+# What the default tests run in place of a command that takes longer; a run becomes a `small` one.
+SMALLER = {
+    "bench": "bench --help",
+    "bench <op>": "bench --help",
+    "bench sft_vs_trl": "bench sft_vs_trl --help",
+    "kernels faults": "kernels faults --help",
+    "kernels faults <op>": "kernels faults --help",
+    "kernels static": "kernels static --help",
+    "kernels trace attention": "kernels trace rms_norm",
+    "kernels trace <op>": "kernels trace rms_norm",
+    "kernels levels": "kernels levels transpose --level 2",
+    "kernels levels matmul": "kernels levels transpose --level 2",
+    "run mdp --world taxi": "run mdp --help",
+}
+STEPS = {"cuda": "5"}  # of the runs here; else 2
 
 
-def commands(page):
-    """The lines of a page's shell blocks that begin with a command of ours."""
-    for body in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        for line in body.splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:3] == ["python", "-m", "finetune"]:
-                yield words[3:]
+def lines(text):
+    """The commands of a page: the lines of its shell blocks, and what stands in backticks."""
+    for body in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        yield from (line for line in body.splitlines() if line.strip())
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    yield from (code for code in re.findall(r"`([^`\n]+)`", text) if code.startswith(PROGRAMS) and " " in code)
 
 
-CASES = [pytest.param(words, id=" ".join(words)) for page in PAGES for words in commands(page)]
+def printed():
+    """Command → the pages that print it."""
+    found = {}
+    for page in PAGES:
+        for line in lines(page.read_text(encoding="utf-8")):
+            command = shlex.join(shlex.split(line, comments=True)).replace("'<op>'", "<op>")
+            found.setdefault(command, []).append(str(page.relative_to(ROOT)))
+    return found
 
 
-def test_documents_print_commands():
-    assert len(CASES) > 20
+COMMANDS = printed()
+OURS = [c.removeprefix(FINETUNE) for c in COMMANDS if c.startswith(FINETUNE)]
 
 
-@pytest.mark.parametrize("words", CASES)
-def test_a_printed_command_is_understood(words):
-    context = app.make_context("finetune", list(words))
-    name, command, rest = app.resolve_command(context, [*context._protected_args, *context.args])
-    if name == "kernels":
-        group = command.make_context(name, rest, parent=context)
-        name, command, rest = command.resolve_command(group, [*group._protected_args, *group.args])
-        context = group
-    inner = command.make_context(name, rest, parent=context)  # unknown options and missing arguments raise
-    given = inner.params
-    if given.get("module"):
-        registry.find(given["module"])
-    if name == "run" and not given["help_"]:
-        config.given(registry.load(registry.find(given["module"])).Config, list(given["rest"]))
-    if name == "memory":
-        model, *options = given["rest"]
-        memory.plan(model, [word for word in options if word not in memory.MODES])
-    if name == "compare":
-        for module in given["modules"]:
-            registry.find(module)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """An empty folder to run commands in, with the modules, but none of their runs."""
+    folder = tmp_path_factory.mktemp("documents")
+    for info in registry.modules():
+        copy = folder / "modules" / info.group / info.name
+        (copy / "output").mkdir(parents=True)
+        for path in info.folder.iterdir():
+            if path.name not in ("output", "checkpoints", "models", "data"):
+                (copy / path.name).symlink_to(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_MODULES", str(folder / "modules"))
+        patch.setenv("FINETUNE_DATA", str(folder / "data"))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def a_run(place):
+    """name → folder of a small finished run of the module."""
+    made = {}
+
+    def run(name):
+        if name not in made:
+            (module,) = place.glob(f"modules/*/*/{name}")
+            made[name] = module / "output/small"
+            assert main([*small(name), "--out", str(made[name])]) == 0
+        return made[name]
+
+    return run
+
+
+def small(name):
+    return ["run", name, "--toy", "--steps", STEPS.get(name, "2")]
+
+
+def data_file(path):
+    """What a command's --data names: the suffix says what is wanted."""
+    if path.suffix == ".jsonl":
+        rows = [{"prompt": f"What is {i} + {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".npz":
+        import numpy as np
+
+        chances = np.random.default_rng(0).dirichlet(np.ones(5), (5, 2)).transpose(1, 0, 2)  # (actions, states, states)
+        np.savez(path, P=chances.transpose(1, 0, 2), R=np.arange(10.0).reshape(5, 2), gamma=0.9)
+    else:
+        from pydoc_data.topics import topics
+
+        path.write_text("\n".join(topics.values())[:60_000])
+
+
+def instead(command):
+    """The words that the default tests run for a command of ours."""
+    words = shlex.split(SMALLER.get(command, command))
+    if words[0] != "run" or "--help" in words:
+        return words
+    return [*small(words[1]), *(word for word in words[2:] if word != "--toy")]
+
+
+TAKES_LONG = [c for c in OURS if instead(c) != shlex.split(c) and "<" not in c]
+
+
+def named(command):
+    words = shlex.join(instead(command))
+    return command if words == command else f"{command} → {words}"
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, id=named(c)) for c in OURS])
+def test_a_printed_command_runs(command, place, a_run, monkeypatch, capsys, request):
+    words = instead(command)
+    if words[0] == "run" and words == small(words[1]):
+        a_run(words[1])
+        return
+    if words[0] == "run" and "--help" not in words:
+        words += ["--out", str(place / "runs" / str(OURS.index(command)))]
+    if words[0] == "brief":
+        a_run(words[1])
+    if words[0] == "generate":
+        if "smollm2" in words:
+            request.getfixturevalue("smollm2")
+        for name, text in (("nanogpt", "modules/pre_train/llm/nanogpt/output/RUN"), ("sft", "RUN")):
+            words = [word.replace(text, str(a_run(name))) if text in word else word for word in words]
+        words += ["--max-new-tokens", "2"]
+    if words[0] == "quiz":
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n" + "y\nn\n" * 10))
+    if "--data" in words:
+        data_file(place / words[words.index("--data") + 1])
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    if words[0] == "brief":
+        assert "{" not in out
+    if words[0] == "quiz":
+        assert "questions" in out or "nothing is due" in out
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("command", TAKES_LONG)
+def test_a_command_runs_as_it_is_printed(command, place):
+    words = shlex.split(command)
+    if "--data" in words:
+        data_file(place / words[words.index("--data") + 1])
+    done = subprocess.run([sys.executable, "-m", "finetune", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- other programs' commands
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(FINETUNE)])
+def test_other_commands(command, capsys):
+    if command in NEVER:
+        pytest.skip(f"not run: {command}: {NEVER[command]}")
+    words = shlex.split(command)
+    if words[0] == "make":  # its tests, its benches, its installation: only that the target is there
+        done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif words[1] == "scripts/run_page.py":
+        run_page.run(ROOT / words[2])
+        assert "snippets hold" in capsys.readouterr().out
+    else:  # the scripts that write pages: here they must find nothing to write
+        assert words[:1] == ["python"]
+        done = subprocess.run([sys.executable, words[1], "--check"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_lists_name_what_is_printed():
+    assert len(COMMANDS) > 60
+    assert set(NEVER) <= set(COMMANDS)
+    assert set(SMALLER) <= set(OURS)
+
+
+# --- pages
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -57,3 +215,25 @@ def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_both_languages_have_the_same_pages_and_snippets():
+    """A page's Chinese twin has its headings and links to code, and the same snippets but for their comments."""
+    pages = [page for page in ROOT.glob("learning/*.md") if ".zh-CN" not in page.name]
+    assert len(pages) >= 5
+    for page in pages:
+        twin = page.with_name(page.name.replace(".md", ".zh-CN.md"))
+        texts = [path.read_text(encoding="utf-8") for path in (page, twin)]
+        assert len({tuple(re.findall(r"^#+ ", text, re.MULTILINE)) for text in texts}) == 1, page.name
+        assert len({tuple(re.findall(r"arXiv:\d+\.\d+", text)) for text in texts}) == 1, page.name
+        mine, theirs = ([code for _, code in run_page.snippets(path)] for path in (page, twin))
+        for one, other in zip(mine, theirs, strict=True):
+            assert ast.dump(ast.parse(one)) == ast.dump(ast.parse(other)), page.name
+
+
+def test_a_wrong_snippet_is_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text\n```python\nx = 1\n```\n```sh\nfalse\n```\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError) as error:
+        run_page.run(page)
+    assert error.traceback[-1].lineno + 1 == 9, "the line of the page"
