@@ -1,7 +1,10 @@
 """Briefs, quizzes, decks and comparisons over a run that this file writes itself."""
 
 import json
+import subprocess
+import sys
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from finetune.cli import main
 from finetune.errors import UserError
 from finetune.interview import brief, compare, content, deck, quiz
 
+ROOT = Path(__file__).parents[1]
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 MODULES = registry.modules()
 
@@ -146,10 +150,35 @@ def test_anki_opens_the_deck(sft, tmp_path):
 def test_compare(sft):
     row = compare.matrix([sft])[0]
     assert row["memory"] == "2.00 GB"
-    assert row["result"] == "held_out_loss 3.138 / 4.501"
+    assert row["result"] == "held_out_loss\n3.138 / 4.501"
     assert row["time"] == "60, 229 s"
     (sft.folder / "output/one/summary.json").unlink()
     assert compare.matrix([sft], "zh")[0]["memory"] == "尚无运行"
+
+
+def test_compare_shows_the_first_results(sft):
+    path = sft.folder / "output/one/summary.json"
+    summary = json.loads(path.read_text())
+    names = ("a", "b", "c", "d")
+    summary |= {"metrics": dict.fromkeys(names, 2.0), "baseline": dict.fromkeys(names, 1.0)}
+    path.write_text(json.dumps(summary))
+    assert compare.matrix([sft])[0]["result"] == "a\n2 / 1\nb\n2 / 1\n+ 2"
+
+
+def test_the_seeds_short_commands(sft, tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def script(name, *words):
+        command = [sys.executable, ROOT / "scripts" / name, *words]
+        return subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, input="\n")
+
+    assert "2.44 million" in script("interview_brief.py", "--module", "sft").stdout
+    assert content.read(sft).questions[0].text["en"].points[0] in script("interview_qa.py", "--module", "sft").stdout
+    assert script("export_interview_briefs.py").returncode == 0
+    written = {path.name for path in (tmp_path / "output/interview_briefs").iterdir()}
+    assert written == {"sft.en.md", "sft.zh.md"}
+    assert script("interview_brief.py", "--module", "sfd").returncode == 2
 
 
 def test_commands(sft, tmp_path, monkeypatch, capsys):

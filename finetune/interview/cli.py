@@ -10,6 +10,27 @@ from finetune.errors import UserError
 
 LANG = click.option("--lang", type=click.Choice(["en", "zh"]), default="en", show_default=True, help="Language.")
 
+SAID = {
+    "en": {
+        "deck": "{count} questions in {path}",
+        "none": "nothing is due",
+        "end": "questions answered: {count}, points named: {share:.0%} · {path}",
+        "level": "level {level} of {levels}",
+        "day": "day {day} of {days}",
+        "missing": "to do:",
+        "all": "everything that exists is mastered",
+    },
+    "zh": {
+        "deck": "{path}：{count} 个问题",
+        "none": "没有到期的问题",
+        "end": "已回答 {count} 个问题，说出 {share:.0%} 的要点 · {path}",
+        "level": "等级 {level}，共 {levels} 级",
+        "day": "第 {day} 天，共 {days} 天",
+        "missing": "待做：",
+        "all": "现有的都已掌握",
+    },
+}
+
 
 @click.command()
 @click.argument("module", required=False)
@@ -76,17 +97,18 @@ def quiz(
         from finetune.interview import deck
 
         path = out or Path(f"finetune-{lang}.apkg")
-        click.echo(f"{deck.write(questions, path, lang)} questions in {path}")
+        click.echo(SAID[lang]["deck"].format(count=deck.write(questions, path, lang), path=path))
         return 0
     schedule = engine.Schedule(engine.data_folder() / "quiz.json")
     if due:
         questions = [q for q in questions if schedule.due(q, datetime.now(timezone.utc))]
         if not questions:
-            click.echo("nothing is due")
+            click.echo(SAID[lang]["none"])
             return 0
     shares = engine.ask(questions[:limit], schedule, lang)
     if shares:
-        click.echo(f"\n{len(shares)} questions, {sum(shares) / len(shares):.0%} of the points · {schedule.path}")
+        share = sum(shares) / len(shares)
+        click.echo("\n" + SAID[lang]["end"].format(count=len(shares), share=share, path=schedule.path))
     return 0
 
 
@@ -109,7 +131,7 @@ def compare(modules: tuple[str, ...], lang: str, json: bool) -> int:
         return 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for key in rows[0] if rows else ():
-        table.add_column(engine.HEADS[lang].get(key, ""), overflow="fold")
+        table.add_column(engine.HEADS[lang].get(key, ""), overflow="fold", no_wrap=key in ("module", "result"))
     for row in rows:
         table.add_row(f"[bold]{row['module']}[/]", *list(row.values())[1:])
     display.console().print(table)
@@ -148,9 +170,12 @@ def progress(lang: str, json: bool) -> int:
                 table.add_row(str(day.number), f"[dim]{name}[/]", f"[dim]{path.WORDS[lang]['none']}[/]", "")
     console = display.console()
     console.print(table)
-    title = levels[found["level"] - 1].title[lang] if found["level"] else "-"
-    label = ("level", "day") if lang == "en" else ("等级", "天")
-    console.print(f"[bold]{label[0]} {found['level']}[/] {title} · {label[1]} {min(found['day'], len(days))}")
+    said = SAID[lang]
+    title = f" ({levels[found['level'] - 1].title[lang]})" if found["level"] else ""
+    reached = said["level"].format(level=found["level"], levels=len(levels))
+    today = said["day"].format(day=min(found["day"], len(days)), days=len(days))
+    console.print(f"[bold]{reached}[/]{title} · [bold]{today}[/]", highlight=False)
+    console.print(said["missing" if found["missing"] else "all"])
     for command in found["missing"]:
         console.print(f"  {command}", markup=False, highlight=False)
     return 0

@@ -16,6 +16,8 @@ HEADS = {
            "time": "步数、时间", "used": "用在哪里", "none": "尚无运行"},
 }  # fmt: skip
 
+SHOWN = 2  # results of a module; its run shows the others
+
 
 def measured(info: ModuleInfo) -> dict[str, Any] | None:
     """The summary of the module's last run; None without one."""
@@ -32,11 +34,13 @@ def matrix(infos: list[ModuleInfo], lang: str = "en") -> list[dict[str, str]]:
         row = {"module": info.name} | {key: text[lang] for key, text in info.compare.items()}
         summary = measured(info)
         if summary is None:
-            row |= dict.fromkeys(("memory", "result", "time"), HEADS[lang]["none"])
+            row |= {"memory": HEADS[lang]["none"], "result": "–", "time": "–"}
         else:
             judged = {n: v for n, v in (summary.get("baseline") or {}).items() if v is not None}
             row["memory"] = f"{summary['peak_rss_bytes'] / 1e9:.2f} GB"
-            row["result"] = "\n".join(f"{n} {summary['metrics'][n]:.4g} / {v:.4g}" for n, v in judged.items())
+            lines = [f"{n}\n{summary['metrics'][n]:.4g} / {v:.4g}" for n, v in judged.items()]
+            more = [f"+ {len(lines) - SHOWN}"] if len(lines) > SHOWN else []
+            row["result"] = "\n".join(lines[:SHOWN] + more)
             row["time"] = f"{summary['steps']}, {summary['seconds']:.0f} s{' (toy)' if summary['toy'] else ''}"
         rows.append({key: row[key] for key in ("module", "data", "models", "memory", "result", "time", "used")})
     return rows
