@@ -3,7 +3,7 @@
     python scripts/readme.py [--run RUN_FOLDER …]
 
 The table of modules comes from their module.toml. With --run, what a finished default run measured goes into its
-module's README; that of sft, as the main job, into README.md too.
+module's README; that of sft, as the main job, without its answers into README.md and its Chinese twin too.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def chinese_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def measured(folder: Path) -> str:
+def measured(folder: Path, samples: bool = True) -> str:
     """What the run showed at its end, as text."""
     summary, settings = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "config"))
     judged = {
@@ -53,8 +53,8 @@ def measured(folder: Path) -> str:
         for name, passed in summary["reached"].items()
     }
     console = Console(file=io.StringIO(), width=112)
-    samples = folder / "samples.json"
-    for part in json.loads(samples.read_text()) if samples.exists() else []:
+    path = folder / "samples.json"
+    for part in json.loads(path.read_text()) if samples and path.exists() else []:
         display.samples(console, part["title"], part["rows"])
     display.memory(console, summary["memory"])
     display.closing(console, summary, judged, Path("RUN"))
@@ -77,15 +77,15 @@ def main() -> int:
         for name in stale:
             print(f"{name} is not current: python scripts/readme.py")
         return int(bool(stale))
-    CHINESE.write_text(chinese)
     for folder in wanted.run:
         shown = measured(folder)
         name = json.loads((folder / "summary.json").read_text())["module"]
         page = registry.find(name).folder / "README.md"
         page.write_text(block(page.read_text(), "measured", shown))
         if name == "sft":
-            text = block(text, "run", shown)
+            text, chinese = (block(page, "run", measured(folder, samples=False)) for page in (text, chinese))
     README.write_text(text)
+    CHINESE.write_text(chinese)
     return 0
 
 

@@ -47,6 +47,7 @@ SMALLER = {
     "kernels levels": "kernels levels transpose --level 2",
     "kernels levels matmul": "kernels levels transpose --level 2",
     "run mdp --world taxi": "run mdp --help",
+    "smoke": "smoke --help",
 }
 STEPS = {"cuda": "5"}  # of the runs here; else 2
 
@@ -219,13 +220,17 @@ def test_links_lead_somewhere(page):
 
 def test_both_languages_have_the_same_pages_and_snippets():
     """A page's Chinese twin has its headings and links to code, and the same snippets but for their comments."""
-    pages = [page for page in ROOT.glob("learning/*.md") if ".zh-CN" not in page.name]
+    pages = [page for page in [ROOT / "README.md", *ROOT.glob("learning/*.md")] if ".zh-CN" not in page.name]
     assert len(pages) >= 5
     for page in pages:
         twin = page.with_name(page.name.replace(".md", ".zh-CN.md"))
         texts = [path.read_text(encoding="utf-8") for path in (page, twin)]
         assert len({tuple(re.findall(r"^#+ ", text, re.MULTILINE)) for text in texts}) == 1, page.name
         assert len({tuple(re.findall(r"arXiv:\d+\.\d+", text)) for text in texts}) == 1, page.name
+        programs = [{line.split("#")[0].split("--lang")[0].strip() for line in lines(text)} for text in texts]
+        assert {line.replace(".md", ".zh-CN.md") for line in programs[0]} == {
+            line if ".zh-CN" in line else line.replace(".md", ".zh-CN.md") for line in programs[1]
+        }, page.name
         mine, theirs = ([code for _, code in run_page.snippets(path)] for path in (page, twin))
         for one, other in zip(mine, theirs, strict=True):
             assert ast.dump(ast.parse(one)) == ast.dump(ast.parse(other)), page.name
