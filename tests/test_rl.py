@@ -1,9 +1,13 @@
-"""finetune.rl: what is sampled."""
+"""finetune.rl: what is sampled, and the estimates from it."""
 
 import numpy as np
+import pytest
 import torch
 
+from finetune import ops
+from finetune.rl import advantages
 from finetune.rl import mdp as tables
+from finetune.rl.moments import Moments, chi
 from finetune.rl.rollout import sample_tabular
 
 
@@ -40,3 +44,105 @@ def test_tabular_rollouts_take_the_first_actions_and_the_time_limit():
     assert rollout.truncated.all(1).tolist() == [False, False, True, False, False, True, False]
     assert not rollout.terminated.any()
     assert torch.equal(rollout.truncated.any(1), rollout.truncated.all(1))
+
+
+# --- Advantages
+
+
+def numbers(steps, rows, seed=0, ends=0.1):
+    """rewards, values, next_values, terminated, truncated; V of the next state is the next row's except at an end."""
+    g = torch.Generator().manual_seed(seed)
+    r, v, after = (torch.randn(steps, rows, generator=g, dtype=torch.float64) for _ in range(3))
+    terminated, truncated = (torch.rand(steps, rows, generator=g) < ends for _ in range(2))
+    follows = torch.cat([v[1:], after[-1:]])
+    return r, v, torch.where(terminated | truncated, after, follows), terminated, truncated & ~terminated
+
+
+def ratios(steps, rows):
+    return torch.randn(steps, rows, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+def test_n_step_is_the_td_error_at_one_and_the_whole_return_beyond_the_end():
+    given = numbers(40, 5)
+    for n, lam in ((1, 0.0), (40, 1.0), (99, 1.0)):
+        wanted, _ = ops.gae(*given, gamma=0.9, lam=lam)
+        assert torch.allclose(advantages.n_step(*given, n=n, gamma=0.9), wanted, atol=1e-12)
+
+
+def test_n_step_is_n_rewards_and_the_critic():
+    r, v, after, no, _ = numbers(6, 2, ends=0.0)
+    wanted = r[1] + 0.9 * r[2] + 0.81 * r[3] + 0.9**3 * after[3] - v[1]
+    assert torch.allclose(advantages.n_step(r, v, after, no, no, n=3, gamma=0.9)[1], wanted)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
+def test_without_clipping_to_do_vtrace_is_the_lambda_return(lam):
+    given = numbers(40, 5)
+    _, returns = ops.gae(*given, gamma=0.9, lam=lam)
+    _, targets = advantages.vtrace(*given, torch.zeros(40, 5, dtype=torch.float64), gamma=0.9, lam=lam)
+    assert torch.allclose(targets, returns, atol=1e-12)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(("rho", "c"), [(1.0, 1.0), (2.0, 0.7)])
+def test_vtrace_equals_torchrl(rho, c):
+    peer = pytest.importorskip("torchrl.objectives.value.functional")
+    r, v, after, terminated, truncated = given = numbers(60, 3)
+    log_ratios = ratios(60, 3)
+
+    def turned(x):
+        return x.T[..., None]
+
+    torch.set_default_dtype(torch.float64)  # γ times an integer mask is of the default dtype there
+    try:
+        theirs = peer.vtrace_advantage_estimate(
+            0.9, *map(turned, (log_ratios, torch.zeros_like(v), v, after, r, terminated | truncated, terminated)),
+            rho_thresh=rho, c_thresh=c,
+        )  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float32)
+    mine = advantages.vtrace(*given, log_ratios, gamma=0.9, rho_bar=rho, c_bar=c)
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.allclose(a, b[..., 0].T, atol=1e-12)
+
+
+def test_retrace_is_its_definition():
+    """Q_t + Σ_k γ^k (Π_{1..k} c_i) δ_{t+k}, up to the end."""
+    r, q, after, terminated, truncated = given = numbers(30, 4)
+    log_ratios, ends = ratios(30, 4), terminated | truncated
+    delta = r + 0.9 * after * ~terminated - q
+    c = 0.8 * log_ratios.exp().clamp(max=1)
+    wanted = q.clone()
+    for n in range(4):
+        for t in range(30):
+            weight = 1.0
+            for k in range(t, 30):
+                wanted[t, n] += weight * delta[k, n]
+                if ends[k, n] or k == 29:
+                    break
+                weight *= 0.9 * c[k + 1, n]
+    assert torch.allclose(advantages.retrace(*given, log_ratios, gamma=0.9, lam=0.8), wanted, atol=1e-12)
+
+
+def test_group_forms_are_those_of_rloo_and_grpo():
+    returns = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    others = (returns.sum(1, keepdim=True) - returns) / 3
+    assert torch.allclose(advantages.leave_one_out(returns), returns - others)
+    spread = returns.std(1, keepdim=True) + 1e-4
+    assert torch.allclose(advantages.group_normalised(returns), (returns - returns.mean(1, keepdim=True)) / spread)
+    assert torch.equal(advantages.group_normalised(torch.ones(2, 3)), torch.zeros(2, 3))
+
+
+def test_moments_are_numpys_and_know_what_chance_does():
+    draw = np.random.default_rng(0)
+    cells, values = torch.from_numpy(draw.integers(0, 5, 4000)), torch.from_numpy(draw.normal(2.0, 3.0, (2, 4000)))
+    found = Moments(2, 6)
+    found.add(cells[:1000], values[:, :1000])
+    found.add(cells[1000:], values[:, 1000:])
+    for k in range(5):
+        mine = values[:, cells == k].numpy()
+        assert np.allclose(found.mean()[:, k], mine.mean(1))
+        assert np.allclose(found.variance()[:, k], mine.var(1, ddof=1))
+    assert np.isinf(found.variance()[:, 5]).all()
+    assert abs(chi(found.mean() - 2.0, found.of_mean())).max() < 4
+    assert chi(found.mean() - 2.5, found.of_mean()).min() > 20

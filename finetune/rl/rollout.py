@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from finetune.rl import mdp as tables
 from finetune.rl.mdp import MDP
+
+if TYPE_CHECKING:
+    from finetune.run import Run
 
 
 @dataclass
@@ -27,6 +31,16 @@ class Rollout:
     @property
     def ends(self) -> Tensor:
         return self.terminated | self.truncated
+
+    @property
+    def first_episode(self) -> Tensor:
+        """(T, N) bool: the steps up to the first end of each row, that step included."""
+        return self.ends.cumsum(0) - self.ends.long() == 0
+
+
+def numpy_generator(run: Run, *key: Any) -> np.random.Generator:
+    """As run.generator: it depends on (seed, *key) only."""
+    return np.random.default_rng(run.generator(*key).initial_seed())
 
 
 def sample_tabular(

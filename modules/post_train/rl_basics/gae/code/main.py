@@ -20,7 +20,9 @@ from finetune import config, ops, optim
 from finetune.errors import UserError
 from finetune.rl import mdp as tables
 from finetune.rl.mdp import MDP
-from finetune.rl.rollout import Rollout, sample_tabular
+from finetune.rl.moments import Moments, chi, seen_by_the_gradient
+from finetune.rl.planning import evaluate
+from finetune.rl.rollout import Rollout, numpy_generator, sample_tabular
 
 from . import plots
 from .variants import VARIANTS
@@ -91,24 +93,23 @@ def main(cfg: Config, run) -> dict[str, Any]:
     mdp = load(cfg, run)
     policy = tables.uniform(mdp)
     exact = tables.solve(mdp, policy)
-    critics = {"exact": exact, "half_learnt": swept(mdp, policy, cfg.sweeps)}
-    pairs = np.argwhere(mdp.allowed & ~mdp.terminal[:, None])  # (P, 2)
+    critics = {"exact": exact, "half_learnt": evaluate(mdp, policy, np.zeros(len(exact)), cfg.sweeps)}
+    counted = mdp.allowed & ~mdp.terminal[:, None]  # (S, A)
+    pairs = np.argwhere(counted)  # (P, 2)
     inner = torch.from_numpy(~mdp.terminal)
     names = ("value_error", "value_error_limits_as_ends")
     learnt = {name: torch.zeros(len(exact), dtype=torch.float64) for name in names}
-    moments = torch.zeros(2, len(critics), len(cfg.lambdas), len(pairs), dtype=torch.float64)
+    moments = Moments(len(critics) * len(cfg.lambdas), counted.size)
     expected = {
-        name: np.stack([expected_advantages(mdp, policy, V, cfg.gamma, lam, cfg.length) for lam in cfg.lambdas])[
-            :, pairs[:, 0], pairs[:, 1]
-        ]
+        name: np.stack([expected_advantages(mdp, policy, V, lam, cfg.length).ravel() for lam in cfg.lambdas])
         for name, V in critics.items()
-    }
+    }  # (λ, S·A)
 
     def error(V: Tensor) -> float:
         return float((V - torch.from_numpy(exact))[inner].square().mean().sqrt())
 
-    for step in run.steps(cfg.steps, {"critics": learnt, "moments": {"sums": moments}}):
-        draw = np.random.default_rng(run.generator("rollout", step).initial_seed())
+    for step in run.steps(cfg.steps, {"critics": learnt, "moments": moments}):
+        draw = numpy_generator(run, "rollout", step)
         starts = draw.choice(len(exact), cfg.rows, p=mdp.start)
         rollout = sample_tabular(mdp, policy, cfg.length, starts, draw, limit=cfg.limit)
         if cfg.shuffle_rewards:
@@ -121,15 +122,15 @@ def main(cfg: Config, run) -> dict[str, Any]:
 
         first = np.tile(pairs, (cfg.samples, 1))
         rollout = sample_tabular(mdp, policy, cfg.length, first[:, 0], draw, actions=first[:, 1])
-        moments += estimates(rollout, list(critics.values()), cfg, len(pairs))
-        mean = moments[0] / ((step + 1) * cfg.samples)
-        off = (mean - torch.from_numpy(np.stack([expected["exact"]] * 2))).square().mean(-1).sqrt()  # (critics, λ)
+        moments.add(torch.from_numpy(first @ [counted.shape[1], 1]), estimates(rollout, list(critics.values()), cfg))
+        off = (moments.mean().reshape(len(critics), -1, counted.size)[:, 0] - expected["exact"][0])[:, counted.ravel()]
+        biases = np.sqrt((off**2).mean(-1))  # of each critic, at the first λ
         run.log(
             step,
             **{name: error(V) for name, V in learnt.items()},
             lr=lr,
-            bias_exact_v=off[0, 0],
-            bias_half_learnt_v=off[1, 0],
+            bias_exact_v=biases[0],
+            bias_half_learnt_v=biases[1],
         )
 
     spread = float(exact[~mdp.terminal].std())
@@ -140,7 +141,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
     )
     found: dict[str, Any] = {}
     if cfg.steps:
-        found = judge_lambda(cfg, run, policy, pairs, moments, expected)
+        found = judge_lambda(cfg, run, policy, counted, moments, expected)
         plots.time_limits(run, exact[~mdp.terminal], {n: V[inner].numpy() for n, V in learnt.items()})
     judge_ways(cfg, run)
     return found
@@ -160,38 +161,26 @@ def learn(V: Tensor, rollout: Rollout, gamma: float, lam: float, lr: float) -> N
     V += torch.where(seen > 0, lr * (total / seen.clamp(min=1) - V), 0.0)
 
 
-def estimates(rollout: Rollout, critics: list[np.ndarray], cfg: Config, pairs: int) -> Tensor:
-    """Sums of Â_0 and of its square over the rollouts from each pair: (2, critics, λ, pairs)."""
-    rows = []
+def estimates(rollout: Rollout, critics: list[np.ndarray], cfg: Config) -> Tensor:
+    """Â_0 of each row with each critic and λ: (critics · λ, N)."""
+    found = []
     for V in map(torch.from_numpy, critics):
         given = (rollout.rewards, V[rollout.observations], V[rollout.next_observations])
         for lam in cfg.lambdas:
             advantages, _ = ops.gae(*given, rollout.terminated, rollout.truncated, gamma=cfg.gamma, lam=lam)
-            rows.append(advantages[0].view(-1, pairs))  # (samples, P)
-    first = torch.stack(rows)
-    return torch.stack([first.sum(1), first.square().sum(1)]).view(2, len(critics), len(cfg.lambdas), pairs)
+            found.append(advantages[0])
+    return torch.stack(found)
 
 
-def swept(mdp: MDP, policy: np.ndarray, sweeps: int) -> np.ndarray:
-    """V after so many sweeps of policy evaluation from zero: the shape is there, the size is not."""
-    P, r = tables.under(mdp, policy)
-    V = np.zeros(len(r))
-    for _ in range(sweeps):
-        V = r + mdp.gamma * P @ V
-    return V
-
-
-def expected_advantages(
-    mdp: MDP, policy: np.ndarray, V: np.ndarray, gamma: float, lam: float, steps: int
-) -> np.ndarray:
+def expected_advantages(mdp: MDP, policy: np.ndarray, V: np.ndarray, lam: float, steps: int) -> np.ndarray:
     """E[Â_0 | s, a] (S, A) of GAE over `steps` steps with the critic V, by dynamic programming: no sampling.
 
     A(s, a) = δ(s, a) + γλ Σ_s' P(s'|s, a) Σ_a' π(a'|s') A'(s', a') with A' over one step less, and none over no step.
     """
-    deltas = mdp.R + gamma * mdp.P @ V - V[:, None]
+    deltas = mdp.R + mdp.gamma * mdp.P @ V - V[:, None]
     advantages = np.zeros_like(deltas)
     for _ in range(steps):
-        advantages = deltas + gamma * lam * mdp.P @ (policy * advantages).sum(1)
+        advantages = deltas + mdp.gamma * lam * mdp.P @ (policy * advantages).sum(1)
     return advantages
 
 
@@ -199,23 +188,22 @@ def expected_advantages(
 
 
 def judge_lambda(
-    cfg: Config, run, policy: np.ndarray, pairs: np.ndarray, moments: Tensor, expected: dict[str, np.ndarray]
+    cfg: Config, run, policy: np.ndarray, counted: np.ndarray, moments: Moments, expected: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Bias and variance of both critics over λ. Of the bias counts what depends on the action: the policy gradient is
-    blind to the rest (Σ_a ∇π(a|s) · b(s) = 0)."""
-    count = cfg.steps * cfg.samples
-    mean, square = (m / count for m in moments.numpy())  # (critics, λ, P)
-    variance = (square - mean**2).clip(min=0) * count / max(1, count - 1)
-    truth = expected["exact"]
-    z = {name: chi(mean[i] - expected[name], variance[i] / count) for i, name in enumerate(expected)}
-    run.judge("exact_v_bias_z", z["exact"], baseline=chi(mean[1] - truth, variance[1] / count), target=4, higher=False)
+    """Bias and variance of both critics over λ; the bias is the part that a policy gradient sees."""
+    truth, cells = expected["exact"], counted.ravel()
+
+    def split(values: np.ndarray) -> dict[str, np.ndarray]:  # (critics · λ, S·A) → name: (λ, S·A)
+        return dict(zip(expected, values.reshape(len(expected), -1, values.shape[1]), strict=True))
+
+    mean, variance, chance = map(split, (moments.mean(), moments.variance(), moments.of_mean()))
+    z = {name: chi(mean[name] - expected[name], chance[name]).max() for name in expected}
+    confused = chi(mean["half_learnt"] - truth, chance["half_learnt"]).max()
+    run.judge("exact_v_bias_z", z["exact"], baseline=confused, target=4, higher=False)
     run.judge("half_learnt_v_expectation_z", z["half_learnt"], target=4, higher=False)
-    bias = seen_by_the_gradient(expected["half_learnt"] - truth, policy, pairs)  # (λ,)
-    measured = {
-        name: seen_by_the_gradient(m - truth, policy, pairs, v / count)
-        for name, m, v in zip(expected, mean, variance, strict=True)
-    }
-    noise = {name: v.mean(-1) for name, v in zip(expected, variance, strict=True)}  # (λ,)
+    bias = seen_by_the_gradient(expected["half_learnt"] - truth, policy, counted)  # (λ,)
+    measured = {n: seen_by_the_gradient(mean[n] - truth, policy, counted, chance[n]) for n in expected}
+    noise = {n: v[:, cells].mean(-1) for n, v in variance.items()}  # (λ,)
     for name, values, rising in (("bias_falls", bias, False), ("variance_rises", noise["half_learnt"], True)):
         steps = values[1:] / values[:-1]
         run.judge(name, steps.min() if rising else steps.max(), target=1.0, higher=rising)
@@ -226,37 +214,6 @@ def judge_lambda(
         "variance_at_the_first_lambda": float(noise["half_learnt"][0]),
         "variance_at_the_last_lambda": float(noise["half_learnt"][-1]),
     }
-
-
-def chi(off: np.ndarray, variance: np.ndarray) -> float:
-    """How far off the means (λ, P) are, all pairs together, in standard deviations of what chance does: the worst λ.
-
-    χ² = Σ off² / variance has mean P and variance 2 P if the expectation is right.
-    """
-    known = variance > 1e-20  # a pair of which every sample is the same says nothing about chance
-    total = np.where(known, off**2 / np.where(known, variance, 1.0), 0.0).sum(-1)
-    return float(((total - known.sum(-1)) / np.sqrt(2 * known.sum(-1).clip(min=1))).max())
-
-
-def seen_by_the_gradient(
-    off: np.ndarray, policy: np.ndarray, pairs: np.ndarray, variance: np.ndarray | None = None
-) -> np.ndarray:
-    """Root mean square over the pairs of off(s, a) − Σ_a π(a|s) off(s, a); off (λ, P) → (λ,).
-
-    variance (λ, P) of `off`, where that is measured: what chance adds to the square is taken away again.
-    """
-
-    def table(values: np.ndarray) -> np.ndarray:
-        full = np.zeros((len(values), *policy.shape))
-        full[:, pairs[:, 0], pairs[:, 1]] = values
-        return full
-
-    full = table(off)
-    square = (full - (policy * full).sum(-1, keepdims=True)) ** 2
-    if variance is not None:
-        full = table(variance)
-        square -= (1 - 2 * policy) * full + (policy**2 * full).sum(-1, keepdims=True)
-    return np.sqrt(square[:, pairs[:, 0], pairs[:, 1]].mean(-1).clip(min=0))
 
 
 def judge_ways(cfg: Config, run) -> None:

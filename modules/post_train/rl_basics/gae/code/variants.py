@@ -9,9 +9,7 @@ Each takes rewards, values, next_values (T, N) and terminated, truncated (T, N) 
 import torch
 from torch import Tensor
 
-
-def td_errors(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, gamma: float) -> Tensor:
-    return rewards + (gamma * next_values).masked_fill(terminated, 0.0) - values
+from finetune.rl.advantages import td_errors
 
 
 def by_definition(

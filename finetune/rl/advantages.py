@@ -1,0 +1,117 @@
+"""Estimates of the advantage from rollouts, besides GAE, which is the op `gae` (λ = 0: the TD error; λ = 1: the whole
+return less V). Off-policy: `log_ratios` are log π(a|s) − log μ(a|s) of the actions that μ took.
+
+As in the op: all (T, N); next_values is V of the state that each step reached; nothing crosses the end of an episode;
+one that terminated is worth 0, one that was truncated what V says. No gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def td_errors(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+    """δ_t = r_t + γ V(s_{t+1}) − V(s_t), without V(s_{t+1}) where nothing follows."""
+    return rewards + (gamma * next_values).masked_fill(terminated, 0.0) - values
+
+
+@torch.no_grad()
+def n_step(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    *,
+    n: int,
+    gamma: float,
+) -> Tensor:
+    """Σ_{k<n} γ^k δ_{t+k}: n rewards, then the critic. Fewer where the episode or the rollout ends before."""
+    deltas = td_errors(rewards, values, next_values, terminated, gamma)
+    ends, total = terminated | truncated, torch.zeros_like(deltas)
+    goes_on = torch.ones_like(ends)
+    for k in range(min(n, len(deltas))):
+        here = slice(0, len(deltas) - k)
+        total[here] += (gamma**k * deltas[k:]).masked_fill(~goes_on[here], 0.0)
+        goes_on[here] &= ~ends[k:]
+    return total
+
+
+@torch.no_grad()
+def vtrace(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    log_ratios: Tensor,
+    *,
+    gamma: float,
+    lam: float = 1.0,
+    rho_bar: float = 1.0,
+    c_bar: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """V-trace (Espeholt et al. 2018, arXiv:1802.01561): advantages, and targets of V.
+
+        v_t = V_t + ρ_t δ_t + γ c_t (v_{t+1} − V_{t+1})     A_t = ρ_t (r_t + γ v_{t+1} − V_t)
+        ρ = min(rho_bar, π/μ), c = λ min(c_bar, π/μ)
+
+    The targets belong to a policy between μ and π unless rho_bar is no bound (inf); c_bar bounds the variance only.
+    """
+    ratios = log_ratios.exp()
+    rho, c = ratios.clamp(max=rho_bar), lam * ratios.clamp(max=c_bar)
+    ends = terminated | truncated
+    corrections = _backwards(rho * td_errors(rewards, values, next_values, terminated, gamma), gamma * c, ends)
+    targets = values + corrections
+    following = torch.cat([targets[1:], next_values[-1:]])
+    following = torch.where(ends, next_values, following)
+    return rho * td_errors(rewards, values, following, terminated, gamma), targets
+
+
+@torch.no_grad()
+def retrace(
+    rewards: Tensor,
+    action_values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    log_ratios: Tensor,
+    *,
+    gamma: float,
+    lam: float = 1.0,
+) -> Tensor:
+    """Retrace(λ) (Munos et al. 2016, arXiv:1606.02647): targets of Q(s_t, a_t); less V(s_t) they are advantages.
+
+        q_t = Q_t + δ_t + γ c_{t+1} (q_{t+1} − Q_{t+1})     δ_t = r_t + γ Σ_a π(a|s_{t+1}) Q(s_{t+1}, a) − Q_t
+        c = λ min(1, π/μ)
+
+    action_values is Q of the actions taken, next_values the mean of Q under π in the state reached.
+    """
+    deltas = td_errors(rewards, action_values, next_values, terminated, gamma)
+    c = lam * log_ratios.exp().clamp(max=1.0)
+    following = torch.cat([c[1:], torch.zeros_like(c[:1])])
+    return action_values + _backwards(deltas, gamma * following, terminated | truncated)
+
+
+def leave_one_out(returns: Tensor) -> Tensor:
+    """(…, K) returns of one group → each less the mean of the others: unbiased, as the baseline knows nothing of it."""
+    k = returns.shape[-1]
+    return (returns - returns.mean(-1, keepdim=True)) * (k / (k - 1))
+
+
+def group_normalised(returns: Tensor, eps: float = 1e-4) -> Tensor:
+    """(…, K) returns of one group → less their mean, over their standard deviation (n − 1) + eps, as GRPO does.
+
+    Biased: the mean holds the return itself, and the deviation makes hard and easy groups alike.
+    """
+    return (returns - returns.mean(-1, keepdim=True)) / (returns.std(-1, keepdim=True) + eps)
+
+
+def _backwards(terms: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
+    """x_t = terms_t + factors_t · x_{t+1}, without x_{t+1} at an end."""
+    found, x = torch.empty_like(terms), torch.zeros_like(terms[0])
+    for t in reversed(range(len(terms))):
+        x = terms[t] + (factors[t] * x).masked_fill(ends[t], 0.0)
+        found[t] = x
+    return found

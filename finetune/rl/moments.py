@@ -1,0 +1,69 @@
+"""Mean and variance of estimates, by pair of state and action, and how far they are from what is exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+
+class Moments:
+    """Of several estimators (K) in each of a number of cells; a run's checkpoints hold it."""
+
+    def __init__(self, estimators: int, cells: int) -> None:
+        self.sums, self.squares = (torch.zeros(estimators, cells, dtype=torch.float64) for _ in range(2))
+        self.counts = torch.zeros(cells, dtype=torch.float64)
+
+    def add(self, cells: Tensor, values: Tensor) -> None:
+        """values (K, N) of the samples that belong to cells (N,)."""
+        self.counts.index_add_(0, cells, torch.ones(len(cells), dtype=torch.float64))
+        self.sums.index_add_(1, cells, values.double())
+        self.squares.index_add_(1, cells, values.double().square())
+
+    def mean(self) -> Array:
+        """(K, cells); 0 where nothing was added."""
+        return (self.sums / self.counts.clamp(min=1)).numpy()
+
+    def variance(self) -> Array:
+        """(K, cells) of one sample, unbiased; infinite where fewer than two were added."""
+        spread = (self.squares / self.counts.clamp(min=1)).numpy() - self.mean() ** 2
+        n = self.counts.numpy()
+        return np.where(n > 1, spread.clip(min=0) * n / (n - 1).clip(min=1), np.inf)
+
+    def of_mean(self) -> Array:
+        """(K, cells) variance of the mean."""
+        return self.variance() / self.counts.clamp(min=1).numpy()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"sums": self.sums, "squares": self.squares, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.sums, self.squares, self.counts = state["sums"], state["squares"], state["counts"]
+
+
+def chi(off: Array, variance: Array) -> Array:
+    """How far off means (…, cells) with these variances are, all cells together, in standard deviations of chance.
+
+    Σ off² has mean Σ variance and variance 2 Σ variance² if the expectations are right and the cells independent. The
+    sums are compared and not cell by cell: a cell whose rare outcome never came has too small a variance of its own.
+    """
+    v = np.where(np.isfinite(variance), variance, 0.0)
+    total = np.where(np.isfinite(variance), off**2, 0.0).sum(-1)
+    return (total - v.sum(-1)) / np.maximum(np.sqrt(2 * (v**2).sum(-1)), 1e-20)
+
+
+def seen_by_the_gradient(off: Array, policy: Array, counted: NDArray[np.bool_], variance: Array | None = None) -> Array:
+    """Root mean square, over the counted pairs (S, A), of off(s, a) − Σ_a π(a|s) off(s, a); off (…, S·A).
+
+    A policy gradient is blind to the rest, as Σ_a ∇π(a|s) b(s) = 0. variance (…, S·A), where `off` is measured: what
+    chance adds to the squares is taken away again.
+    """
+    full = off.reshape(*off.shape[:-1], *policy.shape)
+    square = (full - (policy * full).sum(-1, keepdims=True)) ** 2
+    if variance is not None:
+        spread = np.where(np.isfinite(variance), variance, 0.0).reshape(full.shape)
+        square = square - (1 - 2 * policy) * spread - (policy**2 * spread).sum(-1, keepdims=True)
+    return np.sqrt(square[..., counted].mean(-1).clip(min=0))

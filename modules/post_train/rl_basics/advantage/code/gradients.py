@@ -1,0 +1,122 @@
+"""The policy gradient of a softmax over the table's logits, exactly and from rollouts, by what stands at ∇ log π.
+
+∂ log π(a|s) / ∂ θ(s, b) = 1[a = b] − π(b|s)
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune import ops
+from finetune.rl import mdp as tables
+from finetune.rl.advantages import group_normalised, leave_one_out
+from finetune.rl.mdp import MDP
+from finetune.rl.rollout import Rollout
+
+UNBIASED_GRADIENTS = (
+    "total_return", "reward_to_go", "value_baseline", "optimal_baseline", "leave_one_out", "gae", "advantage",
+)  # fmt: skip
+GRADIENTS = (*UNBIASED_GRADIENTS, "group_normalised")
+
+
+def exact_gradient(mdp: MDP, policy: np.ndarray, steps: int) -> np.ndarray:
+    """Σ_{t<steps} γ^t Σ_s Pr(s_t = s) π(a|s) A^π(s, a) for every (s, a): the policy gradient theorem."""
+    P, _ = tables.under(mdp, policy)
+    seen, now = np.zeros(len(P)), np.array(mdp.start)
+    for t in range(steps):
+        seen += mdp.gamma**t * now
+        now = now @ P
+    A = np.where(mdp.allowed, tables.advantages(mdp, policy), 0.0)
+    return seen[:, None] * policy * A
+
+
+def optimal_baseline(mdp: MDP, policy: np.ndarray, V: np.ndarray) -> np.ndarray:
+    """b(s) = E[|∇ log π|² Q] / E[|∇ log π|²] (S,): of all functions of the state the one that leaves the least variance
+    to a step's own term. |∇ log π(a|s)|² = 1 − 2 π(a|s) + Σ_b π(b|s)²."""
+    weights = policy * (1 - 2 * policy + (policy**2).sum(1, keepdims=True))
+    Q = np.where(mdp.allowed, tables.action_values(mdp, V), 0.0)
+    total = weights.sum(1)
+    return np.where(total > 0, (weights * Q).sum(1) / np.where(total > 0, total, 1.0), V)
+
+
+class Slopes:
+    """Mean, variance and covariance of the gradients of each factor (K) by D logits; a run's checkpoints hold it.
+
+    The covariance is kept along at most 64 directions: all there are in a small table, random ones in a large one.
+    """
+
+    def __init__(self, wanted: np.ndarray, generator: np.random.Generator) -> None:
+        self.wanted = wanted.ravel()  # the exact gradient
+        d, k = len(self.wanted), len(GRADIENTS)
+        m = min(d, 64)
+        self.basis = torch.from_numpy(
+            np.linalg.qr(np.column_stack([self.wanted, generator.normal(size=(d, m - 1))]))[0]
+        )
+        self.count = torch.zeros((), dtype=torch.float64)
+        self.sums, self.squares, self.outer = (torch.zeros(k, *n, dtype=torch.float64) for n in ((d,), (), (m, m)))
+
+    def add(self, samples: Tensor) -> None:
+        """(K, N, D)"""
+        self.count += samples.shape[1]
+        self.sums += samples.sum(1)
+        self.squares += samples.square().sum((1, 2))
+        along = samples @ self.basis
+        self.outer += along.mT @ along
+
+    def mean(self) -> np.ndarray:
+        return (self.sums / self.count).numpy()  # (K, D)
+
+    def variance(self) -> np.ndarray:
+        """(K,) trace of the covariance of one sample."""
+        return (self.squares / self.count).numpy() - (self.mean() ** 2).sum(-1)
+
+    def z(self) -> np.ndarray:
+        """(K,) |mean − exact|², in standard deviations of what chance does: it has mean tr C and variance 2 tr C²."""
+        mean = self.mean() @ self.basis.numpy()
+        C = ((self.outer / self.count).numpy() - mean[:, :, None] * mean[:, None]) / float(self.count)
+        off = ((mean - self.wanted @ self.basis.numpy()) ** 2).sum(-1)
+        return (off - np.trace(C, axis1=1, axis2=2)) / np.sqrt(2 * (C**2).sum((1, 2)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("count", "sums", "squares", "outer")}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        vars(self).update(state)
+
+
+def gradients(group: int, lam: float, mdp: MDP, rollout: Rollout, policy: np.ndarray, V: np.ndarray) -> Tensor:
+    """(factors, groups, S·A): the mean over a group of rollouts of Σ_t γ^t ∇ log π(a_t|s_t) Ψ_t, up to the rollout's
+    first end. The critic is exact."""
+    states, actions, gamma = rollout.observations, rollout.actions, mdp.gamma
+    values, table = torch.from_numpy(V), torch.from_numpy(policy)
+    given = (
+        rollout.rewards, values[states], values[rollout.next_observations], rollout.terminated, rollout.truncated
+    )  # fmt: skip
+    baselined, returns = ops.gae(*given, gamma=gamma, lam=1.0)
+    smoothed, _ = ops.gae(*given, gamma=gamma, lam=lam)
+    best = torch.from_numpy(optimal_baseline(mdp, policy, V))
+    exact = torch.from_numpy(np.where(mdp.allowed, tables.advantages(mdp, policy), 0.0))
+    grouped = returns[0].view(-1, group)
+    discount = gamma ** torch.arange(len(states), dtype=torch.float64)[:, None]
+    alone = torch.ones_like(discount)
+    factors = {  # Ψ, (T, N) or (N,)
+        "total_return": alone * returns[0],
+        "reward_to_go": discount * returns,
+        "value_baseline": discount * baselined,
+        "optimal_baseline": discount * (returns - best[states]),
+        "leave_one_out": alone * leave_one_out(grouped).flatten(),
+        "gae": discount * smoothed,
+        "advantage": discount * exact[states, actions],
+        "group_normalised": alone * group_normalised(grouped).flatten(),
+    }
+    rows, (S, A) = states.shape[1], policy.shape
+    at = (torch.arange(rows) * S * A + states * A + actions).flatten()
+    alive = rollout.first_episode
+    found = []
+    for name in GRADIENTS:
+        taken = torch.zeros(rows * S * A, dtype=torch.float64)
+        taken.index_add_(0, at, (factors[name] * alive).flatten())
+        weights = taken.view(rows, S, A)
+        slope = weights - weights.sum(-1, keepdim=True) * table  # (N, S, A)
+        found.append(slope.view(-1, group, S * A).mean(1))
+    return torch.stack(found)
