@@ -215,8 +215,8 @@ def test_tensors_of_what_is_trained(config, setup):
 def test_published_figures():
     """Parameters: Touvron et al. 2023 (arXiv:2302.13971, table 2; the checkpoints' exact counts), Radford et al. 2019
     (124 M). 16 bytes a parameter with bf16 and Adam: Rajbhandari et al. 2020 (arXiv:1910.02054, §3.1: 7.5 billion need
-    120 GB). KV cache: Llama-2-7B 512 KiB and Llama-3-8B 128 KiB a token in 16 bits. Attention's 5·a·s²/(s·h) of
-    Korthikanti et al. 2022 is not kept at all."""
+    120 GB). KV cache: Llama-2-7B 512 KiB, Llama-3-8B 128 KiB, the 70Bs 320 KiB a token in 16 bits. Attention's
+    5·a·s²/(s·h) of Korthikanti et al. 2022 is not kept at all."""
     count = {name: formulas.parameters(shape_of(shape)) for name, shape in (shapes.LLAMA | shapes.GPT).items()}
     assert count["llama-7b"] == 6_738_415_616
     assert count["smollm2-135m"] == 134_515_008
@@ -230,6 +230,7 @@ def test_published_figures():
     }
     assert per_token["llama-7b"] == 512 * 1024
     assert per_token["llama-3-8b"] == 128 * 1024
+    assert per_token["llama-2-70b"] == per_token["llama-3-70b"] == 320 * 1024
 
 
 def test_lora_shares():

@@ -90,6 +90,14 @@ def test_the_command_shows_and_draws(rows, tmp_path, monkeypatch, capsys):
     assert all(row["simulated"] for row in simulated)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "none"])
+def test_every_setting_of_a_model_is_shown(dtype, optimizer, capsys):
+    words = ["--dtype", dtype, "--optimizer", optimizer, "--ranks", "4", "--zero", "2", "--algorithm", "ppo"]
+    assert main(["memory", "llama-2-70b", *words]) == 0
+    assert "does not fit here" in capsys.readouterr().out
+
+
 def test_mistakes(monkeypatch, capsys):
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1 << 30)
     for words, message in (

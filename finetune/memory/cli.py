@@ -1,5 +1,5 @@
 """`python -m finetune memory MODULE [--toy] [--key value …]` and `memory MODEL [--batch 8 --seq 4096 …]`: what training
-needs, by the formulas; nothing is loaded, trained or allocated."""
+needs, by the formulas: nothing is loaded, trained or allocated. --measure and --simulate set what is found beside."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def instead(shape: Shape, setup: Setup) -> dict[str, int]:
         for stage in (1, 2, 3):
             if setup.ranks > 1 and stage != setup.zero and (stage < 3 or setup.quantized == "none"):
                 options[f"--zero {stage}"] = {"zero": stage}
-    other = {"fp32": "bf16", "bf16": "fp32"}[setup.dtype]
+    other = "bf16" if setup.dtype == "fp32" else "fp32"
     options[f"--dtype {other}"] = {"dtype": other}
     if setup.training:
         options["--optimizer none"] = {"optimizer": "none"}

@@ -4,12 +4,11 @@ the other, and their tensors counted. ZeRO is simulated (`simulate.py`): its oth
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -95,10 +94,16 @@ class Rig:
             return F.cross_entropy(F.linear(hidden, self.model.head_weight).float(), targets)
         return ops.linear_cross_entropy(hidden, self.model.head_weight, targets)
 
-    def attention(self) -> AbstractContextManager[Any]:
-        if self.setup.attention == "flash":
-            return nullcontext()
-        return mock.patch.object(ops, "attention", partial(ops.attention, backend="reference"))
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Inside, the models' attention is the setup's: naive is the reference."""
+        own = ops.attention
+        if self.setup.attention == "naive":
+            ops.attention = partial(own, backend="reference")
+        try:
+            yield
+        finally:
+            ops.attention = own
 
     def trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
