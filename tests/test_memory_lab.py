@@ -50,6 +50,9 @@ def test_of_a_gpt_too(monkeypatch):
     """Without ZeRO, whose simulation is tested on GPT-2's own shape."""
     monkeypatch.setattr(lab, "entries_for", lambda shape: [e for e in entries_for(shape) if "zero" not in e.changes])
     compare(lab.measure(GPT2, Setup(batch=2, seq=96, checkpointing=True), lambda done, of: None))
+    shape, alone = shape_of(GPT2), Setup(batch=1, seq=96, attention="naive")
+    found = lab.measured(GPT2, alone, {"activations of a block": formulas.block(shape, alone)})
+    assert found == {"activations of a block": formulas.block(shape, alone).bytes}
 
 
 def test_a_measurement_is_of_the_setting_it_names(rows):
