@@ -60,17 +60,12 @@ def lines(text):
     yield from (code for code in re.findall(r"`([^`\n]+)`", text) if code.startswith(PROGRAMS) and " " in code)
 
 
-def printed():
-    """Command → the pages that print it."""
-    found = {}
-    for page in PAGES:
-        for line in lines(page.read_text(encoding="utf-8")):
-            command = shlex.join(shlex.split(line, comments=True)).replace("'<op>'", "<op>")
-            found.setdefault(command, []).append(str(page.relative_to(ROOT)))
-    return found
+def plain(line):
+    """A command without its comment, spaced and quoted in one way."""
+    return shlex.join(shlex.split(line, comments=True)).replace("'<op>'", "<op>")
 
 
-COMMANDS = printed()
+COMMANDS = [*dict.fromkeys(plain(line) for page in PAGES for line in lines(page.read_text(encoding="utf-8")))]
 OURS = [c.removeprefix(FINETUNE) for c in COMMANDS if c.startswith(FINETUNE)]
 
 
@@ -119,8 +114,8 @@ def data_file(path):
     elif path.suffix == ".npz":
         import numpy as np
 
-        chances = np.random.default_rng(0).dirichlet(np.ones(5), (5, 2)).transpose(1, 0, 2)  # (actions, states, states)
-        np.savez(path, P=chances.transpose(1, 0, 2), R=np.arange(10.0).reshape(5, 2), gamma=0.9)
+        chances = np.random.default_rng(0).dirichlet(np.ones(5), (5, 2))  # (states, actions, states)
+        np.savez(path, P=chances, R=np.arange(10.0).reshape(5, 2), gamma=0.9)
     else:
         from pydoc_data.topics import topics
 
