@@ -14,8 +14,8 @@ for `python -m finetune memory NAME`, and ends its run with
 gradients, runs forward and backward twice (once to walk the saved tensors, once for the resident set), drops the
 gradients again and changes nothing else: no optimizer step, so parameters and optimizer states stay as they are.
 
-`sheet.py` lists the settings of the cheat sheet, `lab.py` measures each (`memory NAME --measure`), `simulate.py` takes a
-step in shapes only, of models that do not fit and of ranks that are not there (`memory MODEL --simulate`).
+`sheet.py` lists the settings of the cheat sheet, `lab.py` measures each (`memory NAME --measure`), `simulate.py` takes
+a step in shapes only, of models that do not fit and of ranks that are not there (`memory MODEL --simulate`).
 """
 
 from __future__ import annotations
