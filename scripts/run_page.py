@@ -26,4 +26,7 @@ def run(page: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)
+    if not Path(sys.argv[1]).is_file():
+        print(f"error: there is no {sys.argv[1]}", file=sys.stderr)
+        sys.exit(2)
     run(Path(sys.argv[1]))

@@ -127,14 +127,17 @@ WORDS = {
         "look": "Look at", "say": "Be able to say", "none": "does not exist yet",
         "check": "Checked by `python -m finetune progress`: of each module a run that reached its targets, every "
         "question of its quiz answered, and {share:.0%} of the key points named in the last answers.",
-        "intro": "An hour or two a day: run the module, read its README and plots, speak its brief, be questioned.",
+        "intro": "An hour or two a day: run the module, read its README and plots, speak its brief, be questioned. "
+        "[Attention](attention.md) has a page of its own, for the day of nanogpt; the [cheat sheet](CHEAT_SHEET.md) is "
+        "for every day.",
     },
     "zh": {
         "roadmap": "十四天路线", "levels": "五个等级", "day": "第", "level": "等级", "run": "运行", "look": "观察",
         "say": "要能讲清", "none": "尚不存在",
         "check": "由 `python -m finetune progress` 检查：每个模块都有一次达到目标的运行，测验的每个问题都已回答，"
         "并且最近的回答说出了 {share:.0%} 的要点。",
-        "intro": "每天一两个小时：运行模块，阅读它的 README 和图，出声讲述简报，接受提问。",
+        "intro": "每天一两个小时：运行模块，阅读它的 README 和图，出声讲述简报，接受提问。"
+        "[注意力](attention.zh-CN.md)另有一页，配合 nanogpt 那天；[速查表](CHEAT_SHEET.zh-CN.md)每天可用。",
     },
 }  # fmt: skip
 

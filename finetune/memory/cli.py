@@ -184,7 +184,7 @@ def show(name: str, shape: Shape, setup: Setup) -> None:
         for key in values
         if any(key in re.findall(r"\w", term.formula) for term in terms[:-1] if term.name != "step growth")
     ]
-    console.print(" · ".join(f"{key} {MEANING[key][0]} {values[key]:,}" for key in used), style="dim")
+    console.print(" · ".join(f"{key} = {values[key]:,} ({MEANING[key][0]})" for key in used), style="dim")
     if setup.training and not setup.checkpointing:
         saved = block_saved(shape, setup)
         console.print(f"\nOne block keeps {size(sum(b for b, _ in saved.values()))} a token for its backward pass:")
