@@ -111,7 +111,7 @@ def run(
 @click.option("-h", "--help", "help_", is_flag=True, help="What can be asked.")
 @REST
 def memory(json: bool, help_: bool, rest: tuple[str, ...]) -> Any:
-    """Memory that training needs, by formula: memory sft, memory llama-7b --optimizer adamw --batch 8 --seq 4096."""
+    """Memory that training needs, by formula and measured: memory sft --measure, memory llama-7b --seq 4096."""
     from finetune.memory.cli import main
 
     return main([*rest, *(["--help"] if help_ else [])], json=json)
