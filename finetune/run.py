@@ -135,6 +135,7 @@ class Run:
         Without a target the result must beat its baseline; without both it is only shown.
         """
         value = float(value)
+        baseline, target = (None if x is None else float(x) for x in (baseline, target))  # NumPy's are no JSON
         bar = baseline if target is None else target
         passed: bool | None = None
         if bar is not None:

@@ -49,7 +49,7 @@ SMALLER = {
     "run mdp --world taxi": "run mdp --help",
     "smoke": "smoke --help",
 }
-STEPS = {"cuda": "5"}  # of the runs here; else 2
+STEPS = {"cuda": "5", "td_learning": "6"}  # of the runs here; else 2
 
 
 def lines(text):

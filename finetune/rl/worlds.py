@@ -110,12 +110,16 @@ def random_walk(states: int = 5, left: float = 0.0, right: float = 1.0, gamma: f
     return make(P, R, gamma, terminal=ends, start=start, actions=("step",), shape=(1, n), name=f"random_walk_{states}")
 
 
-def baird(gamma: float = 0.99) -> MDP:
-    """Baird's counterexample (section 11.2): 7 states, no reward; `dashed` leads to one of the first six, `solid` to
-    the seventh. The behaviour takes dashed 6 times in 7; the target policy always takes solid."""
-    P = np.zeros((7, 2, 7))
-    P[:, 0, :6], P[:, 1, 6] = 1 / 6, 1
-    return make(P, np.zeros((7, 2)), gamma, terminal=[False] * 7, actions=("dashed", "solid"), name="baird")
+def maximisation_bias(gamma: float = 1.0, actions: int = 10) -> MDP:
+    """Example 6.7: from A, right (action 1) ends for nothing and left leads to B, of which every action ends with a
+    reward of −0.1 on average; whoever runs it adds the noise."""
+    P, R = np.zeros((3, actions, 3)), np.zeros((3, actions))
+    P[0, 0, 1] = P[0, 1, 2] = 1
+    P[1:, :, 2] = 1
+    R[1] = -0.1
+    allowed = np.ones((3, actions), bool)
+    allowed[0, 2:] = False
+    return make(P, R, gamma, allowed=allowed, start=[1, 0, 0], terminal=[False, False, True], name="maximisation_bias")
 
 
 # What the book prints: values of the random policy, V*, and the sweeps of iterative policy evaluation.

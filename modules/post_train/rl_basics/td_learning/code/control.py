@@ -1,0 +1,231 @@
+"""Learning to act: SARSA, expected SARSA, Q-learning, double Q-learning and n-step tree backup, many runs side by side.
+
+Each moves Q(S,A) by α towards R + γ · (what it expects of S'):
+
+    SARSA             Q(S', A'), A' being what is done next
+    expected SARSA    Σ_a π(a|S') Q(S', a)
+    Q-learning        max_a Q(S', a)
+    double Q          Q₂(S', argmax_a Q₁(S', a)), the two tables in turns (van Hasselt 2010)
+    tree backup       n steps of expected SARSA: at each step the branch that was taken is followed, the others are
+                      estimated (Precup et al. 2000)
+
+Behaviour is ε-greedy, ties broken evenly; in double Q by the sum of the two tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finetune.rl.mdp import MDP, Array
+
+Kind = Literal["sarsa", "expected_sarsa", "q_learning", "double_q"]
+KINDS: tuple[Kind, ...] = ("sarsa", "expected_sarsa", "q_learning", "double_q")
+
+
+def epsilon_greedy(q: Array, allowed: NDArray[np.bool_], epsilon: float) -> Array:
+    """Probabilities (N, A): ε spread over what is allowed, the rest over the best of it."""
+    q = np.where(allowed, q, -np.inf)
+    best = q == q.max(1, keepdims=True)
+    return allowed * (epsilon / allowed.sum(1, keepdims=True)) + best * ((1 - epsilon) / best.sum(1, keepdims=True))
+
+
+def choose(probabilities: Array, uniforms: Array) -> NDArray[np.intp]:
+    """An action for each row."""
+    return choose_by(probabilities.cumsum(1), uniforms)
+
+
+def choose_by(cumulative: Array, uniforms: Array) -> NDArray[np.intp]:
+    return (uniforms[:, None] * cumulative[:, -1:] < cumulative).argmax(1)
+
+
+class Walkers:
+    """N copies of a tabular world. After an end each begins anew; `noise` (S,) is the spread of the reward of leaving a
+    state, `limit` the steps after which an episode is cut off."""
+
+    def __init__(self, mdp: MDP, rows: int, noise: Array | None = None, limit: int | None = None) -> None:
+        self.mdp, self.noise, self.limit = mdp, noise, limit
+        order = np.argsort(-mdp.P, axis=2, kind="stable")[:, :, : int((mdp.P > 0).sum(2).max())]
+        self.next, self.cumulative = order, np.take_along_axis(mdp.P, order, 2).cumsum(2)
+        self.first = mdp.start.cumsum()
+        self.state = np.full(rows, -1)
+        self.total, self.age, self.episode = np.zeros(rows), np.zeros(rows, np.intp), np.zeros(rows, np.intp)
+
+    def begin(self, rows: NDArray[np.bool_], draw: np.random.Generator) -> None:
+        """Draws a first state for these rows."""
+        count = int(rows.sum())
+        if count:
+            self.state[rows] = (draw.random((count, 1)) * self.first[-1] >= self.first).sum(1)
+            self.total[rows], self.age[rows] = 0, 0
+
+    def step(self, action: NDArray[np.intp], draw: np.random.Generator) -> tuple[NDArray, Array, NDArray, NDArray]:
+        """Next states, rewards, terminated, and over: terminated or cut off. `begin` has to follow for what is over."""
+        at = self.state, action
+        if self.next.shape[2] == 1:
+            after = self.next[(*at, 0)]
+        else:
+            after = self.next[(*at, choose_by(self.cumulative[at], draw.random(len(action))))]
+        reward = self.mdp.rewards[(*at, after)]
+        if self.noise is not None:
+            reward = reward + self.noise[self.state] * draw.standard_normal(len(action))
+        terminated = self.mdp.terminal[after]
+        self.total += reward
+        self.age += 1
+        over = terminated if self.limit is None else terminated | (self.age >= self.limit)
+        self.episode += over
+        self.state = after.copy()
+        return after, reward, terminated, over
+
+
+class Learners:
+    """One-step control, `kinds` × `runs` rows in lockstep; what it knows is in its state_dict."""
+
+    def __init__(
+        self,
+        mdp: MDP,
+        kinds: tuple[Kind, ...],
+        runs: int,
+        alpha: float,
+        epsilon: float,
+        draw: np.random.Generator,
+        *,
+        noise: Array | None = None,
+        limit: int | None = None,
+    ) -> None:
+        rows = len(kinds) * runs
+        self.mdp, self.kinds, self.runs, self.alpha, self.epsilon = mdp, kinds, runs, alpha, epsilon
+        self.world = Walkers(mdp, rows, noise, limit)
+        self.Q = np.zeros((2, rows, *mdp.size))
+        self.rows = np.arange(rows)
+        self.of = {kind: np.repeat(np.array([k == kind for k in kinds]), runs) for kind in KINDS}
+        self.world.begin(np.ones(rows, bool), draw)
+        self.action = choose(self.policy(self.world.state), draw.random(rows))
+
+    def policy(self, states: NDArray[np.intp]) -> Array:
+        """ε-greedy by the sum of the two tables; the second is zero except in double Q."""
+        q = self.Q[0, self.rows, states]
+        if "double_q" in self.kinds:
+            q = q + self.Q[1, self.rows, states]
+        return epsilon_greedy(q, self.mdp.allowed[states], self.epsilon)
+
+    def step(self, draw: np.random.Generator) -> tuple[NDArray, NDArray, Array, NDArray]:
+        """One step and update of every row. Returns states, actions, rewards and which episodes are over."""
+        Q, rows, world, of = self.Q, self.rows, self.world, self.of
+        state, action = world.state, self.action
+        after, reward, terminated, over = world.step(action, draw)
+        allowed = self.mdp.allowed[after]
+        table = np.zeros(len(rows), np.intp)
+        if "double_q" in self.kinds:
+            table[of["double_q"]] = draw.integers(2, size=self.runs)
+        uniforms = draw.random(len(rows))
+
+        q = np.where(allowed, Q[table, rows, after], -np.inf)  # (N, A) of the table that learns
+        expects = q.max(1)
+        if "double_q" in self.kinds:
+            other = Q[1 - table, rows, after]
+            expects = np.where(of["double_q"], other[rows, q.argmax(1)], expects)
+        if "sarsa" in self.kinds or "expected_sarsa" in self.kinds:
+            probabilities = self.policy(after)
+            follows = choose(probabilities, uniforms)
+            expects = np.where(of["sarsa"], q[rows, follows], expects)
+            mean = (probabilities * np.where(allowed, q, 0.0)).sum(1)
+            expects = np.where(of["expected_sarsa"], mean, expects)
+        target = reward + self.mdp.gamma * np.where(terminated, 0.0, expects)
+        Q[table, rows, state, action] += self.alpha * (target - Q[table, rows, state, action])
+
+        world.begin(over, draw)
+        chosen = choose(self.policy(world.state), uniforms)
+        if "sarsa" in self.kinds:  # it does what it has just learnt from, unless an episode has begun
+            chosen = np.where(of["sarsa"] & ~over, follows, chosen)
+        self.action = chosen
+        return state, action, reward, over
+
+    def greedy(self) -> NDArray[np.intp]:
+        """(N, S) the first of the best actions."""
+        return np.where(self.mdp.allowed, self.Q.sum(0), -np.inf).argmax(2)
+
+    def state_dict(self) -> dict[str, Any]:
+        w = self.world
+        arrays = {"Q": self.Q, "action": self.action, "state": w.state, "total": w.total, "age": w.age,
+                  "episode": w.episode}  # fmt: skip
+        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        arrays = {name: value.numpy().copy() for name, value in state.items()}
+        w = self.world
+        self.Q, self.action = arrays["Q"], arrays["action"]
+        w.state, w.total, w.age, w.episode = (arrays[name] for name in ("state", "total", "age", "episode"))
+
+
+def learn(learners: Learners, episodes: int, draw: np.random.Generator) -> Array:
+    """Steps until every row has finished `episodes`; the sum of rewards of each, (kinds, runs, episodes)."""
+    world = learners.world
+    sums = np.full((len(learners.rows), episodes), np.nan)
+    running = np.zeros(len(learners.rows))
+    while (world.episode < episodes).any():
+        _, _, reward, over = learners.step(draw)
+        running += reward
+        ended = np.flatnonzero(over & (world.episode <= episodes))
+        sums[ended, world.episode[ended] - 1] = running[ended]
+        running[over] = 0
+    return sums.reshape(len(learners.kinds), learners.runs, episodes)
+
+
+def tree_backup(
+    mdp: MDP,
+    n: int,
+    runs: int,
+    episodes: int,
+    alpha: float,
+    epsilon: float,
+    draw: np.random.Generator,
+    *,
+    greedy_target: bool = False,
+    limit: int | None = None,
+) -> tuple[Array, Array]:
+    """n-step tree backup, the target policy being the behaviour or the greedy one. Q (R, S, A) and the sums of rewards
+    (R, episodes). n = 1 is expected SARSA; with the greedy target, Q-learning."""
+    world, Q, rows = Walkers(mdp, runs, limit=limit), np.zeros((runs, *mdp.size)), np.arange(runs)
+    past: list[tuple[NDArray, NDArray, Array]] = []  # the last n steps: states, actions, rewards
+    length = np.zeros(runs, np.intp)  # how many of them belong to the episode
+    sums, running = np.full((runs, episodes), np.nan), np.zeros(runs)
+    world.begin(np.ones(runs, bool), draw)
+
+    def values(states: NDArray[np.intp]) -> tuple[Array, Array]:
+        q, allowed = Q[rows, states], mdp.allowed[states]
+        return q, epsilon_greedy(q, allowed, 0.0 if greedy_target else epsilon)
+
+    def update(steps: list[tuple[NDArray, NDArray, Array]], last: Array, where: NDArray[np.bool_]) -> None:
+        """Of the first of these steps, from the value `last` of what follows the last of them."""
+        G = last
+        for k in reversed(range(len(steps))):
+            state, action, reward = steps[k]
+            G = reward + mdp.gamma * G
+            if k:  # at this state the branch that was taken has G, the others keep their estimates
+                q, probabilities = values(state)
+                G = (probabilities * q).sum(1) + probabilities[rows, action] * (G - q[rows, action])
+        state, action, _ = steps[0]
+        Q[rows, state, action] += alpha * where * (G - Q[rows, state, action])
+
+    while (world.episode < episodes).any():
+        state = world.state
+        action = choose(epsilon_greedy(Q[rows, state], mdp.allowed[state], epsilon), draw.random(runs))
+        after, reward, terminated, over = world.step(action, draw)
+        past = [*past, (state, action, reward)][-n:]
+        length = np.minimum(length + 1, n)
+        q, probabilities = values(after)
+        value = np.where(terminated, 0.0, (probabilities * q).sum(1))
+        if len(past) == n:
+            update(past, value, length == n)
+        if over.any():
+            for left in range(min(n - 1, len(past)), 0, -1):  # the end is known, so what is left can be updated
+                update(past[-left:], value, over & (length >= left))
+        running += reward
+        ended = np.flatnonzero(over & (world.episode <= episodes))
+        sums[ended, world.episode[ended] - 1] = running[ended]
+        running[over], length[over] = 0, 0
+        world.begin(over, draw)
+    return Q, sums

@@ -1,0 +1,239 @@
+"""Temporal-difference learning: values and policies from experience alone, by the algorithms that the book compares.
+
+    V(S) ← V(S) + α [R + γ V(S') − V(S)]            the target is an estimate itself: bootstrapping
+
+Sutton 1988; Watkins 1989; Sutton & Barto 2018, chapters 5–7 and 9–12.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune import config
+from finetune.errors import UserError
+from finetune.rl import mdp as mdps
+from finetune.rl import planning, worlds
+
+from . import control, experiments, plots
+from .experiments import BIAS_KINDS, LAMBDAS, MC_ALPHAS, STEPS, TD_ALPHAS, Totals
+
+WITHIN = 0.15  # how far a mean may be from a value below
+EXPECTED = {  # the same experiments simulated by others with 100 and more runs, for comparison
+    "Example 6.2: TD, α 0.1, after 100 episodes": 0.057,
+    "Example 6.2: TD, α 0.05, after 100 episodes": 0.036,
+    "Example 6.2: MC, α 0.02, after 100 episodes": 0.082,
+    "Example 6.2: MC, α 0.03, after 100 episodes": 0.098,
+    "Example 6.2: TD, α 0.1, mean over episodes": 0.0685,
+    "Example 6.2: best MC, mean over episodes": 0.122,
+    "Figure 7.2: n = 1, best α": 0.348,
+    "Figure 7.2: n = 2, best α": 0.284,
+    "Figure 7.2: n = 4, best α": 0.261,
+    "Figure 7.2: n = 8, best α": 0.273,
+    "Figure 7.2: n = 16, best α": 0.322,
+    "Figure 12.6: λ = 0, best α": 0.345,
+    "Figure 12.6: λ = 0.4, best α": 0.273,
+    "Figure 12.6: λ = 0.8, best α": 0.274,
+    "Figure 12.6: λ = 0.9, best α": 0.304,
+    "Example 6.6: SARSA, last 100 episodes": -26.8,
+    "Example 6.6: Q-learning, last 100 episodes": -50.0,
+    "Example 6.6: expected SARSA, last 100 episodes": -21.3,
+}
+
+
+EXPERIMENTS = ("baird", "five_states", "bias", "nineteen_states", "car", "cliff")
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 60  # each is a batch of runs of one of the six experiments, in turn; Taxi learns on in all of them
+    checkpoint_every: int = 1
+    rate: float = 1.0  # multiplies every learning rate; with 0 nothing is learnt
+    runs: int = 100  # of a batch: the random walks and Baird's counterexample
+    cliff_runs: int = 30
+    cliff_episodes: int = 500
+    bias_runs: int = 1000
+    bias_episodes: int = 300
+    car_runs: int = 5
+    car_episodes: int = 150
+    taxi_runs: int = 8
+    taxi_steps: int = 4000  # of each Taxi run in a step
+
+    @classmethod
+    def toy(cls) -> "Config":
+        return cls(
+            steps=12, runs=40, cliff_runs=15, bias_runs=500, car_runs=3, car_episodes=100, taxi_runs=4, taxi_steps=6000
+        )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("runs", "cliff_runs", "cliff_episodes", "bias_runs", "bias_episodes", "car_runs", "car_episodes",
+                     "taxi_runs", "taxi_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least 1")
+        if not 0 <= self.rate <= 1:
+            raise UserError(f"--rate {self.rate} is not within 0 and 1")
+
+
+def main(cfg: Config, run) -> dict[str, Any]:
+    totals, every = Totals(), len(EXPERIMENTS)
+    drivers = control.Learners(worlds.world("taxi"), ("q_learning",), cfg.taxi_runs, cfg.rate, 0.1, draws(run, "taxi"),
+                               limit=200)  # fmt: skip
+    for step in run.steps(cfg.steps, {"totals": totals, "taxi": drivers}):
+        name, batch = EXPERIMENTS[step % every], Totals()
+        experiment(cfg, name, batch, draws(run, name, step))
+        totals.merge(batch)
+        draw = draws(run, "drive", step)
+        for _ in range(cfg.taxi_steps):
+            drivers.step(draw)
+        run.log(step, taxi=np.mean(driven(drivers)), **in_short(name, batch))
+
+    judge_taxi(run, drivers)
+    done = EXPERIMENTS[: cfg.steps]
+    run.judge("experiments", len(done), target=every)
+    for name, judge in JUDGES.items():
+        if name in done:
+            judge(run, totals)
+    if len(done) == every:
+        compare(run, totals)
+    else:
+        run.say(f"not run: {', '.join(EXPERIMENTS[len(done) :])}; --steps {every} runs each experiment once")
+    plots.draw(run, totals, done)
+    return {"taxi_episodes": float(drivers.world.episode.mean())}
+
+
+def draws(run, *key: Any) -> np.random.Generator:
+    return np.random.default_rng(run.generator(*key).initial_seed())
+
+
+def experiment(cfg: Config, name: str, totals: Totals, draw: np.random.Generator) -> None:
+    if name == "five_states":
+        experiments.five_states(totals, 4 * cfg.runs, cfg.rate, draw)  # they are cheap
+    elif name == "nineteen_states":
+        experiments.nineteen_states(totals, cfg.runs, cfg.rate, draw)
+    elif name == "cliff":
+        experiments.cliff(totals, cfg.cliff_runs, cfg.cliff_episodes, cfg.rate, draw)
+    elif name == "bias":
+        experiments.bias(totals, cfg.bias_runs, cfg.bias_episodes, cfg.rate, draw)
+    elif name == "car":
+        experiments.car(totals, cfg.car_runs, cfg.car_episodes, cfg.rate, draw)
+    else:
+        experiments.baird(totals, cfg.runs, cfg.rate, draw)
+
+
+def in_short(name: str, batch: Totals) -> dict[str, float]:
+    """What a batch found, for metrics.csv."""
+    if name == "five_states":
+        return {"five_states_td": batch.mean("6.2 td mean")[1], "five_states_mc": batch.mean("6.2 mc mean").min()}
+    if name == "nineteen_states":
+        return {"n_step_error": batch.mean("7.2")[STEPS == 4].min(), "td_lambda_error": batch.mean(FIGURE_12_6).min()}
+    if name == "cliff":
+        return {f"cliff_{kind}": value for kind, value in zip(control.KINDS, batch.mean("6.6 last"), strict=False)}
+    if name == "bias":
+        return {f"left_{kind}": value for kind, value in zip(BIAS_KINDS, batch.mean("6.7 last"), strict=True)}
+    if name == "car":
+        return {"car_steps": batch.mean("car last")[-1]}
+    return {f"baird_{method}_growth": batch.mean(f"baird {method} growth") for method in ("td", "tdc")}
+
+
+# --- What is judged
+
+
+def judge_taxi(run, drivers: control.Learners) -> None:
+    """Q-learning on Taxi: the exact value of the greedy policy, stopped after 200 steps; the best possible is 7.93."""
+    taxi = drivers.mdp
+    random = float(taxi.start @ planning.evaluate(taxi, mdps.uniform(taxi), np.zeros(taxi.size[0]), 200))
+    run.judge("taxi", np.mean(driven(drivers)), baseline=random, target=7.5)
+
+
+def driven(drivers: control.Learners) -> list[float]:
+    return [experiments.truncated_value(drivers.mdp, actions, 200) for actions in drivers.greedy()]
+
+
+TD_MEAN, N_4 = "Example 6.2: TD, α 0.1, mean over episodes", "Figure 7.2: n = 4, best α"
+BEST_MC, FIGURE_12_6 = "Example 6.2: best MC, mean over episodes", "12.6 accumulating"
+
+
+def measured(totals: Totals) -> dict[str, tuple[float, float]]:
+    """(mean, standard error) under the names of EXPECTED."""
+    found: dict[str, tuple[float, float]] = {}
+
+    def note(name: str, mean: Any, error: Any) -> None:
+        found[name] = float(mean), float(error)
+
+    for method, alphas in (("td", TD_ALPHAS), ("mc", MC_ALPHAS)):
+        mean, error = totals.mean(f"6.2 {method}")[:, -1], totals.error(f"6.2 {method}")[:, -1]
+        for k, alpha in enumerate(alphas):
+            note(f"Example 6.2: {method.upper()}, α {alpha:g}, after 100 episodes", mean[k], error[k])
+    note(TD_MEAN, totals.mean("6.2 td mean")[1], totals.error("6.2 td mean")[1])
+    k = int(totals.mean("6.2 mc mean").argmin())
+    note(BEST_MC, totals.mean("6.2 mc mean")[k], totals.error("6.2 mc mean")[k])
+    for key, values, label in (("7.2", STEPS, "Figure 7.2: n"), (FIGURE_12_6, LAMBDAS, "Figure 12.6: λ")):
+        mean, error = totals.mean(key), totals.error(key)
+        for value, row, errors in zip(values, mean, error, strict=True):
+            k = int(row.argmin())
+            note(f"{label} = {value:g}, best α", row[k], errors[k])
+    kinds = ("SARSA", "expected SARSA", "Q-learning")
+    for name, mean, error in zip(kinds, totals.mean("6.6 last"), totals.error("6.6 last"), strict=False):
+        note(f"Example 6.6: {name}, last 100 episodes", mean, error)
+    return found
+
+
+def compare(run, totals: Totals) -> None:
+    found = measured(totals)
+    off = {name: abs(found[name][0] / value - 1) for name, value in EXPECTED.items()}
+    rows = [
+        {"experiment": name.replace(", best α", "").replace("episodes", "ep."), "here": f"{found[name][0]:.4g}",
+         "± s.e.": f"{found[name][1]:.2g}", "elsewhere": f"{value:g}", "off": f"{off[name]:.1%}"}
+        for name, value in EXPECTED.items()
+    ]  # fmt: skip
+    run.samples("the book's experiments, here and simulated by others", rows)
+    run.judge("largest_deviation", max(off.values()), target=WITHIN, higher=False)
+
+
+def judge_five_states(run, totals: Totals) -> None:
+    run.judge("five_states_td", totals.mean("6.2 td mean")[1], baseline=totals.mean("6.2 mc mean").min(),
+              target=EXPECTED[TD_MEAN] * (1 + WITHIN), higher=False)  # fmt: skip
+
+
+def judge_nineteen_states(run, totals: Totals) -> None:
+    best = dict(zip(STEPS, totals.mean("7.2").min(1), strict=True))
+    run.judge("n_step_error", best[4], baseline=best[1], target=EXPECTED[N_4] * (1 + WITHIN), higher=False)
+    run.judge("best_n", min(best, key=best.__getitem__))
+    run.judge("n_step_u_shape", min(best[1], best[16]) / best[4], baseline=1.0, target=1.05)
+    traces = {trace: totals.mean(f"12.6 {trace}") for trace in experiments.TRACES}
+    run.judge("td_lambda_error", traces["accumulating"].min(), baseline=traces["accumulating"][0].min(), higher=False)
+    run.judge("true_online_error", traces["true_online"].min(), baseline=traces["accumulating"].min(), higher=False)
+
+
+def judge_cliff(run, totals: Totals) -> None:
+    sarsa, expected, q_learning, double, backup = totals.mean("6.6 last")
+    run.judge("cliff_q_learning", q_learning)
+    run.judge("cliff_sarsa", sarsa, baseline=q_learning)
+    run.judge("cliff_expected_sarsa", expected, baseline=sarsa)
+    run.judge("cliff_double_q", double)
+    run.judge("cliff_tree_backup", backup)
+    run.judge("cliff_q_learning_greedy", totals.mean("6.6 path"), baseline=q_learning, target=-13.0)
+
+
+def judge_bias(run, totals: Totals) -> None:
+    left = dict(zip(BIAS_KINDS, totals.mean("6.7 last"), strict=True))
+    run.judge("left_q_learning", left["q_learning"])
+    run.judge("left_double_q", left["double_q"], baseline=left["q_learning"], target=0.08, higher=False)
+
+
+def judge_car(run, totals: Totals) -> None:
+    run.judge("car_steps", totals.mean("car last")[-1], baseline=totals.mean("car first")[-1], target=200, higher=False)
+
+
+def judge_baird(run, totals: Totals) -> None:
+    """Weights of semi-gradient TD grow without end; those of TDC do not, and its error goes towards 0."""
+    run.judge("baird_td_growth", totals.mean("baird td growth"), baseline=1.0, target=5.0)
+    run.judge("baird_tdc_growth", totals.mean("baird tdc growth"), baseline=totals.mean("baird td growth"), target=1.0,
+              higher=False)  # fmt: skip
+    error = totals.mean("baird tdc error")
+    run.judge("baird_tdc_error", error[-1], baseline=error[0], target=error[0] / 10, higher=False)
+
+
+JUDGES = {"five_states": judge_five_states, "nineteen_states": judge_nineteen_states, "cliff": judge_cliff,
+          "bias": judge_bias, "car": judge_car, "baird": judge_baird}  # fmt: skip

@@ -1,0 +1,203 @@
+"""The module's pictures: the book's figures with bands of two standard errors over runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune.plots import INK, figure, save
+from finetune.rl import worlds
+from finetune.rl.mdp import Array, one_hot
+from finetune.rl.plots import value_map
+
+from . import control, experiments, linear
+from .experiments import ALPHAS, BIAS_KINDS, CAR_ALPHAS, LAMBDAS, MC_ALPHAS, STEPS, TD_ALPHAS, Totals
+
+BLUE, GREEN, AMBER, RED, VIOLET = "#1769aa", "#2e7d32", "#b7791f", "#c53030", "#805ad5"
+NAMES = {"sarsa": "SARSA", "expected_sarsa": "expected SARSA", "q_learning": "Q-learning", "double_q": "double Q",
+         "tree_backup": f"{experiments.BACKUP}-step tree backup"}  # fmt: skip
+COLOURS = {"sarsa": BLUE, "expected_sarsa": GREEN, "q_learning": RED, "double_q": VIOLET, "tree_backup": AMBER}
+
+
+def draw(run, totals: Totals, done: Sequence[str]) -> None:
+    """The pictures of the experiments that were run."""
+    every = {"five_states": five_states, "nineteen_states": by_rate, "cliff": cliff, "bias": bias, "car": car,
+             "baird": baird}  # fmt: skip
+    for name in done:
+        every[name](run, totals)
+
+
+def band(ax: Any, x: Array, mean: Array, error: Array, colour: Any, label: str, **style: Any) -> None:
+    ax.plot(x, mean, color=colour, label=label, **{"linewidth": 1.7, **style})
+    ax.fill_between(x, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.18, linewidth=0)
+
+
+def shades(name: str, count: int) -> list[Any]:
+    import matplotlib
+
+    first = 0.0 if name == "viridis" else 0.35
+    return [matplotlib.colormaps[name](x) for x in np.linspace(first, 0.95, count)]
+
+
+def titled(ax: Any, title: str, x: str, y: str) -> None:
+    ax.set_title(title, loc="left", fontsize=12, color=INK)
+    ax.set_xlabel(x, color=INK)
+    ax.set_ylabel(y, color=INK)
+
+
+def five_states(run, totals: Totals) -> None:
+    """random_walk.png, Example 6.2."""
+    made, (left, right) = figure(12.5, 4.8, 1, 2)
+    x = np.arange(1, 101)
+    for name, alphas, cmap in (("td", TD_ALPHAS, "Blues"), ("mc", MC_ALPHAS, "Oranges")):
+        mean, error = totals.mean(f"6.2 {name}"), totals.error(f"6.2 {name}")
+        for k, colour in enumerate(shades(cmap, len(alphas))):
+            band(left, x, mean[k], error[k], colour, f"{name.upper()}  α = {alphas[k]:g}")
+    titled(left, "Example 6.2: TD(0) against constant-α Monte Carlo", "episodes", "RMS error over the five states")
+    left.legend(fontsize=8.5, frameon=False, ncols=2)
+    left.set_ylim(0, None)
+    k = MC_ALPHAS.index(0.02)
+    for name, colour, label in (("mc", AMBER, "α = 0.02"), ("average", RED, "α = 1/visits")):
+        for kind, text, style in (("", "every visit", "-"), ("_first", "first visit", "--")):
+            if f"6.2 {name}{kind}" in totals.parts:
+                mean, error = totals.mean(f"6.2 {name}{kind}"), totals.error(f"6.2 {name}{kind}")
+                row = k if name == "mc" else 0
+                band(right, x, mean[row], error[row], colour, f"{label}, {text}", linestyle=style)
+    titled(right, "Monte Carlo: every visit or the first", "episodes", "RMS error over the five states")
+    right.legend(fontsize=9, frameon=False)
+    save(made, run.dir / "random_walk.png")
+
+
+def by_rate(run, totals: Totals) -> None:
+    """n_step.png, Figure 7.2; lambda.png, Figure 12.6 with the other traces."""
+    made, (left, right) = figure(12, 4.8, 1, 2)
+    mean, error = totals.mean("7.2"), totals.error("7.2")
+    for k, colour in enumerate(shades("viridis", len(STEPS))):
+        band(left, ALPHAS, mean[k], np.nan_to_num(error[k]), colour, f"n = {STEPS[k]}")
+    left.set_ylim(0.2, 0.6)
+    left.legend(fontsize=8.5, frameon=False, ncols=2)
+    titled(left, "Figure 7.2: n-step TD, 19 states, first 10 episodes", "α", "RMS error")
+    best = mean.argmin(1)
+    rows = np.arange(len(STEPS))
+    right.errorbar(STEPS, mean[rows, best], 2 * error[rows, best], color=BLUE, marker="o", linewidth=1.8, capsize=3)
+    for n, k, y in zip(STEPS, best, mean[rows, best], strict=True):
+        right.annotate(f"α {ALPHAS[k]:g}", (n, y), xytext=(0, 13), textcoords="offset points", ha="center", fontsize=8)
+    right.set_xscale("log", base=2)
+    right.set_xticks(STEPS, [str(n) for n in STEPS])
+    titled(right, "at the best α: between TD(0) and Monte Carlo", "n", "RMS error")
+    save(made, run.dir / "n_step.png")
+
+    made, axes = figure(15, 4.6, 1, len(experiments.TRACES))
+    titles = ("accumulating (Figure 12.6)", "replacing", "dutch", "true online TD(λ)")
+    for ax, trace, title in zip(axes, experiments.TRACES, titles, strict=True):
+        mean, error = totals.mean(f"12.6 {trace}"), totals.error(f"12.6 {trace}")
+        for k, colour in enumerate(shades("viridis", len(LAMBDAS))):
+            shown = mean[k] < 1.5
+            band(ax, ALPHAS[shown], mean[k][shown], np.nan_to_num(error[k][shown]), colour, f"λ = {LAMBDAS[k]:g}")
+        ax.set_ylim(0.2, 0.6)
+        titled(ax, title, "α", "RMS error" if ax is axes[0] else "")
+    axes[-1].legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(made, run.dir / "lambda.png")
+
+
+def cliff(run, totals: Totals) -> None:
+    """cliff.png, Example 6.6: returns while learning; the greedy paths of SARSA and Q-learning."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(15, 6.4), dpi=120, layout="constrained")
+    axes = made.subplot_mosaic([["curve", "q_learning"], ["curve", "sarsa"]], width_ratios=[1, 1.25])
+    ax = axes["curve"]
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, color="#e4e7eb", linewidth=0.7)
+    mean, error = totals.mean("6.6"), totals.error("6.6")
+    for k, kind in enumerate((*control.KINDS, "tree_backup")):
+        x, y, e = smooth(mean[k]), smooth(mean[k], mean[k]), smooth(mean[k], error[k])
+        band(ax, x, y, e / 3, COLOURS[kind], NAMES[kind])  # means of about ten episodes
+    ax.set_ylim(-100, -10)
+    ax.legend(fontsize=9, frameon=False, loc="lower right")
+    titled(ax, "Example 6.6: cliff walking, ε = 0.1, α = 0.5", "episodes", "sum of rewards of an episode")
+    world = worlds.world("cliff_walking")
+    for kind in ("q_learning", "sarsa"):
+        Q = totals.mean("6.6 Q")[control.KINDS.index(kind)]
+        greedy = one_hot(world, Q.argmax(1))
+        title = f"{NAMES[kind]}: mean of max Q over runs, and where that leads"
+        value_map(axes[kind], world, Q.max(1), greedy, title, digits=0)
+        axes[kind].plot(*path(world, greedy), color=RED, linewidth=3, alpha=0.55, solid_capstyle="round")
+    save(made, run.dir / "cliff.png")
+
+
+def smooth(like: Array, values: Array | None = None, width: int = 10) -> Array:
+    """Means of `width` neighbours; without values, of the episode numbers 1, 2, …"""
+    values = np.arange(1, len(like) + 1) if values is None else values
+    width = min(width, len(values))
+    return np.convolve(values, np.ones(width) / width, mode="valid")
+
+
+def path(world: Any, policy: Array) -> tuple[list[int], list[int]]:
+    """Columns and rows of the cells from the start, until the end or a cell comes again."""
+    state, seen = int(world.start.argmax()), []
+    while state not in seen:
+        seen.append(state)
+        if world.terminal[state]:
+            break
+        state = int(world.P[state, policy[state].argmax()].argmax())
+    return [s % world.shape[1] for s in seen], [s // world.shape[1] for s in seen]
+
+
+def bias(run, totals: Totals) -> None:
+    """bias.png, Example 6.7."""
+    made, (ax,) = figure(8, 4.6)
+    mean, error = 100 * totals.mean("6.7"), 100 * totals.error("6.7")
+    for k, kind in enumerate(BIAS_KINDS):
+        band(ax, np.arange(1, mean.shape[1] + 1), mean[k], error[k], COLOURS[kind], NAMES[kind])
+    ax.axhline(5, color=INK, linestyle="--", linewidth=1.2, label="optimal: ε/2")
+    ax.set_ylim(0, 100)
+    ax.legend(fontsize=9, frameon=False)
+    titled(ax, "Example 6.7: the maximum of noisy estimates is too high", "episodes", "% left, the worse action")
+    save(made, run.dir / "bias.png")
+
+
+def car(run, totals: Totals) -> None:
+    """mountain_car.png: Figures 10.1 and 10.2."""
+    made, (left, right) = figure(12, 4.8, 1, 2)
+    mean, error = totals.mean("car"), totals.error("car")
+    for k, colour in enumerate((RED, AMBER, BLUE)):
+        band(left, np.arange(1, mean.shape[1] + 1), mean[k], error[k], colour, f"α = {CAR_ALPHAS[k]:g}/8")
+    left.set_yscale("log")
+    left.legend(fontsize=9, frameon=False)
+    titled(left, "Mountain Car: semi-gradient SARSA, 8 tilings", "episodes", "steps to the goal")
+    surface = totals.mean("car surface")
+    low, high = linear.LOW, linear.HIGH
+    image = right.imshow(
+        surface, origin="lower", aspect="auto", cmap="magma", extent=[low[0], high[0], low[1], high[1]]
+    )
+    right.contour(surface, levels=10, colors="white", linewidths=0.6, alpha=0.7,
+                  extent=[low[0], high[0], low[1], high[1]])  # fmt: skip
+    right.grid(False)
+    made.colorbar(image, ax=right, label="steps to go").outline.set_visible(False)
+    titled(right, f"cost to go, −max q, after {mean.shape[1]} episodes", "position", "velocity")
+    save(made, run.dir / "mountain_car.png")
+
+
+def baird(run, totals: Totals) -> None:
+    """baird.png, Figures 11.2 and 11.5."""
+    made, axes = figure(13.5, 4.4, 1, 3)
+    x = np.arange(experiments.BAIRD_STEPS + 1)
+    titles = {"td": "semi-gradient TD, α = 0.01: diverges", "tdc": "TDC, α = 0.005, β = 0.05"}
+    for ax, (method, title) in zip(axes, titles.items(), strict=False):
+        mean, error = totals.mean(f"baird {method} weights"), totals.error(f"baird {method} weights")
+        for i, colour in enumerate([*shades("Blues", 6), AMBER, RED]):
+            name = {0: "w₁ … w₆", 6: "w₇", 7: "w₈"}.get(i, "")
+            band(ax, x, mean[:, i], error[:, i], colour, name, linewidth=1.4)
+        titled(ax, title, "steps", "weights")
+        ax.legend(fontsize=9, frameon=False)
+    for method, colour in (("td", RED), ("tdc", BLUE)):
+        mean, error = totals.mean(f"baird {method} error"), totals.error(f"baird {method} error")
+        axes[2].plot(x, mean, color=colour, linewidth=1.7, label=method.upper())
+        axes[2].fill_between(
+            x, (mean - 2 * error).clip(mean / 20), mean + 2 * error, color=colour, alpha=0.18, linewidth=0
+        )
+    axes[2].set_yscale("log")
+    axes[2].legend(fontsize=9, frameon=False)
+    titled(axes[2], "Baird's counterexample", "steps", "RMS Bellman error")
+    save(made, run.dir / "baird.png")
