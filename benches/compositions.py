@@ -43,6 +43,10 @@ def swiglu(gate, up):
     return ways
 
 
+def gelu(x):
+    return {"F.gelu": lambda: F.gelu(x, approximate="tanh")}
+
+
 def rope(x, cos, sin, positions):
     """Hugging Face's apply_rotary_pos_emb, with the tables' rows already gathered, doubled and cast."""
     c, s = (torch.cat((t[positions],) * 2, -1)[:, :, None].to(x.dtype) for t in (cos, sin))  # (B, T, 1, D)
@@ -278,6 +282,7 @@ PAGES = (
     rms_norm,
     layer_norm,
     swiglu,
+    gelu,
     rope,
     attention,
     linear_cross_entropy,

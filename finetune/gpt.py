@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune import weights
+from finetune import ops, weights
 from finetune.errors import UserError
 from finetune.nn import Cache, Context, LayerNorm, embedding, init_gpt2, prepare
 
@@ -69,7 +69,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(ops.gelu(self.up(x)))
 
 
 class Block(nn.Module):

@@ -1,7 +1,6 @@
 """What nvcc makes of the CUDA kernels, against the golden table and against what each kind of kernel must have."""
 
 import json
-import re
 
 import pytest
 
@@ -22,7 +21,7 @@ def each_op():
 
 
 # Kernels that only move and add up: their vector path must be there, one access of 16 bytes a lane.
-STREAMING = ("rms_norm", "layer_norm", "swiglu", "rope", "adamw", "clip_grad_norm")
+STREAMING = ("rms_norm", "layer_norm", "swiglu", "gelu", "rope", "adamw", "clip_grad_norm")
 
 
 def default(op: str) -> str:
@@ -56,25 +55,14 @@ def test_the_golden_table_is_of_these_kernels():
     assert found == {op: set(static_table.archs_of(op)) for op in OPS}
 
 
-# (op, architecture, kernel without its type) → bytes: registers end at 255, and ptxas' spills are a few words.
-SPILLS = {
-    ("attention", "100a", "attention::forward<*, 256>"): 20,
-    ("attention", "100a", "attention::backward_keys<*, 128>"): 32,
-    ("attention", "120", "attention::forward<*, 256>"): 80,
-    ("attention", "120", "attention::backward_keys<*, 128>"): 68,
-}
-
-
 def test_nothing_spills():
-    """But for what is listed, which may not grow."""
     _, rows = static_table.golden()
     seen = 0
     for op, by_arch in rows.items():
         for arch, found in by_arch.items():
             for name, row in found.items():
                 seen += 1
-                allowed = SPILLS.get((op, arch, re.sub(r"\b(bf16|f16)\b", "*", name)), 0)
-                assert row["spills"] <= allowed, f"{op} sm_{arch} {name}"
+                assert not row["spills"], f"{op} sm_{arch} {name}"
                 assert 0 < row["registers"] <= 255
                 assert row["occupancy"] > 0, "a block must fit"
     assert seen > 20

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
   if (!p.rows) return;
   const W w(m.scratch());
 
-  const int64_t kv_head = p.head / (a.heads / a.kv_heads);
+  const int kv_head = p.head / static_cast<int>(a.heads / a.kv_heads);
   const int least = p.s.limit(p.first), most = p.s.limit(p.first + p.rows - 1);
   const bool chunks_k = in_chunks<T>(a.k, a.dim), chunks_v = in_chunks<T>(a.v, a.dim);
   const auto load = [&](int n, int stage) {
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
   if (!p.rows) return;
   const W w(m.scratch());
 
-  const int64_t group = a.heads / a.kv_heads;
+  const int group = static_cast<int>(a.heads / a.kv_heads);
   const int real = min(max(p.s.keys - p.first, 0), p.rows);  // keys past the length get the gradient 0
   const int from = real ? min(p.s.since(p.first), p.s.queries) : p.s.queries;
   const int steps = static_cast<int>(ceil_div(p.s.queries - from, N));  // for each head
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
       load_tile<W::kOwn>(m.own(1), at<const T>(a.v, p.s, p.first, p.head), a.v.token, real, a.dim,
                          in_chunks<T>(a.v, a.dim));
     }
-    const int64_t head = p.head * group + (BUG("attention.first_head_of_the_group") ? 0 : n / steps);
+    const int head = p.head * group + (BUG("attention.first_head_of_the_group") ? 0 : n / steps);
     const int query = from + n % steps * N, left = p.s.queries - query;
     load_tile<N>(m.streamed(0, stage), at<const T>(a.q, p.s, query, head), a.q.token, left, a.dim, chunks_q);
     load_tile<N>(m.streamed(1, stage), at<const T>(a.grad_o, p.s, query, head), a.grad_o.token, left, a.dim, chunks_g);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
 #pragma unroll
   for (int r = 0; r < kRows; ++r) since[r] = w.row(r) < real ? p.s.since(p.first + w.row(r)) : 0x7fffffff;
   typename W::template Matrix<kColumns> dk, dv;
-  pipeline<W::kStages>(static_cast<int>(group) * steps, load, [&](int n, int stage) {
+  pipeline<W::kStages>(group * steps, load, [&](int n, int stage) {
     const Tile<T, D> q = m.streamed(0, stage), grad = m.streamed(1, stage);
     const int query = from + n % steps * N;
     const bool whole =

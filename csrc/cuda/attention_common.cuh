@@ -17,12 +17,12 @@ constexpr float kLog2e = 1.44269504088896f;
 __device__ __forceinline__ int64_t integer(const Integers& x, int64_t i) {
   return x.wide ? static_cast<const int64_t*>(x.data)[i] : static_cast<const int32_t*>(x.data)[i];
 }
-__device__ __forceinline__ int64_t clamp(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : (x < high ? x : high);
+__device__ __forceinline__ int bounded(int64_t x, int low, int high) {
+  return x < low ? low : (x < high ? static_cast<int>(x) : high);
 }
 
 struct Sequence {
-  int64_t batch, begin;  // its tokens start at `begin`
+  int batch, begin;  // its tokens start at `begin`
   int queries, keys, shift;
   bool causal;
 
@@ -40,8 +40,7 @@ struct Sequence {
 // A block's share of the work: `rows` tokens (queries or keys) of one head from token `first` of a sequence.
 struct Place {
   Sequence s;
-  int64_t head;
-  int first, rows, part;
+  int head, first, rows, part;
 };
 
 // Tiles of `size` tokens for one head. A packed document n gets the tiles from begin / size + n on, so that a block
@@ -51,13 +50,14 @@ __host__ __device__ inline int64_t tiles_of(const AttentionCudaShape& a, int64_t
 }
 
 // The place of block `index` where blocks are numbered (batch, head, tile, part); of_keys: tokens are keys.
-__device__ __forceinline__ Place place(const AttentionCudaShape& a, int64_t index, bool of_keys, int size, int parts) {
-  const int64_t heads = of_keys ? a.kv_heads : a.heads, tokens = of_keys ? a.keys : a.queries;
-  const int64_t tiles = tiles_of(a, tokens, size);
+__device__ __forceinline__ Place place(const AttentionCudaShape& a, int index, bool of_keys, int size, int parts) {
+  const int heads = static_cast<int>(of_keys ? a.kv_heads : a.heads);
+  const int tokens = static_cast<int>(of_keys ? a.keys : a.queries);
+  const int tiles = static_cast<int>(tiles_of(a, tokens, size));
   Place p;
-  p.part = static_cast<int>(index % parts);
+  p.part = index % parts;
   index /= parts;
-  int64_t tile = index % tiles;
+  int tile = index % tiles;
   p.head = index / tiles % heads;
   p.s.batch = index / tiles / heads;
   p.s.begin = 0;
@@ -66,27 +66,27 @@ __device__ __forceinline__ Place place(const AttentionCudaShape& a, int64_t inde
   p.s.shift = p.s.keys - p.s.queries;
   p.s.causal = a.causal;
   if (a.offsets.data) {
-    int64_t low = 0, high = a.documents;  // document `low` begins at or before the tile, `high` after it
+    int low = 0, high = static_cast<int>(a.documents);  // document `low` begins at or before the tile, `high` after it
     while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (clamp(integer(a.offsets, middle), 0, tokens) / size + middle <= tile ? low : high) = middle;
+      const int middle = low + (high - low) / 2;
+      (bounded(integer(a.offsets, middle), 0, tokens) / size + middle <= tile ? low : high) = middle;
     }
-    p.s.begin = clamp(integer(a.offsets, low), 0, tokens);
-    p.s.queries = p.s.keys = static_cast<int>(clamp(integer(a.offsets, low + 1), p.s.begin, tokens) - p.s.begin);
+    p.s.begin = bounded(integer(a.offsets, low), 0, tokens);
+    p.s.queries = p.s.keys = bounded(integer(a.offsets, low + 1), p.s.begin, tokens) - p.s.begin;
     p.s.shift = 0;
     tile -= p.s.begin / size + low;
   }
-  p.first = static_cast<int>(clamp(tile * size, 0, 0x7fffffff));
-  p.rows = static_cast<int>(clamp((of_keys ? p.s.keys : p.s.queries) - p.first, 0, size));
-  if (a.lengths.data) p.s.keys = static_cast<int>(clamp(integer(a.lengths, p.s.batch), 0, a.keys));
+  p.first = bounded(int64_t{tile} * size, 0, 0x7fffffff);
+  p.rows = min(max((of_keys ? p.s.keys : p.s.queries) - p.first, 0), size);
+  if (a.lengths.data) p.s.keys = bounded(integer(a.lengths, p.s.batch), 0, static_cast<int>(a.keys));
   return p;
 }
 
 template <class T>
-__device__ __forceinline__ T* at(const AttentionView& x, const Sequence& s, int64_t token, int64_t head) {
-  return static_cast<T*>(x.data) + s.batch * x.batch + (s.begin + token) * x.token + head * x.head;
+__device__ __forceinline__ T* at(const AttentionView& x, const Sequence& s, int token, int head) {
+  return static_cast<T*>(x.data) + s.batch * x.batch + (int64_t{s.begin} + token) * x.token + head * x.head;
 }
-__device__ __forceinline__ int64_t row_index(const AttentionSizes& a, const Sequence& s, int64_t head, int64_t query) {
+__device__ __forceinline__ int64_t row_index(const AttentionSizes& a, const Sequence& s, int head, int query) {
   return (s.batch * a.heads + head) * a.queries + s.begin + query;
 }
 
@@ -118,11 +118,13 @@ struct Tile {
 
 // Copies kRows rows of a view, `stride` elements apart, by all threads of the block; rows past `rows` and columns past
 // `dim` become zeros. By cp.async where `chunks` says that 16 bytes may move at once, else element by element.
+// Unrolled, the addresses of its copies would take the registers that the sums need.
 template <int kRows, class T, int D>
 __device__ __forceinline__ void load_tile(Tile<T, D> tile, const T* from, int64_t stride, int rows, int64_t dim,
                                           bool chunks) {
   constexpr int V = kVector<T>;
   const int64_t columns = BUG("attention.reads_past_dim") ? D : dim;
+#pragma unroll 1
   for (int i = threadIdx.x; i < kRows * tile.kChunks; i += kThreads) {
     const int row = i / tile.kChunks, chunk = i % tile.kChunks, column = chunk * V;
     const T* const source = from + row * stride + column;
@@ -130,10 +132,9 @@ __device__ __forceinline__ void load_tile(Tile<T, D> tile, const T* from, int64_
       const bool inside = row < rows && column < columns;
       ptx::cp_async16(tile.write(row, chunk), inside ? source : from, inside);
     } else {
-      Vector<T, V> v;
-#pragma unroll
-      for (int j = 0; j < V; ++j) v.at[j] = row < rows && column + j < columns ? source[j] : from_float<T>(0);
-      store(tile.write(row, chunk), v);
+      T* const to = tile.write(row, chunk);
+#pragma unroll 1
+      for (int j = 0; j < V; ++j) to[j] = row < rows && column + j < columns ? source[j] : from_float<T>(0);
     }
   }
 }

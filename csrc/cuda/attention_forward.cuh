@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward(AttentionCuda a) {
   const auto v = [=](int stage) { return Tile<T, D>{k(stage).data + N * D}; };
   const W w(memory + kForwardBytes<T, D> - W::kScratch);
 
-  const int64_t kv_head = BUG("attention.wrong_kv_head") ? p.head % a.kv_heads : p.head / (a.heads / a.kv_heads);
+  const int heads = static_cast<int>(a.kv_heads), group = static_cast<int>(a.heads) / heads;
+  const int kv_head = BUG("attention.wrong_kv_head") ? p.head % heads : p.head / group;
   const int least = p.s.limit(p.first), most = p.s.limit(p.first + p.rows - 1);
   const bool chunks_k = in_chunks<T>(a.k, a.dim), chunks_v = in_chunks<T>(a.v, a.dim);
   const auto load = [&](int n, int stage) {

@@ -7,6 +7,7 @@ from finetune.ops.attention import attention
 from finetune.ops.cast import cast
 from finetune.ops.clip_grad_norm import clip_grad_norm_
 from finetune.ops.gae import gae
+from finetune.ops.gelu import gelu
 from finetune.ops.global_norm import global_norm
 from finetune.ops.kv_cache import kv_cache_append_, kv_cache_copy_, kv_cache_gather
 from finetune.ops.layer_norm import layer_norm
@@ -31,6 +32,7 @@ __all__ = [
     "cast",
     "clip_grad_norm_",
     "gae",
+    "gelu",
     "global_norm",
     "kv_cache_append_",
     "kv_cache_copy_",
