@@ -1,0 +1,300 @@
+"""Parameter-efficient fine-tuning: one base model, one task, and many ways to train little of it. Reads top to bottom.
+
+    full        W ← W − lr · step(dL/dW)                    all weights
+    lora_R      W + s B A, s = alpha / R                    rslora_R: s = alpha / √R
+    dora_R      m · (W + s B A) / ‖W + s B A‖               pissa_R: LoRA from the largest singular triples
+    nf4_R, int8_R                                           LoRA over frozen weights of 4 or 8 bits
+    prompt_P    P trained vectors before every row          prefix_P: P trained keys and values in every layer
+
+The mechanisms are in finetune/lora.py, prompt.py and quantize.py; what is compared, and why it is fair, in the README.
+"""
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune import adapters, config, hub, lora, memory, shapes
+from finetune.errors import UserError
+from finetune.llama import Llama, LlamaConfig, read_config
+from finetune.memory import meters
+from finetune.weights import read_json
+
+from . import plots, task, toy
+from .methods import QUANTIZED, VIRTUAL, Adapted, Method, adapt, parse, plain, setup
+from .task import Task, evaluate, train
+
+METHODS = "full,lora_2,lora_8,lora_32,rslora_32,dora_8,pissa_8,prompt_16,prefix_16,nf4_8,int8_8"
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 24  # of each method
+    checkpoint_every: int = 12
+    model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small Llama made in the run
+    data: Path | None = None  # JSONL with messages, or prompt and completion; none: Python's own documentation
+    methods: str = METHODS  # full, and KIND_SIZE: lora, rslora, dora, pissa, nf4, int8 _rank, prompt, prefix _tokens
+    alpha: float = 16.0  # LoRA: the update is scaled by alpha / rank, rsLoRA: by alpha / √rank
+    dropout: float = 0.0  # LoRA: chance that an input of the adapters is left out
+    targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers, as regular expressions for the end of their names
+    lr: float = 1e-3  # peak learning rate of adapters; of PiSSA a fifth, since it starts from large A and B
+    lr_full: float = 1e-4  # of all weights
+    lr_virtual: float = 1e-2  # of prompts and prefixes
+    clip: float = 1.0  # largest norm of the gradient
+    batch: int = 1  # rows of a step
+    max_length: int = 256  # tokens of a row, which holds several conversations; longer conversations are cut
+    eval_rows: int = 32  # held-out conversations to evaluate on
+    base_steps: int = 0  # from scratch: steps in which the base model learns what it is adapted from
+    mix: bool = True  # train a second adapter for another task on the same base, and mix the two
+    shuffle_answers: bool = False  # control: every question gets another one's answer, so there is nothing to learn
+
+    @classmethod
+    def toy(cls) -> "Config":
+        return cls(
+            steps=60, base_steps=300, model="scratch", lr=1e-2, lr_full=3e-3, lr_virtual=1e-1, batch=4, max_length=160,
+            eval_rows=80, checkpoint_every=20, threads=1,
+        )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in {"batch": 1, "max_length": 8, "eval_rows": 1, "base_steps": 0}.items():
+            if getattr(self, name) < least:
+                key = config.dashed(name)
+                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {least}")
+        names = [method.name for method in self.chosen]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"--methods: {twice} is there twice")
+
+    @property
+    def chosen(self) -> list[Method]:
+        return [parse(text) for text in self.methods.split(",")]
+
+    def lr_of(self, method: Method) -> float:
+        if method.kind in VIRTUAL:
+            return self.lr_virtual
+        return self.lr_full if method.kind == "full" else self.lr / 5 if method.kind == "pissa" else self.lr
+
+
+@dataclass
+class Result:
+    """What one method came to."""
+
+    method: Method
+    start: float  # held-out loss before training: the base's, but for quantised weights and text before the row
+    loss: float  # and after
+    trained: int
+    seconds: float | None  # a step, median
+    memory: list[dict]
+
+    def bytes(self, which: str) -> int:
+        return sum(row[which] for row in self.memory)
+
+
+def main(cfg: Config, run):
+    found = task.load(cfg, run)
+    total = sum(p.numel() for p in found.base.parameters())
+    before = evaluate(cfg, base_of(found), found.held_out)
+    run.say(f"{len(found.train)} conversations to learn, {total:,} parameters, held-out loss {before:.4f}")
+    results = []
+    for method in cfg.chosen:
+        results.append(compared(cfg, run, found, method, before))
+        report(run, results[-1], before, total)
+    run.memory([row | {"name": f"{r.method.name}: {row['name']}"} for r in results for row in r.memory])
+    run.samples("the same task, base and batches, by method", [line(r, results, before, total) for r in results])
+    metrics = judge(cfg, run, results, before, total)
+    plots.comparison(run, results, before)
+    return metrics | mixing(cfg, run, found, before)
+
+
+# --- One method
+
+
+def compared(cfg: Config, run, found: Task, method: Method, before: float) -> Result:
+    """Puts the method on a copy of the base, trains it, and looks at what it did."""
+    adapted = put_on(cfg, run, found, method)
+    frozen = base_hash(adapted.model)
+    start = before if method.exact else evaluate(cfg, adapted, found.held_out)
+    optimizer, seconds = train(cfg, run, adapted, found.train, cfg.lr_of(method), method.name, cfg.steps, "order")
+    if method.kind != "full" and base_hash(adapted.model) != frozen:
+        raise AssertionError(f"{method.name} changed the frozen weights")
+    loss = evaluate(cfg, adapted, found.held_out) if cfg.steps else start
+    save(cfg, run, found, method, adapted)
+    trained = sum(p.numel() for p in adapted.trained.values())
+    return Result(method, start, loss, trained, seconds, measured(cfg, run, found, method, adapted, optimizer))
+
+
+def put_on(cfg: Config, run, found: Task, method: Method) -> Adapted:
+    text = torch.tensor([token for document in found.train[:64] for token in document.ids])
+    model = copy.deepcopy(found.base)
+    return adapt(method, model, cfg.alpha, cfg.dropout, cfg.targets.split(","), text, run.generator("adapter"))
+
+
+def base_of(found: Task) -> Adapted:
+    return adapt(Method("full"), found.base, 1.0, 0.0, [], torch.empty(0), torch.Generator())
+
+
+def base_hash(model: Llama) -> str:
+    """SHA-256 of the tensors that are there without adapters: their names, and every bit."""
+    state = hashlib.sha256()
+    for name, tensor in lora.base_tensors(model):
+        state.update(name.encode())
+        state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def measured(cfg: Config, run, found: Task, method: Method, adapted: Adapted, optimizer) -> list[dict]:
+    """Rows of predicted and measured bytes of what the method holds, on the first batch."""
+    batch = task.batch_of(cfg, run, found.train, task.packed(cfg, found.train), 0, "order")
+    part = adapted.part
+    owners = [adapted.model] if part is None else [adapted.model, part]
+    kept = {"weights": sum(map(meters.weight_bytes, owners)), "optimizer states": meters.optimizer_bytes(optimizer)}
+    kept["activations"] = meters.saved_bytes(adapted.model, lambda: task.loss_of(adapted, batch))
+    task.loss_of(adapted, batch).backward()
+    kept["gradients"] = sum(map(meters.gradient_bytes, owners))
+    predicted = memory.predict(memory.shape_of(adapted.model.config), setup(method, batch, "fp32", cfg.targets))
+    return memory.table({term.name: term.bytes for term in predicted}, kept)
+
+
+def save(cfg: Config, run, found: Task, method: Method, adapted: Adapted) -> None:
+    """adapters/NAME as peft opens it; model/ is the first LoRA adapter, or with scratch the model merged with it."""
+    base = run.dir / "base" if cfg.model == "scratch" else hub.resolve(cfg.model)
+    if cfg.model == "scratch" and not base.exists():
+        found.base.save_pretrained(base, found.tokenizer)
+    folder = run.dir / "adapters" / method.name
+    if adapted.part is not None:
+        adapters.save_prompt(adapted.model, adapted.part, folder, str(base))
+    elif method.kind != "full":
+        adapters.save_adapter(adapted.model, folder, str(base))
+    if method == first_lora(cfg):
+        if cfg.model == "scratch":
+            merged = copy.deepcopy(adapted.model)
+            lora.merge(merged)
+            merged.save_pretrained(run.dir / "model", found.tokenizer)
+        else:
+            adapters.save_adapter(adapted.model, run.dir / "model", str(base))
+            found.tokenizer.save_pretrained(run.dir / "model")
+
+
+def first_lora(cfg: Config) -> Method | None:
+    """The method that is saved, mixed and planned for: LoRA of rank 8 if it is there, else the first LoRA."""
+    plain = [method for method in cfg.chosen if method.kind == "lora"]
+    return Method("lora", 8) if Method("lora", 8) in plain else next(iter(plain), None)
+
+
+# --- Several adapters on one base
+
+
+def mixing(cfg: Config, run, found: Task, before: float) -> dict[str, float]:
+    """A second adapter for the second task on the base of the first one's; both, switched and mixed, on both tasks."""
+    method = first_lora(cfg)
+    if not cfg.mix or method is None or not found.second:
+        return {}
+    adapted = Adapted(copy.deepcopy(found.base), {}, base_of(found).forward)
+    model = adapted.model
+    adapters.load_adapter(model, run.dir / "adapters" / method.name, "first")
+    lora.apply_lora(model, method.size, cfg.alpha, cfg.dropout, cfg.targets.split(","), run.generator("second"),
+                    name="second")  # fmt: skip
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapted = Adapted(model, trained, lambda batch: plain(model, batch))
+    train(cfg, run, adapted, found.second, cfg.lr, "second", cfg.steps, "second")
+    mixes = {
+        "none": {},
+        "first": {"first": 1.0},
+        "second": {"second": 1.0},
+        "half": {"first": 0.5, "second": 0.5},
+        "sum": {"first": 1.0, "second": 1.0},
+    }
+    losses = {}
+    for name, weights in mixes.items():
+        lora.activate(model, weights)
+        losses[name] = [evaluate(cfg, adapted, part) for part in (found.held_out, found.second_held_out)]
+    run.samples("two adapters on one base, held-out loss", [
+        {"active": " + ".join(f"{w:g} · {n}" for n, w in mixes[name].items()) or "none", "first task": f"{a:.3f}",
+         "second task": f"{b:.3f}"} for name, (a, b) in losses.items()
+    ])  # fmt: skip
+
+    def kept(mix: str, i: int, own: str) -> float:
+        gain = losses["none"][i] - losses[own][i]
+        return (losses["none"][i] - losses[mix][i]) / gain if gain else 0.0
+
+    return {
+        f"{mix}_keeps_{own}": kept(mix, i, own) for mix in ("half", "sum") for i, own in enumerate(("first", "second"))
+    }
+
+
+# --- What is shown, what is judged
+
+
+def share_of_gain(result: Result, results: list[Result], before: float) -> float | None:
+    """Of full fine-tuning's gain."""
+    full = next((r for r in results if r.method.kind == "full"), None)
+    if full is None or before == full.loss:
+        return None
+    return (before - result.loss) / (before - full.loss)
+
+
+def report(run, result: Result, before: float, total: int) -> None:
+    run.say(f"{result.method.name}: {result.trained:,} parameters ({result.trained / total:.3%}), "
+            f"held-out loss {before:.4f} → {result.loss:.4f}")  # fmt: skip
+
+
+def line(result: Result, results: list[Result], before: float, total: int) -> dict[str, str]:
+    share, seconds = share_of_gain(result, results, before), result.seconds
+    full = next((r.seconds for r in results if r.method.kind == "full"), None)
+    return {
+        "method": result.method.name,
+        "trained": f"{result.trained:,}",
+        "share": f"{result.trained / total:.2%}",
+        "loss": f"{result.loss:.3f}",
+        "of full's gain": "–" if share is None else f"{share:.0%}",
+        "step, full = 1": f"{seconds / full:.2f}" if seconds and full else "–",
+        "MB, predicted": f"{result.bytes('predicted') / 1e6:.1f}",
+        "MB, measured": f"{result.bytes('measured') / 1e6:.1f}",
+    }
+
+
+def judge(cfg: Config, run, results: list[Result], before: float, total: int) -> dict[str, float | int | None]:
+    """Every method has to beat the base, and what it was before it learnt anything. Rank 8 has to reach nine tenths of
+    full fine-tuning's gain, and in few bits to stay within a tenth of a nat of that over dense weights."""
+    by_name = {r.method.name: r for r in results}
+    guessing = toy.CHANCE if cfg.model == "scratch" and cfg.data is None else None
+    for r in results:
+        targets = []
+        if (dense := by_name.get(f"lora_{r.method.size}")) and r.method.kind in QUANTIZED:
+            targets.append(dense.loss + 0.1)
+        if guessing is not None and r.method.name in ("full", "lora_8"):
+            targets.append(guessing / 2)
+        bar = min(before, r.start)
+        target = min(targets) if targets and min(targets) < bar else None
+        run.judge(f"{r.method.name}_loss", r.loss, baseline=bar, target=target, higher=False)
+    if "full" in by_name and "lora_8" in by_name:
+        share = share_of_gain(by_name["lora_8"], results, before)
+        run.judge("lora_8_of_full_gain", share or 0.0, baseline=0.0, target=0.9)
+    metrics = {"loss_before": before, "parameters": total, **({"loss_of_guessing": guessing} if guessing else {})}
+    for r in results:
+        metrics |= {f"{r.method.name}_trained": r.trained, f"{r.method.name}_share": r.trained / total,
+                    f"{r.method.name}_seconds": r.seconds, f"{r.method.name}_bytes": r.bytes("measured"),
+                    f"{r.method.name}_bytes_predicted": r.bytes("predicted")}  # fmt: skip
+    return metrics
+
+
+# --- Memory
+
+
+def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
+    """Of the method that is saved, or else the first; nothing is loaded."""
+    method = first_lora(cfg) or cfg.chosen[0]
+    if cfg.model == "scratch":
+        shape = toy.small_config(
+            task.small_tokenizer(task.conversations(cfg)).vocab_size, cfg.max_length + task.longest(cfg)
+        )
+    elif cfg.model == "smollm2":
+        shape = LlamaConfig(**shapes.LLAMA["smollm2-135m"])
+    else:
+        source = hub.resolve(cfg.model)
+        shape = read_config(read_json(source / "config.json"), source)
+    row = torch.zeros(1, cfg.batch * cfg.max_length, dtype=torch.int64)
+    whole = task.data.Batch(row, row, row, torch.tensor([0, row.numel()], dtype=torch.int32))
+    return shape, setup(method, whole, "fp32", cfg.targets)

@@ -1,0 +1,111 @@
+"""The methods that are compared: `KIND_SIZE`, such as lora_8 or prefix_16, or `full`. Each is a few lines over
+finetune/lora.py, finetune/prompt.py and finetune/quantize.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from finetune import lora, memory
+from finetune.data import Batch
+from finetune.errors import UserError, nearest
+from finetune.llama import Llama
+from finetune.prompt import Prefix, Prompt
+from finetune.quantize import quantize_linears
+
+ADAPTERS = ("lora", "rslora", "dora", "pissa")
+QUANTIZED = {"nf4": "nf4_double", "int8": "int8"}  # LoRA over weights in this form
+VIRTUAL = {"prompt": Prompt, "prefix": Prefix}
+KINDS = (*ADAPTERS, *QUANTIZED, *VIRTUAL)
+Forward = Callable[[Batch], Tensor]  # the state after the last norm of each token, (T, C)
+
+
+@dataclass(frozen=True)
+class Method:
+    kind: str
+    size: int = 0  # rank, or number of virtual tokens
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}_{self.size}" if self.size else self.kind
+
+    @property
+    def exact(self) -> bool:
+        """Does it start as the base model, to the last bit?"""
+        return self.kind in ("full", "lora", "rslora", "dora")
+
+
+def parse(text: str) -> Method:
+    """UserError for what is no method."""
+    kind, _, size = text.partition("_")
+    if text == "full":
+        return Method("full")
+    if kind not in KINDS:
+        raise UserError(f"--methods: '{text}' is none: they are full, {', '.join(f'{k}_N' for k in KINDS)}"
+                        f"{nearest(kind, [*KINDS, 'full'])}")  # fmt: skip
+    if not size.isdecimal() or int(size) < 1:
+        what = "virtual tokens" if kind in VIRTUAL else "rank"
+        raise UserError(f"--methods: '{text}': {kind} needs its {what}, such as {kind}_8")
+    return Method(kind, int(size))
+
+
+@dataclass
+class Adapted:
+    """A model with what a method trains, by name, and how it is run."""
+
+    model: Llama
+    trained: dict[str, torch.nn.Parameter]
+    forward: Forward
+    part: Prompt | Prefix | None = None
+
+
+def adapt(
+    method: Method, model: Llama, alpha: float, dropout: float, targets: list[str], text: Tensor,
+    generator: torch.Generator,
+) -> Adapted:  # fmt: skip
+    """Puts the method on the model, which is changed. Virtual tokens begin as the first ones of `text`."""
+    if method.kind == "full":
+        model.requires_grad_(True)
+        return Adapted(model, dict(model.named_parameters()), lambda batch: plain(model, batch))
+    if method.kind in VIRTUAL:
+        part = VIRTUAL[method.kind].from_tokens(model.requires_grad_(False), text[: method.size])
+        run = prefixed if isinstance(part, Prefix) else prompted
+        return Adapted(model, dict(part.named_parameters()), lambda batch: run(part, model, batch), part)
+    if method.kind in QUANTIZED:
+        quantize_linears(model, QUANTIZED[method.kind])
+    lora.apply_lora(model, method.size, alpha, dropout, targets, generator, rslora=method.kind == "rslora",
+                    dora=method.kind == "dora", pissa=method.kind == "pissa")  # fmt: skip
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return Adapted(model, trained, lambda batch: plain(model, batch))
+
+
+def plain(model: Llama, batch: Batch) -> Tensor:
+    return model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, hidden=True)[0]
+
+
+def prompted(part: Prompt, model: Llama, batch: Batch) -> Tensor:
+    return part(model, batch.tokens, cu_seqlens=batch.cu_seqlens, hidden=True)[0]
+
+
+def prefixed(part: Prefix, model: Llama, batch: Batch) -> Tensor:
+    """Keys of packed documents cannot be more than their queries, so each has a row of its own here."""
+    lengths = batch.cu_seqlens.diff().long()
+    real = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, longest)
+    tokens = torch.zeros_like(real, dtype=torch.int64).masked_scatter(real, batch.tokens)
+    return part(model, tokens, lengths=lengths, hidden=True)[real]
+
+
+def setup(method: Method, batch: Batch, dtype: str, targets: str) -> memory.Setup:
+    """For the memory formulas: the method on this batch."""
+    count, longest = len(batch.cu_seqlens) - 1, int(batch.cu_seqlens.diff().max())
+    made = memory.Setup(batch=1, seq=batch.tokens.numel(), dtype=dtype)
+    if method.kind == "prompt":
+        return replace(made, seq=made.seq + count * method.size, prompt=method.size)
+    if method.kind == "prefix":
+        return replace(made, batch=count, seq=longest, prefix=method.size)
+    if method.kind == "full":
+        return made
+    adapter = method.kind if method.kind in ("dora", "pissa") else "lora"
+    return replace(made, lora_rank=method.size, lora_targets=targets, adapter=adapter,
+                   quantized=QUANTIZED.get(method.kind, "none"))  # fmt: skip

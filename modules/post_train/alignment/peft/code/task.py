@@ -1,0 +1,142 @@
+"""What is learnt: two tasks in conversations, for a model that is loaded, or made in the run."""
+
+import random
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from finetune import data, hub, ops, optim
+from finetune.data import Conversation, Document
+from finetune.errors import UserError
+from finetune.llama import Llama
+from finetune.tokenizer import Tokenizer
+
+from . import toy
+from .methods import Adapted, Method, adapt
+
+
+@dataclass
+class Task:
+    base: Llama
+    tokenizer: Tokenizer
+    train: list[Document]
+    held_out: list[Document]
+    second: list[Document]  # the other adapter's; none with --data
+    second_held_out: list[Document]
+
+
+def load(cfg, run) -> Task:
+    sets = conversations(cfg)
+    if cfg.model == "scratch":
+        tokenizer = small_tokenizer(sets)
+        run.seed("base")
+        base = toy.small_llama(toy.small_config(tokenizer.vocab_size, cfg.max_length + longest(cfg)))
+        documents = tokenized(cfg, sets.pop("base"), tokenizer)
+        pretrain(cfg, run, base, documents)
+    else:
+        source = hub.resolve(cfg.model, run.console)
+        tokenizer, base = Tokenizer.from_pretrained(source), Llama.from_pretrained(source)
+    room = base.config.max_length
+    if cfg.max_length + longest(cfg) > room:
+        raise UserError(
+            f"--max-length {cfg.max_length}: with {longest(cfg)} virtual tokens the model has room for {room}"
+        )
+    documents = {name: tokenized(cfg, rows, tokenizer) for name, rows in sets.items()}
+    return Task(base, tokenizer, documents["first"], documents["first_held_out"], documents.get("second", []),
+                documents.get("second_held_out", []))  # fmt: skip
+
+
+def small_tokenizer(sets: dict[str, list[Conversation]]) -> Tokenizer:
+    return Tokenizer.train([m["content"] for rows in sets.values() for row in rows for m in row], vocab_size=512)
+
+
+def conversations(cfg) -> dict[str, list[Conversation]]:
+    """first, first_held_out and, unless there is --data, the same of a second task; base for a model from scratch."""
+    if cfg.model == "scratch":
+        sets = toy.directories(cfg.seed)
+    else:
+        pairs = data.python_pairs() if cfg.data is None else []
+        train, held_out, _ = data.split_pairs([p for p in pairs if not p.topic.startswith("reference")])
+        sets = {"first": [p.conversation() for p in train], "first_held_out": [p.conversation() for p in held_out]}
+        sets |= {"second": [backwards(p) for p in train], "second_held_out": [backwards(p) for p in held_out]}
+    if cfg.data is not None:
+        rows = random.Random(0).sample(read := data.read_jsonl(cfg.data), len(read))
+        if len(rows) < 2:
+            raise UserError(f"{cfg.data} has one row only: a second one is needed to evaluate on")
+        count = max(1, len(rows) // 10)
+        sets = {name: rows for name, rows in sets.items() if name == "base"}
+        sets |= {"first": rows[count:], "first_held_out": rows[:count]}
+    for name in sets:
+        if name.endswith("held_out"):  # the same for every seed, so that seeds can be compared
+            sets[name] = random.Random(0).sample(sets[name], min(cfg.eval_rows, len(sets[name])))
+    if cfg.shuffle_answers:
+        dealt = random.Random(cfg.seed).sample(sets["first"], len(sets["first"]))
+        sets["first"] = [[*row[:-1], other[-1]] for row, other in zip(sets["first"], dealt, strict=True)]
+    return sets
+
+
+def backwards(pair: data.Pair) -> Conversation:
+    """The documentation as the question, what it is about as the answer."""
+    question = f"What in Python is documented so: {pair.answer}"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": pair.name}]
+
+
+def longest(cfg) -> int:
+    """The most virtual tokens of any method."""
+    return max((m.size for m in cfg.chosen if m.kind in ("prompt", "prefix")), default=0)
+
+
+def tokenized(cfg, rows: list[Conversation], tokenizer: Tokenizer) -> list[Document]:
+    return data.tokenize(rows, tokenizer.render, cfg.max_length)[0]
+
+
+# --- Training and evaluation, the same for all methods
+
+
+def batch_of(cfg, run, documents: list[Document], rows: list[list[int]], step: int, phase: str) -> data.Batch:
+    chosen = data.batch_indices(len(rows), cfg.batch, step, lambda epoch: run.generator(phase, epoch))
+    return data.collate([documents[i] for row in chosen for i in rows[row]])
+
+
+def packed(cfg, documents: list[Document]) -> list[list[int]]:
+    return data.pack([len(d) for d in documents], cfg.max_length)
+
+
+def loss_of(adapted: Adapted, batch: data.Batch, reduction: str = "mean") -> torch.Tensor:
+    """Cross entropy (nats) of the learnt tokens; scalar fp32. The logits never exist at once."""
+    return ops.linear_cross_entropy(
+        adapted.forward(batch), adapted.model.head_weight, batch.targets[0], reduction=reduction
+    )
+
+
+def train(cfg, run, adapted: Adapted, documents: list[Document], lr: float, phase: str, steps: int, order: str):
+    """The optimizer and the median seconds of a step. All methods of one `order` see the same batches."""
+    rows, parameters = packed(cfg, documents), list(adapted.trained.values())
+    optimizer = optim.AdamW(optim.decay_groups(parameters, 0.0), lr=lr)
+    clock = {"seconds": torch.zeros(steps)}
+    for step in run.steps(steps, {"trained": adapted.trained, "optimizer": optimizer, "clock": clock}, phase=phase):
+        began = perf_counter()
+        loss = loss_of(adapted, batch_of(cfg, run, documents, rows, step, order))
+        loss.backward()
+        ops.clip_grad_norm_([p.grad for p in parameters if p.grad is not None], cfg.clip)
+        optimizer.step(lr=optim.cosine(step, steps, steps // 10, lr, lr / 10))
+        optimizer.zero_grad()
+        clock["seconds"][step] = perf_counter() - began
+        run.log(step, loss=loss)
+    return optimizer, clock["seconds"].median().item() if steps else None
+
+
+@torch.no_grad()
+def evaluate(cfg, adapted: Adapted, documents: list[Document]) -> float:
+    """Mean loss (nats) of the learnt tokens."""
+    adapted.model.eval()
+    batches = [data.collate([documents[i] for i in row]) for row in packed(cfg, documents)]
+    total = sum(loss_of(adapted, batch, "sum").item() for batch in batches)
+    adapted.model.train()
+    return total / sum(batch.learnt for batch in batches)
+
+
+def pretrain(cfg, run, base: Llama, documents: list[Document]) -> None:
+    whole = adapt(Method("full"), base, 1.0, 0.0, [], torch.empty(0), run.generator("base"))
+    train(cfg, run, whole, documents, cfg.lr_full, "base", cfg.base_steps, "base")
