@@ -26,7 +26,6 @@ from torch import nn
 
 from finetune import machine, ops, optim, registry
 
-
 SAME = 5  # first steps, whose losses must agree; later the runs may part, as two runs of different rounding do
 
 

@@ -4,7 +4,8 @@
 
 Layout: contiguous, BLOCK elements a program. σ is computed again in the backward pass rather than kept.
 Bytes: 2 an element forward (read x, write y), 3 backward (read dy and x, write dx), times the dtype's size.
-FLOPs: about 8 forward and 17 backward, an exponential among them. Intensity: 3 FLOP/byte in bf16; the roof is memory bandwidth.
+FLOPs: about 8 forward and 17 backward, an exponential among them. Intensity: 3 FLOP/byte in bf16; the roof is memory
+bandwidth.
 Source: the formulas.
 """
 
