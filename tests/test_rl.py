@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from finetune import ops
-from finetune.rl import advantages
+from finetune.rl import advantages, environments, policies
 from finetune.rl import mdp as tables
+from finetune.rl.evaluation import interval
 from finetune.rl.moments import Moments, chi
 from finetune.rl.rollout import sample_tabular
 
@@ -146,3 +147,66 @@ def test_moments_are_numpys_and_know_what_chance_does():
     assert np.isinf(found.variance()[:, 5]).all()
     assert abs(chi(found.mean() - 2.0, found.of_mean())).max() < 4
     assert chi(found.mean() - 2.5, found.of_mean()).min() > 20
+
+
+# --- Policies, episodes, intervals
+
+
+def test_categorical_is_torchs():
+    torch.manual_seed(0)
+    params, other = (torch.randn(500, 4).log_softmax(-1) for _ in range(2))
+    theirs, others = (torch.distributions.Categorical(logits=p) for p in (params, other))
+    actions = policies.Categorical.draw(params, torch.Generator().manual_seed(0))
+    assert torch.allclose(policies.Categorical.log_prob(params, actions), theirs.log_prob(actions))
+    assert torch.allclose(policies.Categorical.entropy(params), theirs.entropy(), atol=1e-6)
+    assert torch.allclose(
+        policies.Categorical.kl(params, other), torch.distributions.kl_divergence(theirs, others), atol=1e-5
+    )
+    many = policies.Categorical.draw(params[:1].expand(100_000, 4), torch.Generator().manual_seed(1))
+    assert (many.bincount(minlength=4) / 100_000 - params[0].exp()).abs().max() < 0.01
+
+
+def test_gaussian_is_torchs():
+    torch.manual_seed(0)
+    params, other = (torch.randn(50, 6) for _ in range(2))
+    theirs, others = (
+        torch.distributions.Independent(torch.distributions.Normal(p[:, :3], p[:, 3:].exp()), 1)
+        for p in (params, other)
+    )
+    actions = policies.Gaussian.draw(params, torch.Generator().manual_seed(0))
+    assert torch.allclose(policies.Gaussian.log_prob(params, actions), theirs.log_prob(actions), atol=1e-5)
+    assert torch.allclose(policies.Gaussian.entropy(params), theirs.entropy(), atol=1e-5)
+    kl = torch.distributions.kl_divergence(theirs, others)
+    assert torch.allclose(policies.Gaussian.kl(params, other), kl, rtol=1e-4, atol=1e-4)
+
+
+def test_whole_episodes_are_those_of_gymnasium():
+    envs = environments.make("CartPole-v1", 3)
+    pushes = torch.tensor([0, 1, 1, 0])
+    count = iter(range(1000))
+    rollout = environments.play(envs, lambda seen: pushes[next(count) % 4].expand(len(seen)), [5, 6, 7])
+    alive = rollout.first_episode
+    for i, seed in enumerate([5, 6, 7]):
+        env = environments.make("CartPole-v1", 1)[0]
+        seen, _ = env.reset(seed=seed)
+        for t in range(1000):
+            assert np.array_equal(rollout.observations[t, i].numpy(), seen)
+            seen, reward, terminated, truncated, _ = env.step(int(pushes[t % 4]))
+            assert rollout.rewards[t, i] == reward
+            assert np.array_equal(rollout.next_observations[t, i].numpy(), seen)
+            assert bool(rollout.terminated[t, i]) == terminated
+            assert bool(rollout.truncated[t, i]) == truncated
+            if terminated or truncated:
+                break
+        assert alive[:, i].sum() == t + 1
+        assert rollout.rewards[t + 1 :, i].sum() == 0
+
+
+def test_the_interval_is_students():
+    mean, half = interval([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.303 * np.std([1, 2, 4], ddof=1) / 3**0.5)
+    assert interval([3.0])[1] == float("inf")
+    draw = np.random.default_rng(0)
+    inside = [abs(m) <= h for m, h in (interval(draw.normal(size=5).tolist()) for _ in range(4000))]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.015)

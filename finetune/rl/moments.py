@@ -55,6 +55,12 @@ def chi(off: Array, variance: Array) -> Array:
     return (total - v.sum(-1)) / np.maximum(np.sqrt(2 * (v**2).sum(-1)), 1e-20)
 
 
+def chi_correlated(off: Array, covariance: Array) -> Array:
+    """The same of a vector (…, D) whose components are not independent: |off|² has mean tr C and variance 2 tr C²."""
+    mean = np.trace(covariance, axis1=-2, axis2=-1)
+    return ((off**2).sum(-1) - mean) / np.sqrt(2 * (covariance**2).sum((-2, -1)))
+
+
 def seen_by_the_gradient(off: Array, policy: Array, counted: NDArray[np.bool_], variance: Array | None = None) -> Array:
     """Root mean square, over the counted pairs (S, A), of off(s, a) − Σ_a π(a|s) off(s, a); off (…, S·A).
 

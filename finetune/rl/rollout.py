@@ -52,15 +52,17 @@ def sample_tabular(
     *,
     actions: NDArray[np.intp] | None = None,
     limit: int | None = None,
+    one_episode: bool = False,
 ) -> Rollout:
     """`steps` steps from each of the given states (N,) under `policy` (S, A); rewards are float64.
 
     actions (N,): the first ones, where the policy is not to choose them. limit: steps after which an episode is
-    truncated. After an end the next episode begins in a state drawn from mdp.start.
+    truncated. After an end the next episode begins in a state drawn from mdp.start. one_episode: stops as soon as
+    every row has had an end.
     """
     rows = len(states)
     cumulative, starts = policy.cumsum(1), mdp.start.cumsum()
-    age = np.zeros(rows, np.intp)
+    age, over = np.zeros(rows, np.intp), np.zeros(rows, bool)
     columns: list[tuple[NDArray, ...]] = []
     for t in range(steps):
         drawn = generator.random((3, rows))
@@ -74,5 +76,7 @@ def sample_tabular(
         columns.append((states, chosen, mdp.rewards[states, chosen, after], after, terminated, truncated))
         ends = terminated | truncated
         states = np.where(ends, (drawn[2][:, None] * starts[-1] >= starts).sum(1), after)
-        age = np.where(ends, 0, age)
+        age, over = np.where(ends, 0, age), over | ends
+        if one_episode and over.all():
+            break
     return Rollout(*(torch.from_numpy(np.stack(column)) for column in zip(*columns, strict=True)))

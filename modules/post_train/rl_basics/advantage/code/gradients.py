@@ -11,6 +11,7 @@ from finetune import ops
 from finetune.rl import mdp as tables
 from finetune.rl.advantages import group_normalised, leave_one_out
 from finetune.rl.mdp import MDP
+from finetune.rl.moments import chi_correlated
 from finetune.rl.rollout import Rollout
 
 UNBIASED_GRADIENTS = (
@@ -71,11 +72,10 @@ class Slopes:
         return (self.squares / self.count).numpy() - (self.mean() ** 2).sum(-1)
 
     def z(self) -> np.ndarray:
-        """(K,) |mean − exact|², in standard deviations of what chance does: it has mean tr C and variance 2 tr C²."""
+        """(K,) |mean − exact|², in standard deviations of what chance does."""
         mean = self.mean() @ self.basis.numpy()
         C = ((self.outer / self.count).numpy() - mean[:, :, None] * mean[:, None]) / float(self.count)
-        off = ((mean - self.wanted @ self.basis.numpy()) ** 2).sum(-1)
-        return (off - np.trace(C, axis1=1, axis2=2)) / np.sqrt(2 * (C**2).sum((1, 2)))
+        return chi_correlated(mean - self.wanted @ self.basis.numpy(), C)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("count", "sums", "squares", "outer")}

@@ -1,0 +1,280 @@
+"""Policy gradients: REINFORCE with four baselines, the natural gradient, and TRPO. Reads top to bottom.
+
+    ∇J = E[ Σ_t ∇ log π(a_t|s_t) · (G_t − b_t) ]        natural: F⁻¹ ∇J        TRPO: max surrogate s.t. KL ≤ δ
+
+Williams 1992; Kakade 2001; Schulman et al. 2015 (arXiv:1502.05477). The README explains every metric and every choice.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from finetune import config, ops, optim
+from finetune.errors import UserError
+from finetune.rl import environments, policies
+from finetune.rl import mdp as tables
+from finetune.rl.evaluation import interval, returns
+from finetune.rl.rollout import Rollout, numpy_generator
+
+from . import plots, tabular
+from .losses import BASELINES, advantages, policy_loss
+from .natural import flat, functional, line_search, natural_direction
+
+METHODS = ("reinforce", "natural", "trpo")
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 80  # updates of each method
+    checkpoint_every: int = 20
+    env: str = "CartPole-v1"  # a gymnasium id with vectors for observations
+    methods: str = ",".join(METHODS)  # which to train, separated by commas
+    episodes: int = 16  # of an update
+    baseline: Literal["none", "mean", "leave_one_out", "learned"] = "learned"
+    gamma: float = 0.99
+    entropy: float = 0.0  # weight of the entropy bonus
+    hidden: int = 64  # width of the two hidden layers of policy and value
+    lr: float = 0.005  # reinforce: Adam's, falling to a tenth
+    value_lr: float = 0.005  # of the learned baseline
+    value_epochs: int = 20  # its steps an update, on the whole batch
+    delta: float = 0.02  # natural and trpo: KL of a step; it falls to a tenth, as the learning rate does
+    damping: float = 0.01  # added to the Fisher matrix
+    iterations: int = 10  # of conjugate gradients
+    reward_shift: float = 0.0  # added to every reward that is learned from, not to those that are reported
+    shuffle_advantages: bool = False  # control: the advantages are dealt out anew, so there is nothing to learn
+    eval_episodes: int = 50  # before and after, with actions drawn as in training
+    corridor_steps: int = 200  # updates on the short corridor; 0: without it
+    corridor_repeats: int = 4  # with each baseline
+    corridor_lr: float = 1e-3  # plain gradient ascent
+    score_episodes: int = 100_000  # that the gradient is estimated from where it is compared with the enumerated one
+
+    @classmethod
+    def toy(cls) -> "Config":
+        return cls(steps=25, methods="trpo", hidden=32, eval_episodes=20, corridor_repeats=2, corridor_lr=2e-3,
+                   corridor_steps=120, score_episodes=20_000)  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"episodes": 2, "hidden": 1, "value_epochs": 0, "iterations": 1, "eval_episodes": 2,
+                 "corridor_steps": 0, "corridor_repeats": 2, "score_episodes": 1000}  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                key = config.dashed(name)
+                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
+        if not 0 <= self.gamma <= 1:
+            raise UserError(f"--gamma {self.gamma} is not within 0 and 1")
+        for name in ("delta", "damping"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be above 0")
+        for name in self.methods.split(","):
+            if name not in METHODS:
+                raise UserError(f"--methods: '{name}' is not one of {', '.join(METHODS)}")
+
+
+def main(cfg: Config, run) -> dict[str, Any]:
+    envs = environments.make(cfg.env, cfg.episodes)
+    for name in cfg.methods.split(","):
+        train(cfg, run, name, envs)
+    plots.learning(run, cfg)
+    if cfg.corridor_steps:
+        for baseline in BASELINES:
+            walk(cfg, run, baseline)
+        plots.corridor(run, BASELINES, tabular.BEST_RIGHT)
+    judge_gradient(run, cfg.score_episodes)
+    return {}
+
+
+# --- Training on gymnasium
+
+
+def train(cfg: Config, run, method: str, envs: list[Any]) -> None:
+    policy, value = networks(cfg, run, envs)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=cfg.lr)
+    value_optimizer = torch.optim.Adam(value.parameters(), lr=cfg.value_lr)
+    state = {"policy": policy, "value": value, "optimizer": optimizer, "value_optimizer": value_optimizer}
+    before = evaluate(cfg, run, policy, envs, "before")
+    for step in run.steps(cfg.steps, state, phase=method):
+        rollout = collect(run, policy, envs, (method, step))
+        earned = rollout.rewards.sum(0).tolist()
+        rollout.rewards = rollout.rewards + cfg.reward_shift * rollout.first_episode
+        psi, targets = with_baseline(cfg, rollout, value)
+        if cfg.shuffle_advantages:
+            psi = shuffled(psi, rollout.first_episode, run.generator("shuffle", method, step))
+        batch = Batch(rollout, psi)
+        left = optim.cosine(step, cfg.steps, 0, 1.0, 0.1)
+        if method == "reinforce":
+            found = reinforce(cfg, policy, optimizer, batch, left * cfg.lr)
+        else:
+            found = natural_step(cfg, policy, batch, left * cfg.delta, search=method == "trpo")
+        if cfg.baseline == "learned":
+            found["value_loss"] = fit(cfg, value, value_optimizer, batch, targets[rollout.first_episode])
+        run.log(step, **{"return": sum(earned) / len(earned)}, **found)
+    after = evaluate(cfg, run, policy, envs, "after")
+    run.say(f"{method}: {after[0]:.1f} ± {after[1]:.1f} (95 %, {cfg.eval_episodes} episodes)")
+    target = {"CartPole-v1": 150.0 if run.toy else 400.0}.get(cfg.env)
+    run.judge(f"return_{method}", after[0], baseline=before[0], target=target)
+
+
+class Batch:
+    """The steps that count, in one row."""
+
+    def __init__(self, rollout: Rollout, psi: Tensor) -> None:
+        alive = rollout.first_episode
+        self.observations, self.actions = rollout.observations[alive], rollout.actions[alive]
+        psi = psi[alive]
+        self.psi = psi / psi.square().mean().sqrt().clamp(min=1e-8)  # a scale for the step, and no second baseline
+
+
+def reinforce(
+    cfg: Config, policy: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float
+) -> dict[str, float]:
+    """One step of Adam on − mean(log π · Ψ) − entropy bonus."""
+    params = policy(batch.observations)
+    entropy = policy.entropy(params).mean()
+    log_probs = policy.log_prob(params, batch.actions)
+    loss = policy_loss(log_probs, batch.psi, torch.ones_like(batch.psi)) / len(batch.psi)
+    optimizer.zero_grad()
+    (loss - cfg.entropy * entropy).backward()
+    norm = ops.clip_grad_norm_([p.grad for p in policy.parameters()], 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    with torch.no_grad():
+        kl = policy.kl(params, policy(batch.observations)).mean()
+    return {"entropy": entropy.item(), "kl": kl.item(), "grad_norm": float(norm)}
+
+
+def natural_step(cfg: Config, policy: nn.Module, batch: Batch, delta: float, search: bool) -> dict[str, float]:
+    """θ += √(2δ / xᵀFx) x with x = F⁻¹ g; with `search` (TRPO) the step is shortened until it keeps its promise."""
+    distribution = functional(policy, batch.observations)
+    theta = flat(policy.parameters())
+    old = distribution(theta).detach()
+    old_log_probs = policy.log_prob(old, batch.actions)
+
+    def surrogate(at: Tensor) -> Tensor:
+        params = distribution(at)
+        ratio = (policy.log_prob(params, batch.actions) - old_log_probs).exp()
+        return (ratio * batch.psi).mean() + cfg.entropy * policy.entropy(params).mean()
+
+    at = theta.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(surrogate(at), at)
+    x, length = natural_direction(distribution, policy.kl, theta, gradient, cfg.damping, cfg.iterations)
+    step, taken = (2 * delta / length.clamp(min=1e-12)).sqrt() * x, 1.0
+    with torch.no_grad():
+        if search:
+            new, taken = line_search(surrogate, lambda at: policy.kl(old, distribution(at)).mean(), theta, step, delta)
+        else:
+            new = theta + step
+        kl = policy.kl(old, distribution(new)).mean()
+        nn.utils.vector_to_parameters(new, policy.parameters())
+    return {"entropy": policy.entropy(old).mean().item(), "kl": kl.item(), "step_taken": taken}
+
+
+def with_baseline(cfg: Config, rollout: Rollout, value: nn.Module) -> tuple[Tensor, Tensor]:
+    if cfg.baseline != "learned":
+        return advantages(rollout, cfg.gamma, cfg.baseline, None)
+    with torch.no_grad():
+        values, after = value(rollout.observations), value(rollout.next_observations)
+    scale = value_scale(cfg)
+    return advantages(rollout, cfg.gamma, "learned", scale * values, scale * after)
+
+
+def value_scale(cfg: Config) -> float:
+    """The network's output times this is a return: it learns numbers near one."""
+    return min(1 / max(1 - cfg.gamma, 1e-3), 100.0) * max(1.0, abs(cfg.reward_shift))
+
+
+def fit(cfg: Config, value: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, targets: Tensor) -> float:
+    """The learned baseline: squared error to the returns-to-go. Only after the policy's step, or it would know them."""
+    targets = targets / value_scale(cfg)
+    loss = torch.zeros(())
+    for _ in range(cfg.value_epochs):
+        loss = (value(batch.observations) - targets).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def networks(cfg: Config, run, envs: list[Any]) -> tuple[nn.Module, nn.Module]:
+    """The same for every method, so that their curves begin alike."""
+    run.seed("networks")
+    observations, actions, continuous = environments.sizes(envs[0])
+    kind = policies.Gaussian if continuous else policies.Categorical
+    hidden = [cfg.hidden, cfg.hidden]
+    return kind(observations, actions, hidden), policies.Value(observations, hidden)
+
+
+def acting(policy: nn.Module, generator: torch.Generator) -> environments.Act:
+    def act(observations: Tensor) -> Tensor:
+        with torch.no_grad():
+            return policy.draw(policy(observations), generator)
+
+    return act
+
+
+def collect(run, policy: nn.Module, envs: list[Any], key: tuple[Any, ...]) -> Rollout:
+    """One episode of each environment. Seeds depend on the step only, so a resumed run plays the same ones."""
+    seeds = numpy_generator(run, "episodes", *key).integers(2**31, size=len(envs))
+    return environments.play(envs, acting(policy, run.generator("actions", *key)), seeds)
+
+
+def evaluate(cfg: Config, run, policy: nn.Module, envs: list[Any], when: str) -> tuple[float, float]:
+    """Mean return of fresh episodes and half its 95 % interval."""
+    seeds = numpy_generator(run, "evaluation", when).integers(2**31, size=cfg.eval_episodes).tolist()
+    return interval(returns(envs, acting(policy, run.generator("evaluation", when)), seeds))
+
+
+def shuffled(psi: Tensor, alive: Tensor, generator: torch.Generator) -> Tensor:
+    values = psi[alive]
+    mixed = torch.zeros_like(psi)
+    mixed[alive] = values[torch.randperm(len(values), generator=generator)]
+    return mixed
+
+
+# --- What is known exactly
+
+
+def walk(cfg: Config, run, baseline: str) -> None:
+    """REINFORCE on the short corridor from p(right) = 0.05, several times."""
+    mdp = tabular.corridor()
+    start = torch.tensor([0.95, 0.05], dtype=torch.float64).log()
+    logits = start.repeat(cfg.corridor_repeats, 1)
+    values = torch.zeros(cfg.corridor_repeats, 4, dtype=torch.float64)
+    state = {"table": {"logits": logits, "values": values}}
+    for step in run.steps(cfg.corridor_steps, state, phase=f"corridor_{baseline}"):
+        for i in range(cfg.corridor_repeats):
+            draw = numpy_generator(run, "corridor", i, step)
+            rollout = tabular.episodes(mdp, tabular.probabilities(mdp, logits[i]), 8, 1000, draw)
+            tabular.ascend(
+                mdp, logits[i], rollout, baseline, values[i] if baseline == "learned" else None, cfg.corridor_lr
+            )
+        found = [tables.performance(mdp, tabular.probabilities(mdp, row)) for row in logits]
+        mean, half = interval(found)
+        run.log(step, value=mean, half_width=half, right=logits.softmax(-1)[:, tabular.RIGHT].mean())
+    policies_ = [tabular.probabilities(mdp, row) for row in logits]
+    mean = sum(tables.performance(mdp, p) for p in policies_) / len(policies_)
+    right = sum(float(p[0, tabular.RIGHT]) for p in policies_) / len(policies_)
+    greedy = tables.performance(mdp, tabular.probabilities(mdp, start))
+    run.judge(f"corridor_value_{baseline}", mean, baseline=greedy, target=-14.0)
+    run.judge(f"corridor_right_{baseline}", right)
+
+
+def judge_gradient(run, episodes: int) -> None:
+    """The estimate against the enumerated gradient; rewards moved by 100; the natural gradient in other coordinates."""
+    z = max(tabular.score_function_z(b, numpy_generator(run, "score", b), episodes) for b in ("none", "leave_one_out"))
+    run.judge("score_function_z", z, target=4, higher=False)
+    for baseline in ("mean", "none"):
+        (before, _), (after, _) = (
+            tabular.shifted(baseline, shift, [numpy_generator(run, "shift", part) for part in range(2)])
+            for shift in (0.0, 100.0)
+        )
+        moved = float(abs(after - before).max())
+        if baseline == "mean":
+            run.judge("shift_moves_policy_with_baseline", moved, target=1e-6, higher=False)
+        else:
+            run.judge("shift_moves_policy_without", moved, target=0.01)
+    natural, vanilla = tabular.reparametrised(run.generator("coordinates"))
+    run.judge("natural_gradient_invariance", natural, baseline=vanilla, target=1e-4, higher=False)

@@ -1,0 +1,233 @@
+"""The policy_gradient module: the loss by definition and beside torchrl, natural steps, the corridor, runs."""
+
+import dataclasses
+import math
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from resumed import resumes_to_the_same_bytes
+
+from finetune import registry
+from finetune.errors import UserError
+from finetune.rl import mdp as tables
+from finetune.rl.policies import Categorical
+from finetune.rl.rollout import Rollout
+from finetune.run import execute
+
+INFO = registry.find("policy_gradient")
+pg = registry.load(INFO)
+losses, natural, tabular = (
+    sys.modules[f"finetune_modules.policy_gradient.{n}"] for n in ("losses", "natural", "tabular")
+)
+
+
+def toy(**changes):
+    return dataclasses.replace(pg.Config.toy(), threads=1, **changes)
+
+
+def two_episodes():
+    """Rewards 1, 2, 4, cut off; and 8, terminated, then padding."""
+    rewards = torch.tensor([[1.0, 8.0], [2.0, 0.0], [4.0, 0.0]])
+    no = torch.zeros(3, 2, dtype=torch.bool)
+    terminated, truncated = no.clone(), no.clone()
+    terminated[0, 1] = truncated[2, 0] = True
+    blank = torch.zeros(3, 2)
+    return Rollout(blank, blank, rewards, blank, terminated, truncated)
+
+
+# --- The estimate
+
+
+def test_returns_and_baselines():
+    rollout = two_episodes()
+    psi, returns = losses.advantages(rollout, 0.5, "none", None)
+    assert returns.tolist() == [[3.0, 8.0], [4.0, 0.0], [4.0, 0.0]]
+    assert torch.equal(psi, returns)
+    psi, _ = losses.advantages(rollout, 0.5, "leave_one_out", None)
+    assert psi.tolist() == [[-5.0, 5.0], [4.0, 0.0], [4.0, 0.0]]
+    psi, _ = losses.advantages(rollout, 0.5, "mean", None)
+    assert psi.tolist() == [[-2.5, 2.5], [2.0, 0.0], [2.0, 0.0]]
+
+
+def test_a_learned_baseline_bootstraps_once_and_only_where_a_limit_cut():
+    values, after = torch.full((3, 2), 10.0), torch.full((3, 2), 16.0)
+    psi, returns = losses.advantages(two_episodes(), 0.5, "learned", values, after)
+    assert returns.tolist() == [[5.0, 8.0], [8.0, 0.0], [12.0, 0.0]]
+    assert psi.tolist() == [[-5.0, -2.0], [-2.0, 0.0], [2.0, 0.0]]
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+def test_the_gradient_is_that_of_torchrls_reinforce_loss():
+    pytest.importorskip("torchrl")
+    from tensordict import TensorDict
+    from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+    from torchrl.modules import ValueOperator
+    from torchrl.objectives import ReinforceLoss
+
+    torch.manual_seed(0)
+    policy = Categorical(3, 4, [8])
+    net = TensorDictModule(policy.net, in_keys=["observation"], out_keys=["logits"])
+    draw = ProbabilisticTensorDictModule(
+        in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical,
+        return_log_prob=True,
+    )  # fmt: skip
+    critic = ValueOperator(torch.nn.Linear(3, 1), in_keys=["observation"])
+    loss = ReinforceLoss(ProbabilisticTensorDictSequential(net, draw), critic)
+    observations, actions, psi = torch.randn(50, 3), torch.randint(4, (50,)), torch.randn(50)
+    data = TensorDict(
+        {"observation": observations, "action": actions, "advantage": psi[:, None],
+         "value_target": torch.zeros(50, 1), "next": {"reward": torch.zeros(50, 1)}}, [50]
+    )  # fmt: skip
+    loss(data)["loss_actor"].backward()
+    theirs = [p.grad.clone() for p in policy.parameters()]
+    mine = losses.policy_loss(policy.log_prob(policy(observations), actions), psi, torch.ones(50)) / 50
+    for a, b in zip(torch.autograd.grad(mine, list(policy.parameters())), theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+def test_the_sampled_gradient_is_the_enumerated_one():
+    for baseline in ("none", "leave_one_out"):
+        z = tabular.score_function_z(baseline, np.random.default_rng(5), 20_000)
+        assert abs(z) < 4
+
+
+def test_a_constant_on_the_rewards_moves_nothing_under_a_baseline():
+    def learnt(baseline, shift):
+        return tabular.shifted(baseline, shift, [np.random.default_rng(i) for i in range(2)], 20)[0]
+
+    for baseline in ("mean", "leave_one_out"):
+        assert abs(learnt(baseline, 0.0) - learnt(baseline, 100.0)).max() < 1e-10
+    assert abs(learnt("none", 0.0) - learnt("none", 100.0)).max() > 0.01
+
+
+# --- Natural steps
+
+
+def test_conjugate_gradients_solve_and_the_fisher_product_is_the_fisher_matrix():
+    torch.manual_seed(0)
+    observations = torch.randn(40, 3, dtype=torch.float64)
+
+    def distribution(theta):
+        return (observations @ theta.view(3, 2)).log_softmax(-1)
+
+    theta = torch.randn(6, dtype=torch.float64)
+    product = natural.fisher_product(distribution, Categorical.kl, theta, damping=0.1)
+    F = torch.zeros(6, 6, dtype=torch.float64)
+    probabilities = distribution(theta).exp()
+    for a in range(2):
+        scores = torch.autograd.functional.jacobian(lambda t, a=a: distribution(t)[:, a], theta)
+        F += torch.einsum("n,ni,nj->ij", probabilities[:, a], scores, scores) / 40
+    v = torch.randn(6, dtype=torch.float64)
+    assert torch.allclose(product(v), F @ v + 0.1 * v, atol=1e-12)
+    assert torch.allclose(product(natural.conjugate_gradient(product, v, 20)), v, atol=1e-8)
+
+
+def test_the_natural_gradient_does_not_depend_on_the_coordinates():
+    for seed in range(3):
+        invariant, plain = tabular.reparametrised(torch.Generator().manual_seed(seed))
+        assert invariant < 1e-4
+        assert plain > 0.1
+
+
+def test_trpo_keeps_within_delta_and_raises_the_surrogate_or_stays():
+    theta = torch.zeros(1)
+    step = torch.ones(1)
+    new, taken = natural.line_search(lambda t: t.sum(), lambda t: t.square().sum(), theta, step, delta=0.3)
+    assert taken == pytest.approx(0.8**3)
+    assert new.square() <= 0.3
+    new, taken = natural.line_search(lambda t: -t.sum(), lambda t: t.square().sum(), theta, step, delta=0.3)
+    assert (new.item(), taken) == (0.0, 0.0)
+
+
+# --- The corridor
+
+
+def test_the_corridor_is_the_books():
+    mdp = tabular.corridor()
+
+    def value(p):
+        return tables.performance(mdp, np.tile([1 - p, p], (4, 1)))
+
+    assert value(0.05) == pytest.approx(-82.1, abs=0.1)
+    assert value(0.95) == pytest.approx(-44.2, abs=0.1)
+    assert value(tabular.BEST_RIGHT) == pytest.approx(-11.657, abs=1e-3)
+    assert abs(tabular.BEST_RIGHT - 0.586) < 1e-3
+    assert all(value(tabular.BEST_RIGHT) > value(tabular.BEST_RIGHT + d) for d in (-0.01, 0.01))
+
+
+# --- Runs
+
+
+@pytest.mark.slow
+def test_the_toy_reaches_its_targets(tmp_path):
+    summary = execute(INFO, toy(), tmp_path / "run", toy=True)
+    assert summary["passed"], summary["reached"]
+    for name in ("returns", "corridor"):
+        assert (tmp_path / f"run/{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"steps": 12, "shuffle_advantages": True}, {"steps": 12, "lr": 0.0}])
+def test_without_steps_advantages_or_rate_nothing_is_learnt(change, tmp_path):
+    config = toy(**{"corridor_steps": 0, "methods": "reinforce", "episodes": 8, "score_episodes": 1000} | change)
+    summary = execute(INFO, config, tmp_path / "run", toy=True)
+    assert not summary["reached"]["return_reinforce"]
+    assert summary["metrics"]["return_reinforce"] < 60
+
+
+def test_a_cut_run_resumes(tmp_path):
+    config = toy(steps=4, methods="reinforce,trpo", episodes=3, checkpoint_every=2, corridor_steps=0, eval_episodes=2,
+                 score_episodes=1000)  # fmt: skip
+    resumes_to_the_same_bytes(INFO, config, tmp_path, 7)
+
+
+def test_continuous_actions_train_too(tmp_path):
+    config = toy(steps=2, env="Pendulum-v1", methods="reinforce,trpo", episodes=2, corridor_steps=0, eval_episodes=2,
+                 score_episodes=1000)  # fmt: skip
+    found = execute(INFO, config, tmp_path / "run", toy=True)["metrics"]
+    assert math.isfinite(found["return_trpo"])
+
+
+class Broken(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), math.nan, True, False, {}
+
+
+class Picture(Broken):
+    observation_space = gymnasium.spaces.Box(0, 1, (3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ("CartPole-v9", "no environment 'CartPole-v9'; did you mean 'CartPole-v"),
+        ("finetune/Picture-v0", "has observations of Box"),
+        ("finetune/Broken-v0", "gave the reward nan"),
+    ],
+)
+def test_environments_that_do_not_serve_are_refused(env, message, tmp_path):
+    for kind in (Broken, Picture):
+        gymnasium.register(f"finetune/{kind.__name__}-v0", kind)
+    with pytest.raises(UserError, match=message):
+        execute(INFO, toy(env=env, corridor_steps=0), tmp_path / "run", toy=True)
+    for kind in (Broken, Picture):
+        del gymnasium.registry[f"finetune/{kind.__name__}-v0"]
+
+
+def test_bad_settings_are_refused():
+    for change, message in (
+        ({"methods": "ppo"}, "--methods: 'ppo' is not one of"),
+        ({"episodes": 1}, "--episodes 1 is too small"),
+        ({"delta": 0.0}, "--delta 0.0: it must be above"),
+    ):
+        with pytest.raises(UserError, match=message):
+            toy(**change)
