@@ -50,6 +50,7 @@ SMALLER = {
     "smoke": "smoke --help",
 }
 STEPS = {"cuda": "5", "td_learning": "6"}  # of the runs here; else 2
+SETTINGS = {"td_learning": ["--cliff-episodes", "40", "--car-episodes", "5", "--taxi-steps", "500", "--runs", "10"]}
 
 
 def lines(text):
@@ -103,7 +104,7 @@ def a_run(place):
 
 
 def small(name):
-    return ["run", name, "--toy", "--steps", STEPS.get(name, "2")]
+    return ["run", name, "--toy", "--steps", STEPS.get(name, "2"), *SETTINGS.get(name, [])]
 
 
 def data_file(path):

@@ -126,7 +126,11 @@ def check_ends(mdp: MDP, P: Array) -> None:
 
 def sample_next(mdp: MDP, states: NDArray[Any], actions: NDArray[Any], uniforms: Array) -> NDArray[np.intp]:
     """Next states (N,), one for each state, action and number from [0, 1) (the cumulative probability, inverted)."""
-    cumulative = mdp.P[states, actions].cumsum(1)
+    return pick(mdp.P[states, actions].cumsum(1), uniforms)
+
+
+def pick(cumulative: Array, uniforms: Array) -> NDArray[np.intp]:
+    """An index (N,) for each number from [0, 1), by cumulative probabilities (N, C), or (1, C) for all alike."""
     return (uniforms[:, None] * cumulative[:, -1:] >= cumulative).sum(1)
 
 

@@ -168,14 +168,14 @@ def rollouts(mdp: MDP, policy: Array, count: int, draw: np.random.Generator) -> 
     """Discounted returns of `count` episodes side by side. Without an end, until γ^t is below 1e-9."""
     longest = 100_000 if mdp.gamma == 1 else math.ceil(math.log(1e-9) / math.log(max(mdp.gamma, 1e-9)))
     cumulative = policy.cumsum(1)
-    state = (draw.random((count, 1)) >= mdp.start.cumsum()[:-1]).sum(1)
+    state = mdps.pick(mdp.start.cumsum()[None], draw.random(count))
     total, factor = np.zeros(count), 1.0
     for _ in range(longest):
         going = np.flatnonzero(~mdp.terminal[state])
         if not len(going):
             break
         here = state[going]
-        action = (draw.random((len(going), 1)) >= cumulative[here, :-1]).sum(1)
+        action = mdps.pick(cumulative[here], draw.random(len(going)))
         after = mdps.sample_next(mdp, here, action, draw.random(len(going)))
         total[going] += factor * mdp.rewards[here, action, after]
         state[going] = after

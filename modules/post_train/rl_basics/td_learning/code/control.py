@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetune.rl.mdp import MDP, Array
+from finetune.rl.mdp import MDP, Array, pick
 
 Kind = Literal["sarsa", "expected_sarsa", "q_learning", "double_q"]
 KINDS: tuple[Kind, ...] = ("sarsa", "expected_sarsa", "q_learning", "double_q")
@@ -33,15 +33,6 @@ def epsilon_greedy(q: Array, allowed: NDArray[np.bool_], epsilon: float) -> Arra
     return allowed * (epsilon / allowed.sum(1, keepdims=True)) + best * ((1 - epsilon) / best.sum(1, keepdims=True))
 
 
-def choose(probabilities: Array, uniforms: Array) -> NDArray[np.intp]:
-    """An action for each row."""
-    return choose_by(probabilities.cumsum(1), uniforms)
-
-
-def choose_by(cumulative: Array, uniforms: Array) -> NDArray[np.intp]:
-    return (uniforms[:, None] * cumulative[:, -1:] < cumulative).argmax(1)
-
-
 class Walkers:
     """N copies of a tabular world. After an end each begins anew; `noise` (S,) is the spread of the reward of leaving a
     state, `limit` the steps after which an episode is cut off."""
@@ -50,7 +41,7 @@ class Walkers:
         self.mdp, self.noise, self.limit = mdp, noise, limit
         order = np.argsort(-mdp.P, axis=2, kind="stable")[:, :, : int((mdp.P > 0).sum(2).max())]
         self.next, self.cumulative = order, np.take_along_axis(mdp.P, order, 2).cumsum(2)
-        self.first = mdp.start.cumsum()
+        self.first = mdp.start.cumsum()[None]
         self.state = np.full(rows, -1)
         self.total, self.age, self.episode = np.zeros(rows), np.zeros(rows, np.intp), np.zeros(rows, np.intp)
 
@@ -58,7 +49,7 @@ class Walkers:
         """Draws a first state for these rows."""
         count = int(rows.sum())
         if count:
-            self.state[rows] = (draw.random((count, 1)) * self.first[-1] >= self.first).sum(1)
+            self.state[rows] = pick(self.first, draw.random(count))
             self.total[rows], self.age[rows] = 0, 0
 
     def step(self, action: NDArray[np.intp], draw: np.random.Generator) -> tuple[NDArray, Array, NDArray, NDArray]:
@@ -67,7 +58,7 @@ class Walkers:
         if self.next.shape[2] == 1:
             after = self.next[(*at, 0)]
         else:
-            after = self.next[(*at, choose_by(self.cumulative[at], draw.random(len(action))))]
+            after = self.next[(*at, pick(self.cumulative[at], draw.random(len(action))))]
         reward = self.mdp.rewards[(*at, after)]
         if self.noise is not None:
             reward = reward + self.noise[self.state] * draw.standard_normal(len(action))
@@ -102,7 +93,7 @@ class Learners:
         self.rows = np.arange(rows)
         self.of = {kind: np.repeat(np.array([k == kind for k in kinds]), runs) for kind in KINDS}
         self.world.begin(np.ones(rows, bool), draw)
-        self.action = choose(self.policy(self.world.state), draw.random(rows))
+        self.action = pick(self.policy(self.world.state).cumsum(1), draw.random(rows))
 
     def policy(self, states: NDArray[np.intp]) -> Array:
         """ε-greedy by the sum of the two tables; the second is zero except in double Q."""
@@ -129,7 +120,7 @@ class Learners:
             expects = np.where(of["double_q"], other[rows, q.argmax(1)], expects)
         if "sarsa" in self.kinds or "expected_sarsa" in self.kinds:
             probabilities = self.policy(after)
-            follows = choose(probabilities, uniforms)
+            follows = pick(probabilities.cumsum(1), uniforms)
             expects = np.where(of["sarsa"], q[rows, follows], expects)
             mean = (probabilities * np.where(allowed, q, 0.0)).sum(1)
             expects = np.where(of["expected_sarsa"], mean, expects)
@@ -137,7 +128,7 @@ class Learners:
         Q[table, rows, state, action] += self.alpha * (target - Q[table, rows, state, action])
 
         world.begin(over, draw)
-        chosen = choose(self.policy(world.state), uniforms)
+        chosen = pick(self.policy(world.state).cumsum(1), uniforms)
         if "sarsa" in self.kinds:  # it does what it has just learnt from, unless an episode has begun
             chosen = np.where(of["sarsa"] & ~over, follows, chosen)
         self.action = chosen
@@ -212,7 +203,8 @@ def tree_backup(
 
     while (world.episode < episodes).any():
         state = world.state
-        action = choose(epsilon_greedy(Q[rows, state], mdp.allowed[state], epsilon), draw.random(runs))
+        behaviour = epsilon_greedy(Q[rows, state], mdp.allowed[state], epsilon)
+        action = pick(behaviour.cumsum(1), draw.random(runs))
         after, reward, terminated, over = world.step(action, draw)
         past = [*past, (state, action, reward)][-n:]
         length = np.minimum(length + 1, n)

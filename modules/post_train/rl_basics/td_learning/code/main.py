@@ -46,7 +46,7 @@ EXPERIMENTS = ("baird", "five_states", "bias", "nineteen_states", "car", "cliff"
 
 @dataclass
 class Config(config.Config):
-    steps: int = 60  # each is a batch of runs of one of the six experiments, in turn; Taxi learns on in all of them
+    steps: int = 36  # each is a batch of runs of one of the six experiments, in turn; Taxi learns on in all of them
     checkpoint_every: int = 1
     rate: float = 1.0  # multiplies every learning rate; with 0 nothing is learnt
     runs: int = 100  # of a batch: the random walks and Baird's counterexample
@@ -57,13 +57,11 @@ class Config(config.Config):
     car_runs: int = 5
     car_episodes: int = 150
     taxi_runs: int = 8
-    taxi_steps: int = 4000  # of each Taxi run in a step
+    taxi_steps: int = 6000  # of each Taxi run in a step
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(
-            steps=12, runs=40, cliff_runs=15, bias_runs=500, car_runs=3, car_episodes=100, taxi_runs=4, taxi_steps=6000
-        )
+        return cls(steps=6, runs=60, cliff_runs=20, car_runs=3, car_episodes=100, taxi_runs=4, taxi_steps=12_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.rl.mdp import MDP, Array, uniform
+from finetune.rl.mdp import MDP, Array, pick, uniform
 from finetune.rl.rollout import sample_tabular
 
 Trace = Literal["accumulating", "replacing", "dutch", "true_online"]
@@ -32,8 +32,8 @@ class Stream:
 
 def sample(mdp: MDP, runs: int, episodes: int, generator: np.random.Generator) -> Stream:
     """Episodes under the uniform policy, which on the random walks is the only one."""
-    policy, first = uniform(mdp), mdp.start.cumsum()
-    states = (generator.random((runs, 1)) * first[-1] >= first).sum(1)
+    policy, first = uniform(mdp), mdp.start.cumsum()[None]
+    states = pick(first, generator.random(runs))
     parts: list[list[NDArray]] = []
     done = np.zeros(runs, np.intp)
     while (done < episodes).any():
@@ -41,8 +41,7 @@ def sample(mdp: MDP, runs: int, episodes: int, generator: np.random.Generator) -
         arrays = [x.numpy() for x in (chunk.observations, chunk.next_observations, chunk.rewards, chunk.terminated)]
         parts.append(arrays)
         done += arrays[3].sum(0)
-        fresh = (generator.random((runs, 1)) * first[-1] >= first).sum(1)
-        states = np.where(arrays[3][-1], fresh, arrays[1][-1])
+        states = np.where(arrays[3][-1], pick(first, generator.random(runs)), arrays[1][-1])
     observed, after, rewards, ends = (np.concatenate([part[i] for part in parts]) for i in range(4))
     episode = ends.cumsum(0) - ends
     live = episode < episodes
