@@ -56,7 +56,8 @@ def measured(folder: Path, samples: bool = True) -> str:
     path = folder / "samples.json"
     for part in json.loads(path.read_text()) if samples and path.exists() else []:
         display.samples(console, part["title"], part["rows"])
-    display.memory(console, summary["memory"])
+    if summary["memory"]:
+        display.memory(console, summary["memory"])
     display.closing(console, summary, judged, Path("RUN"))
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
     shown = re.sub(r"\n{2,}", "\n\n", "\n".join(lines[:-1])).strip()

@@ -45,7 +45,7 @@ class Config(config.Config):
     reward_shift: float = 0.0  # added to every reward that is learned from, not to those that are reported
     shuffle_advantages: bool = False  # control: the advantages are dealt out anew, so there is nothing to learn
     eval_episodes: int = 50  # before and after, with actions drawn as in training
-    corridor_steps: int = 200  # updates on the short corridor; 0: without it
+    corridor_steps: int = 200  # updates on the short corridor, but at most five times --steps; 0: without it
     corridor_repeats: int = 4  # with each baseline
     corridor_lr: float = 1e-3  # plain gradient ascent
     score_episodes: int = 100_000  # that the gradient is estimated from where it is compared with the enumerated one
@@ -81,7 +81,8 @@ def main(cfg: Config, run) -> dict[str, Any]:
     if cfg.corridor_steps:
         for baseline in BASELINES:
             walk(cfg, run, baseline)
-        plots.corridor(run, BASELINES, tabular.BEST_RIGHT)
+        if cfg.steps:
+            plots.corridor(run, BASELINES, tabular.BEST_RIGHT)
     judge_gradient(run, cfg.score_episodes)
     return {}
 
@@ -244,7 +245,7 @@ def walk(cfg: Config, run, baseline: str) -> None:
     logits = start.repeat(cfg.corridor_repeats, 1)
     values = torch.zeros(cfg.corridor_repeats, 4, dtype=torch.float64)
     state = {"table": {"logits": logits, "values": values}}
-    for step in run.steps(cfg.corridor_steps, state, phase=f"corridor_{baseline}"):
+    for step in run.steps(min(cfg.corridor_steps, 5 * cfg.steps), state, phase=f"corridor_{baseline}"):
         for i in range(cfg.corridor_repeats):
             draw = numpy_generator(run, "corridor", i, step)
             rollout = tabular.episodes(mdp, tabular.probabilities(mdp, logits[i]), 8, 1000, draw)
