@@ -52,8 +52,8 @@ class Config(config.Config):
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=25, methods="trpo", hidden=32, eval_episodes=20, corridor_repeats=2, corridor_lr=2e-3,
-                   corridor_steps=120, score_episodes=20_000)  # fmt: skip
+        return cls(steps=16, methods="trpo", hidden=32, eval_episodes=20, corridor_repeats=2, corridor_lr=2e-3,
+                   corridor_steps=80, score_episodes=20_000)  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
