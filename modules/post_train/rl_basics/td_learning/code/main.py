@@ -61,7 +61,7 @@ class Config(config.Config):
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=6, runs=60, cliff_runs=20, car_runs=3, car_episodes=100, taxi_runs=4, taxi_steps=12_000)
+        return cls(steps=6, runs=100, cliff_runs=20, car_runs=3, car_episodes=100, taxi_runs=4, taxi_steps=12_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
