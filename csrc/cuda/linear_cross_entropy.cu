@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kListThreads) find_kept(Args a) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) statistics(Args a) {
+__global__ void __launch_bounds__(kThreads, 4) statistics(Args a) {
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kSide, count = *a.count;
   if (row0 >= count) return;
   int64_t target[4];
