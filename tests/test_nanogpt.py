@@ -100,6 +100,7 @@ def test_ngrams_of_tinyshakespeare():
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tinyshakespeare.txt beside the project, in shared/")
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_tinyshakespeare_reaches_what_nanogpt_publishes(tmp_path, seed):

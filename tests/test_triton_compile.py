@@ -45,6 +45,7 @@ def test_bfloat16_for_hopper(for_hopper):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", SHARED)
 def test_every_dtype_for(target):
     dtypes = ("float32", "bfloat16", "float16")
