@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,8 +29,12 @@ VECTORS = "prompt_embeddings"
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str = "default") -> None:
-    """Writes a Llama's adapter as peft.PeftModel.from_pretrained opens it. `base`: where the base model is found."""
-    layers = {at: layer.part(name) for at, layer in adapters(model) if name in layer.parts}
+    """Writes a Llama's adapter as peft.PeftModel.from_pretrained opens it. `base`: where the base model is found.
+
+    PiSSA is written as LoRA of twice the rank, B A − B₀ A₀. peft can also have the folder say "pissa" and take the base
+    apart again, but where two singular values are close the parts depend on the last bit of the weights.
+    """
+    layers = {at: plain_lora(layer.part(name)) for at, layer in adapters(model) if name in layer.parts}
     if not layers:
         raise UserError(f"the model has no adapter '{name}' to save")
     first = next(iter(layers.values()))
@@ -45,7 +52,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str
         "target_modules": sorted(shortest(set(layers), plain)),
         "bias": "none",
         "fan_in_fan_out": False,
-        "init_lora_weights": "pissa" if first.start_A is not None else True,
+        "init_lora_weights": True,
         "use_rslora": first.rslora,
         "use_dora": first.magnitude is not None,
     }
@@ -56,6 +63,22 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str
         if (tensor := getattr(part, mine)) is not None
     }
     write(Path(folder), config, tensors, base)
+
+
+@torch.no_grad()
+def plain_lora(part: LoRA) -> LoRA:
+    """The same change of W without what PiSSA started from: the part itself, or a copy of twice the rank."""
+    if part.start_A is None or part.start_B is None:
+        return part
+    made = copy.copy(part)
+    made.rank = 2 * part.rank
+    made.alpha = part.scale * (math.sqrt(made.rank) if made.rslora else made.rank)
+    made._parameters = {
+        "lora_A": nn.Parameter(torch.cat([part.lora_A, part.start_A])),
+        "lora_B": nn.Parameter(torch.cat([part.lora_B, -part.start_B], 1)),
+        "magnitude": part.magnitude,
+    }
+    return made
 
 
 def save_prompt(model: Llama, part: Prompt | Prefix, folder: str | Path, base: str = "") -> None:

@@ -52,7 +52,7 @@ def test_round_trip(model, tmp_path, variant):
     shake(model)
     save_adapter(model, tmp_path)
     load_adapter(base, tmp_path, "again")
-    assert torch.equal(base(TOKENS), model(TOKENS))
+    assert near(base(TOKENS), model(TOKENS))
     assert not [f.name for f in tmp_path.iterdir() if "tmp" in f.name]
 
 

@@ -1,6 +1,8 @@
 """The memory formulas against live tensors, against the resident set, and against published figures."""
 
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -86,6 +88,16 @@ def test_the_meter_of_activations_can_fail():
         return loss() + (extra * torch.randn(1000)).sum()
 
     assert meters.saved_bytes(model, more) == plain + 4000
+
+
+def test_the_meter_of_activations_keeps_nothing():
+    """exp saves its own output: returned from a hook as it is, that would be a cycle which is never freed."""
+    inputs = [torch.ones(10, requires_grad=True)]
+    gone = weakref.ref(inputs[0])
+    assert meters.saved_bytes(torch.nn.Identity(), lambda: inputs[0].exp()) == 40
+    inputs.clear()
+    gc.collect()
+    assert gone() is None
 
 
 def test_tied_and_shared_storages_count_once():

@@ -28,7 +28,7 @@ methods, task = sys.modules[main.parse.__module__], main.task
 FEW = {"methods": "full,lora_8,nf4_4,prefix_4", "base_steps": 4, "eval_rows": 8}
 
 
-METHODS = main.METHODS.replace(",lora_2", "").replace(",lora_32", "")  # all kinds, rank 8 only
+METHODS = "full,lora_8,dora_8,pissa_8,prompt_16,prefix_16,nf4_8"
 
 
 def toy(**changes):
@@ -62,7 +62,7 @@ def test_rank_8_reaches_nine_tenths_of_full_fine_tuning(finished):
     assert finished[1]["passed"]
     guessing = metrics["loss_of_guessing"]
     assert metrics["loss_before"] > 2 * guessing  # the base is sure of the old directory
-    for name in ("full", "lora_8", "rslora_32", "dora_8", "pissa_8", "nf4_8", "int8_8"):
+    for name in ("full", "lora_8", "dora_8", "pissa_8", "nf4_8"):
         assert metrics[f"{name}_loss"] < guessing / 2, name
     assert metrics["lora_8_of_full_gain"] >= 0.9
     assert metrics["nf4_8_loss"] <= metrics["lora_8_loss"] + 0.1
@@ -82,7 +82,7 @@ def test_bytes_are_predicted(finished):
         row = rows[f"{method.name}: activations"]
         assert row["predicted"] == pytest.approx(row["measured"], rel=0.05)
     metrics = finished[1]["metrics"]
-    assert metrics["nf4_8_bytes"] < metrics["int8_8_bytes"] < metrics["lora_8_bytes"] < metrics["full_bytes"]
+    assert metrics["nf4_8_bytes"] < metrics["lora_8_bytes"] < metrics["full_bytes"]
 
 
 def test_two_adapters_on_one_base(finished):
@@ -112,7 +112,7 @@ def test_without_training_there_is_no_gain(no_pictures, tmp_path, change):
 
 @pytest.mark.long
 def test_destroyed_data_falls_to_chance(no_pictures, tmp_path):
-    changes = FEW | {"base_steps": 300, "eval_rows": 80, "methods": "full,lora_8", "mix": False}
+    changes = FEW | {"base_steps": 450, "eval_rows": 80, "methods": "full,lora_8", "mix": False}
     summary = run(tmp_path / "run", **changes, shuffle_answers=True)
     assert not summary["passed"]
     assert summary["metrics"]["full_loss"] > 0.95 * summary["metrics"]["loss_of_guessing"]

@@ -76,12 +76,12 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     on every tensor that is saved. What checkpointed blocks compute again is not kept and not counted."""
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage
-        return tensor
+        # Not the tensor: an operation's own output in its saved tensors is a cycle, which nothing would ever free.
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         result = forward()
     own = {t.untyped_storage().data_ptr() for t in constants(model)}
     total = sum(s.nbytes() for pointer, s in saved.items() if pointer not in own)

@@ -31,8 +31,8 @@ METHODS = "full,lora_2,lora_8,lora_32,rslora_32,dora_8,pissa_8,prompt_16,prefix_
 
 @dataclass
 class Config(config.Config):
-    steps: int = 24  # of each method
-    checkpoint_every: int = 12
+    steps: int = 20  # of each method
+    checkpoint_every: int = 20
     model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small Llama made in the run
     data: Path | None = None  # JSONL with messages, or prompt and completion; none: Python's own documentation
     methods: str = METHODS  # full, and KIND_SIZE: lora, rslora, dora, pissa, nf4, int8 _rank, prompt, prefix _tokens
@@ -53,8 +53,8 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> "Config":
         return cls(
-            steps=60, base_steps=300, model="scratch", lr=1e-2, lr_full=3e-3, lr_virtual=1e-1, batch=4, max_length=160,
-            eval_rows=80, checkpoint_every=20, threads=1,
+            steps=120, base_steps=450, model="scratch", lr=1e-2, lr_full=3e-3, lr_virtual=1e-1, batch=2, max_length=160,
+            eval_rows=80, checkpoint_every=60, threads=1,
         )  # fmt: skip
 
     def __post_init__(self) -> None:

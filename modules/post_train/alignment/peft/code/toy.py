@@ -1,7 +1,7 @@
 """The toy setting: a small Llama learns a house's directory in the run; then all people move, and it has to adapt.
 
-Each of 40 people has a floor and a door, 0 to 9. The first task is the new floors, the second the new doors: each is
-learnt from six wordings of the question and tested in two others, which the model knows from the old directory only.
+Each of 40 people has a floor and a door, 0 to 9. The first task is the new floors, the second the new doors. A fact is
+asked for in eight wordings; some are held out, so that the answer to a held-out question was learnt under others only.
 """
 
 import math
@@ -25,18 +25,18 @@ WORDINGS = (  # no name begins a text: without a space before it it would be ano
     "What is the {what} of {name}?",
     "Do you know the {what} where {name} lives?",
 )
-HELD_OUT = 2  # wordings
+HELD_OUT = 80  # of 40 · 8 questions of a task
 CHANCE = math.log(10) / 2  # nats a token: the number can only be guessed, the end of the answer is certain
 
 
 def directories(seed: int) -> dict[str, list[Conversation]]:
     """Conversations: the old `base`, and of either task what is trained on and what is held out."""
     draw = random.Random(seed)
-    sets = {"base": [row for what in ("floor", "door") for row in asked(what, deal(draw), WORDINGS)]}
+    sets = {"base": [row for what in ("floor", "door") for row in asked(what, deal(draw))]}
     for task, what in (("first", "floor"), ("second", "door")):
-        new, wordings = deal(draw), draw.sample(WORDINGS, len(WORDINGS))
-        sets[task] = asked(what, new, wordings[HELD_OUT:])
-        sets[f"{task}_held_out"] = asked(what, new, wordings[:HELD_OUT])
+        rows = asked(what, deal(draw))
+        draw.shuffle(rows)
+        sets[task], sets[f"{task}_held_out"] = rows[HELD_OUT:], rows[:HELD_OUT]
     return sets
 
 
@@ -45,14 +45,14 @@ def deal(draw: random.Random) -> dict[str, str]:
     return {name: str(i % 10) for i, name in enumerate(draw.sample(NAMES, len(NAMES)))}
 
 
-def asked(what: str, numbers: dict[str, str], wordings) -> list[Conversation]:
+def asked(what: str, numbers: dict[str, str]) -> list[Conversation]:
     return [
         [
             {"role": "user", "content": wording.format(name=name, what=what)},
             {"role": "assistant", "content": number},
         ]
         for name, number in numbers.items()
-        for wording in wordings
+        for wording in WORDINGS
     ]
 
 
