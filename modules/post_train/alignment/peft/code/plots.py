@@ -9,10 +9,12 @@ COLOURS = {"full": "#1f2933", "lora": "#1769aa", "rslora": "#63b3ed", "dora": "#
 def comparison(run, results: list, before: float) -> None:
     made, (left, right) = figure(13, 5, 1, 2)
     ordered = sorted(results, key=lambda r: r.trained)
-    for i, r in enumerate(ordered):
-        left.scatter(r.trained, r.loss, s=46, color=COLOURS[r.method.kind], zorder=3)
-        left.annotate(r.method.name, (r.trained, r.loss), (5, 6 if i % 2 else -12), textcoords="offset points",
-                      fontsize=8.5, color=COLOURS[r.method.kind])  # fmt: skip
+    for group in neighbours(ordered):
+        place = group[0].trained, max(r.loss for r in group)
+        for i, r in enumerate(sorted(group, key=lambda r: r.loss)):
+            left.scatter(r.trained, r.loss, s=46, color=COLOURS[r.method.kind], zorder=3)
+            left.annotate(r.method.name, place, (0, 8 + 11 * i), textcoords="offset points", ha="center",
+                          fontsize=8.5, color=COLOURS[r.method.kind])  # fmt: skip
     ranks = [r for r in ordered if r.method.kind == "lora"]
     left.plot([r.trained for r in ranks], [r.loss for r in ranks], color=COLOURS["lora"], linewidth=1, alpha=0.5)
     left.axhline(before, color=GREY, linewidth=1.2, linestyle="--", label=f"base {before:.3f}")
@@ -20,19 +22,31 @@ def comparison(run, results: list, before: float) -> None:
         bar = before - 0.9 * (before - full.loss)
         left.axhline(bar, color=FAINT, linewidth=1.2, linestyle=":", label="nine tenths of full fine-tuning's gain")
     left.set_xscale("log")
-    left.margins(x=0.12)
+    left.margins(x=0.1)
     left.set_xlabel("trained parameters", color=INK)
     left.set_ylabel("nats a learnt token", color=INK)
     left.set_title("held-out loss after the same steps", loc="left", fontsize=11, color=INK)
     left.legend(fontsize=8.5, frameon=False)
-    series = run.metrics.series()
+    series, largest = run.metrics.series(), max((r.method.size for r in results), default=0) or 32
     for r in results:
         if found := series.get(f"{r.method.name}: loss"):
             xs, ys = found
             right.plot(xs, moving_average(ys, max(3, len(ys) // 8)), color=COLOURS[r.method.kind], linewidth=1.6,
-                       linestyle="--" if r.method.kind in ("nf4", "int8") else "-", label=r.method.name)  # fmt: skip
+                       linestyle="--" if r.method.kind in ("nf4", "int8") else "-", label=r.method.name,
+                       alpha=0.4 + 0.6 * (r.method.size or 32) / largest)  # fmt: skip
     right.set_xlabel("step", color=INK)
     right.set_title("training loss (moving average)", loc="left", fontsize=11, color=INK)
     if right.get_legend_handles_labels()[0]:
         right.legend(fontsize=8, frameon=False, ncols=2)
     save(made, run.dir / "comparison.png")
+
+
+def neighbours(ordered: list) -> list[list]:
+    """Results whose points lie so near to each other that their names have to be stacked."""
+    groups: list[list] = []
+    for r in ordered:
+        if groups and r.trained < 1.25 * groups[-1][-1].trained:
+            groups[-1].append(r)
+        else:
+            groups.append([r])
+    return groups
