@@ -38,6 +38,7 @@ NEVER = {
 SMALLER = {
     "bench": "bench --help",
     "bench <op>": "bench --help",
+    "bench nanogpt_vs_torch": "bench nanogpt_vs_torch --threads 1 --steps 12",
     "bench sft_vs_trl": "bench sft_vs_trl --help",
     "kernels faults": "kernels faults --help",
     "kernels faults <op>": "kernels faults --help",

@@ -238,7 +238,7 @@ def test_toy(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_toy_on_other_seeds(tmp_path, seed):
     check_claims(run(tmp_path / "run", toy(seed=seed)))
 

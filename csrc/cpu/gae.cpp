@@ -43,7 +43,9 @@ void scan(const Gae& a) {
         const auto *terminated = reinterpret_cast<const uint8_t*>(a.terminated) + at,
                    *truncated = reinterpret_cast<const uint8_t*>(a.truncated) + at;
         Real *advantages = static_cast<Real*>(a.advantages) + at, *returns = static_cast<Real*>(a.returns) + at;
+#if !defined(__clang__)
 #pragma GCC ivdep
+#endif
         for (int64_t j = 0; j < count; ++j) {
           const Real v = to_float(value[j]), future = gamma * to_float(next[j]), later = decay * advantage[j];
           const Real delta = to_float(reward[j]) + unless(terminated[j], future) - v;

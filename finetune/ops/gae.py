@@ -99,9 +99,9 @@ def samples() -> Iterator[Sample]:
     yield make("all ends", 9, 4, ends=2.0)
     yield make("delta", 40, 33, lam=0.0)
     yield make("sum", 61, 32, lam=1.0)
-    yield make("prime", 131, 70)
+    yield make("prime", 67, 37)
     yield make("large", 33, 5, scale=1e4)
-    yield make("long", 4097, 3, ends=0.002)
+    yield make("long", 1103, 3, ends=0.005)
     across = [x.t() for x in numbers(6, 19)]
     yield Sample("transposed", (*across, *(m.t() for m in masks(6, 19, 0.2))))
     part = [x[:, 1:6] for x in numbers(19, 11)]

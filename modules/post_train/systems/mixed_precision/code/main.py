@@ -260,7 +260,7 @@ def memory_rows(cfg: Config, name: str, model: GPT, optimizer: Any, text: Text) 
     else:
         states = meters.optimizer_bytes(optimizer)
     rows = [
-        ("weights", formulas.weights(shape, setup).bytes, meters.weight_bytes(model)),
+        ("weights", formulas.weights(shape, setup).bytes, meters.storage_bytes(model.parameters())),
         ("gradients", formulas.gradients(shape, setup).bytes, meters.gradient_bytes(model)),
         ("optimizer states", formulas.optimizer_states(shape, setup).bytes, states),
     ]
