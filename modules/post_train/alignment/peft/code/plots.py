@@ -27,13 +27,13 @@ def comparison(run, results: list, before: float) -> None:
     left.set_ylabel("nats a learnt token", color=INK)
     left.set_title("held-out loss after the same steps", loc="left", fontsize=11, color=INK)
     left.legend(fontsize=8.5, frameon=False)
-    series, largest = run.metrics.series(), max((r.method.size for r in results), default=0) or 32
+    series, largest = run.metrics.series(), max((r.method.size for r in results), default=0) or 1
     for r in results:
         if found := series.get(f"{r.method.name}: loss"):
             xs, ys = found
             right.plot(xs, moving_average(ys, max(3, len(ys) // 8)), color=COLOURS[r.method.kind], linewidth=1.6,
                        linestyle="--" if r.method.kind in ("nf4", "int8") else "-", label=r.method.name,
-                       alpha=0.4 + 0.6 * (r.method.size or 32) / largest)  # fmt: skip
+                       alpha=0.4 + 0.6 * (r.method.size or largest) / largest)  # fmt: skip
     right.set_xlabel("step", color=INK)
     right.set_title("training loss (moving average)", loc="left", fontsize=11, color=INK)
     if right.get_legend_handles_labels()[0]:
