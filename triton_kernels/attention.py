@@ -212,7 +212,7 @@ def attention_backward_queries_kernel(
 # with at most 100 KB of shared memory on every target (tests/test_triton_compile.py). fp32 products occupy registers.
 TILES = {
     (16, 64): ((128, 64, 8, 2), (64, 32, 4, 2)),
-    (16, 128): ((64, 64, 4, 2), (64, 32, 8, 2)),
+    (16, 128): ((64, 32, 4, 2), (64, 32, 8, 2)),
     (16, 256): ((64, 32, 8, 1), (32, 32, 8, 1)),
     (32, 64): ((32, 16, 4, 1), (32, 16, 4, 1)),
     (32, 128): ((32, 16, 8, 2), (32, 16, 8, 2)),
