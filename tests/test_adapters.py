@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from small_adapters import TOKENS, shake, small_model
 
 from finetune.adapters import load_adapter, load_prompt, save_adapter, save_prompt
 from finetune.errors import UserError
@@ -12,8 +13,6 @@ from finetune.llama import Llama, LlamaConfig
 from finetune.lora import adapters, apply_lora, merge
 from finetune.prompt import Prefix, Prompt
 
-CONFIG = LlamaConfig(vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, hidden=48, max_length=64)
-TOKENS = torch.arange(40).view(2, 20) % 50
 VARIANTS = {
     "lora": {},
     "some layers": {"targets": ("blocks.1.attn.q", "mlp.down")},
@@ -27,18 +26,7 @@ EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return Llama(CONFIG)
-
-
-def shake(model):
-    """B away from 0, so that the adapters do something."""
-    g = torch.Generator().manual_seed(1)
-    for _, layer in adapters(model):
-        for part in layer.parts.values():
-            part.lora_B.data += torch.randn(part.lora_B.shape, generator=g) * 0.05
-            if part.magnitude is not None:
-                part.magnitude.data *= 1 + 0.2 * torch.rand(part.magnitude.shape, generator=g)
+    return small_model()
 
 
 def near(mine, theirs):

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from small_adapters import CONFIG, TOKENS, shake, small_model
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.llama import Llama, LlamaConfig
+from finetune.llama import Llama
 from finetune.lora import (
     LoRA,
     LoRALinear,
@@ -23,24 +24,10 @@ from finetune.lora import (
 )
 from finetune.quantize import quantize_linears
 
-CONFIG = LlamaConfig(vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, hidden=48, max_length=64)
-TOKENS = torch.arange(40).view(2, 20) % 50
-
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return Llama(CONFIG)
-
-
-def shake(model):
-    """B away from 0, so that the adapters do something."""
-    g = torch.Generator().manual_seed(1)
-    for _, layer in adapters(model):
-        for part in layer.parts.values():
-            part.lora_B.data += torch.randn(part.lora_B.shape, generator=g) * 0.05
-            if part.magnitude is not None:
-                part.magnitude.data *= 1 + 0.2 * torch.rand(part.magnitude.shape, generator=g)
+    return small_model()
 
 
 def adapted(linear, rank, alpha, **settings):

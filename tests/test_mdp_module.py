@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from resumed import cut_off
 
 from finetune import registry
 from finetune.errors import UserError
@@ -78,25 +79,12 @@ def test_without_sweeps_there_is_no_gain(tmp_path):
 
 
 def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path):
-    from finetune.run import Run
-
     changes = own(tmp_path, steps=60, checkpoint_every=20)
     config = dataclasses.replace(main.Config.toy(), threads=1, **changes)
     execute(INFO, config, tmp_path / "whole", toy=True)
 
-    class Cut(Exception):
-        pass
-
-    def log(self, step, **metrics):
-        if step == 47:
-            raise Cut
-        return keep(self, step, **metrics)
-
-    keep = Run.log
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "log", log)
-        with pytest.raises(Cut):
-            execute(INFO, config, tmp_path / "cut", toy=True)
+    with cut_off(48):
+        execute(INFO, config, tmp_path / "cut", toy=True)
     execute(INFO, config, tmp_path / "cut", toy=True, resume=True)
     assert (tmp_path / "cut/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
     one, two = (json.loads((tmp_path / name / "summary.json").read_text())["metrics"] for name in ("whole", "cut"))

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from resumed import cut_off
 
 from finetune import ops, registry
 from finetune.errors import UserError
@@ -288,24 +289,8 @@ def test_same_seed_same_bytes_and_a_stopped_run_resumes(tmp_path):
     run(tmp_path / "again", config)
     first = (tmp_path / "whole/metrics.csv").read_bytes()
     assert (tmp_path / "again/metrics.csv").read_bytes() == first
-    seen = []
-
-    class Cut(Exception):
-        pass
-
-    def log(self, step, **metrics):
-        seen.append(step)
-        if len(seen) == 6 * 3 + 4:  # in the fourth step of fp16_scaled
-            raise Cut
-        return keep(self, step, **metrics)
-
-    from finetune.run import Run
-
-    keep = Run.log
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "log", log)
-        with pytest.raises(Cut):
-            run(tmp_path / "cut", config)
+    with cut_off(6 * 3 + 4):  # in the fourth step of fp16_scaled
+        run(tmp_path / "cut", config)
     summary = run(tmp_path / "cut", config, resume=True)
     assert (tmp_path / "cut/metrics.csv").read_bytes() == first
     whole = json.loads((tmp_path / "whole/summary.json").read_text())

@@ -61,13 +61,13 @@ def sample_tabular(
     every row has had an end.
     """
     rows = len(states)
-    cumulative, starts = policy.cumsum(1), mdp.start.cumsum()
+    cumulative, starts = policy.cumsum(1), mdp.start.cumsum()[None]
     age, over = np.zeros(rows, np.intp), np.zeros(rows, bool)
     columns: list[tuple[NDArray, ...]] = []
     for t in range(steps):
         drawn = generator.random((3, rows))
         if t or actions is None:
-            chosen = (drawn[0][:, None] * cumulative[states, -1:] >= cumulative[states]).sum(1)
+            chosen = tables.pick(cumulative[states], drawn[0])
         else:
             chosen = actions
         after = tables.sample_next(mdp, states, chosen, drawn[1])
@@ -75,7 +75,7 @@ def sample_tabular(
         truncated = ~terminated & (age == limit) if limit is not None else np.zeros(rows, bool)
         columns.append((states, chosen, mdp.rewards[states, chosen, after], after, terminated, truncated))
         ends = terminated | truncated
-        states = np.where(ends, (drawn[2][:, None] * starts[-1] >= starts).sum(1), after)
+        states = np.where(ends, tables.pick(starts, drawn[2]), after)
         age, over = np.where(ends, 0, age), over | ends
         if one_episode and over.all():
             break

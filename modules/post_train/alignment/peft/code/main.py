@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from finetune import adapters, config, hub, lora, memory, shapes
+from finetune.directory import small_config
 from finetune.errors import UserError
 from finetune.llama import Llama, LlamaConfig, read_config
 from finetune.memory import meters
@@ -287,7 +288,7 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
     """Of the method that is saved, or else the first; nothing is loaded."""
     method = first_lora(cfg) or cfg.chosen[0]
     if cfg.model == "scratch":
-        shape = toy.small_config(
+        shape = small_config(
             task.small_tokenizer(task.conversations(cfg)).vocab_size, cfg.max_length + task.longest(cfg)
         )
     elif cfg.model == "smollm2":

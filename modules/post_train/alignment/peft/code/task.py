@@ -8,6 +8,7 @@ import torch
 
 from finetune import data, hub, ops, optim
 from finetune.data import Conversation, Document
+from finetune.directory import small_config, small_llama
 from finetune.errors import UserError
 from finetune.llama import Llama
 from finetune.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ def load(cfg, run) -> Task:
     if cfg.model == "scratch":
         tokenizer = small_tokenizer(sets)
         run.seed("base")
-        base = toy.small_llama(toy.small_config(tokenizer.vocab_size, cfg.max_length + longest(cfg)))
+        base = small_llama(small_config(tokenizer.vocab_size, cfg.max_length + longest(cfg)))
         documents = tokenized(cfg, sets.pop("base"), tokenizer)
         pretrain(cfg, run, base, documents)
     else:

@@ -19,13 +19,14 @@ import torch
 
 from finetune import adapters, config, data, hub, lora, memory, ops, optim, shapes
 from finetune.data import Batch, Conversation, Document
+from finetune.directory import small_config, small_llama
 from finetune.errors import UserError
 from finetune.generate import generate
 from finetune.llama import Llama, LlamaConfig, read_config
 from finetune.tokenizer import Tokenizer
 from finetune.weights import read_json
 
-from .toy import CHANCE, directory, small_config, small_llama, small_tokenizer
+from .toy import CHANCE, directory, small_tokenizer
 
 
 @dataclass
