@@ -77,9 +77,9 @@ def load(info: ModuleInfo) -> types.ModuleType:
     The two packages above it are made here, with the code folder as their search path: no __init__.py (which would make
     `code` shadow the standard library's) and no change of sys.path.
     """
-    code = info.folder / "code"
+    code = (info.folder / "code").resolve()  # a link to a folder is that folder: its classes are not made twice
     if not (code / "main.py").is_file():
-        raise UserError(f"module '{info.name}' has no {code / 'main.py'}")
+        raise UserError(f"module '{info.name}' has no {info.folder / 'code/main.py'}")
     parent, package = "finetune_modules", f"finetune_modules.{info.name}"
     if getattr(sys.modules.get(package), "__path__", None) != [str(code)]:
         for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:

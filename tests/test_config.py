@@ -129,3 +129,15 @@ def test_a_module_without_code_or_package(tmp_path, monkeypatch):
     (folder / "code" / "main.py").write_text("import a_package_that_nobody_has\n")
     with pytest.raises(UserError, match="needs the package 'a_package_that_nobody_has': pip install"):
         registry.load(registry.find("broken"))
+
+
+def test_a_linked_module_is_the_same_module(tmp_path, monkeypatch):
+    """Its classes are not made a second time: `isinstance` and what a test replaces still hold."""
+    monkeypatch.setenv("FINETUNE_MODULES", str(FIXTURES))
+    first = registry.load(registry.find("tinynet"))
+    folder = tmp_path / "a/b/tinynet"
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(FIXTURES / "fixture/tiny/tinynet")
+    monkeypatch.setenv("FINETUNE_MODULES", str(tmp_path))
+    info = registry.find("tinynet")
+    assert info.folder == folder and registry.load(info) is first
