@@ -1,0 +1,114 @@
+"""Environments side by side that never stop: after an end the next episode begins, and nothing of it leaks back.
+
+A gymnasium episode is a function of the seed it was reset with and of the actions taken. So the state that is saved is
+those: to go on, each environment plays its current episode again. Nothing is pickled, and it holds for any environment
+that keeps its word about seeds; one that does not is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from finetune.errors import UserError
+from finetune.rl.environments import Act, vector
+from finetune.rl.rollout import Rollout
+
+
+class Vector:
+    """`envs` of one kind (finetune.rl.environments.make), stepped together.
+
+    Episode k of environment i is reset with a seed that depends on (seed, i, k) only. Continuous actions are clipped
+    to what the environment takes.
+    """
+
+    def __init__(self, envs: Sequence[Any], seed: int) -> None:
+        self.envs, self.seed = list(envs), seed
+        space = envs[0].action_space
+        self.discrete = hasattr(space, "n")
+        self.bounds = None if self.discrete else (space.low, space.high)
+        self.episodes = [0] * len(envs)  # begun by each
+        self.taken: list[list[Any]] = [[] for _ in envs]  # actions of the episode under way
+        self.earned = [0.0] * len(envs)  # its rewards
+        self.finished: list[tuple[float, int]] = []  # (undiscounted return, length) of episodes, until `pop_finished`
+        self.observations: NDArray[np.float32] = np.stack([self._reset(i) for i in range(len(envs))])  # (N, D)
+
+    def __len__(self) -> int:
+        return len(self.envs)
+
+    def step(self, actions: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_], NDArray[np.bool_]]:
+        """actions (N,) or (N, A) → rewards (N,) fp32, next observations (N, D), terminated, truncated (N,) bool.
+
+        The next observation of an end is the last of the old episode; `observations` then holds the first of the new.
+        """
+        given = actions.tolist() if self.discrete else np.clip(actions.numpy(), *self.bounds)  # type: ignore[misc]
+        rewards = np.empty(len(self.envs), np.float32)
+        terminated, truncated = np.empty(len(self.envs), bool), np.empty(len(self.envs), bool)
+        reached = np.empty_like(self.observations)
+        for i, (env, action) in enumerate(zip(self.envs, given, strict=True)):
+            observation, reward, terminated[i], truncated[i], _ = env.step(action)
+            if not math.isfinite(reward):
+                raise UserError(f"'{env.spec.id}' gave the reward {reward}")
+            rewards[i], reached[i] = reward, vector(env, observation)
+            self.taken[i].append(action)
+            self.earned[i] += float(reward)
+        self.observations = reached
+        if (ends := terminated | truncated).any():
+            self.observations = reached.copy()
+            for i in ends.nonzero()[0].tolist():
+                self.finished.append((self.earned[i], len(self.taken[i])))
+                self.observations[i] = self._reset(i)
+        return rewards, reached, terminated, truncated & ~terminated
+
+    def collect(self, act: Act, steps: int) -> Rollout:
+        """`steps` steps of each, on from where the last ones stopped."""
+        rows: list[tuple[Any, ...]] = []
+        for _ in range(steps):
+            seen = torch.from_numpy(self.observations)
+            actions = act(seen)
+            rows.append((seen, actions, *map(torch.from_numpy, self.step(actions))))
+        return Rollout(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+    def pop_finished(self) -> list[tuple[float, int]]:
+        """(return, length) of the episodes that ended since the last call."""
+        found, self.finished = self.finished, []
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        kind = torch.int64 if self.discrete else torch.float32
+        return {
+            "episodes": list(self.episodes),
+            "taken": [torch.as_tensor(np.array(actions), dtype=kind) for actions in self.taken],
+            "observations": torch.from_numpy(self.observations.copy()),
+            "finished": list(self.finished),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Plays the episodes under way again. UserError if they do not lead to where they led before."""
+        self.finished = [tuple(x) for x in state["finished"]]
+        for i, taken in enumerate(state["taken"]):
+            self.episodes[i] = state["episodes"][i] - 1
+            observation = self._reset(i)
+            for action in taken.tolist() if self.discrete else taken.numpy():
+                seen, reward, _, _, _ = self.envs[i].step(action)
+                observation = vector(self.envs[i], seen)
+                self.taken[i].append(action)
+                self.earned[i] += float(reward)
+            self.observations[i] = observation
+        if not np.array_equal(self.observations, state["observations"].numpy()):
+            name = self.envs[0].spec.id
+            raise UserError(f"'{name}' does not repeat an episode from its seed: a run on it cannot be resumed")
+
+    def _reset(self, i: int) -> NDArray[np.float32]:
+        # SeedSequence mixes the three well; the seeds of two episodes collide with the odds of 31 random bits.
+        key = np.random.SeedSequence([self.seed, i, self.episodes[i]]).generate_state(1)[0]
+        observation, _ = self.envs[i].reset(seed=int(key) >> 1)
+        self.episodes[i] += 1
+        self.taken[i], self.earned[i] = [], 0.0
+        return vector(self.envs[i], observation)
