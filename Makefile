@@ -45,6 +45,7 @@ $(VENV)/.native-built: $(VENV)/.base-installed $(NATIVE_SOURCES)
 $(VENV)/.test-installed: pyproject.toml | $(VENV)/.native-built
 	@echo "installing the test and peer packages (a few minutes, once) …"
 	@$(PIP) --no-build-isolation --editable ".[test,peers]"
+	@$(PIP) --no-deps d3rlpy gym gym-notices h5py structlog colorama dataclasses-json marshmallow typing-inspect mypy_extensions
 	@touch $@
 
 .PHONY: help run test longtest bench lint clean setup

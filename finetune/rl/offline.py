@@ -1,0 +1,135 @@
+"""What learning from logged steps shares: Q of discrete actions, behaviour cloning, the double-DQN target, fitted Q
+evaluation, and the true returns that estimates are judged by."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finetune import ops
+from finetune.rl.continuous import polyak_, relu_mlp, td_target
+from finetune.rl.environments import Act, play
+from finetune.rl.replay import Transitions
+from finetune.rl.rollout import Rollout
+
+
+class QNetwork(nn.Module):
+    """Q(s, ·) of discrete actions; logits of a policy where it clones."""
+
+    def __init__(self, observations: int, actions: int, hidden: list[int]) -> None:
+        super().__init__()
+        self.net = relu_mlp([observations, *hidden, actions])
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.net(observations)  # (N, A)
+
+
+def picked(values: Tensor, actions: Tensor) -> Tensor:
+    """(…, A) and (…,) → (…,): the column of each row's action."""
+    return values.gather(-1, actions[..., None])[..., 0]
+
+
+def greedy(q: nn.Module) -> Act:
+    """The policy that takes the action of the largest output."""
+
+    @torch.no_grad()
+    def act(observations: Tensor) -> Tensor:
+        return q(observations).argmax(-1)
+
+    return act
+
+
+# --- Targets and losses
+
+
+@torch.no_grad()
+def double_dqn_target(online: Tensor, target: Tensor, rewards: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+    """r + γ Q_target(s', argmax_a Q(s', a)) (van Hasselt et al. 2015, arXiv:1509.06461). online, target: Q(s', ·)."""
+    return td_target(rewards, picked(target, online.argmax(-1)), terminated, gamma)
+
+
+def td_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Huber's with threshold 1, as DQN's clipped errors."""
+    return F.smooth_l1_loss(q, target)
+
+
+def cloning_loss(output: Tensor, actions: Tensor) -> Tensor:
+    """Behaviour cloning: − log softmax of the logits (N, A) at discrete actions; the squared distance of continuous."""
+    if actions.is_floating_point():
+        return (output - actions).square().mean()
+    return F.cross_entropy(output, actions)
+
+
+# --- Fitted Q evaluation
+
+
+def action_value(q: nn.Module, observations: Tensor, actions: Tensor) -> Tensor:
+    """Q(s, a) (N,): of a QNetwork for discrete actions, else the least of the critics'."""
+    if actions.is_floating_point():
+        return q(observations, actions).amin(0)
+    return picked(q(observations), actions)
+
+
+def state_value(q: nn.Module, observations: Tensor, policy: Tensor) -> Tensor:
+    """V(s) (N,) of a policy: its probabilities (N, A) under a QNetwork, its actions (N, A) under continuous critics."""
+    if isinstance(q, QNetwork):
+        return (policy * q(observations)).sum(-1)
+    return q(observations, policy).amin(0)
+
+
+class FQE:
+    """Fitted Q evaluation (Le et al. 2019, arXiv:1903.08738): Q^π of a fixed policy from another's steps.
+
+        Q ← argmin Σ (Q(s, a) − r − γ V_target(s'))²     V(s') = Σ_a π(a|s') Q(s', a), or Q(s', π(s'))
+
+    `policy` is what `state_value` takes, of the next observations; it is computed once, as π does not change.
+    """
+
+    def __init__(self, q: nn.Module, data: Transitions, policy: Tensor, *, gamma: float, lr: float, tau: float) -> None:
+        self.q, self.target = q, copy.deepcopy(q)
+        self.data, self.policy, self.gamma, self.tau = data, policy, gamma, tau
+        self.optimizer = torch.optim.Adam(q.parameters(), lr=lr, fused=True)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold."""
+        return {"q": self.q, "target": self.target, "optimizer": self.optimizer}
+
+    def update(self, rows: Tensor) -> float:
+        """One step on these rows of the data; its loss."""
+        batch = self.data[rows]
+        with torch.no_grad():
+            following = state_value(self.target, batch.next_observations, self.policy[rows])
+        wanted = td_target(batch.rewards, following, batch.terminated, self.gamma)
+        loss = (action_value(self.q, batch.observations, batch.actions) - wanted).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        polyak_(self.target, self.q, self.tau)
+        return loss.item()
+
+    @torch.no_grad()
+    def value(self, observations: Tensor, policy: Tensor) -> Tensor:
+        return state_value(self.q, observations, policy)
+
+
+# --- What is true
+
+
+def true_returns(envs: Sequence[Any], act: Act, seeds: Sequence[int], gamma: float) -> tuple[Rollout, Tensor]:
+    """An episode of each environment, and its discounted returns-to-go (T, N). They are cut off where the episode is:
+    of one that a time limit ends, the late ones are too small."""
+    rollout = play(envs, act, seeds)
+    zeros, no = torch.zeros_like(rollout.rewards), torch.zeros_like(rollout.terminated)
+    _, returns = ops.gae(rollout.rewards, zeros, zeros, rollout.ends, no, gamma=gamma, lam=1.0)
+    return rollout, returns * rollout.first_episode
+
+
+def normalised(value: float, random: float, expert: float) -> float:
+    """D4RL's score: 0 is a random policy, 100 the expert (Fu et al. 2020, arXiv:2004.07219)."""
+    return 100 * (value - random) / (expert - random)
