@@ -51,7 +51,10 @@ SMALLER = {
     "smoke": "smoke --help",
 }
 STEPS = {"cuda": "5", "td_learning": "6"}  # of the runs here; else 2
-SETTINGS = {"td_learning": ["--cliff-episodes", "40", "--car-episodes", "5", "--taxi-steps", "500", "--runs", "10"]}
+SETTINGS = {
+    "bcq": ["--rows", "300", "--fqe-steps", "2", "--eval-episodes", "2", "--sweep", "0,1"],
+    "td_learning": ["--cliff-episodes", "40", "--car-episodes", "5", "--taxi-steps", "500", "--runs", "10"],
+}
 
 
 def lines(text):
@@ -113,6 +116,10 @@ def data_file(path):
     if path.suffix == ".jsonl":
         rows = [{"prompt": f"What is {i} + {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.name == "steps.npz":
+        from finetune.rl import datasets
+
+        datasets.generate("CartPole-v1", "medium", 300, 0).save(path)
     elif path.suffix == ".npz":
         import numpy as np
 

@@ -1,0 +1,263 @@
+"""Batch-constrained Q-learning: from logged steps, and only with actions that the logs contain. Reads top to bottom.
+
+    discrete     a = argmax { Q(s, a) : G(a|s) ≥ τ max G(·|s) }                      τ = 0: DQN, τ = 1: cloning
+    continuous   a = argmax Q(s, aᵢ + Φ ξ(s, aᵢ)),  aᵢ from a VAE of the data's actions
+
+Fujimoto et al. 2018 and 2019 (arXiv:1812.02900, 1910.01708). The README explains every metric and every choice.
+"""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import config
+from finetune.errors import UserError
+from finetune.rl import datasets, environments
+from finetune.rl.continuous import bounds
+from finetune.rl.datasets import Dataset
+from finetune.rl.replay import Transitions
+
+from . import continuous, discrete, plots
+from .trial import Scale, a_batch, evaluate, logged, train
+
+# What is reached on the sets that are made here, and whether it must be at least (True) or at most (False).
+GOALS = {
+    "return_dqn_cartpole_expert": (50.0, False),
+    "return_bcq_cartpole_expert": (400.0, True),
+    "excess_dqn_cartpole_expert": (10.0, True),
+    "excess_bcq_cartpole_expert": (5.0, False),
+    "return_bcq_cartpole_random": (100.0, True),
+    "return_td3_pendulum_expert": (-500.0, False),
+    "return_bcq_pendulum_expert": (-300.0, True),
+}
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 3000  # updates of each method
+    checkpoint_every: int = 1000
+    envs: str = "CartPole-v1,Pendulum-v1"  # one after the other, separated by commas
+    # an npz of logged steps (README) of the one environment that --envs names; none: sets are made
+    data: Path | None = None
+    rows: int = 10_000  # of each set that is made
+    discrete_sets: str = "expert,random"  # of CartPole, to train on
+    continuous_sets: str = "mixed,expert"  # of Pendulum
+    sweep_sets: str = "expert,medium,mixed"  # of CartPole, to go through the thresholds on; none: leave it out
+    sweep: str = "0,0.1,0.3,0.6,1"  # thresholds
+    sweep_steps: int = 2000  # updates of each, but at most --steps
+    gamma: float = 0.97  # a horizon that the values reach within --steps
+    batch: int = 64  # discrete
+    hidden: int = 64  # width of the two hidden layers of every network
+    lr: float = 1e-3  # Adam's, of every network
+    tau: float = 0.3  # threshold of discrete BCQ: what is less likely than τ times the likeliest is never taken
+    beta: float = 0.01  # penalty on the imitator's squared logits
+    shared: bool = True  # discrete BCQ: Q and imitator share all layers but the last
+    target_every: int = 50  # discrete: steps between two copies to the target network
+    continuous_batch: int = 64
+    compared: str = "bc,td3,td3_bc,iql,awac"  # with continuous BCQ; td3 is the naive way
+    candidates: int = 10  # actions that the maximum of a target runs over
+    act_candidates: int = 100  # the same when it acts
+    phi: float = 0.05  # how far an action may be moved, of −1 … 1
+    lam: float = 0.75  # weight of the smaller of two critics; the rest is that of the larger
+    kl: float = 0.5  # weight of the divergence in the VAE's loss
+    polyak: float = 0.01  # continuous: part of the way that targets follow in a step
+    alpha: float = 2.5  # TD3+BC: weight of Q
+    expectile: float = 0.7  # IQL
+    temperature: float = 1.0  # IQL: A is multiplied by it
+    awac_lam: float = 1.0  # AWAC: A is divided by it
+    reward_scale: float = 0.1  # continuous: what rewards are multiplied by before they are learned from
+    shuffle_actions: bool = False  # control: the logged actions are dealt out anew, so there is nothing to learn
+    fqe_steps: int = 2000  # of fitted Q evaluation, but at most --steps
+    fqe_batch: int = 256
+    fqe_polyak: float = 0.05
+    eval_every: int = 500  # steps between two points of the curves; each plays --eval-episodes
+    eval_episodes: int = 20
+
+    @classmethod
+    def toy(cls) -> "Config":
+        return cls(steps=2500, discrete_sets="expert", continuous_sets="mixed", compared="bc,awac", sweep_sets="medium",
+                   sweep="0,0.3,1", sweep_steps=1000, fqe_steps=500, eval_every=500, eval_episodes=10)  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"rows": 100, "batch": 1, "continuous_batch": 1, "hidden": 1, "target_every": 1, "candidates": 1,
+                 "act_candidates": 1, "eval_every": 1, "eval_episodes": 2, "sweep_steps": 0,
+                 "fqe_steps": 0, "fqe_batch": 1}  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                key = config.dashed(name)
+                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
+        for name in ("gamma", "tau", "lam", "expectile", "polyak", "fqe_polyak"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is not within 0 and 1")
+        for name in ("lr", "beta", "phi", "kl", "alpha", "temperature"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is negative")
+        for name in ("awac_lam", "reward_scale"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{config.dashed(name)} {getattr(self, name)}: it must be above 0")
+        for name in parts(self.compared):
+            if name not in continuous.LEARNERS or name == "bcq":
+                raise UserError(
+                    f"--compared: '{name}' is not one of {', '.join(n for n in continuous.LEARNERS if n != 'bcq')}"
+                )
+        for text in parts(self.sweep):
+            try:
+                held = 0 <= float(text) <= 1
+            except ValueError:
+                held = False
+            if not held:
+                raise UserError(f"--sweep: '{text}' is no threshold within 0 and 1")
+        if not parts(self.envs):
+            raise UserError("--envs names no environment")
+        if self.data is not None and len(parts(self.envs)) != 1:
+            raise UserError("--data holds the steps of one environment: name it with --envs")
+
+
+def parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip() not in ("", "none")]
+
+
+def main(cfg: Config, run) -> dict[str, Any]:
+    for name in parts(cfg.envs):
+        envs = environments.make(name, cfg.eval_episodes)
+        is_continuous = environments.sizes(envs[0])[2]
+        compare = on_continuous if is_continuous else on_discrete
+        sets = parts(cfg.continuous_sets if is_continuous else cfg.discrete_sets)
+        for data in (
+            [given(cfg.data, name, envs[0])] if cfg.data else [made(cfg, run, name, quality) for quality in sets]
+        ):
+            compare(cfg, run, envs, data)
+        if not (is_continuous or cfg.data):
+            for quality in parts(cfg.sweep_sets):
+                sweep(cfg, run, envs, made(cfg, run, name, quality))
+    if cfg.steps:
+        plots.returns(run)
+        plots.values(run)
+        plots.sweep(run)
+    return {}
+
+
+def made(cfg: Config, run, env: str, quality: str) -> Dataset:
+    seed = run.generator("data", env, quality).initial_seed() % 2**31
+    return named(datasets.generate(env, quality, cfg.rows, seed), env)
+
+
+def given(path: Path, name: str, env: Any) -> Dataset:
+    data = datasets.load(path)
+    data.fit(env)
+    return named(data, name)
+
+
+def named(data: Dataset, env: str) -> Dataset:
+    """CartPole-v1, expert → cartpole_expert: phases, files and results begin so."""
+    return dataclasses.replace(data, name=f"{env.split('/')[-1].split('-')[0].lower()}_{data.name}")
+
+
+# --- Discrete actions
+
+
+def on_discrete(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
+    """DQN, cloning and BCQ, from the same weights and the same batches."""
+    apart, networks = (discrete_networks(cfg, run, envs[0], shared) for shared in (False, cfg.shared))
+    learners = {
+        "dqn": discrete.DQN(cfg, apart.q),
+        "bc": discrete.Cloning(cfg, apart.imitator),
+        "bcq": discrete.BCQ(cfg, networks, cfg.tau),
+    }
+    behaviour, found = train(cfg, run, envs, data, learners, Scale(), cfg.batch)
+    for name in ("dqn", "bc"):
+        judge(cfg, run, f"return_{name}_{data.name}", found[name]["return"])
+    naive = found["dqn" if data.name == "cartpole_expert" else "bc"]["return"]
+    judge(cfg, run, f"return_bcq_{data.name}", found["bcq"]["return"], naive, behaviour)
+    judge_values(cfg, run, data, found, "dqn")
+
+
+def discrete_networks(cfg: Config, run, env: Any, shared: bool) -> discrete.Networks:
+    run.seed("networks")
+    return discrete.Networks(*environments.sizes(env)[:2], cfg.hidden, shared)
+
+
+def sweep(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
+    """BCQ at every threshold, with Q and imitator apart: so its ends are DQN and cloning, to the last bit."""
+    steps, taus = logged(cfg, run, data, Scale()), [float(text) for text in parts(cfg.sweep)]
+    apart: dict[str, float] = {}
+    for i in run.steps(len(taus) if cfg.steps else 0, {"apart": apart}, phase=f"{data.name}_sweep"):
+        networks = discrete_networks(cfg, run, envs[0], shared=False)
+        others = {
+            0.0: discrete.DQN(cfg, copy.deepcopy(networks.q)),
+            1.0: discrete.Cloning(cfg, copy.deepcopy(networks.imitator)),
+        }
+        learner, other = discrete.BCQ(cfg, networks, taus[i]), others.get(taus[i])
+        for step in range(min(cfg.sweep_steps, cfg.steps)):
+            batch = a_batch(run, steps, cfg.batch, step)
+            learner.update(*batch)
+            if other:
+                other.update(*batch)
+        run.log(i, tau=taus[i], **{"return": evaluate(cfg, run, envs, learner, Scale())["return"]})
+        if other:
+            ours = networks.q if taus[i] == 0 else networks.imitator
+            difference = ours(steps.observations) - other.networks(steps.observations)
+            apart[f"{taus[i]:g}"] = difference.abs().max().item()
+    for tau, other in (("0", "dqn"), ("1", "bc")):
+        if tau in apart:
+            run.judge(f"tau_{tau}_from_{other}_{data.name}", apart[tau], target=0, higher=False)
+
+
+# --- Continuous actions
+
+
+def on_continuous(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
+    scale = Scale(*bounds(envs[0]), cfg.reward_scale)
+    learners = {}
+    for name in ["bcq", *parts(cfg.compared)]:
+        run.seed("networks")
+        learners[name] = continuous.LEARNERS[name](cfg, *environments.sizes(envs[0])[:2])
+    behaviour, found = train(cfg, run, envs, data, learners, scale, cfg.continuous_batch)
+    mixed, goal = data.name == "pendulum_mixed" and not cfg.data, behaviour
+    if mixed and behaviour is not None:
+        goal = max(behaviour + 0.2 * abs(behaviour), -400.0)
+    judge(cfg, run, f"return_bcq_{data.name}", found["bcq"]["return"], behaviour, goal)
+    for name in parts(cfg.compared):
+        judge(cfg, run, f"return_{name}_{data.name}", found[name]["return"])
+    proposals(cfg, run, learners["bcq"], logged(cfg, run, data, scale), data.name)
+    judge_values(cfg, run, data, found, "td3")
+
+
+def proposals(cfg: Config, run, learner: continuous.BCQ, steps: Transitions, name: str) -> None:
+    """What the VAE proposes where the data have been: how far from the logged action; baseline: uniform actions."""
+    some = steps[torch.randperm(len(steps), generator=run.generator("places"))[:2000]]
+    generator = run.generator("proposals")
+    with torch.no_grad():
+        proposed = learner.cvae.propose(some.observations, 1, generator)[:, 0]
+    uniform = 2 * torch.rand(proposed.shape, generator=generator) - 1
+    near, far = ((actions - some.actions).abs().mean().item() for actions in (proposed, uniform))
+    run.judge(f"proposal_distance_{name}", near, baseline=far, higher=False)
+    if cfg.steps:
+        chosen = learner.act(some.observations, generator)
+        plots.candidates(run, name, some.observations, some.actions, proposed, chosen)
+
+
+# --- What is judged
+
+
+def judge(
+    cfg: Config, run, name: str, value: float, baseline: float | None = None, target: float | None = None
+) -> None:
+    """Against its goal if the set was made here; else against `target`, which is the data's own return."""
+    goal, higher = GOALS.get(name, (target, True)) if not cfg.data else (target, True)
+    run.judge(name, value, baseline=baseline, target=goal, higher=higher)
+
+
+def judge_values(cfg: Config, run, data: Dataset, found: dict[str, dict[str, float]], naive: str) -> None:
+    """How much more than it then earns each believes in, and what fitted Q evaluation says of BCQ."""
+    excess = {name: found[name]["believed"] - found[name]["true"] for name in (naive, "bcq") if name in found}
+    for name, value in excess.items():
+        judge(cfg, run, f"excess_{name}_{data.name}", value)
+    run.judge(f"true_bcq_{data.name}", found["bcq"]["true"])
+    if "fqe" in found["bcq"]:
+        run.judge(f"fqe_bcq_{data.name}", found["bcq"]["fqe"])

@@ -1,0 +1,115 @@
+"""What every learner here goes through: training on logged steps, playing, and fitted Q evaluation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.rl import environments
+from finetune.rl.continuous import TwinQ
+from finetune.rl.datasets import Dataset
+from finetune.rl.offline import FQE, QNetwork, true_returns
+from finetune.rl.replay import Transitions
+from finetune.rl.rollout import numpy_generator
+
+LOG_EVERY = 10
+
+
+@dataclass
+class Scale:
+    """Between the environment's numbers and the learners': continuous actions within −1 and 1, smaller rewards."""
+
+    low: Tensor | None = None  # None: actions are discrete
+    high: Tensor | None = None
+    rewards: float = 1.0
+
+    def to_learner(self, actions: Tensor) -> Tensor:
+        if self.low is None or self.high is None:
+            return actions
+        return (2 * (actions - self.low) / (self.high - self.low) - 1).clamp(-1, 1)
+
+    def to_env(self, actions: Tensor) -> Tensor:
+        if self.low is None or self.high is None:
+            return actions
+        return self.low + (actions + 1) / 2 * (self.high - self.low)
+
+
+def logged(cfg, run, data: Dataset, scale: Scale) -> Transitions:
+    """The steps as the learners see them."""
+    steps = data.transitions()
+    steps.actions, steps.rewards = scale.to_learner(steps.actions), scale.rewards * steps.rewards
+    if cfg.shuffle_actions:
+        steps.actions = steps.actions[torch.randperm(len(steps), generator=run.generator("shuffle", data.name))]
+    return steps
+
+
+def a_batch(run, steps: Transitions, size: int, step: int) -> tuple[Transitions, int, torch.Generator]:
+    """What `update` takes; the same at the same step for every learner."""
+    return steps.sample(size, run.generator("batch", step)), step, run.generator("update", step)
+
+
+def train(
+    cfg, run, envs: list[Any], data: Dataset, learners: dict[str, Any], scale: Scale, size: int
+) -> tuple[float | None, dict[str, dict[str, float]]]:
+    """(mean return of the data's whole episodes, name → what `evaluate` finds after training, and `fqe`)"""
+    steps, returns = logged(cfg, run, data, scale), data.returns()
+    behaviour = sum(returns) / len(returns) if returns else None
+    run.say(f"{data.name}: {len(data):,} steps" + ("" if behaviour is None else f", mean return {behaviour:.1f}"))
+    found: dict[str, dict[str, float]] = {}
+    for name, learner in learners.items():
+        last: dict[str, float] = {}
+        for step in run.steps(cfg.steps, learner.state() | {"last": last}, phase=f"{data.name}_{name}"):
+            seen = learner.update(*a_batch(run, steps, size, step))
+            if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+                last |= evaluate(cfg, run, envs, learner, scale)
+                run.log(step, **seen, **last)
+            elif (step + 1) % LOG_EVERY == 0:
+                run.log(step, **seen)
+        found[name] = last or evaluate(cfg, run, envs, learner, scale)
+        run.say(f"{data.name}_{name}: {found[name]['return']:.1f}")
+    estimates: dict[str, float] = {}
+    names = list(learners) if cfg.steps and cfg.fqe_steps else []
+    for i in run.steps(len(names), {"estimates": estimates}, phase=f"{data.name}_fqe"):
+        estimates[names[i]] = fitted(cfg, run, envs, learners[names[i]], steps, scale)
+        run.log(i, estimate=estimates[names[i]])
+    for name, estimate in estimates.items():
+        found[name]["fqe"] = estimate
+    return behaviour, found
+
+
+def seeds(cfg, run) -> list[int]:
+    """Of the episodes that every learner plays when it is evaluated."""
+    return numpy_generator(run, "evaluation").integers(2**31, size=cfg.eval_episodes).tolist()
+
+
+def evaluate(cfg, run, envs: list[Any], learner: Any, scale: Scale) -> dict[str, float]:
+    """Of fresh episodes: `return`, undiscounted; `true`, discounted from the start; `believed`, the learner's own Q
+    there. Means, all in the environment's rewards."""
+    generator = run.generator("acting")
+    rollout, discounted = true_returns(
+        envs, lambda seen: scale.to_env(learner.act(seen, generator)), seeds(cfg, run), cfg.gamma
+    )
+    found = {"return": rollout.rewards.sum(0).mean().item(), "true": discounted[0].mean().item()}
+    believed = learner.value(rollout.observations[0], scale.to_learner(rollout.actions[0]))
+    return found if believed is None else found | {"believed": believed.mean().item() / scale.rewards}
+
+
+def fitted(cfg, run, envs: list[Any], learner: Any, steps: Transitions, scale: Scale) -> float:
+    """The value of the start by fitted Q evaluation, from the logged steps alone."""
+    observations, actions, is_continuous = environments.sizes(envs[0])
+    generator, hidden = run.generator("fqe"), [cfg.hidden, cfg.hidden]
+
+    def policy(seen: Tensor) -> Tensor:
+        taken = torch.cat([learner.act(some, generator) for some in seen.split(1000)])
+        return taken if is_continuous else F.one_hot(taken, actions).float()
+
+    q = TwinQ(observations, actions, hidden, count=1) if is_continuous else QNetwork(observations, actions, hidden)
+    fqe = FQE(q, steps, policy(steps.next_observations), gamma=cfg.gamma, lr=cfg.lr, tau=cfg.fqe_polyak)
+    for step in range(min(cfg.fqe_steps, cfg.steps)):
+        fqe.update(torch.randint(len(steps), (cfg.fqe_batch,), generator=run.generator("fqe_rows", step)))
+    resets = [environments.vector(e, e.reset(seed=s)[0]) for e, s in zip(envs, seeds(cfg, run), strict=True)]
+    starts = torch.from_numpy(np.stack(resets))
+    return fqe.value(starts, policy(starts)).mean().item() / scale.rewards
