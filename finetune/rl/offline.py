@@ -23,6 +23,7 @@ class QNetwork(nn.Module):
 
     def __init__(self, observations: int, actions: int, hidden: list[int]) -> None:
         super().__init__()
+        self.actions = actions
         self.net = relu_mlp([observations, *hidden, actions])
 
     def forward(self, observations: Tensor) -> Tensor:

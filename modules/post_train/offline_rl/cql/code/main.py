@@ -1,0 +1,287 @@
+"""Conservative Q-learning: what can be learnt from logged steps alone. Reads top to bottom.
+
+    loss = TD + α · E_data[ log Σ_a exp Q(s, a) − Q(s, a_data) ]
+
+Kumar et al. 2020 (arXiv:2006.04779), with behaviour cloning and Q-learning that is not conservative beside it, on the
+same batches, and fitted Q evaluation of what was learnt. The README explains every metric and every choice.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from finetune import config
+from finetune.errors import UserError, nearest
+from finetune.rl import datasets, environments
+from finetune.rl.continuous import Deterministic, SquashedGaussian, TwinQ, bounds
+from finetune.rl.datasets import Dataset
+from finetune.rl.evaluation import interval, returns
+from finetune.rl.offline import FQE, QNetwork, normalised, true_returns
+from finetune.rl.replay import Transitions
+from finetune.rl.rollout import numpy_generator
+
+from . import continuous, discrete, plots
+
+# Name of a set → its environment and quality.
+SETS = {
+    **{name: ("CartPole-v1", name) for name in ("expert", "random", "medium", "mixed")},
+    **{f"pendulum_{name}": ("Pendulum-v1", name) for name in ("expert", "random", "medium", "mixed")},
+}
+LEARNERS = ("bc", "naive", "cql")
+# Mean returns of the random and the expert policy, a score of 0 and of 100.
+SCALE = {"CartPole-v1": (22.0, 500.0), "Pendulum-v1": (-1200.0, -150.0)}
+TAIL = 150  # states so near a time limit are left out where values are compared with what came after them
+FQE_TAU = 0.05
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 60  # of each data set; one is `updates` updates of every learner
+    checkpoint_every: int = 10
+    updates: int = 100  # of a step
+    sets: str = "expert,random,mixed,pendulum_mixed"  # to learn from, separated by commas
+    data: Path | None = None  # an npz of your own steps in their place (finetune/rl/datasets.py has the fields)
+    env: str = "CartPole-v1"  # with --data: where they come from, and where what was learnt is judged
+    data_steps: int = 50_000  # of a set made here; of an expert's a twenty-fifth
+    hidden: int = 64  # width of the two hidden layers of every network
+    batch: int = 256
+    batch_continuous: int = 64  # the same for continuous actions
+    lr: float = 1e-3  # Adam's, falling to 0
+    gamma: float = 0.98
+    gamma_continuous: float = 0.9  # the same for continuous actions
+    tau: float = 0.01  # how far the target network moves in an update
+    alpha: float = 0.5  # weight of the conservative term (the min-Q weight); 0: as the naive learner
+    alpha_continuous: float = 0.2  # the same for continuous actions
+    threshold: float | None = None  # learn α, so that the gap comes to this (CQL-Lagrange)
+    rho: bool = False  # CQL(ρ) with the policy for ρ in place of CQL(H)
+    samples: int = 5  # continuous: actions of each of the three kinds that stand for the integral
+    backup: Literal["soft", "plain", "max"] = "soft"  # continuous: V(s') with entropy, without, the best of `samples`
+    warm_start: int = 0  # continuous: so many first updates clone the behaviour
+    calibrated: bool = False  # continuous: Cal-QL, values are pushed down no further than to the behaviour's returns
+    reward_scale: float = 0.1  # continuous: rewards are multiplied by it to learn from
+    fqe_steps: int = 30  # of fitted Q evaluation after each set, again of `updates` updates; 0: without it
+    eval_every: int = 10  # steps between two evaluations
+    eval_episodes: int = 20
+    shuffle_actions: bool = False  # control: the actions of a set are dealt out anew, so there is nothing to learn
+
+    @classmethod
+    def toy(cls) -> "Config":
+        return cls(steps=40, sets="expert,random", fqe_steps=10, eval_every=20, eval_episodes=10)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"updates": 1, "data_steps": 100, "hidden": 1, "batch": 2, "batch_continuous": 2, "samples": 1,
+                 "warm_start": 0, "fqe_steps": 0, "eval_every": 1, "eval_episodes": 2, "alpha": 0,
+                 "alpha_continuous": 0}  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                key = config.dashed(name)
+                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
+        for name in ("gamma", "gamma_continuous", "tau"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} {getattr(self, name)} is not within 0 and 1")
+        for name in self.sets.split(","):
+            if name not in SETS:
+                raise UserError(f"--sets: '{name}' is not one of {', '.join(SETS)}{nearest(name, SETS)}")
+        if self.threshold is not None and min(self.alpha, self.alpha_continuous) == 0:
+            raise UserError("--threshold learns α from where it starts: --alpha must be above 0")
+
+
+def main(cfg: Config, run) -> dict[str, Any]:
+    names = ["data"] if cfg.data else cfg.sets.split(",")
+    found: dict[str, dict[str, Estimate]] = {}
+    for name in names:
+        task = prepare(cfg, run, name)
+        learners = learn(cfg, run, task)
+        found[name] = estimate(cfg, run, task, learners)
+        judge(run, task, found[name])
+    if cfg.steps:
+        plots.learning(run, names, LEARNERS)
+        plots.gaps(run, names)
+        plots.values(run, found)
+    return {}
+
+
+@dataclass
+class Task:
+    name: str
+    data: Dataset
+    steps: Transitions  # what is learnt from: the data with rewards in their scale
+    scale: float
+    gamma: float
+    batch: int
+    envs: list[Any]  # to judge in, never to learn in
+    seeds: list[int]  # of the evaluation's episodes: the same for every learner and step
+
+
+def prepare(cfg: Config, run, name: str) -> Task:
+    env, quality = (cfg.env, "") if name == "data" else SETS[name]
+    envs = environments.make(env, cfg.eval_episodes)
+    if cfg.data:
+        data = datasets.load(cfg.data)
+    else:
+        count = max(cfg.data_steps // (25 if quality == "expert" else 1), 100)
+        data = datasets.generate(env, quality, count, run.generator("data", name).initial_seed())
+    data.fit(envs[0])
+    if cfg.shuffle_actions:
+        data.actions = data.actions[torch.randperm(len(data), generator=run.generator("shuffle", name))]
+    scale, gamma, batch = 1.0, cfg.gamma, cfg.batch
+    if data.continuous:
+        scale, gamma, batch = cfg.reward_scale, cfg.gamma_continuous, cfg.batch_continuous
+    steps = replace(data.transitions(), rewards=data.rewards * scale)
+    seeds = numpy_generator(run, "evaluation", name).integers(2**31, size=cfg.eval_episodes).tolist()
+    return Task(name, data, steps, scale, gamma, batch, envs, seeds)
+
+
+# --- Learning
+
+
+def learn(cfg: Config, run, task: Task) -> dict[str, Any]:
+    """All learners on the same batches, from the same first weights."""
+    learners = (continuous_learners if task.data.continuous else discrete_learners)(cfg, run, task.envs[0])
+    to_go = task.data.returns_to_go(task.gamma) * task.scale
+    state = {f"{key}_{part}": value for key, learner in learners.items() for part, value in learner.state.items()}
+    for step in run.steps(cfg.steps, state, phase=task.name):
+        draw = run.generator("batches", task.name, step)
+        rows = torch.randint(len(task.steps), (cfg.updates, task.batch), generator=draw)
+        sums: dict[str, float] = {}
+        for i, chosen in enumerate(rows):
+            batch = task.steps[chosen]
+            for key, learner in learners.items():
+                for optimizer in learner.optimizers:
+                    optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (step + i / cfg.updates) / cfg.steps)
+                for what, value in learner.update(batch, to_go[chosen], draw).items():
+                    sums[f"{what}_{key}"] = sums.get(f"{what}_{key}", 0.0) + value / cfg.updates
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            for key, learner in learners.items():
+                act = learner.acting(run.generator("evaluation", task.name, step))
+                sums[f"return_{key}"] = interval(returns(task.envs, act, task.seeds))[0]
+        run.log(step, **sums)
+    return learners
+
+
+def discrete_learners(cfg: Config, run, env: Any) -> dict[str, Any]:
+    observations, actions, _ = environments.sizes(env)
+
+    def network() -> QNetwork:
+        run.seed("networks")
+        return QNetwork(observations, actions, [cfg.hidden, cfg.hidden])
+
+    common = {"gamma": cfg.gamma, "lr": cfg.lr, "tau": cfg.tau}
+    return {
+        "bc": discrete.Clone(network(), cfg.lr),
+        "naive": discrete.QLearner(network(), alpha=0.0, **common),
+        "cql": discrete.QLearner(network(), alpha=cfg.alpha, rho=cfg.rho, threshold=cfg.threshold, **common),
+    }
+
+
+def continuous_learners(cfg: Config, run, env: Any) -> dict[str, Any]:
+    observations, actions, _ = environments.sizes(env)
+    hidden, limits = [cfg.hidden, cfg.hidden], bounds(env)
+
+    def networks() -> tuple[SquashedGaussian, TwinQ]:
+        run.seed("networks")
+        return SquashedGaussian(observations, hidden, *limits), TwinQ(observations, actions, hidden)
+
+    run.seed("networks")
+    clone = continuous.Clone(Deterministic(observations, hidden, *limits), cfg.lr)
+    common = {"gamma": cfg.gamma_continuous, "lr": cfg.lr, "tau": cfg.tau}
+    cql = continuous.ActorCritic(
+        *networks(), alpha=cfg.alpha_continuous, samples=cfg.samples, backup=cfg.backup, rho=cfg.rho,
+        threshold=cfg.threshold, calibrated=cfg.calibrated, warm_start=cfg.warm_start, **common,
+    )  # fmt: skip
+    return {"bc": clone, "naive": continuous.ActorCritic(*networks(), alpha=0.0, **common), "cql": cql}
+
+
+# --- What was learnt, what is believed of it, and what is true
+
+
+@dataclass
+class Estimate:
+    """Of one learner. Values are discounted, in the environment's own rewards."""
+
+    episodes: list[float]  # undiscounted returns
+    true: float  # mean discounted return from the starts
+    believed: float | None  # the learner's own value of the starts; cloning has none
+    fqe: float | None  # fitted Q evaluation's
+    values: Tensor | None  # the learner's own of states on the way, and
+    to_go: Tensor  # what came after them
+
+
+def estimate(cfg: Config, run, task: Task, learners: dict[str, Any]) -> dict[str, Estimate]:
+    played = {}
+    for key, learner in learners.items():
+        act = learner.acting(run.generator("evaluation", task.name))
+        played[key] = true_returns(task.envs, act, task.seeds, task.gamma)
+    starts = played["bc"][0].observations[0]
+    judged = fitted(cfg, run, task, learners, starts) if cfg.fqe_steps else {}
+    found = {}
+    for key, (rollout, to_go) in played.items():
+        left = rollout.first_episode.flip(0).cumsum(0).flip(0)  # steps up to the end
+        counted = rollout.first_episode & ((left > TAIL) | rollout.terminated.any(0))
+        believed = values = None
+        if key != "bc":
+            believed = float(learners[key].value(starts).mean()) / task.scale
+            values = learners[key].value(rollout.observations[counted]) / task.scale
+        episodes = rollout.rewards.sum(0).tolist()
+        fqe = judged[key] / task.scale if judged else None
+        found[key] = Estimate(episodes, float(to_go[0].mean()), believed, fqe, values, to_go[counted])
+    return found
+
+
+def fitted(cfg: Config, run, task: Task, learners: dict[str, Any], starts: Tensor) -> dict[str, float]:
+    """Fitted Q evaluation of every learner's policy from the logged steps: its value at `starts`."""
+    hidden, judges = [cfg.hidden, cfg.hidden], {}
+    for key, learner in learners.items():
+        policy = learner.policy_of(task.steps.next_observations)
+        sizes = starts.shape[1], policy.shape[1]
+        run.seed("fqe")
+        q = TwinQ(*sizes, hidden, 1) if task.data.continuous else QNetwork(*sizes, hidden)
+        judges[key] = FQE(q, task.steps, policy, gamma=task.gamma, lr=cfg.lr, tau=FQE_TAU)
+    state = {f"{key}_{part}": value for key, judge in judges.items() for part, value in judge.state.items()}
+    total = min(cfg.fqe_steps, cfg.steps)
+    for step in run.steps(total, state, phase=f"{task.name}_fqe"):
+        errors = dict.fromkeys(judges, 0.0)
+        draw = run.generator("fqe", task.name, step)
+        for i, chosen in enumerate(torch.randint(len(task.steps), (cfg.updates, task.batch), generator=draw)):
+            for key, judge in judges.items():
+                judge.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (step + i / cfg.updates) / total)
+                errors[key] += judge.update(chosen) / cfg.updates
+        run.log(step, **{f"td_error_{key}": value for key, value in errors.items()})
+    return {key: float(judge.value(starts, learners[key].policy_of(starts)).mean()) for key, judge in judges.items()}
+
+
+def judge(run, task: Task, found: dict[str, Estimate]) -> None:
+    name, env = task.name, task.envs[0].spec.id
+    behaviour = interval(task.data.returns() or [math.nan])[0]
+    mean = {key: interval(e.episodes) for key, e in found.items()}
+    rows = []
+    for key, e in found.items():
+        value, half = mean[key]
+        score = normalised(value, *SCALE[env]) if env in SCALE else None
+        row = {"score": score, "believed": e.believed, "FQE": e.fqe, "true": e.true}
+        shown = {what: "–" if number is None else f"{number:.4g}" for what, number in row.items()}
+        rows.append({"learner": key, "return": f"{value:.1f} ± {half:.1f}", **shown})
+    run.samples(f"{name}: {len(task.data)} steps of return {behaviour:.1f}; values are discounted", rows)
+
+    returned = {key: value for key, (value, _) in mean.items()}
+    target = {"expert": 400.0, "random": 100.0 if run.toy else 150.0}.get(name)
+    if name.startswith("pendulum"):
+        target = behaviour + 0.2 * abs(behaviour)
+    beside = {"expert": returned["naive"], "data": None}.get(name, returned["bc"])
+    bar = {"target": 50.0, "higher": False} if name == "expert" else {}
+    run.judge(f"return_{name}_bc", returned["bc"])
+    run.judge(f"return_{name}_naive", returned["naive"], **bar)
+    run.judge(f"return_{name}_cql", returned["cql"], baseline=beside, target=target)
+    if name == "random":
+        run.judge("cql_over_bc_random", returned["cql"] / returned["bc"], target=3.0 if run.toy else 5.0)
+    over = {key: e.believed - e.true for key, e in found.items() if e.believed is not None}
+    run.judge(f"overestimate_{name}_naive", over["naive"], target=0.0 if name == "expert" else None)
+    run.judge(f"overestimate_{name}_cql", over["cql"], target=0.0 if name in SETS else None, higher=False)
+    for key, e in found.items():
+        if e.fqe is not None:
+            run.judge(f"fqe_error_{name}_{key}", e.fqe - e.true)
