@@ -140,4 +140,5 @@ def test_a_linked_module_is_the_same_module(tmp_path, monkeypatch):
     folder.symlink_to(FIXTURES / "fixture/tiny/tinynet")
     monkeypatch.setenv("FINETUNE_MODULES", str(tmp_path))
     info = registry.find("tinynet")
-    assert info.folder == folder and registry.load(info) is first
+    assert info.folder == folder
+    assert registry.load(info) is first

@@ -238,8 +238,8 @@ def test_toy(trained):
     check_claims(trained[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [1, 2])
 def test_toy_on_other_seeds(tmp_path, seed):
     check_claims(run(tmp_path / "run", toy(seed=seed)))
 

@@ -31,7 +31,7 @@ def run(tmp_path, **settings):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "blocks"),
-    [(11, "gpt2"), (12, "llama"), pytest.param(13, "gpt2", marks=pytest.mark.long)],
+    [(11, "gpt2"), *(pytest.param(*x, marks=pytest.mark.long) for x in ((12, "llama"), (13, "gpt2")))],
     ids=["gpt2-11", "llama-12", "gpt2-13"],
 )
 def test_toy_is_below_the_bigram(tmp_path, seed, blocks):

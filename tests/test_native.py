@@ -17,7 +17,7 @@ def test_cpp_tests(tmp_path):
     subprocess.run(
         ["cmake", "-S", ROOT, "-B", tmp_path, *generator, "-DFINETUNE_TESTS=ON"], check=True, capture_output=True
     )
-    subprocess.run(["cmake", "--build", tmp_path, "--parallel", "2"], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", tmp_path, "--target", "cpp_tests"], check=True, capture_output=True)
     out = subprocess.run(["ctest", "--test-dir", tmp_path, "--output-on-failure"], capture_output=True, text=True)
     assert out.returncode == 0, out.stdout
     assert "100% tests passed" in out.stdout

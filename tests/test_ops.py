@@ -8,7 +8,7 @@ from finetune.ops._check import check, flat, run, unchanged
 from finetune.ops._op import load_triton
 
 DTYPES = (torch.float32, torch.bfloat16)
-TAKES_FLOAT16 = ("cast", "global_norm", "loss_scale_update", "unscale_check_finite")  # on the CPU
+TAKES_FLOAT16 = ("cast", "clip_grad_norm", "global_norm", "loss_scale_update", "unscale_check_finite")  # on the CPU
 LEVELS = ("portable", "avx2", "avx512", "amx")
 
 

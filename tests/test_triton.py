@@ -50,12 +50,12 @@ def test_every_kernel_file_belongs_to_an_op():
         assert all(name.startswith(op) for name in _triton.kernels(op).OPERATORS)
 
 
-@pytest.mark.parametrize(("op", "sample", "dtype"), cases(DTYPES))
+@pytest.mark.parametrize(("op", "sample", "dtype"), [*cases(DTYPES)])
 def test_values_and_gradients(op, sample, dtype, large_tiles):
     check(op, sample, dtype, "triton")
 
 
-@pytest.mark.parametrize(("op", "sample", "dtype"), cases({"f32": torch.float32}))
+@pytest.mark.parametrize(("op", "sample", "dtype"), [*cases({"f32": torch.float32})])
 def test_uninitialised_memory_is_never_read(op, sample, dtype, large_tiles):
     """torch fills every new tensor with NaN in deterministic mode: the result must not change by a bit."""
     plain = run(op, sample, dtype, "triton")

@@ -90,7 +90,7 @@ def adamw8bit_(
         check(enough, "adamw8bit_", "there must be a float32 for every 256 elements")
     grads = [g.contiguous() for g in grads]
     for lists in by_dtype(params, grads, exp_avgs, exp_avg_sqs, masters, exp_avg_maxs, exp_avg_sq_maxs):
-        table, owner, constants = pointers(*lists[:5], beside=lists[5:], block=2048)
+        table, owner, constants = pointers(*lists[:5], beside=lists[5:], block=512)
         scale = owner if scale_tensor is None else scale_tensor.to(owner.device)
         adamw8bit_kernel[(len(owner),)](
             table, owner, maps, middles, scale, grad_scale, *how, P=TYPES[lists[0][0].dtype],

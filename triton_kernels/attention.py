@@ -287,7 +287,7 @@ def attention_backward(
     strides = [s for t in (q, k, v, grad_o) for s in t.stride()[:3]]
     wide = max(triton.next_power_of_2(dim), 16)
     delta_kernel[(triton.cdiv(queries, 32) * batch * heads,)](
-        o, grad_o, delta, queries, heads, dim, *o.stride()[:3], *grad_o.stride()[:3], BM=32, BD=wide, num_warps=4
+        o, grad_o, delta, queries, heads, dim, *o.stride()[:3], *grad_o.stride()[:3], BM=32, BD=wide, num_warps=8
     )
     if keys:
         chosen = tiles(q, "BN", keys, backward=True)

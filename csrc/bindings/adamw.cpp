@@ -1,8 +1,4 @@
-#include "finetune/adamw.h"
-
-#include <cmath>
-
-#include "common.h"
+#include "adamw_step.h"
 
 namespace finetune {
 namespace {
@@ -32,14 +28,13 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
   if (!masters.empty()) check_like(masters, params, "masters must be empty or match params and be contiguous");
   for (Tensor& grad : grads) grad = torch::stable::contiguous(grad);
   check_like(grads, params, "grads must match params");
-  check(step >= 1, "adamw_", "step counts from 1");
-  const bool device = on_device(params[0]);
-  const float* scale = scale_tensor ? one_float(*scale_tensor, params[0], "adamw_", "grad_scale") : nullptr;
+  const AdamWStep numbers =
+      adamw_step("adamw_", params[0], grad_scale, scale_tensor, lr, beta1, beta2, eps, weight_decay, step);
 
   std::vector<AdamWPiece> pieces;
   for (size_t i = 0; i < params.size(); ++i) {
     const DType param_dtype = dtype_of(params[i]), grad_dtype = dtype_of(grads[i]);
-    const int64_t size = params[i].numel(), most = device ? size : AdamW::piece;
+    const int64_t size = params[i].numel(), most = on_device(params[0]) ? size : AdamW::piece;
     char* param = inout<char>(params[i]);
     const char* grad = in<char>(grads[i]);
     float *m = moment(exp_avgs[i]), *v = moment(exp_avg_sqs[i]),
@@ -49,14 +44,7 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
                         master ? master + at : nullptr, std::min(most, size - at), param_dtype, grad_dtype});
     }
   }
-  const float factor = static_cast<float>(grad_scale) * (scale && !device ? *scale : 1.0f);
-  run("adamw_", params[0],
-      AdamW{pieces.data(), static_cast<int64_t>(pieces.size()), factor, device ? scale : nullptr,
-            static_cast<float>(1 - lr * weight_decay), static_cast<float>(beta1), static_cast<float>(1 - beta1),
-            static_cast<float>(beta2), static_cast<float>(1 - beta2),
-            static_cast<float>(lr / (1 - std::pow(beta1, static_cast<double>(step)))),
-            static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step)))),
-            static_cast<float>(eps)});
+  run("adamw_", params[0], AdamW{numbers, pieces.data(), static_cast<int64_t>(pieces.size())});
 }
 
 }  // namespace

@@ -1,8 +1,6 @@
 #include "finetune/adamw8bit.h"
 
-#include <cmath>
-
-#include "common.h"
+#include "adamw_step.h"
 
 namespace finetune {
 namespace {
@@ -50,14 +48,13 @@ void adamw8bit_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg
               same_device(table, params[0]),
           "adamw8bit_", "maps and middles must be (2, 256) float32");
   }
-  check(step >= 1, "adamw8bit_", "step counts from 1");
-  const bool device = on_device(params[0]);
-  const float* scale = scale_tensor ? one_float(*scale_tensor, params[0], "adamw8bit_", "grad_scale") : nullptr;
+  const AdamWStep numbers =
+      adamw_step("adamw8bit_", params[0], grad_scale, scale_tensor, lr, beta1, beta2, eps, weight_decay, step);
 
   std::vector<AdamW8bitPiece> pieces;
   for (size_t i = 0; i < params.size(); ++i) {
     const DType param_dtype = dtype_of(params[i]), grad_dtype = dtype_of(grads[i]);
-    const int64_t size = params[i].numel(), most = device ? size : AdamW8bit::piece;
+    const int64_t size = params[i].numel(), most = on_device(params[0]) ? size : AdamW8bit::piece;
     char* param = inout<char>(params[i]);
     const char* grad = in<char>(grads[i]);
     auto *m = inout<uint8_t>(exp_avgs[i]), *v = inout<uint8_t>(exp_avg_sqs[i]);
@@ -70,14 +67,8 @@ void adamw8bit_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg
                         param_dtype, grad_dtype});
     }
   }
-  const float factor = static_cast<float>(grad_scale) * (scale && !device ? *scale : 1.0f);
   run("adamw8bit_", params[0],
-      AdamW8bit{pieces.data(), static_cast<int64_t>(pieces.size()), in<float>(maps), in<float>(middles), factor,
-                device ? scale : nullptr, static_cast<float>(1 - lr * weight_decay), static_cast<float>(beta1),
-                static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2),
-                static_cast<float>(lr / (1 - std::pow(beta1, static_cast<double>(step)))),
-                static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step)))),
-                static_cast<float>(eps)});
+      AdamW8bit{numbers, pieces.data(), static_cast<int64_t>(pieces.size()), in<float>(maps), in<float>(middles)});
 }
 
 }  // namespace

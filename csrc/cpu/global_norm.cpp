@@ -3,27 +3,15 @@
 // Memory: reads every element once; two FLOPs an element: memory bandwidth is the roof.
 #include "finetune/global_norm.h"
 
-#include "formats.h"
+#include "pieces.h"
 #include "squares.h"
 
 namespace finetune::FINETUNE_LEVEL {
 namespace {
 
-template <class T>
-double squares(const NormPiece& piece) {
-  return sum_squares_of(static_cast<const T*>(piece.data), piece.size);
-}
-
 Status global_norm(const GlobalNorm& a) {
-  parallel_for(a.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; ++at) {
-      const NormPiece& piece = a.pieces[at];
-      a.squares[at] = piece.dtype == DType::f32    ? squares<float>(piece)
-                      : piece.dtype == DType::bf16 ? squares<bf16>(piece)
-                                                   : squares<f16>(piece);
-    }
-  });
-  return Status::ok;
+  return for_each_piece(a.pieces, a.count,
+                        [&](int64_t i, const auto* x, int64_t size) { a.squares[i] = sum_squares_of(x, size); });
 }
 
 FINETUNE_REGISTER(GlobalNorm, global_norm);

@@ -57,20 +57,9 @@ __global__ void __launch_bounds__(kThreads) update(const __grid_constant__ AdamW
 
 template <>
 Status launch_cuda(const AdamW& a, void* stream) {
-  for (const DType param : kFloats) {
-    for (const DType grad : kFloats) {
-      const auto alike = [=](const AdamWPiece& p) { return p.param_dtype == param && p.grad_dtype == grad; };
-      const Status status = for_each_list<kElements>(a.pieces, a.count, alike, [&](const List& list, unsigned blocks) {
-        return for_dtype(param, [&](auto p) {
-          return for_dtype(grad, [&](auto g) {
-            return launch(update<decltype(p), decltype(g)>, dim3(blocks), dim3(kThreads), 0, stream, a, list);
-          });
-        });
-      });
-      if (status != Status::ok) return status;
-    }
-  }
-  return Status::ok;
+  return for_each_adamw_list<kElements>(a, [&](auto param, auto grad, const List& list, unsigned blocks) {
+    return launch(update<decltype(param), decltype(grad)>, dim3(blocks), dim3(kThreads), 0, stream, a, list);
+  });
 }
 
 }  // namespace finetune

@@ -3,8 +3,7 @@
 // launch. A block takes `kElements` elements of one tensor; `first` says which blocks are whose.
 #pragma once
 
-#include <vector>
-
+#include "finetune/pieces.h"
 #include "launch.cuh"
 
 namespace finetune {
@@ -51,6 +50,38 @@ Status for_each_list(const Piece* pieces, int64_t count, Keep&& keep, F&& f) {
       list.pieces[list.count] = pieces[i];
       list.first[list.count + 1] = list.first[list.count] + static_cast<unsigned>(ceil_div(pieces[i].size, kElements));
       ++list.count;
+    }
+  }
+  return Status::ok;
+}
+
+// Calls f(element, list, blocks, first) for the lists of each dtype; `first` is the number of blocks before the list.
+using PieceList = TensorList<Piece, kPieceBlock>;
+template <class F>
+Status for_each_piece_list(const Piece* pieces, int64_t count, F&& f) {
+  int64_t done = 0;
+  for (const DType dtype : kFloats) {
+    const auto alike = [=](const Piece& p) { return p.dtype == dtype; };
+    const Status status = for_each_list<kPieceBlock>(pieces, count, alike, [&](const PieceList& list, unsigned blocks) {
+      const int64_t first = BUG("tensor_list.first_blocks") ? 0 : done;
+      done += blocks;
+      return for_dtype(dtype, [&](auto element) { return f(element, list, blocks, first); });
+    });
+    if (status != Status::ok) return status;
+  }
+  return Status::ok;
+}
+
+// Calls f(parameter, gradient, list, blocks) for the lists of each pair of dtypes.
+template <int kElements, class Args, class F>
+Status for_each_adamw_list(const Args& a, F&& f) {
+  for (const DType param : kFloats) {
+    for (const DType grad : kFloats) {
+      const auto alike = [=](const auto& p) { return p.param_dtype == param && p.grad_dtype == grad; };
+      const Status status = for_each_list<kElements>(a.pieces, a.count, alike, [&](const auto& list, unsigned blocks) {
+        return for_dtype(param, [&](auto p) { return for_dtype(grad, [&](auto g) { return f(p, g, list, blocks); }); });
+      });
+      if (status != Status::ok) return status;
     }
   }
   return Status::ok;

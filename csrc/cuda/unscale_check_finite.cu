@@ -5,7 +5,7 @@
 // Memory: reads and writes every element once, 8 bytes in fp32; about five operations an element: the roof is memory
 // bandwidth. A thread sums in fp32 (64 elements), the blocks are joined in double.
 // Faults: block_sum.no_barrier block_sum.no_second_barrier join.half_the_sums join.no_barrier join.no_last_barrier
-//         unscale_check_finite.not_scaled unscale_check_finite.nan_is_finite unscale_check_finite.first_blocks
+//         unscale_check_finite.not_scaled unscale_check_finite.nan_is_finite tensor_list.first_blocks
 //         unscale_check_finite.square_of_the_scaled
 #include "finetune/unscale_check_finite.h"
 #include "join.cuh"
@@ -16,11 +16,10 @@ namespace finetune {
 namespace {
 
 constexpr int kThreads = 256;
-using List = TensorList<UnscalePiece, UnscaleCheckFiniteCuda::block>;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    unscale(const __grid_constant__ List list, const float* by, float* squares, float* overflow) {
+    unscale(const __grid_constant__ PieceList list, const float* by, float* squares, float* overflow) {
   const Slice at = slice(list);
   T* grad = static_cast<T*>(list.pieces[at.piece].data) + at.begin;
   const float inverse = BUG("unscale_check_finite.not_scaled") ? 1.0f : *by;
@@ -60,22 +59,16 @@ __global__ void __launch_bounds__(kJoinThreads)
 
 template <>
 Status launch_cuda(const UnscaleCheckFiniteCuda& a, void* stream) {
-  int64_t done = 0;
-  for (const DType dtype : kFloats) {
-    const Status status = for_each_list<UnscaleCheckFiniteCuda::block>(
-        a.pieces, a.count, [=](const UnscalePiece& p) { return p.dtype == dtype; },
-        [&](const List& list, unsigned blocks) {
-          const int64_t first = BUG("unscale_check_finite.first_blocks") ? 0 : done;
-          done += blocks;
-          return for_dtype(dtype, [&](auto t) {
-            return launch(unscale<decltype(t)>, dim3(blocks), dim3(kThreads), 0, stream, list, a.inverse,
-                          a.squares + first, a.overflow + first);
-          });
-        });
-    if (status != Status::ok) return status;
-  }
+  int64_t blocks = 0;
+  const auto step = [&](auto t, const PieceList& list, unsigned count, int64_t first) {
+    blocks += count;
+    return launch(unscale<decltype(t)>, dim3(count), dim3(kThreads), 0, stream, list, a.inverse, a.squares + first,
+                  a.overflow + first);
+  };
+  const Status status = for_each_piece_list(a.pieces, a.count, step);
+  if (status != Status::ok) return status;
   return launch(join, dim3(1), dim3(kJoinThreads), 0, stream, static_cast<const float*>(a.squares),
-                static_cast<const float*>(a.overflow), done, a.square, a.found_inf);
+                static_cast<const float*>(a.overflow), blocks, a.square, a.found_inf);
 }
 
 }  // namespace finetune

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from finetune.ops._op import Native, Op, Sample, native_float
+from finetune.ops._op import Native, Op, Sample
 from finetune.ops.adamw import SMOLLM2_BLOCK
+from finetune.ops.global_norm import supports as takes
 
 
 def reference(grads: Sequence[Tensor], max_norm: float) -> Tensor:
@@ -44,9 +45,8 @@ def native(operators, grads: Sequence[Tensor], max_norm: float) -> Tensor:
 
 
 def supports(backend: str, grads: Sequence[Tensor], max_norm: float) -> str | None:
-    for dtype in {g.dtype for g in grads}:  # each may have its own
-        if reason := native_float(backend, *(g for g in grads if g.dtype == dtype)):
-            return reason
+    if reason := takes(backend, grads):
+        return reason
     if not all(g.is_contiguous() for g in grads):
         return "it takes contiguous gradients"
     return None

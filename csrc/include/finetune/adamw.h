@@ -17,9 +17,8 @@ struct AdamWPiece {
   DType param_dtype, grad_dtype;
 };
 
-struct AdamW {
-  const AdamWPiece* pieces;
-  int64_t count;
+// The numbers of a step, those of all elements.
+struct AdamWStep {
   float grad_scale;           // multiplies every gradient
   const float* scale_tensor;  // CUDA only, may be null: a number in device memory that multiplies them too
   float decay;                // 1 - lr · weight_decay
@@ -27,6 +26,11 @@ struct AdamW {
   float step_size;  // lr / (1 - beta1^step)
   float rsqrt_bc2;  // 1 / sqrt(1 - beta2^step)
   float eps;
+};
+
+struct AdamW : AdamWStep {
+  const AdamWPiece* pieces;
+  int64_t count;
   static constexpr int64_t piece = 32768;
 };
 

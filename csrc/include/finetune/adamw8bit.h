@@ -1,7 +1,7 @@
 // One AdamW step with moments of 8 bits over many tensors at once; the definition is finetune/ops/adamw8bit.py.
 #pragma once
 
-#include "finetune/kernel.h"
+#include "finetune/adamw.h"
 
 namespace finetune {
 
@@ -17,18 +17,11 @@ struct AdamW8bitPiece {
   DType param_dtype, grad_dtype;
 };
 
-struct AdamW8bit {
+struct AdamW8bit : AdamWStep {
   const AdamW8bitPiece* pieces;
   int64_t count;
-  const float* maps;          // (2, 256) values of the codes in rising order, of exp_avg and of exp_avg_sq
-  const float* middles;       // (2, 256) between each code and the next, then infinity
-  float grad_scale;           // multiplies every gradient
-  const float* scale_tensor;  // CUDA only, may be null: a number in device memory that multiplies them too
-  float decay;                // 1 - lr · weight_decay
-  float beta1, one_minus_beta1, beta2, one_minus_beta2;
-  float step_size;  // lr / (1 - beta1^step)
-  float rsqrt_bc2;  // 1 / sqrt(1 - beta2^step)
-  float eps;
+  const float* maps;     // (2, 256) values of the codes in rising order, of exp_avg and of exp_avg_sq
+  const float* middles;  // (2, 256) between each code and the next, then infinity
   static constexpr int64_t block = 256, piece = 128 * block;
 };
 

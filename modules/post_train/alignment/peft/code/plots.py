@@ -34,6 +34,7 @@ def comparison(run, results: list, before: float) -> None:
             right.plot(xs, moving_average(ys, max(3, len(ys) // 8)), color=COLOURS[r.method.kind], linewidth=1.6,
                        linestyle="--" if r.method.kind in ("nf4", "int8") else "-", label=r.method.name,
                        alpha=0.4 + 0.6 * (r.method.size or largest) / largest)  # fmt: skip
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set_xlabel("step", color=INK)
     right.set_title("training loss (moving average)", loc="left", fontsize=11, color=INK)
     if right.get_legend_handles_labels()[0]:

@@ -47,12 +47,12 @@ class Config(config.Config):
     eval_episodes: int = 50  # before and after, with actions drawn as in training
     corridor_steps: int = 200  # updates on the short corridor, but at most five times --steps; 0: without it
     corridor_repeats: int = 4  # with each baseline
-    corridor_lr: float = 1e-3  # plain gradient ascent
+    corridor_lr: float = 2e-3  # plain gradient ascent
     score_episodes: int = 100_000  # that the gradient is estimated from where it is compared with the enumerated one
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=16, methods="trpo", hidden=32, eval_episodes=20, corridor_repeats=2, corridor_lr=2e-3,
+        return cls(steps=16, methods="trpo", hidden=32, eval_episodes=20, corridor_repeats=2,
                    corridor_steps=80, score_episodes=20_000)  # fmt: skip
 
     def __post_init__(self) -> None:

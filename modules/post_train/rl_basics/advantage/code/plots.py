@@ -9,16 +9,16 @@ COLOURS = ("#1769aa", "#c53030", "#2e7d32", "#805ad5", "#b7791f", "#8a8f98", "#0
 
 def estimators(run, found: dict[str, float], names: tuple[str, ...]) -> None:
     """estimators.png: bias and deviation of each with the half-learnt critic."""
-    made, [axes] = figure(7.2, 4.8)
+    made, [axes] = figure(8.6, 4.8)
     for name, colour in zip(names, COLOURS, strict=True):
         x, y = found[f"deviation_{name}"], found[f"bias_{name}"]
-        axes.plot(x, y, "o", color=colour, markersize=9)
-        axes.annotate(name.replace("_", " "), (x, y), xytext=(7, 5), textcoords="offset points", fontsize=9, color=INK)
+        axes.plot(x, y, "o", color=colour, markersize=9, label=name.replace("_", " "))
     axes.set_title("with a half-learnt critic: bias against deviation", loc="left", fontsize=11, color=INK)
     axes.set_xlabel("standard deviation of one estimate", color=INK)
     axes.set_ylabel("bias that the gradient sees", color=INK)
-    axes.margins(x=0.18, y=0.12)
+    axes.margins(x=0.12, y=0.12)
     axes.set_xscale("log")
+    axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save(made, run.dir / "estimators.png")
 
 
