@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -104,11 +105,15 @@ def test_ngrams_of_tinyshakespeare():
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tinyshakespeare.txt beside the project, in shared/")
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_tinyshakespeare_reaches_what_nanogpt_publishes(tmp_path, seed):
-    """The default is nanoGPT's CPU setting, whose README gives 1.88 nats, by some random rows and one seed."""
-    cfg = dataclasses.replace(MODULE.Config(), data=SHAKESPEARE, seed=seed, threads=1, sample_tokens=20)
-    assert execute(INFO, cfg, tmp_path / "run")["metrics"]["held_out_nats"] <= 1.91
+def test_tinyshakespeare_reaches_what_nanogpt_publishes(tmp_path):
+    """The default is nanoGPT's CPU setting, whose README gives 1.88 nats: one seed, and 240 random rows, of which the
+    mean deviates by 0.014 from that of the whole tail, which is read here."""
+    nats = []
+    for seed in (1, 2, 3):
+        cfg = dataclasses.replace(MODULE.Config(), data=SHAKESPEARE, seed=seed, threads=1, sample_tokens=20)
+        nats.append(execute(INFO, cfg, tmp_path / str(seed))["metrics"]["held_out_nats"])
+    assert statistics.fmean(nats) <= 1.90
+    assert max(nats) <= 1.91
 
 
 # --- tokens
