@@ -38,6 +38,7 @@ NEVER = {
 SMALLER = {
     "bench": "bench --help",
     "bench <op>": "bench --help",
+    "bench a2c_vs_sb3": "bench a2c_vs_sb3 --horizon 4 --rounds 1 --steps 64",
     "bench nanogpt_vs_torch": "bench nanogpt_vs_torch --threads 1 --steps 12",
     "bench sft_vs_trl": "bench sft_vs_trl --help",
     "bench cql_vs_d3rlpy": "bench cql_vs_d3rlpy --help",
@@ -53,6 +54,7 @@ SMALLER = {
 }
 STEPS = {"cuda": "5", "td_learning": "6"}  # of the runs here; else 2
 SETTINGS = {
+    "actor_critic": ["--warmup", "300", "--repeats", "1", "--eval-episodes", "2", "--critic-episodes", "1"],
     "bcq": ["--rows", "300", "--fqe-steps", "2", "--eval-episodes", "2", "--sweep", "0,1"],
     "cql": ["--updates", "5", "--data-steps", "500", "--fqe-steps", "1", "--eval-episodes", "2"],
     "td_learning": ["--cliff-episodes", "40", "--car-episodes", "5", "--taxi-steps", "500", "--runs", "10"],

@@ -117,8 +117,11 @@ class TwinQ(nn.Module):
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """(…, D), (…, A) → (count, …); the leading sizes are broadcast."""
-        lead = torch.broadcast_shapes(observations.shape[:-1], actions.shape[:-1])
-        x = torch.cat([observations.expand(*lead, -1), actions.expand(*lead, -1)], -1)
+        lead = observations.shape[:-1]
+        if lead != actions.shape[:-1]:
+            lead = torch.broadcast_shapes(lead, actions.shape[:-1])
+            observations, actions = observations.expand(*lead, -1), actions.expand(*lead, -1)
+        x = torch.cat([observations, actions], -1)
         x = x.reshape(-1, x.shape[-1]).expand(self.count, -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(bias, x.relu() if i else x, weight)
@@ -161,9 +164,9 @@ def temperature_loss(log_alpha: Tensor, log_probs: Tensor, target_entropy: float
     return -log_alpha * (log_probs.detach() + target_entropy).mean()
 
 
-def smoothed(actions: Tensor, noise: Tensor, clip: float, low: Tensor, high: Tensor) -> Tensor:
-    """TD3's target action: the policy's with noise of at most `clip`, within the bounds."""
-    return torch.clamp(actions + noise.clamp(-clip, clip), low, high)
+def smoothed(actions: Tensor, noise: Tensor, clip: float | Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """TD3's target action: the policy's with noise of at most `clip` (or (A,) of them), within the bounds."""
+    return torch.clamp(actions + torch.clamp(noise, -clip, clip), low, high)  # type: ignore[arg-type]
 
 
 def td3_policy_loss(q: Tensor) -> Tensor:

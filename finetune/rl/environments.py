@@ -16,13 +16,13 @@ from finetune.rl.rollout import Rollout
 Act = Callable[[Tensor], Tensor]  # observations (N, D) → actions (N,) or (N, A)
 
 
-def make(name: str, count: int) -> list[Any]:
-    """`count` environments of this id, unchecked at each step. UserError if there is none, or if its spaces are no
-    vectors (Box, Discrete observations; Box, Discrete actions)."""
+def make(name: str, count: int, limit: int | None = None) -> list[Any]:
+    """`count` environments of this id, unchecked at each step; limit: the time limit, where it is not to be their own.
+    UserError if there is none, or if its spaces are no vectors (Box, Discrete observations; Box, Discrete actions)."""
     import gymnasium
 
     try:
-        made = [gymnasium.make(name, disable_env_checker=True) for _ in range(count)]
+        made = [gymnasium.make(name, max_episode_steps=limit, disable_env_checker=True) for _ in range(count)]
     except gymnasium.error.Error as e:
         hint = nearest(name, gymnasium.registry)
         raise UserError(f"gymnasium has no environment '{name}'{hint or f': {e}'}") from None

@@ -61,7 +61,7 @@ class Replay:
         first = max(0, len(new) - self.capacity)  # earlier ones would be overwritten by this very call
         to = torch.arange(self.added + first, self.added + len(new)) % self.capacity
         for column, values in zip(self.rows.columns(), new.columns(), strict=True):
-            column[to] = values[first:]
+            column.index_copy_(0, to, values[first:])
         self.added += len(new)
 
     def sample(self, count: int, generator: torch.Generator) -> Transitions:

@@ -7,7 +7,6 @@ that keeps its word about seeds; one that does not is refused.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,10 +31,11 @@ class Vector:
         self.envs, self.seed = list(envs), seed
         space = envs[0].action_space
         self.discrete = hasattr(space, "n")
+        self.classes = int(getattr(envs[0].observation_space, "n", 0))  # of a Discrete observation
         self.bounds = None if self.discrete else (space.low, space.high)
         self.episodes = [0] * len(envs)  # begun by each
         self.taken: list[list[Any]] = [[] for _ in envs]  # actions of the episode under way
-        self.earned = [0.0] * len(envs)  # its rewards
+        self.earned = np.zeros(len(envs))  # its rewards, float64
         self.finished: list[tuple[float, int]] = []  # (undiscounted return, length) of episodes, until `pop_finished`
         self.observations: NDArray[np.float32] = np.stack([self._reset(i) for i in range(len(envs))])  # (N, D)
 
@@ -52,17 +52,17 @@ class Vector:
         terminated, truncated = np.empty(len(self.envs), bool), np.empty(len(self.envs), bool)
         reached = np.empty_like(self.observations)
         for i, (env, action) in enumerate(zip(self.envs, given, strict=True)):
-            observation, reward, terminated[i], truncated[i], _ = env.step(action)
-            if not math.isfinite(reward):
-                raise UserError(f"'{env.spec.id}' gave the reward {reward}")
-            rewards[i], reached[i] = reward, vector(env, observation)
+            observation, rewards[i], terminated[i], truncated[i], _ = env.step(action)
+            reached[i] = vector(env, observation) if self.classes else observation
             self.taken[i].append(action)
-            self.earned[i] += float(reward)
+        self.earned += rewards
+        if not np.isfinite(rewards).all():
+            raise UserError(f"'{self.envs[0].spec.id}' gave the reward {rewards[~np.isfinite(rewards)][0]}")
         self.observations = reached
         if (ends := terminated | truncated).any():
             self.observations = reached.copy()
             for i in ends.nonzero()[0].tolist():
-                self.finished.append((self.earned[i], len(self.taken[i])))
+                self.finished.append((float(self.earned[i]), len(self.taken[i])))
                 self.observations[i] = self._reset(i)
         return rewards, reached, terminated, truncated & ~terminated
 
@@ -99,7 +99,7 @@ class Vector:
                 seen, reward, _, _, _ = self.envs[i].step(action)
                 observation = vector(self.envs[i], seen)
                 self.taken[i].append(action)
-                self.earned[i] += float(reward)
+                self.earned[i] += np.float32(reward)
             self.observations[i] = observation
         if not np.array_equal(self.observations, state["observations"].numpy()):
             name = self.envs[0].spec.id

@@ -1,0 +1,190 @@
+"""Actor-critic methods: one-step, A2C, AC(λ) and V-trace on CartPole, SAC and TD3 on Pendulum. Reads top to bottom.
+
+    actor   ∇J = E[ ∇ log π(a|s) · A ],  A = r + γ V(s') − V(s), or n rewards and then the critic
+    critic  V(s) towards the same return, bootstrapped from itself
+
+Sutton & Barto 2018, 13.5; Mnih et al. 2016 (arXiv:1602.01783); Espeholt et al. 2018 (arXiv:1802.01561); Haarnoja et
+al. 2018 (arXiv:1812.05905); Fujimoto et al. 2018 (arXiv:1802.09477). The README explains every metric and choice.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune import config, optim
+from finetune.errors import UserError
+from finetune.rl import continuous, environments
+from finetune.rl.evaluation import returns
+from finetune.rl.rollout import numpy_generator
+from finetune.rl.vector import Vector
+
+from . import critic, offpolicy, onpolicy, plots
+
+METHODS = (*onpolicy.LEARNERS, *offpolicy.LEARNERS)
+CHUNK = 200  # steps of the environments in a step of the run
+STAGES = 5  # of a training: after each the critic is looked at
+TARGETS = {(method, "CartPole-v1"): 195.0 for method in onpolicy.LEARNERS} | {
+    ("a2c", "CartPole-v1"): 475.0,
+    ("sac", "Pendulum-v1"): -200.0,
+    ("td3", "Pendulum-v1"): -300.0,
+}
+TOY_TARGETS = {("a2c", "CartPole-v1"): 195.0, ("sac", "Pendulum-v1"): -600.0}
+TOLD = ("a2c", "sac")  # whose critics must know what will come
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 500  # of one_step, a2c, lambda and vtrace, each of 200 steps of the environments
+    continuous_steps: int = 50  # of sac and td3, each of 200 steps of the environment; at most --steps
+    methods: str = ",".join(METHODS)  # which to train, separated by commas
+    repeats: int = 3  # trainings of each method, from other weights and episodes
+    env: str = "CartPole-v1"  # of one_step, a2c, lambda and vtrace
+    continuous_env: str = "Pendulum-v1"  # of sac and td3: its actions are a vector within bounds
+    envs: int = 8  # side by side; sac and td3 have one
+    gamma: float = 0.99
+    shuffle: bool = False  # control: advantages (sac, td3: rewards of a batch) are dealt out anew: nothing to learn
+    eval_episodes: int = 20  # before and after each training, with the best action of the policy
+    critic_episodes: int = 10  # that the critic is compared with after each fifth of a training
+    # one_step, a2c, lambda, vtrace
+    horizon: int = 16  # a2c, vtrace: steps of each environment in an update
+    lr: float = 2e-3  # a2c, vtrace: Adam's, falling to a tenth
+    online_lr: float = 5e-4  # one_step, lambda
+    entropy: float = 0.01  # weight of the entropy bonus
+    value_weight: float = 0.5  # of the critic's loss
+    clip: float = 1000.0  # of the gradient's norm; a small one lets the critic's error crowd the policy out
+    lam: float = 0.9  # lambda: decay of the traces, besides γ
+    lag: int = 4  # vtrace: updates that the acting policy is behind; 0: none
+    rho_bar: float = 1.0  # vtrace: bound of the ratios that choose what V is the value of
+    c_bar: float = 1.0  # vtrace: bound of the ratios that pass corrections back
+    hidden: int = 64  # width of the two hidden layers
+    value_scale: float = 10.0  # V is this times the network's output, which so need not grow large
+    shared_trunk: bool = False  # policy and value read the same features
+    # sac, td3
+    continuous_lr: float = 1e-3  # Adam's, of policy, critics and α
+    continuous_hidden: int = 128  # width of the two hidden layers
+    batch: int = 128  # transitions of an update
+    capacity: int = 100_000  # transitions that the replay holds
+    warmup: int = 1000  # steps with actions at random, without updates
+    tau: float = 0.005  # part of the critics that the slow ones take over in an update
+    critics: int = 2  # independent ones, the least of which counts
+    alpha: float | None = None  # sac: weight of the entropy; none: learned, so that the entropy meets its target
+    exploration: float = 0.2  # td3: noise on the actions tried, in half widths of their bounds
+    target_noise: float = 0.2  # td3: noise on the actions of the target
+    noise_clip: float = 0.5  # td3: its bound
+    policy_delay: int = 2  # td3: updates of the critics for one of the policy
+
+    @classmethod
+    def toy(cls) -> "Config":
+        return cls(steps=200, continuous_steps=30, methods="a2c,sac", repeats=1, warmup=500, tau=0.01,
+                   critic_episodes=5)  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"continuous_steps": 0, "repeats": 1, "envs": 1, "eval_episodes": 2, "critic_episodes": 1, "horizon": 1,
+                 "lag": 0, "hidden": 1, "continuous_hidden": 1, "batch": 1, "capacity": 1, "warmup": 1, "critics": 1,
+                 "policy_delay": 1}  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                key = config.dashed(name)
+                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
+        for name in ("gamma", "lam", "tau"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} {getattr(self, name)} is not within 0 and 1")
+        for name in ("clip", "rho_bar", "c_bar"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{config.dashed(name)} {getattr(self, name)}: it must be above 0")
+        if self.alpha is not None and self.alpha <= 0:
+            raise UserError(f"--alpha {self.alpha}: it must be above 0, or none")
+        for name in self.methods.split(","):
+            if name not in METHODS:
+                raise UserError(f"--methods: '{name}' is not one of {', '.join(METHODS)}")
+
+
+def main(cfg: Config, run) -> dict[str, Any]:
+    names = cfg.methods.split(",")
+    places = {name: Place(cfg, name in offpolicy.LEARNERS) for name in names}  # refused now, if at all
+    trained, pairs = {}, {}
+    for name in names:
+        trained[name] = [train(cfg, run, name, repeat, places[name]) for repeat in range(cfg.repeats)]
+        pairs[name] = torch.cat([t["pairs"] for t in trained[name]])
+        judge(cfg, run, name, places[name].env, trained[name], pairs[name])
+    if cfg.steps:
+        plots.learning(run, cfg, names, CHUNK)
+        plots.critics(run, pairs, {name: critic.correlation(heard(name, rows)) for name, rows in pairs.items()})
+        if "sac" in names and cfg.alpha is None:
+            plots.temperature(run, cfg, trained["sac"][0]["learner"].policy.target_entropy, CHUNK)
+    return {}
+
+
+class Place:
+    """The environments of a method: those it learns in, those it is tested in, and those its critic is, which go on
+    until the returns are complete."""
+
+    def __init__(self, cfg: Config, continuous_actions: bool) -> None:
+        self.env = cfg.continuous_env if continuous_actions else cfg.env
+        self.learning = environments.make(self.env, 1 if continuous_actions else cfg.envs)
+        if continuous_actions:
+            continuous.bounds(self.learning[0])
+        self.test = environments.make(self.env, cfg.eval_episodes)
+        limit = self.test[0].spec.max_episode_steps
+        longer = None if limit is None else limit + critic.steps_for(cfg.gamma)
+        self.long = environments.make(self.env, cfg.critic_episodes, longer)
+
+
+def train(cfg: Config, run, method: str, repeat: int, place: Place) -> dict[str, Any]:
+    """One training: its returns before and after, and what the critic said beside what came."""
+    run.seed("networks", repeat)  # the same for every method, so that their curves begin alike
+    vector = Vector(place.learning, run.generator("environments", method, repeat).initial_seed())
+    on_policy = method in onpolicy.LEARNERS
+    learner = (onpolicy if on_policy else offpolicy).LEARNERS[method](cfg, method, vector)
+    total = cfg.steps if on_policy else min(cfg.continuous_steps, cfg.steps)
+    before = evaluate(cfg, run, learner, repeat, place)
+    critics = {"pairs": torch.zeros(0, 3)}  # (part of the training, said, came)
+    for step in run.steps(total, learner.state() | {"critics": critics}, phase=f"{method}_{repeat}"):
+        left = optim.cosine(step, total, 0, 1.0, 0.1)
+        found = learner.chunk(CHUNK, left, run.generator("chunk", method, repeat, step))
+        if ended := vector.pop_finished():
+            found["return"] = sum(earned for earned, _ in ended) / len(ended)
+        run.log(step, **found)
+        if (step + 1) * STAGES // total > step * STAGES // total:
+            key = ("critic", method, repeat, step)
+            seeds = numpy_generator(run, *key).integers(2**31, size=cfg.critic_episodes).tolist()
+            new = critic.said_and_came(
+                place.long, learner.acting(run.generator(*key)), learner.values, seeds, cfg.gamma
+            )
+            part = torch.full((len(new), 1), (step + 1) / total)
+            critics["pairs"] = torch.cat([critics["pairs"], torch.cat([part, new], 1)])
+    after = evaluate(cfg, run, learner, repeat, place)
+    run.say(f"{method}, training {repeat}: {before:.1f} before, {after:.1f} after ({cfg.eval_episodes} episodes)")
+    return {"before": before, "after": after, "pairs": critics["pairs"], "learner": learner}
+
+
+def evaluate(cfg: Config, run, learner: Any, repeat: int, place: Place) -> float:
+    """Mean return of fresh episodes, each with the action that the policy holds best."""
+    seeds = numpy_generator(run, "evaluation", repeat).integers(2**31, size=cfg.eval_episodes).tolist()
+    found = returns(place.test, learner.best, seeds)
+    return sum(found) / len(found)
+
+
+def heard(method: str, pairs: Tensor) -> Tensor:
+    """The pairs that the correlation is of: all, but of sac and td3 those of the second half, as their slow critics
+    first have to hear of what is far; A2C's second half is too good, and every state is then worth the same."""
+    return pairs[pairs[:, 0] > 0.5 if method in offpolicy.LEARNERS else slice(None), 1:]
+
+
+def judge(cfg: Config, run, method: str, env: str, trained: list[dict[str, Any]], pairs: Tensor) -> None:
+    before, after = (min(t[when] for t in trained) for when in ("before", "after"))
+    targets = TOY_TARGETS if run.toy else TARGETS
+    run.judge(f"return_{method}", after, baseline=before, target=targets.get((method, env)))
+    if not cfg.steps:
+        return
+    told = (0.5 if run.toy else 0.9) if method in TOLD else None
+    run.judge(f"critic_correlation_{method}", critic.correlation(heard(method, pairs)), target=told)
+    if method == "sac" and cfg.alpha is None:
+        series, target = run.metrics.series(), trained[0]["learner"].policy.target_entropy
+        found = [series[f"sac_{i}: entropy"][1] for i in range(cfg.repeats) if f"sac_{i}: entropy" in series]
+        if found:
+            last = [y for ys in found for y in ys[-max(1, len(ys) // 10) :]]
+            run.judge("entropy_gap_sac", abs(sum(last) / len(last) - target), target=0.3, higher=False)
