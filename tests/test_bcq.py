@@ -15,7 +15,7 @@ from finetune import registry
 from finetune.errors import UserError
 from finetune.rl import datasets
 from finetune.rl.replay import Transitions
-from finetune.run import execute
+from finetune.run import Run, execute
 
 INFO = registry.find("bcq")
 bcq = registry.load(INFO)
@@ -49,7 +49,7 @@ def test_either_end_of_the_threshold_is_dqn_or_cloning_to_the_last_bit(tau):
     networks = discrete.Networks(4, 3, 16, shared=False)
     other = (discrete.Cloning if tau else discrete.DQN)(cfg, copy.deepcopy(networks.imitator if tau else networks.q))
     learner = discrete.BCQ(cfg, networks, tau)
-    for step in range(60):
+    for step in range(25):
         batch = rows.sample(32, g)
         if not tau:
             assert torch.equal(learner.targets(batch), other.targets(batch))
@@ -247,11 +247,11 @@ def test_the_losses_of_td3_bc_iql_and_awac_are_d3rlpys(d3rlpy):
 # --- Runs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_toy_reaches_its_targets(tmp_path):
     summary = execute(INFO, toy(), tmp_path / "run", toy=True)
     assert summary["passed"], summary["reached"]
-    for name in ("returns", "values", "sweep", "candidates_pendulum_mixed"):
+    for name in ("returns", "values", "evaluations", "sweep", "candidates_pendulum_mixed"):
         assert (tmp_path / f"run/{name}.png").stat().st_size > 10_000
 
 
@@ -260,20 +260,34 @@ SMALL = {"rows": 300, "steps": 4, "eval_every": 4, "eval_episodes": 2, "fqe_step
 CARTPOLE = SMALL | {"envs": "CartPole-v1", "sweep_sets": "none"}
 
 
-def test_a_cut_run_resumes(tmp_path):
+@pytest.fixture
+def no_curves(monkeypatch):
+    """training_curves.png takes longer than the runs here."""
+    monkeypatch.setattr(Run, "curves", lambda self: None)
+
+
+@pytest.mark.slow
+def test_on_an_experts_steps_bcq_balances_and_dqn_falls(tmp_path, no_curves):
+    config = toy(**(CARTPOLE | {"rows": 10_000, "steps": 2000, "eval_every": 2000, "eval_episodes": 5}))
+    summary = execute(INFO, config, tmp_path / "run", toy=True)
+    for name in ("return_dqn_cartpole_expert", "return_bcq_cartpole_expert"):
+        assert summary["reached"][name], summary["metrics"]
+
+
+def test_a_cut_run_resumes(tmp_path, no_curves):
     resumes_to_the_same_bytes(INFO, toy(**SMALL), tmp_path, 8)
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"lr": 0.0}, {"shuffle_actions": True, "steps": 300}])
-def test_without_steps_rate_or_matching_actions_nothing_is_learnt(change, tmp_path):
-    config = toy(**(CARTPOLE | {"rows": 2000, "eval_episodes": 5} | change))
+@pytest.mark.parametrize("change", [{"steps": 0}, {"lr": 0.0}, {"shuffle_actions": True, "steps": 100}])
+def test_without_steps_rate_or_matching_actions_nothing_is_learnt(change, tmp_path, no_curves):
+    config = toy(**(CARTPOLE | {"rows": 2000} | change))
     summary = execute(INFO, config, tmp_path / "run", toy=True)
     assert not summary["reached"]["return_bcq_cartpole_expert"]
     assert summary["metrics"]["return_bcq_cartpole_expert"] < 150
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
-def test_steps_from_a_file(env, tmp_path):
+def test_steps_from_a_file(env, tmp_path, no_curves):
     datasets.generate(env, "medium", 300, 0).save(tmp_path / "mine.npz")
     config = toy(**SMALL, envs=env, data=tmp_path / "mine.npz")
     found = execute(INFO, config, tmp_path / "run", toy=True)["metrics"]

@@ -22,7 +22,7 @@ from finetune.rl.datasets import Dataset
 from finetune.rl.replay import Transitions
 
 from . import continuous, discrete, plots
-from .trial import Scale, a_batch, evaluate, logged, train
+from .trial import Found, Scale, a_batch, evaluate, logged, train
 
 # What is reached on the sets that are made here, and whether it must be at least (True) or at most (False).
 GOALS = {
@@ -123,6 +123,7 @@ def parts(text: str) -> list[str]:
 
 
 def main(cfg: Config, run) -> dict[str, Any]:
+    found: dict[str, Found] = {}
     for name in parts(cfg.envs):
         envs = environments.make(name, cfg.eval_episodes)
         is_continuous = environments.sizes(envs[0])[2]
@@ -131,13 +132,14 @@ def main(cfg: Config, run) -> dict[str, Any]:
         for data in (
             [given(cfg.data, name, envs[0])] if cfg.data else [made(cfg, run, name, quality) for quality in sets]
         ):
-            compare(cfg, run, envs, data)
+            found[data.name] = compare(cfg, run, envs, data)
         if not (is_continuous or cfg.data):
             for quality in parts(cfg.sweep_sets):
                 sweep(cfg, run, envs, made(cfg, run, name, quality))
     if cfg.steps:
         plots.returns(run)
         plots.values(run)
+        plots.evaluations(run, found)
         plots.sweep(run)
     return {}
 
@@ -161,7 +163,7 @@ def named(data: Dataset, env: str) -> Dataset:
 # --- Discrete actions
 
 
-def on_discrete(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
+def on_discrete(cfg: Config, run, envs: list[Any], data: Dataset) -> Found:
     """DQN, cloning and BCQ, from the same weights and the same batches."""
     apart, networks = (discrete_networks(cfg, run, envs[0], shared) for shared in (False, cfg.shared))
     learners = {
@@ -175,6 +177,7 @@ def on_discrete(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
     naive = found["dqn" if data.name == "cartpole_expert" else "bc"]["return"]
     judge(cfg, run, f"return_bcq_{data.name}", found["bcq"]["return"], naive, behaviour)
     judge_values(cfg, run, data, found, "dqn")
+    return found
 
 
 def discrete_networks(cfg: Config, run, env: Any, shared: bool) -> discrete.Networks:
@@ -211,8 +214,8 @@ def sweep(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
 # --- Continuous actions
 
 
-def on_continuous(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
-    scale = Scale(*bounds(envs[0]), cfg.reward_scale)
+def on_continuous(cfg: Config, run, envs: list[Any], data: Dataset) -> Found:
+    scale = Scale.of(data, *bounds(envs[0]), cfg.reward_scale)
     learners = {}
     for name in ["bcq", *parts(cfg.compared)]:
         run.seed("networks")
@@ -224,22 +227,23 @@ def on_continuous(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
     judge(cfg, run, f"return_bcq_{data.name}", found["bcq"]["return"], behaviour, goal)
     for name in parts(cfg.compared):
         judge(cfg, run, f"return_{name}_{data.name}", found[name]["return"])
-    proposals(cfg, run, learners["bcq"], logged(cfg, run, data, scale), data.name)
+    proposals(cfg, run, learners["bcq"], logged(cfg, run, data, scale), data)
     judge_values(cfg, run, data, found, "td3")
+    return found
 
 
-def proposals(cfg: Config, run, learner: continuous.BCQ, steps: Transitions, name: str) -> None:
+def proposals(cfg: Config, run, learner: continuous.BCQ, steps: Transitions, data: Dataset) -> None:
     """What the VAE proposes where the data have been: how far from the logged action; baseline: uniform actions."""
-    some = steps[torch.randperm(len(steps), generator=run.generator("places"))[:2000]]
-    generator = run.generator("proposals")
+    rows = torch.randperm(len(steps), generator=run.generator("places"))[:2000]
+    some, generator = steps[rows], run.generator("proposals")
     with torch.no_grad():
         proposed = learner.cvae.propose(some.observations, 1, generator)[:, 0]
     uniform = 2 * torch.rand(proposed.shape, generator=generator) - 1
     near, far = ((actions - some.actions).abs().mean().item() for actions in (proposed, uniform))
-    run.judge(f"proposal_distance_{name}", near, baseline=far, higher=False)
+    run.judge(f"proposal_distance_{data.name}", near, baseline=far, higher=False)
     if cfg.steps:
         chosen = learner.act(some.observations, generator)
-        plots.candidates(run, name, some.observations, some.actions, proposed, chosen)
+        plots.candidates(run, data.name, data.observations[rows], some.actions, proposed, chosen)
 
 
 # --- What is judged
@@ -253,11 +257,11 @@ def judge(
     run.judge(name, value, baseline=baseline, target=goal, higher=higher)
 
 
-def judge_values(cfg: Config, run, data: Dataset, found: dict[str, dict[str, float]], naive: str) -> None:
+def judge_values(cfg: Config, run, data: Dataset, found: Found, naive: str) -> None:
     """How much more than it then earns each believes in, and what fitted Q evaluation says of BCQ."""
     excess = {name: found[name]["believed"] - found[name]["true"] for name in (naive, "bcq") if name in found}
     for name, value in excess.items():
-        judge(cfg, run, f"excess_{name}_{data.name}", value)
+        judge(cfg, run, f"excess_{name}_{data.name}", value, None if name == naive else excess.get(naive))
     run.judge(f"true_bcq_{data.name}", found["bcq"]["true"])
     if "fqe" in found["bcq"]:
         run.judge(f"fqe_bcq_{data.name}", found["bcq"]["fqe"])

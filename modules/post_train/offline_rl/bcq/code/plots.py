@@ -54,13 +54,33 @@ def values(run) -> None:
             axes.plot(steps, ys, color=COLOURS[method], linewidth=2, label=f"{method}: Q")
             axes.plot(steps, true[name][method][1], color=COLOURS[method], linewidth=1.4, linestyle=":",
                       label=f"{method}: true")  # fmt: skip
-        drawn = [y for line in axes.get_lines() for y in line.get_ydata()]
-        if min(drawn) > 0 and max(drawn) > 20 * min(drawn):
-            axes.set_yscale("log")
+        log_if_wide(axes)
         axes.set_title(f"{name}: value of the start", loc="left", fontsize=11, color=INK)
         axes.set_xlabel("update", color=INK)
         axes.legend(fontsize=8, frameon=False)
     save(made, run.dir / "values.png")
+
+
+def evaluations(run, found: dict[str, dict[str, dict[str, float]]]) -> None:
+    """evaluations.png: what each method earned from the start, and what its Q and fitted Q evaluation say."""
+    made, grid = figure(1 + 4.2 * len(found), 4.2, 1, len(found))
+    marks = (("true", "s", GOOD), ("fqe", "o", SETS[0]), ("believed", "^", COLOURS["dqn"]))
+    for axes, (name, methods) in zip(grid, found.items(), strict=True):
+        for column, mark, colour in marks:
+            there = [(i, each[column]) for i, each in enumerate(methods.values()) if column in each]
+            if there:
+                axes.plot(*zip(*there, strict=True), mark, color=colour, markersize=7, label=column)
+        axes.set_xticks(range(len(methods)), list(methods))
+        log_if_wide(axes)
+        axes.set_title(f"{name}: value of the start", loc="left", fontsize=11, color=INK)
+        axes.legend(fontsize=8.5, frameon=False)
+    save(made, run.dir / "evaluations.png")
+
+
+def log_if_wide(axes: Any) -> None:
+    drawn = [y for line in axes.get_lines() for y in line.get_ydata()]
+    if min(drawn) > 0 and max(drawn) > 20 * min(drawn):
+        axes.set_yscale("log")
 
 
 def sweep(run) -> None:

@@ -16,15 +16,28 @@ from finetune.rl.replay import Transitions
 from finetune.rl.rollout import numpy_generator
 
 LOG_EVERY = 10
+EVALUATED = ("dqn", "td3", "bc", "bcq")  # by fitted Q evaluation too
+Found = dict[str, dict[str, float]]  # method → what `train` finds of it
 
 
 @dataclass
 class Scale:
-    """Between the environment's numbers and the learners': continuous actions within −1 and 1, smaller rewards."""
+    """Between the environment's numbers and the learners'. With discrete actions they are the same; else observations
+    have mean 0 and deviation 1 over the data, actions lie within −1 and 1, and rewards are smaller."""
 
     low: Tensor | None = None  # None: actions are discrete
     high: Tensor | None = None
     rewards: float = 1.0
+    mean: Tensor | float = 0.0
+    deviation: Tensor | float = 1.0
+
+    @classmethod
+    def of(cls, data: Dataset, low: Tensor, high: Tensor, rewards: float) -> "Scale":
+        mean, deviation = data.observations.mean(0), data.observations.std(0)
+        return cls(low, high, rewards, mean, deviation.clamp(min=1e-3))
+
+    def seen(self, observations: Tensor) -> Tensor:
+        return (observations - self.mean) / self.deviation
 
     def to_learner(self, actions: Tensor) -> Tensor:
         if self.low is None or self.high is None:
@@ -40,6 +53,7 @@ class Scale:
 def logged(cfg, run, data: Dataset, scale: Scale) -> Transitions:
     """The steps as the learners see them."""
     steps = data.transitions()
+    steps.observations, steps.next_observations = scale.seen(steps.observations), scale.seen(steps.next_observations)
     steps.actions, steps.rewards = scale.to_learner(steps.actions), scale.rewards * steps.rewards
     if cfg.shuffle_actions:
         steps.actions = steps.actions[torch.randperm(len(steps), generator=run.generator("shuffle", data.name))]
@@ -53,12 +67,12 @@ def a_batch(run, steps: Transitions, size: int, step: int) -> tuple[Transitions,
 
 def train(
     cfg, run, envs: list[Any], data: Dataset, learners: dict[str, Any], scale: Scale, size: int
-) -> tuple[float | None, dict[str, dict[str, float]]]:
+) -> tuple[float | None, Found]:
     """(mean return of the data's whole episodes, name → what `evaluate` finds after training, and `fqe`)"""
     steps, returns = logged(cfg, run, data, scale), data.returns()
     behaviour = sum(returns) / len(returns) if returns else None
     run.say(f"{data.name}: {len(data):,} steps" + ("" if behaviour is None else f", mean return {behaviour:.1f}"))
-    found: dict[str, dict[str, float]] = {}
+    found: Found = {}
     for name, learner in learners.items():
         last: dict[str, float] = {}
         for step in run.steps(cfg.steps, learner.state() | {"last": last}, phase=f"{data.name}_{name}"):
@@ -71,7 +85,7 @@ def train(
         found[name] = last or evaluate(cfg, run, envs, learner, scale)
         run.say(f"{data.name}_{name}: {found[name]['return']:.1f}")
     estimates: dict[str, float] = {}
-    names = list(learners) if cfg.steps and cfg.fqe_steps else []
+    names = [name for name in EVALUATED if name in learners] if cfg.steps and cfg.fqe_steps else []
     for i in run.steps(len(names), {"estimates": estimates}, phase=f"{data.name}_fqe"):
         estimates[names[i]] = fitted(cfg, run, envs, learners[names[i]], steps, scale)
         run.log(i, estimate=estimates[names[i]])
@@ -90,10 +104,10 @@ def evaluate(cfg, run, envs: list[Any], learner: Any, scale: Scale) -> dict[str,
     there. Means, all in the environment's rewards."""
     generator = run.generator("acting")
     rollout, discounted = true_returns(
-        envs, lambda seen: scale.to_env(learner.act(seen, generator)), seeds(cfg, run), cfg.gamma
+        envs, lambda seen: scale.to_env(learner.act(scale.seen(seen), generator)), seeds(cfg, run), cfg.gamma
     )
     found = {"return": rollout.rewards.sum(0).mean().item(), "true": discounted[0].mean().item()}
-    believed = learner.value(rollout.observations[0], scale.to_learner(rollout.actions[0]))
+    believed = learner.value(scale.seen(rollout.observations[0]), scale.to_learner(rollout.actions[0]))
     return found if believed is None else found | {"believed": believed.mean().item() / scale.rewards}
 
 
@@ -111,5 +125,5 @@ def fitted(cfg, run, envs: list[Any], learner: Any, steps: Transitions, scale: S
     for step in range(min(cfg.fqe_steps, cfg.steps)):
         fqe.update(torch.randint(len(steps), (cfg.fqe_batch,), generator=run.generator("fqe_rows", step)))
     resets = [environments.vector(e, e.reset(seed=s)[0]) for e, s in zip(envs, seeds(cfg, run), strict=True)]
-    starts = torch.from_numpy(np.stack(resets))
+    starts = scale.seen(torch.from_numpy(np.stack(resets)))
     return fqe.value(starts, policy(starts)).mean().item() / scale.rewards
