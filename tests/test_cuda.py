@@ -105,6 +105,7 @@ def sanitized(*words):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_sanitized():
     emulator.build("sanitized")
     clean = sanitized()

@@ -68,8 +68,7 @@ class Replay:
         """`count` rows, each drawn from all that are there alike, with replacement."""
         if self.rows is None:
             raise ValueError("nothing was added yet")
-        rows = torch.randint(len(self), (count,), generator=generator)
-        return Transitions(*(column.index_select(0, rows) for column in self.rows.columns()))
+        return self.rows[: len(self)].sample(count, generator)
 
     def state_dict(self) -> dict[str, Any]:
         kept = None if self.rows is None else {f.name: c[: len(self)] for f, c in self._named(self.rows)}

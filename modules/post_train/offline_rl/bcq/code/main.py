@@ -41,6 +41,7 @@ GOALS = {
 @dataclass
 class Config(config.Config):
     steps: int = 3000  # updates of each method
+    threads: int = 1  # networks so small are fastest on one
     checkpoint_every: int = 1000
     envs: str = "CartPole-v1,Pendulum-v1"  # one after the other, separated by commas
     # an npz of logged steps (README) of the one environment that --envs names; none: sets are made
