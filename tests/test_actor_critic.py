@@ -14,12 +14,13 @@ from finetune.errors import UserError
 from finetune.rl import environments
 from finetune.rl.replay import Transitions
 from finetune.rl.vector import Vector
-from finetune.run import execute
+from finetune.run import Run, execute
 
 INFO = registry.find("actor_critic")
 module = registry.load(INFO)
-critic, losses, networks, offpolicy, onpolicy = (
-    sys.modules[f"finetune_modules.actor_critic.{n}"] for n in ("critic", "losses", "networks", "offpolicy", "onpolicy")
+critic, losses, networks, offpolicy, onpolicy, plots = (
+    sys.modules[f"finetune_modules.actor_critic.{n}"]
+    for n in ("critic", "losses", "networks", "offpolicy", "onpolicy", "plots")
 )
 QUICK = {"eval_episodes": 2, "critic_episodes": 1, "repeats": 1, "warmup": 60, "hidden": 8, "continuous_hidden": 8,
          "batch": 8}  # fmt: skip
@@ -226,6 +227,13 @@ def test_returns_that_a_limit_cut_short_do_not_count():
 # --- Runs
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    monkeypatch.setattr(Run, "curves", lambda self: None)
+    for name in ("learning", "critics", "temperature"):
+        monkeypatch.setattr(plots, name, lambda *_: None)
+
+
 @pytest.mark.slow
 def test_the_toy_reaches_its_targets(tmp_path):
     summary = execute(INFO, toy(), tmp_path / "run", toy=True)
@@ -234,22 +242,21 @@ def test_the_toy_reaches_its_targets(tmp_path):
         assert (tmp_path / f"run/{name}.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"shuffle": True}, {"lr": 0.0}])
-def test_without_advantages_or_rate_nothing_is_learnt(change, tmp_path):
-    config = toy(steps=60, methods="a2c", **{"critic_episodes": 1, "repeats": 2} | change)
+def test_without_advantages_or_rate_nothing_is_learnt(change, tmp_path, without_pictures):
+    config = toy(steps=60, methods="a2c", critic_episodes=1, **change)
     summary = execute(INFO, config, tmp_path / "run", toy=True)
     assert not summary["reached"]["return_a2c"]
-    assert summary["metrics"]["return_a2c"] < 100
+    assert summary["metrics"]["return_a2c"] <= summary["baseline"]["return_a2c"]
 
 
-def test_a_cut_run_resumes(tmp_path, monkeypatch):
+def test_a_cut_run_resumes(tmp_path, monkeypatch, without_pictures):
     monkeypatch.setattr(module, "CHUNK", 40)
     config = toy(**QUICK | {"steps": 3, "methods": "lambda,vtrace,sac,td3", "checkpoint_every": 2})
     resumes_to_the_same_bytes(INFO, config, tmp_path, 9)
 
 
-def test_without_steps_the_policies_are_as_they_began(tmp_path):
+def test_without_steps_the_policies_are_as_they_began(tmp_path, without_pictures):
     config = toy(**QUICK | {"steps": 0, "methods": ",".join(module.METHODS)})
     summary = execute(INFO, config, tmp_path / "run", toy=True)
     for method in module.METHODS:
@@ -258,7 +265,7 @@ def test_without_steps_the_policies_are_as_they_began(tmp_path):
         assert not summary["reached"][name]
 
 
-def test_on_policy_methods_take_continuous_actions(tmp_path):
+def test_on_policy_methods_take_continuous_actions(tmp_path, without_pictures):
     config = toy(**QUICK | {"steps": 2, "methods": "a2c,lambda,vtrace", "env": "Pendulum-v1"})
     assert np.isfinite(execute(INFO, config, tmp_path / "run", toy=True)["metrics"]["return_vtrace"])
 

@@ -24,17 +24,20 @@ class Learner:
         self.cfg, self.vector = cfg, vector
         self.model = ActorCritic(*environments.sizes(vector.envs[0]), cfg.hidden, cfg.shared_trunk, cfg.value_scale)
         self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=0.0, eps=1e-5, fused=True)
-        self.horizon = cfg.horizon if method in ("a2c", "vtrace") else 1
-        self.lr = cfg.lr if method in ("a2c", "vtrace") else cfg.online_lr
+        by_horizon = method in ("a2c", "vtrace")
+        self.horizon = cfg.horizon if by_horizon else 1
+        actor = [*self.model.trunk.parameters(), *self.model.policy.parameters()]
+        self.rates = (cfg.lr, cfg.critic_rate * cfg.lr) if by_horizon else (cfg.online_lr, cfg.online_lr)
+        groups = [{"params": actor}, {"params": list(self.model.value.parameters())}]
+        self.optimizer = torch.optim.Adam(groups, lr=0.0, eps=1e-5, fused=True)
 
     def state(self) -> dict[str, Any]:
         return {"model": self.model, "optimizer": self.optimizer, "vector": self.vector}
 
     def chunk(self, steps: int, lr: float, generator: torch.Generator) -> dict[str, float]:
         """About `steps` steps of the environments; lr: a part of the learning rate. Means of the updates' figures."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * self.lr
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = lr * rate
         found = [
             self.update(self.vector.collect(self.behaving(generator), self.horizon), generator)
             for _ in range(max(1, round(steps / (self.horizon * len(self.vector)))))
@@ -163,7 +166,7 @@ def following(model: ActorCritic, rollout: Rollout, values: Tensor) -> Tensor:
 
 def drawn(model: ActorCritic, generator: torch.Generator) -> environments.Act:
     def act(observations: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.inference_mode():  # `collect` stacks what comes out, which makes tensors of the usual kind of it
             return model.policy.draw(model.distribution(observations), generator)
 
     return act
