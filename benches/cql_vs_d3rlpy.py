@@ -2,7 +2,7 @@
 
     python -m finetune bench cql_vs_d3rlpy [--rounds 30] [--updates 50] [--threads 1] [--json FILE]
 
-Rounds of so many updates alternate in one process; a ratio is the median of the rounds' ratios (above 1: ours is
+Rounds of so many updates alternate in one process, timed by its CPU seconds; a ratio is the median of the rounds' ratios (above 1: ours is
 faster). An update is what `fit` does: batch drawn from the data, loss, gradient, Adam, target network. `d3rlpy, batch
 given` leaves the drawing out on d3rlpy's side only, to show how much of the difference it is. Both must give the same
 loss on a first batch, or nothing is timed. Needs d3rlpy, as the Makefile installs it for the tests.
@@ -81,10 +81,10 @@ def measure(threads: int, rounds: int, updates: int) -> dict:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 2):  # two to warm up
         for name in [*calls][:: 1 if i % 2 else -1]:
-            began = time.perf_counter()
+            began = time.process_time()
             for _ in range(updates):
                 calls[name]()
-            times[name].append((time.perf_counter() - began) / updates)
+            times[name].append((time.process_time() - began) / updates)
     kept = {name: values[2:] for name, values in times.items()}
     ratios = {
         name: Times.of([b / a for a, b in zip(kept["ours"], values, strict=True)]) for name, values in kept.items()

@@ -25,7 +25,7 @@ losses, discrete, continuous, plots = (
 
 
 def toy(**changes):
-    return dataclasses.replace(cql.Config.toy(), threads=1, **changes)
+    return dataclasses.replace(cql.Config.toy(), **changes)
 
 
 def small(**changes):
@@ -388,7 +388,8 @@ def test_own_data_is_learnt_from(tmp_path):
 def test_bad_settings_and_data_are_refused(tmp_path):
     for change, message in (
         ({"sets": "expret"}, "--sets: 'expret' is not one of .*did you mean 'expert'"),
-        ({"gamma": 1.5}, "--gamma 1.5 is not within"),
+        ({"gamma": 1.5}, "--gamma 1.5 is not within 0 and 1"),
+        ({"gamma_continuous": 1.0}, "--gamma-continuous 1.0 is not within 0 and 1, 1 excluded"),
         ({"batch": 1}, "--batch 1 is too small"),
         ({"threshold": 1.0, "alpha": 0.0}, "--threshold learns"),
     ):

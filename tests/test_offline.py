@@ -190,6 +190,18 @@ def test_fqe_of_continuous_actions_takes_the_policys_action():
     assert fqe.update(rows) == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_fqe_keeps_within_what_rewards_allow():
+    assert offline.possible_returns(torch.tensor([1.0, 1.0]), 0.9) == pytest.approx((0, 10))
+    assert offline.possible_returns(torch.tensor([-16.0, -1.0]), 0.75) == pytest.approx((-64, 0))
+    q = offline.QNetwork(1, 2, [])
+    data = Transitions(torch.ones(4, 1), torch.zeros(4).long(), torch.ones(4), torch.ones(4, 1), torch.zeros(4).bool())
+    with torch.no_grad():
+        q.net[0].weight.zero_()
+        q.net[0].bias.fill_(100.0)
+    fqe = offline.FQE(q, data, torch.full((4, 2), 0.5), gamma=0.9, lr=0.0, tau=0.0, limits=(0.0, 10.0))
+    assert fqe.update(torch.arange(4)) == pytest.approx((100 - 1 - 0.9 * 10) ** 2)
+
+
 def test_cloning_and_scores():
     logits, actions = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([1, 0])
     wanted = -offline.picked(logits.log_softmax(-1), actions).mean()

@@ -4,6 +4,7 @@ evaluation, and the true returns that estimates are judged by."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,11 @@ def cloning_loss(output: Tensor, actions: Tensor) -> Tensor:
 # --- Fitted Q evaluation
 
 
+def possible_returns(rewards: Tensor, gamma: float) -> tuple[float, float]:
+    """The least and the largest discounted return from such rewards; an end may come at any time, γ is below 1."""
+    return min(0.0, float(rewards.min())) / (1 - gamma), max(0.0, float(rewards.max())) / (1 - gamma)
+
+
 def action_value(q: nn.Module, observations: Tensor, actions: Tensor) -> Tensor:
     """Q(s, a) (N,): of a QNetwork for discrete actions, else the least of the critics'."""
     if actions.is_floating_point():
@@ -89,11 +95,22 @@ class FQE:
         Q ← argmin Σ (Q(s, a) − r − γ V_target(s'))²     V(s') = Σ_a π(a|s') Q(s', a), or Q(s', π(s'))
 
     `policy` is what `state_value` takes, of the next observations; it is computed once, as π does not change.
+    limits: what no return can leave (`possible_returns`). Without, where π leaves the data Q may grow beyond any bound.
     """
 
-    def __init__(self, q: nn.Module, data: Transitions, policy: Tensor, *, gamma: float, lr: float, tau: float) -> None:
+    def __init__(
+        self,
+        q: nn.Module,
+        data: Transitions,
+        policy: Tensor,
+        *,
+        gamma: float,
+        lr: float,
+        tau: float,
+        limits: tuple[float, float] = (-math.inf, math.inf),
+    ) -> None:
         self.q, self.target = q, copy.deepcopy(q)
-        self.data, self.policy, self.gamma, self.tau = data, policy, gamma, tau
+        self.data, self.policy, self.gamma, self.tau, self.limits = data, policy, gamma, tau, limits
         self.optimizer = torch.optim.Adam(q.parameters(), lr=lr, fused=True)
 
     @property
@@ -106,7 +123,7 @@ class FQE:
         batch = self.data[rows]
         with torch.no_grad():
             following = state_value(self.target, batch.next_observations, self.policy[rows])
-        wanted = td_target(batch.rewards, following, batch.terminated, self.gamma)
+        wanted = td_target(batch.rewards, following.clamp(*self.limits), batch.terminated, self.gamma)
         loss = (action_value(self.q, batch.observations, batch.actions) - wanted).square().mean()
         self.optimizer.zero_grad()
         loss.backward()
