@@ -34,6 +34,7 @@ TOY_TARGETS = {("a2c", "CartPole-v1"): 300.0, ("sac", "Pendulum-v1"): -600.0}
 
 @dataclass
 class Config(config.Config):
+    threads: int = 1  # networks so small are fastest on one
     steps: int = 500  # of one_step, a2c, lambda and vtrace, each of 200 steps of the environments
     continuous_steps: int = 50  # of sac and td3, each of 200 steps of the environment; at most --steps
     methods: str = ",".join(METHODS)  # which to train, separated by commas
