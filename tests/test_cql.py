@@ -178,7 +178,32 @@ def test_cal_ql_pushes_the_policys_actions_down_no_further_than_the_returns():
     assert torch.allclose(gradient, torch.full_like(gradient, -1.0)), "only the data's actions have a gradient left"
 
 
-def test_alpha_zero_is_sac_and_the_variants_differ():
+def test_alpha_zero_is_an_update_of_sac():
+    one, batch = actor_critic(0.0), steps_of(16)
+    policy, q, target = (copy.deepcopy(part) for part in (one.policy, one.q, one.target))
+    noise = torch.randn(20, 16, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        after, log_after = policy.sample(policy(batch.next_observations), noise[0])
+        soft = target(batch.next_observations, after).min(0).values - 0.1 * log_after
+        wanted = batch.rewards + 0.9 * (1 - batch.terminated.float()) * soft
+
+    def descend(module, loss):
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, fused=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    descend(q, sum(((values - wanted) ** 2).mean() for values in q(batch.observations, batch.actions)))
+    actions, log_probs = policy.sample(policy(batch.observations), noise[7])
+    descend(policy, (0.1 * log_probs - q(batch.observations, actions).min(0).values).mean())
+    one.update(batch, torch.zeros(16), torch.Generator().manual_seed(0))
+    for mine, theirs in ((one.q, q), (one.policy, policy)):
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+    assert not torch.allclose(one.policy.net[0].weight, actor_critic(0.0).policy.net[0].weight, atol=1e-4)
+
+
+def test_the_variants_differ_and_none_matters_at_alpha_zero():
     batches = [(steps_of(16, seed=seed), torch.zeros(16)) for seed in range(3)]
 
     def trained(**changes):
@@ -256,10 +281,8 @@ def linears(module):
 @pytest.mark.peer
 def test_discrete_losses_targets_and_gradients_are_d3rlpys():
     """fp32 on both sides: sums of some 16 terms of size 1, so a few units in the last place (1e-6) apart."""
-    import_d3 = pytest.importorskip("d3rlpy")
-    impl = d3(
-        lambda e: import_d3.algos.DiscreteCQLConfig(encoder_factory=e, alpha=0.7, gamma=0.9), 3, "DiscreteCQLImpl"
-    )
+    d3rlpy = pytest.importorskip("d3rlpy")
+    impl = d3(lambda e: d3rlpy.algos.DiscreteCQLConfig(encoder_factory=e, alpha=0.7, gamma=0.9), 3, "DiscreteCQLImpl")
     one, batch = learner(0.7), steps_of(256, 3)
     for network, theirs in ((one.q, impl._modules.q_funcs[0]), (one.target, impl._modules.targ_q_funcs[0])):
         torch.nn.init.normal_(network.net[-1].weight)
