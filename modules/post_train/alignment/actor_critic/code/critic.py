@@ -17,8 +17,8 @@ EVERY = 10  # neighbours say nearly the same
 
 
 def steps_for(gamma: float) -> int:
-    """Steps after which what follows is discounted to `LEFT`; 10 times as many as discounting 0.99 takes at most."""
-    return math.ceil(math.log(LEFT) / math.log(gamma)) if 0 < gamma < 0.999 else 3000 if gamma else 1
+    """Steps after which what follows is discounted to `LEFT`; γ above 0.999 counts as that."""
+    return math.ceil(math.log(LEFT) / math.log(min(gamma, 0.999))) if gamma else 1
 
 
 def said_and_came(
