@@ -138,7 +138,7 @@ def test_a_signal_finishes_the_step_and_saves(whole, tmp_path, number, code):
     assert f"--resume --out {folder}" in error
     assert "Traceback" not in error
     steps = [int(p.name[5:]) for p in (folder / "checkpoints").glob("step_*")]
-    assert 5 < max(steps) < 40
+    assert 5 <= max(steps) < 40  # 5 where it came between two steps
     assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + max(steps)
     child = process("--resume", "--out", folder)
     assert child.wait() == 0, child.stderr.read()
