@@ -53,7 +53,7 @@ class Config(config.Config):
     online_lr: float = 5e-4  # one_step, lambda
     entropy: float = 0.01  # weight of the entropy bonus
     value_weight: float = 0.5  # of the critic's loss
-    clip: float = 1000.0  # of the gradient's norm; a small one lets the critic's error crowd the policy out
+    clip: float = 0.5  # a2c, vtrace: of the norm of the actor's gradient; the critic's is not clipped
     lam: float = 0.9  # lambda: decay of the traces, besides γ
     lag: int = 4  # vtrace: updates that the acting policy is behind; 0: none
     rho_bar: float = 1.0  # vtrace: bound of the ratios that choose what V is the value of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ class Learner:
         self.parameters = list(self.model.parameters())
         by_horizon = method in ("a2c", "vtrace")
         self.horizon = cfg.horizon if by_horizon else 1
-        actor = [*self.model.trunk.parameters(), *self.model.policy.parameters()]
+        self.clip = cfg.clip if by_horizon else math.inf
+        self.actor = [*self.model.trunk.parameters(), *self.model.policy.parameters()]
         self.rates = (cfg.lr, cfg.critic_rate * cfg.lr) if by_horizon else (cfg.online_lr, cfg.online_lr)
-        groups = [{"params": actor}, {"params": list(self.model.value.parameters())}]
+        groups = [{"params": self.actor}, {"params": list(self.model.value.parameters())}]
         self.optimizer = torch.optim.Adam(groups, lr=0.0, eps=1e-5, fused=True)
 
     def state(self) -> dict[str, Any]:
@@ -84,7 +86,7 @@ class Learner:
     def step(self, gradients: Any) -> None:
         for p, g in zip(self.parameters, gradients, strict=True):
             p.grad = g
-        ops.clip_grad_norm_([p.grad for p in self.parameters], self.cfg.clip)
+        ops.clip_grad_norm_([p.grad for p in self.actor], self.clip)
         self.optimizer.step()
 
 
