@@ -138,6 +138,14 @@ class AdamW(torch.optim.Optimizer):
                 self.state[p]["step"] = int(saved["step"])
 
 
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step of the optimizer's own parameters; those of others that the loss has passed through get no gradient."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        p.grad = g
+    optimizer.step()
+
+
 def decay_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups that decay matrices (two dimensions or more) and spare vectors: norms and biases.
 

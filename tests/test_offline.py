@@ -8,6 +8,7 @@ from finetune.errors import UserError
 from finetune.rl import datasets, environments, offline
 from finetune.rl import mdp as tables
 from finetune.rl.continuous import TwinQ
+from finetune.rl.evaluation import true_returns
 from finetune.rl.replay import Transitions
 from finetune.rl.rollout import sample_tabular
 
@@ -212,7 +213,7 @@ def test_cloning_and_scores():
 
 def test_true_returns_are_discounted_and_end_with_the_episode():
     envs = environments.make("CartPole-v1", 2)
-    rollout, returns = offline.true_returns(envs, lambda seen: torch.zeros(len(seen), dtype=torch.long), [3, 4], 0.9)
+    rollout, returns = true_returns(envs, lambda seen: torch.zeros(len(seen), dtype=torch.long), [3, 4], 0.9)
     for i in range(2):
         length = int(rollout.first_episode[:, i].sum())
         assert returns[0, i] == pytest.approx((1 - 0.9**length) / 0.1, rel=1e-5)

@@ -10,6 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from finetune import ops
+
+
+def returns_to_go(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
+    """r_t + γ r_{t+1} + … up to the end of the episode, or of the rollout."""
+    zeros = torch.zeros_like(rewards)
+    return ops.gae(rewards, zeros, zeros, ends, torch.zeros_like(ends), gamma=gamma, lam=1.0)[1]
+
 
 def td_errors(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, gamma: float) -> Tensor:
     """δ_t = r_t + γ V(s_{t+1}) − V(s_t), without V(s_{t+1}) where nothing follows."""

@@ -30,6 +30,7 @@ from torch import Tensor
 from finetune.checkpoint import atomic_write
 from finetune.errors import UserError, nearest
 from finetune.rl import environments
+from finetune.rl.advantages import returns_to_go
 from finetune.rl.replay import Transitions
 
 FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
@@ -65,12 +66,8 @@ class Dataset:
 
     def returns_to_go(self, gamma: float) -> Tensor:
         """(N,) r_t + γ r_{t+1} + … up to the end of the episode, or of the set."""
-        found, total = [], 0.0
-        ends = (self.terminations | self.truncations).tolist()
-        for reward, end in zip(reversed(self.rewards.tolist()), reversed(ends), strict=True):
-            total = reward + (0.0 if end else gamma * total)
-            found.append(total)
-        return torch.tensor(found[::-1])
+        ends = self.terminations | self.truncations
+        return returns_to_go(self.rewards.double()[:, None], ends[:, None], gamma)[:, 0].float()
 
     def save(self, path: Path) -> None:
         columns = {name: getattr(self, name).numpy() for name in (*FIELDS, "next_observations")}

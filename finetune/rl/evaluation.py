@@ -7,7 +7,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
+from finetune.rl.advantages import returns_to_go
 from finetune.rl.environments import Act, play
+from finetune.rl.rollout import Rollout
 
 # Two-sided 95 % points of Student's t with 1 … 30 degrees of freedom.
 # fmt: off
@@ -32,3 +36,10 @@ def returns(envs: Sequence[Any], act: Act, seeds: Sequence[int]) -> list[float]:
         part = seeds[i : i + len(envs)]
         found += play(envs[: len(part)], act, part).rewards.sum(0).tolist()
     return found
+
+
+def true_returns(envs: Sequence[Any], act: Act, seeds: Sequence[int], gamma: float) -> tuple[Rollout, Tensor]:
+    """An episode of each environment, and its discounted returns-to-go (T, N). They are cut off where the episode is:
+    of one that a time limit ends, the late ones are too small."""
+    rollout = play(envs, act, seeds)
+    return rollout, returns_to_go(rollout.rewards, rollout.ends, gamma) * rollout.first_episode

@@ -1,22 +1,20 @@
 """What learning from logged steps shares: Q of discrete actions, behaviour cloning, the double-DQN target, fitted Q
-evaluation, and the true returns that estimates are judged by."""
+evaluation, and the score of a return."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune import ops
+from finetune.optim import descend
 from finetune.rl.continuous import polyak_, relu_mlp, td_target
-from finetune.rl.environments import Act, play
+from finetune.rl.environments import Act
 from finetune.rl.replay import Transitions
-from finetune.rl.rollout import Rollout
 
 
 class QNetwork(nn.Module):
@@ -125,27 +123,13 @@ class FQE:
             following = state_value(self.target, batch.next_observations, self.policy[rows])
         wanted = td_target(batch.rewards, following.clamp(*self.limits), batch.terminated, self.gamma)
         loss = (action_value(self.q, batch.observations, batch.actions) - wanted).square().mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        descend(loss, self.optimizer)
         polyak_(self.target, self.q, self.tau)
         return loss.item()
 
     @torch.no_grad()
     def value(self, observations: Tensor, policy: Tensor) -> Tensor:
         return state_value(self.q, observations, policy)
-
-
-# --- What is true
-
-
-def true_returns(envs: Sequence[Any], act: Act, seeds: Sequence[int], gamma: float) -> tuple[Rollout, Tensor]:
-    """An episode of each environment, and its discounted returns-to-go (T, N). They are cut off where the episode is:
-    of one that a time limit ends, the late ones are too small."""
-    rollout = play(envs, act, seeds)
-    zeros, no = torch.zeros_like(rollout.rewards), torch.zeros_like(rollout.terminated)
-    _, returns = ops.gae(rollout.rewards, zeros, zeros, rollout.ends, no, gamma=gamma, lam=1.0)
-    return rollout, returns * rollout.first_episode
 
 
 def normalised(value: float, random: float, expert: float) -> float:

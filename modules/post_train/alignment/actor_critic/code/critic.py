@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune import ops
-from finetune.rl.environments import Act, play
+from finetune.rl.environments import Act
+from finetune.rl.evaluation import true_returns
 
 LEFT = 0.05  # part of a return that may be missing where a time limit cut its episode off
 EVERY = 10  # neighbours say nearly the same
@@ -26,13 +26,11 @@ def said_and_came(
 ) -> Tensor:
     """(K, 2): V of a state and the discounted return from it, of every tenth step of an episode a seed, without those
     whose return a time limit cut short."""
-    rollout = play(envs, act, seeds)
-    rewards, nothing, alive = rollout.rewards, torch.zeros_like(rollout.rewards), rollout.first_episode
-    _, came = ops.gae(rewards, nothing, nothing, rollout.terminated & alive, rollout.truncated & alive,
-                      gamma=gamma, lam=1.0)  # fmt: skip
+    rollout, came = true_returns(envs, act, seeds, gamma)
+    alive = rollout.first_episode
     with torch.no_grad():
         said = value(rollout.observations)
-    steps = torch.arange(len(rewards))[:, None]
+    steps = torch.arange(len(came))[:, None]
     left = alive.sum(0) - steps  # to the end of the episode
     whole = (rollout.terminated & alive).any(0) | (left >= steps_for(gamma))
     chosen = alive & whole & (steps % EVERY == 0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.optim import descend
 from finetune.rl import continuous, environments
 from finetune.rl.continuous import critic_loss, polyak_, td_target
 from finetune.rl.replay import Replay, Transitions
@@ -175,14 +176,6 @@ class TD3(OffPolicy):
             polyak_(self.slow_policy, self.policy, cfg.tau)
             figures["policy_loss"] = loss.detach()
         return figures
-
-
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One step of the optimizer's own parameters; those of others that the loss has passed through get no gradient."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        p.grad = g
-    optimizer.step()
 
 
 LEARNERS = {"sac": SAC, "td3": TD3}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ class Learner:
         self.parameters = list(self.model.parameters())
         by_horizon = method in ("a2c", "vtrace")
         self.horizon = cfg.horizon if by_horizon else 1
-        self.clip = cfg.clip if by_horizon else math.inf
+        self.clip = cfg.clip if by_horizon else None
         self.actor = [*self.model.trunk.parameters(), *self.model.policy.parameters()]
         self.rates = (cfg.lr, cfg.critic_rate * cfg.lr) if by_horizon else (cfg.online_lr, cfg.online_lr)
         groups = [{"params": self.actor}, {"params": list(self.model.value.parameters())}]
@@ -86,7 +85,8 @@ class Learner:
     def step(self, gradients: Any) -> None:
         for p, g in zip(self.parameters, gradients, strict=True):
             p.grad = g
-        ops.clip_grad_norm_([p.grad for p in self.actor], self.clip)
+        if self.clip is not None:
+            ops.clip_grad_norm_([p.grad for p in self.actor], self.clip)
         self.optimizer.step()
 
 

@@ -193,9 +193,7 @@ def fit(cfg: Config, value: nn.Module, optimizer: torch.optim.Optimizer, batch: 
     loss = torch.zeros(())
     for _ in range(cfg.value_epochs):
         loss = (value(batch.observations) - targets).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        optim.descend(loss, optimizer)
     return loss.item()
 
 

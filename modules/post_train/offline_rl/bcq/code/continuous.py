@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.optim import descend
 from finetune.rl.continuous import Deterministic, TwinQ, critic_loss, polyak_, smoothed, td3_policy_loss, td_target
 from finetune.rl.offline import cloning_loss
 from finetune.rl.policies import Gaussian, Value
@@ -37,10 +38,7 @@ class Learner:
 
     def step(self, name: str, loss: Tensor) -> Tensor:
         """Descends in the named part alone: an actor's loss has gradients in the critic too."""
-        parameters = self.optimizers[name].param_groups[0]["params"]
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.grad = gradient
-        self.optimizers[name].step()
+        descend(loss, self.optimizers[name])
         return loss.detach()
 
     def follow(self, *names: str) -> None:
@@ -77,9 +75,7 @@ class Cloning:
 
     def update(self, batch: Transitions, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         loss = cloning_loss(self.actor(batch.observations), batch.actions)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        descend(loss, self.optimizer)
         return {"imitation_loss": loss.detach()}
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.optim import descend
 from finetune.rl.offline import QNetwork, double_dqn_target, picked, td_loss
 from finetune.rl.replay import Transitions
 
@@ -39,11 +40,6 @@ class Learner:
     def scores(self, observations: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def descend(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
     @torch.no_grad()
     def act(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self.scores(observations).argmax(-1)
@@ -57,7 +53,7 @@ class Cloning(Learner):
 
     def update(self, batch: Transitions, step: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         loss = losses.imitation_loss(self.networks(batch.observations), batch.actions, self.cfg.beta)
-        self.descend(loss)
+        descend(loss, self.optimizer)
         return {"imitation_loss": loss.detach()}
 
     def value(self, observations: Tensor, actions: Tensor) -> None:
@@ -89,7 +85,7 @@ class DQN(Learner):
 
     def update(self, batch: Transitions, step: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         loss = td_loss(picked(self.q(batch.observations), batch.actions), self.targets(batch))
-        self.descend(loss)
+        descend(loss, self.optimizer)
         self.copy_target(step)
         return {"td_loss": loss.detach()}
 
@@ -123,6 +119,6 @@ class BCQ(DQN):
         q, logits = self.networks(batch.observations)
         td = td_loss(picked(q, batch.actions), self.targets(batch))
         imitation = losses.imitation_loss(logits, batch.actions, self.cfg.beta)
-        self.descend(td + imitation)
+        descend(td + imitation, self.optimizer)
         self.copy_target(step)
         return {"td_loss": td.detach(), "imitation_loss": imitation.detach()}

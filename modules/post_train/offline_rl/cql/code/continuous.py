@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.optim import descend
 from finetune.rl.continuous import (
     Deterministic,
     SquashedGaussian,
@@ -22,8 +23,6 @@ from finetune.rl.offline import cloning_loss
 from finetune.rl.replay import Transitions
 
 from .losses import conservative_gap, dual_loss, max_backup, sampled_actions, weight
-
-BACKUPS = ("soft", "plain", "max")
 
 
 class Clone:
@@ -52,9 +51,7 @@ class Clone:
 
     def update(self, batch: Transitions, returns_to_go: Tensor, generator: torch.Generator) -> dict[str, float]:
         loss = cloning_loss(self.policy(batch.observations), batch.actions)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        descend(loss, self.optimizer)
         return {"loss": loss.item()}
 
 
@@ -157,9 +154,9 @@ class ActorCritic:
         else:
             gap, data = torch.zeros(()), self.q(batch.observations, batch.actions)
         if self.dual is not None:
-            _step(self.dual, dual_loss(self.log_alpha, gap, self.threshold))
+            descend(dual_loss(self.log_alpha, gap, self.threshold), self.dual)
         td = critic_loss(data, wanted)
-        _step(self.optimizer, td + (weight(self.log_alpha.detach()) * gap).sum())
+        descend(td + (weight(self.log_alpha.detach()) * gap).sum(), self.optimizer)
         temperature = self.log_temperature.exp().item()
         self._step_policy(batch, params, noise[n + 1])
         polyak_(self.target, self.q, self.tau)
@@ -173,17 +170,8 @@ class ActorCritic:
         if self.counts["updates"] < self.warm_start:
             loss = (temperature * log_probs - self.policy.log_prob(params, batch.actions)).mean()
         else:
-            self.q.requires_grad_(False)
             loss = sac_policy_loss(self.q(batch.observations, actions), log_probs, temperature)
-            self.q.requires_grad_(True)
-        _step(self.policy_optimizer, loss)
-        _step(
-            self.temperature_optimizer,
-            temperature_loss(self.log_temperature, log_probs, self.policy.target_entropy),
+        descend(loss, self.policy_optimizer)
+        descend(
+            temperature_loss(self.log_temperature, log_probs, self.policy.target_entropy), self.temperature_optimizer
         )
-
-
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()

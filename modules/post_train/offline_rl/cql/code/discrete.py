@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetune.optim import descend
 from finetune.rl.continuous import polyak_
 from finetune.rl.environments import Act
 from finetune.rl.offline import QNetwork, cloning_loss, double_dqn_target, greedy, picked, td_loss
@@ -42,9 +43,7 @@ class Clone:
 
     def update(self, batch: Transitions, *_: Any) -> dict[str, float]:
         loss = cloning_loss(self.q(batch.observations), batch.actions)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        descend(loss, self.optimizer)
         return {"loss": loss.item()}
 
 
@@ -110,12 +109,8 @@ class QLearner:
     def update(self, batch: Transitions, *_: Any) -> dict[str, float]:
         td, gap, taken = self.loss(batch)
         if self.dual is not None:
-            self.dual.zero_grad()
-            dual_loss(self.log_alpha, gap, self.threshold).backward()
-            self.dual.step()
+            descend(dual_loss(self.log_alpha, gap, self.threshold), self.dual)
             self.alpha = weight(self.log_alpha).item()
-        self.optimizer.zero_grad()
-        (td + self.alpha * gap).backward()
-        self.optimizer.step()
+        descend(td + self.alpha * gap, self.optimizer)
         polyak_(self.target, self.q, self.tau)
         return {"td_loss": td.item(), "gap": gap.item(), "value": taken.mean().item()}
