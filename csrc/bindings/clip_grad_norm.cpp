@@ -17,8 +17,8 @@ Tensor clip_grad_norm_(std::vector<Tensor> grads, double max_norm) {
   if (on_device(grads[0])) {
     const Tensor squares = empty_f32(norm, {pieces.blocks}), scale = empty_f32(norm, {});
     run_device(op, norm,
-               ClipGradNormCuda{pieces.data(), pieces.count(), inout<float>(squares), inout<float>(norm),
-                                inout<float>(scale), max_norm});
+               ClipGradNormCuda{pieces.data(), pieces.count(), out<float>(squares), pieces.blocks, out<float>(norm),
+                                out<float>(scale), max_norm});
     return norm;
   }
 #endif

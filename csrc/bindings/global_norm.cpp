@@ -16,7 +16,8 @@ Tensor global_norm(std::vector<Tensor> tensors) {
 #if FINETUNE_DEVICE
   if (on_device(tensors[0])) {
     const Tensor squares = empty_f32(norm, {pieces.blocks});
-    run_device(op, norm, GlobalNormCuda{pieces.data(), pieces.count(), out<float>(squares), out<float>(norm)});
+    run_device(op, norm,
+               GlobalNormCuda{pieces.data(), pieces.count(), out<float>(squares), pieces.blocks, out<float>(norm)});
     return norm;
   }
 #endif

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> unscale_check_finite_(std::vector<Tensor> grads, Tens
     const Tensor squares = empty_f32(square, {pieces.blocks}), overflow = empty_f32(square, {pieces.blocks});
     run_device(op, square,
                UnscaleCheckFiniteCuda{pieces.data(), pieces.count(), by, out<float>(squares), out<float>(overflow),
-                                      out<float>(found_inf), out<float>(square)});
+                                      pieces.blocks, out<float>(found_inf), out<float>(square)});
     return {found_inf, square};
   }
 #endif

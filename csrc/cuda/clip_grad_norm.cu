@@ -43,14 +43,13 @@ __global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Pie
 
 template <>
 Status launch_cuda(const ClipGradNormCuda& a, void* stream) {
-  int64_t blocks;
-  Status status = launch_squares(a.pieces, a.count, a.squares, blocks, stream);
+  Status status = launch_squares(a.pieces, a.count, a.squares, stream);
   if (status != Status::ok) return status;
-  status = launch(join, dim3(1), dim3(kJoinThreads), 0, stream, static_cast<const float*>(a.squares), blocks,
+  status = launch(join, dim3(1), dim3(kJoinThreads), 0, stream, static_cast<const float*>(a.squares), a.blocks,
                   a.max_norm, a.norm, a.scale);
   if (status != Status::ok) return status;
-  return for_each_piece_list(a.pieces, a.count, [&](auto t, const PieceList& list, unsigned count, int64_t) {
-    return launch(multiply<decltype(t)>, dim3(count), dim3(kThreads), 0, stream, list,
+  return for_each_piece_list(a.pieces, a.count, [&](auto t, const PieceList& list, unsigned blocks, int64_t) {
+    return launch(multiply<decltype(t)>, dim3(blocks), dim3(kThreads), 0, stream, list,
                   static_cast<const float*>(a.scale));
   });
 }

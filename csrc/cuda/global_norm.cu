@@ -21,10 +21,9 @@ __global__ void __launch_bounds__(kJoinThreads) join(const float* parts, int64_t
 
 template <>
 Status launch_cuda(const GlobalNormCuda& a, void* stream) {
-  int64_t blocks;
-  const Status status = launch_squares(a.pieces, a.count, a.squares, blocks, stream);
+  const Status status = launch_squares(a.pieces, a.count, a.squares, stream);
   if (status != Status::ok) return status;
-  return launch(join, dim3(1), dim3(kJoinThreads), 0, stream, static_cast<const float*>(a.squares), blocks, a.norm);
+  return launch(join, dim3(1), dim3(kJoinThreads), 0, stream, static_cast<const float*>(a.squares), a.blocks, a.norm);
 }
 
 }  // namespace finetune

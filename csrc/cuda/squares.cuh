@@ -25,12 +25,10 @@ __global__ void __launch_bounds__(kSquaresThreads) squares(const __grid_constant
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
-// Into out (blocks,), whose number is returned in `blocks`.
-inline Status launch_squares(const Piece* pieces, int64_t count, float* out, int64_t& blocks, void* stream) {
-  blocks = 0;
-  return for_each_piece_list(pieces, count, [&](auto t, const PieceList& list, unsigned added, int64_t first) {
-    blocks += added;
-    return launch(squares<decltype(t)>, dim3(added), dim3(kSquaresThreads), 0, stream, list, out + first);
+// Into out (blocks,).
+inline Status launch_squares(const Piece* pieces, int64_t count, float* out, void* stream) {
+  return for_each_piece_list(pieces, count, [=](auto t, const PieceList& list, unsigned blocks, int64_t first) {
+    return launch(squares<decltype(t)>, dim3(blocks), dim3(kSquaresThreads), 0, stream, list, out + first);
   });
 }
 

@@ -59,16 +59,14 @@ __global__ void __launch_bounds__(kJoinThreads)
 
 template <>
 Status launch_cuda(const UnscaleCheckFiniteCuda& a, void* stream) {
-  int64_t blocks = 0;
-  const auto step = [&](auto t, const PieceList& list, unsigned count, int64_t first) {
-    blocks += count;
-    return launch(unscale<decltype(t)>, dim3(count), dim3(kThreads), 0, stream, list, a.inverse, a.squares + first,
+  const auto step = [&](auto t, const PieceList& list, unsigned blocks, int64_t first) {
+    return launch(unscale<decltype(t)>, dim3(blocks), dim3(kThreads), 0, stream, list, a.inverse, a.squares + first,
                   a.overflow + first);
   };
   const Status status = for_each_piece_list(a.pieces, a.count, step);
   if (status != Status::ok) return status;
   return launch(join, dim3(1), dim3(kJoinThreads), 0, stream, static_cast<const float*>(a.squares),
-                static_cast<const float*>(a.overflow), blocks, a.square, a.found_inf);
+                static_cast<const float*>(a.overflow), a.blocks, a.square, a.found_inf);
 }
 
 }  // namespace finetune

@@ -17,6 +17,7 @@ struct ClipGradNormCuda {
   const Piece* pieces;
   int64_t count;
   float* squares;  // (blocks,) the sum of squares of each block's elements
+  int64_t blocks;
   float *norm, *scale;
   double max_norm;
 };

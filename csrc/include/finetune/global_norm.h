@@ -15,6 +15,7 @@ struct GlobalNormCuda {
   const Piece* pieces;
   int64_t count;
   float* squares;  // (blocks,) the sum of squares of each block's elements
+  int64_t blocks;
   float* norm;
 };
 

@@ -19,6 +19,7 @@ struct UnscaleCheckFiniteCuda {
   const float* inverse;
   float* squares;   // (blocks,) the sum of squares of each block's elements
   float* overflow;  // (blocks,) 1 where a block was not finite
+  int64_t blocks;
   float *found_inf, *square;
 };
 
