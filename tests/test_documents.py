@@ -52,7 +52,7 @@ SMALLER = {
     "run mdp --world taxi": "run mdp --help",
     "smoke": "smoke --help",
 }
-STEPS = {"cuda": "5", "td_learning": "6"}  # of the runs here; else 2
+STEPS = {"cuda": "5", "td_learning": "8"}  # of the runs here; else 2
 SETTINGS = {
     "actor_critic": ["--warmup", "300", "--repeats", "1", "--eval-episodes", "2", "--critic-episodes", "1"],
     "bcq": ["--rows", "300", "--fqe-steps", "2", "--eval-episodes", "2", "--sweep", "0,1"],

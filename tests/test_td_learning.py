@@ -17,9 +17,9 @@ from finetune.run import execute
 
 INFO = registry.find("td_learning")
 main = registry.load(INFO)
-prediction, control, linear, textbook, experiments = (
+prediction, control, linear, textbook, experiments, batch, off_policy = (
     importlib.import_module(f"finetune_modules.td_learning.{name}")
-    for name in ("prediction", "control", "linear", "textbook", "experiments")
+    for name in ("prediction", "control", "linear", "textbook", "experiments", "batch", "off_policy")
 )
 GAMMA = 0.9
 
@@ -139,6 +139,160 @@ def test_forward_and_backward_view_agree_for_small_steps(walk, stream):
     assert apart[1] < 1e-6
 
 
+def test_td_lambda_is_the_offline_lambda_return_as_the_rate_goes_to_zero(walk, stream):
+    """What they learn from one episode, over α: the difference falls with α, here to below a millionth."""
+    lam, truth, first = 0.8, np.zeros(7), np.random.default_rng(0).standard_normal(7) * ~walk.terminal
+    live = stream.live & (stream.episode == 0)
+    once = dataclasses.replace(stream, live=live, ends=stream.ends & live)
+    apart = []
+    for alpha in (1e-3, 1e-8):
+        V, _ = prediction.td_lambda(walk, once, first, np.array([lam]), np.array([alpha]), truth)
+        for row in range(3):
+            mine = first.copy()
+            textbook.offline_lambda_return(mine, *episodes(stream, row)[0], lam, alpha, GAMMA)
+            assert abs(mine - first).max() > alpha / 10
+            apart.append(abs((V[0, row] - mine) / alpha).max())
+    assert max(apart[3:]) < 1e-6
+    assert max(apart[:3]) > 1e-5, "at a larger rate they are not the same"
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+def test_lambda_returns_are_torchrls(walk, stream, lam):
+    torch = pytest.importorskip("torch")
+    functional = pytest.importorskip("torchrl.objectives.value.functional")
+    V = np.random.default_rng(0).standard_normal(7) * ~walk.terminal
+    for states, rewards in episodes(stream, 0):
+        column = [torch.tensor(x, dtype=torch.float64)[:, None] for x in (V[states[1:]], rewards)]
+        done = torch.zeros(len(rewards), 1, dtype=torch.bool)
+        done[-1] = True
+        theirs = functional.td_lambda_return_estimate(GAMMA, lam, *column, done, done)
+        mine = [textbook.lambda_return(V, states, rewards, t, lam, GAMMA) for t in range(len(rewards))]
+        assert np.allclose(theirs[:, 0], mine, rtol=0, atol=1e-12)
+
+
+# --- A batch of episodes, again and again
+
+
+@pytest.fixture(scope="module")
+def counts(walk, stream):
+    made = batch.Counts.none(3, 7)
+    for episode in range(4):
+        made.add(stream, prediction.returns(stream, GAMMA)[0], episode)
+    return made
+
+
+@pytest.mark.parametrize("method", batch.METHODS)
+def test_sweeps_over_counts_are_sweeps_over_the_episodes(walk, stream, counts, method):
+    V = batch.converge(counts, np.tile(first_values(walk), (3, 1)), GAMMA, 0.7, method, tolerance=0, most=5)
+    for row in range(3):
+        mine = first_values(walk)
+        textbook.batch(mine, episodes(stream, row), 0.7 / counts.visits[row].max(), GAMMA, method, 5)
+        assert np.allclose(V[row], mine, rtol=0, atol=1e-12)
+
+
+def test_batch_td_is_certainty_equivalence_and_batch_monte_carlo_the_mean_return(walk, stream, counts):
+    start = np.tile(first_values(walk), (3, 1))
+    td, mc = (batch.converge(counts, start, GAMMA, 1.0, method, tolerance=1e-14) for method in batch.METHODS)
+    for row in range(3):
+        steps, seen = {}, {}
+        for states, rewards in episodes(stream, row):
+            for t, s in enumerate(states[:-1]):
+                steps.setdefault(s, []).append((states[t + 1], rewards[t]))
+                seen.setdefault(s, []).append(sum(GAMMA**i * r for i, r in enumerate(rewards[t:])))
+        A, b = np.eye(7), np.zeros(7)  # the most likely reward process, from the steps
+        for s, found in steps.items():
+            for after, reward in found:
+                A[s, after] -= GAMMA / len(found)
+                b[s] += reward / len(found)
+        exact = np.linalg.solve(A, b)
+        assert set(steps) == set(seen) <= set(range(1, 6))
+        for s in steps:
+            assert td[row, s] == pytest.approx(exact[s], abs=1e-8)
+            assert mc[row, s] == pytest.approx(np.mean(seen[s]), abs=1e-8)
+        assert np.allclose(batch.certainty_equivalence(counts, row, GAMMA)[list(steps)], exact[list(steps)], atol=1e-12)
+        assert abs(td[row] - mc[row]).max() > 1e-3, "they are not the same"
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_figure_6_2_and_you_are_the_predictor(seed):
+    totals = experiments.Totals()
+    experiments.batch_updating(totals, 100, 1.0, np.random.default_rng(seed))
+    td, mc = (totals.mean(f"6.2 batch {method}") for method in batch.METHODS)
+    assert (td[1:] < mc[1:]).all(), "with every number of episodes but one"
+    assert td.mean() < 0.8 * mc.mean()
+    assert totals.mean("6.2 batch gap") < 1e-8
+    assert np.allclose(totals.mean("6.4 td"), [0.75, 0.75, 0], rtol=0, atol=1e-10)
+    assert np.allclose(totals.mean("6.4 mc"), [0, 0.75, 0], rtol=0, atol=1e-10)
+
+
+# --- Importance sampling
+
+
+def test_blackjack():
+    """The book's value of Example 5.4 is itself a mean, of a hundred million episodes; gymnasium's episodes agree."""
+    world, _, value = experiments.blackjack_state()
+    assert value == pytest.approx(-0.27726, abs=2e-4)
+    gymnasium = pytest.importorskip("gymnasium")
+    env = gymnasium.make("Blackjack-v1", sab=True).unwrapped
+    env.reset(seed=0)
+    draw, found = np.random.default_rng(0), []
+    for _ in range(4000):
+        env.player, (second,) = [1, 2], [int(draw.integers(1, 14))]
+        env.dealer, over = [2, min(second, 10)], False
+        while not over:
+            _, reward, over, _, _ = env.step(int(draw.integers(2)))
+        found.append(reward)
+    exact = mdps.performance(world, mdps.uniform(world))
+    assert np.mean(found) == pytest.approx(exact, abs=4 * np.std(found) / np.sqrt(len(found)))
+    states = np.arange(200)
+    sums, ace = states // 10 % 10 + 12, states >= 100
+    best = mdps.greedy(world, _best(world))[:200, 0] == 1  # sticks
+    assert best[(sums >= 19) | (~ace & (sums >= 17))].all()
+    assert not best[(ace & (sums <= 17))].any()
+
+
+def _best(world):
+    from finetune.rl import planning
+
+    return planning.policy_iteration(world)[0]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_importance_sampling_is_unbiased_and_ratios_of_decisions_vary_less(seed):
+    world, target, value = experiments.paying_world()
+    G, rho, each = off_policy.sample(world, target, mdps.uniform(world), 100, 1000, np.random.default_rng(seed))
+    count = G.size
+    for values, exact in ((rho * G, value), (each, value), (rho, 1.0)):
+        assert values.mean() == pytest.approx(exact, abs=5 * values.std() / np.sqrt(count))
+    assert each.var() < (rho * G).var()
+    behaviour = mdps.performance(world, mdps.uniform(world))
+    assert abs(G.mean() - behaviour) < 5 * G.std() / np.sqrt(count)
+    assert abs(value - behaviour) > 20 * G.std() / np.sqrt(count), "what is seen is not what is asked for"
+
+
+def test_weighted_importance_sampling_is_the_textbooks():
+    world, target, _ = experiments.paying_world()
+    target = mdps.one_hot(world, np.zeros(len(world.terminal), int))  # many ratios are 0
+    G, rho, each = off_policy.sample(world, target, mdps.uniform(world), 3, 200, np.random.default_rng(0), piece=100)
+    assert (rho == 0).any()
+    for row, got in enumerate(off_policy.weighted(G, rho)):
+        assert np.allclose(got, textbook.weighted_importance(G[row], rho[row]), rtol=0, atol=1e-10)
+    assert np.allclose(each[rho == 2], (G * rho)[rho == 2]), "episodes of one step"
+
+
+@pytest.mark.parametrize("seed", [4, 5, 6])
+def test_figure_5_3_and_infinite_variance(seed):
+    totals = experiments.Totals()
+    experiments.importance(totals, 100, 1.0, np.random.default_rng(seed))
+    assert totals.mean("5.3 weighted early") < totals.mean("5.3 ordinary early") / 2
+    for name in off_policy.ESTIMATORS:
+        assert totals.mean(f"5.3 {name}")[-1] < 0.005
+    paths = experiments.loop_paths(np.random.default_rng(seed))
+    assert set(np.unique(paths["weighted"])) <= {0.0, 1.0}
+    assert (paths["weighted"][:, -1] == 1).all()
+    assert abs(paths["ordinary"][:, -1] - 1).mean() > 0.05, "after 100 000 episodes"
+
+
 # --- Control
 
 
@@ -198,32 +352,100 @@ def test_behaviour_is_epsilon_greedy():
     assert abs(counts - got[0]).max() < 4 * np.sqrt(0.25 / 20_000)
 
 
-@pytest.mark.parametrize(("n", "greedy"), [(1, False), (3, False), (1, True), (4, True)])
-def test_tree_backup_is_the_textbooks(monkeypatch, n, greedy):
-    """Section 7.5 on the very episodes that the vectorised one saw."""
-    mdp, alpha, epsilon = random_world(), 0.3, 0.4
-    seen = []
-    real = control.Walkers.step
+@pytest.fixture
+def watched(monkeypatch):
+    """Every step of the walkers: states, actions, what came of them, and π/b of the actions where there is one."""
+    steps, ratios = [], [None]
+    step, act = control.Walkers.step, control.act
 
-    def step(self, action, draw):
+    def watched_step(self, action, draw):
         state = self.state.copy()
-        out = real(self, action, draw)
-        seen.append((state, action, out))
+        out = step(self, action, draw)
+        steps.append((state, action, out, ratios[-1]))
         return out
 
-    monkeypatch.setattr(control.Walkers, "step", step)
-    Q, sums = control.tree_backup(mdp, n, 3, 12, alpha, epsilon, np.random.default_rng(2), greedy_target=greedy)
+    def watched_act(q, allowed, epsilon, target, draw):
+        action, ratio = act(q, allowed, epsilon, target, draw)
+        pi, b = (control.epsilon_greedy(q, allowed, e)[np.arange(len(q)), action] for e in (target, epsilon))
+        assert np.array_equal(ratio, pi / b)
+        ratios.append(ratio)
+        return action, ratio
+
+    monkeypatch.setattr(control.Walkers, "step", watched_step)
+    monkeypatch.setattr(control, "act", watched_act)
+    return steps
+
+
+@pytest.mark.parametrize(("n", "greedy"), [(1, False), (3, False), (1, True), (4, True)])
+def test_q_0_is_the_textbooks_tree_backup(watched, n, greedy):
+    """Section 7.5 on the very episodes that the vectorised one saw."""
+    mdp, alpha, epsilon = random_world(), 0.3, 0.4
+    target = 0.0 if greedy else epsilon
+    Q, sums = control.q_sigma(
+        mdp, n, 0.0, 3, 12, alpha, epsilon, np.random.default_rng(2), target_epsilon=0.0 if greedy else None
+    )
     for r in range(3):
         mine, episode, totals = np.zeros(mdp.size), [], []
-        for state, action, (after, reward, terminated, _) in seen:
+        for state, action, (after, reward, terminated, _), _ in watched:
             episode.append((state[r], action[r], reward[r], after[r]))
             if terminated[r]:
-                textbook.tree_backup(mine, episode, n, alpha, mdp.gamma, 0.0 if greedy else epsilon)
+                textbook.tree_backup(mine, episode, n, alpha, mdp.gamma, target)
                 totals.append(sum(x[2] for x in episode))
                 episode = []
-        textbook.tree_backup(mine, episode, n, alpha, mdp.gamma, 0.0 if greedy else epsilon, ended=False)
+        textbook.tree_backup(mine, episode, n, alpha, mdp.gamma, target, ended=False)
         assert np.allclose(Q[r], mine, rtol=0, atol=1e-12)
         assert np.allclose(sums[r], totals[:12], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", [None, 0.1])
+@pytest.mark.parametrize(("n", "sigma"), [(1, 1.0), (3, 1.0), (1, 0.5), (4, 0.3)])
+def test_q_sigma_is_the_sum_of_td_errors_and_q_1_n_step_sarsa(watched, n, sigma, target):
+    """One run, so that every episode is whole."""
+    mdp, alpha, epsilon = random_world(), 0.2, 0.4
+    Q, _ = control.q_sigma(mdp, n, sigma, 1, 40, alpha, epsilon, np.random.default_rng(3), target_epsilon=target)
+    sarsa, td_errors, episode, ratios = np.zeros(mdp.size), np.zeros(mdp.size), [], []
+    for (state,), (action,), ((after,), (reward,), (terminated,), _), (ratio,) in watched:
+        episode.append((state, action, reward, after))
+        ratios.append(ratio)
+        if terminated:
+            textbook.n_step_sarsa(sarsa, episode, ratios, n, alpha, mdp.gamma)
+            textbook.q_sigma(
+                td_errors, episode, ratios, n, sigma, alpha, mdp.gamma, epsilon if target is None else target
+            )
+            episode, ratios = [], []
+    assert np.allclose(Q[0], td_errors, rtol=0, atol=1e-11)
+    assert np.allclose(Q[0], sarsa, rtol=0, atol=1e-11) == (sigma == 1)
+
+
+def test_without_lambda_traces_change_nothing():
+    mdp, kinds = random_world(), ("sarsa", "expected_sarsa", "q_learning")
+    made = []
+    for lam in (None, 0.0, 0.5):
+        draw = np.random.default_rng(4)
+        learners = control.Learners(mdp, kinds, 3, 0.4, 0.3, draw, lam=lam)
+        for _ in range(200):
+            learners.step(draw)
+        made.append(learners.Q)
+    assert np.array_equal(made[0], made[1])
+    assert not np.allclose(made[0], made[2])
+
+
+@pytest.mark.parametrize("kind", ["sarsa", "q_learning"])
+def test_traces_are_the_textbooks(watched, kind):
+    """SARSA(λ), and Watkins' Q(λ), whose traces are cut: both often enough."""
+    mdp, alpha, lam, draw = random_world(), 0.3, 0.8, np.random.default_rng(5)
+    learners = control.Learners(mdp, (kind,), 2, alpha, 0.4, draw, lam=lam)
+    for _ in range(300):
+        learners.step(draw)
+    for r in range(2):
+        mine, episode = np.zeros(mdp.size), []
+        for state, action, (after, reward, terminated, _), _ in watched:
+            episode.append((state[r], action[r], reward[r], after[r]))
+            if terminated[r]:
+                textbook.traces(mine, episode, None, lam, alpha, mdp.gamma, kind == "q_learning")
+                episode = []
+        textbook.traces(mine, episode, learners.action[r], lam, alpha, mdp.gamma, kind == "q_learning")
+        assert np.allclose(learners.Q[0, r], mine, rtol=0, atol=1e-12)
 
 
 def test_q_learning_finds_the_best_values():
@@ -283,12 +505,17 @@ def test_baird():
     steps = np.mean([np.outer(row, 0.99 * after - row) for row in x], axis=0)
     assert np.linalg.eigvals(steps).real.max() > 0.1
     draw = np.random.default_rng(0)
-    td, tdc = (linear.baird(m, 30, 1000, a, b, draw) for m, a, b in (("td", 0.01, 0), ("tdc", 0.005, 0.05)))
+    td, *gradient = (linear.baird(m, 30, 1000, a, b, draw)
+                     for m, a, b in (("td", 0.01, 0), ("tdc", 0.005, 0.05), ("gtd2", 0.005, 0.05)))  # fmt: skip
     length = np.linalg.norm(td, axis=2)
     assert (length[-1] > 5 * length[0]).all()
-    error = linear.bellman_error(tdc)
-    assert (np.linalg.norm(tdc[-1], axis=1) < np.linalg.norm(tdc[0], axis=1)).all()
-    assert (error[-1] < error[0] / 10).all()
+    for w in gradient:
+        error = linear.bellman_error(w)
+        assert (np.linalg.norm(w[-1], axis=1) < np.linalg.norm(w[0], axis=1)).all()
+        assert (error[-1] < error[0] / 10).all()
+    one = {m: linear.baird(m, 500, 1, 0.01, 0.05, np.random.default_rng(1)) for m in experiments.METHODS}
+    assert np.array_equal(one["td"], one["tdc"]), "with h = 0 TDC is TD"
+    assert np.array_equal(one["gtd2"][1], one["gtd2"][0]), "and GTD2 stands still"
     best = np.array([1, 1, 1, 1, 1, 1, 4, -2.0])
     assert np.allclose(linear.FEATURES @ best, 0), "the values can all be 0"
 
@@ -300,7 +527,7 @@ def test_three_experiments_and_taxi(tmp_path):
     """Each result against its baseline; what the quick experiments show, and Taxi."""
     summary = run(tmp_path / "run", steps=3, taxi_steps=24_000)
     metrics, missed = summary["metrics"], [n for n, reached in summary["reached"].items() if reached is False]
-    assert missed == ["experiments"], "three of six"
+    assert missed == ["experiments"], "three of them"
     assert metrics["taxi"] >= 7.5 > 0 > summary["baseline"]["taxi"]
     assert metrics["five_states_td"] < 0.7 * summary["baseline"]["five_states_td"], "TD before Monte Carlo"
     assert metrics["left_double_q"] < 0.08 < metrics["left_q_learning"]
@@ -328,9 +555,11 @@ def test_figures_7_2_and_12_6():
 def test_example_6_6():
     totals = experiments.Totals()
     experiments.cliff(totals, 10, 250, 1.0, np.random.default_rng(5))
-    sarsa, expected, q_learning, _, backup = totals.mean("6.6 last")
-    assert expected > sarsa > q_learning
-    assert backup > q_learning
+    last, first = (dict(zip(experiments.ACTING, totals.mean(f"6.6 {part}"), strict=True)) for part in ("last", "first"))
+    assert last["expected_sarsa"] > last["sarsa"] > last["q_learning"]
+    assert last["tree_backup"] > last["q_sigma"] > last["n_step_sarsa"], "what is not drawn adds no variance"
+    assert first["sarsa_lambda"] > first["sarsa"]
+    assert first["q_lambda"] > first["q_learning"]
     assert totals.mean("6.6 path") == -13, "and yet its greedy path is the shortest"
 
 

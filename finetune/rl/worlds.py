@@ -122,6 +122,47 @@ def maximisation_bias(gamma: float = 1.0, actions: int = 10) -> MDP:
     return make(P, R, gamma, allowed=allowed, start=[1, 0, 0], terminal=[False, False, True], name="maximisation_bias")
 
 
+def blackjack(gamma: float = 1.0) -> MDP:
+    """Example 5.1, cards drawn with replacement. State 100 · usable ace + 10 · (sum − 12) + dealer's card − 1, then the
+    ends: lost, drawn, won. Actions: stick, hit. Sums below 12 are no states, as nobody sticks there; an episode starts
+    in any state alike, and a natural counts as any 21."""
+    card = np.array([0] + [1 / 13] * 9 + [4 / 13])  # of ace, 2, …, ten
+    after: dict[tuple[int, bool], Array] = {}  # the dealer's sum and usable ace → where that ends: 17 … 21, bust
+
+    def dealt(total: int, usable: bool, k: int) -> tuple[int, bool]:
+        total, usable = (total + 11, True) if k == 1 and total + 11 <= 21 else (total + k, usable)
+        return (total - 10, False) if usable and total > 21 else (total, usable)
+
+    def dealer(total: int, usable: bool) -> Array:
+        if total >= 17:
+            return np.eye(6)[min(total - 17, 5)]
+        if (total, usable) not in after:
+            after[total, usable] = sum((card[k] * dealer(*dealt(total, usable, k)) for k in range(1, 11)), np.zeros(6))
+        return after[total, usable]
+
+    P, R = np.zeros((203, 2, 203)), np.zeros((203, 2, 203))
+    R[:, :, 200], R[:, :, 202] = -1, 1
+    P[200:, :, 200:] = np.eye(3)[:, None]
+    for s in range(200):
+        usable, total, shown = bool(s // 100), s // 10 % 10 + 12, s % 10 + 1
+        ends = dealer(*dealt(0, False, shown))
+        below = max(total - 17, 0)
+        drawn = ends[below] if total >= 17 else 0.0
+        P[s, 0, 200:] = ends[below:5].sum() - drawn, drawn, ends[:below].sum() + ends[5]
+        for k in range(1, 11):
+            reached, still = dealt(total, usable, k)
+            P[s, 1, 200 if reached > 21 else 100 * still + 10 * (reached - 12) + shown - 1] += card[k]
+    return make(P, R, gamma, terminal=np.arange(203) >= 200, actions=("stick", "hit"), name="blackjack")
+
+
+def one_state_loop(gamma: float = 1.0) -> MDP:
+    """Example 5.5: left (action 0) comes back with probability 0.9 and else ends with a reward of 1; right ends."""
+    P, R = np.zeros((2, 2, 2)), np.zeros((2, 2, 2))
+    P[0] = [[0.9, 0.1], [0.0, 1.0]]
+    P[1, :, 1] = R[0, 0, 1] = 1
+    return make(P, R, gamma, terminal=[False, True], start=[1, 0], actions=("left", "right"), name="one_state_loop")
+
+
 # What the book prints: values of the random policy, V*, and the sweeps of iterative policy evaluation.
 EXAMPLE_3_5 = np.array([[3.3, 8.8, 4.4, 5.3, 1.5], [1.5, 3.0, 2.3, 1.9, 0.5], [0.1, 0.7, 0.7, 0.4, -0.4],
                         [-1.0, -0.4, -0.4, -0.6, -1.2], [-1.9, -1.3, -1.2, -1.4, -2.0]])  # fmt: skip
@@ -144,6 +185,7 @@ WORLDS: dict[str, tuple[Callable[[float], MDP], float]] = {
     "small_gridworld": (small_gridworld, 1.0),
     "car_rental": (car_rental, 0.9),
     "gambler": (gambler, 1.0),
+    "blackjack": (blackjack, 1.0),
     "random_walk": (lambda g: random_walk(19, -1.0, 1.0, g), 1.0),
 }
 

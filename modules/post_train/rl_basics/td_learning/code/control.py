@@ -1,4 +1,4 @@
-"""Learning to act: SARSA, expected SARSA, Q-learning, double Q-learning and n-step tree backup, many runs side by side.
+"""Learning to act: SARSA, expected SARSA, Q-learning, double Q-learning, SARSA(λ), Q(λ), Q(σ); many runs side by side.
 
 Each moves Q(S,A) by α towards R + γ · (what it expects of S'):
 
@@ -6,10 +6,13 @@ Each moves Q(S,A) by α towards R + γ · (what it expects of S'):
     expected SARSA    Σ_a π(a|S') Q(S', a)
     Q-learning        max_a Q(S', a)
     double Q          Q₂(S', argmax_a Q₁(S', a)), the two tables in turns (van Hasselt 2010)
+    n-step SARSA      R' + γ R'' + … + γⁿ⁻¹ Q of what is done after n steps
     tree backup       n steps of expected SARSA: at each step the branch that was taken is followed, the others are
                       estimated (Precup et al. 2000)
+    Q(σ)              σ of the one and 1 − σ of the other
 
-Behaviour is ε-greedy, ties broken evenly; in double Q by the sum of the two tables.
+SARSA(λ) and Watkins' Q(λ) move all pairs that have been visited, by traces that decay by γλ. Behaviour is ε-greedy,
+ties broken evenly; in double Q by the sum of the two tables.
 """
 
 from __future__ import annotations
@@ -52,6 +55,12 @@ class Walkers:
             self.state[rows] = pick(self.first, draw.random(count))
             self.total[rows], self.age[rows] = 0, 0
 
+    def keep(self, rows: NDArray[np.bool_]) -> None:
+        """Goes on with these rows only."""
+        self.state, self.total, self.age, self.episode = (
+            x[rows] for x in (self.state, self.total, self.age, self.episode)
+        )
+
     def step(self, action: NDArray[np.intp], draw: np.random.Generator) -> tuple[NDArray, Array, NDArray, NDArray]:
         """Next states, rewards, terminated, and over: terminated or cut off. `begin` has to follow for what is over."""
         at = self.state, action
@@ -72,7 +81,10 @@ class Walkers:
 
 
 class Learners:
-    """One-step control, `kinds` × `runs` rows in lockstep; what it knows is in its state_dict."""
+    """One-step control, `kinds` × `runs` rows in lockstep; what it knows is in its state_dict.
+
+    lam: with replacing traces, which Q-learning cuts at every action that is not greedy (Watkins 1989).
+    """
 
     def __init__(
         self,
@@ -83,13 +95,17 @@ class Learners:
         epsilon: float,
         draw: np.random.Generator,
         *,
+        lam: float | None = None,
         noise: Array | None = None,
         limit: int | None = None,
     ) -> None:
+        if lam is not None and "double_q" in kinds:
+            raise ValueError("double Q-learning has no traces here")
         rows = len(kinds) * runs
         self.mdp, self.kinds, self.runs, self.alpha, self.epsilon = mdp, kinds, runs, alpha, epsilon
         self.world = Walkers(mdp, rows, noise, limit)
-        self.Q = np.zeros((2, rows, *mdp.size))
+        self.Q, self.lam = np.zeros((2, rows, *mdp.size)), lam
+        self.E = None if lam is None else np.zeros((rows, *mdp.size))
         self.rows = np.arange(rows)
         self.of = {kind: np.repeat(np.array([k == kind for k in kinds]), runs) for kind in KINDS}
         self.world.begin(np.ones(rows, bool), draw)
@@ -125,13 +141,22 @@ class Learners:
             mean = (probabilities * np.where(allowed, q, 0.0)).sum(1)
             expects = np.where(of["expected_sarsa"], mean, expects)
         target = reward + self.mdp.gamma * np.where(terminated, 0.0, expects)
-        Q[table, rows, state, action] += self.alpha * (target - Q[table, rows, state, action])
+        error = target - Q[table, rows, state, action]
+        if self.E is None:
+            Q[table, rows, state, action] += self.alpha * error
+        else:
+            self.E *= self.mdp.gamma * self.lam
+            self.E[rows, state, action] = 1
+            Q[0] += (self.alpha * error)[:, None, None] * self.E
 
         world.begin(over, draw)
         chosen = pick(self.policy(world.state).cumsum(1), uniforms)
         if "sarsa" in self.kinds:  # it does what it has just learnt from, unless an episode has begun
             chosen = np.where(of["sarsa"] & ~over, follows, chosen)
         self.action = chosen
+        if self.E is not None:
+            q = np.where(self.mdp.allowed[world.state], Q[0, rows, world.state], -np.inf)
+            self.E[over | (of["q_learning"] & (q[rows, chosen] < q.max(1)))] = 0
         return state, action, reward, over
 
     def greedy(self) -> NDArray[np.intp]:
@@ -141,13 +166,13 @@ class Learners:
     def state_dict(self) -> dict[str, Any]:
         w = self.world
         arrays = {"Q": self.Q, "action": self.action, "state": w.state, "total": w.total, "age": w.age,
-                  "episode": w.episode}  # fmt: skip
+                  "episode": w.episode} | ({} if self.E is None else {"E": self.E})  # fmt: skip
         return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         arrays = {name: value.numpy().copy() for name, value in state.items()}
         w = self.world
-        self.Q, self.action = arrays["Q"], arrays["action"]
+        self.Q, self.action, self.E = arrays["Q"], arrays["action"], arrays.get("E")
         w.state, w.total, w.age, w.episode = (arrays[name] for name in ("state", "total", "age", "episode"))
 
 
@@ -165,59 +190,84 @@ def learn(learners: Learners, episodes: int, draw: np.random.Generator) -> Array
     return sums.reshape(len(learners.kinds), learners.runs, episodes)
 
 
-def tree_backup(
+def act(
+    q: Array, allowed: NDArray[np.bool_], epsilon: float, target: float, draw: np.random.Generator
+) -> tuple[NDArray[np.intp], Array]:
+    """ε-greedy actions (N,), and π/b of each: how much likelier the target-greedy policy takes it."""
+    behaviour = epsilon_greedy(q, allowed, epsilon)
+    action = pick(behaviour.cumsum(1), draw.random(len(q)))
+    rows = np.arange(len(q))
+    return action, epsilon_greedy(q, allowed, target)[rows, action] / behaviour[rows, action]
+
+
+def q_sigma(
     mdp: MDP,
     n: int,
+    sigma: float,
     runs: int,
     episodes: int,
     alpha: float,
     epsilon: float,
     draw: np.random.Generator,
     *,
-    greedy_target: bool = False,
+    target_epsilon: float | None = None,
     limit: int | None = None,
 ) -> tuple[Array, Array]:
-    """n-step tree backup, the target policy being the behaviour or the greedy one. Q (R, S, A) and the sums of rewards
-    (R, episodes). n = 1 is expected SARSA; with the greedy target, Q-learning."""
+    """n-step Q(σ) (De Asis et al. 2018, arXiv:1703.01327): Q (R, S, A) and the sums of rewards (R, episodes).
+
+        G_t = R + γ [σ G_{t+1} + (1 − σ) (Σ_a π(a|S') Q(S', a) + π(A'|S') (G_{t+1} − Q(S', A')))]   G_{t+n} = Q(S', A')
+
+    Each A' of the n steps weights the update by 1 − σ + σ π/b. σ = 1 is n-step SARSA, off-policy with the ratios of
+    section 7.3; σ = 0 is tree backup; with n = 1 they are SARSA and expected SARSA. The target policy π is
+    target_epsilon-greedy, by default the behaviour b itself; with 0, one step of tree backup is Q-learning.
+    """
+    target = epsilon if target_epsilon is None else target_epsilon
     world, Q, rows = Walkers(mdp, runs, limit=limit), np.zeros((runs, *mdp.size)), np.arange(runs)
-    past: list[tuple[NDArray, NDArray, Array]] = []  # the last n steps: states, actions, rewards
+    past: list[tuple[NDArray, NDArray, Array, Array]] = []  # the last n steps: states, actions, rewards, π/b
     length = np.zeros(runs, np.intp)  # how many of them belong to the episode
     sums, running = np.full((runs, episodes), np.nan), np.zeros(runs)
-    world.begin(np.ones(runs, bool), draw)
 
-    def values(states: NDArray[np.intp]) -> tuple[Array, Array]:
-        q, allowed = Q[rows, states], mdp.allowed[states]
-        return q, epsilon_greedy(q, allowed, 0.0 if greedy_target else epsilon)
+    def choose() -> tuple[NDArray[np.intp], Array]:
+        return act(Q[rows, world.state], mdp.allowed[world.state], epsilon, target, draw)
 
-    def update(steps: list[tuple[NDArray, NDArray, Array]], last: Array, where: NDArray[np.bool_]) -> None:
+    def expected(states: NDArray[np.intp], actions: NDArray[np.intp], G: Array) -> Array:
+        """What the step before expects of (S, A), if G is what A brings."""
+        q = Q[rows, states]
+        probabilities = epsilon_greedy(q, mdp.allowed[states], target)
+        mean = (probabilities * q).sum(1) + probabilities[rows, actions] * (G - q[rows, actions])
+        return sigma * G + (1 - sigma) * mean
+
+    def update(steps: list[tuple[NDArray, NDArray, Array, Array]], last: Array, weight: Array) -> None:
         """Of the first of these steps, from the value `last` of what follows the last of them."""
         G = last
         for k in reversed(range(len(steps))):
-            state, action, reward = steps[k]
+            state, action, reward, ratio = steps[k]
             G = reward + mdp.gamma * G
-            if k:  # at this state the branch that was taken has G, the others keep their estimates
-                q, probabilities = values(state)
-                G = (probabilities * q).sum(1) + probabilities[rows, action] * (G - q[rows, action])
-        state, action, _ = steps[0]
-        Q[rows, state, action] += alpha * where * (G - Q[rows, state, action])
+            if k:
+                G, weight = expected(state, action, G), weight * (1 - sigma + sigma * ratio)
+        Q[rows, state, action] += alpha * weight * (G - Q[rows, state, action])
 
+    world.begin(np.ones(runs, bool), draw)
+    action, ratio = choose()
     while (world.episode < episodes).any():
         state = world.state
-        behaviour = epsilon_greedy(Q[rows, state], mdp.allowed[state], epsilon)
-        action = pick(behaviour.cumsum(1), draw.random(runs))
         after, reward, terminated, over = world.step(action, draw)
-        past = [*past, (state, action, reward)][-n:]
+        past = [*past, (state, action, reward, ratio)][-n:]
         length = np.minimum(length + 1, n)
-        q, probabilities = values(after)
-        value = np.where(terminated, 0.0, (probabilities * q).sum(1))
+        action, ratio = choose()
+        last = np.where(terminated, 0.0, expected(after, action, Q[rows, after, action]))
+        weight = np.where(terminated, 1.0, 1 - sigma + sigma * ratio)
         if len(past) == n:
-            update(past, value, length == n)
+            update(past, last, weight * (length == n))
         if over.any():
             for left in range(min(n - 1, len(past)), 0, -1):  # the end is known, so what is left can be updated
-                update(past[-left:], value, over & (length >= left))
+                update(past[-left:], last, weight * (over & (length >= left)))
         running += reward
         ended = np.flatnonzero(over & (world.episode <= episodes))
         sums[ended, world.episode[ended] - 1] = running[ended]
         running[over], length[over] = 0, 0
-        world.begin(over, draw)
+        if over.any():
+            world.begin(over, draw)
+            begun, ratios = choose()
+            action, ratio = np.where(over, begun, action), np.where(over, ratios, ratio)
     return Q, sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from finetune.rl import mdp as mdps
 from finetune.rl import planning, worlds
 from finetune.rl.mdp import MDP, Array
 
-from . import control, linear, prediction
+from . import batch, control, linear, off_policy, prediction
 
 TD_ALPHAS, MC_ALPHAS = (0.05, 0.1, 0.15), (0.01, 0.02, 0.03, 0.04)  # of Example 6.2
 ALPHAS = np.array([0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
@@ -22,7 +23,13 @@ TRACES: tuple[prediction.Trace, ...] = ("accumulating", "replacing", "dutch", "t
 BIAS_KINDS: tuple[control.Kind, ...] = ("q_learning", "double_q", "expected_sarsa")
 CAR_ALPHAS = np.array([0.1, 0.2, 0.5])  # over the number of tilings
 BAIRD_STEPS = 1000
-BACKUP = 3  # steps of tree backup
+METHODS: tuple[linear.Method, ...] = ("td", "tdc", "gtd2")
+SEVERAL = 3  # steps of n-step SARSA, Q(σ) and tree backup on the cliff
+SIGMAS = {"tree_backup": 0.0, "q_sigma": 0.5, "n_step_sarsa": 1.0}
+TRACED, LAMBDA = ("sarsa_lambda", "q_lambda"), 0.5  # on the cliff
+ACTING = (*control.KINDS, *SIGMAS, *TRACED)  # the rows of Example 6.6
+EPISODES = np.unique(np.geomspace(1, 10_000, 81).astype(int))  # at which importance sampling is looked at
+LOOPS = np.unique(np.geomspace(1, 100_000, 121).astype(int))
 
 
 class Totals:
@@ -111,11 +118,14 @@ def cliff(totals: Totals, runs: int, episodes: int, rate: float, draw: np.random
     mdp = worlds.world("cliff_walking")
     learners = control.Learners(mdp, control.KINDS, runs, 0.5 * rate, 0.1, draw, limit=300)
     sums = control.learn(learners, episodes, draw)
-    Q, backup = control.tree_backup(mdp, BACKUP, runs, episodes, 0.5 * rate, 0.1, draw, limit=300)
-    online = np.concatenate([sums, backup[None]])  # (5, R, E)
+    several = [control.q_sigma(mdp, SEVERAL, sigma, runs, episodes, 0.5 * rate, 0.1, draw, limit=300)[1]
+               for sigma in SIGMAS.values()]  # fmt: skip
+    traced = control.Learners(mdp, ("sarsa", "q_learning"), runs, 0.5 * rate, 0.1, draw, lam=LAMBDA, limit=300)
+    online = np.concatenate([sums, np.stack(several), control.learn(traced, episodes, draw)])  # (K, R, E)
     totals.add("6.6", online, axis=1)
     totals.add("6.6 last", online[:, :, -100:].mean(2))
-    tables = np.concatenate([learners.Q.sum(0).reshape(-1, runs, *mdp.size), Q[None]])
+    totals.add("6.6 first", online[:, :, :50].mean(2))
+    tables = learners.Q.sum(0).reshape(-1, runs, *mdp.size)
     tables[control.KINDS.index("double_q")] /= 2
     totals.add("6.6 Q", tables, axis=1)
     greedy = tables[control.KINDS.index("q_learning")].argmax(-1)
@@ -152,9 +162,86 @@ def car(totals: Totals, runs: int, episodes: int, rate: float, draw: np.random.G
 
 
 def baird(totals: Totals, runs: int, rate: float, draw: np.random.Generator) -> None:
-    """Figures 11.2 and 11.5, with α = 0.01 and, for TDC, α = 0.005 and β = 0.05."""
-    for method, alpha, beta in (("td", 0.01, 0.0), ("tdc", 0.005, 0.05)):
+    """Figures 11.2 and 11.5: α = 0.01, and 0.005 with β = 0.05 for the gradient methods."""
+    for method in METHODS:
+        alpha, beta = (0.01, 0.0) if method == "td" else (0.005, 0.05)
         w = linear.baird(method, runs, BAIRD_STEPS, rate * alpha, rate * beta, draw)
         totals.add(f"baird {method} weights", w, axis=1)  # (T, 8)
         totals.add(f"baird {method} error", linear.bellman_error(w))
         totals.add(f"baird {method} growth", np.linalg.norm(w[-1], axis=1) / np.linalg.norm(w[0], axis=1))
+
+
+def batch_updating(totals: Totals, runs: int, rate: float, draw: np.random.Generator) -> None:
+    """Figure 6.2: after every episode of the 5-state walk, batch TD(0) and batch Monte Carlo to convergence on all
+    episodes so far. Example 6.4, and how far TD is from the certainty-equivalence estimate at the end."""
+    walk = worlds.random_walk()
+    truth, V0 = mdps.solve(walk, mdps.uniform(walk)), np.where(walk.terminal, 0.0, 0.5)
+    stream = prediction.sample(walk, runs, 100, draw)
+    G = prediction.returns(stream, walk.gamma)[0]
+    counts = batch.Counts.none(runs, walk.size[0])
+    V = {method: np.tile(V0, (runs, 1)) for method in batch.METHODS}
+    errors: dict[str, list[Array]] = {method: [] for method in V}
+    for episode in range(100):
+        counts.add(stream, G, episode)
+        for method in batch.METHODS:
+            V[method] = batch.converge(counts, V[method], walk.gamma, rate, method)
+            errors[method].append(np.sqrt(((V[method] - truth)[:, ~walk.terminal] ** 2).mean(1)))
+    for method, values in errors.items():
+        totals.add(f"6.2 batch {method}", np.array(values))  # (E,)
+        totals.add(f"6.2 batch {method} mean", np.mean(values, 0))
+    exact = np.stack([batch.certainty_equivalence(counts, run, walk.gamma) for run in range(runs)])
+    gap = abs(batch.converge(counts, V["td"], walk.gamma, rate, "td", tolerance=1e-12) - exact)
+    totals.add("6.2 batch gap", gap.max(1))
+    seen = batch.predictor()
+    counts = batch.Counts.none(1, 3)
+    for episode in range(8):
+        counts.add(seen, prediction.returns(seen, 1.0)[0], episode)
+    for method in batch.METHODS:
+        totals.add(f"6.4 {method}", batch.converge(counts, np.zeros((1, 3)), 1.0, rate, method, tolerance=1e-12).T)
+
+
+def importance(totals: Totals, runs: int, rate: float, draw: np.random.Generator) -> None:
+    """Figure 5.3: a blackjack state by episodes of random play; Example 5.5, where ordinary importance sampling has
+    infinite variance; and, in a random world that pays at every step, weights of each decision."""
+    learns = rate > 0  # means over episodes have no rate to be multiplied
+
+    def squared(name: str, estimate: Array, truth: float, at: Array) -> None:
+        totals.add(name, (learns * estimate[:, at - 1] - truth) ** 2, axis=0)
+
+    world, target, value = blackjack_state()
+    G, rho, _ = off_policy.sample(world, target, mdps.uniform(world), runs, EPISODES[-1], draw)
+    for name, estimator in off_policy.ESTIMATORS.items():
+        estimate = estimator(G, rho)
+        squared(f"5.3 {name}", estimate, value, EPISODES)
+        totals.add(f"5.3 {name} early", ((learns * estimate[:, :10] - value) ** 2).mean(1))
+    for name, paths in loop_paths(draw).items():
+        squared(f"5.5 {name}", paths, 1.0, np.arange(1, len(LOOPS) + 1))
+
+    world, target, value = paying_world()
+    G, rho, each = off_policy.sample(world, target, mdps.uniform(world), runs, 1000, draw)
+    few = EPISODES[EPISODES <= 1000]
+    for name, estimator in off_policy.ESTIMATORS.items():
+        squared(f"5.9 {name}", estimator(G, rho), value, few)
+    squared("5.9 per_decision", off_policy.ordinary(each, np.ones_like(each)), value, few)
+
+
+def blackjack_state() -> tuple[MDP, Array, float]:
+    """Example 5.4: from 13 with a usable ace against a two; sticking on 20 and 21; what that is worth."""
+    world, sums = worlds.blackjack(), np.arange(203) // 10 % 10 + 12
+    world = replace(world, start=np.eye(203)[111])
+    target = mdps.one_hot(world, np.where(world.terminal | (sums >= 20), 0, 1))
+    return world, target, mdps.performance(world, target)
+
+
+def paying_world() -> tuple[MDP, Array, float]:
+    """A random world of about four steps an episode, and a target policy that prefers its first action."""
+    world = mdps.garnet(6, 2, 3, np.random.default_rng(0), 1.0, mean=1.0, ending=0.25)
+    target = np.tile([0.75, 0.25], (len(world.terminal), 1))
+    return world, target, mdps.performance(world, target)
+
+
+def loop_paths(draw: np.random.Generator, runs: int = 10) -> dict[str, Array]:
+    """Figure 5.4: estimates (runs, …) after LOOPS episodes; the value is 1."""
+    world = worlds.one_state_loop()
+    G, rho, _ = off_policy.sample(world, mdps.one_hot(world, [0, 0]), mdps.uniform(world), runs, LOOPS[-1], draw)
+    return {name: estimator(G, rho)[:, LOOPS - 1] for name, estimator in off_policy.ESTIMATORS.items()}

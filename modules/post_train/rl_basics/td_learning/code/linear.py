@@ -1,6 +1,8 @@
-"""Values linear in features: tile coding and Mountain Car; Baird's counterexample by semi-gradient TD and TDC."""
+"""Values linear in features: tile coding and Mountain Car; Baird's counterexample by TD, TDC and GTD2."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,33 +107,43 @@ def cost_to_go(w: Array, tiles: Tiles, points: int = 50) -> Array:
 FEATURES = np.zeros((7, 8))  # v(s) = 2 w_s + w_8 in the first six states, w_7 + 2 w_8 in the seventh
 FEATURES[range(6), range(6)], FEATURES[:6, 7], FEATURES[6, 6], FEATURES[6, 7] = 2, 1, 1, 2
 FIRST = np.array([1, 1, 1, 1, 1, 1, 10, 1.0])
+Method = Literal["td", "tdc", "gtd2"]
 SOLID = 1 / 7  # how often the behaviour does what the target policy always does
 
 
 def baird(
-    method: str, runs: int, steps: int, alpha: float, beta: float, draw: np.random.Generator, gamma: float = 0.99
+    method: Method,
+    runs: int,
+    steps: int,
+    alpha: float,
+    beta: float,
+    draw: np.random.Generator,
+    gamma: float = 0.99,
 ) -> Array:
-    """Off-policy learning by `td` or `tdc`: weights (steps + 1, runs, 8).
+    """Off-policy learning by semi-gradient TD, TDC or GTD2: weights (steps + 1, runs, 8).
 
-    TDC (Sutton et al. 2009) subtracts γ x' (hᵀx) from the step of TD, where h estimates the mean TD error by least
-    squares: w += α ρ (δ x − γ x' (hᵀx)), h += β ρ (δ − hᵀx) x. That is a gradient step on the projected Bellman error.
+    TDC and GTD2 (Sutton et al. 2009) follow the gradient of the projected Bellman error, E[(x − γ x') xᵀ] h, where
+    h = E[x xᵀ]⁻¹ E[δ x] is learnt by least squares: h += β ρ (δ − hᵀx) x. GTD2 steps along it as it stands,
+    w += α ρ (x − γ x') (hᵀx); TDC has put δ x, of which it is the mean, in the place of x (hᵀx).
     """
     w, h = np.tile(FIRST, (runs, 1)), np.zeros((runs, 8))
     state = draw.integers(7, size=runs)
-    path = [w.copy()]
+    path = [w]
     for _ in range(steps):
         solid = draw.random(runs) < SOLID
         after = np.where(solid, 6, draw.integers(6, size=runs))
         rho = np.where(solid, 1 / SOLID, 0.0)[:, None]
         x, x_after = FEATURES[state], FEATURES[after]
         delta = (gamma * (w * x_after).sum(1) - (w * x).sum(1))[:, None]  # the rewards are 0
+        along = (h * x).sum(1, keepdims=True)
         if method == "td":
             w = w + alpha * rho * delta * x
-        else:
-            along = (h * x).sum(1, keepdims=True)
+        elif method == "tdc":
             w = w + alpha * rho * (delta * x - gamma * x_after * along)
-            h = h + beta * rho * (delta - along) * x
-        path.append(w.copy())
+        else:
+            w = w + alpha * rho * (x - gamma * x_after) * along
+        h = h + beta * rho * (delta - along) * x
+        path.append(w)
         state = after
     return np.stack(path)
 

@@ -14,9 +14,10 @@ from finetune import config
 from finetune.errors import UserError
 from finetune.rl import mdp as mdps
 from finetune.rl import planning, worlds
+from finetune.rl.rollout import numpy_generator
 
-from . import control, experiments, plots
-from .experiments import BIAS_KINDS, LAMBDAS, MC_ALPHAS, STEPS, TD_ALPHAS, Totals
+from . import control, experiments, off_policy, plots
+from .experiments import ACTING, BIAS_KINDS, LAMBDAS, MC_ALPHAS, METHODS, SIGMAS, STEPS, TD_ALPHAS, TRACED, Totals
 
 WITHIN = 0.15  # how far a mean may be from a value below
 EXPECTED = {  # the same experiments simulated by others with 100 and more runs, for comparison
@@ -41,16 +42,16 @@ EXPECTED = {  # the same experiments simulated by others with 100 and more runs,
 }
 
 
-EXPERIMENTS = ("baird", "five_states", "bias", "nineteen_states", "car", "cliff")
+EXPERIMENTS = ("baird", "five_states", "bias", "batch", "importance", "nineteen_states", "car", "cliff")
 
 
 @dataclass
 class Config(config.Config):
-    steps: int = 36  # each is a batch of runs of one of the six experiments, in turn; Taxi learns on in all of them
+    steps: int = 40  # each is a batch of runs of one of the eight experiments, in turn; Taxi learns on in all of them
     checkpoint_every: int = 1
     rate: float = 1.0  # multiplies every learning rate; with 0 nothing is learnt
-    runs: int = 100  # of a batch: the random walks and Baird's counterexample
-    cliff_runs: int = 30
+    runs: int = 100  # of a batch: the random walks, Baird's counterexample, importance sampling
+    cliff_runs: int = 36
     cliff_episodes: int = 500
     bias_runs: int = 1000
     bias_episodes: int = 300
@@ -61,7 +62,7 @@ class Config(config.Config):
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=6, runs=100, cliff_runs=20, car_runs=3, car_episodes=100, taxi_runs=4, taxi_steps=12_000)
+        return cls(steps=8, cliff_runs=20, car_runs=3, car_episodes=100, taxi_runs=4, taxi_steps=9000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,13 +76,13 @@ class Config(config.Config):
 
 def main(cfg: Config, run) -> dict[str, Any]:
     totals, every = Totals(), len(EXPERIMENTS)
-    drivers = control.Learners(worlds.world("taxi"), ("q_learning",), cfg.taxi_runs, cfg.rate, 0.1, draws(run, "taxi"),
-                               limit=200)  # fmt: skip
+    taxi, draw = worlds.world("taxi"), numpy_generator(run, "taxi")
+    drivers = control.Learners(taxi, ("q_learning",), cfg.taxi_runs, cfg.rate, 0.1, draw, limit=200)
     for step in run.steps(cfg.steps, {"totals": totals, "taxi": drivers}):
         name, batch = EXPERIMENTS[step % every], Totals()
-        experiment(cfg, name, batch, draws(run, name, step))
+        experiment(cfg, name, batch, numpy_generator(run, name, step))
         totals.merge(batch)
-        draw = draws(run, "drive", step)
+        draw = numpy_generator(run, "drive", step)
         for _ in range(cfg.taxi_steps):
             drivers.step(draw)
         run.log(step, taxi=np.mean(driven(drivers)), **in_short(name, batch))
@@ -100,10 +101,6 @@ def main(cfg: Config, run) -> dict[str, Any]:
     return {"taxi_episodes": float(drivers.world.episode.mean())}
 
 
-def draws(run, *key: Any) -> np.random.Generator:
-    return np.random.default_rng(run.generator(*key).initial_seed())
-
-
 def experiment(cfg: Config, name: str, totals: Totals, draw: np.random.Generator) -> None:
     if name == "five_states":
         experiments.five_states(totals, 4 * cfg.runs, cfg.rate, draw)  # they are cheap
@@ -115,8 +112,12 @@ def experiment(cfg: Config, name: str, totals: Totals, draw: np.random.Generator
         experiments.bias(totals, cfg.bias_runs, cfg.bias_episodes, cfg.rate, draw)
     elif name == "car":
         experiments.car(totals, cfg.car_runs, cfg.car_episodes, cfg.rate, draw)
-    else:
+    elif name == "baird":
         experiments.baird(totals, cfg.runs, cfg.rate, draw)
+    elif name == "batch":
+        experiments.batch_updating(totals, cfg.runs, cfg.rate, draw)
+    else:
+        experiments.importance(totals, cfg.runs, cfg.rate, draw)
 
 
 def in_short(name: str, batch: Totals) -> dict[str, float]:
@@ -126,12 +127,16 @@ def in_short(name: str, batch: Totals) -> dict[str, float]:
     if name == "nineteen_states":
         return {"n_step_error": batch.mean("7.2")[STEPS == 4].min(), "td_lambda_error": batch.mean(FIGURE_12_6).min()}
     if name == "cliff":
-        return {f"cliff_{kind}": value for kind, value in zip(control.KINDS, batch.mean("6.6 last"), strict=False)}
+        return {f"cliff_{kind}": value for kind, value in zip(ACTING, batch.mean("6.6 last"), strict=True)}
     if name == "bias":
         return {f"left_{kind}": value for kind, value in zip(BIAS_KINDS, batch.mean("6.7 last"), strict=True)}
     if name == "car":
         return {"car_steps": batch.mean("car last")[-1]}
-    return {f"baird_{method}_growth": batch.mean(f"baird {method} growth") for method in ("td", "tdc")}
+    if name == "batch":
+        return {f"batch_{method}": batch.mean(f"6.2 batch {method} mean") for method in ("td", "mc")}
+    if name == "importance":
+        return {f"importance_{name}": batch.mean(f"5.3 {name}")[-1] for name in off_policy.ESTIMATORS}
+    return {f"baird_{method}_growth": batch.mean(f"baird {method} growth") for method in METHODS}
 
 
 # --- What is judged
@@ -205,13 +210,15 @@ def judge_nineteen_states(run, totals: Totals) -> None:
 
 
 def judge_cliff(run, totals: Totals) -> None:
-    sarsa, expected, q_learning, double, backup = totals.mean("6.6 last")
-    run.judge("cliff_q_learning", q_learning)
-    run.judge("cliff_sarsa", sarsa, baseline=q_learning)
-    run.judge("cliff_expected_sarsa", expected, baseline=sarsa)
-    run.judge("cliff_double_q", double)
-    run.judge("cliff_tree_backup", backup)
-    run.judge("cliff_q_learning_greedy", totals.mean("6.6 path"), baseline=q_learning, target=-13.0)
+    last, first = (dict(zip(ACTING, totals.mean(f"6.6 {part}"), strict=True)) for part in ("last", "first"))
+    run.judge("cliff_q_learning", last["q_learning"])
+    run.judge("cliff_sarsa", last["sarsa"], baseline=last["q_learning"])
+    run.judge("cliff_expected_sarsa", last["expected_sarsa"], baseline=last["sarsa"])
+    for name in ("double_q", *SIGMAS, *TRACED):
+        run.judge(f"cliff_{name}", last[name])
+    run.judge("early_sarsa_lambda", first["sarsa_lambda"], baseline=first["sarsa"])
+    run.judge("early_q_lambda", first["q_lambda"], baseline=first["q_learning"])
+    run.judge("cliff_q_learning_greedy", totals.mean("6.6 path"), baseline=last["q_learning"], target=-13.0)
 
 
 def judge_bias(run, totals: Totals) -> None:
@@ -225,13 +232,35 @@ def judge_car(run, totals: Totals) -> None:
 
 
 def judge_baird(run, totals: Totals) -> None:
-    """Weights of semi-gradient TD grow without end; those of TDC do not, and its error goes towards 0."""
+    """Weights of semi-gradient TD grow without end; those of TDC and GTD2 do not, and their errors go towards 0."""
     run.judge("baird_td_growth", totals.mean("baird td growth"), baseline=1.0, target=5.0)
-    run.judge("baird_tdc_growth", totals.mean("baird tdc growth"), baseline=totals.mean("baird td growth"), target=1.0,
-              higher=False)  # fmt: skip
-    error = totals.mean("baird tdc error")
-    run.judge("baird_tdc_error", error[-1], baseline=error[0], target=error[0] / 10, higher=False)
+    for method in METHODS[1:]:
+        run.judge(f"baird_{method}_growth", totals.mean(f"baird {method} growth"),
+                  baseline=totals.mean("baird td growth"), target=1.0, higher=False)  # fmt: skip
+        error = totals.mean(f"baird {method} error")
+        run.judge(f"baird_{method}_error", error[-1], baseline=error[0], target=error[0] / 10, higher=False)
+
+
+def judge_batch(run, totals: Totals) -> None:
+    run.judge("batch_td", totals.mean("6.2 batch td mean"), baseline=totals.mean("6.2 batch mc mean"), higher=False)
+    run.judge("certainty_gap", totals.mean("6.2 batch gap"), target=1e-8, higher=False)
+    td, mc = (totals.mean(f"6.4 {method}")[0] for method in ("td", "mc"))
+    run.judge("predictor_td", td, baseline=mc, target=0.75 - 1e-8)
+
+
+def judge_importance(run, totals: Totals) -> None:
+    early = {name: totals.mean(f"5.3 {name} early") for name in off_policy.ESTIMATORS}
+    late = {name: totals.mean(f"5.3 {name}")[-1] for name in off_policy.ESTIMATORS}
+    run.judge("importance_early", early["weighted"], baseline=early["ordinary"], higher=False)
+    for name, error in late.items():
+        run.judge(f"importance_{name}", error, baseline=early[name], target=0.005, higher=False)
+    loop = {name: totals.mean(f"5.5 {name}")[-1] for name in off_policy.ESTIMATORS}
+    run.judge("loop_ordinary", loop["ordinary"])
+    run.judge("loop_weighted", loop["weighted"], baseline=loop["ordinary"], target=1e-12, higher=False)
+    decisions = totals.mean("5.9 per_decision")[-1]
+    run.judge("per_decision", decisions, baseline=totals.mean("5.9 ordinary")[-1], higher=False)
 
 
 JUDGES = {"five_states": judge_five_states, "nineteen_states": judge_nineteen_states, "cliff": judge_cliff,
-          "bias": judge_bias, "car": judge_car, "baird": judge_baird}  # fmt: skip
+          "bias": judge_bias, "car": judge_car, "baird": judge_baird, "batch": judge_batch,
+          "importance": judge_importance}  # fmt: skip

@@ -9,20 +9,39 @@ from finetune.plots import INK, figure, save
 from finetune.rl import worlds
 from finetune.rl.mdp import Array, one_hot
 from finetune.rl.plots import value_map
+from finetune.rl.rollout import numpy_generator
 
 from . import control, experiments, linear
-from .experiments import ALPHAS, BIAS_KINDS, CAR_ALPHAS, LAMBDAS, MC_ALPHAS, STEPS, TD_ALPHAS, Totals
+from .experiments import (
+    ACTING,
+    ALPHAS,
+    BIAS_KINDS,
+    CAR_ALPHAS,
+    EPISODES,
+    LAMBDA,
+    LAMBDAS,
+    LOOPS,
+    MC_ALPHAS,
+    METHODS,
+    SEVERAL,
+    STEPS,
+    TD_ALPHAS,
+    Totals,
+)
 
 BLUE, GREEN, AMBER, RED, VIOLET = "#1769aa", "#2e7d32", "#b7791f", "#c53030", "#805ad5"
 NAMES = {"sarsa": "SARSA", "expected_sarsa": "expected SARSA", "q_learning": "Q-learning", "double_q": "double Q",
-         "tree_backup": f"{experiments.BACKUP}-step tree backup"}  # fmt: skip
-COLOURS = {"sarsa": BLUE, "expected_sarsa": GREEN, "q_learning": RED, "double_q": VIOLET, "tree_backup": AMBER}
+         "tree_backup": f"{SEVERAL}-step tree backup, σ = 0", "q_sigma": f"{SEVERAL}-step Q(σ), σ = 0.5",
+         "n_step_sarsa": f"{SEVERAL}-step SARSA, σ = 1", "sarsa_lambda": f"SARSA(λ), λ = {LAMBDA:g}",
+         "q_lambda": f"Watkins' Q(λ), λ = {LAMBDA:g}"}  # fmt: skip
+COLOURS = {"sarsa": BLUE, "expected_sarsa": GREEN, "q_learning": RED, "double_q": VIOLET, "tree_backup": GREEN,
+           "q_sigma": AMBER, "n_step_sarsa": BLUE, "sarsa_lambda": VIOLET, "q_lambda": RED}  # fmt: skip
 
 
 def draw(run, totals: Totals, done: Sequence[str]) -> None:
     """The pictures of the experiments that were run."""
     every = {"five_states": five_states, "nineteen_states": by_rate, "cliff": cliff, "bias": bias, "car": car,
-             "baird": baird}  # fmt: skip
+             "baird": baird, "batch": batch, "importance": importance}  # fmt: skip
     for name in done:
         every[name](run, totals)
 
@@ -104,18 +123,21 @@ def cliff(run, totals: Totals) -> None:
     """cliff.png, Example 6.6: returns while learning; the greedy paths of SARSA and Q-learning."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(15, 6.4), dpi=120, layout="constrained")
-    axes = made.subplot_mosaic([["curve", "q_learning"], ["curve", "sarsa"]], width_ratios=[1, 1.25])
-    ax = axes["curve"]
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, color="#e4e7eb", linewidth=0.7)
+    made = Figure(figsize=(15, 8), dpi=120, layout="constrained")
+    axes = made.subplot_mosaic([["one", "q_learning"], ["several", "sarsa"]], width_ratios=[1, 1.25])
     mean, error = totals.mean("6.6"), totals.error("6.6")
-    for k, kind in enumerate((*control.KINDS, "tree_backup")):
-        x, y, e = smooth(mean[k]), smooth(mean[k], mean[k]), smooth(mean[k], error[k])
-        band(ax, x, y, e / 3, COLOURS[kind], NAMES[kind])  # means of about ten episodes
-    ax.set_ylim(-100, -10)
-    ax.legend(fontsize=9, frameon=False, loc="lower right")
-    titled(ax, "Example 6.6: cliff walking, ε = 0.1, α = 0.5", "episodes", "sum of rewards of an episode")
+    titles = {"one": "Example 6.6: cliff walking, ε = 0.1, α = 0.5", "several": "several steps at once, and traces"}
+    for name, kinds in (("one", control.KINDS), ("several", ACTING[len(control.KINDS) :])):
+        ax = axes[name]
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, color="#e4e7eb", linewidth=0.7)
+        for kind in kinds:
+            k = ACTING.index(kind)
+            x, y, e = smooth(mean[k]), smooth(mean[k], mean[k]), smooth(mean[k], error[k])
+            band(ax, x, y, e / 3, COLOURS[kind], NAMES[kind])  # means of about ten episodes
+        ax.set_ylim(-100, -10)
+        ax.legend(fontsize=9, frameon=False, loc="lower right")
+        titled(ax, titles[name], "episodes", "sum of rewards of an episode")
     world = worlds.world("cliff_walking")
     for kind in ("q_learning", "sarsa"):
         Q = totals.mean("6.6 Q")[control.KINDS.index(kind)]
@@ -181,9 +203,9 @@ def car(run, totals: Totals) -> None:
 
 def baird(run, totals: Totals) -> None:
     """baird.png, Figures 11.2 and 11.5."""
-    made, axes = figure(13.5, 4.4, 1, 3)
+    made, axes = figure(16.5, 4.4, 1, 4)
     x = np.arange(experiments.BAIRD_STEPS + 1)
-    titles = {"td": "semi-gradient TD, α = 0.01: diverges", "tdc": "TDC, α = 0.005, β = 0.05"}
+    titles = {"td": "semi-gradient TD, α = 0.01: diverges", "tdc": "TDC, α = 0.005, β = 0.05", "gtd2": "GTD2, the same"}
     for ax, (method, title) in zip(axes, titles.items(), strict=False):
         mean, error = totals.mean(f"baird {method} weights"), totals.error(f"baird {method} weights")
         for i, colour in enumerate([*shades("Blues", 6), AMBER, RED]):
@@ -191,13 +213,60 @@ def baird(run, totals: Totals) -> None:
             band(ax, x, mean[:, i], error[:, i], colour, name, linewidth=1.4)
         titled(ax, title, "steps", "weights")
         ax.legend(fontsize=9, frameon=False)
-    for method, colour in (("td", RED), ("tdc", BLUE)):
+    for method, colour in zip(METHODS, (RED, BLUE, GREEN), strict=True):
         mean, error = totals.mean(f"baird {method} error"), totals.error(f"baird {method} error")
-        axes[2].plot(x, mean, color=colour, linewidth=1.7, label=method.upper())
-        axes[2].fill_between(
-            x, (mean - 2 * error).clip(mean / 20), mean + 2 * error, color=colour, alpha=0.18, linewidth=0
-        )
-    axes[2].set_yscale("log")
-    axes[2].legend(fontsize=9, frameon=False)
-    titled(axes[2], "Baird's counterexample", "steps", "RMS Bellman error")
+        positive(axes[3], x, mean, error, colour, method.upper())
+    axes[3].legend(fontsize=9, frameon=False)
+    titled(axes[3], "Baird's counterexample", "steps", "RMS Bellman error")
     save(made, run.dir / "baird.png")
+
+
+def positive(ax: Any, x: Array, mean: Array, error: Array, colour: Any, label: str) -> None:
+    """A band on a logarithmic axis, which cannot show where it would reach below 0."""
+    ax.set_yscale("log")
+    ax.plot(x, mean, color=colour, linewidth=1.7, label=label)
+    ax.fill_between(x, (mean - 2 * error).clip(mean / 20), mean + 2 * error, color=colour, alpha=0.18, linewidth=0)
+
+
+def batch(run, totals: Totals) -> None:
+    """batch.png: Figure 6.2 and Example 6.4."""
+    made, (left, right) = figure(12, 4.6, 1, 2)
+    x = np.arange(1, 101)
+    for method, colour, label in (("td", BLUE, "batch TD(0)"), ("mc", AMBER, "batch Monte Carlo")):
+        band(left, x, totals.mean(f"6.2 batch {method}"), totals.error(f"6.2 batch {method}"), colour, label)
+    left.set_ylim(0, None)
+    left.legend(fontsize=9, frameon=False)
+    titled(left, "Figure 6.2: batch training on the random walk", "episodes in the batch", "RMS error")
+    for shift, (method, colour, label) in ((-0.19, ("td", BLUE, "batch TD(0)")), (0.19, ("mc", AMBER, "Monte Carlo"))):
+        values = totals.mean(f"6.4 {method}")[:2]
+        bars = right.bar(np.arange(2) + shift, values, 0.36, color=colour, label=label)
+        right.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=9)
+    right.set_xticks([0, 1], ["V(A)", "V(B)"])
+    right.set_ylim(0, 1)
+    right.grid(False, axis="x")
+    right.legend(fontsize=9, frameon=False, loc="upper left")
+    titled(right, "Example 6.4: A was seen once, and returned 0", "", "value")
+    save(made, run.dir / "batch.png")
+
+
+def importance(run, totals: Totals) -> None:
+    """importance.png: Figures 5.3 and 5.4, and weights of each decision."""
+    made, (left, middle, right) = figure(16, 4.6, 1, 3)
+    shown = {"ordinary": GREEN, "weighted": RED, "per_decision": BLUE}
+    for ax, key in ((left, "5.3"), (right, "5.9")):
+        for name, colour in shown.items():
+            if f"{key} {name}" in totals.parts:
+                mean, error = totals.mean(f"{key} {name}"), totals.error(f"{key} {name}")
+                positive(ax, EPISODES[: len(mean)], mean, error, colour, name.replace("_", " "))
+        ax.set_xscale("log")
+        ax.legend(fontsize=9, frameon=False)
+    titled(left, "Figure 5.3: the value of a blackjack state", "episodes", "mean squared error")
+    titled(right, "rewards at every step: a ratio for each", "episodes", "mean squared error")
+    for name, paths in experiments.loop_paths(numpy_generator(run, "paths")).items():
+        for k, path in enumerate(paths):
+            middle.plot(LOOPS, path, color=shown[name], linewidth=1.3, label="" if k else name, alpha=0.8)
+    middle.set_xscale("log")
+    middle.set_ylim(0, 3)
+    middle.legend(fontsize=9, frameon=False)
+    titled(middle, "Figure 5.4: infinite variance, ten runs", "episodes", "estimate; the value is 1")
+    save(made, run.dir / "importance.png")
