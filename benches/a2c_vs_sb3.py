@@ -36,6 +36,7 @@ def both(horizon: int) -> tuple[Any, Any]:
     try:
         from stable_baselines3 import A2C
         from stable_baselines3.common.env_util import make_vec_env
+        from stable_baselines3.common.logger import Logger
     except ImportError:
         raise UserError("stable-baselines3 is not installed: pip install -e '.[peers]'") from None
 
@@ -49,6 +50,7 @@ def both(horizon: int) -> tuple[Any, Any]:
         gae_lambda=1.0, ent_coef=cfg.entropy, vf_coef=cfg.value_weight, max_grad_norm=CLIP, use_rms_prop=False,
         policy_kwargs={"net_arch": {"pi": [WIDTH, WIDTH], "vf": [WIDTH, WIDTH]}}, device="cpu",
     )  # fmt: skip
+    theirs.set_logger(Logger(None, []))
     parts = theirs.policy.mlp_extractor
     layers = [*parts.policy_net, theirs.policy.action_net, *parts.value_net, theirs.policy.value_net]
     own = [*ours.model.policy.net, *ours.model.value.net]

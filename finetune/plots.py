@@ -1,6 +1,7 @@
-"""training_curves.png (a chart of each logged series), memory.png, and what a module's own pictures start with."""
+"""training_curves.png (what was logged, as charts), memory.png, and what a module's own pictures start with."""
 
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,36 +20,43 @@ def training_curves(
 ) -> None:
     """Writes the picture. Dense series show raw values faintly and their moving average; sparse ones show points.
 
-    A judged metric of the same name as a series adds its baseline and target as level lines.
+    Repetitions (phases that differ by a number at their end) share a chart. A judged metric of the same name as a
+    series adds its baseline and target as level lines.
     """
     from matplotlib.ticker import MaxNLocator
 
-    columns = {1: 1, 2: 2, 4: 2}.get(len(series), 3)
-    rows = math.ceil(len(series) / columns)
+    charts: dict[str, list[tuple[list[int], list[float]]]] = {}
+    for name, points in series.items():
+        charts.setdefault(re.sub(r"_\d+(?=: )", "", name), []).append(points)
+    columns = {1: 1, 2: 2, 4: 2}.get(len(charts), 3)
+    rows = math.ceil(len(charts) / columns)
     made, grid = figure(0.6 + 4.2 * columns, 0.7 + 2.7 * rows, rows, columns)
     made.suptitle(title, fontsize=13, color=INK, fontweight="bold")
-    for axes, (name, (xs, ys)) in zip(grid, series.items(), strict=False):
-        dense = len(xs) > 30
-        smooth = moving_average(ys, max(3, len(ys) // 25)) if dense else ys
-        if dense:
-            axes.plot(xs, ys, color=FAINT, linewidth=0.8, alpha=0.7, label="each step")
-        axes.plot(xs, smooth, color=LINE, linewidth=1.8, marker=None if dense else "o", markersize=4,
-                  label="moving average" if dense else None)  # fmt: skip
+    for axes, (name, lines) in zip(grid, charts.items(), strict=False):
+        for xs, ys in lines:
+            dense, alone = len(xs) > 30, len(lines) == 1
+            smooth = moving_average(ys, max(3, len(ys) // 25)) if dense else ys
+            if dense and alone:
+                axes.plot(xs, ys, color=FAINT, linewidth=0.8, alpha=0.7, label="each step")
+            axes.plot(xs, smooth, color=LINE, linewidth=1.8 if alone else 1.0, marker=None if dense else "o",
+                      markersize=4, label="moving average" if dense and alone else None)  # fmt: skip
         for values, label, colour in ((baseline, "baseline", GREY), (target, "target", GOOD)):
             if values and name in values:
                 axes.axhline(
                     values[name], color=colour, linewidth=1.2, linestyle="--", label=f"{label} {values[name]:.4g}"
                 )
-        if _spans_decades(ys):
+        if all(_spans_decades(ys) for _, ys in lines):
             axes.set_yscale("log")
-        axes.set_title(name, fontsize=10.5, color=INK, loc="left")
+        axes.set_title(
+            name if len(lines) == 1 else f"{name}, {len(lines)} repetitions", fontsize=10.5, color=INK, loc="left"
+        )
         axes.set_xlabel("step", fontsize=9, color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.tick_params(labelsize=8)
         axes.margins(x=0.02, y=0.08)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7.5, frameon=False)
-    for axes in grid[len(series) :]:
+    for axes in grid[len(charts) :]:
         axes.set_visible(False)
     made.savefig(path, format="png")
 

@@ -68,12 +68,16 @@ class Vector:
 
     def collect(self, act: Act, steps: int) -> Rollout:
         """`steps` steps of each, on from where the last ones stopped."""
-        rows: list[tuple[Any, ...]] = []
-        for _ in range(steps):
-            seen = torch.from_numpy(self.observations)
-            actions = act(seen)
-            rows.append((seen, actions, *map(torch.from_numpy, self.step(actions))))
-        return Rollout(*(torch.stack(column) for column in zip(*rows, strict=True)))
+        seen = np.empty((steps, *self.observations.shape), np.float32)
+        reached, rewards = np.empty_like(seen), np.empty(seen.shape[:2], np.float32)
+        terminated, truncated = (np.empty(seen.shape[:2], bool) for _ in range(2))
+        actions = []
+        for t in range(steps):
+            seen[t] = self.observations
+            actions.append(act(torch.from_numpy(seen[t])))
+            rewards[t], reached[t], terminated[t], truncated[t] = self.step(actions[t])
+        after = map(torch.from_numpy, (rewards, reached, terminated, truncated))
+        return Rollout(torch.from_numpy(seen), torch.stack(actions), *after)
 
     def pop_finished(self) -> list[tuple[float, int]]:
         """(return, length) of the episodes that ended since the last call."""

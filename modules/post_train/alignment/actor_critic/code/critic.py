@@ -1,7 +1,8 @@
-"""Does the critic know what will come? What it says of states beside the returns that then followed."""
+"""Does the critic know what will come? What it says of states beside what their policy then earns there."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.rl.environments import Act
-from finetune.rl.evaluation import true_returns
+from finetune.errors import UserError
+from finetune.rl.advantages import returns_to_go
+from finetune.rl.environments import Act, play
 
-LEFT = 0.05  # part of a return that may be missing where a time limit cut its episode off
-EVERY = 10  # neighbours say nearly the same
+LEFT = 0.05  # part of a return that may be missing where a time limit cuts its episode off
 
 
 def steps_for(gamma: float) -> int:
@@ -22,19 +23,43 @@ def steps_for(gamma: float) -> int:
 
 
 def said_and_came(
-    envs: Sequence[Any], act: Act, value: Callable[[Tensor], Tensor], seeds: Sequence[int], gamma: float
+    envs: Sequence[Any],
+    act: Act,
+    value: Callable[[Tensor], Tensor],
+    seeds: Sequence[int],
+    gamma: float,
+    generator: torch.Generator,
+    latest: int | None = None,
 ) -> Tensor:
-    """(K, 2): V of a state and the discounted return from it, of every tenth step of an episode a seed, without those
-    whose return a time limit cut short."""
-    rollout, came = true_returns(envs, act, seeds, gamma)
-    alive = rollout.first_episode
+    """(K, 2): V of a state, and the mean discounted return from it, for one state of an episode of each seed.
+
+    One return is chance; V is a mean. So an episode is played to its end, one of its first `latest` steps is drawn, and
+    the state before it is reached again len(envs) / K times, by the same seed and actions; from there on `act` draws
+    anew. UserError if the environment does not come to the same state.
+    """
+    states = torch.arange(len(seeds)).repeat_interleave(len(envs) // len(seeds))  # of each environment, its state's
+    columns = torch.arange(len(states))
+    once = play(envs[: len(seeds)], act, seeds)
+    lengths = once.first_episode.sum(0)
+    if latest is not None:
+        lengths = lengths.clamp(max=latest)
+    begin = (torch.rand(len(seeds), generator=generator) * lengths).long()[states]  # the step from which act draws anew
+    step = itertools.count()
+
+    def again(observations: Tensor) -> Tensor:
+        t, drawn = next(step), act(observations)
+        if t >= len(once.actions):
+            return drawn
+        told = (t < begin).view(-1, *[1] * (drawn.dim() - 1))
+        return torch.where(told, once.actions[t, states], drawn)
+
+    rollout = play(envs[: len(states)], again, [seeds[k] for k in states])
+    seen = rollout.observations[begin, columns].unflatten(0, (len(seeds), -1))
+    if not (seen == seen[:, :1]).all():
+        raise UserError(f"'{envs[0].spec.id}' does not repeat an episode from its seed: no state can be played twice")
+    came = returns_to_go(rollout.rewards, rollout.ends, gamma)[begin, columns].unflatten(0, (len(seeds), -1))
     with torch.no_grad():
-        said = value(rollout.observations)
-    steps = torch.arange(len(came))[:, None]
-    left = alive.sum(0) - steps  # to the end of the episode
-    whole = (rollout.terminated & alive).any(0) | (left >= steps_for(gamma))
-    chosen = alive & whole & (steps % EVERY == 0)
-    return torch.stack([said[chosen], came[chosen]], 1)
+        return torch.stack([value(seen[:, 0]), came.mean(1)], 1)
 
 
 def correlation(pairs: Tensor) -> float:

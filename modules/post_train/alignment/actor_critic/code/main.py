@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from finetune import config, optim
 from finetune.errors import UserError
@@ -24,7 +23,7 @@ from . import critic, offpolicy, onpolicy, plots
 
 METHODS = (*onpolicy.LEARNERS, *offpolicy.LEARNERS)
 CHUNK = 200  # steps of the environments in a step of the run
-STAGES = 5  # of a training: after each the critic is looked at
+STATES, FORKS = 30, 16  # that a critic is asked about, and how often each is played on from
 TARGETS = {(method, "CartPole-v1"): 195.0 for method in onpolicy.LEARNERS} | {
     ("a2c", "CartPole-v1"): 475.0,
     ("sac", "Pendulum-v1"): -200.0,
@@ -45,7 +44,8 @@ class Config(config.Config):
     gamma: float = 0.99
     shuffle: bool = False  # control: advantages (sac, td3: rewards of a batch) are dealt out anew: nothing to learn
     eval_episodes: int = 20  # before and after each training, with the best action of the policy
-    critic_episodes: int = 10  # that the critic is compared with after each fifth of a training
+    hold: int = 50  # steps after which, in a training of its own, a policy is held while its critic goes on learning
+    hold_steps: int = 200  # steps that the critic then has, before it is compared with what came; 0: no comparison
     # one_step, a2c, lambda, vtrace
     horizon: int = 16  # a2c, vtrace: steps of each environment in an update
     lr: float = 2e-3  # a2c, vtrace: Adam's, falling to a tenth
@@ -77,13 +77,13 @@ class Config(config.Config):
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=300, continuous_steps=30, methods="a2c,sac", repeats=1, critic_episodes=5)
+        return cls(steps=300, continuous_steps=30, methods="a2c,sac", repeats=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"continuous_steps": 0, "repeats": 1, "envs": 1, "eval_episodes": 2, "critic_episodes": 1, "horizon": 1,
-                 "lag": 0, "hidden": 1, "continuous_hidden": 1, "batch": 1, "capacity": 1, "warmup": 1, "critics": 1,
-                 "policy_delay": 1}  # fmt: skip
+        least = {"continuous_steps": 0, "repeats": 1, "envs": 1, "eval_episodes": 2, "hold": 0, "hold_steps": 0,
+                 "horizon": 1, "lag": 0, "hidden": 1, "continuous_hidden": 1, "batch": 1, "capacity": 1, "warmup": 1,
+                 "critics": 1, "policy_delay": 1}  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 key = config.dashed(name)
@@ -104,14 +104,14 @@ class Config(config.Config):
 def main(cfg: Config, run) -> dict[str, Any]:
     names = cfg.methods.split(",")
     places = {name: Place(cfg, name in offpolicy.LEARNERS) for name in names}  # refused now, if at all
-    trained, pairs = {}, {}
+    trained: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         trained[name] = [train(cfg, run, name, repeat, places[name]) for repeat in range(cfg.repeats)]
-        pairs[name] = torch.cat([t["pairs"] for t in trained[name]])
-        judge(cfg, run, name, places[name].env, trained[name], pairs[name])
+        judge(cfg, run, name, places[name].env, trained[name])
     if cfg.steps:
         plots.learning(run, cfg, names, CHUNK)
-        plots.critics(run, pairs, {name: critic.correlation(heard(name, rows)) for name, rows in pairs.items()})
+        if cfg.hold_steps:
+            plots.critics(run, {name: [t["pairs"] for t in trained[name]] for name in names})
         if "sac" in names and cfg.alpha is None:
             plots.temperature(run, cfg, trained["sac"][0]["learner"].policy.target_entropy, CHUNK)
     return {}
@@ -127,37 +127,59 @@ class Place:
         if continuous_actions:
             continuous.bounds(self.learning[0])
         self.test = environments.make(self.env, cfg.eval_episodes)
-        limit = self.test[0].spec.max_episode_steps
-        longer = None if limit is None else limit + critic.steps_for(cfg.gamma)
-        self.long = environments.make(self.env, cfg.critic_episodes, longer)
+        self.limit = self.test[0].spec.max_episode_steps
+        longer = None if self.limit is None else self.limit + critic.steps_for(cfg.gamma)
+        self.long = environments.make(self.env, STATES * FORKS, longer)
+
+
+def begin(cfg: Config, run, method: str, repeat: int, place: Place) -> Any:
+    """A learner, the same each time for the same method and repeat."""
+    run.seed("networks", repeat)  # the same for every method, so that their curves begin alike
+    vector = Vector(place.learning, run.generator("environments", method, repeat).initial_seed())
+    return (onpolicy if method in onpolicy.LEARNERS else offpolicy).LEARNERS[method](cfg, method, vector)
 
 
 def train(cfg: Config, run, method: str, repeat: int, place: Place) -> dict[str, Any]:
     """One training: its returns before and after, and what the critic said beside what came."""
-    run.seed("networks", repeat)  # the same for every method, so that their curves begin alike
-    vector = Vector(place.learning, run.generator("environments", method, repeat).initial_seed())
     on_policy = method in onpolicy.LEARNERS
-    learner = (onpolicy if on_policy else offpolicy).LEARNERS[method](cfg, method, vector)
+    learner = begin(cfg, run, method, repeat, place)
     total = cfg.steps if on_policy else min(cfg.continuous_steps, cfg.steps)
     before = evaluate(cfg, run, learner, repeat, place)
-    critics = {"pairs": torch.zeros(0, 3)}  # (part of the training, said, came)
-    for step in run.steps(total, learner.state() | {"critics": critics}, phase=f"{method}_{repeat}"):
-        left = optim.cosine(step, total, 0, 1.0, 0.1)
-        found = learner.chunk(CHUNK, left, run.generator("chunk", method, repeat, step))
-        if ended := vector.pop_finished():
-            found["return"] = sum(earned for earned, _ in ended) / len(ended)
-        run.log(step, **found)
-        if (step + 1) * STAGES // total > step * STAGES // total:
-            key = ("critic", method, repeat, step)
-            seeds = numpy_generator(run, *key).integers(2**31, size=cfg.critic_episodes).tolist()
-            new = critic.said_and_came(
-                place.long, learner.acting(run.generator(*key)), learner.values, seeds, cfg.gamma
-            )
-            part = torch.full((len(new), 1), (step + 1) / total)
-            critics["pairs"] = torch.cat([critics["pairs"], torch.cat([part, new], 1)])
+    for step in run.steps(total, learner.state(), phase=f"{method}_{repeat}"):
+        learn(run, step, learner, optim.cosine(step, total, 0, 1.0, 0.1), method, repeat)
     after = evaluate(cfg, run, learner, repeat, place)
     run.say(f"{method}, training {repeat}: {before:.1f} before, {after:.1f} after ({cfg.eval_episodes} episodes)")
-    return {"before": before, "after": after, "pairs": critics["pairs"], "learner": learner}
+    pairs = torch.zeros(0, 2)
+    if cfg.steps and cfg.hold_steps:
+        critic_of = held(cfg, run, method, repeat, place) if on_policy else learner
+        key = ("critic", method, repeat)
+        seeds = numpy_generator(run, *key).integers(2**31, size=STATES).tolist()
+        act, generator = critic_of.acting(run.generator(*key)), run.generator(*key, "states")
+        pairs = critic.said_and_came(place.long, act, critic_of.values, seeds, cfg.gamma, generator, place.limit)
+    return {"before": before, "after": after, "pairs": pairs, "learner": learner}
+
+
+def held(cfg: Config, run, method: str, repeat: int, place: Place) -> Any:
+    """The same training as far as step `hold`, where the policy still fails; there it stays as it is, and the critic
+    goes on. A policy that never fails would make every state worth the same, and one that still changes leaves the
+    critic behind."""
+    learner = begin(cfg, run, method, repeat, place)
+    hold = min(cfg.hold, cfg.steps)
+    for step in run.steps(hold + cfg.hold_steps, learner.state(), phase=f"{method}_held_{repeat}"):
+        if step < hold:
+            left = optim.cosine(step, cfg.steps, 0, 1.0, 0.1)
+        else:
+            learner.hold()
+            left = optim.cosine(step - hold, cfg.hold_steps, 0, 1.0, 0.1)
+        learn(run, step, learner, left, method, repeat)
+    return learner
+
+
+def learn(run, step: int, learner: Any, left: float, method: str, repeat: int) -> None:
+    found = learner.chunk(CHUNK, left, run.generator("chunk", method, repeat, step))
+    if ended := learner.vector.pop_finished():
+        found["return"] = sum(earned for earned, _ in ended) / len(ended)
+    run.log(step, **found)
 
 
 def evaluate(cfg: Config, run, learner: Any, repeat: int, place: Place) -> float:
@@ -167,20 +189,15 @@ def evaluate(cfg: Config, run, learner: Any, repeat: int, place: Place) -> float
     return sum(found) / len(found)
 
 
-def heard(method: str, pairs: Tensor) -> Tensor:
-    """The pairs that the correlation is of: all, but of sac and td3 those of the second half, as their slow critics
-    first have to hear of what is far; A2C's second half is too good, and every state is then worth the same."""
-    return pairs[pairs[:, 0] > 0.5 if method in offpolicy.LEARNERS else slice(None), 1:]
-
-
-def judge(cfg: Config, run, method: str, env: str, trained: list[dict[str, Any]], pairs: Tensor) -> None:
+def judge(cfg: Config, run, method: str, env: str, trained: list[dict[str, Any]]) -> None:
     before, after = (min(t[when] for t in trained) for when in ("before", "after"))
     targets = TOY_TARGETS if run.toy else TARGETS
     run.judge(f"return_{method}", after, baseline=before, target=targets.get((method, env)))
     if not cfg.steps:
         return
-    told = critic.correlation(heard(method, pairs))
-    run.judge(f"critic_correlation_{method}", told, target=(0.5 if run.toy else 0.9) if method == "sac" else None)
+    if cfg.hold_steps:
+        told = critic.correlation(torch.cat([t["pairs"] for t in trained]))
+        run.judge(f"critic_correlation_{method}", told, target=None if run.toy else 0.9)
     if method == "sac" and cfg.alpha is None:
         series, target = run.metrics.series(), trained[0]["learner"].policy.target_entropy
         found = [series[f"sac_{i}: entropy"][1] for i in range(cfg.repeats) if f"sac_{i}: entropy" in series]

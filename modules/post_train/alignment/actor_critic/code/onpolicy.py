@@ -45,6 +45,10 @@ class Learner:
         ]
         return {name: float(torch.stack([f[name] for f in found]).mean()) for name in found[0]}
 
+    def hold(self) -> None:
+        """The policy stays as it is from now on (and a shared trunk with it); the critic goes on learning."""
+        self.rates = (0.0, self.rates[1])
+
     def acting(self, generator: torch.Generator) -> environments.Act:
         """As the policy that is learnt."""
         return drawn(self.model, generator)

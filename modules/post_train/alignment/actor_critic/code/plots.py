@@ -1,5 +1,6 @@
 """The module's own pictures: returns with bands over the trainings, critics beside returns, SAC's temperature."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -62,22 +63,22 @@ def learning(run: Any, cfg: Any, methods: list[str], chunk: int) -> None:
     save(made, run.dir / "returns.png")
 
 
-def critics(run: Any, pairs: dict[str, Any], correlations: dict[str, float]) -> None:
-    """critics.png: what each critic said beside what came, by the part of the training that was behind it."""
+def critics(run: Any, pairs: dict[str, list[Any]]) -> None:
+    """critics.png: what the critic of each training said beside what came."""
     columns = min(3, len(pairs))
-    made, panels = figure(4.6 * columns, 4.2 * -(-len(pairs) // columns), -(-len(pairs) // columns), columns)
+    made, panels = figure(4.2 * columns, 4.2 * -(-len(pairs) // columns), -(-len(pairs) // columns), columns)
     for axes in panels[len(pairs) :]:
         axes.set_visible(False)
-    for axes, (method, rows) in zip(panels, pairs.items(), strict=False):
-        part, said, came = rows.T.numpy()
-        shown = axes.scatter(came, said, c=100 * part, s=7, cmap="viridis", alpha=0.6, linewidths=0, vmin=0, vmax=100)
-        if len(rows):
-            ends = min(said.min(), came.min()), max(said.max(), came.max())
-            axes.plot(ends, ends, color=GREY, linestyle="--", linewidth=1.2)
-            made.colorbar(shown, ax=axes, label="% of the training", pad=0.02)
-        title = f"{method.replace('_', ' ')}: correlation {correlations[method]:.3f}"
-        axes.set_title(title, loc="left", fontsize=11, color=INK)
-        axes.set_xlabel("discounted return that came", color=INK)
+    for axes, (method, trainings) in zip(panels, pairs.items(), strict=False):
+        for rows, shape in zip(trainings, itertools.cycle("o^sDv")):
+            said, came = rows.T.numpy()
+            axes.scatter(came, said, s=16, marker=shape, color=COLOURS[method], alpha=0.6, linewidths=0)
+        every = np.concatenate([rows.numpy().ravel() for rows in trainings])
+        ends = every.min(), every.max()
+        axes.plot(ends, ends, color=GREY, linestyle="--", linewidth=1.2)
+        told = run.judged[f"critic_correlation_{method}"]["value"]
+        axes.set_title(f"{method.replace('_', ' ')}: correlation {told:.3f}", loc="left", fontsize=11, color=INK)
+        axes.set_xlabel("discounted return that came, mean", color=INK)
         axes.set_ylabel("what the critic said", color=INK)
     save(made, run.dir / "critics.png")
 
