@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,13 @@ def clean(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def withdraw(folder: Path) -> None:
+    """A run that was refused before it began leaves no run behind, so that the mended command finds its place free."""
+    (folder / "config.json").unlink(missing_ok=True)
+    with suppress(OSError):  # there was something else in it
+        folder.rmdir()
 
 
 @contextmanager

@@ -292,6 +292,10 @@ def execute(
         except NotFinite:
             run.curves()
             raise
+        except UserError:
+            if not (resume or run.metrics.rows or (folder / "checkpoints").exists()):
+                folders.withdraw(folder)
+            raise
         except Stopped as e:
             run.curves()
             e.args = (f"{e}: continue with python -m finetune run {info.name} --resume --out {display.short(folder)}",)

@@ -415,6 +415,7 @@ def test_bad_settings_and_data_are_refused(tmp_path):
         ({"gamma_continuous": 1.0}, "--gamma-continuous 1.0 is not within 0 and 1, 1 excluded"),
         ({"batch": 1}, "--batch 1 is too small"),
         ({"threshold": 1.0, "alpha": 0.0}, "--threshold learns"),
+        ({"env": "Acrobot-v1"}, "--env Acrobot-v1 says where the steps of --data come from"),
     ):
         with pytest.raises(UserError, match=message):
             toy(**change)

@@ -206,20 +206,26 @@ class Picture(Broken):
     observation_space = gymnasium.spaces.Box(0, 1, (3, 4, 4))
 
 
+class Needy(Broken):
+    def __init__(self):
+        raise gymnasium.error.DependencyNotInstalled("it needs more\nthan is installed")
+
+
 @pytest.mark.parametrize(
     ("env", "message"),
     [
         ("CartPole-v9", "no environment 'CartPole-v9'; did you mean 'CartPole-v"),
+        ("finetune/Needy-v0", "'finetune/Needy-v0' cannot be made: .*it needs more"),
         ("finetune/Picture-v0", "has observations of Box"),
         ("finetune/Broken-v0", "gave the reward nan"),
     ],
 )
 def test_environments_that_do_not_serve_are_refused(env, message, tmp_path):
-    for kind in (Broken, Picture):
+    for kind in (Broken, Picture, Needy):
         gymnasium.register(f"finetune/{kind.__name__}-v0", kind)
     with pytest.raises(UserError, match=message):
         execute(INFO, toy(env=env, corridor_steps=0), tmp_path / "run", toy=True)
-    for kind in (Broken, Picture):
+    for kind in (Broken, Picture, Needy):
         del gymnasium.registry[f"finetune/{kind.__name__}-v0"]
 
 

@@ -231,6 +231,19 @@ def test_a_finished_run_is_not_overwritten_nor_resumed(whole, tmp_path):
         run(tmp_path / "nothing", resume=True)
 
 
+def test_a_run_refused_before_it_began_leaves_its_place_free(tmp_path, monkeypatch):
+    def refuses(cfg, run):
+        raise UserError("no such data")
+
+    monkeypatch.setattr(registry.load(registry.find("tinynet")), "main", refuses)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "notes").write_text("mine")
+    for folder in (tmp_path / "new", tmp_path / "kept"):
+        with pytest.raises(UserError, match="no such data"):
+            run(folder)
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["kept", "kept/notes"]
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*choose another folder with --out"):

@@ -24,6 +24,8 @@ def make(name: str, count: int, limit: int | None = None) -> list[Any]:
     try:
         made = [gymnasium.make(name, max_episode_steps=limit, disable_env_checker=True) for _ in range(count)]
     except gymnasium.error.Error as e:
+        if name in gymnasium.registry:  # but not what it needs
+            raise UserError(f"'{name}' cannot be made: {str(e).splitlines()[0]}") from None
         hint = nearest(name, gymnasium.registry)
         raise UserError(f"gymnasium has no environment '{name}'{hint or f': {e}'}") from None
     for what, space in (("observations", made[0].observation_space), ("actions", made[0].action_space)):

@@ -90,6 +90,8 @@ class Config(config.Config):
         for name in self.sets.split(","):
             if name not in SETS:
                 raise UserError(f"--sets: '{name}' is not one of {', '.join(SETS)}{nearest(name, SETS)}")
+        if self.data is None and self.env != type(self).env:
+            raise UserError(f"--env {self.env} says where the steps of --data come from: without it, choose --sets")
         if self.threshold is not None and min(self.alpha, self.alpha_continuous) == 0:
             raise UserError("--threshold learns α from where it starts: --alpha must be above 0")
 
