@@ -62,7 +62,8 @@ def measured(folder: Path, samples: bool = True) -> str:
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
     shown = re.sub(r"\n{2,}", "\n\n", "\n".join(lines[:-1])).strip()
     machine = settings["machine"]
-    where = f"{machine['cpu']}, {settings['config']['threads']} threads, Python {settings['versions']['python']}"
+    threads = settings["config"]["threads"]
+    where = f"{machine['cpu']}, {threads} thread{'s'[: threads > 1]}, Python {settings['versions']['python']}"
     return f"```text\n$ python -m finetune run {summary['module']}        # {where}\n{shown}\n```\n"
 
 
