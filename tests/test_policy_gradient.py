@@ -19,8 +19,9 @@ from finetune.run import execute
 
 INFO = registry.find("policy_gradient")
 pg = registry.load(INFO)
-losses, natural, tabular = (
-    sys.modules[f"finetune_modules.policy_gradient.{n}"] for n in ("losses", "natural", "tabular")
+losses, natural, tabular, enumerated, offpolicy, variance = (
+    sys.modules[f"finetune_modules.policy_gradient.{n}"]
+    for n in ("losses", "natural", "tabular", "enumerated", "offpolicy", "variance")
 )
 
 
@@ -89,10 +90,127 @@ def test_the_gradient_is_that_of_torchrls_reinforce_loss():
         assert torch.allclose(a, b, atol=1e-7)
 
 
-def test_the_sampled_gradient_is_the_enumerated_one():
-    for baseline in ("none", "leave_one_out"):
-        z = tabular.score_function_z(baseline, np.random.default_rng(5), 20_000)
-        assert abs(z) < 4
+def listed(seed):
+    """A two-step process, its logits, all its trajectories with the world's probability, and ∇J."""
+    mdp, logits = enumerated.process(np.random.default_rng(seed))
+    rollout, world = enumerated.trajectories(mdp)
+    return mdp, logits, rollout, world, enumerated.gradient(rollout, world, logits, mdp.gamma)
+
+
+def performance(mdp, logits, steps=2):
+    """J of so many steps, by dynamic programming."""
+    policy, V = tabular.probabilities(mdp, logits), np.zeros(len(mdp.start))
+    for _ in range(steps):
+        V = (policy * (mdp.R + mdp.gamma * mdp.P @ V)).sum(1)
+    return float(mdp.start @ V)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_enumerated_gradient_is_that_of_dynamic_programming(seed):
+    mdp, logits, rollout, world, gradient = listed(seed)
+    assert float(enumerated.probabilities(rollout, world, logits).sum()) == pytest.approx(1, abs=1e-12)
+    steps = 1e-5 * torch.eye(logits.numel(), dtype=torch.float64).view(-1, *logits.shape)
+    differences = [(performance(mdp, logits + e) - performance(mdp, logits - e)) / 2e-5 for e in steps]
+    assert np.allclose(gradient, differences, atol=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_baseline_leaves_the_mean_and_only_that_of_the_batch_shrinks_it(seed):
+    _, logits, rollout, world, _ = listed(seed)
+    found = variance.listed(np.random.default_rng(seed), 20_000, 16)
+    assert max(z for name, (_, z) in found.items() if name != "mean") < 4 < found["mean"][1]
+    assert found["mean"][0] == pytest.approx((15 / 16) ** 2 * found["leave_one_out"][0])
+    known = variance.exact_baselines(rollout, world, logits, 0.9)
+    for name, baseline in {"none": None, **known}.items():
+        exact = variance.exact_variance(rollout, world, logits, 0.9, baseline) / 16
+        assert found[name][0] == pytest.approx(exact, rel=0.1)  # 1250 estimates of six numbers
+    assert found["optimal"][0] < min(found[name][0] for name in ("none", "learned", "leave_one_out"))
+
+
+def test_the_optimal_baseline_cannot_be_bettered():
+    _, logits, rollout, world, _ = listed(0)
+    best = variance.exact_baselines(rollout, world, logits, 0.9)["optimal"]
+    least = variance.exact_variance(rollout, world, logits, 0.9, best)
+    for t, s in np.ndindex(*best.shape):
+        for change in (-0.1, 0.1):
+            other = best.clone()
+            other[t, s] += change
+            assert variance.exact_variance(rollout, world, logits, 0.9, other) > least
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gradient_has_the_discount_and_the_usual_form_is_no_gradient(seed):
+    mdp, logits, rollout, world, gradient = listed(seed)
+    p, psi = enumerated.probabilities(rollout, world, logits), enumerated.to_go(rollout, mdp.gamma)
+    corrected = p @ enumerated.by_episode(rollout, logits, enumerated.discounts(mdp.gamma, psi) * psi)
+    assert torch.allclose(corrected, gradient, atol=1e-12)
+    assert (enumerated.usual(rollout, world, logits, mdp.gamma) - gradient).norm() > 0.02 * gradient.norm()
+    assert torch.allclose(enumerated.usual(rollout, world, logits, 1.0),
+                          enumerated.gradient(rollout, world, logits, 1.0), atol=1e-12)  # fmt: skip
+
+    def undiscounted(at):  # of γ = 1 the two are one
+        return enumerated.usual(rollout, world, at, 1.0)
+
+    assert enumerated.asymmetry(undiscounted, logits) < 1e-12
+    assert enumerated.asymmetry(lambda at: enumerated.usual(rollout, world, at, mdp.gamma), logits) > 1e-3
+
+
+def test_by_episode_is_what_autograd_finds():
+    _, logits, rollout, _, _ = listed(0)
+    psi = torch.randn(rollout.rewards.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = logits.clone().requires_grad_()
+    loss = losses.policy_loss(enumerated.log_probs(rollout, theta), psi, rollout.first_episode)
+    assert torch.allclose(-torch.autograd.grad(loss, theta)[0].flatten(),
+                          enumerated.by_episode(rollout, logits, psi).sum(0), atol=1e-12)  # fmt: skip
+
+
+# --- Off policy
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_importance_sampling_is_unbiased_by_trajectory_and_by_decision_only(seed):
+    """Exactly: the expectation over all trajectories of μ."""
+    mdp, logits, rollout, world, gradient = listed(seed)
+    behaviour = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    off = {}
+    for way in ("uncorrected", "step", "truncated", "trajectory", "decision"):
+        found = offpolicy.expected(rollout, world, logits, behaviour, mdp.gamma, way, bound=1.2)
+        off[way] = float((found - gradient).norm() / gradient.norm())
+    assert max(off["trajectory"], off["decision"]) < 1e-12
+    assert min(off["uncorrected"], off["step"], off["truncated"]) > 0.01
+    assert off["step"] < off["uncorrected"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_estimates_from_other_policies(seed):
+    found = offpolicy.compare(np.random.default_rng(seed), 30_000)
+    assert max(b for way in offpolicy.UNBIASED for b in found[way]["bias"]) < 1e-10
+    assert max(z for way in offpolicy.UNBIASED for z in found[way]["z"]) < 6
+    assert min(found[way]["z"][-1] for way in ("uncorrected", "truncated", "weighted")) > 10
+    for way in offpolicy.UNBIASED:
+        assert found[way]["variance"][-1] > 3 * found[way]["variance"][0]
+    effective = found["sample"]["effective"]
+    assert effective[0] == pytest.approx(1)
+    assert effective[-1] < effective[1] < 1
+
+
+def test_weighted_sampling_divides_by_the_mean_ratio_and_bounds_cut():
+    rewards, no = torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)
+    log_ratios = torch.tensor([[4.0, 0.25], [2.0, 1.0]]).log()
+    given = {way: offpolicy.weighed(rewards, no, log_ratios, 0.5, way) for way in offpolicy.WAYS}
+    assert torch.allclose(given["trajectory"], torch.tensor([[12.0, 0.375], [8.0, 0.25]]))
+    assert torch.allclose(given["weighted"], given["trajectory"] / 4.125)
+    assert torch.allclose(given["truncated"], torch.tensor([[3.0, 0.375], [2.0, 0.25]]))
+    assert torch.allclose(given["decision"], torch.tensor([[8.0, 0.375], [8.0, 0.25]]))
+    assert torch.allclose(given["step"], torch.tensor([[6.0, 0.375], [2.0, 1.0]]))
+    assert offpolicy.effective_size(torch.tensor([[1.0, 1, 1, 1], [2, 0, 0, 0]])).tolist() == [4.0, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_batch_used_again_needs_the_ratios(seed):
+    ends = {way: offpolicy.reuse(np.random.default_rng(seed), way)[-1] for way in ("uncorrected", "step", "decision")}
+    assert ends["decision"] > ends["uncorrected"] + 0.05
+    assert ends["step"] > ends["uncorrected"]
 
 
 def test_a_constant_on_the_rewards_moves_nothing_under_a_baseline():
@@ -166,13 +284,16 @@ def test_the_corridor_is_the_books():
 def test_the_toy_reaches_its_targets(tmp_path):
     summary = execute(INFO, toy(), tmp_path / "run", toy=True)
     assert summary["passed"], summary["reached"]
-    for name in ("returns", "corridor"):
+    for name in ("returns", "corridor", "off_policy", "variance"):
         assert (tmp_path / f"run/{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"steps": 12, "shuffle_advantages": True}, {"steps": 12, "lr": 0.0}])
 def test_without_steps_advantages_or_rate_nothing_is_learnt(change, tmp_path):
-    config = toy(**{"corridor_steps": 0, "methods": "reinforce", "episodes": 8, "score_episodes": 1000} | change)
+    config = toy(
+        **{"corridor_steps": 0, "methods": "reinforce", "episodes": 8, "score_episodes": 1000, "variance_groups": 0}
+        | change
+    )
     summary = execute(INFO, config, tmp_path / "run", toy=True)
     assert not summary["reached"]["return_reinforce"]
     assert summary["metrics"]["return_reinforce"] < 60
@@ -180,13 +301,13 @@ def test_without_steps_advantages_or_rate_nothing_is_learnt(change, tmp_path):
 
 def test_a_cut_run_resumes(tmp_path):
     config = toy(steps=4, methods="reinforce,trpo", episodes=3, checkpoint_every=2, corridor_steps=0, eval_episodes=2,
-                 score_episodes=1000)  # fmt: skip
+                 score_episodes=1000, reuse=2, discount_correction=True, variance_groups=10)  # fmt: skip
     resumes_to_the_same_bytes(INFO, config, tmp_path, 7)
 
 
 def test_continuous_actions_train_too(tmp_path):
     config = toy(steps=2, env="Pendulum-v1", methods="reinforce,trpo", episodes=2, corridor_steps=0, eval_episodes=2,
-                 score_episodes=1000)  # fmt: skip
+                 score_episodes=1000, variance_groups=0)  # fmt: skip
     found = execute(INFO, config, tmp_path / "run", toy=True)["metrics"]
     assert math.isfinite(found["return_trpo"])
 
@@ -234,6 +355,8 @@ def test_bad_settings_are_refused():
         ({"methods": "ppo"}, "--methods: 'ppo' is not one of"),
         ({"episodes": 1}, "--episodes 1 is too small"),
         ({"delta": 0.0}, "--delta 0.0: it must be above"),
+        ({"ratio_bound": 0.0}, "--ratio-bound 0.0: it must be above"),
+        ({"variance_groups": 5}, "--variance-groups 5 is too small"),
     ):
         with pytest.raises(UserError, match=message):
             toy(**change)

@@ -1,8 +1,9 @@
 """Policy gradients: REINFORCE with four baselines, the natural gradient, and TRPO. Reads top to bottom.
 
-    ∇J = E[ Σ_t ∇ log π(a_t|s_t) · (G_t − b_t) ]        natural: F⁻¹ ∇J        TRPO: max surrogate s.t. KL ≤ δ
+    ∇J = E[ Σ_t γ^t ∇ log π(a_t|s_t) · (G_t − b_t) ]      natural: F⁻¹ ∇J      TRPO: max surrogate s.t. KL ≤ δ
 
-Williams 1992; Kakade 2001; Schulman et al. 2015 (arXiv:1502.05477). The README explains every metric and every choice.
+Williams 1992; Kakade 2001; Schulman et al. 2015 (arXiv:1502.05477). What is known exactly is in known.py. The README
+explains every metric and every choice.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from finetune import config, ops, optim
 from finetune.errors import UserError
 from finetune.rl import environments, policies
-from finetune.rl import mdp as tables
 from finetune.rl.evaluation import interval, returns
 from finetune.rl.rollout import Rollout, numpy_generator
 
-from . import plots, tabular
+from . import known, plots, variance
+from .enumerated import discounts
 from .losses import BASELINES, advantages, policy_loss
 from .natural import flat, functional, line_search, natural_direction
+from .offpolicy import effective_size
 
 METHODS = ("reinforce", "natural", "trpo")
 
@@ -34,7 +36,11 @@ class Config(config.Config):
     episodes: int = 16  # of an update
     baseline: Literal["none", "mean", "leave_one_out", "learned"] = "learned"
     gamma: float = 0.99
+    discount_correction: bool = False  # the factor γ^t of the theorem, which is usually left out
     entropy: float = 0.0  # weight of the entropy bonus
+    reuse: int = 1  # reinforce: steps on one batch
+    correction: Literal["none", "step"] = "step"  # of the later ones: the ratio of each action's probabilities
+    ratio_bound: float = 2.0  # it is cut off there
     hidden: int = 64  # width of the two hidden layers of policy and value
     lr: float = 0.005  # reinforce: Adam's, falling to a tenth
     value_lr: float = 0.005  # of the learned baseline
@@ -49,15 +55,16 @@ class Config(config.Config):
     corridor_repeats: int = 4  # with each baseline
     corridor_lr: float = 2e-3  # plain gradient ascent
     score_episodes: int = 100_000  # that the gradient is estimated from where it is compared with the enumerated one
+    variance_groups: int = 100  # updates' worth of episodes for the variance by baseline; 0: without it
 
     @classmethod
     def toy(cls) -> "Config":
         return cls(steps=16, methods="trpo", hidden=32, eval_episodes=20, corridor_repeats=2,
-                   corridor_steps=80, score_episodes=20_000)  # fmt: skip
+                   corridor_steps=80, score_episodes=20_000, variance_groups=40)  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"episodes": 2, "hidden": 1, "value_epochs": 0, "iterations": 1, "eval_episodes": 2,
+        least = {"episodes": 2, "hidden": 1, "reuse": 1, "value_epochs": 0, "iterations": 1, "eval_episodes": 2,
                  "corridor_steps": 0, "corridor_repeats": 2, "score_episodes": 1000}  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -65,9 +72,11 @@ class Config(config.Config):
                 raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
         if not 0 <= self.gamma <= 1:
             raise UserError(f"--gamma {self.gamma} is not within 0 and 1")
-        for name in ("delta", "damping"):
+        if 0 < self.variance_groups < 10:
+            raise UserError(f"--variance-groups {self.variance_groups} is too small: it must be 0 or at least 10")
+        for name in ("delta", "damping", "ratio_bound"):
             if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be above 0")
+                raise UserError(f"--{config.dashed(name)} {getattr(self, name)}: it must be above 0")
         for name in self.methods.split(","):
             if name not in METHODS:
                 raise UserError(f"--methods: '{name}' is not one of {', '.join(METHODS)}")
@@ -80,10 +89,13 @@ def main(cfg: Config, run) -> dict[str, Any]:
     plots.learning(run, cfg)
     if cfg.corridor_steps:
         for baseline in BASELINES:
-            walk(cfg, run, baseline)
-        if cfg.steps:
-            plots.corridor(run, BASELINES, tabular.BEST_RIGHT)
-    judge_gradient(run, cfg.score_episodes)
+            known.walk(cfg, run, baseline)
+        known.judge_corridor(cfg, run)
+    listed = known.judge_gradient(run, cfg.score_episodes, cfg.episodes)
+    known.judge_discount(run, cfg.score_episodes)
+    known.judge_off_policy(run, cfg.score_episodes)
+    known.judge_invariance(run)
+    judge_variance(cfg, run, envs, listed)
     return {}
 
 
@@ -101,6 +113,8 @@ def train(cfg: Config, run, method: str, envs: list[Any]) -> None:
         earned = rollout.rewards.sum(0).tolist()
         rollout.rewards = rollout.rewards + cfg.reward_shift * rollout.first_episode
         psi, targets = with_baseline(cfg, rollout, value)
+        if cfg.discount_correction:
+            psi = discounts(cfg.gamma, psi) * psi
         if cfg.shuffle_advantages:
             psi = shuffled(psi, rollout.first_episode, run.generator("shuffle", method, step))
         batch = Batch(rollout, psi)
@@ -110,7 +124,7 @@ def train(cfg: Config, run, method: str, envs: list[Any]) -> None:
         else:
             found = natural_step(cfg, policy, batch, left * cfg.delta, search=method == "trpo")
         if cfg.baseline == "learned":
-            found["value_loss"] = fit(cfg, value, value_optimizer, batch, targets[rollout.first_episode])
+            found["value_loss"] = fit(cfg, value, value_optimizer, batch.observations, targets[rollout.first_episode])
         run.log(step, **{"return": sum(earned) / len(earned)}, **found)
     after = evaluate(cfg, run, policy, envs, "after")
     run.say(f"{method}: {after[0]:.1f} ± {after[1]:.1f} (95 %, {cfg.eval_episodes} episodes)")
@@ -131,20 +145,28 @@ class Batch:
 def reinforce(
     cfg: Config, policy: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float
 ) -> dict[str, float]:
-    """One step of Adam on − mean(log π · Ψ) − entropy bonus."""
-    params = policy(batch.observations)
-    entropy = policy.entropy(params).mean()
-    log_probs = policy.log_prob(params, batch.actions)
-    loss = policy_loss(log_probs, batch.psi, torch.ones_like(batch.psi)) / len(batch.psi)
-    optimizer.zero_grad()
-    (loss - cfg.entropy * entropy).backward()
-    norm = ops.clip_grad_norm_([p.grad for p in policy.parameters()], 1.0)
+    """--reuse steps of Adam on − mean(w log π · Ψ) − entropy bonus. w = π/π_old of the action, and at most
+    --ratio-bound: it corrects which actions were taken, not which states were seen."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    old, weights = None, torch.ones_like(batch.psi)
+    for _ in range(cfg.reuse):
+        params = policy(batch.observations)
+        log_probs = policy.log_prob(params, batch.actions)
+        if old is None:
+            old, old_log_probs = params.detach(), log_probs.detach()
+        elif cfg.correction == "step":
+            weights = (log_probs.detach() - old_log_probs).exp().clamp(max=cfg.ratio_bound)
+        entropy = policy.entropy(params).mean()
+        loss = policy_loss(log_probs, weights * batch.psi, torch.ones_like(batch.psi)) / len(batch.psi)
+        optimizer.zero_grad()
+        (loss - cfg.entropy * entropy).backward()
+        norm = ops.clip_grad_norm_([p.grad for p in policy.parameters()], 1.0)
+        optimizer.step()
     with torch.no_grad():
-        kl = policy.kl(params, policy(batch.observations)).mean()
-    return {"entropy": entropy.item(), "kl": kl.item(), "grad_norm": float(norm)}
+        kl = policy.kl(old, policy(batch.observations)).mean()
+    found = {"entropy": entropy.item(), "kl": kl.item(), "grad_norm": float(norm)}
+    return found | ({"effective": float(effective_size(weights)) / len(weights)} if cfg.reuse > 1 else {})
 
 
 def natural_step(cfg: Config, policy: nn.Module, batch: Batch, delta: float, search: bool) -> dict[str, float]:
@@ -187,12 +209,12 @@ def value_scale(cfg: Config) -> float:
     return min(1 / max(1 - cfg.gamma, 1e-3), 100.0) * max(1.0, abs(cfg.reward_shift))
 
 
-def fit(cfg: Config, value: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, targets: Tensor) -> float:
+def fit(cfg: Config, value: nn.Module, optimizer: torch.optim.Optimizer, seen: Tensor, targets: Tensor) -> float:
     """The learned baseline: squared error to the returns-to-go. Only after the policy's step, or it would know them."""
     targets = targets / value_scale(cfg)
     loss = torch.zeros(())
     for _ in range(cfg.value_epochs):
-        loss = (value(batch.observations) - targets).square().mean()
+        loss = (value(seen) - targets).square().mean()
         optim.descend(loss, optimizer)
     return loss.item()
 
@@ -233,47 +255,43 @@ def shuffled(psi: Tensor, alive: Tensor, generator: torch.Generator) -> Tensor:
     return mixed
 
 
-# --- What is known exactly
+# --- How much the estimate scatters
 
 
-def walk(cfg: Config, run, baseline: str) -> None:
-    """REINFORCE on the short corridor from p(right) = 0.05, several times."""
-    mdp = tabular.corridor()
-    start = torch.tensor([0.95, 0.05], dtype=torch.float64).log()
-    logits = start.repeat(cfg.corridor_repeats, 1)
-    values = torch.zeros(cfg.corridor_repeats, 4, dtype=torch.float64)
-    state = {"table": {"logits": logits, "values": values}}
-    for step in run.steps(min(cfg.corridor_steps, 5 * cfg.steps), state, phase=f"corridor_{baseline}"):
-        for i in range(cfg.corridor_repeats):
-            draw = numpy_generator(run, "corridor", i, step)
-            rollout = tabular.episodes(mdp, tabular.probabilities(mdp, logits[i]), 8, 1000, draw)
-            tabular.ascend(
-                mdp, logits[i], rollout, baseline, values[i] if baseline == "learned" else None, cfg.corridor_lr
-            )
-        found = [tables.performance(mdp, tabular.probabilities(mdp, row)) for row in logits]
-        mean, half = interval(found)
-        run.log(step, value=mean, half_width=half, right=logits.softmax(-1)[:, tabular.RIGHT].mean())
-    policies_ = [tabular.probabilities(mdp, row) for row in logits]
-    mean = sum(tables.performance(mdp, p) for p in policies_) / len(policies_)
-    right = sum(float(p[0, tabular.RIGHT]) for p in policies_) / len(policies_)
-    greedy = tables.performance(mdp, tabular.probabilities(mdp, start))
-    run.judge(f"corridor_value_{baseline}", mean, baseline=greedy, target=-14.0)
-    run.judge(f"corridor_right_{baseline}", right)
-
-
-def judge_gradient(run, episodes: int) -> None:
-    """The estimate against the enumerated gradient; rewards moved by 100; the natural gradient in other coordinates."""
-    z = max(tabular.score_function_z(b, numpy_generator(run, "score", b), episodes) for b in ("none", "leave_one_out"))
-    run.judge("score_function_z", z, target=4, higher=False)
-    for baseline in ("mean", "none"):
-        (before, _), (after, _) = (
-            tabular.shifted(baseline, shift, [numpy_generator(run, "shift", part) for part in range(2)])
-            for shift in (0.0, 100.0)
-        )
-        moved = float(abs(after - before).max())
-        if baseline == "mean":
-            run.judge("shift_moves_policy_with_baseline", moved, target=1e-6, higher=False)
-        else:
-            run.judge("shift_moves_policy_without", moved, target=0.01)
-    natural, vanilla = tabular.reparametrised(run.generator("coordinates"))
-    run.judge("natural_gradient_invariance", natural, baseline=vanilla, target=1e-4, higher=False)
+def judge_variance(cfg: Config, run, envs: list[Any], listed: dict[str, tuple[float, float]]) -> None:
+    """The gradient at the untrained policy with each baseline, from the same episodes; `listed`: the same where all
+    trajectories are known. The learned baseline is fitted to other episodes, half as many."""
+    if not cfg.variance_groups:
+        return
+    policy, value = networks(cfg, run, envs)
+    optimizer = torch.optim.Adam(value.parameters(), lr=cfg.value_lr)
+    others = [collect(run, policy, envs, ("variance", "fit", i)) for i in range(-(-cfg.variance_groups // 2))]
+    seen = torch.cat([r.observations[r.first_episode] for r in others])
+    targets = torch.cat([advantages(r, cfg.gamma, "none", None)[1][r.first_episode] for r in others])
+    for _ in range(20):
+        fit(cfg, value, optimizer, seen, targets)
+    groups = [collect(run, policy, envs, ("variance", i)) for i in range(cfg.variance_groups)]
+    with torch.no_grad():
+        scale = value_scale(cfg)
+        said = [(scale * value(g.observations), scale * value(g.next_observations)) for g in groups]
+    found = variance.of_network(policy, groups, said, cfg.gamma, run.generator("variance"))
+    share = {name: v / found["none"][0] for name, (v, _) in found.items()}
+    target = 0.5 if cfg.env == "CartPole-v1" else None
+    run.judge("variance_with_learned_baseline", share["learned"], baseline=1.0, target=target, higher=False)
+    run.judge(
+        "variance_means_z", max(found[b][1] for b in ("leave_one_out", "learned")), target=known.CHANCE, higher=False
+    )
+    run.samples(
+        "variance of the gradient estimate, of that without a baseline; z of its mean",
+        [
+            {
+                "baseline": name.replace("_", " "),
+                "two-step MDP": f"{v / listed['none'][0]:.3f}",
+                "z": f"{z:.1f}",
+                cfg.env: f"{share[name]:.3f}" if name in share else "–",
+                f"z on {cfg.env}": f"{found[name][1]:.1f}" if name in share else "–",
+            }
+            for name, (v, z) in listed.items()
+        ],
+    )
+    plots.variance(run, cfg.env, {name: v / listed["none"][0] for name, (v, _) in listed.items()}, share)

@@ -1,11 +1,15 @@
-"""The module's own pictures: returns by method, and the short corridor by baseline with confidence bands."""
+"""The module's own pictures: returns by method, the short corridor, estimates off policy, variance by baseline."""
+
+from collections.abc import Callable
 
 import numpy as np
 
 from finetune.plots import GOOD, GREY, INK, figure, moving_average, save
 
 COLOURS = {"reinforce": "#1769aa", "natural": "#b7791f", "trpo": "#805ad5",
-           "none": "#c53030", "mean": "#1769aa", "leave_one_out": "#2e7d32", "learned": "#805ad5"}  # fmt: skip
+           "none": "#c53030", "mean": "#1769aa", "leave_one_out": "#2e7d32", "learned": "#805ad5", "optimal": "#8a6d3b",
+           "uncorrected": "#c53030", "step": "#b7791f", "truncated": "#8a6d3b", "weighted": "#805ad5",
+           "trajectory": "#1769aa", "decision": "#2e7d32"}  # fmt: skip
 
 
 def learning(run, cfg) -> None:
@@ -30,10 +34,19 @@ def learning(run, cfg) -> None:
     save(made, run.dir / "returns.png")
 
 
-def corridor(run, baselines: tuple[str, ...], best: float) -> None:
-    """corridor.png: the value of the start and p(right), with 95 % bands over the repetitions."""
+def corridor(run, baselines: tuple[str, ...], best: float, value_of: Callable[[float], float]) -> None:
+    """corridor.png: the value of the start over p(right) (the book's figure), and both as they are learnt, with 95 %
+    bands over the repetitions."""
     series = run.metrics.series()
-    made, (left, right) = figure(11.5, 4.4, 1, 2)
+    made, (book, left, right) = figure(15.5, 4.4, 1, 3)
+    ps = np.linspace(0.03, 0.97, 95)
+    book.plot(ps, [value_of(p) for p in ps], color=INK, linewidth=1.8)
+    marks = ((0.05, "ε-greedy left", (12, 2)), (0.95, "ε-greedy right", (-12, -4)), (best, "best", (0, -18)))
+    for p, name, place in marks:
+        book.plot(p, value_of(p), "o", color=GOOD if p == best else "#c53030", markersize=7)
+        book.annotate(f"{name} {value_of(p):.1f}", (p, value_of(p)), xytext=place, textcoords="offset points",
+                      ha="center" if p == best else "left" if p < 0.5 else "right", fontsize=9, color=INK)  # fmt: skip
+    book.set_ylim(-105, -5)
     for name in baselines:
         xs, values = series[f"corridor_{name}: value"]
         values, half = np.array(values), np.array(series[f"corridor_{name}: half_width"][1])
@@ -42,13 +55,64 @@ def corridor(run, baselines: tuple[str, ...], best: float) -> None:
             xs, values - half, np.minimum(values + half, -11.6), color=COLOURS[name], alpha=0.15, linewidth=0
         )
         right.plot(*series[f"corridor_{name}: right"], color=COLOURS[name], linewidth=1.8, label=name.replace("_", " "))
-    value = (2 * best - 4) / (best * (1 - best))
-    left.axhline(value, color=GOOD, linestyle="--", linewidth=1.2, label=f"best {value:.2f}")
+    left.axhline(value_of(best), color=GOOD, linestyle="--", linewidth=1.2, label=f"best {value_of(best):.2f}")
     left.set_ylim(-45, -10)
     right.axhline(best, color=GOOD, linestyle="--", linewidth=1.2, label=f"best {best:.3f}")
-    left.set_title("short corridor: value of the start", loc="left", fontsize=11, color=INK)
-    right.set_title("p(right)", loc="left", fontsize=11, color=INK)
+    for axes, title in (
+        (book, "short corridor: value of the start over p(right)"),
+        (left, "value of the start as it is learnt"),
+        (right, "p(right) as it is learnt"),
+    ):
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+    book.set_xlabel("p(right)", color=INK)
     for axes in (left, right):
         axes.set_xlabel("update (8 episodes)", color=INK)
         axes.legend(fontsize=9, frameon=False, loc="lower right")
     save(made, run.dir / "corridor.png")
+
+
+def off_policy(
+    run, distances: tuple[float, ...], found: dict[str, dict[str, list[float]]], paths: dict[str, list[float]]
+) -> None:
+    """off_policy.png: bias, variance and effective sample by how far the other policy is; one batch used many times."""
+    made, (bias, spread, size, reuse) = figure(11.5, 8.0, 2, 2)
+    sample = found["sample"]
+    for way, values in found.items():
+        if way != "sample":
+            bias.plot(distances, values["bias"], "o-", color=COLOURS[way], linewidth=1.6, markersize=4, label=way)
+            spread.plot(distances, values["variance"], "o-", color=COLOURS[way], linewidth=1.6, markersize=4, label=way)
+    size.plot(distances, sample["effective"], "o-", color=INK, linewidth=1.8, label="effective part of the episodes")
+    size.plot(distances, sample["kl"], "s--", color=GREY, linewidth=1.4, label="KL(μ ‖ π) of an episode, nats")
+    for way, path in paths.items():
+        reuse.plot(path, color=COLOURS[way], linewidth=1.8, label=way)
+    bias.set_yscale("log")
+    spread.set_yscale("log")
+    for axes, title, x in (
+        (bias, "|mean estimate − ∇J| / |∇J|; below about 0.03 it is noise", "distance of μ's logits from π's"),
+        (spread, "variance of an estimate from 32 episodes of μ", "distance of μ's logits from π's"),
+        (size, "how much the episodes of μ are worth", "distance of μ's logits from π's"),
+        (reuse, "exact J while one batch of the first policy is followed", "update on the same batch"),
+    ):
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+        axes.set_xlabel(x, color=INK)
+        axes.legend(fontsize=8.5, frameon=False)
+    save(made, run.dir / "off_policy.png")
+
+
+def variance(run, env: str, listed: dict[str, float], network: dict[str, float]) -> None:
+    """variance.png: variance of the gradient estimate by baseline, as a part of that without one."""
+    made, axes = figure(10.5, 4.0, 1, 2)
+    for place, values, title in (
+        (axes[0], listed, "two-step MDP (learned: the exact V)"),
+        (axes[1], network, f"{env}, the untrained network"),
+    ):
+        names = list(values)
+        bars = place.barh([n.replace("_", " ") for n in names], list(values.values()),
+                          color=[COLOURS[n] for n in names], height=0.6)  # fmt: skip
+        place.bar_label(bars, fmt="%.2f", padding=3, fontsize=9, color=INK)
+        place.invert_yaxis()
+        place.set_xlim(0, 1.15 * max(values.values()))
+        place.set_title(title, loc="left", fontsize=11, color=INK)
+        place.set_xlabel("variance of the gradient / variance without a baseline", color=INK)
+        place.grid(False, axis="y")
+    save(made, run.dir / "variance.png")

@@ -1,8 +1,7 @@
-"""Policy gradients where all is known: Sutton & Barto's short corridor, the enumerated gradient, shifted rewards."""
+"""Policy gradients in tables: Sutton & Barto's short corridor, shifted rewards, other coordinates."""
 
 import math
 from collections.abc import Callable
-from itertools import product
 
 import numpy as np
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from finetune.rl import mdp as tables
 from finetune.rl.mdp import MDP
-from finetune.rl.moments import chi_correlated
 from finetune.rl.policies import Categorical
 from finetune.rl.rollout import Rollout, sample_tabular
 
@@ -31,6 +29,11 @@ def corridor() -> MDP:
     rewards[3] = 0
     start = np.array([1.0, 0, 0, 0])
     return tables.make(P, rewards, 1.0, start=start, actions=("left", "right"), name="short corridor")
+
+
+def corridor_value(right: float) -> float:
+    """Of the start, where every state goes right with this probability."""
+    return tables.performance(corridor(), np.tile([1 - right, right], (4, 1)))
 
 
 def episodes(mdp: MDP, policy: np.ndarray, count: int, length: int, draw: np.random.Generator) -> Rollout:
@@ -63,51 +66,6 @@ def ascend(
 
 def probabilities(mdp: MDP, logits: Tensor) -> np.ndarray:
     return logits.expand(mdp.size).softmax(-1).numpy()
-
-
-# --- The gradient itself
-
-
-def enumerated_gradient(mdp: MDP, logits: Tensor, steps: int) -> Tensor:
-    """∇ Σ_τ p(τ) R(τ) over all trajectories of so many steps, by automatic differentiation of the sum itself."""
-    theta = logits.clone().requires_grad_()
-    policy, P = theta.softmax(-1), torch.from_numpy(np.array(mdp.P))
-    S, A = mdp.size
-    total = torch.zeros((), dtype=theta.dtype)
-    for first in np.flatnonzero(mdp.start):
-        for path in product(range(A), range(S), repeat=steps):
-            state, probability, reward = int(first), float(mdp.start[first]), 0.0
-            weight = torch.tensor(probability, dtype=theta.dtype)
-            for t, (action, after) in enumerate(zip(path[::2], path[1::2], strict=True)):
-                if mdp.P[state, action, after] == 0:
-                    weight = weight * 0
-                    break
-                weight = weight * policy[state, action] * P[state, action, after]
-                reward += mdp.gamma**t * mdp.rewards[state, action, after]
-                state = after
-            total = total + weight * reward
-    total.backward()
-    return theta.grad
-
-
-def score_function_z(baseline: str, draw: np.random.Generator, count: int, parts: int = 100) -> float:
-    """How far the mean of `count` sampled gradients of a two-step MDP is from the enumerated one, in standard
-    deviations of what chance does."""
-    mdp = tables.garnet(3, 2, 2, draw, 0.9, mean=1.0)
-    logits = torch.from_numpy(draw.standard_normal(mdp.size))
-    wanted = enumerated_gradient(mdp, logits, 2)
-    rows = count // parts
-    found = []
-    for _ in range(parts):
-        rollout = sample_tabular(mdp, probabilities(mdp, logits), 2, draw.choice(3, rows), draw)
-        theta = logits.clone().requires_grad_()
-        log_probs = theta.log_softmax(-1)[rollout.observations, rollout.actions]
-        psi, _ = advantages(rollout, mdp.gamma, baseline, None)
-        weights = mdp.gamma ** torch.arange(2, dtype=psi.dtype)[:, None]
-        (-policy_loss(log_probs, weights * psi, rollout.first_episode) / rows).backward()
-        found.append(theta.grad.flatten().numpy())
-    samples = np.stack(found)
-    return float(chi_correlated(samples.mean(0) - wanted.flatten().numpy(), np.cov(samples.T) / parts))
 
 
 # --- Rewards with a constant added

@@ -1,0 +1,48 @@
+"""PPO's losses (Schulman et al. 2017, arXiv:1707.06347), and what is watched while one batch makes several updates.
+
+`log_ratios` are log π(a|s) − log π_old(a|s) of the actions that π_old took. Losses are element by element, to be
+minimised: whoever calls takes the mean over what counts (all steps, or the tokens of the answers).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def clipped_surrogate(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """−min(r A, clamp(r, 1 − clip, 1 + clip) A), eq. 7: no gain from moving a probability further than `clip`.
+
+    The minimum is the pessimist's: a ratio that has gone the wrong way is not clipped, so it can come back.
+    """
+    ratios = log_ratios.exp()
+    return -torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def value_loss(values: Tensor, targets: Tensor, old_values: Tensor | None = None, clip: float = 0.2) -> Tensor:
+    """(V − target)²; with old_values the larger of that and of V kept within `clip` of its old value."""
+    plain = (values - targets).square()
+    if old_values is None:
+        return plain
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return torch.maximum(plain, (near - targets).square())
+
+
+@torch.no_grad()
+def approximate_kl(log_ratios: Tensor) -> Tensor:
+    """(r − 1) − log r, element by element: its mean over actions of π_old is KL(π_old ‖ π), and it is never negative
+    (Schulman 2020, http://joschu.net/blog/kl-approx.html)."""
+    return log_ratios.expm1() - log_ratios
+
+
+@torch.no_grad()
+def clip_fraction(log_ratios: Tensor, clip: float) -> Tensor:
+    """The part of the ratios that lies outside 1 ± clip."""
+    return (log_ratios.expm1().abs() > clip).float().mean()
+
+
+@torch.no_grad()
+def explained_variance(values: Tensor, targets: Tensor) -> Tensor:
+    """1 − Var(target − V) / Var(target): 1 of a perfect critic, 0 of a constant one; NaN if all targets are alike."""
+    spread = targets.var()
+    return torch.where(spread > 0, 1 - (targets - values).var() / spread, torch.nan)
