@@ -107,12 +107,14 @@ def test_vtrace_equals_torchrl(rho, c):
         assert torch.allclose(a, b[..., 0].T, atol=1e-12)
 
 
-def test_retrace_is_its_definition():
+@pytest.mark.parametrize("name", ["retrace", "tree_backup"])
+def test_retrace_and_tree_backup_are_their_definitions(name):
     """Q_t + Σ_k γ^k (Π_{1..k} c_i) δ_{t+k}, up to the end."""
     r, q, after, terminated, truncated = given = numbers(30, 4)
-    log_ratios, ends = ratios(30, 4), terminated | truncated
+    ends = terminated | truncated
+    logs = ratios(30, 4) if name == "retrace" else -ratios(30, 4).abs()
     delta = r + 0.9 * after * ~terminated - q
-    c = 0.8 * log_ratios.exp().clamp(max=1)
+    c = 0.8 * logs.exp().clamp(max=1)
     wanted = q.clone()
     for n in range(4):
         for t in range(30):
@@ -122,7 +124,28 @@ def test_retrace_is_its_definition():
                 if ends[k, n] or k == 29:
                     break
                 weight *= 0.9 * c[k + 1, n]
-    assert torch.allclose(advantages.retrace(*given, log_ratios, gamma=0.9, lam=0.8), wanted, atol=1e-12)
+    assert torch.allclose(getattr(advantages, name)(*given, logs, gamma=0.9, lam=0.8), wanted, atol=1e-12)
+
+
+def test_tree_backup_of_a_policy_sure_of_itself_is_retrace_on_policy():
+    given, zeros = numbers(30, 4), torch.zeros(30, 4, dtype=torch.float64)
+    found = [f(*given, zeros, gamma=0.9, lam=0.7) for f in (advantages.retrace, advantages.tree_backup)]
+    assert torch.equal(*found)
+
+
+def test_upgo_is_its_definition():
+    """The return, followed as long as Q(s, a) ≈ r + γ V(s') is not below V(s); then V."""
+    r, v, after, terminated, truncated = given = numbers(30, 4)
+    ends, q = terminated | truncated, r + 0.9 * after * ~terminated
+    wanted = torch.zeros_like(r)
+    for n in range(4):
+        for t in range(30):
+            k, weight, total = t, 1.0, 0.0
+            while not ends[k, n] and k < 29 and q[k + 1, n] >= v[k + 1, n]:
+                total += weight * r[k, n]
+                k, weight = k + 1, weight * 0.9
+            wanted[t, n] = total + weight * q[k, n] - v[t, n]
+    assert torch.allclose(advantages.upgo(*given, gamma=0.9), wanted, atol=1e-12)
 
 
 def test_group_forms_are_those_of_rloo_and_grpo():

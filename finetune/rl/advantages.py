@@ -97,9 +97,43 @@ def retrace(
     action_values is Q of the actions taken, next_values the mean of Q under π in the state reached.
     """
     deltas = td_errors(rewards, action_values, next_values, terminated, gamma)
-    c = lam * log_ratios.exp().clamp(max=1.0)
-    following = torch.cat([c[1:], torch.zeros_like(c[:1])])
-    return action_values + _backwards(deltas, gamma * following, terminated | truncated)
+    traces = gamma * lam * _next(log_ratios.exp().clamp(max=1.0))
+    return action_values + _backwards(deltas, traces, terminated | truncated)
+
+
+@torch.no_grad()
+def tree_backup(
+    rewards: Tensor,
+    action_values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    log_probs: Tensor,
+    *,
+    gamma: float,
+    lam: float = 1.0,
+) -> Tensor:
+    """Tree-backup(λ) (Precup et al. 2000): Retrace's targets of Q(s_t, a_t) with the traces c = λ π(a|s).
+
+    log_probs are log π(a|s) of the actions taken. How μ chose them need not be known, and no ratio can be large; the
+    traces are short wherever π spreads over several actions, even if μ = π.
+    """
+    deltas = td_errors(rewards, action_values, next_values, terminated, gamma)
+    return action_values + _backwards(deltas, gamma * lam * _next(log_probs.exp()), terminated | truncated)
+
+
+@torch.no_grad()
+def upgo(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, *, gamma: float
+) -> Tensor:
+    """Upgoing advantages (Vinyals et al. 2019, AlphaStar, methods): the return as long as it goes better than V says.
+
+        A_t = G_t − V_t     G_t = r_t + γ (G_{t+1} if r_{t+1} + γ V_{t+2} ≥ V_{t+1}, else V_{t+1})
+
+    With δ the TD error that is A_t = δ_t + γ 1[δ_{t+1} ≥ 0] A_{t+1}. Biased upwards: luck counts, bad luck does not.
+    """
+    deltas = td_errors(rewards, values, next_values, terminated, gamma)
+    return _backwards(deltas, gamma * _next((deltas >= 0).to(deltas.dtype)), terminated | truncated)
 
 
 def leave_one_out(returns: Tensor) -> Tensor:
@@ -114,6 +148,11 @@ def group_normalised(returns: Tensor, eps: float = 1e-4) -> Tensor:
     Biased: the mean holds the return itself, and the deviation makes hard and easy groups alike.
     """
     return (returns - returns.mean(-1, keepdim=True)) / (returns.std(-1, keepdim=True) + eps)
+
+
+def _next(x: Tensor) -> Tensor:
+    """x_{t+1} at t, and 0 at the last."""
+    return torch.cat([x[1:], torch.zeros_like(x[:1])])
 
 
 def _backwards(terms: Tensor, factors: Tensor, ends: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Advantages: nine estimators against the exact A^π, the gradients they give, and what a baseline may change.
+"""Advantages: eleven estimators against the exact A^π, the gradients they give, and what a baseline may change.
 
     A^π(s, a) = Q^π(s, a) − V^π(s)        ∇J = Σ_t γ^t E[∇ log π(a_t|s_t) · Ψ_t]   for Ψ = return, Q, A, δ, …
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from finetune import config, ops
 from finetune.errors import UserError
 from finetune.rl import mdp as tables
-from finetune.rl.advantages import group_normalised, leave_one_out, n_step, retrace, vtrace
+from finetune.rl.advantages import group_normalised, leave_one_out, n_step, retrace, tree_backup, upgo, vtrace
 from finetune.rl.mdp import MDP
 from finetune.rl.moments import Moments, chi, seen_by_the_gradient
 from finetune.rl.planning import evaluate
@@ -26,15 +26,15 @@ from finetune.rl.rollout import Rollout, numpy_generator, sample_tabular
 from . import plots
 from .gradients import GRADIENTS, UNBIASED_GRADIENTS, Slopes, exact_gradient, gradients
 
-ON_POLICY = ("mc", "td", "n_step", "gae", "leave_one_out", "group_normalised")
-OFF_POLICY = ("importance", "vtrace", "retrace")  # from the rollouts of another policy
+ON_POLICY = ("mc", "td", "n_step", "gae", "upgo", "leave_one_out", "group_normalised")
+OFF_POLICY = ("importance", "vtrace", "retrace", "tree_backup")  # from the rollouts of another policy
 ESTIMATORS = ON_POLICY + OFF_POLICY
-UNBIASED = ("mc", "td", "n_step", "gae", "leave_one_out", "importance", "retrace")  # with exact values
+UNBIASED = ("mc", "td", "n_step", "gae", "leave_one_out", "importance", "retrace", "tree_backup")  # with exact V
 
 
 @dataclass
 class Config(config.Config):
-    steps: int = 300  # batches of rollouts
+    steps: int = 320  # batches of rollouts
     checkpoint_every: int = 100
     data: Path | None = None  # an MDP in an npz, as the module mdp reads it; none: a random one that the seed gives
     states: int = 12  # of the random MDP, besides the terminal one
@@ -47,7 +47,7 @@ class Config(config.Config):
     groups: int = 8  # groups a batch from each state
     group: int = 4  # rollouts of a group
     n: int = 4  # rewards of the n-step estimate
-    lam: float = 0.9  # of GAE and Retrace
+    lam: float = 0.9  # of GAE, Retrace and tree-backup
     sweeps: int = 2  # the half-learnt critic: so many sweeps of policy evaluation from zero
     shuffle_rewards: bool = False  # control: the rewards of a batch are dealt out anew, so there is nothing to learn
 
@@ -99,6 +99,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
         errors = seen_by_the_gradient(off, policy, counted)
         run.log(step, **{f"error_{name}": error for name, error in zip(ESTIMATORS, errors, strict=True)})
 
+    judge_exact(run, mdp, policy, counted)
     judge_shaping(run, mdp, policy)
     if not cfg.steps:
         run.judge("gain_gae", 0.0, baseline=0.0, target=0.9)
@@ -126,6 +127,7 @@ def on_policy(cfg: Config, rollout: Rollout, V: Tensor) -> Tensor:
             td[0],
             n_step(*given, n=cfg.n, gamma=cfg.gamma)[0],
             gae[0],
+            upgo(*given, gamma=cfg.gamma)[0],
             leave_one_out(grouped).flatten(),
             group_normalised(grouped).flatten(),
         ]
@@ -140,7 +142,8 @@ def off_policy(
     states, actions, after = rollout.observations, rollout.actions, rollout.next_observations
     V, ends = torch.from_numpy(critic), (rollout.terminated, rollout.truncated)
     with np.errstate(divide="ignore", invalid="ignore"):
-        log_ratios = torch.from_numpy(np.log(policy) - np.log(behaviour))[states, actions]
+        log_probs = torch.from_numpy(np.log(policy))[states, actions]
+        log_ratios = log_probs - torch.from_numpy(np.log(behaviour))[states, actions]
     found = []
     for bound in (float("inf"), 1.0):
         given = (rollout.rewards, V[states], V[after], *ends, log_ratios)
@@ -148,10 +151,13 @@ def off_policy(
         found.append(advantages[0] / log_ratios[0].exp().clamp(max=bound))
     Q = torch.from_numpy(np.where(mdp.allowed, mdp.R + mdp.gamma * mdp.P @ critic, 0.0))
     means = (torch.from_numpy(policy) * Q).sum(1)
-    targets = retrace(
-        rollout.rewards, Q[states, actions], means[after], *ends, log_ratios, gamma=cfg.gamma, lam=cfg.lam
-    )
-    return torch.stack([*found, targets[0] - means[states[0]]])
+    given = (rollout.rewards, Q[states, actions], means[after], *ends)
+    for targets in (
+        retrace(*given, log_ratios, gamma=cfg.gamma, lam=cfg.lam),
+        tree_backup(*given, log_probs, gamma=cfg.gamma, lam=cfg.lam),
+    ):
+        found.append(targets[0] - means[states[0]])
+    return torch.stack(found)
 
 
 def pairs_of(rollout: Rollout, mdp: MDP) -> Tensor:
@@ -174,6 +180,18 @@ def shuffle(rollout: Rollout, draw: np.random.Generator) -> None:
 
 
 # --- What is shown
+
+
+def judge_exact(run, mdp: MDP, policy: np.ndarray, counted: np.ndarray) -> None:
+    """What makes A^π worth estimating: its mean under π is 0, and to act only where it is not below 0 loses nothing in
+    any state (the policy improvement theorem)."""
+    A = np.where(counted, tables.advantages(mdp, policy), 0.0)
+    run.judge("advantages_mean", abs((policy * A).sum(1)).max(), target=1e-8, higher=False)
+    kept = policy * (A >= -1e-12)  # never empty, as the mean is 0
+    better = kept / kept.sum(1, keepdims=True)
+    gained = tables.solve(mdp, better) - tables.solve(mdp, policy)
+    run.judge("improvement_in_the_worst_state", gained[~mdp.terminal].min(), target=-1e-9)
+    run.judge("improvement", float(mdp.start @ gained), baseline=0.0)
 
 
 def judge_shaping(run, mdp: MDP, policy: np.ndarray) -> None:
@@ -241,9 +259,21 @@ def show_estimators(
                 if name == "gae":
                     run.judge("gain_gae", share, baseline=0.0, target=0.9)
     run.samples("estimates of A^π by critic; gain: of J, by following them once, of what A^π itself gains", rows)
+    series = run.metrics.series()
+    run.samples(
+        "mean square error of the mean of n estimates from each state, half-learnt V",
+        [{"estimator": name} | mse_at(series[f"error_{name}"], cfg.groups * cfg.group) for name in ESTIMATORS],
+    )
     plots.estimators(run, found, ESTIMATORS)
     plots.errors(run, cfg.groups * cfg.group, ESTIMATORS)
     return found
+
+
+def mse_at(curve: tuple[list[int], list[float]], per_step: int) -> dict[str, str]:
+    """At n = 1k and 10k, as far as the run got."""
+    errors = {(step + 1) * per_step: error for step, error in zip(*curve, strict=True)}
+    reached = {f"{k}k": -(-1000 * k // per_step) * per_step for k in (1, 10)}  # whole batches
+    return {f"n = {name}": f"{errors[n] ** 2:.2g}" if n in errors else "–" for name, n in reached.items()}
 
 
 LABELS = {"exact": "exact V", "half_learnt": "half-learnt V"}

@@ -4,7 +4,19 @@ import numpy as np
 
 from finetune.plots import INK, figure, save
 
-COLOURS = ("#1769aa", "#c53030", "#2e7d32", "#805ad5", "#b7791f", "#8a8f98", "#0e7c86", "#d53f8c", "#5a4632")
+COLOURS = (
+    "#1769aa",
+    "#c53030",
+    "#2e7d32",
+    "#805ad5",
+    "#b7791f",
+    "#8a8f98",
+    "#0e7c86",
+    "#d53f8c",
+    "#5a4632",
+    "#00a676",
+    "#1f2933",
+)
 
 
 def estimators(run, found: dict[str, float], names: tuple[str, ...]) -> None:
