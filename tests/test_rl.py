@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from finetune import ops
-from finetune.rl import advantages, environments, policies
+from finetune.rl import advantages, environments, policies, surrogate
 from finetune.rl import mdp as tables
 from finetune.rl.evaluation import interval
 from finetune.rl.moments import Moments, chi
@@ -155,6 +155,91 @@ def test_group_forms_are_those_of_rloo_and_grpo():
     spread = returns.std(1, keepdim=True) + 1e-4
     assert torch.allclose(advantages.group_normalised(returns), (returns - returns.mean(1, keepdim=True)) / spread)
     assert torch.equal(advantages.group_normalised(torch.ones(2, 3)), torch.zeros(2, 3))
+
+
+def test_whitening_is_of_what_the_mask_counts():
+    g = torch.Generator().manual_seed(0)
+    values, mask = 5 + 3 * torch.randn(4, 7, generator=g, dtype=torch.float64), torch.rand(4, 7, generator=g) < 0.6
+    alone = values[mask]
+    wanted = (alone - alone.mean()) / alone.std()
+    padded = values.masked_fill(~mask, torch.nan)
+    assert torch.allclose(advantages.whitened(padded, mask)[mask], wanted, atol=1e-7)
+    assert torch.equal(advantages.whitened(padded, mask)[~mask], torch.zeros(int((~mask).sum())).double())
+    assert torch.allclose(advantages.whitened(padded, mask, centre=False)[mask], wanted + alone.mean(), atol=1e-7)
+    assert torch.equal(advantages.whitened(alone), advantages.whitened(alone, torch.ones_like(alone, dtype=torch.bool)))
+    assert advantages.whitened(torch.tensor([3.0])).tolist() == [0.0]
+
+
+# --- PPO's losses
+
+
+def test_the_clipped_surrogate_has_no_slope_where_nothing_is_to_be_gained():
+    """Ratio above and below the bounds, with a good and a bad action: only two of the four are cut off."""
+    log_ratios = torch.tensor([1.5, 1.5, 0.5, 0.5]).log().requires_grad_()
+    psi = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss = surrogate.clipped_surrogate(log_ratios, psi, 0.2)
+    assert torch.allclose(loss, torch.tensor([-1.2, 1.5, -0.5, 0.8]))
+    (slope,) = torch.autograd.grad(loss.sum(), log_ratios)
+    assert torch.allclose(slope, torch.tensor([0.0, 1.5, -0.5, 0.0]))
+
+
+def test_what_is_watched_during_ppo():
+    """The estimate of the KL, averaged over actions of the old policy, is the KL; it is never negative."""
+    old, new = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+    estimates = surrogate.approximate_kl(new - old)
+    assert float(estimates.min()) >= 0
+    assert torch.allclose(old.exp() @ estimates, policies.Categorical.kl(old, new))
+    assert float(surrogate.clip_fraction(torch.tensor([1.0, 1.1, 1.3, 0.7]).log(), 0.2)) == 0.5
+    targets = torch.arange(5.0)
+    assert float(surrogate.explained_variance(targets + 3, targets)) == 1
+    assert float(surrogate.explained_variance(torch.ones(5), targets)) == 0
+    assert surrogate.explained_variance(targets, torch.ones(5)).isnan()
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.parametrize("clip_value", [None, 0.2])
+def test_ppos_losses_and_gradient_are_torchrls(clip_value):
+    pytest.importorskip("torchrl")
+    from tensordict import TensorDict
+    from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+    from torchrl.modules import ValueOperator
+    from torchrl.objectives import ClipPPOLoss
+
+    torch.manual_seed(0)
+    policy, value = policies.Categorical(3, 4, [8]), policies.Value(3, [8])
+    net = TensorDictModule(policy.net, in_keys=["observation"], out_keys=["logits"])
+    draw = ProbabilisticTensorDictModule(
+        in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical,
+        return_log_prob=True,
+    )  # fmt: skip
+    critic = ValueOperator(value.net, in_keys=["observation"])
+    theirs = ClipPPOLoss(ProbabilisticTensorDictSequential(net, draw), critic, clip_epsilon=0.2, entropy_coeff=0.01,
+                         critic_coeff=0.5, loss_critic_type="l2", clip_value=clip_value)  # fmt: skip
+    observations, actions = torch.randn(60, 3), torch.randint(4, (60,))
+    psi, targets, old_values = torch.randn(60), torch.randn(60), 0.3 * torch.randn(60)
+    params = policy(observations)
+    log_probs = policy.log_prob(params, actions)
+    old = log_probs.detach() + 0.5 * torch.randn(60)
+    data = TensorDict(
+        {"observation": observations, "action": actions, "action_log_prob": old, "advantage": psi[:, None],
+         "value_target": targets[:, None], "state_value": old_values[:, None]}, [60]
+    )  # fmt: skip
+    found = theirs(data)
+    mine = {
+        "loss_objective": surrogate.clipped_surrogate(log_probs - old, psi, 0.2).mean(),
+        "loss_critic": 0.5 * surrogate.value_loss(
+            value(observations), targets, None if clip_value is None else old_values
+        ).mean(),
+        "loss_entropy": -0.01 * policy.entropy(params).mean(),
+    }  # fmt: skip
+    for name, loss in mine.items():
+        assert torch.allclose(loss, found[name], atol=1e-6), name
+    parameters = [*policy.parameters(), *value.parameters()]
+    ours = torch.autograd.grad(sum(mine.values()), parameters)
+    sum(found[name] for name in mine).backward()
+    for a, p in zip(ours, parameters, strict=True):
+        assert torch.allclose(a, p.grad, atol=1e-6)
 
 
 def test_moments_are_numpys_and_know_what_chance_does():

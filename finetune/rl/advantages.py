@@ -150,6 +150,20 @@ def group_normalised(returns: Tensor, eps: float = 1e-4) -> Tensor:
     return (returns - returns.mean(-1, keepdim=True)) / (returns.std(-1, keepdim=True) + eps)
 
 
+def whitened(values: Tensor, mask: Tensor | None = None, *, centre: bool = True, eps: float = 1e-8) -> Tensor:
+    """Less the mean, over the standard deviation (n − 1), both of all values that `mask` (the same shape, bool) counts,
+    as a loss sees them: a minibatch, or the tokens of its answers. 0 elsewhere, whatever stands there.
+
+    centre False: the mean is put back, for rewards, whose sign says something (Ziegler et al. 2019, arXiv:1909.08593).
+    """
+    counts = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    n = counts.sum()
+    mean = values.masked_fill(~counts, 0.0).sum() / n.clamp(min=1)
+    off = (values - mean).masked_fill(~counts, 0.0)
+    white = off / ((off.square().sum() / (n - 1).clamp(min=1)).sqrt() + eps)
+    return white if centre else (white + mean).masked_fill(~counts, 0.0)
+
+
 def _next(x: Tensor) -> Tensor:
     """x_{t+1} at t, and 0 at the last."""
     return torch.cat([x[1:], torch.zeros_like(x[:1])])

@@ -85,12 +85,22 @@ def off_policy(
     size.plot(distances, sample["kl"], "s--", color=GREY, linewidth=1.4, label="KL(μ ‖ π) of an episode, nats")
     for way, path in paths.items():
         reuse.plot(path, color=COLOURS[way], linewidth=1.8, label=way)
-    bias.set_yscale("log")
-    spread.set_yscale("log")
+    bias.set_yscale("symlog", linthresh=0.1)
+    bias.set_yticks([0, 0.05, 0.1, 0.5, 1, 5], ["0", "0.05", "0.1", "0.5", "1", "5"])
+    bias.set_ylim(bottom=-0.01)
+    spread.set_ylim(bottom=0)
     for axes, title, x in (
-        (bias, "|mean estimate − ∇J| / |∇J|; below about 0.03 it is noise", "distance of μ's logits from π's"),
-        (spread, "variance of an estimate from 32 episodes of μ", "distance of μ's logits from π's"),
-        (size, "how much the episodes of μ are worth", "distance of μ's logits from π's"),
+        (
+            bias,
+            "|E[estimate] − ∇J| / |∇J|: exact, but of weighted",
+            "distance of μ from π; 1: μ is uniform, 2: π turned round",
+        ),
+        (
+            spread,
+            "variance of an estimate from 32 episodes of μ",
+            "distance of μ from π; 1: μ is uniform, 2: π turned round",
+        ),
+        (size, "how much the episodes of μ are worth", "distance of μ from π; 1: μ is uniform, 2: π turned round"),
         (reuse, "exact J while one batch of the first policy is followed", "update on the same batch"),
     ):
         axes.set_title(title, loc="left", fontsize=11, color=INK)
