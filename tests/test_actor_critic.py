@@ -219,6 +219,15 @@ def test_what_came_is_the_mean_of_going_on_from_one_state():
     assert critic.correlation(torch.stack([pairs[:, 1], 3 * pairs[:, 1] - 1], 1)) == pytest.approx(1)
 
 
+def test_steps_are_drawn_as_their_discount():
+    u, lengths = torch.rand(100_000, generator=seeded(), dtype=torch.float64), torch.full((100_000,), 5)
+    for gamma in (0.0, 0.7, 1.0):
+        wanted = torch.tensor([gamma**t for t in range(5)])
+        found = critic.geometric(u, lengths, gamma).bincount(minlength=5) / 100_000
+        assert torch.allclose(found, wanted / wanted.sum(), atol=0.01)
+    assert critic.geometric(torch.tensor([1 - 2**-53], dtype=torch.float64), torch.tensor([3]), 0.9) == 2
+
+
 def test_from_the_state_on_actions_are_drawn_anew():
     """Of CartPole under coin flips: the mean of 400 continuations is that of episodes begun in the same state."""
     g = seeded()

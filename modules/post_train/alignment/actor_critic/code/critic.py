@@ -33,9 +33,9 @@ def said_and_came(
 ) -> Tensor:
     """(K, 2): V of a state, and the mean discounted return from it, for one state of an episode of each seed.
 
-    One return is chance; V is a mean. So an episode is played to its end, one of its first `latest` steps is drawn, and
-    the state before it is reached again len(envs) / K times, by the same seed and actions; from there on `act` draws
-    anew. UserError if the environment does not come to the same state.
+    One return is chance; V is a mean. So an episode is played to its end, and one of its first `latest` steps is drawn,
+    step t as γᵗ (the discounted distribution of states). The state before it is reached again len(envs) / K times, by
+    the same seed and actions, and from there on `act` draws anew. UserError if an environment comes to another state.
     """
     states = torch.arange(len(seeds)).repeat_interleave(len(envs) // len(seeds))  # of each environment, its state's
     columns = torch.arange(len(states))
@@ -43,15 +43,16 @@ def said_and_came(
     lengths = once.first_episode.sum(0)
     if latest is not None:
         lengths = lengths.clamp(max=latest)
-    begin = (torch.rand(len(seeds), generator=generator) * lengths).long()[states]  # the step from which act draws anew
+    drawn = geometric(torch.rand(len(seeds), generator=generator, dtype=torch.float64), lengths, gamma)
+    begin = drawn[states]  # the step from which `act` draws anew
     step = itertools.count()
 
     def again(observations: Tensor) -> Tensor:
-        t, drawn = next(step), act(observations)
+        t, own = next(step), act(observations)
         if t >= len(once.actions):
-            return drawn
-        told = (t < begin).view(-1, *[1] * (drawn.dim() - 1))
-        return torch.where(told, once.actions[t, states], drawn)
+            return own
+        told = (t < begin).view(-1, *[1] * (own.dim() - 1))
+        return torch.where(told, once.actions[t, states], own)
 
     rollout = play(envs[: len(states)], again, [seeds[k] for k in states])
     seen = rollout.observations[begin, columns].unflatten(0, (len(seeds), -1))
@@ -60,6 +61,14 @@ def said_and_came(
     came = returns_to_go(rollout.rewards, rollout.ends, gamma)[begin, columns].unflatten(0, (len(seeds), -1))
     with torch.no_grad():
         return torch.stack([value(seen[:, 0]), came.mean(1)], 1)
+
+
+def geometric(uniform: Tensor, lengths: Tensor, gamma: float) -> Tensor:
+    """Steps t < L with probabilities as γᵗ, from uniform numbers in [0, 1): the inverse of (1 − γᵗ) / (1 − γᴸ)."""
+    if gamma in (0, 1):
+        return (uniform * lengths * gamma).long()
+    t = torch.log1p(-uniform * (1 - gamma**lengths)) / math.log(gamma)
+    return t.long().clamp(max=lengths - 1)  # rounding
 
 
 def correlation(pairs: Tensor) -> float:
