@@ -28,7 +28,7 @@ from timing import Times
 from finetune import machine, registry
 from finetune.errors import UserError
 from finetune.rl import datasets
-from finetune.rl.offline import QNetwork
+from finetune.rl.discrete import QNetwork
 
 BATCH, HIDDEN, ALPHA, GAMMA, LR = 64, 64, 1.0, 0.99, 1e-3
 

@@ -12,8 +12,9 @@ from resumed import resumes_to_the_same_bytes
 
 from finetune import registry
 from finetune.errors import UserError
-from finetune.rl import datasets, offline
+from finetune.rl import datasets
 from finetune.rl.continuous import SquashedGaussian, TwinQ, polyak_
+from finetune.rl.discrete import QNetwork, double_dqn_target, picked
 from finetune.rl.replay import Transitions
 from finetune.run import Run, execute
 
@@ -51,7 +52,7 @@ def steps_of(count, actions=None, seed=0):
 
 def learner(alpha, seed=0, actions=3, **changes):
     torch.manual_seed(seed)
-    network = offline.QNetwork(4, actions, [16, 16])
+    network = QNetwork(4, actions, [16, 16])
     return discrete.QLearner(network, **{"alpha": alpha, "gamma": 0.9, "lr": 1e-2, "tau": 0.1} | changes)
 
 
@@ -129,7 +130,7 @@ def test_lagrange_raises_alpha_above_the_threshold_and_lowers_it_below():
 
 def test_a_clone_draws_its_actions_as_often_as_the_behaviour_took_them():
     torch.manual_seed(0)
-    clone, batch = discrete.Clone(offline.QNetwork(4, 2, [16]), 1e-2), steps_of(4000, 2)
+    clone, batch = discrete.Clone(QNetwork(4, 2, [16]), 1e-2), steps_of(4000, 2)
     batch.actions = (torch.rand(4000, generator=torch.Generator().manual_seed(1)) < 0.7).long()
     for _ in range(200):
         clone.update(batch)
@@ -322,8 +323,8 @@ def test_the_discrete_gap_is_torchrls():
     found = {name: float(value.detach()) for name, value in loss(data).items() if "loss" in name}
     values = one.q(batch.observations)
     after = one.q(batch.next_observations)
-    wanted = offline.double_dqn_target(after, after, batch.rewards, batch.terminated, 0.9)
-    taken = offline.picked(values, batch.actions)
+    wanted = double_dqn_target(after, after, batch.rewards, batch.terminated, 0.9)
+    taken = picked(values, batch.actions)
     assert found["loss_cql"] == pytest.approx(losses.cql_h(values, batch.actions).mean().item(), rel=1e-5)
     assert found["loss_qvalue"] == pytest.approx(0.5 * (taken - wanted).square().mean().item(), rel=1e-5)
 

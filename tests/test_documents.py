@@ -57,7 +57,18 @@ SETTINGS = {
     "actor_critic": ["--warmup", "300", "--repeats", "1", "--eval-episodes", "2", "--hold-steps", "1"],
     "bcq": ["--rows", "300", "--fqe-steps", "2", "--eval-episodes", "2", "--sweep", "0,1"],
     "cql": ["--updates", "5", "--data-steps", "500", "--fqe-steps", "1", "--eval-episodes", "2"],
-    "td_learning": ["--cliff-episodes", "40", "--car-episodes", "5", "--taxi-steps", "500", "--runs", "10"],
+    "td_learning": [
+        "--cliff-episodes",
+        "40",
+        "--car-episodes",
+        "5",
+        "--taxi-steps",
+        "500",
+        "--runs",
+        "10",
+        "--dqn-steps",
+        "64",
+    ],
 }
 
 

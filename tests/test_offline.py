@@ -8,6 +8,7 @@ from finetune.errors import UserError
 from finetune.rl import datasets, environments, offline
 from finetune.rl import mdp as tables
 from finetune.rl.continuous import TwinQ
+from finetune.rl.discrete import QNetwork, double_dqn_target, picked
 from finetune.rl.evaluation import true_returns
 from finetune.rl.replay import Transitions
 from finetune.rl.rollout import sample_tabular
@@ -147,7 +148,7 @@ def test_episodes_of_a_set_are_whole():
 
 def test_the_double_dqn_target_takes_its_action_from_one_network_and_its_value_from_the_other():
     online, target = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[10.0, 20.0], [30.0, 40.0]])
-    found = offline.double_dqn_target(online, target, torch.ones(2), torch.tensor([False, True]), 0.5)
+    found = double_dqn_target(online, target, torch.ones(2), torch.tensor([False, True]), 0.5)
     assert found.tolist() == [11.0, 1.0]
 
 
@@ -167,7 +168,7 @@ def test_fqe_finds_the_exact_values_of_another_policy():
     data = Transitions(one_hot(s), a, rewards.float(), one_hot(after), over)
     chances = torch.from_numpy(policy).float()
     torch.manual_seed(0)
-    fqe = offline.FQE(offline.QNetwork(6, 2, []), data, chances[after], gamma=0.8, lr=0.05, tau=0.1)
+    fqe = offline.FQE(QNetwork(6, 2, []), data, chances[after], gamma=0.8, lr=0.05, tau=0.1)
     rows = torch.Generator().manual_seed(0)
     for step in range(300):
         fqe.optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
@@ -194,7 +195,7 @@ def test_fqe_of_continuous_actions_takes_the_policys_action():
 def test_fqe_keeps_within_what_rewards_allow():
     assert offline.possible_returns(torch.tensor([1.0, 1.0]), 0.9) == pytest.approx((0, 10))
     assert offline.possible_returns(torch.tensor([-16.0, -1.0]), 0.75) == pytest.approx((-64, 0))
-    q = offline.QNetwork(1, 2, [])
+    q = QNetwork(1, 2, [])
     data = Transitions(torch.ones(4, 1), torch.zeros(4).long(), torch.ones(4), torch.ones(4, 1), torch.zeros(4).bool())
     with torch.no_grad():
         q.net[0].weight.zero_()
@@ -205,7 +206,7 @@ def test_fqe_keeps_within_what_rewards_allow():
 
 def test_cloning_and_scores():
     logits, actions = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([1, 0])
-    wanted = -offline.picked(logits.log_softmax(-1), actions).mean()
+    wanted = -picked(logits.log_softmax(-1), actions).mean()
     assert torch.equal(offline.cloning_loss(logits, actions), wanted)
     assert offline.cloning_loss(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [0.0]])) == 4.5
     assert [offline.normalised(x, 20.0, 500.0) for x in (20.0, 500.0, 260.0)] == [0, 100, 50]

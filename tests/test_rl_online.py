@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from finetune.errors import UserError
-from finetune.rl import continuous, environments
-from finetune.rl.replay import Replay, Transitions
+from finetune.rl import continuous, discrete, environments
+from finetune.rl.replay import Priorities, Replay, Transitions
 from finetune.rl.vector import Vector
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 0.5])
@@ -157,6 +157,68 @@ def test_transitions_of_a_rollout_are_its_steps(counting):
     assert torch.equal(flat[5:9].rewards, r.rewards.flatten()[5:9])
 
 
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_transitions_of_n_steps_stop_at_ends_and_where_the_rollout_stops(counting, n):
+    r, gamma = Vector(counting(3), 0).collect(acting(3), 20), 0.9
+    found = Transitions.n_step(r, n, gamma)
+    assert r.terminated.any()
+    assert r.truncated.any()
+    for t in range(20):
+        for i in range(3):
+            total, last = 0.0, t
+            for k in range(n):
+                last = t + k
+                total += gamma**k * float(r.rewards[last, i])
+                if r.ends[last, i] or last == 19:
+                    break
+            row = found[t * 3 + i]
+            assert row.rewards == pytest.approx(total, rel=1e-6)
+            assert torch.equal(row.next_observations, r.next_observations[last, i])
+            assert torch.equal(row.observations, r.observations[t, i])
+            assert row.actions == r.actions[t, i]
+            assert row.terminated == r.terminated[last, i]
+            assert row.steps == last - t + 1
+    if n == 1:
+        for a, b in zip(found.columns(), Transitions.of(r).columns(), strict=False):
+            assert torch.equal(a, b)
+    ring, other = Replay(50), Replay(50)
+    assert ring.add(found).tolist() == [x % 50 for x in range(10, 60)]
+    other.load_state_dict(copy.deepcopy(ring.state_dict()))
+    assert torch.equal(other.rows.steps, found.steps[torch.arange(10, 60)].roll(10))
+
+
+# --- Priorities
+
+
+def test_rows_are_drawn_in_proportion_to_their_priorities_and_weighted_back():
+    """Two learners; of ten rows the first six are there. With β = 1 weighted means are those of uniform draws."""
+    given = Priorities(2, 10, alpha=0.5, floor=0.01)
+    given.add(torch.arange(6))
+    rows, weights = given.sample(600, 1.0, double())
+    assert torch.equal(weights, torch.ones(2, 600)), "new rows are all alike"
+    assert torch.bincount(rows[0], minlength=10)[:6].sub(100).abs().max() <= 1, "one from each of equal parts"
+    errors = torch.tensor([[0.0, 1, -2, 3, 8, 24], [5.0, 5, 5, 5, 5, 0]])
+    given.update(torch.arange(6).expand(2, 6), errors)
+    p = (errors.abs() + 0.01).sqrt()
+    rows, weights = given.sample(100_000, 1.0, double())
+    values = torch.arange(6.0) ** 2
+    for learner in range(2):
+        share = torch.bincount(rows[learner], minlength=10) / 100_000
+        assert torch.allclose(share[:6], p[learner] / p[learner].sum(), atol=1e-4)
+        assert share[6:].sum() == 0
+        wanted = p[learner].min() / p[learner][rows[learner]]  # 1 / p, over the largest of the batch
+        assert torch.allclose(weights[learner], wanted, rtol=1e-5)
+        mean = (weights[learner] * values[rows[learner]]).sum() / weights[learner].sum()
+        assert mean == pytest.approx(values.mean().item(), rel=1e-3)
+    assert torch.equal(given.sample(50, 0.0, double())[1], torch.ones(2, 50)), "β = 0 corrects nothing"
+    given.add(torch.tensor([6]))
+    assert torch.allclose(given.p[:, 6].float(), p.amax(1)), "a new row has the largest priority so far"
+    other = Priorities(2, 10, alpha=0.5, floor=0.01)
+    other.load_state_dict(copy.deepcopy(given.state_dict()))
+    for a, b in zip(given.sample(20, 0.4, double()), other.sample(20, 0.4, double()), strict=True):
+        assert torch.equal(a, b)
+
+
 # --- Policies and values
 
 
@@ -204,6 +266,25 @@ def test_critics_are_separate_networks_and_broadcast():
     (g,) = torch.autograd.grad(q(seen, actions)[1].sum(), q.weights[0])
     assert not g[0].any()
     assert g[1].any()
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+def test_q_networks_are_separate_and_the_mean_of_a_dueling_q_is_its_value(dueling):
+    q, seen = discrete.QNetworks(3, 4, [8, 8], [1.0, 2.0], dueling), torch.randn(3, 5, 2)
+    got = q(seen)
+    assert got.shape == (3, 5, 4)
+    for k in range(3):
+        x = seen[k] / torch.tensor([1.0, 2.0])
+        for i, (weight, bias) in enumerate(zip(q.weights, q.biases, strict=True)):
+            x = (x.relu() if i else x) @ weight[k] + bias[k]
+        if dueling:
+            assert torch.allclose(got[k].mean(-1), x[:, 0], atol=1e-6)
+            assert torch.allclose(got[k] - got[k][:, :1], x[:, 1:] - x[:, 1:2], atol=1e-6)
+        else:
+            assert torch.allclose(got[k], x, atol=1e-6)
+    for gradient in torch.autograd.grad(got[1].sum(), list(q.parameters())):
+        assert not gradient[[0, 2]].any()
+        assert gradient[1].any()
 
 
 def test_polyak_is_the_weighted_mean():

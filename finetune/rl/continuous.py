@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from finetune.errors import UserError
 from finetune.rl.environments import sizes
+from finetune.rl.policies import Ensemble
 
 
 def bounds(env: Any) -> tuple[Tensor, Tensor]:
@@ -103,29 +104,20 @@ class Deterministic(Bounded):
         return self.centre + self.scale * self.net(observations).tanh()
 
 
-class TwinQ(nn.Module):
-    """`count` independent networks of Q(s, a), computed together: one batched product a layer."""
+class TwinQ(Ensemble):
+    """`count` independent networks of Q(s, a)."""
 
     def __init__(self, observations: int, actions: int, hidden: list[int], count: int = 2) -> None:
-        super().__init__()
-        self.count = count
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for a, b in pairwise([observations + actions, *hidden, 1]):
-            bound = 1 / math.sqrt(a)  # torch's own for nn.Linear
-            self.weights.append(nn.Parameter(torch.empty(count, a, b).uniform_(-bound, bound)))
-            self.biases.append(nn.Parameter(torch.empty(count, 1, b).uniform_(-bound, bound)))
+        super().__init__(count, [observations + actions, *hidden, 1])
 
-    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:  # type: ignore[override]
         """(…, D), (…, A) → (count, …); the leading sizes are broadcast."""
         lead = observations.shape[:-1]
         if lead != actions.shape[:-1]:
             lead = torch.broadcast_shapes(lead, actions.shape[:-1])
             observations, actions = observations.expand(*lead, -1), actions.expand(*lead, -1)
         x = torch.cat([observations, actions], -1)
-        x = x.reshape(-1, x.shape[-1]).expand(self.count, -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x.relu() if i else x, weight)
-        return x.reshape(self.count, *lead)
+        return super().forward(x.reshape(-1, x.shape[-1]).expand(self.count, -1, -1)).reshape(self.count, *lead)
 
 
 @torch.no_grad()
@@ -138,7 +130,7 @@ def polyak_(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 @torch.no_grad()
-def td_target(rewards: Tensor, next_values: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+def td_target(rewards: Tensor, next_values: Tensor, terminated: Tensor, gamma: float | Tensor) -> Tensor:
     """r + γ V(s'), without V(s') where nothing can follow; an episode that was cut off goes on."""
     return rewards + (gamma * next_values).masked_fill(terminated, 0.0)
 

@@ -1,5 +1,4 @@
-"""What learning from logged steps shares: Q of discrete actions, behaviour cloning, the double-DQN target, fitted Q
-evaluation, and the score of a return."""
+"""What learning from logged steps shares: behaviour cloning, fitted Q evaluation, and the score of a return."""
 
 from __future__ import annotations
 
@@ -12,50 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.optim import descend
-from finetune.rl.continuous import polyak_, relu_mlp, td_target
-from finetune.rl.environments import Act
+from finetune.rl.continuous import polyak_, td_target
+from finetune.rl.discrete import QNetwork, picked
 from finetune.rl.replay import Transitions
-
-
-class QNetwork(nn.Module):
-    """Q(s, ·) of discrete actions; logits of a policy where it clones."""
-
-    def __init__(self, observations: int, actions: int, hidden: list[int]) -> None:
-        super().__init__()
-        self.actions = actions
-        self.net = relu_mlp([observations, *hidden, actions])
-
-    def forward(self, observations: Tensor) -> Tensor:
-        return self.net(observations)  # (N, A)
-
-
-def picked(values: Tensor, actions: Tensor) -> Tensor:
-    """(…, A) and (…,) → (…,): the column of each row's action."""
-    return values.gather(-1, actions[..., None])[..., 0]
-
-
-def greedy(q: nn.Module) -> Act:
-    """The policy that takes the action of the largest output."""
-
-    @torch.no_grad()
-    def act(observations: Tensor) -> Tensor:
-        return q(observations).argmax(-1)
-
-    return act
-
-
-# --- Targets and losses
-
-
-@torch.no_grad()
-def double_dqn_target(online: Tensor, target: Tensor, rewards: Tensor, terminated: Tensor, gamma: float) -> Tensor:
-    """r + γ Q_target(s', argmax_a Q(s', a)) (van Hasselt et al. 2015, arXiv:1509.06461). online, target: Q(s', ·)."""
-    return td_target(rewards, picked(target, online.argmax(-1)), terminated, gamma)
-
-
-def td_loss(q: Tensor, target: Tensor) -> Tensor:
-    """Huber's with threshold 1, as DQN's clipped errors."""
-    return F.smooth_l1_loss(q, target)
 
 
 def cloning_loss(output: Tensor, actions: Tensor) -> Tensor:

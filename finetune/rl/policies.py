@@ -22,6 +22,25 @@ def mlp(sizes: list[int], last_scale: float = 1.0) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class Ensemble(nn.Module):
+    """`count` independent networks with ReLU between their layers, computed together: one batched product a layer."""
+
+    def __init__(self, count: int, widths: list[int]) -> None:
+        super().__init__()
+        self.count = count
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for a, b in pairwise(widths):
+            bound = 1 / math.sqrt(a)  # torch's own for nn.Linear
+            self.weights.append(nn.Parameter(torch.empty(count, a, b).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(count, 1, b).uniform_(-bound, bound)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(count, N, first width) → (count, N, last width)."""
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x.relu() if i else x, weight)
+        return x
+
+
 class Categorical(nn.Module):
     def __init__(self, observations: int, actions: int, hidden: list[int]) -> None:
         super().__init__()

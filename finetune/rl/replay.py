@@ -1,4 +1,4 @@
-"""Transitions in rows, and a ring of them to learn from more than once."""
+"""Transitions in rows, of one step or of several; a ring of them to learn from more than once; priorities."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Transitions:
     rewards: Tensor  # (N,) fp32
     next_observations: Tensor  # (N, D) fp32
     terminated: Tensor  # (N,) bool
+    steps: Tensor | None = None  # (N,) int64 how many of the environment's steps each is, if they are not all one
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -28,7 +29,8 @@ class Transitions:
         return Transitions(*(column[rows] for column in self.columns()))
 
     def columns(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, f.name) for f in fields(self))
+        found = (getattr(self, f.name) for f in fields(self))
+        return tuple(column for column in found if column is not None)
 
     def sample(self, count: int, generator: torch.Generator) -> Transitions:
         """`count` rows, each drawn from all alike, with replacement."""
@@ -40,6 +42,25 @@ class Transitions:
         """The steps of a rollout, time by time."""
         r = rollout
         columns = (r.observations, r.actions, r.rewards, r.next_observations, r.terminated)
+        return cls(*(column.flatten(0, 1) for column in columns))
+
+    @classmethod
+    def n_step(cls, rollout: Rollout, n: int, gamma: float) -> Transitions:
+        """The same over up to n steps, from each step on: r_t + γ r_{t+1} + …, and what the last of them reached; fewer
+        where the episode or the rollout ends before."""
+        r, ends = rollout, rollout.ends
+        rewards, reached = torch.zeros_like(r.rewards), r.next_observations.clone()
+        terminated, steps = r.terminated.clone(), torch.ones_like(ends, dtype=torch.int64)
+        going = torch.ones_like(ends)  # has the episode of step t gone on until now?
+        for k in range(min(n, len(ends))):
+            rows, step = going[: len(ends) - k].nonzero(as_tuple=True)
+            later = rows + k, step
+            rewards[rows, step] += gamma**k * r.rewards[later]
+            reached[rows, step], terminated[rows, step] = r.next_observations[later], r.terminated[later]
+            steps[rows, step] = k + 1
+            going[rows, step] = ~ends[later]
+            going[len(ends) - k - 1] = False
+        columns = (r.observations, r.actions, rewards, reached, terminated, steps)
         return cls(*(column.flatten(0, 1) for column in columns))
 
 
@@ -54,8 +75,8 @@ class Replay:
     def __len__(self) -> int:
         return min(self.added, self.capacity)
 
-    def add(self, new: Transitions) -> None:
-        """Puts them behind the newest, over the oldest."""
+    def add(self, new: Transitions) -> Tensor:
+        """Puts them behind the newest, over the oldest; the rows in which they lie now."""
         if self.rows is None:
             self.rows = Transitions(*(c.new_zeros(self.capacity, *c.shape[1:]) for c in new.columns()))
         first = max(0, len(new) - self.capacity)  # earlier ones would be overwritten by this very call
@@ -63,6 +84,7 @@ class Replay:
         for column, values in zip(self.rows.columns(), new.columns(), strict=True):
             column.index_copy_(0, to, values[first:])
         self.added += len(new)
+        return to
 
     def sample(self, count: int, generator: torch.Generator) -> Transitions:
         """`count` rows, each drawn from all that are there alike, with replacement."""
@@ -84,4 +106,41 @@ class Replay:
 
     @staticmethod
     def _named(rows: Transitions) -> list[tuple[Any, Tensor]]:
-        return list(zip(fields(rows), rows.columns(), strict=True))
+        return list(zip(fields(rows), rows.columns(), strict=False))  # `steps`, the last, may be missing
+
+
+class Priorities:
+    """Which rows of a Replay to learn from: with probability p / Σ p, p = (|TD error| + floor)^α (Schaul et al. 2016,
+    arXiv:1511.05952), for `count` learners alike. A draw sums up all rows, which in one vectorised pass is quicker than
+    a tree of sums up to some hundred thousand of them."""
+
+    def __init__(self, count: int, capacity: int, alpha: float = 0.6, floor: float = 1e-2) -> None:
+        self.alpha, self.floor = alpha, floor
+        self.p = torch.zeros(count, capacity, dtype=torch.float64)
+        self.largest = torch.ones(count, dtype=torch.float64)  # p of a row that was not learnt from yet
+
+    def add(self, rows: Tensor) -> None:
+        """These rows of the Replay are new."""
+        self.p[:, rows] = self.largest[:, None]
+
+    def sample(self, size: int, beta: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows (count, size), one from each of `size` parts of equal mass, and their weights (N p / Σ p)^−β over the
+        largest of the batch, N being the number of rows there are."""
+        cumulative = self.p.cumsum(1)
+        total = cumulative[:, -1:]
+        drawn = torch.rand(len(self.p), size, generator=generator, dtype=torch.float64) + torch.arange(size)
+        rows = torch.searchsorted(cumulative, drawn * (total / size), right=True).clamp(max=self.p.shape[1] - 1)
+        weights = self.p.gather(1, rows).div(total).pow(-beta)  # N^−β cancels
+        return rows, (weights / weights.amax(1, keepdim=True)).float()
+
+    def update(self, rows: Tensor, errors: Tensor) -> None:
+        """TD errors (count, size) of the rows that were drawn."""
+        p = (errors.abs().double() + self.floor) ** self.alpha
+        self.p.scatter_(1, rows, p)
+        self.largest = torch.maximum(self.largest, p.amax(1))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"p": self.p, "largest": self.largest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.p, self.largest = state["p"], state["largest"]

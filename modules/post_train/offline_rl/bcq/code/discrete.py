@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.optim import descend
-from finetune.rl.offline import QNetwork, double_dqn_target, picked, td_loss
+from finetune.rl.discrete import QNetwork, double_dqn_target, picked, td_loss
 from finetune.rl.replay import Transitions
 
 from . import losses

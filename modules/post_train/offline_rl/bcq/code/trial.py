@@ -11,8 +11,9 @@ from torch import Tensor
 from finetune.rl import environments
 from finetune.rl.continuous import TwinQ
 from finetune.rl.datasets import Dataset
+from finetune.rl.discrete import QNetwork
 from finetune.rl.evaluation import true_returns
-from finetune.rl.offline import FQE, QNetwork
+from finetune.rl.offline import FQE
 from finetune.rl.replay import Transitions
 from finetune.rl.rollout import numpy_generator
 

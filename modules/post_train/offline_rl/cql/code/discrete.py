@@ -9,8 +9,9 @@ from torch import Tensor
 
 from finetune.optim import descend
 from finetune.rl.continuous import polyak_
+from finetune.rl.discrete import QNetwork, double_dqn_target, greedy, picked, td_loss
 from finetune.rl.environments import Act
-from finetune.rl.offline import QNetwork, cloning_loss, double_dqn_target, greedy, picked, td_loss
+from finetune.rl.offline import cloning_loss
 from finetune.rl.policies import Categorical
 from finetune.rl.replay import Transitions
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finetune.rl.continuous import SquashedGaussian, TwinQ
-from finetune.rl.offline import picked
+from finetune.rl.discrete import picked
 
 # --- Discrete actions
 

@@ -19,8 +19,9 @@ from finetune.errors import UserError, nearest
 from finetune.rl import datasets, environments
 from finetune.rl.continuous import Deterministic, SquashedGaussian, TwinQ, bounds
 from finetune.rl.datasets import Dataset
+from finetune.rl.discrete import QNetwork
 from finetune.rl.evaluation import interval, returns, true_returns
-from finetune.rl.offline import FQE, QNetwork, normalised, possible_returns
+from finetune.rl.offline import FQE, normalised, possible_returns
 from finetune.rl.replay import Transitions
 from finetune.rl.rollout import numpy_generator
 

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from finetune import config
-from finetune.errors import UserError
+from finetune.errors import UserError, nearest
+from finetune.rl import environments, planning, worlds
 from finetune.rl import mdp as mdps
-from finetune.rl import planning, worlds
+from finetune.rl.evaluation import returns
 from finetune.rl.rollout import numpy_generator
+from finetune.rl.vector import Vector
 
-from . import control, experiments, off_policy, plots
+from . import control, dqn, experiments, off_policy, plots
+from .dqn import VARIANTS
 from .experiments import ACTING, BIAS_KINDS, LAMBDAS, MC_ALPHAS, METHODS, SIGMAS, STEPS, TD_ALPHAS, TRACED, Totals
 
 WITHIN = 0.15  # how far a mean may be from a value below
@@ -42,12 +46,13 @@ EXPECTED = {  # the same experiments simulated by others with 100 and more runs,
 }
 
 
+EACH, JUDGED = 4, 5  # environments of each DQN learner, and episodes by which a step judges it
 EXPERIMENTS = ("baird", "five_states", "bias", "batch", "importance", "nineteen_states", "car", "cliff")
 
 
 @dataclass
 class Config(config.Config):
-    steps: int = 40  # each is a batch of runs of one of the eight experiments, in turn; Taxi learns on in all of them
+    steps: int = 40  # each is a batch of runs of one of the eight experiments, in turn; Taxi and DQN learn in all
     checkpoint_every: int = 1
     rate: float = 1.0  # multiplies every learning rate; with 0 nothing is learnt
     runs: int = 100  # of a batch: the random walks, Baird's counterexample, importance sampling
@@ -59,35 +64,50 @@ class Config(config.Config):
     car_episodes: int = 150
     taxi_runs: int = 8
     taxi_steps: int = 6000  # of each Taxi run in a step
+    variants: str = "dqn,double,dueling,prioritised,n_step,all"  # of DQN, separated by commas; the last is judged
+    dqn_runs: int = 3  # learners of each, side by side
+    dqn_steps: int = 1250  # of each learner in a step
+    dqn_every: int = 8  # of these steps for one update
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=8, cliff_runs=20, car_runs=3, car_episodes=100, taxi_runs=4, taxi_steps=9000)
+        return cls(steps=8, cliff_runs=20, cliff_episodes=300, car_runs=3, car_episodes=100, taxi_runs=4,
+                   taxi_steps=9000, variants="all", dqn_steps=2000, dqn_every=4)  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("runs", "cliff_runs", "cliff_episodes", "bias_runs", "bias_episodes", "car_runs", "car_episodes",
-                     "taxi_runs", "taxi_steps"):  # fmt: skip
+                     "taxi_runs", "taxi_steps", "dqn_runs", "dqn_steps", "dqn_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least 1")
         if not 0 <= self.rate <= 1:
             raise UserError(f"--rate {self.rate} is not within 0 and 1")
+        for name in self.variants.split(","):
+            if name not in VARIANTS:
+                raise UserError(f"--variants: '{name}' is not one of {', '.join(VARIANTS)}{nearest(name, VARIANTS)}")
 
 
 def main(cfg: Config, run) -> dict[str, Any]:
     totals, every = Totals(), len(EXPERIMENTS)
     taxi, draw = worlds.world("taxi"), numpy_generator(run, "taxi")
     drivers = control.Learners(taxi, ("q_learning",), cfg.taxi_runs, cfg.rate, 0.1, draw, limit=200)
-    for step in run.steps(cfg.steps, {"totals": totals, "taxi": drivers}):
+    poles = {name: learners(cfg, run, name) for name in cfg.variants.split(",")}
+    envs = environments.make("CartPole-v1", JUDGED * cfg.dqn_runs)
+    for step in run.steps(cfg.steps, {"totals": totals, "taxi": drivers, **poles}):
         name, batch = EXPERIMENTS[step % every], Totals()
         experiment(cfg, name, batch, numpy_generator(run, name, step))
         totals.merge(batch)
         draw = numpy_generator(run, "drive", step)
         for _ in range(cfg.taxi_steps):
             drivers.step(draw)
-        run.log(step, taxi=np.mean(driven(drivers)), **in_short(name, batch))
+        for kind, pole in poles.items():
+            pole.learn(cfg.dqn_steps, step / cfg.steps, (step + 1) / cfg.steps, cfg.rate, run.generator(kind, step))
+            pole.curve.append(pole.judge(envs, seeds(run, len(envs))))
+        worth = {f"cartpole_{kind}": pole.curve[-1].mean() for kind, pole in poles.items()}
+        run.log(step, taxi=np.mean(driven(drivers)), **worth, **in_short(name, batch))
 
     judge_taxi(run, drivers)
+    judge_poles(run, poles)
     done = EXPERIMENTS[: cfg.steps]
     run.judge("experiments", len(done), target=every)
     for name, judge in JUDGES.items():
@@ -98,7 +118,22 @@ def main(cfg: Config, run) -> dict[str, Any]:
     else:
         run.say(f"not run: {', '.join(EXPERIMENTS[len(done) :])}; --steps {every} runs each experiment once")
     plots.draw(run, totals, done)
+    if done:
+        plots.poles(run, {kind: torch.stack(pole.curve) for kind, pole in poles.items()}, cfg.dqn_steps)
     return {"taxi_episodes": float(drivers.world.episode.mean())}
+
+
+def learners(cfg: Config, run, kind: str) -> dqn.DQN:
+    """DQN on CartPole. All kinds have the same first episodes and, where they have the same layers, first weights."""
+    seed = run.generator("cartpole").initial_seed()
+    envs = Vector(environments.make("CartPole-v1", EACH * cfg.dqn_runs), seed)
+    run.seed("networks")
+    return dqn.DQN(VARIANTS[kind], envs, cfg.dqn_runs, dqn.Settings(every=cfg.dqn_every))
+
+
+def seeds(run, count: int) -> list[int]:
+    """Of the episodes that DQN is judged by: the same at all times."""
+    return numpy_generator(run, "judged").integers(2**31, size=count).tolist()
 
 
 def experiment(cfg: Config, name: str, totals: Totals, draw: np.random.Generator) -> None:
@@ -147,6 +182,20 @@ def judge_taxi(run, drivers: control.Learners) -> None:
     taxi = drivers.mdp
     random = float(taxi.start @ planning.evaluate(taxi, mdps.uniform(taxi), np.zeros(taxi.size[0]), 200))
     run.judge("taxi", np.mean(driven(drivers)), baseline=random, target=7.5)
+
+
+def judge_poles(run, poles: dict[str, dqn.DQN]) -> None:
+    """DQN on CartPole: mean return of 20 episodes of each learner, of at most 500."""
+    count = next(iter(poles.values())).count
+    envs = environments.make("CartPole-v1", 20 * count)
+    draw = run.generator("random")
+    random = returns(envs, lambda x: torch.randint(2, (len(x),), generator=draw), seeds(run, len(envs)))
+    worth = {kind: pole.judge(envs, seeds(run, len(envs))) for kind, pole in poles.items()}
+    *_, last = worth
+    for kind, values in worth.items():
+        target = 150 if run.toy and kind == last else None
+        run.judge(f"cartpole_{kind}", values.mean(), baseline=np.mean(random), target=target)
+    run.judge("cartpole_worst", worth[last].min(), baseline=np.mean(random), target=None if run.toy else 400)
 
 
 def driven(drivers: control.Learners) -> list[float]:

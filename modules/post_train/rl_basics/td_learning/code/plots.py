@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from finetune.plots import INK, figure, save
 from finetune.rl import worlds
@@ -11,7 +12,7 @@ from finetune.rl.mdp import Array, one_hot
 from finetune.rl.plots import value_map
 from finetune.rl.rollout import numpy_generator
 
-from . import control, experiments, linear
+from . import control, dqn, experiments, linear
 from .experiments import (
     ACTING,
     ALPHAS,
@@ -270,3 +271,29 @@ def importance(run, totals: Totals) -> None:
     middle.legend(fontsize=9, frameon=False)
     titled(middle, "Figure 5.4: infinite variance, ten runs", "episodes", "estimate; the value is 1")
     save(made, run.dir / "importance.png")
+
+
+def poles(run, curves: dict[str, Tensor], each: int) -> None:
+    """dqn.png: what the greedy policies were worth, (times, learners) each: of every learner, and the mean with a band;
+    beside it that of the first, plain DQN."""
+    names = {"dqn": "DQN", "n_step": f"{dqn.VARIANTS['n_step'].n}-step", "all": "all four"}
+    colours = dict(zip(dqn.VARIANTS, (RED, AMBER, VIOLET, "#4a5568", BLUE, GREEN), strict=True))
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    made, axes = figure(1 + 4.4 * columns, 0.6 + 3.5 * rows, rows, columns)
+    first = next(iter(curves))
+    for ax, (kind, curve) in zip(axes, curves.items(), strict=False):
+        steps, values, label = each * np.arange(1, len(curve) + 1), curve.double().numpy(), names.get(kind, kind)
+        error = values.std(1, ddof=1) / np.sqrt(values.shape[1]) if values.shape[1] > 1 else np.zeros(len(values))
+        ax.plot(steps, values, color=colours[kind], linewidth=0.8, alpha=0.45)
+        band(ax, steps, values.mean(1), error, colours[kind], f"{label}, mean of {values.shape[1]}", linewidth=2.2)
+        if kind != first == "dqn":
+            ax.plot(
+                steps, curves[first].mean(1), color=RED, linewidth=1.2, linestyle="--", label=names.get(first, first)
+            )
+        ax.set_ylim(0, 510)
+        ax.legend(fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none", loc="lower right")
+        titled(ax, f"CartPole: {label}", "steps of each learner", "return of the greedy policy")
+    for ax in axes[len(curves) :]:
+        ax.set_visible(False)
+    save(made, run.dir / "dqn.png")
