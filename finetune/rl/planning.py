@@ -177,3 +177,50 @@ def finite_horizon(mdp: MDP, horizon: int) -> tuple[Array, NDArray[np.intp]]:
         q = action_values(mdp, V[h])
         V[h + 1], actions[h] = q.max(1), q.argmax(1)
     return V, actions
+
+
+# --- The average reward
+
+
+def gain_and_bias(mdp: MDP, policy: Array) -> tuple[float, Array]:
+    """g = lim E[Σ r] / T and h (S,) with h + g = R_π + P_π h, by linear systems; γ plays no part (Puterman, chapter 8).
+
+    Of all solutions h + c the bias: h(s) = Σ_t (E[r_t | s_0 = s] − g), whose mean in the long run is 0. UserError
+    unless the policy is unichain (one set of states that is never left), as g would depend on where it starts.
+    """
+    P, r = under(mdp, policy)
+    reaches = np.eye(len(r)) + P > 0
+    for _ in range(len(r).bit_length()):
+        reaches = reaches @ reaches
+    if not reaches.all(0).any():
+        raise UserError(
+            "the policy is not unichain: no state is reached from all others, so its gain depends on the start"
+        )
+    limit = np.linalg.solve((np.eye(len(r)) - P + 1).T, np.ones(len(r)))  # d (I − P + 𝟏𝟏ᵀ) = 𝟏ᵀ: the stationary d
+    gain = float(limit @ r)
+    return gain, np.asarray(np.linalg.solve(np.eye(len(r)) - P + limit, r - gain), np.float64)
+
+
+def average_reward_iteration(mdp: MDP, policy: Array) -> tuple[float, Array, Array, int]:
+    """The best gain, its bias, the policy and the number of improvements, by Howard's policy iteration (1960) from
+    `policy`. Every policy on the way has to be unichain."""
+    endless = mdp.discounted(1.0)
+    for improvements in range(10_000):
+        gain, bias = gain_and_bias(mdp, policy)
+        better = improve(endless, policy, bias)
+        if (better == policy).all():
+            return gain, bias, policy, improvements
+        policy = better
+    raise AssertionError("policy iteration went through 10,000 policies")
+
+
+def relative_sweep(mdp: MDP, h: Array, step: float = 0.9) -> tuple[Array, float, float]:
+    """Relative value iteration: h + step · (T h − h), less its value in state 0; and what the best gain lies between,
+    min (T h − h) ≤ g* ≤ max (T h − h), which holds for any h (Odoni 1969; Puterman, theorem 8.5.5).
+
+    A step below 1 is the transform that makes a periodic chain aperiodic (Schweitzer 1971): without it the bounds of
+    one that alternates never meet.
+    """
+    change = synchronous(mdp.discounted(1.0), h) - h
+    h = h + step * change
+    return h - h[0], float(change.min()), float(change.max())

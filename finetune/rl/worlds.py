@@ -163,6 +163,26 @@ def one_state_loop(gamma: float = 1.0) -> MDP:
     return make(P, R, gamma, terminal=[False, True], start=[1, 0], actions=("left", "right"), name="one_state_loop")
 
 
+def access_control(gamma: float = 0.99, servers: int = 10, free: float = 0.06) -> MDP:
+    """Example 10.2: a queue that never empties. A customer pays 1, 2, 4 or 8, each as likely; the head of the queue is
+    accepted, if a server is free, or turned away. At each step a busy server, the one that was just taken as well, is
+    done with probability `free`. State 4 · (free servers) + (priority of the head); it has no end."""
+    n = servers + 1
+    done = np.zeros((n, n))  # [free before, free after]
+    for idle in range(n):
+        busy = servers - idle
+        for k in range(busy + 1):
+            done[idle, idle + k] = math.comb(busy, k) * free**k * (1 - free) ** (busy - k)
+    after = np.repeat(done, 4, axis=1) / 4  # (free servers, next state)
+    P, R, allowed = np.zeros((4 * n, 2, 4 * n)), np.zeros((4 * n, 2)), np.ones((4 * n, 2), bool)
+    for s in range(4 * n):
+        idle, priority = divmod(s, 4)
+        P[s, 0], R[s, 1], allowed[s, 1] = after[idle], 2**priority, idle > 0
+        if idle:
+            P[s, 1] = after[idle - 1]
+    return make(P, R, gamma, allowed=allowed, actions=("reject", "accept"), name="access_control")
+
+
 # What the book prints: values of the random policy, V*, and the sweeps of iterative policy evaluation.
 EXAMPLE_3_5 = np.array([[3.3, 8.8, 4.4, 5.3, 1.5], [1.5, 3.0, 2.3, 1.9, 0.5], [0.1, 0.7, 0.7, 0.4, -0.4],
                         [-1.0, -0.4, -0.4, -0.6, -1.2], [-1.9, -1.3, -1.2, -1.4, -2.0]])  # fmt: skip
@@ -186,6 +206,7 @@ WORLDS: dict[str, tuple[Callable[[float], MDP], float]] = {
     "car_rental": (car_rental, 0.9),
     "gambler": (gambler, 1.0),
     "blackjack": (blackjack, 1.0),
+    "access_control": (access_control, 0.99),
     "random_walk": (lambda g: random_walk(19, -1.0, 1.0, g), 1.0),
 }
 

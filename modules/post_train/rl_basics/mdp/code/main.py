@@ -2,7 +2,9 @@
 
     V*(s) = max_a R(s,a) + γ Σ_s' P(s'|s,a) V*(s')          ‖T V − V*‖∞ ≤ γ ‖V − V*‖∞
 
-Bellman 1957; Sutton & Barto 2018, chapters 3 and 4; Puterman 1994, chapters 4 and 6.
+And what is like it: the average reward in place of the discounted one, and a state that is seen through observations.
+
+Bellman 1957; Sutton & Barto 2018, chapters 3, 4 and 10; Puterman 1994, chapters 4, 6 and 8; Kaelbling et al. 1998.
 """
 
 import math
@@ -14,14 +16,17 @@ import numpy as np
 import torch
 
 from finetune import config
+from finetune.checkpoint import atomic_write
 from finetune.errors import UserError
 from finetune.rl import mdp as mdps
 from finetune.rl import planning, worlds
 from finetune.rl.mdp import MDP, Array
+from finetune.rl.rollout import numpy_generator
 
-from . import plots
+from . import plots, pomdp
 
 CLOSE = 1e-8  # how near every solver has to come to V*
+MARGIN = 1e-3  # by which an α-vector has to be the best somewhere; with 1e-9 there are several times as many
 GALLERY = ("frozen_lake", "cliff_walking", "taxi", "gridworld", "small_gridworld", "car_rental", "gambler")
 
 
@@ -34,15 +39,17 @@ class Config(config.Config):
     gamma: float | None = None  # discount; none: the world's own
     evaluation_sweeps: int = 5  # of modified policy iteration, between two improvements
     rollouts: int = 10_000  # episodes that the best policy is tried in
+    pairs: int = 300  # pairs of value functions that the contraction is measured with
+    horizon: int = 60  # steps of the tiger problem
     gallery: bool = True  # the other worlds and the book's figures too; not with --data
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=1000, world="frozen_lake", rollouts=2000)
+        return cls(steps=1000, world="frozen_lake", rollouts=2000, pairs=100, horizon=12)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("evaluation_sweeps", "rollouts"):
+        for name in ("evaluation_sweeps", "rollouts", "pairs", "horizon"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least 1")
         if self.gamma is not None:
@@ -67,12 +74,16 @@ def main(cfg: Config, run) -> dict[str, Any]:
 
     judge(run, mdp, solvers, best, first)
     judge_rollouts(cfg, run, mdp, solvers)
+    judge_contraction(cfg, run, mdp)
+    save_values(run, mdp, solvers)
     found = {"improvements": improvements, "states": mdp.size[0]}
     plots.convergence(run, mdp, cfg.evaluation_sweeps)
     plots.values(run, mdp, solvers.values["synchronous"])
     if cfg.gallery and not cfg.data:
         judge_gallery(cfg, run)
         judge_book(cfg, run)
+        judge_average(cfg, run)
+        judge_tiger(cfg, run)
     return found
 
 
@@ -164,6 +175,14 @@ def judge_rollouts(cfg: Config, run, mdp: MDP, solvers: Solvers) -> None:
     run.judge("rollout_deviation", away, target=4.0, higher=False)
 
 
+def save_values(run, mdp: MDP, solvers: Solvers) -> None:
+    """values.npz: the policy, and V (S,), Q (S, A), A (S, A) of it; −inf where an action is not allowed."""
+    V = mdps.solve(mdp, solvers.policy)
+    Q = mdps.action_values(mdp, V)
+    with atomic_write(run.dir / "values.npz") as path:
+        np.savez_compressed(path, policy=solvers.policy, V=V, Q=Q, A=Q - V[:, None])
+
+
 def rollouts(mdp: MDP, policy: Array, count: int, draw: np.random.Generator) -> Array:
     """Discounted returns of `count` episodes side by side. Without an end, until γ^t is below 1e-9."""
     longest = 100_000 if mdp.gamma == 1 else math.ceil(math.log(1e-9) / math.log(max(mdp.gamma, 1e-9)))
@@ -229,3 +248,76 @@ def judge_book(cfg: Config, run) -> None:
     plots.evaluation(run, small, sweeps)
     plots.car_rental(run)
     plots.gambler(run)
+
+
+# --- Contraction, average reward, a hidden state
+
+
+def contractions(mdp: MDP, policy: Array, pairs: int, draw: np.random.Generator) -> Array:
+    """(pairs, 2): ‖T V − T W‖∞ / ‖V − W‖∞ of the optimality operator and of the policy's. Every other W is V and a
+    little more in all states, the pair that shrinks the least."""
+    found = np.empty((pairs, 2))
+    for i in range(pairs):
+        V = draw.standard_normal(mdp.size[0]) * 10 ** draw.uniform(-1, 2)
+        W = V + draw.random() if i % 2 else draw.standard_normal(len(V))
+        mapped = (
+            planning.synchronous(mdp, V) - planning.synchronous(mdp, W),
+            planning.evaluate(mdp, policy, V) - planning.evaluate(mdp, policy, W),
+        )
+        found[i] = [abs(difference).max() / abs(V - W).max() for difference in mapped]
+    return found
+
+
+def judge_contraction(cfg: Config, run, mdp: MDP) -> None:
+    draw = numpy_generator(run, "contraction")
+    ratios = contractions(mdp, mdps.uniform(mdp), cfg.pairs, draw)
+    run.judge("contraction", ratios.max(), target=mdp.gamma + 1e-9, higher=False)
+    if cfg.gallery and not cfg.data:
+        plots.contraction(run, worlds.world("frozen_lake"), worlds.access_control(), contractions, draw)
+
+
+def judge_average(cfg: Config, run) -> None:
+    """The queue of Example 10.2: its gain by policy iteration, between the bounds of every sweep, and as γ → 1."""
+    mdp = worlds.access_control()
+    always = mdps.one_hot(mdp, mdp.allowed[:, 1].astype(int))
+    gain, bias, policy, _ = planning.average_reward_iteration(mdp, always)
+    bounds, h = [], np.zeros(mdp.size[0])
+    for _ in range(cfg.steps):
+        h, lower, upper = planning.relative_sweep(mdp, h)
+        bounds.append((lower, upper))
+        if upper - lower < CLOSE / 10:
+            break
+    outside = max((max(lower - gain, gain - upper) for lower, upper in bounds), default=math.inf)
+    width = bounds[-1][1] - bounds[-1][0] if bounds else math.inf
+    run.judge("gain", gain, baseline=planning.gain_and_bias(mdp, always)[0])
+    run.judge("gain_outside_bounds", outside, target=1e-9, higher=False)
+    run.judge("gain_bounds_apart", width, target=CLOSE, higher=False)
+    limit = {gamma: planning.policy_iteration(mdp.discounted(gamma))[0] for gamma in (0.9, 0.99, 0.999, 0.9999)}
+    apart = {gamma: float(abs((1 - gamma) * V - gain).max()) for gamma, V in limit.items()}
+    run.judge("gain_from_discounted", apart[0.9999], baseline=apart[0.9], target=apart[0.9] / 100, higher=False)
+    plots.average_reward(run, mdp, policy, gain, bias, bounds, limit)
+
+
+def judge_tiger(cfg: Config, run) -> None:
+    """Two doors and a tiger: the value over beliefs, tried out; and what the knowledge that is asked for is worth."""
+    tiger, start = pomdp.tiger(), np.array([0.5, 0.5])
+    stages = pomdp.solve(tiger, cfg.horizon, MARGIN)
+    worth = float(pomdp.value(start, stages[-1]))
+    run.judge("tiger_value", worth)
+    grid = np.linspace(0, 1, 1001)
+    beliefs = np.stack([grid, 1 - grid], 1)
+    bound = pomdp.value(beliefs, pomdp.qmdp(tiger, cfg.horizon))
+    run.judge("tiger_above_qmdp", (pomdp.value(beliefs, stages[-1]) - bound).max(), target=1e-9, higher=False)
+    returns, _ = pomdp.simulate(tiger, stages, cfg.rollouts, numpy_generator(run, "tiger"))
+    error = returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.inf
+    run.judge("tiger_deviation", abs(returns.mean() - worth) / error, target=4.0, higher=False)
+
+    mild = pomdp.tiger(penalty=-10.0)  # to open blindly costs nothing on average, to listen does
+    fearless = [pomdp.qmdp(mild, h + 1) for h in range(cfg.horizon)]
+    best = pomdp.solve(mild, cfg.horizon, MARGIN)
+    draws = [numpy_generator(run, "mild tiger", name) for name in ("best", "qmdp")]
+    listening, _ = pomdp.simulate(mild, best, cfg.rollouts, draws[0])
+    blind, taken = pomdp.simulate(mild, fearless, cfg.rollouts, draws[1])
+    run.judge("mild_tiger", listening.mean(), baseline=blind.mean(), target=0.9 * pomdp.value(start, best[-1]))
+    run.judge("qmdp_listens", (taken == 0).mean(), target=0.0, higher=False)
+    plots.tiger(run, tiger, stages, mild, best)

@@ -1,14 +1,16 @@
-"""The module's pictures: convergence, values with the best actions, and the figures of chapter 4."""
+"""The module's pictures: convergence, values with the best actions, the figures of the book, values over beliefs."""
 
 import math
 
 import numpy as np
 
-from finetune.plots import INK, figure, save
+from finetune.plots import FAINT, INK, figure, save
 from finetune.rl import mdp as mdps
 from finetune.rl import planning, worlds
 from finetune.rl.mdp import MDP, Array
 from finetune.rl.plots import best_actions, value_map
+
+from . import pomdp as partial
 
 COLOURS = {"synchronous": "#1769aa", "in_place": "#2e7d32", "prioritised": "#b7791f", "modified": "#805ad5",
            "policy_iteration": "#c53030"}  # fmt: skip
@@ -166,3 +168,103 @@ def gambler(run) -> None:
     for ax in axes:
         ax.set_xlabel("capital", color=INK)
     save(made, run.dir / "gambler.png")
+
+
+def contraction(run, ending: MDP, endless: MDP, measure, draw: np.random.Generator) -> None:
+    """contraction.png: one sweep's ratio for many pairs by γ; and the distance of two value functions over sweeps."""
+    made, axes = figure(11.5, 4.4, 1, 2)
+    gammas = np.linspace(0.05, 1, 20)
+    for column, (name, colour) in enumerate((("optimality operator", "#1769aa"), ("uniform policy's", "#b7791f"))):
+        ratios = np.array([measure(ending.discounted(g), mdps.uniform(ending), 40, draw)[:, column] for g in gammas])
+        x = np.repeat(gammas, 40) + (0.008 if column else -0.008)
+        axes[0].plot(x, ratios.ravel(), ".", color=colour, markersize=3, alpha=0.6, label=name)
+    axes[0].plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1.3, label="γ")
+    axes[0].set_xlabel("γ", color=INK)
+    axes[0].set_ylabel("‖TV − TW‖ / ‖V − W‖", color=INK)
+    axes[0].set_title(f"one sweep of {ending.name}, random pairs", loc="left", fontsize=12, color=INK)
+    cases = ((ending, 0.9, "#2e7d32"), (ending, 0.99, "#1769aa"), (ending, 1.0, "#805ad5"), (endless, 1.0, "#c53030"))
+    for mdp, gamma, colour in cases:
+        mdp = mdp.discounted(gamma)
+        V, W = np.where(mdp.terminal, 0, draw.standard_normal((2, mdp.size[0])))
+        distance = []
+        for _ in range(300):
+            distance.append(abs(V - W).max())
+            V, W = planning.synchronous(mdp, V), planning.synchronous(mdp, W)
+        label = f"γ {gamma:g}, {'with' if mdp.terminal.any() else 'without'} an end"
+        axes[1].plot(np.array(distance) / distance[0], color=colour, linewidth=1.9, label=label)
+    axes[1].set_yscale("log")
+    axes[1].set_ylim(1e-6, 2)
+    axes[1].set_xlabel("sweeps k", color=INK)
+    axes[1].set_ylabel("‖TᵏV − TᵏW‖ / ‖V − W‖", color=INK)
+    axes[1].set_title("γ = 1 shrinks only where there is an end", loc="left", fontsize=12, color=INK)
+    for ax in axes:
+        ax.legend(fontsize=9, frameon=False)
+    save(made, run.dir / "contraction.png")
+
+
+def average_reward(run, mdp: MDP, policy: Array, gain: float, bias: Array, bounds, limit: dict[float, Array]) -> None:
+    """average_reward.png: the bounds of the gain over sweeps, (1 − γ) V_γ as γ → 1, the best policy of the queue."""
+    made, axes = figure(14.5, 4.4, 1, 3)
+    lower, upper = np.array(bounds).T if bounds else np.zeros((2, 0))
+    x = np.arange(1, len(lower) + 1)
+    axes[0].fill_between(x, lower, upper, color="#cfe1f2", label="min … max of T h − h")
+    axes[0].axhline(gain, color="#c53030", linewidth=1.3, label=f"best gain {gain:.4f}")
+    axes[0].set_xlim(1, 60)
+    axes[0].set_xlabel("sweeps of relative value iteration", color=INK)
+    axes[0].set_ylabel("reward a step", color=INK)
+    axes[0].set_title("the gain lies between two bounds", loc="left", fontsize=12, color=INK)
+    rest = np.array([1 - gamma for gamma in limit])
+    for s, label, colour in ((3, "no server free", "#b7791f"), (mdp.size[0] - 1, "all free", "#1769aa")):
+        values = np.array([r * V[s] for r, V in zip(rest, limit.values(), strict=True)])
+        axes[1].plot(rest, values, "o", color=colour, label=f"(1 − γ) V, {label}")
+        axes[1].plot(rest, gain + rest * bias[s], "--", color=colour, linewidth=1.2, label="g + (1 − γ) h")
+    axes[1].axhline(gain, color="#c53030", linewidth=1.3)
+    axes[1].set_xscale("log")
+    axes[1].invert_xaxis()
+    axes[1].set_xlabel("1 − γ", color=INK)
+    axes[1].set_title("the discounted values lead there", loc="left", fontsize=12, color=INK)
+    for ax in axes[:2]:
+        ax.legend(fontsize=9, frameon=False)
+    accepted = policy[:, 1].reshape(-1, 4).T
+    axes[2].imshow(accepted, origin="lower", cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
+    for (row, column), yes in np.ndenumerate(accepted):
+        axes[2].text(column, row, "accept" if yes else "reject", ha="center", va="center", fontsize=7, color=INK)
+    axes[2].set_yticks(range(4), [str(2**k) for k in range(4)])
+    axes[2].set_xticks(range(accepted.shape[1]))
+    axes[2].grid(False)
+    axes[2].set_xlabel("free servers", color=INK)
+    axes[2].set_ylabel("what the customer pays", color=INK)
+    axes[2].set_title("the best policy, Figure 10.5", loc="left", fontsize=12, color=INK)
+    save(made, run.dir / "average_reward.png")
+
+
+def tiger(run, world: partial.POMDP, stages, mild: partial.POMDP, best) -> None:
+    """tiger.png: the value over beliefs with its α-vectors and the best action of each belief; of three steps, of all,
+    and of all with a mild tiger beside what QMDP promises."""
+    made, axes = figure(15.0, 4.6, 1, 3)
+    right = np.linspace(0, 1, 1001)
+    beliefs = np.stack([1 - right, right], 1)
+    colours = ("#1769aa", "#2e7d32", "#c53030")
+    cases = ((world, stages[min(2, len(stages) - 1)], min(3, len(stages))), (world, stages[-1], len(stages)))
+    for ax, (problem, stage, steps) in zip(axes, (*cases, (mild, best[-1], len(best))), strict=True):
+        V, actions = partial.value(beliefs, stage), partial.best_action(beliefs, stage)
+        spread = np.ptp(V)
+        for alpha in stage[0]:
+            ax.plot(right, beliefs @ alpha, color=FAINT, linewidth=0.8)
+        for a, name in enumerate(problem.mdp.actions):
+            ax.plot(right, np.where(actions == a, V, np.nan), color=colours[a], linewidth=3, label=name)
+            ax.fill_between(
+                right, 0, 1, where=actions == a, color=colours[a], alpha=0.12, transform=ax.get_xaxis_transform()
+            )
+        if problem is mild:
+            promised = partial.value(beliefs, partial.qmdp(problem, steps))
+            ax.set_title(
+                f"a mild tiger (−10): QMDP promises {promised.min():.0f} and more", loc="left", fontsize=12, color=INK
+            )
+        else:
+            ax.set_title(f"tiger, {steps} steps to go", loc="left", fontsize=12, color=INK)
+        ax.set_ylim(V.min() - 0.5 * spread, V.max() + 0.25 * spread)
+        ax.set_xlabel("belief that the tiger is on the right", color=INK)
+        ax.set_ylabel("value", color=INK)
+        ax.legend(fontsize=9, frameon=False, loc="lower center")
+    save(made, run.dir / "tiger.png")
