@@ -10,13 +10,16 @@ from resumed import resumes_to_the_same_bytes
 
 from finetune import ops, registry
 from finetune.errors import UserError
+from finetune.rl import environments
 from finetune.rl import mdp as tables
 from finetune.rl.moments import seen_by_the_gradient
+from finetune.rl.vector import Vector
 from finetune.run import execute
 
 INFO = registry.find("gae")
 gae = registry.load(INFO)
 VARIANTS = sys.modules["finetune_modules.gae.variants"].VARIANTS
+ppo = sys.modules["finetune_modules.gae.ppo"]
 LENGTHS = [1, 2, 3, 17, 256, 1031, 4097]
 
 
@@ -142,22 +145,67 @@ def test_the_toy_reaches_its_targets(tmp_path):
     assert summary["passed"], summary["reached"]
     assert (tmp_path / "run/bias_variance.png").stat().st_size > 10_000
     assert (tmp_path / "run/time_limits.png").stat().st_size > 10_000
+    assert (tmp_path / "run/ppo_lambda.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"lr": 0.0}, {"shuffle_rewards": True}])
 def test_without_steps_rate_or_rewards_nothing_is_learnt(change, tmp_path):
-    summary = execute(INFO, toy(samples=1, **change), tmp_path / "run", toy=True)
+    summary = execute(INFO, toy(samples=1, ppo_repeats=0, **change), tmp_path / "run", toy=True)
     assert not summary["reached"]["value_error"]
     assert summary["metrics"]["value_error"] > 0.8 * summary["baseline"]["value_error"]
 
 
 def test_a_cut_run_resumes(tmp_path):
-    resumes_to_the_same_bytes(INFO, toy(steps=6, samples=2, checkpoint_every=2, bench_steps=8), tmp_path, 5)
+    config = toy(steps=6, samples=2, checkpoint_every=2, bench_steps=8, ppo_repeats=0)
+    resumes_to_the_same_bytes(INFO, config, tmp_path, 5)
+
+
+def test_a_cut_training_resumes(tmp_path):
+    config = toy(steps=3, samples=1, rows=1, checkpoint_every=2, bench_steps=8, ppo_horizon=40, ppo_epochs=1)
+    resumes_to_the_same_bytes(INFO, config, tmp_path, 6)
+
+
+# --- PPO
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"steps": 4, "ppo_lr": 0.0}, {"steps": 8, "shuffle_rewards": True}])
+def test_without_updates_rate_or_advantages_ppo_learns_nothing(change, tmp_path):
+    small = toy(samples=1, rows=1, bench_steps=8, ppo_minibatches=4, **change)
+    summary = execute(INFO, small, tmp_path / "run", toy=True)
+    assert not summary["reached"]["ppo_return_0_95"]
+
+
+def test_the_batch_is_judged_by_the_critic_before_the_updates_and_by_the_op():
+    torch.manual_seed(0)
+    config = toy(ppo_horizon=30, ppo_envs=3)
+    envs = environments.make("CartPole-v1", 3)
+    learner, vector = ppo.Learner(config, envs), Vector(envs, 0)
+    rollout = vector.collect(learner.acting(torch.Generator().manual_seed(0)), 30)
+    batch = ppo.judged(learner, rollout, 0.99, 0.9)
+    with torch.no_grad():
+        values, after = learner.value(rollout.observations), learner.value(rollout.next_observations)
+    wanted = VARIANTS["definition"](rollout.rewards, values, after, rollout.terminated, rollout.truncated, 0.99, 0.9)
+    assert torch.allclose(batch.advantages, wanted.flatten(), atol=1e-5)
+    assert torch.allclose(batch.targets, (wanted + values).flatten(), atol=1e-5)
+    _, log_ratios = ppo.ppo_loss(learner, batch, config)
+    assert float(log_ratios.abs().max()) < 1e-6  # nothing has moved yet
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [21, 22, 23])
+def test_ppo_with_the_usual_lambda_solves_cartpole(seed, tmp_path):
+    config = dataclasses.replace(gae.Config(), seed=seed, steps=40, samples=1, ppo_lams="0.95", ppo_repeats=1)
+    summary = execute(INFO, config, tmp_path / "run")
+    assert summary["metrics"]["ppo_return_0_95"] >= 475 > summary["baseline"]["ppo_return_0_95"]
+    assert summary["metrics"]["ppo_steps_0_95"] < 40_000
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"ppo_lams": "2"}, "--ppo-lams 2: numbers from 0 to 1"),
+        ({"ppo_clip": 0.0}, "--ppo-clip 0.0: it must be above 0"),
+        ({"ppo_repeats": -1}, "--ppo-repeats -1 is too small"),
         ({"lams": "0,1,0.5"}, "--lams 0,1,0.5: at least two numbers"),
         ({"lams": "a"}, "--lams a: numbers"),
         ({"gamma": 1.0}, "--gamma 1"),

@@ -311,6 +311,27 @@ def test_continuous_actions_train_too(tmp_path):
     assert math.isfinite(found["return_trpo"])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [31, 32, 33])
+def test_trpo_swings_the_pendulum_up(seed, tmp_path):
+    """Gaussian actions. Untrained it earns about −1300."""
+    config = dataclasses.replace(pg.Config(), seed=seed, threads=1, steps=60, env="Pendulum-v1", methods="trpo",
+                                 gamma=0.95, corridor_steps=0, score_episodes=1000, variance_groups=0)  # fmt: skip
+    summary = execute(INFO, config, tmp_path / "run")
+    assert summary["baseline"]["return_trpo"] < -900
+    assert summary["metrics"]["return_trpo"] > -400
+
+
+@pytest.mark.long
+def test_a_batch_used_four_times_is_worth_more(tmp_path):
+    found = {}
+    for reuse in (1, 4):
+        config = dataclasses.replace(pg.Config(), seed=31, threads=1, steps=20, methods="reinforce", reuse=reuse,
+                                     corridor_steps=0, score_episodes=1000, variance_groups=0)  # fmt: skip
+        found[reuse] = execute(INFO, config, tmp_path / f"{reuse}")["metrics"]["return_reinforce"]
+    assert found[4] > 1.5 * found[1]
+
+
 class Broken(gymnasium.Env):
     observation_space = gymnasium.spaces.Box(-1, 1, (2,))
     action_space = gymnasium.spaces.Discrete(2)

@@ -3,7 +3,8 @@
     δ_t = r_t + γ · (1 − terminated_t) · V(next state of t) − V_t        A_t = Σ_k (γλ)^k δ_{t+k}
 
 Schulman et al. 2016 (arXiv:1506.02438). The MDP is small enough to know V and A of the policy exactly, so that bias and
-variance are measured and not argued. The README explains every metric and every choice.
+variance are measured and not argued; what λ is worth to a learner, PPO shows (ppo.py). The README explains every metric
+and every choice.
 """
 
 import math
@@ -24,12 +25,13 @@ from finetune.rl.moments import Moments, chi, seen_by_the_gradient
 from finetune.rl.planning import evaluate
 from finetune.rl.rollout import Rollout, numpy_generator, sample_tabular
 
-from . import plots
+from . import plots, ppo
 from .variants import VARIANTS
 
 
 @dataclass
 class Config(config.Config):
+    threads: int = 1  # networks so small are fastest on one
     steps: int = 300  # batches of rollouts
     checkpoint_every: int = 100
     data: Path | None = None  # an MDP in an npz, as the module mdp reads it; none: a random one that the seed gives
@@ -47,13 +49,29 @@ class Config(config.Config):
     limit: int = 10  # time limit of their episodes
     lam: float = 0.9  # of the critics' targets, the λ-returns
     lr: float = 1.0  # of the critics at the start; a cosine falls to a tenth
-    shuffle_rewards: bool = False  # control: the rewards of a batch are dealt out anew, so there is nothing to learn
+    shuffle_rewards: bool = False  # control: rewards of a batch (ppo: advantages) are dealt out anew: nothing to learn
+    ppo_updates: int = 40  # of a PPO training, but at most --steps
+    ppo_lams: str = "0,0.5,0.95,1"  # that PPO is trained with, separated by commas
+    ppo_repeats: int = 5  # trainings with each λ; 0: none
+    ppo_env: str = "CartPole-v1"  # a gymnasium id with vectors for observations
+    ppo_envs: int = 8  # side by side
+    ppo_horizon: int = 128  # steps of each environment in an update
+    ppo_epochs: int = 5  # passes over them
+    ppo_minibatches: int = 8  # of a pass
+    ppo_gamma: float = 0.98
+    ppo_lr: float = 2e-3  # Adam's, falling to 0
+    ppo_clip: float = 0.2  # of the ratios
+    ppo_value_weight: float = 0.5  # of the critic's loss
+    ppo_entropy: float = 0.0  # weight of the entropy bonus
+    ppo_max_norm: float = 0.5  # of the gradient
+    ppo_hidden: int = 64  # width of the two hidden layers
     bench_steps: int = 2048  # size at which the op and the loop in Python are timed
     bench_rows: int = 64
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=60, samples=16, lams="0,0.5,0.9,1", bench_steps=256, bench_rows=16)
+        return cls(steps=60, samples=16, lams="0,0.5,0.9,1", bench_steps=256, bench_rows=16, ppo_updates=20,
+                   ppo_lams="0.95", ppo_repeats=1)  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,26 +85,45 @@ class Config(config.Config):
             "limit",
             "bench_steps",
             "bench_rows",
+            "ppo_envs",
+            "ppo_horizon",
+            "ppo_epochs",
+            "ppo_minibatches",
+            "ppo_hidden",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least 1")
-        for name in ("gamma", "lam", "lr", "ending"):
+        for name in ("gamma", "lam", "lr", "ending", "ppo_gamma"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} {getattr(self, name)} is not within 0 and 1")
+                raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is not within 0 and 1")
         if self.gamma == 1:
             raise UserError("--gamma 1: what a time limit cuts off has to fade for this module; take one below 1")
-        if self.sweeps < 0:
-            raise UserError(f"--sweeps {self.sweeps} is too small: it must be at least 0")
+        for name in ("sweeps", "ppo_updates", "ppo_repeats"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least 0")
+        for name in ("ppo_clip", "ppo_max_norm"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{config.dashed(name)} {getattr(self, name)}: it must be above 0")
         found = self.lambdas
         if len(found) < 2 or sorted(set(found)) != found or not (found[0] >= 0 and found[-1] <= 1):
             raise UserError(f"--lams {self.lams}: at least two numbers from 0 to 1 are needed, rising")
+        if not all(0 <= lam <= 1 for lam in self.ppo_lambdas):
+            raise UserError(f"--ppo-lams {self.ppo_lams}: numbers from 0 to 1 are needed")
 
     @property
     def lambdas(self) -> list[float]:
-        try:
-            return [float(word) for word in self.lams.split(",")]
-        except ValueError:
-            raise UserError(f"--lams {self.lams}: numbers separated by commas are needed") from None
+        return numbers("lams", self.lams)
+
+    @property
+    def ppo_lambdas(self) -> list[float]:
+        return numbers("ppo-lams", self.ppo_lams)
+
+
+def numbers(key: str, words: str) -> list[float]:
+    try:
+        return [float(word) for word in words.split(",")]
+    except ValueError:
+        raise UserError(f"--{key} {words}: numbers separated by commas are needed") from None
 
 
 def main(cfg: Config, run) -> dict[str, Any]:
@@ -144,6 +181,10 @@ def main(cfg: Config, run) -> dict[str, Any]:
         found = judge_lambda(cfg, run, policy, counted, moments, expected)
         plots.time_limits(run, exact[~mdp.terminal], {n: V[inner].numpy() for n, V in learnt.items()})
     judge_ways(cfg, run)
+    if cfg.ppo_repeats:
+        trained = ppo.race(cfg, run)
+        if min(cfg.steps, cfg.ppo_updates):
+            plots.ppo_lambda(run, trained, cfg.ppo_horizon * cfg.ppo_envs, ppo.SOLVED)
     return found
 
 

@@ -1,4 +1,7 @@
-"""The module's own pictures: bias and variance over λ, and what a critic learns that takes time limits for endings."""
+"""The module's own pictures: bias and variance over λ, what a critic learns that takes time limits for endings, and
+PPO by λ."""
+
+from typing import Any
 
 import numpy as np
 
@@ -57,3 +60,29 @@ def time_limits(run, exact: np.ndarray, learnt: dict[str, np.ndarray]) -> None:
     axes.set_ylabel("learnt", color=INK)
     axes.legend(fontsize=8.5, frameon=False)
     save(made, run.dir / "time_limits.png")
+
+
+def ppo_lambda(run, trained: dict[float, list[dict[str, Any]]], size: int, solved: float) -> None:
+    """ppo_lambda.png: learning curves by λ, median and range of the repetitions, and when each was first solved."""
+    made, (left, right) = figure(12.0, 4.4, 1, 2)
+    shades = ("#c53030", "#b7791f", "#1769aa", "#805ad5", "#2e7d32", "#8a6d3b")
+    for i, (lam, runs) in enumerate(trained.items()):
+        colour, curves = shades[i % len(shades)], np.array([r["curve"] for r in runs])  # (repetitions, updates)
+        at = size * np.arange(1, curves.shape[1] + 1)
+        left.plot(at, np.median(curves, 0), color=colour, linewidth=1.8, label=f"λ = {lam:g}")
+        left.fill_between(at, curves.min(0), curves.max(0), color=colour, alpha=0.08, linewidth=0)
+        for r, x in zip(runs, i + np.linspace(-0.12, 0.12, len(runs)), strict=True):
+            marker, face = ("o", colour) if r["solved"] else ("^", "white")
+            right.plot(x, r["steps"], marker, color=colour, markerfacecolor=face, markersize=7)
+        middle = float(np.median([r["steps"] for r in runs]))
+        right.plot([i - 0.3, i + 0.3], [middle, middle], color=colour, linewidth=2.2)
+    left.axhline(solved, color=INK, linestyle="--", linewidth=1)
+    left.set_ylim(0, 1.15 * solved)
+    left.legend(fontsize=9, frameon=False, loc="upper left")
+    left.set_xlabel("steps of the environments", color=INK)
+    right.set_xticks(range(len(trained)), [f"λ = {lam:g}" for lam in trained])
+    right.set_xlim(-0.6, len(trained) - 0.4)
+    right.set_ylim(0, 1.06 * max(r["steps"] for runs in trained.values() for r in runs))
+    left.set_title(f"PPO on {run.cfg.ppo_env}: mean of the last episodes", loc="left", fontsize=11, color=INK)
+    right.set_title(f"steps until it is {solved:g}; △: never, bar: median", loc="left", fontsize=11, color=INK)
+    save(made, run.dir / "ppo_lambda.png")

@@ -1,0 +1,159 @@
+"""PPO with the clipped surrogate on gymnasium: the same learner at several λ, and how many steps each of them needs.
+
+Schulman et al. 2017 (arXiv:1707.06347); the details are those of Huang et al. 2022, "The 37 implementation details of
+PPO". One step of the loop is one rollout of all environments and the updates made of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune import ops
+from finetune.rl import environments, policies
+from finetune.rl.advantages import whitened
+from finetune.rl.evaluation import returns
+from finetune.rl.rollout import Rollout, numpy_generator
+from finetune.rl.surrogate import approximate_kl, clip_fraction, clipped_surrogate, explained_variance, value_loss
+from finetune.rl.vector import Vector
+
+SOLVED, WINDOW = 475.0, 20  # CartPole-v1 counts as solved at this mean return of so many last episodes
+JUDGED = 0.95  # the λ that is held to a target
+
+
+def race(cfg: Any, run) -> dict[float, list[dict[str, Any]]]:
+    """`--ppo-repeats` trainings with each λ. Repetition i begins with the same weights and episodes whatever the λ."""
+    envs = environments.make(cfg.ppo_env, cfg.ppo_envs)
+    trained = {lam: [train(cfg, run, lam, i, envs) for i in range(cfg.ppo_repeats)] for lam in cfg.ppo_lambdas}
+    steps = {lam: statistics.median(r["steps"] for r in runs) for lam, runs in trained.items()}
+    for lam, runs in trained.items():
+        name, worst = f"{lam:g}".replace(".", "_"), min(r["after"] for r in runs)
+        if lam == JUDGED and cfg.ppo_env == "CartPole-v1":
+            untrained, target = max(r["before"] for r in runs), 195.0 if run.toy else SOLVED
+            run.judge(f"ppo_return_{name}", worst, baseline=untrained, target=target)
+            run.judge(f"ppo_steps_{name}", steps[lam], baseline=steps.get(0.0), higher=False)
+        else:
+            run.judge(f"ppo_return_{name}", worst)
+            run.judge(f"ppo_steps_{name}", steps[lam])
+    return trained
+
+
+def train(cfg: Any, run, lam: float, repeat: int, envs: list[Any]) -> dict[str, Any]:
+    """One training: returns before and after, the mean of the last episodes after each update, and the steps of the
+    environments until it first was `SOLVED`; all of them if it never was."""
+    run.seed("ppo", repeat)
+    learner, vector = Learner(cfg, envs), Vector(envs, run.generator("ppo", repeat).initial_seed())
+    updates, size = min(cfg.ppo_updates, cfg.steps), cfg.ppo_horizon * cfg.ppo_envs
+    before = evaluate(cfg, run, learner, "before", repeat)
+    past: dict[str, Any] = {"recent": [], "curve": [], "steps": 0}
+    state = learner.state() | {"vector": vector, "past": past}
+    for step in run.steps(updates, state, phase=f"ppo_{lam:g}_{repeat}"):
+        generator = run.generator("ppo", repeat, step)  # the same for every λ
+        batch = judged(learner, vector.collect(learner.acting(generator), cfg.ppo_horizon), cfg.ppo_gamma, lam)
+        if cfg.shuffle_rewards:
+            batch.advantages = batch.advantages[torch.randperm(len(batch.advantages), generator=generator)]
+        found = update(learner, batch, cfg, 1 - step / updates, generator)
+        past["recent"] = (past["recent"] + [earned for earned, _ in vector.pop_finished()])[-WINDOW:]
+        mean = sum(past["recent"]) / max(1, len(past["recent"]))
+        past["curve"].append(mean)
+        if not past["steps"] and len(past["recent"]) == WINDOW and mean >= SOLVED:
+            past["steps"] = (step + 1) * size
+        run.log(step, **{"return": mean}, **found)
+    after = evaluate(cfg, run, learner, "after", repeat)
+    run.say(f"PPO, λ = {lam:g}, training {repeat}: {before:.0f} before, {after:.0f} after")
+    return {"before": before, "after": after, "curve": past["curve"], "steps": past["steps"] or updates * size,
+            "solved": past["steps"] > 0}  # fmt: skip
+
+
+def evaluate(cfg: Any, run, learner: Learner, when: str, repeat: int) -> float:
+    """Mean return of twenty fresh episodes, actions drawn as in training."""
+    seeds = numpy_generator(run, "evaluation", when, repeat).integers(2**31, size=20).tolist()
+    act = learner.acting(run.generator("evaluation", when, repeat))
+    found = returns(environments.make(cfg.ppo_env, 20), act, seeds)
+    return sum(found) / len(found)
+
+
+@dataclass
+class Batch:
+    """The steps of a rollout in one row, with what the policy and the critic said when they were made."""
+
+    observations: Tensor  # (B, D)
+    actions: Tensor  # (B,) or (B, A)
+    log_probs: Tensor  # (B,)
+    values: Tensor  # (B,)
+    advantages: Tensor  # (B,)
+    targets: Tensor  # (B,) λ-returns
+
+    def part(self, rows: Tensor) -> Batch:
+        return Batch(**{name: column[rows] for name, column in vars(self).items()})
+
+
+class Learner:
+    """Policy and critic, each a network of its own, under one optimizer."""
+
+    def __init__(self, cfg: Any, envs: list[Any]) -> None:
+        observations, actions, continuous = environments.sizes(envs[0])
+        hidden = [cfg.ppo_hidden, cfg.ppo_hidden]
+        self.policy: Any = (policies.Gaussian if continuous else policies.Categorical)(observations, actions, hidden)
+        self.value = policies.Value(observations, hidden)
+        self.parameters = [*self.policy.parameters(), *self.value.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=cfg.ppo_lr, eps=1e-5, fused=True)
+
+    def state(self) -> dict[str, Any]:
+        return {"policy": self.policy, "value": self.value, "optimizer": self.optimizer}
+
+    def acting(self, generator: torch.Generator) -> environments.Act:
+        def act(observations: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self.policy.draw(self.policy(observations), generator)
+
+        return act
+
+
+@torch.no_grad()
+def judged(learner: Learner, rollout: Rollout, gamma: float, lam: float) -> Batch:
+    """The rollout with its advantages, which are of the critic before the updates."""
+    values = learner.value(rollout.observations)  # (T, N)
+    advantages, targets = ops.gae(
+        rollout.rewards, values, learner.value(rollout.next_observations), rollout.terminated, rollout.truncated,
+        gamma=gamma, lam=lam,
+    )  # fmt: skip
+    log_probs = learner.policy.log_prob(learner.policy(rollout.observations), rollout.actions)
+    columns = (rollout.observations, rollout.actions, log_probs, values, advantages, targets)
+    return Batch(*(column.flatten(0, 1) for column in columns))
+
+
+def update(learner: Learner, batch: Batch, cfg: Any, left: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Several passes over the batch in minibatches; `left` is the part of learning rate and clip that is left."""
+    for group in learner.optimizer.param_groups:
+        group["lr"] = left * cfg.ppo_lr
+    rows, size = len(batch.values), -(-len(batch.values) // cfg.ppo_minibatches)
+    kl, clipped = [], []
+    for _ in range(cfg.ppo_epochs):
+        for chosen in torch.randperm(rows, generator=generator).split(size):
+            loss, log_ratios = ppo_loss(learner, batch.part(chosen), cfg)
+            learner.optimizer.zero_grad()
+            loss.backward()
+            ops.clip_grad_norm_([p.grad for p in learner.parameters], cfg.ppo_max_norm)
+            learner.optimizer.step()
+            kl.append(approximate_kl(log_ratios).mean())
+            clipped.append(clip_fraction(log_ratios, cfg.ppo_clip))
+    return {
+        "kl": torch.stack(kl).mean(),
+        "clip_fraction": torch.stack(clipped).mean(),
+        "explained_variance": explained_variance(batch.values, batch.targets),
+    }
+
+
+def ppo_loss(learner: Learner, batch: Batch, cfg: Any) -> tuple[Tensor, Tensor]:
+    """(clipped surrogate + value_weight · value loss − entropy bonus, log ratios) of one minibatch."""
+    params = learner.policy(batch.observations)
+    log_ratios = learner.policy.log_prob(params, batch.actions) - batch.log_probs
+    policy_loss = clipped_surrogate(log_ratios, whitened(batch.advantages), cfg.ppo_clip).mean()
+    critic_loss = value_loss(learner.value(batch.observations), batch.targets).mean()
+    entropy = learner.policy.entropy(params).mean()
+    return policy_loss + cfg.ppo_value_weight * critic_loss - cfg.ppo_entropy * entropy, log_ratios.detach()
