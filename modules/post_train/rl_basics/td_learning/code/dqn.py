@@ -41,12 +41,10 @@ VARIANTS = {
     "dqn": Variant(),
     "double": Variant(double=True),
     "dueling": Variant(dueling=True),
-    "n_step": Variant(n=5),
     "prioritised": Variant(prioritised=True),
+    "n_step": Variant(n=5),
     "all": Variant(double=True, dueling=True, prioritised=True, n=5),
 }
-
-
 # CartPole's numbers are divided by about their size while the pole stands: where an episode ends, and two a second.
 SIZE = [2.4, 2.0, 0.2, 2.0]
 
@@ -62,7 +60,7 @@ class Settings:
     gamma: float = 0.99
     reward_scale: float = 0.1  # rewards are multiplied by it: Huber's threshold is for values of about one
     capacity: int = 50_000  # steps that are kept: by default all, as what is forgotten is exploration
-    warmup: int = 1000  # random ones before anything is learnt
+    warmup: int = 1000  # before anything is learnt
     exploration: float = 0.2  # share of all steps in which ε falls from 1 to `epsilon`
     epsilon: float = 0.05
     target_every: int = 25  # updates between two copies to the target network
@@ -100,8 +98,8 @@ class DQN:
     # Learning
 
     def learn(self, steps: int, begin: float, end: float, rate: float, draw: torch.Generator) -> float:
-        """`steps` steps of each learner with the updates that belong to them; the mean loss. They are the part from
-        `begin` to `end` of all that will be; `rate` multiplies the learning rate."""
+        """About `steps` steps of each learner, in whole rounds with an update for each environment; the mean loss. They
+        are the part from `begin` to `end` of all that will be; `rate` multiplies the learning rate."""
         s, each, losses = self.settings, len(self.envs) // self.count, []
         rounds = max(1, steps // (each * s.every))
         for i in range(rounds):
