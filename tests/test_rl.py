@@ -1,5 +1,10 @@
 """finetune.rl: what is sampled, and the estimates from it."""
 
+import importlib.util
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +13,7 @@ from finetune import ops
 from finetune.rl import advantages, environments, policies, surrogate
 from finetune.rl import mdp as tables
 from finetune.rl.evaluation import interval
-from finetune.rl.moments import Moments, chi
+from finetune.rl.moments import Moments, RewardScale, Welford, chi
 from finetune.rl.rollout import sample_tabular
 
 
@@ -168,6 +173,80 @@ def test_whitening_is_of_what_the_mask_counts():
     assert torch.allclose(advantages.whitened(padded, mask, centre=False)[mask], wanted + alone.mean(), atol=1e-7)
     assert torch.equal(advantages.whitened(alone), advantages.whitened(alone, torch.ones_like(alone, dtype=torch.bool)))
     assert advantages.whitened(torch.tensor([3.0])).tolist() == [0.0]
+
+
+@pytest.mark.peer
+def test_group_forms_are_what_trls_trainers_compute():
+    """The trainers need a model, so the lines themselves run: those between the rewards and the advantages."""
+    if (spec := importlib.util.find_spec("trl")) is None:
+        pytest.skip("trl is not installed")
+
+    def run_lines(file, first, last, **names):
+        lines = (Path(spec.origin).parent / "trainer" / file).read_text().splitlines()
+        begin = next(i for i, line in enumerate(lines) if line.strip() == first)
+        end = next(i for i, line in enumerate(lines) if i > begin and line.strip() == last)
+        exec(textwrap.dedent("\n".join(lines[begin : end + 1])), names)
+        return names
+
+    returns = ratios(6, 4)
+    mean, deviation = "mean = torch.nanmean(tensor, dim=dim, keepdim=True)", "std = torch.sqrt(variance)"
+    found = run_lines("utils.py", mean, deviation, torch=torch, tensor=returns, dim=1)  # the body of nanstd
+    given = {"torch": torch, "rewards": returns.flatten(), "num_generations": 4}
+    given["nanstd"] = lambda x, dim: found["std"].squeeze(dim)
+    given["self"] = SimpleNamespace(scale_rewards="group")
+    grpo = run_lines(
+        "grpo_trainer.py",
+        "mean_grouped_rewards = torch.nanmean(rewards.view(-1, num_generations), dim=1)",
+        "advantages = advantages / (std_rewards + 1e-4)",
+        **given,
+    )
+    rloo = run_lines(
+        "rloo_trainer.py", "grouped_rewards = rewards.view(-1, num_generations)", "advantages = rewards - baselines",
+        **given,
+    )  # fmt: skip
+    assert torch.allclose(advantages.group_normalised(returns).flatten(), grpo["advantages"], atol=1e-12)
+    assert torch.allclose(advantages.leave_one_out(returns).flatten(), rloo["advantages"], atol=1e-12)
+
+
+def test_token_rewards_are_the_penalty_of_each_and_the_score_with_the_last():
+    log_probs, reference = -ratios(5, 3).abs(), -ratios(5, 3).flip(0).abs()
+    lengths, scores = [5, 1, 3], torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    mask = torch.arange(5)[:, None] < torch.tensor(lengths)
+    wanted = torch.zeros(5, 3, dtype=torch.float64)
+    for n, length in enumerate(lengths):
+        for t in range(length):
+            wanted[t, n] = -0.1 * (log_probs[t, n] - reference[t, n])
+        wanted[length - 1, n] += scores[n]
+    found = advantages.token_rewards(scores, log_probs, reference, mask, 0.1)
+    assert torch.allclose(found, wanted, atol=1e-12)
+
+
+def test_welford_is_numpys_far_from_zero():
+    x = 1e8 + np.random.default_rng(0).normal(size=(1000, 2))
+    found = Welford(2)
+    for piece in np.array_split(x, [1, 7, 400]):
+        found.add(torch.from_numpy(piece))
+    assert np.allclose(found.mean, x.mean(0), rtol=1e-15)
+    assert np.allclose(found.variance(), x.var(0), rtol=1e-6)  # Σ x² − (Σ x)² would have no digit of it
+
+
+@pytest.mark.peer
+def test_reward_scale_is_that_of_stable_baselines3():
+    peer = pytest.importorskip("stable_baselines3.common.vec_env")
+    import gymnasium
+
+    theirs = peer.VecNormalize(
+        peer.DummyVecEnv([lambda: gymnasium.make("CartPole-v1")] * 4), gamma=0.9, clip_reward=1.5
+    )
+    theirs.ret_rms.count = 0.0  # begins with a count of 1e-4 at the variance 1
+    rewards, _, _, terminated, _ = numbers(60, 4)
+    mine = RewardScale(4, 0.9, clip=1.5)
+    found = torch.cat([mine(rewards[a:b], terminated[a:b]) for a, b in ((0, 25), (25, 60))]).numpy()
+    for t in range(60):  # as in its step_wait
+        theirs._update_reward(rewards[t].numpy())
+        assert np.allclose(found[t], theirs.normalize_reward(rewards[t].numpy()), atol=1e-6)
+        theirs.returns[terminated[t].numpy()] = 0
+    assert abs(found).max() == 1.5
 
 
 # --- PPO's losses

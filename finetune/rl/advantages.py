@@ -164,6 +164,15 @@ def whitened(values: Tensor, mask: Tensor | None = None, *, centre: bool = True,
     return white if centre else (white + mean).masked_fill(~counts, 0.0)
 
 
+@torch.no_grad()
+def token_rewards(scores: Tensor, log_probs: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """(T, N) rewards of the tokens of N answers: −β (log π − log π_ref) for each, and the score (N,) with the last one
+    (Ziegler et al. 2019, arXiv:1909.08593, eq. 2; Ouyang et al. 2022). mask (T, N) bool: the tokens of the answer.
+    """
+    last = mask & (mask.flip(0).cumsum(0).flip(0) == 1)
+    return (-beta * (log_probs - reference)).masked_fill(~mask, 0.0) + last * scores
+
+
 def _next(x: Tensor) -> Tensor:
     """x_{t+1} at t, and 0 at the last."""
     return torch.cat([x[1:], torch.zeros_like(x[:1])])

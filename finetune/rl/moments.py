@@ -73,3 +73,58 @@ def seen_by_the_gradient(off: Array, policy: Array, counted: NDArray[np.bool_], 
         spread = np.where(np.isfinite(variance), variance, 0.0).reshape(full.shape)
         square = square - (1 - 2 * policy) * spread - (policy**2 * spread).sum(-1, keepdims=True)
     return np.sqrt(square[..., counted].mean(-1).clip(min=0))
+
+
+class Welford:
+    """Mean and variance of a stream, batch by batch, without the cancellation of Σ x² − (Σ x)² (Welford 1962; merged as
+    in Chan, Golub & LeVeque 1979). A run's checkpoints hold it."""
+
+    def __init__(self, *shape: int) -> None:
+        self.mean, self.squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+        self.count = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """(N, *shape)"""
+        mine = x.double().mean(0)
+        delta, total = mine - self.mean, self.count + len(x)
+        self.squares = self.squares + (x - mine).square().sum(0) + delta.square() * self.count * len(x) / total
+        self.mean, self.count = self.mean + delta * len(x) / total, total
+
+    def variance(self) -> Tensor:
+        """Of what was added (n, not n − 1); NaN before anything was."""
+        return self.squares / self.count
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "squares": self.squares, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.mean, self.squares, self.count = state["mean"], state["squares"], state["count"]
+
+
+class RewardScale:
+    """Rewards divided by the running deviation of the discounted return, so that a critic's targets are near 1 in any
+    environment (VecNormalize of OpenAI baselines). The return is the one backwards in time: R_t = γ R_{t−1} + r_t, anew
+    after an end. Never centred: a constant taken from every reward changes how good it is to go on.
+    """
+
+    def __init__(self, rows: int, gamma: float, clip: float = 10.0, eps: float = 1e-8) -> None:
+        self.gamma, self.clip, self.eps = gamma, clip, eps
+        self.returns, self.seen = torch.zeros(rows, dtype=torch.float64), Welford()
+
+    def __call__(self, rewards: Tensor, ends: Tensor) -> Tensor:
+        """(T, N) of the rows that the last call left off in, each step with the deviation as of then."""
+        found = torch.empty_like(rewards)
+        for t in range(len(rewards)):
+            self.returns = self.gamma * self.returns + rewards[t]
+            self.seen.add(self.returns)
+            scaled = rewards[t] / (self.seen.variance() + self.eps).sqrt()
+            found[t] = scaled.clamp(-self.clip, self.clip)
+            self.returns = self.returns.masked_fill(ends[t], 0.0)
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"returns": self.returns} | self.seen.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.returns = state["returns"]
+        self.seen.load_state_dict(state)

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from finetune import ops
 from finetune.rl import mdp as tables
-from finetune.rl.advantages import group_normalised, leave_one_out
+from finetune.rl.advantages import group_normalised, leave_one_out, returns_to_go, whitened
 from finetune.rl.mdp import MDP
-from finetune.rl.moments import chi_correlated
+from finetune.rl.moments import RewardScale, chi_correlated
 from finetune.rl.rollout import Rollout
 
 UNBIASED_GRADIENTS = (
     "total_return", "reward_to_go", "value_baseline", "optimal_baseline", "leave_one_out", "gae", "advantage",
 )  # fmt: skip
-GRADIENTS = (*UNBIASED_GRADIENTS, "group_normalised")
+RESCALED_GRADIENTS = ("whitened", "scaled_rewards", "group_normalised")
+GRADIENTS = (*UNBIASED_GRADIENTS, *RESCALED_GRADIENTS)
 
 
 def exact_gradient(mdp: MDP, policy: np.ndarray, steps: int) -> np.ndarray:
@@ -84,7 +85,9 @@ class Slopes:
         vars(self).update(state)
 
 
-def gradients(group: int, lam: float, mdp: MDP, rollout: Rollout, policy: np.ndarray, V: np.ndarray) -> Tensor:
+def gradients(
+    group: int, lam: float, mdp: MDP, rollout: Rollout, policy: np.ndarray, V: np.ndarray, scale: RewardScale
+) -> Tensor:
     """(factors, groups, S·A): the mean over a group of rollouts of Σ_t γ^t ∇ log π(a_t|s_t) Ψ_t, up to the rollout's
     first end. The critic is exact."""
     states, actions, gamma = rollout.observations, rollout.actions, mdp.gamma
@@ -98,7 +101,9 @@ def gradients(group: int, lam: float, mdp: MDP, rollout: Rollout, policy: np.nda
     exact = torch.from_numpy(np.where(mdp.allowed, tables.advantages(mdp, policy), 0.0))
     grouped = returns[0].view(-1, group)
     discount = gamma ** torch.arange(len(states), dtype=torch.float64)[:, None]
-    alone = torch.ones_like(discount)
+    alone, alive = torch.ones_like(discount), rollout.first_episode
+    last = rollout.ends.clone()
+    last[-1] = True  # the rows of the next batch are not these
     factors = {  # Ψ, (T, N) or (N,)
         "total_return": alone * returns[0],
         "reward_to_go": discount * returns,
@@ -107,11 +112,12 @@ def gradients(group: int, lam: float, mdp: MDP, rollout: Rollout, policy: np.nda
         "leave_one_out": alone * leave_one_out(grouped).flatten(),
         "gae": discount * smoothed,
         "advantage": discount * exact[states, actions],
+        "whitened": discount * whitened(smoothed, alive),
+        "scaled_rewards": discount * returns_to_go(scale(rollout.rewards, last), rollout.ends, gamma),
         "group_normalised": alone * group_normalised(grouped).flatten(),
     }
     rows, (S, A) = states.shape[1], policy.shape
     at = (torch.arange(rows) * S * A + states * A + actions).flatten()
-    alive = rollout.first_episode
     found = []
     for name in GRADIENTS:
         taken = torch.zeros(rows * S * A, dtype=torch.float64)

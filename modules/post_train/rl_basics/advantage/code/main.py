@@ -19,12 +19,12 @@ from finetune.errors import UserError
 from finetune.rl import mdp as tables
 from finetune.rl.advantages import group_normalised, leave_one_out, n_step, retrace, tree_backup, upgo, vtrace
 from finetune.rl.mdp import MDP
-from finetune.rl.moments import Moments, chi, seen_by_the_gradient
+from finetune.rl.moments import Moments, RewardScale, chi, seen_by_the_gradient
 from finetune.rl.planning import evaluate
 from finetune.rl.rollout import Rollout, numpy_generator, sample_tabular
 
-from . import plots
-from .gradients import GRADIENTS, UNBIASED_GRADIENTS, Slopes, exact_gradient, gradients
+from . import dueling, plots, scaling, tokens
+from .gradients import GRADIENTS, RESCALED_GRADIENTS, UNBIASED_GRADIENTS, Slopes, exact_gradient, gradients
 
 ON_POLICY = ("mc", "td", "n_step", "gae", "upgo", "leave_one_out", "group_normalised")
 OFF_POLICY = ("importance", "vtrace", "retrace", "tree_backup")  # from the rollouts of another policy
@@ -49,6 +49,8 @@ class Config(config.Config):
     n: int = 4  # rewards of the n-step estimate
     lam: float = 0.9  # of GAE, Retrace and tree-backup
     sweeps: int = 2  # the half-learnt critic: so many sweeps of policy evaluation from zero
+    tokens: int = 6  # of the longest answer in the part about credit by token, whose answers are all written down
+    beta: float = 0.05  # of the KL penalty on each of its tokens
     shuffle_rewards: bool = False  # control: the rewards of a batch are dealt out anew, so there is nothing to learn
 
     @classmethod
@@ -61,6 +63,10 @@ class Config(config.Config):
         for name, bound in (least | {"sweeps": 0}).items():
             if getattr(self, name) < bound:
                 raise UserError(f"--{name} {getattr(self, name)} is too small: it must be at least {bound}")
+        if not 4 <= self.tokens <= 9:
+            raise UserError(f"--tokens {self.tokens} is not within 4 and 9: every answer of so many is written down")
+        if self.beta < 0:
+            raise UserError(f"--beta {self.beta} is below 0")
         for name in ("gamma", "lam", "ending"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name)} is not within 0 and 1")
@@ -80,8 +86,10 @@ def main(cfg: Config, run) -> dict[str, Any]:
     moments = {f"{c}_{side}": Moments(len(names), counted.size) for c in critics for side, names in sides.items()}
     slopes = Slopes(exact_gradient(mdp, policy, cfg.length), numpy_generator(run, "directions"))
 
+    scale = RewardScale(8 * cfg.groups * cfg.group, mdp.gamma)
+
     first = np.repeat(np.flatnonzero(~mdp.terminal), cfg.groups * cfg.group)
-    for step in run.steps(cfg.steps, moments | {"gradients": slopes}):
+    for step in run.steps(cfg.steps, moments | {"gradients": slopes, "scale": scale}):
         draw = numpy_generator(run, "rollout", step)
         mine = sample_tabular(mdp, policy, cfg.length, first, draw)
         theirs = sample_tabular(mdp, other, cfg.length, first, draw)
@@ -94,13 +102,16 @@ def main(cfg: Config, run) -> dict[str, Any]:
             moments[f"{name}_on_policy"].add(pairs_of(mine, mdp), found)
             found = off_policy(cfg, mdp, theirs, policy, other, critic)
             moments[f"{name}_off_policy"].add(pairs_of(theirs, mdp), found)
-        slopes.add(gradients(cfg.group, cfg.lam, mdp, whole, policy, V))
+        slopes.add(gradients(cfg.group, cfg.lam, mdp, whole, policy, V, scale))
         off = both("half_learnt", moments, Moments.mean) - truth
         errors = seen_by_the_gradient(off, policy, counted)
         run.log(step, **{f"error_{name}": error for name, error in zip(ESTIMATORS, errors, strict=True)})
 
     judge_exact(run, mdp, policy, counted)
     judge_shaping(run, mdp, policy)
+    dueling.judge(run, mdp, policy)
+    scaling.judge(run)
+    tokens.judge(run, cfg.tokens, cfg.beta, cfg.lam, cfg.gamma)
     if not cfg.steps:
         run.judge("gain_gae", 0.0, baseline=0.0, target=0.9)
         return {}
@@ -230,7 +241,7 @@ def judge_gradients(run, slopes: Slopes) -> None:
             for name in GRADIENTS
         ],
     )
-    plots.gradient_variance(run, spread)
+    plots.gradient_variance(run, {name: spread[name] for name in GRADIENTS if name not in RESCALED_GRADIENTS})
 
 
 def show_estimators(

@@ -53,11 +53,10 @@ def errors(run, per_step: int, names: tuple[str, ...]) -> None:
 def gradient_variance(run, spread: dict[str, float]) -> None:
     """gradient_variance.png: the variance of one rollout's gradient, reward-to-go = 1."""
     made, [axes] = figure(7.6, 4.2)
-    kept = {name: value for name, value in spread.items() if name != "group_normalised"}  # of another scale
-    names = sorted(kept, key=lambda name: -kept[name])
-    axes.barh(range(len(names)), [kept[name] for name in names], color="#1769aa", height=0.6)
+    names = sorted(spread, key=lambda name: -spread[name])
+    axes.barh(range(len(names)), [spread[name] for name in names], color="#1769aa", height=0.6)
     for i, name in enumerate(names):
-        axes.text(kept[name] * 1.05, i, f"{kept[name]:.3g}", va="center", fontsize=9, color=INK)
+        axes.text(spread[name] * 1.05, i, f"{spread[name]:.3g}", va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -66,3 +65,66 @@ def gradient_variance(run, spread: dict[str, float]) -> None:
         "variance of the policy gradient by its factor (reward-to-go = 1)", loc="left", fontsize=11, color=INK
     )
     save(made, run.dir / "gradient_variance.png")
+
+
+def scaling(run, sizes: tuple[int, ...], angles: dict[str, list[float]], lengths: dict[str, list[float]]) -> None:
+    """scaling.png: direction and length of the mean gradient by the size of the batch or group."""
+    made, (left, right) = figure(10.4, 4.2, 1, 2)
+    for axes, found, title, unit in (
+        (left, angles, "direction: degrees off ∇J", "degrees"),
+        (right, lengths, "length: |E[ĝ]| / |∇J|", "of the exact gradient's"),
+    ):
+        for (name, ys), colour, marker in zip(found.items(), COLOURS, "os^vD", strict=False):
+            axes.plot(sizes, ys, color=colour, marker=marker, linewidth=1.8, markersize=6, label=name.replace("_", " "))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(n) for n in sizes])
+        axes.minorticks_off()
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+        axes.set_xlabel("n: draws in the batch (group forms: in the group)", color=INK)
+        axes.set_ylabel(unit, color=INK)
+        axes.set_ylim(bottom=0 if axes is right else None)
+    right.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save(made, run.dir / "scaling.png")
+
+
+def token_credit(
+    run, tokens: list[str], truth: np.ndarray, found: dict[str, np.ndarray], by_place: dict[str, list[float]]
+) -> None:
+    """token_credit.png: one answer, its tokens on x, the exact advantage as bars; and the error by place of all."""
+    made, (left, right) = figure(12.5, 4.6, 1, 2)
+    places = np.arange(len(tokens))
+    left.bar(places, truth, color="#d5dbe1", width=0.7, label="exact A")
+    shown = ("gae_rough", "td_rough", "discounted", "leave_one_out", "group_normalised")
+    for name, marker in zip(shown, "os^vD", strict=True):
+        left.plot(places, found[name], marker=marker, markersize=6, linewidth=1.2, color=TOKEN_COLOURS[name])
+    left.axhline(0, color=INK, linewidth=0.8)
+    left.set_xticks(places, tokens)
+    left.set_title("one answer: how much credit each token gets", loc="left", fontsize=11, color=INK)
+    left.set_xlabel("token; the second and the last but one decide the score", color=INK)
+    left.set_ylabel("advantage", color=INK)
+    for name, errors in by_place.items():
+        right.plot(places + 1, errors, marker="o", markersize=4, linewidth=1.8, color=TOKEN_COLOURS[name],
+                   label=name.replace("_", " "))  # fmt: skip
+    right.set_xticks(places + 1)
+    right.set_ylim(bottom=0)
+    right.set_title("error against the exact advantage, by place", loc="left", fontsize=11, color=INK)
+    right.set_xlabel("place of the token in the answer", color=INK)
+    right.set_ylabel("root mean square error", color=INK)
+    handles, labels = right.get_legend_handles_labels()
+    bars, names = left.get_legend_handles_labels()
+    right.legend(
+        bars + handles, names + labels, fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5)
+    )
+    save(made, run.dir / "token_credit.png")
+
+
+TOKEN_COLOURS = {
+    "td": "#2e7d32",
+    "gae": "#1769aa",
+    "mc": "#8a8f98",
+    "td_rough": "#b7791f",
+    "gae_rough": "#0e7c86",
+    "discounted": "#d53f8c",
+    "leave_one_out": "#805ad5",
+    "group_normalised": "#c53030",
+}

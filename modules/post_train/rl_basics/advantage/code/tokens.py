@@ -1,0 +1,152 @@
+"""Credit by token: answers of a language model small enough to write all of them down, with every exact advantage.
+
+A state is the prompt and the tokens so far, an action the next token; what follows is certain. Token 0 ends the
+answer. The score comes with the last token, −β (log π − log π_ref) with each. There is one point for a 1 as the second
+token and one for a 2 as the last but one; every other token can only end the answer too early.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune import ops
+from finetune.rl.advantages import group_normalised, leave_one_out, returns_to_go, token_rewards
+from finetune.rl.rollout import numpy_generator
+
+from . import plots
+
+VOCABULARY = 3
+GROUP, GROUPS = 8, 512
+ESTIMATORS = ("td", "gae", "mc", "td_rough", "gae_rough", "discounted", "leave_one_out", "group_normalised")
+
+
+@dataclass
+class Answers:
+    """All N of them, at most T tokens each; (T, N) where nothing else is said, 0 behind the end."""
+
+    tokens: Tensor
+    mask: Tensor  # bool: up to the end and with it
+    node: Tensor  # number of the pair (tokens so far, token)
+    rewards: Tensor
+    last: Tensor  # bool
+    values: Tensor  # V^π of the tokens so far
+    advantages: Tensor  # A^π of the token
+    chance: Tensor  # (N,) probability of the answer
+
+
+def answers(length: int, beta: float, draw: np.random.Generator) -> Answers:
+    """Policy and reference are random tables, with a word for each (tokens so far, token)."""
+    tokens = np.array([a for a in product(range(VOCABULARY), repeat=length) if _padded(a)]).T  # (T, N)
+    T, N = tokens.shape
+    mask = np.concatenate([np.ones((1, N), bool), tokens[:-1] != 0])
+    prefix = np.zeros((T, N), int)  # number of the tokens so far among those of their length
+    for t in range(1, T):
+        prefix[t] = prefix[t - 1] * VOCABULARY + tokens[t - 1]
+    log_policy, log_reference = (np.empty((T, N)) for _ in range(2))
+    for t in range(T):
+        for table in (log_policy, log_reference):
+            logits = draw.standard_normal((VOCABULARY**t, VOCABULARY)) - [1.0, 0.0, 0.0]  # ends are rarer
+            table[t] = (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[prefix[t], tokens[t]]
+    score = (tokens[1] == 1) * 1.0 + (tokens[-2] == 2)
+    turned = [torch.from_numpy(x) for x in (score, log_policy, log_reference, mask)]
+    rewards = token_rewards(*turned, beta)
+    chance = np.exp((log_policy * mask).sum(0))
+    node = np.stack([VOCABULARY ** (t + 1) + prefix[t] * VOCABULARY + tokens[t] for t in range(T)])  # lengths apart
+    # V of some tokens: what the answers that begin so earn from there on, on average. γ = 1.
+    to_go = rewards.numpy()[::-1].cumsum(0)[::-1]
+    parent = node // VOCABULARY
+    Q, V = (conditional_mean(torch.from_numpy(to_go.copy()), torch.from_numpy(x), turned[3], torch.from_numpy(chance))
+            for x in (node, parent))  # fmt: skip
+    last = turned[3] & ~torch.cat([turned[3][1:], torch.zeros(1, N, dtype=torch.bool)])
+    return Answers(torch.from_numpy(tokens), turned[3], torch.from_numpy(node), rewards, last, V, Q - V,
+                   torch.from_numpy(chance))  # fmt: skip
+
+
+def conditional_mean(x: Tensor, node: Tensor, mask: Tensor, chance: Tensor) -> Tensor:
+    """(T, N): the mean of x over all answers that pass the same node, by their chance; 0 where the mask is."""
+    weights = chance * mask
+    sums, total = (
+        torch.zeros(int(node.max()) + 1, dtype=torch.float64).index_add_(0, node.flatten(), y.flatten())
+        for y in (weights * x, weights)
+    )
+    return (sums / total.clamp(min=1e-300))[node].masked_fill(~mask, 0.0)
+
+
+def _padded(answer: tuple[int, ...]) -> bool:
+    """Nothing but 0 behind the first 0."""
+    return 0 not in answer or not any(answer[answer.index(0) :])
+
+
+def rough(found: Answers) -> Tensor:
+    """(T, N) a critic that knows how many tokens there are so far, and not which: the mean of V^π."""
+    place = torch.arange(len(found.tokens))[:, None].expand_as(found.tokens)
+    return conditional_mean(found.values, place, found.mask, found.chance)
+
+
+def estimates(found: Answers, lam: float, gamma: float) -> dict[str, Tensor]:
+    """(T, N) for every answer. `whole` is the return of the answer with its KL, which the group forms take."""
+    none = torch.zeros_like(found.last)
+
+    def gae(values: Tensor, lam: float) -> Tensor:
+        after = torch.cat([values[1:], torch.zeros_like(values[:1])])
+        return ops.gae(found.rewards, values, after, found.last, none, gamma=1.0, lam=lam)[0]
+
+    roughly = rough(found)
+    made = {
+        "td": gae(found.values, 0.0),
+        "gae": gae(found.values, lam),
+        "mc": gae(found.values, 1.0),
+        "td_rough": gae(roughly, 0.0),
+        "gae_rough": gae(roughly, lam),
+        "discounted": returns_to_go(found.rewards, found.last, gamma) - roughly,
+        "whole": found.rewards.sum(0).expand_as(found.rewards),
+    }
+    return {name: x.masked_fill(~found.mask, 0.0) for name, x in made.items()}
+
+
+def bias_seen(found: Answers, x: Tensor) -> float:
+    """Root mean square over tokens of E[x | node] − A^π, less its mean over the tokens that could stand there: what a
+    gradient can see of the error. x (T, N) of all answers; a sum over them, so exact."""
+    off = conditional_mean(x, found.node, found.mask, found.chance) - found.advantages
+    off = off - conditional_mean(off, found.node // VOCABULARY, found.mask, found.chance)
+    return rms(off, found.mask, found.chance)
+
+
+def rms(x: Tensor, mask: Tensor, chance: Tensor) -> float:
+    weights = mask * chance
+    return float(((weights * x**2).sum() / weights.sum()).sqrt())
+
+
+def judge(run, length: int, beta: float, lam: float, gamma: float) -> None:
+    found = answers(length, beta, numpy_generator(run, "answers"))
+    every = estimates(found, lam, gamma)
+    bias = {name: bias_seen(found, x) for name, x in every.items()}
+    bias["leave_one_out"] = bias.pop("whole")  # on average it is that less a constant
+
+    draw = numpy_generator(run, "groups")
+    columns = torch.from_numpy(draw.choice(len(found.chance), GROUPS * GROUP, p=found.chance / found.chance.sum()))
+    truth, mask = found.advantages[:, columns], found.mask[:, columns]
+    drawn = {name: x[:, columns] for name, x in every.items()}
+    grouped = drawn.pop("whole")[0].view(GROUPS, GROUP)
+    drawn |= {f.__name__: f(grouped).flatten() * mask for f in (leave_one_out, group_normalised)}
+    alone = torch.ones(len(columns), dtype=torch.float64)
+    error = {name: rms(drawn[name] - truth, mask, alone) for name in ESTIMATORS}
+    run.judge("token_error_td", error["td"], baseline=error["leave_one_out"], target=1e-8, higher=False)
+    run.judge("token_error_gae", error["gae"], baseline=error["leave_one_out"], higher=False)
+    unbiased = max(bias[name] for name in ("td", "gae", "mc", "leave_one_out"))
+    run.judge("token_bias", unbiased, baseline=bias["discounted"], target=1e-8, higher=False)
+    run.samples(
+        "credit by token: error against the exact A^π of a token, and what of it a gradient sees on average",
+        [
+            {"estimator": n, "error": f"{error[n]:.3f}", "bias": f"{bias[n]:.1e}" if n in bias else "–"}
+            for n in ESTIMATORS
+        ],
+    )
+    by_place = {n: [rms((drawn[n] - truth)[t], mask[t], alone) for t in range(length)] for n in ESTIMATORS}
+    shown = int((mask.all(0) & (drawn["leave_one_out"][0] > 0)).int().argmax())
+    names = [str(int(token)) for token in found.tokens[:, columns[shown]]]
+    one = {n: drawn[n][:, shown].numpy() for n in ESTIMATORS}
+    plots.token_credit(run, names, truth[:, shown].numpy(), one, by_place)
