@@ -149,14 +149,6 @@ def test_a_ring_that_was_saved_goes_on_alike():
         assert torch.equal(a, b)
 
 
-def test_transitions_of_a_rollout_are_its_steps(counting):
-    r = Vector(counting(3), 0).collect(acting(3), 10)
-    flat = Transitions.of(r)
-    assert len(flat) == 30
-    assert torch.equal(flat[4 * 3 + 2].next_observations, r.next_observations[4, 2])
-    assert torch.equal(flat[5:9].rewards, r.rewards.flatten()[5:9])
-
-
 @pytest.mark.parametrize("n", [1, 3, 40])
 def test_transitions_of_n_steps_stop_at_ends_and_where_the_rollout_stops(counting, n):
     r, gamma = Vector(counting(3), 0).collect(acting(3), 20), 0.9
@@ -178,9 +170,6 @@ def test_transitions_of_n_steps_stop_at_ends_and_where_the_rollout_stops(countin
             assert row.actions == r.actions[t, i]
             assert row.terminated == r.terminated[last, i]
             assert row.steps == last - t + 1
-    if n == 1:
-        for a, b in zip(found.columns(), Transitions.of(r).columns(), strict=False):
-            assert torch.equal(a, b)
     ring, other = Replay(50), Replay(50)
     assert ring.add(found).tolist() == [x % 50 for x in range(10, 60)]
     other.load_state_dict(copy.deepcopy(ring.state_dict()))

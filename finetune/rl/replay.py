@@ -38,16 +38,9 @@ class Transitions:
         return Transitions(*(column.index_select(0, rows) for column in self.columns()))
 
     @classmethod
-    def of(cls, rollout: Rollout) -> Transitions:
-        """The steps of a rollout, time by time."""
-        r = rollout
-        columns = (r.observations, r.actions, r.rewards, r.next_observations, r.terminated)
-        return cls(*(column.flatten(0, 1) for column in columns))
-
-    @classmethod
     def n_step(cls, rollout: Rollout, n: int, gamma: float) -> Transitions:
-        """The same over up to n steps, from each step on: r_t + γ r_{t+1} + …, and what the last of them reached; fewer
-        where the episode or the rollout ends before."""
+        """From each step of a rollout, time by time, over up to n steps: r_t + γ r_{t+1} + …, and what the last of them
+        reached; fewer where the episode or the rollout ends before."""
         r, ends = rollout, rollout.ends
         rewards, reached = torch.zeros_like(r.rewards), r.next_observations.clone()
         terminated, steps = r.terminated.clone(), torch.ones_like(ends, dtype=torch.int64)
