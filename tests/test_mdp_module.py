@@ -120,6 +120,8 @@ def test_rollouts_are_right_on_average():
         ({"world": "CartPole-v1"}, "has no table of transitions"),
         ({"gamma": 1.5}, "gamma 1.5 is not within 0 and 1"),
         ({"rollouts": 0}, "--rollouts 0 is too small"),
+        ({"horizon": 0}, "--horizon 0 is too small"),
+        ({"pairs": 0}, "--pairs 0 is too small"),
         ({"world": "gridworld", "gamma": 1.0}, "does not end from state 0"),
     ],
 )

@@ -282,16 +282,15 @@ def judge_average(cfg: Config, run) -> None:
     always = mdps.one_hot(mdp, mdp.allowed[:, 1].astype(int))
     gain, bias, policy, _ = planning.average_reward_iteration(mdp, always)
     bounds, h = [], np.zeros(mdp.size[0])
-    for _ in range(cfg.steps):
+    for _ in range(cfg.steps + 1):  # the bounds belong to the h that a sweep begins with
         h, lower, upper = planning.relative_sweep(mdp, h)
         bounds.append((lower, upper))
         if upper - lower < CLOSE / 10:
             break
-    outside = max((max(lower - gain, gain - upper) for lower, upper in bounds), default=math.inf)
-    width = bounds[-1][1] - bounds[-1][0] if bounds else math.inf
+    outside = max(max(lower - gain, gain - upper) for lower, upper in bounds)
     run.judge("gain", gain, baseline=planning.gain_and_bias(mdp, always)[0])
     run.judge("gain_outside_bounds", outside, target=1e-9, higher=False)
-    run.judge("gain_bounds_apart", width, target=CLOSE, higher=False)
+    run.judge("gain_bounds_apart", upper - lower, target=CLOSE, higher=False)
     limit = {gamma: planning.policy_iteration(mdp.discounted(gamma))[0] for gamma in (0.9, 0.99, 0.999, 0.9999)}
     apart = {gamma: float(abs((1 - gamma) * V - gain).max()) for gamma, V in limit.items()}
     run.judge("gain_from_discounted", apart[0.9999], baseline=apart[0.9], target=apart[0.9] / 100, higher=False)

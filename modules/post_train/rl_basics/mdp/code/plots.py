@@ -205,11 +205,11 @@ def contraction(run, ending: MDP, endless: MDP, measure, draw: np.random.Generat
 def average_reward(run, mdp: MDP, policy: Array, gain: float, bias: Array, bounds, limit: dict[float, Array]) -> None:
     """average_reward.png: the bounds of the gain over sweeps, (1 − γ) V_γ as γ → 1, the best policy of the queue."""
     made, axes = figure(14.5, 4.4, 1, 3)
-    lower, upper = np.array(bounds).T if bounds else np.zeros((2, 0))
-    x = np.arange(1, len(lower) + 1)
+    lower, upper = np.array(bounds).T
+    x = np.arange(len(lower))
     axes[0].fill_between(x, lower, upper, color="#cfe1f2", label="min … max of T h − h")
     axes[0].axhline(gain, color="#c53030", linewidth=1.3, label=f"best gain {gain:.4f}")
-    axes[0].set_xlim(1, 60)
+    axes[0].set_xlim(0, 60)
     axes[0].set_xlabel("sweeps of relative value iteration", color=INK)
     axes[0].set_ylabel("reward a step", color=INK)
     axes[0].set_title("the gain lies between two bounds", loc="left", fontsize=12, color=INK)
