@@ -76,8 +76,9 @@ def ppo_lambda(run, trained: dict[float, list[dict[str, Any]]], size: int, solve
             right.plot(x, r["steps"], marker, color=colour, markerfacecolor=face, markersize=7)
         middle = float(np.median([r["steps"] for r in runs]))
         right.plot([i - 0.3, i + 0.3], [middle, middle], color=colour, linewidth=2.2)
-    left.axhline(solved, color=INK, linestyle="--", linewidth=1)
-    left.set_ylim(0, 1.15 * solved)
+    if run.cfg.ppo_env == "CartPole-v1":
+        left.axhline(solved, color=INK, linestyle="--", linewidth=1)
+        left.set_ylim(0, 1.15 * solved)
     left.legend(fontsize=9, frameon=False, loc="upper left")
     left.set_xlabel("steps of the environments", color=INK)
     right.set_xticks(range(len(trained)), [f"λ = {lam:g}" for lam in trained])
