@@ -169,6 +169,7 @@ def test_a_cut_run_resumes(tmp_path):
 def test_bad_settings_are_refused():
     for change, message in (
         ({"group": 1}, "--group 1 is too small"),
+        ({"actions": 1}, "--actions 1 is too small"),
         ({"gamma": 1.0}, "--gamma 1"),
         ({"tokens": 3}, "--tokens 3 is not"),
         ({"beta": -1.0}, "--beta -1.0 is below"),
