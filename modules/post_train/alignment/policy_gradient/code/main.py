@@ -29,6 +29,7 @@ METHODS = ("reinforce", "natural", "trpo")
 
 @dataclass
 class Config(config.Config):
+    threads: int = 1  # networks so small are fastest on one
     steps: int = 80  # updates of each method
     checkpoint_every: int = 20
     env: str = "CartPole-v1"  # a gymnasium id with vectors for observations

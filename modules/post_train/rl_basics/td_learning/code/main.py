@@ -52,6 +52,7 @@ EXPERIMENTS = ("baird", "five_states", "bias", "batch", "importance", "nineteen_
 
 @dataclass
 class Config(config.Config):
+    threads: int = 1  # networks so small are fastest on one
     steps: int = 40  # each is a batch of runs of one of the eight experiments, in turn; Taxi and DQN learn in all
     checkpoint_every: int = 1
     rate: float = 1.0  # multiplies every learning rate; with 0 nothing is learnt
