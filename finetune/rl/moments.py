@@ -51,14 +51,22 @@ def chi(off: Array, variance: Array) -> Array:
     sums are compared and not cell by cell: a cell whose rare outcome never came has too small a variance of its own.
     """
     v = np.where(np.isfinite(variance), variance, 0.0)
-    total = np.where(np.isfinite(variance), off**2, 0.0).sum(-1)
-    return (total - v.sum(-1)) / np.maximum(np.sqrt(2 * (v**2).sum(-1)), 1e-20)
+    return deviations(np.where(np.isfinite(variance), off**2, 0.0).sum(-1), v.sum(-1), 2 * (v**2).sum(-1))
 
 
 def chi_correlated(off: Array, covariance: Array) -> Array:
     """The same of a vector (…, D) whose components are not independent: |off|² has mean tr C and variance 2 tr C²."""
     mean = np.trace(covariance, axis1=-2, axis2=-1)
-    return ((off**2).sum(-1) - mean) / np.sqrt(2 * (covariance**2).sum((-2, -1)))
+    return deviations((off**2).sum(-1), mean, 2 * (covariance**2).sum((-2, -1)))
+
+
+def deviations(square: Array, mean: Array, variance: Array) -> Array:
+    """A weighted sum of squares of normal numbers as a standard normal number, so that 3 means the same for few squares
+    as for many: the χ² of that mean and variance (Satterthwaite 1946), of which the cube root is all but normal (Wilson
+    & Hilferty 1931). The plain (square − mean) / deviation of few squares passes 3 once in a hundred times."""
+    mean = np.maximum(mean, 1e-20)
+    spread = np.maximum(variance, 1e-40) / (9 * mean**2)  # 2 / 9f with f = 2 mean² / variance degrees of freedom
+    return ((square / mean) ** (1 / 3) - (1 - spread)) / np.sqrt(spread)
 
 
 def seen_by_the_gradient(off: Array, policy: Array, counted: NDArray[np.bool_], variance: Array | None = None) -> Array:

@@ -14,7 +14,7 @@ from . import enumerated, offpolicy, plots, tabular, variance
 from .enumerated import batch_means, by_episode, discounts, z_score
 from .losses import BASELINES
 
-CHANCE = 6.0  # z of a right mean passes this about twice in a thousand times: χ² of few directions has a long tail
+CHANCE = 4.0  # standard deviations; the worst of a dozen right means passes 3 too often
 
 
 def walk(cfg: Any, run, baseline: str) -> None:

@@ -31,11 +31,12 @@ OFF_POLICY = ("importance", "vtrace", "retrace", "tree_backup")  # from the roll
 ESTIMATORS = ON_POLICY + OFF_POLICY
 UNBIASED = ("mc", "td", "n_step", "gae", "leave_one_out", "importance", "retrace", "tree_backup")  # with exact V
 
-CHANCE = 5  # standard deviations: the worst of seven or eight sums of squares, which have a longer tail than a bell
+CHANCE = 3  # standard deviations of chance
 
 
 @dataclass
 class Config(config.Config):
+    threads: int = 1  # the tables are small
     steps: int = 320  # batches of rollouts
     checkpoint_every: int = 100
     data: Path | None = None  # an MDP in an npz, as the module mdp reads it; none: a random one that the seed gives

@@ -32,6 +32,7 @@ GALLERY = ("frozen_lake", "cliff_walking", "taxi", "gridworld", "small_gridworld
 
 @dataclass
 class Config(config.Config):
+    threads: int = 1  # the tables are small
     steps: int = 1500  # sweeps at most
     checkpoint_every: int = 500
     world: str = "frozen_lake_8x8"  # whose sweeps are recorded: a name in finetune/rl/worlds.py, or a gymnasium id
