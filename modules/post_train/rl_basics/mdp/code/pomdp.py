@@ -86,9 +86,7 @@ def prune(vectors: Array, margin: float) -> list[int]:
         else:
             values = vectors[left] @ belief
             ties = [k for k, value in zip(left, values, strict=True) if value >= values.max() - 1e-12]
-            best = max(
-                ties, key=lambda k: tuple(vectors[k])
-            )  # of equals one that is the best beside the belief as well
+            best = max(ties, key=lambda k: tuple(vectors[k]))  # that one is the best beside the belief too
             kept.append(best)
             left.remove(best)
     return kept
