@@ -13,7 +13,7 @@ from torch import Tensor
 from finetune.errors import UserError, nearest
 from finetune.rl.rollout import Rollout
 
-Act = Callable[[Tensor], Tensor]  # observations (N, D) → actions (N,) or (N, A)
+Act = Callable[[Tensor], Tensor]  # observations (N, D) → actions (N,) or (N, A); called without gradients
 
 
 def make(name: str, count: int, limit: int | None = None) -> list[Any]:
@@ -57,7 +57,8 @@ def play(envs: Sequence[Any], act: Act, seeds: Sequence[int]) -> Rollout:
     rows: list[tuple[Any, ...]] = []
     while running:
         observations = torch.from_numpy(seen.copy())
-        actions = act(observations)
+        with torch.inference_mode():
+            actions = act(observations)
         given = actions.tolist() if hasattr(space, "n") else np.clip(actions.numpy(), space.low, space.high)
         rewards = np.zeros(len(envs), np.float32)
         terminated, truncated = (np.zeros(len(envs), bool) for _ in range(2))

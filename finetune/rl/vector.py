@@ -72,10 +72,11 @@ class Vector:
         reached, rewards = np.empty_like(seen), np.empty(seen.shape[:2], np.float32)
         terminated, truncated = (np.empty(seen.shape[:2], bool) for _ in range(2))
         actions = []
-        for t in range(steps):
-            seen[t] = self.observations
-            actions.append(act(torch.from_numpy(seen[t])))
-            rewards[t], reached[t], terminated[t], truncated[t] = self.step(actions[t])
+        with torch.inference_mode():  # what is stacked below is a usual tensor again
+            for t in range(steps):
+                seen[t] = self.observations
+                actions.append(act(torch.from_numpy(seen[t])))
+                rewards[t], reached[t], terminated[t], truncated[t] = self.step(actions[t])
         after = map(torch.from_numpy, (rewards, reached, terminated, truncated))
         return Rollout(torch.from_numpy(seen), torch.stack(actions), *after)
 

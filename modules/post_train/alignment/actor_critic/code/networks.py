@@ -26,8 +26,10 @@ class ActorCritic(nn.Module):
         self.policy, self.value = kind(seen, actions, widths), policies.Value(seen, widths)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.trunk(observations)
-        return self.policy(features), self.value_scale * self.value(features)
+        *steps, _ = observations.shape
+        features = self.trunk(observations.flatten(0, -2))  # in rows: a linear layer's backward is shorter so
+        params, values = self.policy(features), self.value_scale * self.value(features)
+        return params.view(*steps, -1), values.view(steps)
 
     def distribution(self, observations: Tensor) -> Tensor:
         """The policy's parameters alone."""

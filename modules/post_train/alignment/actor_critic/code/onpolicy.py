@@ -171,11 +171,7 @@ def following(model: ActorCritic, rollout: Rollout, values: Tensor) -> Tensor:
 
 
 def drawn(model: ActorCritic, generator: torch.Generator) -> environments.Act:
-    def act(observations: Tensor) -> Tensor:
-        with torch.inference_mode():  # `collect` stacks what comes out, which makes tensors of the usual kind of it
-            return model.policy.draw(model.distribution(observations), generator)
-
-    return act
+    return lambda observations: model.policy.draw(model.distribution(observations), generator)
 
 
 def shuffled(values: Tensor, generator: torch.Generator) -> Tensor:

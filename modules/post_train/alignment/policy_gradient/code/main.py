@@ -230,11 +230,7 @@ def networks(cfg: Config, run, envs: list[Any]) -> tuple[nn.Module, nn.Module]:
 
 
 def acting(policy: nn.Module, generator: torch.Generator) -> environments.Act:
-    def act(observations: Tensor) -> Tensor:
-        with torch.no_grad():
-            return policy.draw(policy(observations), generator)
-
-    return act
+    return lambda observations: policy.draw(policy(observations), generator)
 
 
 def collect(run, policy: nn.Module, envs: list[Any], key: tuple[Any, ...]) -> Rollout:

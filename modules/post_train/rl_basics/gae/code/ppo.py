@@ -107,11 +107,7 @@ class Learner:
         return {"policy": self.policy, "value": self.value, "optimizer": self.optimizer}
 
     def acting(self, generator: torch.Generator) -> environments.Act:
-        def act(observations: Tensor) -> Tensor:
-            with torch.no_grad():
-                return self.policy.draw(self.policy(observations), generator)
-
-        return act
+        return lambda observations: self.policy.draw(self.policy(observations), generator)
 
 
 @torch.no_grad()
