@@ -169,8 +169,12 @@ def token_rewards(scores: Tensor, log_probs: Tensor, reference: Tensor, mask: Te
     """(T, N) rewards of the tokens of N answers: −β (log π − log π_ref) for each, and the score (N,) with the last one
     (Ziegler et al. 2019, arXiv:1909.08593, eq. 2; Ouyang et al. 2022). mask (T, N) bool: the tokens of the answer.
     """
-    last = mask & (mask.flip(0).cumsum(0).flip(0) == 1)
-    return (-beta * (log_probs - reference)).masked_fill(~mask, 0.0) + last * scores
+    return (-beta * (log_probs - reference)).masked_fill(~mask, 0.0) + last_token(mask) * scores
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """(T, N) bool: the last of the tokens that `mask` counts in each column."""
+    return mask & (mask.flip(0).cumsum(0).flip(0) == 1)
 
 
 def _next(x: Tensor) -> Tensor:

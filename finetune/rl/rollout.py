@@ -43,6 +43,11 @@ def numpy_generator(run: Run, *key: Any) -> np.random.Generator:
     return np.random.default_rng(run.generator(*key).initial_seed())
 
 
+def episode_seeds(run: Run, count: int, *key: Any) -> list[int]:
+    """What `count` environments are reset with; like `numpy_generator`, of (seed, *key) only."""
+    return [int(x) for x in numpy_generator(run, *key).integers(2**31, size=count)]
+
+
 def sample_tabular(
     mdp: MDP,
     policy: NDArray[np.float64],

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.rl.advantages import returns_to_go
 from finetune.rl.environments import Act, play
+from finetune.rl.evaluation import true_returns
 
 LEFT = 0.05  # part of a return that may be missing where a time limit cuts its episode off
 
@@ -54,11 +54,11 @@ def said_and_came(
         told = (t < begin).view(-1, *[1] * (own.dim() - 1))
         return torch.where(told, once.actions[t, states], own)
 
-    rollout = play(envs[: len(states)], again, [seeds[k] for k in states])
+    rollout, returns = true_returns(envs[: len(states)], again, [seeds[k] for k in states], gamma)
     seen = rollout.observations[begin, columns].unflatten(0, (len(seeds), -1))
     if not (seen == seen[:, :1]).all():
         raise UserError(f"'{envs[0].spec.id}' does not repeat an episode from its seed: no state can be played twice")
-    came = returns_to_go(rollout.rewards, rollout.ends, gamma)[begin, columns].unflatten(0, (len(seeds), -1))
+    came = returns[begin, columns].unflatten(0, (len(seeds), -1))
     with torch.no_grad():
         return torch.stack([value(seen[:, 0]), came.mean(1)], 1)
 

@@ -16,7 +16,7 @@ from finetune import config, optim
 from finetune.errors import UserError
 from finetune.rl import continuous, environments
 from finetune.rl.evaluation import returns
-from finetune.rl.rollout import numpy_generator
+from finetune.rl.rollout import episode_seeds
 from finetune.rl.vector import Vector
 
 from . import critic, offpolicy, onpolicy, plots
@@ -104,11 +104,13 @@ class Config(config.Config):
 
 def main(cfg: Config, run) -> dict[str, Any]:
     names = cfg.methods.split(",")
-    places = {name: Place(cfg, name in offpolicy.LEARNERS) for name in names}  # refused now, if at all
+    kinds = {name: name in offpolicy.LEARNERS for name in names}
+    places = {kind: Place(cfg, kind) for kind in set(kinds.values())}  # refused now, if at all
     trained: dict[str, list[dict[str, Any]]] = {}
     for name in names:
-        trained[name] = [train(cfg, run, name, repeat, places[name]) for repeat in range(cfg.repeats)]
-        judge(cfg, run, name, places[name].env, trained[name])
+        place = places[kinds[name]]
+        trained[name] = [train(cfg, run, name, repeat, place) for repeat in range(cfg.repeats)]
+        judge(cfg, run, name, place.env, trained[name])
     if cfg.steps:
         plots.learning(run, cfg, names, CHUNK)
         if cfg.hold_steps:
@@ -119,8 +121,8 @@ def main(cfg: Config, run) -> dict[str, Any]:
 
 
 class Place:
-    """The environments of a method: those it learns in, those it is tested in, and those its critic is, which go on
-    until the returns are complete."""
+    """The environments of the methods of one kind: those they learn in, those they are tested in, and those their
+    critics are, which go on until the returns are complete."""
 
     def __init__(self, cfg: Config, continuous_actions: bool) -> None:
         self.env = cfg.continuous_env if continuous_actions else cfg.env
@@ -154,7 +156,7 @@ def train(cfg: Config, run, method: str, repeat: int, place: Place) -> dict[str,
     if cfg.steps and cfg.hold_steps:
         critic_of = held(cfg, run, method, repeat, place) if on_policy else learner
         key = ("critic", method, repeat)
-        seeds = numpy_generator(run, *key).integers(2**31, size=STATES).tolist()
+        seeds = episode_seeds(run, STATES, *key)
         act, generator = critic_of.acting(run.generator(*key)), run.generator(*key, "states")
         pairs = critic.said_and_came(place.long, act, critic_of.values, seeds, cfg.gamma, generator, place.limit)
     return {"before": before, "after": after, "pairs": pairs, "learner": learner}
@@ -185,7 +187,7 @@ def learn(run, step: int, learner: Any, left: float, method: str, repeat: int) -
 
 def evaluate(cfg: Config, run, learner: Any, repeat: int, place: Place) -> float:
     """Mean return of fresh episodes, each with the action that the policy holds best."""
-    seeds = numpy_generator(run, "evaluation", repeat).integers(2**31, size=cfg.eval_episodes).tolist()
+    seeds = episode_seeds(run, cfg.eval_episodes, "evaluation", repeat)
     found = returns(place.test, learner.best, seeds)
     return sum(found) / len(found)
 

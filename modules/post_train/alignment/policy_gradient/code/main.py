@@ -16,7 +16,7 @@ from finetune import config, ops, optim
 from finetune.errors import UserError
 from finetune.rl import environments, policies
 from finetune.rl.evaluation import interval, returns
-from finetune.rl.rollout import Rollout, numpy_generator
+from finetune.rl.rollout import Rollout, episode_seeds
 
 from . import known, plots, variance
 from .enumerated import discounts
@@ -235,13 +235,13 @@ def acting(policy: nn.Module, generator: torch.Generator) -> environments.Act:
 
 def collect(run, policy: nn.Module, envs: list[Any], key: tuple[Any, ...]) -> Rollout:
     """One episode of each environment. Seeds depend on the step only, so a resumed run plays the same ones."""
-    seeds = numpy_generator(run, "episodes", *key).integers(2**31, size=len(envs))
+    seeds = episode_seeds(run, len(envs), "episodes", *key)
     return environments.play(envs, acting(policy, run.generator("actions", *key)), seeds)
 
 
 def evaluate(cfg: Config, run, policy: nn.Module, envs: list[Any], when: str) -> tuple[float, float]:
     """Mean return of fresh episodes and half its 95 % interval."""
-    seeds = numpy_generator(run, "evaluation", when).integers(2**31, size=cfg.eval_episodes).tolist()
+    seeds = episode_seeds(run, cfg.eval_episodes, "evaluation", when)
     return interval(returns(envs, acting(policy, run.generator("evaluation", when)), seeds))
 
 

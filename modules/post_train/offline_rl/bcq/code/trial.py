@@ -15,7 +15,7 @@ from finetune.rl.discrete import QNetwork
 from finetune.rl.evaluation import true_returns
 from finetune.rl.offline import FQE
 from finetune.rl.replay import Transitions
-from finetune.rl.rollout import numpy_generator
+from finetune.rl.rollout import episode_seeds
 
 LOG_EVERY = 10
 EVALUATED = ("dqn", "td3", "bc", "bcq")  # by fitted Q evaluation too
@@ -98,7 +98,7 @@ def train(
 
 def seeds(cfg, run) -> list[int]:
     """Of the episodes that every learner plays when it is evaluated."""
-    return numpy_generator(run, "evaluation").integers(2**31, size=cfg.eval_episodes).tolist()
+    return episode_seeds(run, cfg.eval_episodes, "evaluation")
 
 
 def evaluate(cfg, run, envs: list[Any], learner: Any, scale: Scale) -> dict[str, float]:

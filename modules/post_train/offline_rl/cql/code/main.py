@@ -23,7 +23,7 @@ from finetune.rl.discrete import QNetwork
 from finetune.rl.evaluation import interval, returns, true_returns
 from finetune.rl.offline import FQE, normalised, possible_returns
 from finetune.rl.replay import Transitions
-from finetune.rl.rollout import numpy_generator
+from finetune.rl.rollout import episode_seeds
 
 from . import continuous, discrete, plots
 
@@ -139,7 +139,7 @@ def prepare(cfg: Config, run, name: str) -> Task:
     if data.continuous:
         scale, gamma, batch = cfg.reward_scale, cfg.gamma_continuous, cfg.batch_continuous
     steps = replace(data.transitions(), rewards=data.rewards * scale)
-    seeds = numpy_generator(run, "evaluation", name).integers(2**31, size=cfg.eval_episodes).tolist()
+    seeds = episode_seeds(run, cfg.eval_episodes, "evaluation", name)
     return Task(name, data, steps, scale, gamma, batch, envs, seeds)
 
 

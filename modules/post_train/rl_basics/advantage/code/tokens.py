@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune import ops
-from finetune.rl.advantages import group_normalised, leave_one_out, returns_to_go, token_rewards
+from finetune.rl.advantages import group_normalised, last_token, leave_one_out, returns_to_go, token_rewards
 from finetune.rl.rollout import numpy_generator
 
 from . import plots
@@ -60,7 +60,7 @@ def answers(length: int, beta: float, draw: np.random.Generator) -> Answers:
     parent = node // VOCABULARY
     Q, V = (conditional_mean(torch.from_numpy(to_go.copy()), torch.from_numpy(x), turned[3], torch.from_numpy(chance))
             for x in (node, parent))  # fmt: skip
-    last = turned[3] & ~torch.cat([turned[3][1:], torch.zeros(1, N, dtype=torch.bool)])
+    last = last_token(turned[3])
     return Answers(torch.from_numpy(tokens), turned[3], torch.from_numpy(node), rewards, last, V, Q - V,
                    torch.from_numpy(chance))  # fmt: skip
 

@@ -17,7 +17,7 @@ from finetune import ops
 from finetune.rl import environments, policies
 from finetune.rl.advantages import whitened
 from finetune.rl.evaluation import returns
-from finetune.rl.rollout import Rollout, numpy_generator
+from finetune.rl.rollout import Rollout, episode_seeds
 from finetune.rl.surrogate import approximate_kl, clip_fraction, clipped_surrogate, explained_variance, value_loss
 from finetune.rl.vector import Vector
 
@@ -71,7 +71,7 @@ def train(cfg: Any, run, lam: float, repeat: int, envs: list[Any]) -> dict[str, 
 
 def evaluate(cfg: Any, run, learner: Learner, when: str, repeat: int) -> float:
     """Mean return of twenty fresh episodes, actions drawn as in training."""
-    seeds = numpy_generator(run, "evaluation", when, repeat).integers(2**31, size=20).tolist()
+    seeds = episode_seeds(run, 20, "evaluation", when, repeat)
     act = learner.acting(run.generator("evaluation", when, repeat))
     found = returns(environments.make(cfg.ppo_env, 20), act, seeds)
     return sum(found) / len(found)

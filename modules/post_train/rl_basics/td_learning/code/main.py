@@ -16,7 +16,7 @@ from finetune.errors import UserError, nearest
 from finetune.rl import environments, planning, worlds
 from finetune.rl import mdp as mdps
 from finetune.rl.evaluation import returns
-from finetune.rl.rollout import numpy_generator
+from finetune.rl.rollout import episode_seeds, numpy_generator
 from finetune.rl.vector import Vector
 
 from . import control, dqn, experiments, off_policy, plots
@@ -94,6 +94,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
     drivers = control.Learners(taxi, ("q_learning",), cfg.taxi_runs, cfg.rate, 0.1, draw, limit=200)
     poles = {name: learners(cfg, run, name) for name in cfg.variants.split(",")}
     envs = environments.make("CartPole-v1", JUDGED * cfg.dqn_runs)
+    seeds = episode_seeds(run, len(envs), "judged")  # the same at all times
     for step in run.steps(cfg.steps, {"totals": totals, "taxi": drivers, **poles}):
         name, batch = EXPERIMENTS[step % every], Totals()
         experiment(cfg, name, batch, numpy_generator(run, name, step))
@@ -103,7 +104,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
             drivers.step(draw)
         for kind, pole in poles.items():
             pole.learn(cfg.dqn_steps, step / cfg.steps, (step + 1) / cfg.steps, cfg.rate, run.generator(kind, step))
-            pole.curve.append(pole.judge(envs, seeds(run, len(envs))))
+            pole.curve.append(pole.judge(envs, seeds))
         worth = {f"cartpole_{kind}": pole.curve[-1].mean() for kind, pole in poles.items()}
         run.log(step, taxi=np.mean(driven(drivers)), **worth, **in_short(name, batch))
 
@@ -130,11 +131,6 @@ def learners(cfg: Config, run, kind: str) -> dqn.DQN:
     envs = Vector(environments.make("CartPole-v1", EACH * cfg.dqn_runs), seed)
     run.seed("networks")
     return dqn.DQN(VARIANTS[kind], envs, cfg.dqn_runs, dqn.Settings(every=cfg.dqn_every))
-
-
-def seeds(run, count: int) -> list[int]:
-    """Of the episodes that DQN is judged by: the same at all times."""
-    return numpy_generator(run, "judged").integers(2**31, size=count).tolist()
 
 
 def experiment(cfg: Config, name: str, totals: Totals, draw: np.random.Generator) -> None:
@@ -189,9 +185,10 @@ def judge_poles(run, poles: dict[str, dqn.DQN]) -> None:
     """DQN on CartPole: mean return of 20 episodes of each learner, of at most 500."""
     count = next(iter(poles.values())).count
     envs = environments.make("CartPole-v1", 20 * count)
+    seeds = episode_seeds(run, len(envs), "judged")
     draw = run.generator("random")
-    random = returns(envs, lambda x: torch.randint(2, (len(x),), generator=draw), seeds(run, len(envs)))
-    worth = {kind: pole.judge(envs, seeds(run, len(envs))) for kind, pole in poles.items()}
+    random = returns(envs, lambda x: torch.randint(2, (len(x),), generator=draw), seeds)
+    worth = {kind: pole.judge(envs, seeds) for kind, pole in poles.items()}
     *_, last = worth
     for kind, values in worth.items():
         target = 150 if run.toy and kind == last else None
