@@ -239,7 +239,7 @@ def _settings(info: Any) -> None:
         toy = getattr(small, f.name)
         table.add_row(
             f"[bold cyan]--{config.dashed(f.name)}[/]" + (f" / --no-{config.dashed(f.name)}" if f.type is bool else ""),
-            f.type_name.replace("[", "\\["),
+            f"{f.type_name} {f.bound}".strip().replace("[", "\\["),
             _plain(f.default),
             "[dim]same[/]" if toy == f.default else _plain(toy),
             f.help.replace("[", "\\["),

@@ -3,7 +3,7 @@
 @dataclass
 class Config(config.Config):
     steps: int = 300
-    lr: float = 1e-3  # peak learning rate
+    lr: float = bounded(1e-3, above=0)  # peak learning rate
     # where the rows come from
     data: Path | None = None
 
@@ -14,6 +14,7 @@ class Config(config.Config):
 
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import math
@@ -27,22 +28,78 @@ from typing import Any, Literal, TypeVar
 
 from finetune.errors import UserError, nearest
 
-RESERVED = {"toy", "out", "resume", "json", "help"}  # options of `run` itself
+RESERVED = {"toy", "out", "resume", "json", "help", "accept_changes"}  # options of `run` itself
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The values that a number may take. Without `infinite` it must be finite."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    infinite: bool = False
+
+    def broken(self, value: float) -> str:
+        """What is wrong with a value, to be put behind its name; an empty string if nothing is."""
+        if math.isnan(value) or (math.isinf(value) and not self.infinite):
+            return "is not a finite number"
+        for low, words in ((self.at_least, "at least"), (self.above, "above")):
+            if low is not None and not (value >= low if words == "at least" else value > low):
+                return f"is too small: it must be {words} {_written(low)}"
+        for high, words in ((self.at_most, "at most"), (self.below, "below")):
+            if high is not None and not (value <= high if words == "at most" else value < high):
+                return f"is too large: it must be {words} {_written(high)}"
+        return ""
+
+    def __str__(self) -> str:
+        """`≥ 0, < 1`; limits that only keep absurd values out are not worth the room."""
+        signs = (("≥", self.at_least), (">", self.above), ("≤", self.at_most), ("<", self.below))
+        return ", ".join(f"{sign} {_written(limit)}" for sign, limit in signs if limit is not None and abs(limit) < 1e6)
+
+
+def bounded(
+    default: float | None,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    infinite: bool = False,
+) -> Any:
+    """A field of a Config whose values are checked: `lr: float = bounded(1e-3, above=0)`. A subclass that gives the
+    field another default keeps the bound. Every number must be finite, unless `infinite`."""
+    return dataclasses.field(default=default, metadata={"bound": Bound(at_least, at_most, above, below, infinite)})
 
 
 @dataclass
 class Config:
     """What every module has. A module's Config derives from this, gives its own defaults and adds its own fields."""
 
-    steps: int = 100  # number of training steps
-    seed: int = 0  # the same seed gives the same run
-    threads: int = 0  # CPU threads; 0 = the physical cores available to this process
-    checkpoint_every: int = 100  # steps between two checkpoints
+    steps: int = bounded(100, at_least=0, at_most=10**9)  # number of training steps
+    seed: int = bounded(0, at_least=0, at_most=2**63 - 1)  # the same seed gives the same run
+    # CPU threads; 0 = the physical cores available to this process
+    threads: int = bounded(0, at_least=0, at_most=1024)
+    checkpoint_every: int = bounded(100, at_least=1, at_most=10**9)  # steps between two checkpoints
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("seed", 0), ("threads", 0), ("checkpoint_every", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{dashed(name)} {getattr(self, name)} is too small: it must be at least {least}")
+        """UserError names the first setting of a wrong type or outside its bound."""
+        for name, (kind, optional, bound) in _rules(type(self)).items():
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if kind is Path and isinstance(value, str):
+                setattr(self, name, Path(value))
+            elif not _is_a(value, kind):
+                raise UserError(f"--{dashed(name)} {value!r}: expected {_type_name(kind, optional)}")
+            elif kind in (int, float) and (wrong := bound.broken(value)):
+                raise UserError(f"--{dashed(name)} {_written(value)} {wrong}")
+
+    def inputs(self) -> dict[str, Path]:
+        """The files and folders that the result depends on, by setting. Their hashes are kept with the run."""
+        found = {name: getattr(self, name) for name, (kind, *_) in _rules(type(self)).items() if kind is Path}
+        return {name: path for name, path in found.items() if path is not None}
 
     @classmethod
     def toy(cls) -> "Config":
@@ -60,14 +117,11 @@ class Field:
     optional: bool  # `none` is accepted
     default: Any
     help: str
+    bound: Bound
 
     @property
     def type_name(self) -> str:
-        if typing.get_origin(self.type) is Literal:
-            text = "|".join(str(choice) for choice in typing.get_args(self.type))
-        else:
-            text = {Path: "path"}.get(self.type, self.type.__name__)
-        return f"{text}|none" if self.optional else text
+        return _type_name(self.type, self.optional)
 
 
 def dashed(name: str) -> str:
@@ -80,16 +134,15 @@ def describe(cls: type[Config]) -> list[Field]:
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
             comments.update(_comments(base))
-    hints = typing.get_type_hints(cls)
     fields = []
     for f in dataclasses.fields(cls):
-        kind, optional = _unwrap(hints[f.name])
+        kind, optional, bound = _rules(cls)[f.name]
         if kind not in (int, float, str, bool, Path) and typing.get_origin(kind) is not Literal:
             raise TypeError(f"{cls.__qualname__}.{f.name}: a field of type {kind} cannot be an option")
         if f.name in RESERVED:
             raise TypeError(f"{cls.__qualname__}.{f.name}: the name is taken by an option of `run`")
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        fields.append(Field(f.name, kind, optional, default, comments.get(f.name, "")))
+        fields.append(Field(f.name, kind, optional, default, comments.get(f.name, ""), bound))
     return fields
 
 
@@ -130,8 +183,9 @@ def parse(cls: type[C], base: C, argv: list[str]) -> C:
 
 
 def to_json(cfg: Config) -> dict[str, Any]:
-    """The settings as JSON values (a path as its text)."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(cfg).items()}
+    """The settings as JSON values: a path as its text, an infinity as "inf"."""
+    infinite = (float("inf"), -float("inf"))
+    return {k: str(v) if isinstance(v, Path) or v in infinite else v for k, v in dataclasses.asdict(cfg).items()}
 
 
 def from_json(cls: type[C], values: dict[str, Any]) -> C:
@@ -140,8 +194,40 @@ def from_json(cls: type[C], values: dict[str, Any]) -> C:
     if set(values) != set(fields):
         names = ", ".join(sorted(set(values) ^ set(fields)))
         raise UserError(f"the saved settings are of another version of this module ({names} differ): start anew")
-    typed: dict[str, Any] = {k: Path(v) if fields[k].type is Path and v is not None else v for k, v in values.items()}
-    return cls(**typed)
+    return cls(**{k: float(v) if fields[k].type is float and v in ("inf", "-inf") else v for k, v in values.items()})
+
+
+@functools.cache
+def _rules(cls: type[Config]) -> dict[str, tuple[Any, bool, Bound]]:
+    """(type, may it be None, bound) of every field; a bound that a base class gives holds until another is given."""
+    bounds: dict[str, Bound] = {}
+    for base in reversed(cls.__mro__):
+        for name, f in vars(base).get("__dataclass_fields__", {}).items():
+            if "bound" in f.metadata:
+                bounds[name] = f.metadata["bound"]
+    hints = typing.get_type_hints(cls)
+    return {f.name: (*_unwrap(hints[f.name]), bounds.get(f.name, Bound())) for f in dataclasses.fields(cls)}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _type_name(kind: Any, optional: bool) -> str:
+    if typing.get_origin(kind) is Literal:
+        text = "|".join(str(choice) for choice in typing.get_args(kind))
+    else:
+        text = {Path: "path"}.get(kind, kind.__name__)
+    return f"{text}|none" if optional else text
+
+
+def _written(value: float) -> str:
+    """A number as a person writes it: 0 and not 0.0, 1e-05 as it is."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
 
 
 def _unwrap(hint: Any) -> tuple[Any, bool]:
@@ -161,10 +247,7 @@ def _convert(field: Field, text: str) -> Any:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         if typing.get_origin(field.type) is Literal:
             return {str(choice): choice for choice in typing.get_args(field.type)}[text]
-        value = field.type(text)
-        if field.type is float and math.isnan(value):
-            raise ValueError(text)
-        return value
+        return field.type(text)
     except (ValueError, KeyError):
         hint = nearest(text, map(str, typing.get_args(field.type))) if typing.get_origin(field.type) is Literal else ""
         raise UserError(f"--{dashed(field.name)} {text!r}: expected {field.type_name}{hint}") from None

@@ -1,6 +1,7 @@
 """Settings as options, and modules found by their module.toml."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,7 +55,7 @@ def test_comments_are_the_help():
         (["--lr"], "--lr needs a value: float"),
         (["--lr", "--steps", "3"], "--lr needs a value"),
         (["--lr", "fast"], "--lr 'fast': expected float"),
-        (["--lr", "nan"], "--lr 'nan': expected float"),
+        (["--lr", "nan"], "--lr nan is not a finite number"),
         (["--steps", "1.5"], "--steps '1.5': expected int"),
         (["--steps", "-1"], "--steps -1 is too small: it must be at least 0"),
         (["--checkpoint-every", "0"], "--checkpoint-every 0 is too small"),
@@ -142,3 +143,49 @@ def test_a_linked_module_is_the_same_module(tmp_path, monkeypatch):
     info = registry.find("tinynet")
     assert info.folder == folder
     assert registry.load(info) is first
+
+
+@dataclass
+class Bounded(config.Config):
+    steps: int = 5  # another default keeps the bound of the base class
+    lr: float = config.bounded(1e-3, above=0)
+    dropout: float = config.bounded(0.0, at_least=0, below=1)
+    clip: float = config.bounded(1.0, above=0, infinite=True)
+    rank: int = config.bounded(8, at_least=1, at_most=4096)
+    kind: Literal["a", "b"] = "a"
+    data: Path | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": -1}, "--steps -1 is too small: it must be at least 0"),
+        ({"lr": 0.0}, "--lr 0 is too small: it must be above 0"),
+        ({"lr": float("inf")}, "--lr inf is not a finite number"),
+        ({"clip": float("nan")}, "--clip nan is not a finite number"),
+        ({"dropout": 1.0}, "--dropout 1 is too large: it must be below 1"),
+        ({"rank": 5000}, "--rank 5000 is too large: it must be at most 4096"),
+        ({"rank": 8.0}, "--rank 8.0: expected int"),
+        ({"rank": True}, "--rank True: expected int"),
+        ({"lr": "1"}, "--lr '1': expected float"),
+        ({"kind": "c"}, "--kind 'c': expected a|b"),
+        ({"data": 3}, "--data 3: expected path|none"),
+        ({"seed": 2**63}, "--seed 9223372036854775808 is too large"),
+    ],
+)
+def test_a_bound_is_declared_with_its_field_and_holds_however_the_setting_comes(values, message):
+    for make in (lambda: Bounded(**values), lambda: dataclasses.replace(Bounded(), **values)):
+        with pytest.raises(UserError) as error:
+            make()
+        assert message in str(error.value)
+    saved = config.to_json(Bounded()) | values
+    with pytest.raises(UserError, match="--"):
+        config.from_json(Bounded, saved)
+
+
+def test_an_infinite_setting_survives_json_and_a_path_may_be_text():
+    cfg = Bounded(clip=float("inf"), data="rows.jsonl")
+    text = json.dumps(config.to_json(cfg), allow_nan=False)
+    assert config.from_json(Bounded, json.loads(text)) == cfg
+    assert cfg.inputs() == {"data": Path("rows.jsonl")}
+    assert [str(f.bound) for f in config.describe(Bounded) if f.name in ("lr", "dropout")] == ["> 0", "≥ 0, < 1"]
