@@ -1,5 +1,6 @@
 """What a run shows: a header, a progress bar, tables. Plain occasional lines where the output is not a terminal."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -112,12 +113,13 @@ def closing(con: Console, summary: dict[str, Any], judged: dict[str, dict[str, A
     table = Table("result", title="results", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("value", "baseline", "target", ""):
         table.add_column(name, justify="right")
-    marks = {True: "[green]reached[/]", False: "[red]missed[/]", None: ""}
+    marks = {True: "[green]reached[/]", False: "[red]missed[/]", None: "–"}
     for name, value in summary["metrics"].items():
-        j = judged.get(name, {"baseline": None, "target": None, "passed": None, "higher": True})
+        j = judged.get(name, {"error": None, "baseline": None, "target": None, "passed": None, "higher": True})
         sign = "≥ " if j["higher"] else "≤ "
         target = sign + number(j["target"]) if j["target"] is not None else "–"
-        table.add_row(name, number(value), number(j["baseline"]), target, marks[j["passed"]])
+        mark = "equal" if j["target"] is None and value == j["baseline"] else marks[j["passed"]]
+        table.add_row(name, uncertain(value, j["error"]), number(j["baseline"]), target, mark)
     con.print(table)
     verdict = {True: "[bold green]all targets reached[/]", False: "[bold red]a target was missed[/]"}
     con.print(
@@ -139,6 +141,16 @@ def number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+def uncertain(value: Any, error: float | None) -> str:
+    """value ± its standard error, both to the error's first two digits."""
+    if not error:
+        return number(value) if error is None else f"{number(value)} ± 0"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    if decimals > 6:
+        return f"{value:.4g} ± {error:.2g}"
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def speed(rate: float | None) -> str:

@@ -126,22 +126,24 @@ class Run:
         name: str,
         value: float,
         *,
+        error: float | None = None,
         baseline: float | None = None,
         target: float | None = None,
         higher: bool = True,
     ) -> None:
-        """Records a result beside its baseline and the target it must reach (`higher=False`: must not exceed).
-
-        Without a target the result must beat its baseline; without both it is only shown.
+        """Records a result with its standard error, its baseline and the target it must reach (`higher=False`: must
+        not exceed; equal to the baseline: must surpass). Without a target it is shown and not judged.
         """
         value = float(value)
-        baseline, target = (None if x is None else float(x) for x in (baseline, target))  # NumPy's are no JSON
-        bar = baseline if target is None else target
+        error, baseline, target = (None if x is None else float(x) for x in (error, baseline, target))
+        if error is not None and not math.isfinite(error):
+            error = None  # one sample has none
         passed: bool | None = None
-        if bar is not None:
-            reached = value >= bar if higher else value <= bar
-            passed = math.isfinite(value) and reached and (target is not None or value != bar)
-        self.judged[name] = {"value": value, "baseline": baseline, "target": target, "higher": higher, "passed": passed}
+        if target is not None:
+            reached = value >= target if higher else value <= target
+            passed = math.isfinite(value) and reached and not value == baseline == target
+        self.judged[name] = {"value": value, "error": error, "baseline": baseline, "target": target, "higher": higher,
+                             "passed": passed}  # fmt: skip
 
     def memory(self, rows: list[dict[str, Any]]) -> None:
         """Shows, records and draws (memory.png) rows of {name, predicted, measured}, in bytes; either may be None."""
@@ -175,6 +177,7 @@ class Run:
         results = [j["passed"] for j in self.judged.values() if j["passed"] is not None]
         return {
             "metrics": {**{n: j["value"] for n, j in self.judged.items()}, **metrics},
+            "standard_error": {n: j["error"] for n, j in self.judged.items() if j["error"] is not None},
             "baseline": {n: j["baseline"] for n, j in self.judged.items() if j["baseline"] is not None},
             "target": {n: j["target"] for n, j in self.judged.items() if j["target"] is not None},
             "higher_is_better": {n: j["higher"] for n, j in self.judged.items()},

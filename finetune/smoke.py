@@ -14,7 +14,9 @@ from rich.console import Console
 from finetune import checkpoint, config, display, machine, registry
 
 LIMIT = 600  # seconds a command may take
-KEPT = ("metrics", "baseline", "target", "reached", "higher_is_better", "peak_rss_bytes", "memory")  # of a summary
+KEPT = (  # of a summary
+    "metrics", "standard_error", "baseline", "target", "reached", "higher_is_better", "peak_rss_bytes", "memory",
+)  # fmt: skip
 
 
 def smoke(names: list[str], console: Console, reports: Path = Path("output/smoke_reports")) -> dict[str, Any]:
@@ -120,8 +122,9 @@ def as_markdown(report: dict[str, Any]) -> str:
         for name, reached in (m["reached"] or {}).items():
             sign = "≥" if m["higher_is_better"][name] else "≤"
             target = m["target"].get(name)
-            mark = {True: "reached", False: "**missed**", None: ""}[reached]
-            cells = (display.number(v) for v in (m["metrics"][name], m["baseline"].get(name)))
+            mark = {True: "reached", False: "**missed**", None: "–"}[reached]
+            value = display.uncertain(m["metrics"][name], (m["standard_error"] or {}).get(name))
             bar = "–" if target is None else f"{sign} {display.number(target)}"
-            judged.append(f"| {m['name']} | {name} | {' | '.join(cells)} | {bar} | {mark} |")
+            baseline = display.number(m["baseline"].get(name))
+            judged.append(f"| {m['name']} | {name} | {value} | {baseline} | {bar} | {mark} |")
     return "\n".join([*lines, *(judged if len(judged) > 3 else [])]) + "\n"

@@ -246,7 +246,8 @@ def test_smoke_reports_what_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_MODULES", str(FIXTURES))
     info = registry.find("tinynet")
     summary = {"passed": False, "reached": {"a": True, "b": False}, "metrics": {"a": 1, "b": 2}, "baseline": {"b": 1},
-               "target": {"b": 3}, "higher_is_better": {"a": True, "b": True}, "peak_rss_bytes": 5}  # fmt: skip
+               "target": {"b": 3}, "standard_error": {"b": 0.25},
+               "higher_is_better": {"a": True, "b": True}, "peak_rss_bytes": 5}  # fmt: skip
     help_text = " ".join(f"--{config.dashed(f.name)}" for f in config.describe(registry.load(info).Config))
     answers = {"missed": (0, json.dumps(summary), []), "crashed": (1, "", ["…", "ValueError: no"])}
     for case, (toy, help_, error) in {
@@ -260,7 +261,7 @@ def test_smoke_reports_what_fails(tmp_path, monkeypatch):
         assert report["modules"][0]["error"] == error
         page = Path(report["report"]).read_text(encoding="utf-8")
         assert f"| tinynet | **FAILED** {error} |" in page
-        assert ("| tinynet | b | 2 | 1 | ≥ 3 | **missed** |" in page) == (case == "missed")
+        assert ("| tinynet | b | 2.00 ± 0.25 | 1 | ≥ 3 | **missed** |" in page) == (case == "missed")
 
 
 def test_broken_pipe_and_interrupt(monkeypatch, capsys):

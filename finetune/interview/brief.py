@@ -1,7 +1,8 @@
 """A spoken brief over a run's own numbers.
 
 A template's {name} is, in this order: a metric of the run, a value of its summary ({seconds}, {peak_rss_bytes}, …), a
-setting ({steps}, {batch}, …); {baseline.name} and {target.name} are those of a metric; {derived.x} are computed below.
+setting ({steps}, {batch}, …); {baseline.name}, {target.name} and {error.name}, its standard error, are those of a
+metric; {derived.x} are computed below.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ def numbers(folder: Path) -> dict[str, float]:
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{folder} holds no finished run: {e}") from None
     found = {**_numeric(settings), **_numeric(summary), **_numeric(summary["metrics"])}
-    for group in ("baseline", "target"):
-        found |= {f"{group}.{name}": value for name, value in _numeric(summary.get(group) or {}).items()}
+    for group in ("baseline", "target", "standard_error"):
+        short = group.removeprefix("standard_")
+        found |= {f"{short}.{name}": value for name, value in _numeric(summary.get(group) or {}).items()}
     found["derived.minutes"] = summary["seconds"] / 60
     found["derived.peak_gb"] = summary["peak_rss_bytes"] / 1e9
     for name, value in _numeric(summary.get("baseline") or {}).items():

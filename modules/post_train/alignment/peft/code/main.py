@@ -268,7 +268,7 @@ def judge(cfg: Config, run, results: list[Result], before: float, total: int) ->
         if guessing is not None and r.method.name in ("full", "lora_8"):
             targets.append(guessing / 2)
         bar = min(before, r.start)
-        target = min(targets) if targets and min(targets) < bar else None
+        target = min([bar, *targets])
         run.judge(f"{r.method.name}_loss", r.loss, baseline=bar, target=target, higher=False)
     if "full" in by_name and "lora_8" in by_name:
         share = share_of_gain(by_name["lora_8"], results, before)

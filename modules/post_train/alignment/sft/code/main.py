@@ -287,7 +287,7 @@ def judge(cfg: Config, run, before: dict[str, float], after: dict[str, float]) -
         if name.endswith("_accuracy"):
             run.judge(name, value, baseline=CHANCE, target=None if cfg.data else 0.9)
         else:
-            target = before[name] * (1 - falls[name]) if name in falls else None
+            target = before[name] * (1 - falls.get(name, 0.0))
             run.judge(name, value, baseline=before[name], target=target, higher=False)
 
 

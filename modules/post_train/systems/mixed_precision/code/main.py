@@ -209,7 +209,7 @@ def judge(run, losses: dict[str, float], before: float, found: dict[str, float])
     reference = losses.get("fp32")
     for name, loss in losses.items():
         if name == "fp32" or reference is None:
-            run.judge(f"loss_{name}", loss, baseline=before, higher=False)
+            run.judge(f"loss_{name}", loss, baseline=before, target=before, higher=False)
         elif name in ("bf16", "fp16_scaled", "fp8", "bf16_stochastic"):
             run.judge(f"loss_{name}", loss, baseline=before, target=reference + 0.05, higher=False)
         else:

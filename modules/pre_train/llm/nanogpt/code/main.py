@@ -135,7 +135,7 @@ def main(cfg: Config, run):
         run.log(cfg.steps - 1, held_out_bits=bits)
     model.save_pretrained(run.dir / "model", tokenizer)
     run.samples("what the model writes", [{"prompt": repr(cfg.prompt), "text": write(model, tokenizer, cfg, run)}])
-    run.judge("held_out_bits", bits, baseline=baselines["bigram"], higher=False)
+    run.judge("held_out_bits", bits, baseline=baselines["bigram"], target=baselines["bigram"], higher=False)
     speed = sorted(speeds)[len(speeds) // 2] if speeds else None
     measure_memory(cfg, run, model, optimizer, train)
     return {

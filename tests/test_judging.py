@@ -1,0 +1,83 @@
+"""What a result is called: reached, missed or nothing; and how its standard error is shown and kept."""
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from finetune import config, display
+from finetune.run import Run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run", config.Config(), console=Console(file=io.StringIO(), width=110))
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ({"value": 2.0}, None),
+        ({"value": 2.0, "baseline": 1.0}, None),
+        ({"value": 1.0, "baseline": 1.0}, None),
+        ({"value": 0.5, "baseline": 1.0}, None),
+        ({"value": 2.0, "baseline": 1.0, "target": 2.0}, True),
+        ({"value": 2.0, "baseline": 2.0, "target": 1.0}, True),
+        ({"value": 1.0, "baseline": 1.0, "target": 1.0}, False),
+        ({"value": 1.0, "baseline": 2.0, "target": 2.0, "higher": False}, True),
+        ({"value": 3.0, "target": 2.0, "higher": False}, False),
+        ({"value": math.nan, "target": 2.0}, False),
+        ({"value": math.nan, "baseline": 2.0}, None),
+    ],
+)
+def test_only_a_target_is_reached_or_missed(run, given, passed):
+    """Better or worse than a baseline, or equal to it, is for the reader to see; equal to a target that is the
+    baseline is no gain."""
+    run.judge("x", **given)
+    assert run.judged["x"]["passed"] is passed
+    summary = run.summary({})
+    assert summary["reached"] == {"x": passed}
+    assert summary["passed"] is passed
+
+
+def test_the_table_says_neither_reached_nor_missed_without_a_target(run):
+    run.judge("as_before", 0.0, baseline=0.0)
+    run.judge("better", 2.0, baseline=1.0, error=0.25)
+    run.judge("good", 2.0, target=1.0)
+    run.judge("bad", 0.5, target=1.0)
+    text = shown(run)
+    assert text["as_before"] == ["0", "0", "–", "equal"]
+    assert text["better"] == ["2.00", "±", "0.25", "1", "–", "–"]
+    assert text["good"] == ["2", "–", "≥", "1", "reached"]
+    assert text["bad"] == ["0.5", "–", "≥", "1", "missed"]
+
+
+def shown(run):
+    summary = run.summary({"unjudged": 3})
+    display.closing(run.console, summary, run.judged, run.dir)
+    lines = run.console.file.getvalue().splitlines()
+    return {words[0]: words[1:] for line in lines if (words := line.split())}
+
+
+def test_a_standard_error_is_kept_and_an_unknown_one_is_not(run):
+    run.judge("mean", 3.0, error=0.5)
+    run.judge("one sample", 3.0, error=math.nan)
+    run.judge("exact", 3.0)
+    assert run.summary({})["standard_error"] == {"mean": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.12345, 0.00412, "0.1235 ± 0.0041"),
+        (483.21, 12.4, "483 ± 12"),
+        (483.21, 124.0, "483 ± 124"),
+        (1.5, 0.0, "1.5 ± 0"),
+        (0.75, None, "0.75"),
+        (2.0, 1e-9, "2 ± 1e-09"),
+        (-0.002, 0.96, "-0.00 ± 0.96"),
+    ],
+)
+def test_value_and_error_end_at_the_same_digit(value, error, text):
+    assert display.uncertain(value, error) == text
