@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.errors import UserError
-from finetune.rl.environments import sizes
+from finetune.rl.environments import Env, sizes
 from finetune.rl.policies import Ensemble
 
 
-def bounds(env: Any) -> tuple[Tensor, Tensor]:
+def bounds(env: Env) -> tuple[Tensor, Tensor]:
     """Lowest and highest action (A,) fp32. UserError if actions are no vector, or if one has no bound."""
     if not sizes(env)[2]:
-        raise UserError(
-            f"'{env.spec.id}' has actions of {env.action_space}: a method for continuous ones needs a vector"
-        )
+        raise UserError(f"'{env.name}' has actions of {env.action_space}: a method for continuous ones needs a vector")
     low, high = (torch.tensor(x, dtype=torch.float32) for x in (env.action_space.low, env.action_space.high))
     if not (low.isfinite() & high.isfinite() & (low < high)).all():
-        raise UserError(f"'{env.spec.id}' has actions without bounds ({env.action_space}): tanh needs both")
+        raise UserError(f"'{env.name}' has actions without bounds ({env.action_space}): tanh needs both")
     return low, high
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +74,29 @@ class Dataset:
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **columns)
 
-    def fit(self, env: Any) -> None:
-        """UserError if these are no steps of such an environment."""
+    def fit(self, env: environments.Env) -> Dataset:
+        """The same steps with discrete actions counted from 0, whatever number the environment calls its first one.
+        UserError if these are no steps of such an environment."""
         seen, taken, continuous = environments.sizes(env)
-        name = env.spec.id
+        name = env.name
         if self.continuous != continuous:
             kinds = {True: "continuous", False: "discrete"}
             raise UserError(f"{self.name}: actions are {kinds[self.continuous]}, those of {name} {kinds[continuous]}")
         if self.observations.shape[1] != seen:
             raise UserError(f"{self.name}: observations have {self.observations.shape[1]} numbers, {name}'s {seen}")
-        if continuous and self.actions.shape[1] != taken:
+        if not continuous:
+            counted = self.actions - env.start
+            if bool((wrong := (counted < 0) | (counted >= taken)).any()):
+                row = int(wrong.int().argmax())
+                has = f"{name} has {env.start} … {env.start + taken - 1}"
+                raise UserError(f"{self.name}: actions[{row}] is {int(self.actions[row])}, {has}")
+            return replace(self, actions=counted)
+        if self.actions.shape[1] != taken:
             raise UserError(f"{self.name}: actions have {self.actions.shape[1]} numbers, {name}'s {taken}")
-        if not continuous and int(self.actions.max()) >= taken:
-            raise UserError(f"{self.name}: action {int(self.actions.max())}, {name} has 0 … {taken - 1}")
-        if continuous:
-            low, high = (torch.from_numpy(bound) for bound in (env.action_space.low, env.action_space.high))
-            if bool(((self.actions < low) | (self.actions > high)).any()):
-                raise UserError(f"{self.name}: actions beyond {low.tolist()} … {high.tolist()}, the bounds of {name}")
+        low, high = (torch.from_numpy(bound) for bound in (env.action_space.low, env.action_space.high))
+        if bool(((self.actions < low) | (self.actions > high)).any()):
+            raise UserError(f"{self.name}: actions beyond {low.tolist()} … {high.tolist()}, the bounds of {name}")
+        return self
 
 
 # --- From a file
@@ -142,8 +148,6 @@ def _checked(found: dict[str, NDArray[Any]], name: str) -> Dataset:
     for field in ("terminations", "truncations"):
         if bool((wrong := (found[field] != 0) & (found[field] != 1)).any()):
             raise UserError(f"{field}[{int(wrong.argmax())}] is {found[field][wrong.argmax()]}: it must be 0 or 1")
-    if discrete and int(found["actions"].min()) < 0:
-        raise UserError(f"actions[{int(found['actions'].argmin())}] is negative")
     if "next_observations" not in found:
         _split(found, steps)
     for field, array in found.items():

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from finetune.rl.advantages import returns_to_go
-from finetune.rl.environments import Act, play
+from finetune.rl.environments import Act, Env, play
 from finetune.rl.rollout import Rollout
 
 # Two-sided 95 % points of Student's t with 1 … 30 degrees of freedom.
@@ -29,7 +28,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
-def returns(envs: Sequence[Any], act: Act, seeds: Sequence[int]) -> list[float]:
+def returns(envs: Sequence[Env], act: Act, seeds: Sequence[int]) -> list[float]:
     """Undiscounted returns of one episode a seed, as many at a time as there are environments."""
     found: list[float] = []
     for i in range(0, len(seeds), len(envs)):
@@ -38,7 +37,7 @@ def returns(envs: Sequence[Any], act: Act, seeds: Sequence[int]) -> list[float]:
     return found
 
 
-def true_returns(envs: Sequence[Any], act: Act, seeds: Sequence[int], gamma: float) -> tuple[Rollout, Tensor]:
+def true_returns(envs: Sequence[Env], act: Act, seeds: Sequence[int], gamma: float) -> tuple[Rollout, Tensor]:
     """An episode of each environment, and its discounted returns-to-go (T, N). They are cut off where the episode is:
     of one that a time limit ends, the late ones are too small."""
     rollout = play(envs, act, seeds)

@@ -242,20 +242,14 @@ def from_gymnasium(env: Any, gamma: float, **kwargs: Any) -> MDP:
     state, the last. Rewards of several transitions from s to s' under one action are averaged: values do not change.
     """
     if isinstance(env, str):
-        import gymnasium
+        from finetune.rl.environments import plain
 
-        name = env
-        try:
-            env = gymnasium.make(env, **kwargs)
-        except gymnasium.error.Error as e:
-            raise UserError(f"gymnasium has no environment '{name}': {e}") from None
-    else:
-        name = env.spec.id if env.spec else type(env.unwrapped).__name__
+        env = plain(env, **kwargs)
+    name = env.spec.id if env.spec else type(env.unwrapped).__name__
     table = getattr(env.unwrapped, "P", None)
     if not isinstance(table, dict):
         raise UserError(f"'{name}' has no table of transitions (env.unwrapped.P); FrozenLake-v1 has one")
-    S, A = len(table), len(table[0])
-    rows = [(s, a, *row) for s in range(S) for a in range(A) for row in table[s][a]]
+    rows, S, A = _rows(table, name, env)
     ends, goes_on = np.zeros(S, bool), np.zeros(S, bool)
     for s, _, p, after, _, done in rows:
         if p > 0 and s != after:
@@ -272,11 +266,39 @@ def from_gymnasium(env: Any, gamma: float, **kwargs: Any) -> MDP:
     if extra:
         P[S, :, S] = 1
     rewards = np.divide(total, P, out=np.zeros_like(total), where=P > 0)
-    start = np.zeros(states)
-    start[:S] = env.unwrapped.initial_state_distrib
+    first = getattr(env.unwrapped, "initial_state_distrib", None)
+    start = None if first is None else np.append(np.asarray(first, np.float64), np.zeros(int(extra)))
     arrows, shape = _grid(env.unwrapped, S)
-    return make(P / P.sum(2, keepdims=True), rewards, gamma, terminal=terminal, start=start, name=name,
-                actions=arrows or tuple(map(str, range(A))), shape=None if extra else shape)  # fmt: skip
+    try:
+        return make(P, rewards, gamma, terminal=terminal, start=start, name=name,
+                    actions=arrows or tuple(map(str, range(A))), shape=None if extra else shape)  # fmt: skip
+    except UserError as e:
+        raise UserError(f"'{name}': {e}") from None
+
+
+Row = tuple[int, int, float, int, float, bool]
+
+
+def _rows(table: dict[Any, Any], name: str, env: Any) -> tuple[list[Row], int, int]:
+    """Of the table P[state][action] = [(probability, next state, reward, over), …]: (state, action, probability, next
+    state, reward, over) in rows, and how many states and actions there are, counted from 0."""
+    first = [int(getattr(getattr(env, space, None), "start", 0)) for space in ("observation_space", "action_space")]
+    S, A = len(table), len(table.get(first[0], ()))
+    rows = []
+    try:
+        if not S * A:
+            raise ValueError("it is empty")
+        for s, a in np.ndindex(S, A):
+            for p, after, reward, over in table[first[0] + s][first[1] + a]:
+                rows.append((s, a, float(p), int(after) - first[0], float(reward), bool(over)))
+                if not 0 <= rows[-1][3] < S:
+                    raise ValueError(f"the next state {after} is none of {S}")
+    except (TypeError, ValueError, KeyError, IndexError) as e:
+        raise UserError(
+            f"'{name}': its table P is not {{state: {{action: [(probability, next state, reward, over), …]}}}}: "
+            f"{type(e).__name__}: {e}"
+        ) from None
+    return rows, S, A
 
 
 def _grid(env: Any, states: int) -> tuple[tuple[str, ...] | None, tuple[int, int] | None]:

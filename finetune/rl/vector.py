@@ -16,23 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.rl.environments import Act, vector
+from finetune.rl.environments import Act, Env, chosen
 from finetune.rl.rollout import Rollout
 
 
 class Vector:
     """`envs` of one kind (finetune.rl.environments.make), stepped together.
 
-    Episode k of environment i is reset with a seed that depends on (seed, i, k) only. Continuous actions are clipped
-    to what the environment takes.
+    Episode k of environment i is reset with a seed that depends on (seed, i, k) only.
     """
 
-    def __init__(self, envs: Sequence[Any], seed: int) -> None:
+    def __init__(self, envs: Sequence[Env], seed: int) -> None:
         self.envs, self.seed = list(envs), seed
-        space = envs[0].action_space
-        self.discrete = hasattr(space, "n")
-        self.classes = int(getattr(envs[0].observation_space, "n", 0))  # of a Discrete observation
-        self.bounds = None if self.discrete else (space.low, space.high)
         self.episodes = [0] * len(envs)  # begun by each
         self.taken: list[list[Any]] = [[] for _ in envs]  # actions of the episode under way
         self.earned = np.zeros(len(envs))  # its rewards, float64
@@ -47,17 +42,14 @@ class Vector:
 
         The next observation of an end is the last of the old episode; `observations` then holds the first of the new.
         """
-        given = actions.tolist() if self.discrete else np.clip(actions.numpy(), *self.bounds)  # type: ignore[misc]
+        given = chosen(self.envs[0], actions)
         rewards = np.empty(len(self.envs), np.float32)
         terminated, truncated = np.empty(len(self.envs), bool), np.empty(len(self.envs), bool)
         reached = np.empty_like(self.observations)
         for i, (env, action) in enumerate(zip(self.envs, given, strict=True)):
-            observation, rewards[i], terminated[i], truncated[i], _ = env.step(action)
-            reached[i] = vector(env, observation) if self.classes else observation
+            reached[i], rewards[i], terminated[i], truncated[i], _ = env.step(action)
             self.taken[i].append(action)
         self.earned += rewards
-        if not np.isfinite(rewards).all():
-            raise UserError(f"'{self.envs[0].spec.id}' gave the reward {rewards[~np.isfinite(rewards)][0]}")
         self.observations = reached
         if (ends := terminated | truncated).any():
             self.observations = reached.copy()
@@ -86,7 +78,7 @@ class Vector:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        kind = torch.int64 if self.discrete else torch.float32
+        kind = torch.float32 if self.envs[0].continuous else torch.int64
         return {
             "episodes": list(self.episodes),
             "taken": [torch.as_tensor(np.array(actions), dtype=kind) for actions in self.taken],
@@ -100,14 +92,13 @@ class Vector:
         for i, taken in enumerate(state["taken"]):
             self.episodes[i] = state["episodes"][i] - 1
             observation = self._reset(i)
-            for action in taken.tolist() if self.discrete else taken.numpy():
-                seen, reward, _, _, _ = self.envs[i].step(action)
-                observation = vector(self.envs[i], seen)
+            for action in chosen(self.envs[i], taken):
+                observation, reward, _, _, _ = self.envs[i].step(action)
                 self.taken[i].append(action)
                 self.earned[i] += np.float32(reward)
             self.observations[i] = observation
         if not np.array_equal(self.observations, state["observations"].numpy()):
-            name = self.envs[0].spec.id
+            name = self.envs[0].name
             raise UserError(f"'{name}' does not repeat an episode from its seed: a run on it cannot be resumed")
 
     def _reset(self, i: int) -> NDArray[np.float32]:
@@ -116,4 +107,4 @@ class Vector:
         observation, _ = self.envs[i].reset(seed=int(key) >> 1)
         self.episodes[i] += 1
         self.taken[i], self.earned[i] = [], 0.0
-        return vector(self.envs[i], observation)
+        return observation

@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.rl.environments import Act, play
+from finetune.rl.environments import Act, Env, play
 from finetune.rl.evaluation import true_returns
 
 LEFT = 0.05  # part of a return that may be missing where a time limit cuts its episode off
@@ -23,7 +22,7 @@ def steps_for(gamma: float) -> int:
 
 
 def said_and_came(
-    envs: Sequence[Any],
+    envs: Sequence[Env],
     act: Act,
     value: Callable[[Tensor], Tensor],
     seeds: Sequence[int],
@@ -57,7 +56,7 @@ def said_and_came(
     rollout, returns = true_returns(envs[: len(states)], again, [seeds[k] for k in states], gamma)
     seen = rollout.observations[begin, columns].unflatten(0, (len(seeds), -1))
     if not (seen == seen[:, :1]).all():
-        raise UserError(f"'{envs[0].spec.id}' does not repeat an episode from its seed: no state can be played twice")
+        raise UserError(f"'{envs[0].name}' does not repeat an episode from its seed: no state can be played twice")
     came = returns[begin, columns].unflatten(0, (len(seeds), -1))
     with torch.no_grad():
         return torch.stack([value(seen[:, 0]), came.mean(1)], 1)

@@ -42,6 +42,7 @@ class Config(config.Config):
     env: str = "CartPole-v1"  # of one_step, a2c, lambda and vtrace
     continuous_env: str = "Pendulum-v1"  # of sac and td3: its actions are a vector within bounds
     envs: int = 8  # side by side; sac and td3 have one
+    max_episode_steps: int = 1000  # an episode is cut off there if its environment has no time limit of its own
     gamma: float = 0.99
     shuffle: bool = False  # control: advantages (sac, td3: rewards of a batch) are dealt out anew: nothing to learn
     eval_episodes: int = 20  # before and after each training, with the best action of the policy
@@ -84,7 +85,7 @@ class Config(config.Config):
         super().__post_init__()
         least = {"continuous_steps": 0, "repeats": 1, "envs": 1, "eval_episodes": 2, "hold": 0, "hold_steps": 0,
                  "horizon": 1, "lag": 0, "hidden": 1, "continuous_hidden": 1, "batch": 1, "capacity": 1, "warmup": 1,
-                 "critics": 1, "policy_delay": 1}  # fmt: skip
+                 "critics": 1, "policy_delay": 1, "max_episode_steps": 1}  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 key = config.dashed(name)
@@ -105,7 +106,8 @@ class Config(config.Config):
 def main(cfg: Config, run) -> dict[str, Any]:
     names = cfg.methods.split(",")
     kinds = {name: name in offpolicy.LEARNERS for name in names}
-    places = {kind: Place(cfg, kind) for kind in set(kinds.values())}  # refused now, if at all
+    cut = environments.Cut(cfg.max_episode_steps, run.say)
+    places = {kind: Place(cfg, kind, cut) for kind in set(kinds.values())}  # refused now, if at all
     trained: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         place = places[kinds[name]]
@@ -117,22 +119,21 @@ def main(cfg: Config, run) -> dict[str, Any]:
             plots.critics(run, {name: [t["pairs"] for t in trained[name]] for name in names})
         if "sac" in names and cfg.alpha is None:
             plots.temperature(run, cfg, trained["sac"][0]["learner"].policy.target_entropy, CHUNK)
-    return {}
+    return cut.found()
 
 
 class Place:
     """The environments of the methods of one kind: those they learn in, those they are tested in, and those their
     critics are, which go on until the returns are complete."""
 
-    def __init__(self, cfg: Config, continuous_actions: bool) -> None:
-        self.env = cfg.continuous_env if continuous_actions else cfg.env
-        self.learning = environments.make(self.env, 1 if continuous_actions else cfg.envs)
+    def __init__(self, cfg: Config, continuous_actions: bool, cut: environments.Cut) -> None:
+        self.env, self.cut = cfg.continuous_env if continuous_actions else cfg.env, cut
+        self.learning = environments.make(self.env, 1 if continuous_actions else cfg.envs, cut=cut)
         if continuous_actions:
             continuous.bounds(self.learning[0])
-        self.test = environments.make(self.env, cfg.eval_episodes)
-        self.limit = self.test[0].spec.max_episode_steps
-        longer = None if self.limit is None else self.limit + critic.steps_for(cfg.gamma)
-        self.long = environments.make(self.env, STATES * FORKS, longer)
+        self.test = environments.make(self.env, cfg.eval_episodes, cut=cut)
+        self.limit = self.test[0].limit
+        self.long = environments.make(self.env, STATES * FORKS, self.limit + critic.steps_for(cfg.gamma))
 
 
 def begin(cfg: Config, run, method: str, repeat: int, place: Place) -> Any:
@@ -148,7 +149,7 @@ def train(cfg: Config, run, method: str, repeat: int, place: Place) -> dict[str,
     learner = begin(cfg, run, method, repeat, place)
     total = cfg.steps if on_policy else min(cfg.continuous_steps, cfg.steps)
     before = evaluate(cfg, run, learner, repeat, place)
-    for step in run.steps(total, learner.state(), phase=f"{method}_{repeat}"):
+    for step in run.steps(total, learner.state() | {"cut": place.cut}, phase=f"{method}_{repeat}"):
         learn(run, step, learner, optim.cosine(step, total, 0, 1.0, 0.1), method, repeat)
     after = evaluate(cfg, run, learner, repeat, place)
     run.say(f"{method}, training {repeat}: {before:.1f} before, {after:.1f} after ({cfg.eval_episodes} episodes)")
@@ -168,7 +169,7 @@ def held(cfg: Config, run, method: str, repeat: int, place: Place) -> Any:
     critic behind."""
     learner = begin(cfg, run, method, repeat, place)
     hold = min(cfg.hold, cfg.steps)
-    for step in run.steps(hold + cfg.hold_steps, learner.state(), phase=f"{method}_held_{repeat}"):
+    for step in run.steps(hold + cfg.hold_steps, learner.state() | {"cut": place.cut}, phase=f"{method}_held_{repeat}"):
         if step < hold:
             left = optim.cosine(step, cfg.steps, 0, 1.0, 0.1)
         else:

@@ -35,6 +35,7 @@ class Config(config.Config):
     env: str = "CartPole-v1"  # a gymnasium id with vectors for observations
     methods: str = ",".join(METHODS)  # which to train, separated by commas
     episodes: int = 16  # of an update
+    max_episode_steps: int = 1000  # an episode is cut off there if its environment has no time limit of its own
     baseline: Literal["none", "mean", "leave_one_out", "learned"] = "learned"
     gamma: float = 0.99
     discount_correction: bool = False  # the factor γ^t of the theorem, which is usually left out
@@ -66,7 +67,8 @@ class Config(config.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         least = {"episodes": 2, "hidden": 1, "reuse": 1, "value_epochs": 0, "iterations": 1, "eval_episodes": 2,
-                 "corridor_steps": 0, "corridor_repeats": 2, "score_episodes": 1000}  # fmt: skip
+                 "corridor_steps": 0, "corridor_repeats": 2, "score_episodes": 1000,
+                 "max_episode_steps": 1}  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 key = config.dashed(name)
@@ -84,7 +86,8 @@ class Config(config.Config):
 
 
 def main(cfg: Config, run) -> dict[str, Any]:
-    envs = environments.make(cfg.env, cfg.episodes)
+    cut = environments.Cut(cfg.max_episode_steps, run.say)
+    envs = environments.make(cfg.env, cfg.episodes, cut=cut)
     for name in cfg.methods.split(","):
         train(cfg, run, name, envs)
     plots.learning(run, cfg)
@@ -97,7 +100,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
     known.judge_off_policy(run, cfg.score_episodes)
     known.judge_invariance(run)
     judge_variance(cfg, run, envs, listed)
-    return {}
+    return cut.found()
 
 
 # --- Training on gymnasium
@@ -107,7 +110,8 @@ def train(cfg: Config, run, method: str, envs: list[Any]) -> None:
     policy, value = networks(cfg, run, envs)
     optimizer = torch.optim.Adam(policy.parameters(), lr=cfg.lr)
     value_optimizer = torch.optim.Adam(value.parameters(), lr=cfg.value_lr)
-    state = {"policy": policy, "value": value, "optimizer": optimizer, "value_optimizer": value_optimizer}
+    state = {"policy": policy, "value": value, "optimizer": optimizer, "value_optimizer": value_optimizer,
+             "cut": envs[0].cut}  # fmt: skip
     before = evaluate(cfg, run, policy, envs, "before")
     for step in run.steps(cfg.steps, state, phase=method):
         rollout = collect(run, policy, envs, (method, step))

@@ -79,6 +79,7 @@ class Config(config.Config):
     fqe_polyak: float = 0.05
     eval_every: int = 500  # steps between two points of the curves; each plays --eval-episodes
     eval_episodes: int = 20
+    max_episode_steps: int = 1000  # an episode is cut off there if its environment has no time limit of its own
 
     @classmethod
     def toy(cls) -> "Config":
@@ -89,7 +90,7 @@ class Config(config.Config):
         super().__post_init__()
         least = {"rows": 100, "batch": 1, "continuous_batch": 1, "hidden": 1, "target_every": 1, "candidates": 1,
                  "act_candidates": 1, "eval_every": 1, "eval_episodes": 2, "sweep_steps": 0,
-                 "fqe_steps": 0, "fqe_batch": 1}  # fmt: skip
+                 "fqe_steps": 0, "fqe_batch": 1, "max_episode_steps": 1}  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 key = config.dashed(name)
@@ -127,8 +128,9 @@ def parts(text: str) -> list[str]:
 
 def main(cfg: Config, run) -> dict[str, Any]:
     found: dict[str, Found] = {}
+    cut = environments.Cut(cfg.max_episode_steps, run.say)
     for name in parts(cfg.envs):
-        envs = environments.make(name, cfg.eval_episodes)
+        envs = environments.make(name, cfg.eval_episodes, cut=cut)
         is_continuous = environments.sizes(envs[0])[2]
         compare = on_continuous if is_continuous else on_discrete
         sets = parts(cfg.continuous_sets if is_continuous else cfg.discrete_sets)
@@ -144,7 +146,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
         plots.values(run)
         plots.evaluations(run, found)
         plots.sweep(run)
-    return {}
+    return cut.found()
 
 
 def made(cfg: Config, run, env: str, quality: str) -> Dataset:
@@ -153,9 +155,7 @@ def made(cfg: Config, run, env: str, quality: str) -> Dataset:
 
 
 def given(path: Path, name: str, env: Any) -> Dataset:
-    data = datasets.load(path)
-    data.fit(env)
-    return named(data, name)
+    return named(datasets.load(path).fit(env), name)
 
 
 def named(data: Dataset, env: str) -> Dataset:
@@ -192,7 +192,7 @@ def sweep(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
     """BCQ at every threshold, with Q and imitator apart: so its ends are DQN and cloning, to the last bit."""
     steps, taus = logged(cfg, run, data, Scale()), [float(text) for text in parts(cfg.sweep)]
     apart: dict[str, float] = {}
-    for i in run.steps(len(taus) if cfg.steps else 0, {"apart": apart}, phase=f"{data.name}_sweep"):
+    for i in run.steps(len(taus) if cfg.steps else 0, {"apart": apart, "cut": envs[0].cut}, phase=f"{data.name}_sweep"):
         networks = discrete_networks(cfg, run, envs[0], shared=False)
         others = {
             0.0: discrete.DQN(cfg, copy.deepcopy(networks.q)),

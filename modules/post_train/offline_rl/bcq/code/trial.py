@@ -77,7 +77,8 @@ def train(
     found: Found = {}
     for name, learner in learners.items():
         last: dict[str, float] = {}
-        for step in run.steps(cfg.steps, learner.state() | {"last": last}, phase=f"{data.name}_{name}"):
+        state = learner.state() | {"last": last, "cut": envs[0].cut}
+        for step in run.steps(cfg.steps, state, phase=f"{data.name}_{name}"):
             seen = learner.update(*a_batch(run, steps, size, step))
             if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
                 last |= evaluate(cfg, run, envs, learner, scale)
@@ -126,6 +127,6 @@ def fitted(cfg, run, envs: list[Any], learner: Any, steps: Transitions, scale: S
     fqe = FQE(q, steps, policy(steps.next_observations), gamma=cfg.gamma, lr=cfg.lr, tau=cfg.fqe_polyak)
     for step in range(min(cfg.fqe_steps, cfg.steps)):
         fqe.update(torch.randint(len(steps), (cfg.fqe_batch,), generator=run.generator("fqe_rows", step)))
-    resets = [environments.vector(e, e.reset(seed=s)[0]) for e, s in zip(envs, seeds(cfg, run), strict=True)]
+    resets = [e.reset(seed=s)[0] for e, s in zip(envs, seeds(cfg, run), strict=True)]
     starts = scale.seen(torch.from_numpy(np.stack(resets)))
     return fqe.value(starts, policy(starts)).mean().item() / scale.rewards

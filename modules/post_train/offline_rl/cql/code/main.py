@@ -68,6 +68,7 @@ class Config(config.Config):
     fqe_steps: int = 30  # of fitted Q evaluation after each set, again of `updates` updates; 0: without it
     eval_every: int = 10  # steps between two evaluations
     eval_episodes: int = 20
+    max_episode_steps: int = 1000  # an episode is cut off there if its environment has no time limit of its own
     shuffle_actions: bool = False  # control: the actions of a set are dealt out anew, so there is nothing to learn
 
     @classmethod
@@ -78,7 +79,7 @@ class Config(config.Config):
         super().__post_init__()
         least = {"updates": 1, "data_steps": 100, "hidden": 1, "batch": 2, "batch_continuous": 2, "samples": 1,
                  "warm_start": 0, "fqe_steps": 0, "eval_every": 1, "eval_episodes": 2, "alpha": 0,
-                 "alpha_continuous": 0}  # fmt: skip
+                 "alpha_continuous": 0, "max_episode_steps": 1}  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 key = config.dashed(name)
@@ -100,8 +101,9 @@ class Config(config.Config):
 def main(cfg: Config, run) -> dict[str, Any]:
     names = ["data"] if cfg.data else cfg.sets.split(",")
     found: dict[str, dict[str, Estimate]] = {}
+    cut = environments.Cut(cfg.max_episode_steps, run.say)
     for name in names:
-        task = prepare(cfg, run, name)
+        task = prepare(cfg, run, name, cut)
         learners = learn(cfg, run, task)
         found[name] = estimate(cfg, run, task, learners)
         judge(run, task, found[name])
@@ -109,7 +111,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
         plots.learning(run, names, LEARNERS)
         plots.gaps(run, names)
         plots.values(run, found)
-    return {}
+    return cut.found()
 
 
 @dataclass
@@ -124,15 +126,15 @@ class Task:
     seeds: list[int]  # of the evaluation's episodes: the same for every learner and step
 
 
-def prepare(cfg: Config, run, name: str) -> Task:
+def prepare(cfg: Config, run, name: str, cut: environments.Cut) -> Task:
     env, quality = (cfg.env, "") if name == "data" else SETS[name]
-    envs = environments.make(env, cfg.eval_episodes)
+    envs = environments.make(env, cfg.eval_episodes, cut=cut)
     if cfg.data:
         data = datasets.load(cfg.data)
     else:
         count = max(cfg.data_steps // (25 if quality == "expert" else 1), 100)
         data = datasets.generate(env, quality, count, run.generator("data", name).initial_seed())
-    data.fit(envs[0])
+    data = data.fit(envs[0])
     if cfg.shuffle_actions:
         data.actions = data.actions[torch.randperm(len(data), generator=run.generator("shuffle", name))]
     scale, gamma, batch = 1.0, cfg.gamma, cfg.batch
@@ -151,7 +153,7 @@ def learn(cfg: Config, run, task: Task) -> dict[str, Any]:
     learners = (continuous_learners if task.data.continuous else discrete_learners)(cfg, run, task.envs[0])
     to_go = task.data.returns_to_go(task.gamma) * task.scale
     state = {f"{key}_{part}": value for key, learner in learners.items() for part, value in learner.state.items()}
-    for step in run.steps(cfg.steps, state, phase=task.name):
+    for step in run.steps(cfg.steps, state | {"cut": task.envs[0].cut}, phase=task.name):
         draw = run.generator("batches", task.name, step)
         rows = torch.randint(len(task.steps), (cfg.updates, task.batch), generator=draw)
         sums: dict[str, float] = {}
@@ -262,7 +264,7 @@ def fitted(cfg: Config, run, task: Task, learners: dict[str, Any], starts: Tenso
 
 
 def judge(run, task: Task, found: dict[str, Estimate]) -> None:
-    name, env = task.name, task.envs[0].spec.id
+    name, env = task.name, task.envs[0].name
     behaviour = interval(task.data.returns() or [math.nan])[0]
     mean = {key: interval(e.episodes) for key, e in found.items()}
     rows = []

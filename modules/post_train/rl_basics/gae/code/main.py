@@ -19,6 +19,7 @@ from torch import Tensor
 
 from finetune import config, ops, optim
 from finetune.errors import UserError
+from finetune.rl import environments
 from finetune.rl import mdp as tables
 from finetune.rl.mdp import MDP
 from finetune.rl.moments import Moments, chi, seen_by_the_gradient
@@ -55,6 +56,7 @@ class Config(config.Config):
     ppo_repeats: int = 5  # trainings with each λ; 0: none
     ppo_env: str = "CartPole-v1"  # a gymnasium id with vectors for observations
     ppo_envs: int = 8  # side by side
+    max_episode_steps: int = 1000  # an episode is cut off there if its environment has no time limit of its own
     ppo_horizon: int = 128  # steps of each environment in an update
     ppo_epochs: int = 5  # passes over them
     ppo_minibatches: int = 8  # of a pass
@@ -90,6 +92,7 @@ class Config(config.Config):
             "ppo_epochs",
             "ppo_minibatches",
             "ppo_hidden",
+            "max_episode_steps",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least 1")
@@ -182,7 +185,9 @@ def main(cfg: Config, run) -> dict[str, Any]:
         plots.time_limits(run, exact[~mdp.terminal], {n: V[inner].numpy() for n, V in learnt.items()})
     judge_ways(cfg, run)
     if cfg.ppo_repeats:
-        trained = ppo.race(cfg, run)
+        cut = environments.Cut(cfg.max_episode_steps, run.say)
+        trained = ppo.race(cfg, run, cut)
+        found |= cut.found()
         if min(cfg.steps, cfg.ppo_updates):
             plots.ppo_lambda(run, trained, cfg.ppo_horizon * cfg.ppo_envs, ppo.SOLVED)
     return found

@@ -25,9 +25,9 @@ SOLVED, WINDOW = 475.0, 20  # CartPole-v1 counts as solved at this mean return o
 JUDGED = 0.95  # the λ that is held to a target
 
 
-def race(cfg: Any, run) -> dict[float, list[dict[str, Any]]]:
+def race(cfg: Any, run, cut: environments.Cut) -> dict[float, list[dict[str, Any]]]:
     """`--ppo-repeats` trainings with each λ. Repetition i begins with the same weights and episodes whatever the λ."""
-    envs = environments.make(cfg.ppo_env, cfg.ppo_envs)
+    envs = environments.make(cfg.ppo_env, cfg.ppo_envs, cut=cut)
     trained = {lam: [train(cfg, run, lam, i, envs) for i in range(cfg.ppo_repeats)] for lam in cfg.ppo_lambdas}
     steps = {lam: statistics.median(r["steps"] for r in runs) for lam, runs in trained.items()}
     for lam, runs in trained.items():
@@ -48,9 +48,9 @@ def train(cfg: Any, run, lam: float, repeat: int, envs: list[Any]) -> dict[str, 
     run.seed("ppo", repeat)
     learner, vector = Learner(cfg, envs), Vector(envs, run.generator("ppo", repeat).initial_seed())
     updates, size = min(cfg.ppo_updates, cfg.steps), cfg.ppo_horizon * cfg.ppo_envs
-    before = evaluate(cfg, run, learner, "before", repeat)
+    before = evaluate(cfg, run, learner, "before", repeat, envs[0].cut)
     past: dict[str, Any] = {"recent": [], "curve": [], "steps": 0}
-    state = learner.state() | {"vector": vector, "past": past}
+    state = learner.state() | {"vector": vector, "past": past, "cut": envs[0].cut}
     for step in run.steps(updates, state, phase=f"ppo_{lam:g}_{repeat}"):
         generator = run.generator("ppo", repeat, step)  # the same for every λ
         batch = judged(learner, vector.collect(learner.acting(generator), cfg.ppo_horizon), cfg.ppo_gamma, lam)
@@ -63,17 +63,17 @@ def train(cfg: Any, run, lam: float, repeat: int, envs: list[Any]) -> dict[str, 
         if not past["steps"] and len(past["recent"]) == WINDOW and mean >= SOLVED:
             past["steps"] = (step + 1) * size
         run.log(step, **{"return": mean}, **found)
-    after = evaluate(cfg, run, learner, "after", repeat)
+    after = evaluate(cfg, run, learner, "after", repeat, envs[0].cut)
     run.say(f"PPO, λ = {lam:g}, training {repeat}: {before:.0f} before, {after:.0f} after")
     return {"before": before, "after": after, "curve": past["curve"], "steps": past["steps"] or updates * size,
             "solved": past["steps"] > 0}  # fmt: skip
 
 
-def evaluate(cfg: Any, run, learner: Learner, when: str, repeat: int) -> float:
+def evaluate(cfg: Any, run, learner: Learner, when: str, repeat: int, cut: environments.Cut) -> float:
     """Mean return of twenty fresh episodes, actions drawn as in training."""
     seeds = episode_seeds(run, 20, "evaluation", when, repeat)
     act = learner.acting(run.generator("evaluation", when, repeat))
-    found = returns(environments.make(cfg.ppo_env, 20), act, seeds)
+    found = returns(environments.make(cfg.ppo_env, 20, cut=cut), act, seeds)
     return sum(found) / len(found)
 
 
