@@ -45,7 +45,7 @@ def file_bytes(path: str | Path, limit: int = LIMIT, fix: str = "") -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
                 raise UserError(f"{path} is {kind}, not a file{end}")
-            found = file.read(limit + 1)
+            found = file.read(min(limit, max(status.st_size, 1 << 16)) + 1)  # as much is allocated as is asked for
         if len(found) > limit:
             raise UserError(f"{path} has {status.st_size:,} bytes, more than the {limit:,} that are read{end}")
         return found

@@ -304,7 +304,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
     for name, env, message in (
         ("nan.npz", "CartPole-v1", r"rewards\[3\] is nan"),
         ("short.npz", "CartPole-v1", "has no actions, rewards"),
-        ("none.npz", "CartPole-v1", "does not exist"),
+        ("none.npz", "CartPole-v1", "there is no such file"),
         ("cart.npz", "Pendulum-v1", "actions are discrete, those of Pendulum-v1 continuous"),
     ):
         with pytest.raises(UserError, match=message):

@@ -425,7 +425,7 @@ def test_bad_settings_and_data_are_refused(tmp_path):
     for name, message in (
         ("bad", "bad.npz has no actions, rewards, terminations, truncations"),
         ("other", "other: actions are continuous, those of CartPole-v1 discrete"),
-        ("none", "none.npz does not exist"),
+        ("none", "none.npz: there is no such file"),
     ):
         with pytest.raises(UserError, match=message):
             execute(INFO, small(data=tmp_path / f"{name}.npz"), tmp_path / f"run_{name}", toy=True)

@@ -151,6 +151,18 @@ BROKEN = {
     "text": (lambda f: f.update(R=np.array("x")), "R is not numeric"),
     "start": (lambda f: f.update(start=np.full(7, 0.1)), "start sums to 0.7, not to 1"),
     "terminal": (lambda f: f.update(terminal=np.zeros(3)), r"terminal has shape \(3,\): it must be \(7,\)"),
+    "two decimals": (
+        lambda f: f["P"].__setitem__(slice(None), [1 / 3] * 3 + [0] * 4) or f["P"].round(2, f["P"]),
+        r"P\[0, 0\] sums to 0\.99, not to 1;.*: if they were rounded, divide each row by its sum",
+    ),
+    "just off": (lambda f: f["P"].__setitem__((3, 1), f["P"][3, 1] * (1 + 2e-9)), r"sums to 1\.0000000019\d+, not"),
+    "empty row": (lambda f: f["P"].__setitem__((2, 0), 0), r"P\[2, 0\] is empty: .* say so with `allowed`"),
+    "no such action": (
+        lambda f: f.update(R=np.where(np.arange(3) == 1, -np.inf, np.zeros((7, 3)))),
+        r"R\[0, 1\] is −inf.*say so with `allowed`",
+    ),
+    "huge": (lambda f: f["R"].__setitem__((4, 2), 1e200), r"R\[4, 2\] is beyond ±1e\+100"),
+    "flags": (lambda f: f.update(terminal=np.full(7, 0.5)), r"terminal\[0\] is neither 0 nor 1"),
     "no action": (lambda f: f["allowed"].__setitem__(2, False), r"allowed\[2\] has no action"),
 }
 
@@ -168,12 +180,72 @@ def test_files_are_refused_row_by_row(tmp_path, case):
         mdps.load(tmp_path / "mdp.npz")
 
 
+SHARP = np.random.default_rng(0).dirichlet(np.full(50, 0.2), (50, 3))
+THIRDS = np.full((3, 2, 3), 1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("P", "within"),
+    [
+        (SHARP.astype(np.float32), 1e-6),
+        (SHARP.astype(np.float16), 1e-3),
+        (THIRDS.astype(np.float32), 1e-6),
+        (SHARP.round(6), 5e-6),
+        (THIRDS.round(4), 2e-4),
+        (SHARP.round(8).astype(np.float32), 1e-6),
+    ],
+)
+def test_rows_that_were_rounded_are_taken_and_said_once(tmp_path, P, within):
+    """To a type, or to decimals: then they are divided by their sums."""
+    np.savez(tmp_path / "mdp.npz", P=P, R=np.arange(len(P) * P.shape[1]).reshape(P.shape[:2]), gamma=0.9)
+    said = []
+    mdp = mdps.load(tmp_path / "mdp.npz", say=said.append)
+    assert abs(mdp.P.sum(2) - 1).max() < 1e-14
+    assert abs(mdp.P - P).max() < within
+    assert len(said) == 1
+    assert "divided by its sum" in said[0]
+
+
+def test_rounding_does_not_cover_errors():
+    for wrong, type_ in ((SHARP * (1 + 3e-5), np.float32), (SHARP * (1 + 2e-9), np.float64)):
+        with pytest.raises(UserError, match=r"P\[0, 0\] sums to (?!1,).*, not to 1"):
+            mdps.make(wrong.astype(type_), np.zeros((50, 3)), 0.9)
+    with pytest.raises(UserError, match=r"sums to 0\.997, not to 1"):
+        mdps.make(np.array([[[0.5, 0.497], [0.5, 0.5]]] * 2), np.zeros((2, 2)), 0.9)
+    assert mdps.make(SHARP, np.zeros((50, 3)), 0.9).rounding == 0
+
+
+def test_a_table_of_gymnasium_that_is_wrong_is_refused():
+    import gymnasium
+
+    def of(table, start=0):
+        env = gymnasium.Env()
+        env.observation_space, env.action_space = (
+            gymnasium.spaces.Discrete(2, start=start),
+            gymnasium.spaces.Discrete(1),
+        )
+        env.P = table
+        return mdps.from_gymnasium(env, 0.9)
+
+    counted = of({1: {0: [(1.0, 2, 3.0, False)]}, 2: {0: [(1.0, 2, 0.0, True)]}}, start=1)
+    assert counted.R.tolist() == [[3.0], [0.0]], "states are counted from 0"
+    for table, message in (
+        ({0: {0: [(0.4, 0, 0.0, False)]}, 1: {0: [(1.0, 1, 0.0, True)]}}, r"P\[0, 0\] sums to 0\.4, not to 1"),
+        ({0: {0: [(1.0, 5, 0.0, False)]}, 1: {0: []}}, "the next state 5 is none of 2"),
+        ({0: {0: [(1.0, 0)]}, 1: {0: []}}, "its table P is not"),
+        ({0: [1], 1: [2]}, "its table P is not"),
+        ({}, "its table P is not"),
+    ):
+        with pytest.raises(UserError, match=message):
+            of(table)
+
+
 def test_what_is_no_file_of_arrays(tmp_path):
     for name, content in (("text.npz", b"P = 1"), ("empty.npz", b""), ("cut.npz", b"PK\x03\x04")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="is not an npz"):
             mdps.load(tmp_path / name)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="there is no such file"):
         mdps.load(tmp_path / "none.npz")
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(UserError, match="is one array"):

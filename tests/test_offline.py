@@ -70,6 +70,9 @@ def test_returns_end_with_their_episodes(tmp_path):
         ({"rewards": np.array(list("abcde"))}, "rewards is <U1: it must hold numbers"),
         ({"actions": np.zeros(4, int)}, "actions has 4 rows, rewards has 5"),
         ({"actions": np.zeros(5)}, r"actions is float64: it must hold integers, or floats in rows \(N, A\)"),
+        ({"actions": np.zeros((5, 1), int)}, r"actions are integers of shape \(5, 1\): classes have the shape \(5,\)"),
+        ({"actions": np.array([0, 1, 2**63, 0, 0], np.uint64)}, r"actions\[2\] is 9223372036854775808: no environ"),
+        ({"rewards": np.array([1, 2, 1e39, 4, 5])}, r"rewards\[2\] is 1e\+39: every number must be finite, in float32"),
         ({"actions": np.full((5, 1), np.inf)}, r"actions\[0\] is \[inf\]"),
         ({"terminations": np.array([0, 0, 2, 0, 0])}, r"terminations\[2\] is 2: it must be 0 or 1"),
         ({"truncations": np.zeros(5)}, "truncations is float64: it must hold booleans"),
@@ -87,7 +90,11 @@ def test_bad_files_are_refused(changes, message, tmp_path):
 def test_what_is_no_npz_is_refused(tmp_path):
     (tmp_path / "text.npz").write_text("observations")
     np.save(tmp_path / "one.npy", np.zeros(3))
-    for name, message in (("none.npz", "does not exist"), ("text.npz", "no npz|not an npz"), ("one.npy", "one array")):
+    for name, message in (
+        ("none.npz", "there is no such file"),
+        ("text.npz", "no npz|not an npz"),
+        ("one.npy", "one array"),
+    ):
         with pytest.raises(UserError, match=message):
             datasets.load(tmp_path / name)
 

@@ -16,7 +16,6 @@ read. Sets of stated quality come from scripted controllers: `generate`.
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from finetune.checkpoint import atomic_write
 from finetune.errors import UserError, nearest
-from finetune.rl import environments
+from finetune.rl import environments, npz
 from finetune.rl.advantages import returns_to_go
 from finetune.rl.replay import Transitions
 
@@ -79,6 +78,11 @@ class Dataset:
         UserError if these are no steps of such an environment."""
         seen, taken, continuous = environments.sizes(env)
         name = env.name
+        if self.continuous and not continuous and self.actions.shape[1] == 1:
+            shape = tuple(self.actions.shape)
+            raise UserError(
+                f"{self.name}: actions have the shape {shape}: {name} has classes, integers of ({len(self)},)"
+            )
         if self.continuous != continuous:
             kinds = {True: "continuous", False: "discrete"}
             raise UserError(f"{self.name}: actions are {kinds[self.continuous]}, those of {name} {kinds[continuous]}")
@@ -104,18 +108,12 @@ class Dataset:
 
 def load(path: Path) -> Dataset:
     """UserError names the field and the first row that is wrong."""
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise UserError(f"{path} is one array: an npz of {', '.join(FIELDS)} is needed")
-        with file:
-            found = {name: file[name] for name in (*FIELDS, "next_observations") if name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path} is not an npz of plain arrays: {e}") from None
+    found, others = npz.read(path, (*FIELDS, "next_observations"))
     if missing := [name for name in FIELDS if name not in found]:
-        raise UserError(f"{path} has no {', '.join(missing)}: it needs {', '.join(FIELDS)}")
+        also = ", ".join(sorted(others))[:80]
+        raise UserError(
+            f"{path} has no {', '.join(missing)}: it needs {', '.join(FIELDS)}{f'; it holds {also}' if also else ''}"
+        )
     try:
         return _checked(found, path.stem)
     except UserError as e:
@@ -128,6 +126,10 @@ def _checked(found: dict[str, NDArray[Any]], name: str) -> Dataset:
         raise UserError("rewards is empty")
     discrete = found["actions"].ndim == 1
     numbers, flags = ("fiu", "numbers"), ("biu", "booleans")
+    if found["actions"].dtype.kind in "iu" and found["actions"].shape == (steps, 1):
+        raise UserError(
+            f"actions are integers of shape ({steps}, 1): classes have the shape ({steps},), numbers are floats"
+        )
     wanted = {
         "observations": (2, *numbers),
         "actions": (1, "iu", "integers, or floats in rows (N, A)") if discrete else (2, *numbers),
@@ -142,17 +144,23 @@ def _checked(found: dict[str, NDArray[Any]], name: str) -> Dataset:
             raise UserError(f"{field} has shape {array.shape}: it must have {dimensions} dimensions")
         if array.dtype.kind not in kinds:
             raise UserError(f"{field} is {array.dtype}: it must hold {what}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            row = int(np.argwhere(~np.isfinite(array))[0][0])
-            raise UserError(f"{field}[{row}] is {array[row]}: every number must be finite")
+        if len(array) != steps and not (field == "observations" and "next_observations" not in found):
+            raise UserError(f"{field} has {len(array)} rows, rewards has {steps}")
+    for field, array in found.items():
+        if array.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                fine = np.isfinite(array.astype(np.float32))
+            if not fine.all():
+                row = int(np.argwhere(~fine)[0][0])
+                shown = " ".join(str(array[row]).split())[:80]
+                raise UserError(f"{field}[{row}] is {shown}: every number must be finite, in float32 too")
     for field in ("terminations", "truncations"):
         if bool((wrong := (found[field] != 0) & (found[field] != 1)).any()):
             raise UserError(f"{field}[{int(wrong.argmax())}] is {found[field][wrong.argmax()]}: it must be 0 or 1")
+    if discrete and (far := abs(found["actions"].astype(np.float64)) > 2**31).any():  # int64 could not hold them all
+        raise UserError(f"actions[{far.argmax()}] is {found['actions'][far.argmax()]}: no environment counts so far")
     if "next_observations" not in found:
         _split(found, steps)
-    for field, array in found.items():
-        if len(array) != steps:
-            raise UserError(f"{field} has {len(array)} rows, rewards has {steps}")
     if found["observations"].shape != found["next_observations"].shape:
         shapes = found["observations"].shape, found["next_observations"].shape
         raise UserError(f"observations are {shapes[0]}, next_observations {shapes[1]}")
@@ -164,8 +172,6 @@ def _checked(found: dict[str, NDArray[Any]], name: str) -> Dataset:
 def _split(found: dict[str, NDArray[Any]], steps: int) -> None:
     """observations with one row more an episode → observations and next_observations."""
     ends = (found["terminations"] != 0) | (found["truncations"] != 0)
-    if len(ends) != steps:
-        return  # the lengths are compared next
     episodes = int(ends.sum()) + int(not ends[-1])
     seen = found["observations"]
     if len(seen) != steps + episodes:

@@ -7,7 +7,7 @@ A policy is an array (S, A) of probabilities. A terminal state absorbs: it stays
 
 from __future__ import annotations
 
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from finetune.errors import UserError
+from finetune.rl import npz
 
 Array = NDArray[np.float64]
-SUM = 1e-9  # how far the sum of a row of probabilities may be from 1
+SUM = 1e-9  # how far the sum of a row of probabilities may be from 1, if it was not rounded
+ROUNDED = 1e-3  # and however it was rounded
+LARGEST = 1 << 26  # numbers of P: half a gigabyte
+HUGE = 1e100  # of a reward: sums and products of larger ones leave float64
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class MDP:
     actions: tuple[str, ...]  # names
     shape: tuple[int, int] | None = None  # rows and columns, where the states are the cells of a grid
     name: str = ""
+    rounding: float = 0.0  # how far a row of P was from 1 before it was divided by its sum
 
     @property
     def size(self) -> tuple[int, int]:
@@ -149,26 +154,39 @@ def make(
     shape: tuple[int, int] | None = None,
     name: str = "",
 ) -> MDP:
-    """P (S, A, S); R (S, A) or (S, A, S). UserError names what is wrong, row by row.
+    """P (S, A, S); R (S, A) or (S, A, S). UserError names what is wrong, row by row. Rows of P, and `start`, that sum
+    to 1 as far as their type or their number of decimals can say are divided by their sum.
 
     terminal (S,): none given, those states that every action leaves where they are, for nothing. start (S,): none
     given, all states that are not terminal alike. allowed (S, A): all.
     """
-    P, R = np.array(P, dtype=np.float64), np.array(R, dtype=np.float64)
+    P, R = np.asarray(P), np.asarray(R)
     if P.ndim != 3 or P.shape[0] != P.shape[2] or 0 in P.shape:
         raise UserError(f"P has shape {P.shape}: it must be (states, actions, states)")
     S, A, _ = P.shape
+    if P.size > LARGEST:
+        raise UserError(f"P is {S:,} × {A:,} × {S:,}: more than the {LARGEST:,} numbers that are taken")
     if R.shape not in ((S, A), (S, A, S)):
         raise UserError(f"R has shape {R.shape}: with this P it must be {(S, A)} or {(S, A, S)}")
     check_gamma(gamma)
-    may = np.ones((S, A), bool) if allowed is None else _shaped("allowed", allowed, (S, A)).astype(bool)
+    of_type, P, R = P.dtype, np.array(P, np.float64), np.array(R, np.float64)
+    may = np.ones((S, A), bool) if allowed is None else _flags("allowed", allowed, (S, A))
     refuse("allowed", ~np.asarray(may.any(1)), "has no action")
     sums = P.sum(2)
     refuse("P", may & ~np.isfinite(P).all(2), "holds a value that is not finite")
     refuse("P", may & (P < 0).any(2), "holds a negative probability")
-    refuse("P", may & (abs(sums - 1) > SUM), "sums to {}, not to 1", sums)
-    pays = R if R.ndim == 2 else np.where(P > 0, R, 0).sum(2)  # what cannot happen pays nothing
+    refuse("P", may & (sums == 0), "is empty", fix=NOT_ALLOWED)
+    away = np.where(may, abs(sums - 1), 0.0)
+    hint = DIVIDE if away.max() < 0.02 else ""
+    refuse("P", away > rounding(P[may], of_type), "sums to {}, not to 1", sums, fix=hint)
+    rounded = float(away.max()) if away.max() > SUM else 0.0
+    if rounded:
+        P /= np.where(may, sums, 1.0)[:, :, None]
+    with np.errstate(over="ignore"):
+        pays = R if R.ndim == 2 else np.where(P > 0, R, 0).sum(2)  # what cannot happen pays nothing
+    refuse("R", may & (pays == -np.inf), "is −inf", fix=NOT_ALLOWED)
     refuse("R", may & ~np.isfinite(pays), "is not finite")
+    refuse("R", may & (abs(pays) > HUGE), f"is beyond ±{HUGE:g}")
     P[~may] = 0
     R[~may] = 0
     rewards = R if R.ndim == 3 else np.broadcast_to(R[:, :, None], P.shape)
@@ -177,7 +195,7 @@ def make(
     if terminal is None:
         ends = ((stays & (np.einsum("sas->sa", rewards) == 0)) | ~may).all(1)
     else:
-        ends = _shaped("terminal", terminal, (S,)).astype(bool)
+        ends = _flags("terminal", terminal, (S,))
     P[ends] = np.eye(S)[ends][:, None, :]
     P[~may] = 0
     rewards[ends] = 0.0
@@ -185,9 +203,11 @@ def make(
         first = (~ends) / max(1, (~ends).sum())
     else:
         first = _shaped("start", start, (S,)).astype(np.float64)
-    refuse("start", ~np.isfinite(first) | (first < 0), "is not a probability")
-    if abs(first.sum() - 1) > SUM:
-        raise UserError(f"start sums to {first.sum():.9g}, not to 1")
+        refuse("start", ~np.isfinite(first) | (first < 0), "is not a probability")
+        if not abs(first.sum() - 1) <= rounding(first[None], np.asarray(start).dtype):
+            raise UserError(f"start sums to {written(first.sum())}, not to 1")
+        if abs(first.sum() - 1) > SUM:
+            first = first / first.sum()
     names = tuple(map(str, range(A))) if actions is None else actions
     if len(names) != A:
         raise UserError(f"{len(names)} names for {A} actions")
@@ -196,7 +216,25 @@ def make(
     expected = (P * rewards).sum(2)
     for array in (P, expected, rewards, ends, first, may):
         array.flags.writeable = False
-    return MDP(P, expected, rewards, float(gamma), ends, first, may, names, shape, name)
+    return MDP(P, expected, rewards, float(gamma), ends, first, may, names, shape, name, rounded)
+
+
+NOT_ALLOWED = ": where an action is not possible, say so with `allowed` (states, actions) of 0 and 1"
+DIVIDE = ": if they were rounded, divide each row by its sum"
+
+
+def rounding(rows: Array, of_type: np.dtype[Any]) -> float:
+    """How far the sum of such rows (…, S) of probabilities may be from 1 because each number was rounded: to its type,
+    or to a number of decimals that all of them have, from three on."""
+    count = max(1, int((rows > 0).sum(-1).max(initial=0)))
+    type_eps = float(np.finfo(of_type).eps) if of_type.kind == "f" else 0.0
+    found = max(SUM, (count + 4) * type_eps / 2)
+    for decimals in range(3, 10):
+        scaled = rows * 10.0**decimals
+        if (abs(scaled - scaled.round()) <= 10.0**decimals * max(type_eps, 1e-15)).all():
+            found = max(found, 0.5 * count * 10.0**-decimals)
+            break
+    return min(found, ROUNDED)
 
 
 def garnet(
@@ -316,23 +354,15 @@ def _grid(env: Any, states: int) -> tuple[tuple[str, ...] | None, tuple[int, int
 FIELDS = ("P", "R", "gamma", "terminal", "start", "allowed")
 
 
-def load(path: Path, gamma: float | None = None) -> MDP:
-    """An MDP from an npz of P and R and, if they differ from `make`'s own, gamma, terminal, start and allowed."""
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise UserError(f"{path} is one array: an npz of P and R is needed")
-        with file:
-            found = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path} is not an npz of plain arrays: {e}") from None
+def load(path: Path, gamma: float | None = None, say: Callable[[str], None] = lambda text: None) -> MDP:
+    """An MDP from an npz of P and R and, if they differ from `make`'s own, gamma, terminal, start and allowed. `say` is
+    told if rows were divided by their sums."""
+    found, unknown = npz.read(path, FIELDS, numbers=2 * LARGEST)
     for name in ("P", "R"):
         if name not in found:
             raise UserError(f"{path} has no {name}: it needs P (states, actions, states) and R (states, actions)")
-    if unknown := sorted(set(found) - set(FIELDS)):
-        raise UserError(f"{path} holds {', '.join(unknown)}, which is none of {', '.join(FIELDS)}")
+    if unknown:
+        raise UserError(f"{path} holds {', '.join(sorted(unknown))[:100]}, which is none of {', '.join(FIELDS)}")
     for name, array in found.items():
         if array.dtype.kind not in "biuf":
             raise UserError(f"{path}: {name} is not numeric but {array.dtype}")
@@ -342,11 +372,14 @@ def load(path: Path, gamma: float | None = None) -> MDP:
     chosen = own if gamma is None else gamma
     if chosen is None:
         raise UserError(f"{path} has no gamma: give one with --gamma")
-    rest = {name: found[name] for name in ("terminal", "start", "allowed") if name in found}
+    rest: dict[str, Any] = {name: found[name] for name in ("terminal", "start", "allowed") if name in found}
     try:
-        return make(found["P"], found["R"], chosen, name=Path(path).stem, **rest)
+        made = make(found["P"], found["R"], chosen, name=Path(path).stem, **rest)
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
+    if made.rounding:
+        say(f"{path}: rows of P sum to 1 within {made.rounding:.1e}, as rounded numbers do; each is divided by its sum")
+    return made
 
 
 def save(mdp: MDP, path: Path) -> None:
@@ -360,13 +393,24 @@ def check_gamma(gamma: float) -> None:
         raise UserError(f"gamma {gamma} is not within 0 and 1")
 
 
-def refuse(name: str, wrong: ArrayLike, what: str, values: Array | None = None) -> None:
-    """UserError that names the first rows that are wrong, and how many are."""
+def refuse(name: str, wrong: ArrayLike, what: str, values: Array | None = None, fix: str = "") -> None:
+    """UserError that names the first rows that are wrong, how many are, and how to fix it."""
     at = [tuple(map(int, row)) for row in np.argwhere(wrong)]
     if not at:
         return
-    said = [f"{name}{list(i)} {what.format('' if values is None else f'{values[i]:.9g}')}" for i in at[:3]]
-    raise UserError("; ".join(said) + (f"; and {len(at) - 3} more" if len(at) > 3 else ""))
+    said = [f"{name}{list(i)} {what.format('' if values is None else written(values[i]))}" for i in at[:3]]
+    raise UserError("; ".join(said) + (f"; and {len(at) - 3} more" if len(at) > 3 else "") + fix)
+
+
+def written(x: float) -> str:
+    """A number with nine digits, or with all if with nine it would read as 1."""
+    return f"{x:.17g}" if f"{x:.9g}" == "1" else f"{x:.9g}"
+
+
+def _flags(name: str, array: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    found = _shaped(name, array, shape)
+    refuse(name, (found != 0) & (found != 1), "is neither 0 nor 1")
+    return found.astype(bool)
 
 
 def _shaped(name: str, array: ArrayLike, shape: tuple[int, ...]) -> NDArray[Any]:

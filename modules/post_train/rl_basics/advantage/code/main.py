@@ -307,7 +307,7 @@ def softmax(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
 
 def load(cfg: Config, run) -> MDP:
     if cfg.data is not None:
-        return tables.load(cfg.data, cfg.gamma)
+        return tables.load(cfg.data, cfg.gamma, run.say)
     draw = numpy_generator(run, "mdp")
     return tables.garnet(
         cfg.states, cfg.actions, cfg.branching, draw, cfg.gamma, reach=cfg.reach, mean=1.0, ending=cfg.ending

@@ -303,7 +303,7 @@ def judge_ways(cfg: Config, run) -> None:
 
 def load(cfg: Config, run) -> MDP:
     if cfg.data is not None:
-        return tables.load(cfg.data, cfg.gamma)
+        return tables.load(cfg.data, cfg.gamma, run.say)
     draw = np.random.default_rng(run.generator("mdp").initial_seed())
     return tables.garnet(
         cfg.states, cfg.actions, cfg.branching, draw, cfg.gamma, reach=cfg.reach, mean=1.0, ending=cfg.ending

@@ -58,7 +58,7 @@ class Config(config.Config):
 
 
 def main(cfg: Config, run) -> dict[str, Any]:
-    mdp = mdps.load(cfg.data, cfg.gamma) if cfg.data else worlds.world(cfg.world, cfg.gamma)
+    mdp = mdps.load(cfg.data, cfg.gamma, run.say) if cfg.data else worlds.world(cfg.world, cfg.gamma)
     best, _, improvements = planning.policy_iteration(mdp)
     run.say(
         f"{mdp.name}: {mdp.size[0]} states, {mdp.size[1]} actions, γ = {mdp.gamma:g}; policy iteration took "
