@@ -78,11 +78,6 @@ class Dataset:
         UserError if these are no steps of such an environment."""
         seen, taken, continuous = environments.sizes(env)
         name = env.name
-        if self.continuous and not continuous and self.actions.shape[1] == 1:
-            shape = tuple(self.actions.shape)
-            raise UserError(
-                f"{self.name}: actions have the shape {shape}: {name} has classes, integers of ({len(self)},)"
-            )
         if self.continuous != continuous:
             kinds = {True: "continuous", False: "discrete"}
             raise UserError(f"{self.name}: actions are {kinds[self.continuous]}, those of {name} {kinds[continuous]}")
