@@ -172,29 +172,27 @@ def human(seconds: float) -> str:
 
 
 def share(value: float | None, of: float | None) -> str:
-    return f"{value / 1e9:.1f} [dim]({value / of:.0%})[/]" if value and of else "[dim]-[/]"
+    return f"{value / 1e9:.1f} ({value / of:.0%})" if value and of else "-"
 
 
 def show(results: list[Result], about: dict[str, Any], console: Any) -> None:
-    from rich.table import Table
+    from finetune import display
 
-    table = Table(title=" · ".join(str(about[k]) for k in ("cpu", "level")) + f" · torch {about['torch']}")
-    for name in ("op", "sample", "work", "dtype", "thr"):
-        table.add_column(name, no_wrap=True)
-    for name in ("ours", "torch", "torch / ours", "20 … 80 %", "GB/s (of copy)", "GFLOP/s (of mm)"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("torch's composition")
+    numbers = (">ours", ">torch", ">torch / ours", ">20 … 80 %", ">GB/s (of copy)", ">GFLOP/s (of mm)")
+    heads = ("op", "sample", "work", "dtype", "thr", *numbers, "torch's composition")
+    rows: list[Any] = []
     for r in results:
         colour = "red" if r.ratio.median < ALLOWANCE else "green"
         work = "fwd" if r.cell.work == "forward" else "fwd+bwd"
         name = r.cell.op if r.cell.backend == "cpp" else f"{r.cell.op} ({r.cell.backend})"
-        table.add_row(
+        rows.append([
             name, r.cell.sample, work, r.cell.dtype, str(r.cell.threads), human(r.ours.median), human(r.torch.median),
-            f"[{colour}]{r.ratio.median:.2f}×[/]", f"{r.ratio.p20:.2f} … {r.ratio.p80:.2f}",
+            (f"{r.ratio.median:.2f}×", colour), f"{r.ratio.p20:.2f} … {r.ratio.p80:.2f}",
             share(r.bytes_per_second, r.copy_bytes_per_second), share(r.flops_per_second, r.product_flops_per_second),
             r.composition,
-        )  # fmt: skip
-    console.print(table)
+        ])  # fmt: skip
+    title = " · ".join(str(about[k]) for k in ("cpu", "level")) + f" · torch {about['torch']}"
+    display.table(console, heads, rows, title)
 
 
 def read_report(path: Path) -> dict[Cell, float]:
@@ -206,20 +204,17 @@ def read_report(path: Path) -> dict[Cell, float]:
 
 
 def show_comparison(results: list[Result], before: dict[Cell, float], console: Any) -> None:
-    from rich.table import Table
+    from finetune import display
 
-    table = Table(title="torch / ours, then and now")
-    for name in ("op", "sample", "work", "dtype", "backend", "threads"):
-        table.add_column(name)
-    for name in ("then", "now", "change"):
-        table.add_column(name, justify="right")
+    rows: list[Any] = []
     for r in results:
         old, now = before.get(r.cell), r.ratio.median
         change = f"{now / old - 1:+.0%}" if old else "new"
         noise = old is not None and r.ratio.p20 <= old <= r.ratio.p80
         cells = (*(str(value) for value in asdict(r.cell).values()), f"{old:.2f}×" if old else "-", f"{now:.2f}×")
-        table.add_row(*cells, f"[dim]{change}[/]" if noise else change)
-    console.print(table)
+        rows.append([*cells, (change, "dim") if noise else change])
+    heads = ("op", "sample", "work", "dtype", "backend", "threads", ">then", ">now", ">change")
+    display.table(console, heads, rows, "torch / ours, then and now")
     gone = sum(cell not in {r.cell for r in results} for cell in before)
     if gone:
         console.print(f"{gone} cells of the earlier report were not measured now")

@@ -293,18 +293,17 @@ def linear_gflop(batches: list[list[int]], parameters: int, padded: bool, checkp
 
 
 def show(console: Any, title: str, found: dict[str, dict[str, Any]], gflop: dict[str, float]) -> None:
-    from rich.table import Table
+    from finetune import display
 
-    table = Table(title=title)
-    for column in ("side", "s/step", "p20 … p80", "CPU s", "tokens/s", "GFLOP", "peak RSS", "growth"):
-        table.add_column(column, justify="left" if column == "side" else "right", no_wrap=True)
+    rows: list[Any] = []
     for name, side in found.items():
         s = side["seconds"]
-        table.add_row(
+        rows.append([
             name, f"{s['median']:.2f}", f"{s['p20']:.2f} … {s['p80']:.2f}", f"{side['cpu_seconds']['median']:.2f}",
             f"{side['tokens_per_second']:.0f}", f"{gflop[name]:.0f}", mib(side["peak"]), mib(side["growth"]),
-        )  # fmt: skip
-    console.print(table)
+        ])  # fmt: skip
+    heads = ("side", ">s/step", ">p20 … p80", ">CPU s", ">tokens/s", ">GFLOP", ">peak RSS", ">growth")
+    display.table(console, heads, rows, title)
     mine = found["ours"]
     for name, side in found.items():
         if name == "ours":

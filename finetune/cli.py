@@ -44,10 +44,8 @@ def list_(json: bool) -> None:
         names = ("name", "group", "title", "summary", "status")
         rows = [{name: getattr(m, name) for name in names} for m in found]
         return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
-    table = _table("module", "group", "what you do in it", "status")
-    for m in found:
-        table.add_row(f"[bold]{m.name}[/]", m.group, f"{m.title}: {m.summary}", m.status)
-    _console().print(table)
+    texts = [[(m.name, "bold"), m.group, f"{m.title}: {m.summary}", m.status] for m in found]
+    _table(_console(), ("module", "group", "what you do in it", "status"), texts)
     return None
 
 
@@ -127,11 +125,17 @@ def ops(json: bool) -> None:
     if json:
         return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
     backends = list(dict.fromkeys(r["backend"] for r in rows))
-    table = _table("op", *backends)
-    for name in dict.fromkeys(r["op"] for r in rows):
-        cells = {r["backend"]: "[green]ok[/]" if r["ok"] else f"[dim]{r['reason']}[/]" for r in rows if r["op"] == name}
-        table.add_row(f"[bold]{name}[/]", *(cells[b] for b in backends))
-    _console().print(table)
+    reasons: dict[str, int] = {}  # each once, below the table
+    cells: dict[str, dict[str, Any]] = {}
+    for r in rows:
+        found: Any = ("ok", "green")
+        if not r["ok"]:
+            reason = r["reason"].removeprefix(f"{r['op']} ")
+            found = (f"no ({reasons.setdefault(reason, len(reasons) + 1)})", "dim")
+        cells.setdefault(r["op"], {})[r["backend"]] = found
+    notes = [(f"({number}) {reason}", "dim") for reason, number in reasons.items()]
+    texts = [[(name, "bold"), *(of.get(b, "") for b in backends)] for name, of in cells.items()]
+    _table(_console(), ("op", *backends), [*texts, *notes])
     return None
 
 
@@ -212,11 +216,8 @@ def doctor(json: bool) -> None:
     rows = report()
     if json:
         return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
-    marks = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[dim]·[/]"}
-    table = _table("", "what", "found")
-    for r in rows:
-        table.add_row(marks[r["ok"]], f"[bold]{r['what']}[/]", r["found"])
-    _console().print(table)
+    marks = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}
+    _table(_console(), ("", "what", "found"), [[marks[r["ok"]], (r["what"], "bold"), r["found"]] for r in rows])
     return None
 
 
@@ -227,29 +228,23 @@ app.add_command(kernels.kernels)
 
 def _settings(info: Any) -> None:
     """`run MODULE --help`."""
-    from finetune import config, registry
+    from finetune import config, display, registry
 
     cls: type[config.Config] = registry.load(info).Config
     small = cls.toy()
     console = _console()
-    console.print(f"\n[bold]{info.name}[/] — {info.title}: {info.summary}\n")
-    console.print(f"python -m finetune run {info.name} [--toy] [--key value …]\n", markup=False, highlight=False)
-    table = _table("setting", "type", "default", "--toy", "what it is")
+    display.say(console, f"\n{info.name} — {info.title}: {info.summary}\n", "bold")
+    display.say(console, f"python -m finetune run {info.name} [--toy] [--key value …]\n")
+    rows: list[Any] = []
     for f in config.describe(cls):
-        toy = getattr(small, f.name)
-        table.add_row(
-            f"[bold cyan]--{config.dashed(f.name)}[/]" + (f" / --no-{config.dashed(f.name)}" if f.type is bool else ""),
-            f"{f.type_name} {f.bound}".strip().replace("[", "\\["),
-            _plain(f.default),
-            "[dim]same[/]" if toy == f.default else _plain(toy),
-            f.help.replace("[", "\\["),
-        )
-    console.print(table)
-    others = _table("of every run", "what it is")
-    for p in run.params:
-        if isinstance(p, click.Option):
-            others.add_row(f"[bold cyan]{p.opts[-1]}[/]", p.help)
-    console.print(others)
+        toy, key = getattr(small, f.name), config.dashed(f.name)
+        names = f"--{key} / --no-{key}" if f.type is bool else f"--{key}"
+        same = ("same", "dim") if toy == f.default else _plain(toy)
+        rows.append([(names, "bold cyan"), f"{f.type_name} {f.bound}".strip(), _plain(f.default), same])
+        rows.append(f"    {f.help}")
+    display.table(console, ("setting", "type", "default", "--toy"), rows)
+    others: list[Any] = [[(p.opts[-1], "bold cyan"), p.help or ""] for p in run.params if isinstance(p, click.Option)]
+    display.table(console, ("of every run", "what it is"), others)
 
 
 def _plain(value: Any) -> str:
@@ -262,14 +257,10 @@ def _console(stderr: bool = False) -> "Console":
     return display.console(stderr)
 
 
-def _table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
+def _table(con: "Console", heads: tuple[str, ...], rows: Any) -> None:
+    from finetune import display
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(columns):
-        table.add_column(name, overflow="fold", no_wrap=i == 0)
-    return table
+    display.table(con, heads, rows)
 
 
 def main(argv: list[str] | None = None) -> int:

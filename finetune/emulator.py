@@ -8,11 +8,13 @@ must have been started with libasan preloaded). Loading one makes it a backend o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.machinery
 import importlib.util
 import linecache
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -58,10 +60,28 @@ def build(name: str) -> Path:
                 os.environ.get("MAX_JOBS") or os.cpu_count() or 1,
             ],
         ):
-            out = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-            if out.returncode:
-                raise UserError(f"the emulator does not build: {(out.stdout + out.stderr)[-4000:]}")
+            code, said = watched([str(word) for word in command])
+            if code:
+                raise UserError(f"the emulator does not build: {said[-4000:]}")
     return folder / f"{name}.so"
+
+
+def watched(command: list[str]) -> tuple[int, str]:
+    """Runs a build; its exit code and output. A bar on stderr says how far it is: compiling takes minutes."""
+    from finetune import display
+
+    said, steps = "", re.compile(r"\[(\d+)/(\d+)\]")  # ninja's
+    with contextlib.ExitStack() as stack:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        show: Any = None
+        for line in process.stdout or ():
+            said += line
+            if found := steps.match(line):
+                if show is None:
+                    console = display.console(stderr=True)
+                    show = stack.enter_context(display.progress(console, "compiling", 0, int(found[2])))
+                show(int(found[1]), {})
+        return process.wait(), said
 
 
 def import_library(name: str) -> ModuleType:

@@ -104,33 +104,24 @@ def reshaped(sample: Any, shape: str) -> Any:
 
 
 def _print_trace(console: Any, rows: list[dict[str, Any]]) -> None:
-    if not console.is_terminal:
-        console.width = 140
-    heads = ("line", "source", "what", "requests", "width", "units", "ideal", "×")
-    cells = []
+    """A line of source, and below it what it does."""
+    from finetune import display
+
+    shown: list[Any] = []
     before = None
     for row in rows:
         where = f"{Path(row['file']).name}:{row['line']}"
-        first = where != before
+        if where != before:
+            shown.append((f"{where}  {row['source'].strip()}", "bold"))
         before = where
         excess = row["units"] / row["ideal"] if row["ideal"] else None
-        mark = "" if excess is None else f"{excess:.2f}"
-        numbers = [str(row[key]) if row["ideal"] or key == "requests" else "" for key in heads[3:7]]
-        cells.append([where if first else "", row["source"] if first else "", row["kind"], *numbers, mark])
-    widths = [max(len(text) for text in column) for column in zip(heads, *cells, strict=True)]
-    room = max(20, console.width - sum(widths) + widths[1] - 3 * len(heads))  # the source gets what the others leave
-    table = _table(*heads)
-    for i, column in enumerate(table.columns):
-        column.no_wrap, column.overflow = True, "ellipsis"
-        column.min_width = column.max_width = min(widths[i], room) if i == 1 else widths[i]
-        column.justify = "right" if i >= 3 else "left"
-    for texts in cells:
-        table.add_row(
-            *(text.replace("[", "\\[") for text in texts[:-1]),
-            texts[-1],
-            style="yellow" if float(texts[-1] or 0) > 1 else "",
-        )
-    console.print(table)
+        numbers = [f"{row[key]:,}" if row["ideal"] or key == "requests" else "" for key in TRACED]
+        cells = ["  " + row["kind"], *numbers, "" if excess is None else f"{excess:.2f}"]
+        shown.append([(cell, "yellow" if (excess or 0) > 1 else "") for cell in cells])
+    display.table(console, ("what", *(f">{key}" for key in TRACED), ">×"), shown)
+
+
+TRACED = ("requests", "width", "units", "ideal")
 
 
 @kernels.command()
@@ -147,7 +138,7 @@ def faults(op: str | None, json: bool) -> int:
     todo = [(name, fault) for name in ops for fault in engine.listed(name)]
     console = _console(stderr=json)
     for line in engine.mismatches():
-        console.print(f"[red]{line}[/]")
+        display.say(console, line, "red")
     verdicts = []
     with display.progress(console, "faults", 0, len(todo)) as show:
         for name, fault in todo:
@@ -157,12 +148,12 @@ def faults(op: str | None, json: bool) -> int:
     if json:
         click.echo(jsonlib.dumps([dataclasses.asdict(v) for v in verdicts], indent=2, ensure_ascii=False))
     else:
-        table = _table("op", "fault", "caught by", "on", "how")
+        rows: list[Any] = []
         for v in verdicts:
-            by = v.by or "[red]nothing[/]"
-            how = v.message.replace("[", "\\[") if v.reached else "[red]no sample comes by it[/]"
-            table.add_row(v.op, v.fault.removeprefix(f"{v.op}."), by, f"{v.sample} {v.dtype}", how)
-        console.print(table)
+            by = v.by or ("nothing", "red")
+            how = v.message if v.reached else ("no sample comes by it", "red")
+            rows.append([v.op, v.fault.removeprefix(f"{v.op}."), by, f"{v.sample} {v.dtype}", how])
+        display.table(console, ("op", "fault", "caught by", "on", "how"), rows)
         console.print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} caught", highlight=False)
     return 1 if survivors or engine.mismatches() else 0
 
@@ -176,7 +167,7 @@ def faults(op: str | None, json: bool) -> int:
 @JSON
 def levels(topic: str | None, number: int | None, size: str, markdown: bool, debug: bool, json: bool) -> None:
     """The ladder of the cuda module: what each level does to memory, beside the level before it."""
-    from finetune import registry
+    from finetune import display, registry
     from finetune.machine import physical_cores
 
     ladder = registry.load(registry.find("cuda"))
@@ -210,11 +201,9 @@ def levels(topic: str | None, number: int | None, size: str, markdown: bool, deb
             click.echo(ladder.page_table(name, counts))
             continue
         rows = ladder.table(counts)
-        table = _table(*rows[0])
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(f"\n[bold]{name}[/] {' × '.join(map(str, ladder.SIZES[size][name]))}", highlight=False)
-        console.print(table)
+        heads = [name if name in ("level", "instructions") else f">{name}" for name in rows[0]]
+        sizes = " × ".join(map(str, ladder.SIZES[size][name]))
+        display.table(console, heads, [list(row.values()) for row in rows], f"\n{name} {sizes}")
     return None
 
 
@@ -238,35 +227,27 @@ def static(ops: tuple[str, ...], archs: tuple[str, ...], write: bool, jobs: int,
     console = _console()
     for op, by_arch in rows.items():
         for arch, found in by_arch.items():
-            console.print(f"[bold]{op}[/] sm_{arch}", highlight=False)
-            console.print(_static_table(found))
+            _static_table(console, f"{op} sm_{arch}", found)
     console.print("loads and stores: number × bytes a lane; occupancy: without dynamic shared memory", highlight=False)
     return None
 
 
-def _static_table(rows: dict[str, dict[str, Any]]) -> Any:
+def _static_table(console: Any, title: str, found: dict[str, dict[str, Any]]) -> None:
+    from finetune import display
+
     def widths(counts: dict[str, int]) -> str:
         return " ".join(f"{n}×{size}" for size, n in sorted(counts.items(), key=lambda item: -int(item[0])))
 
-    table = _table("kernel", "threads", "registers", "spills", "shared", "occupancy", "loads", "stores", "instructions")
-    for name, row in rows.items():
+    heads = ("kernel", ">threads", ">registers", ">spills", ">shared", ">occupancy", "loads", "stores", "instructions")
+    rows: list[Any] = []
+    for name, row in found.items():
         code = " ".join(f"{word} {n}" for word, n in row["code"].items() if word not in ("LDG", "STG"))
         numbers = [str(row[column]) for column in ("threads", "registers", "spills", "shared")]
-        table.add_row(name, *numbers, f"{row['occupancy']:.0%}", widths(row["load"]), widths(row["store"]), code)
-    return table
+        rows.append([name, *numbers, f"{row['occupancy']:.0%}", widths(row["load"]), widths(row["store"]), code])
+    display.table(console, heads, rows, title)
 
 
 def _console(stderr: bool = False) -> Any:
     from finetune import display
 
     return display.console(stderr)
-
-
-def _table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    return table

@@ -88,7 +88,7 @@ class Run:
         """
         folder = self.dir / "checkpoints" / ("" if phase == MAIN else phase)
         start = self._restore(folder, state) if self.resume else 0
-        self.phase, self.finished_steps = phase, start
+        self.phase, self.finished_steps, self._latest = phase, start, {}
         self.metrics.keep(phase, start)
         try:
             with display.progress(self.console, phase, start, total) as show:

@@ -3,6 +3,7 @@
 import json as jsonlib
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import rich_click as click
 
@@ -118,9 +119,6 @@ def quiz(
 @click.option("--json", is_flag=True, help="Print JSON on stdout.")
 def compare(modules: tuple[str, ...], lang: str, json: bool) -> int:
     """Modules side by side: data, models in memory, memory and result of the last runs, where used."""
-    from rich import box
-    from rich.table import Table
-
     from finetune import display, registry
     from finetune.interview import compare as engine
 
@@ -129,12 +127,9 @@ def compare(modules: tuple[str, ...], lang: str, json: bool) -> int:
     if json:
         click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
         return 0
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for key in rows[0] if rows else ():
-        table.add_column(engine.HEADS[lang].get(key, ""), overflow="fold", no_wrap=key in ("module", "result"))
-    for row in rows:
-        table.add_row(f"[bold]{row['module']}[/]", *list(row.values())[1:])
-    display.console().print(table)
+    heads = tuple(engine.HEADS[lang].get(key, "") for key in (rows[0] if rows else ()))
+    texts: list[Any] = [[(row["module"], "bold"), *list(row.values())[1:]] for row in rows]
+    display.table(display.console(), heads, texts, apart=True)
     return 0
 
 
@@ -144,9 +139,6 @@ def compare(modules: tuple[str, ...], lang: str, json: bool) -> int:
 def progress(lang: str, json: bool) -> int:
     """Your level and day on the 14-day path, and what is missing, from your runs and quiz results."""
     from dataclasses import asdict
-
-    from rich import box
-    from rich.table import Table
 
     from finetune import display
     from finetune.interview import path
@@ -159,17 +151,17 @@ def progress(lang: str, json: bool) -> int:
         return 0
     days, levels = path.read()
     heads = ("day", "module", "run", "quiz") if lang == "en" else ("天", "模块", "运行", "测验")
-    table = Table(*heads, box=box.SIMPLE_HEAD, pad_edge=False)
+    rows: list[Any] = []
     for day in days:
         for name in day.modules:
             s = found["modules"][name]
             if s.exists:
                 quiz_cell = f"{s.asked}/{s.questions} · {s.share:.0%}" if s.asked else "-"
-                table.add_row(str(day.number), name, "[green]✓[/]" if s.passed else "-", quiz_cell)
+                rows.append([str(day.number), name, ("✓", "green") if s.passed else "-", quiz_cell])
             else:
-                table.add_row(str(day.number), f"[dim]{name}[/]", f"[dim]{path.WORDS[lang]['none']}[/]", "")
+                rows.append([str(day.number), (name, "dim"), (path.WORDS[lang]["none"], "dim"), ""])
     console = display.console()
-    console.print(table)
+    display.table(console, heads, rows)
     said = SAID[lang]
     title = f" ({levels[found['level'] - 1].title[lang]})" if found["level"] else ""
     reached = said["level"].format(level=found["level"], levels=len(levels))

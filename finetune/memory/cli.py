@@ -176,7 +176,7 @@ def show(name: str, shape: Shape, setup: Setup) -> None:
 
     console = display.console()
     terms = predict(shape, setup)
-    console.print(f"[bold]{headline(name, shape, setup)}[/]")
+    display.say(console, headline(name, shape, setup), "bold")
     listing(console, terms)
     values = symbols(shape, setup)
     used = [
@@ -199,16 +199,11 @@ def show(name: str, shape: Shape, setup: Setup) -> None:
 
 def show_rows(name: str, rows: list[dict[str, Any]]) -> None:
     """The table predicted | measured | error, and its picture."""
-    from rich import box
-    from rich.table import Table
-
     from finetune import display, plots
     from finetune.checkpoint import writing
 
     only_simulated = all(row["simulated"] for row in rows)
-    table = Table("setting", "what", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("formula", "simulated" if only_simulated else "measured", "error", ""):
-        table.add_column(heading, justify="right")
+    shown_rows: list[Any] = []
     last = ""
     for row in rows:
         setting, _, term = row["name"].rpartition(": ")
@@ -216,10 +211,12 @@ def show_rows(name: str, rows: list[dict[str, Any]]) -> None:
         error = "exact" if predicted == found else f"{predicted / found - 1:+.1%}" if found else "–"
         shown = size(found) if found is not None else "–"
         note = "simulated" if row["simulated"] and not only_simulated and found is not None else ""
-        table.add_row(setting if setting != last else "", term, size(predicted), shown, error, f"[dim]{note}[/]")
+        name_once = setting if setting != last else ""
+        shown_rows.append([name_once, term, size(predicted), shown, error, (note, "dim")])
         last = setting
     console = display.console()
-    console.print(table)
+    found_by = "simulated" if only_simulated else "measured"
+    display.table(console, ("setting", "what", ">formula", f">{found_by}", ">error", ""), shown_rows)
     path = PICTURES / f"{name}.png"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,18 +226,15 @@ def show_rows(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def listing(console: Console, terms: list[Term]) -> None:
-    from rich import box
-    from rich.table import Table
+    from finetune import display
 
-    table = Table("what", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("formula", overflow="fold")
-    if any(term.source for term in terms):
-        table.add_column("source", style="dim", overflow="fold")
+    heads = ("what", ">bytes", "formula", "source")[: 4 if any(term.source for term in terms) else 3]
+    rows: list[Any] = []
     for term in terms:
-        row = [term.name, size(term.bytes), term.formula, term.source][: len(table.columns)]
-        table.add_row(*row, style="bold" if term.name == "peak" else "")
-    console.print(table)
+        bold = "bold" if term.name == "peak" else ""
+        row = [(text, bold) for text in (term.name, size(term.bytes), term.formula)]
+        rows.append([*row, (term.source, "dim")][: len(heads)])
+    display.table(console, heads, rows)
 
 
 def usage() -> None:
