@@ -45,7 +45,7 @@ WIDE = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\u3000-\u303f"  # Chinese: a line
 CLOSING, OPENING = "，。、；：！？）》」』”’…", "（《「『“‘"  # none begins with the former or ends with the latter
 UNIT = re.compile(rf"(\s*)([{OPENING}]*(?:[{WIDE}]|[^\s{WIDE}]+)[{CLOSING}]*)")
 LONG = 12  # columns; a longer word may be parted …
-SOFT = re.compile(r"(?<=[/_|])|(?<=[-,])(?=[a-z])")  # … here
+SOFT = re.compile(r"(?<=[/_|])|(?<=-)(?=[a-z])|(?<=,)(?!\d{3}(?!\d))")  # … here
 
 
 def wrap(text: str, width: int, indent: str = "") -> list[str]:
