@@ -2,26 +2,60 @@
 
 A checkpoint is a folder { tensors.safetensors, meta.json }, written under a temporary name, flushed to the disk and
 then renamed. A kill at any moment leaves the previous one. No pickle: opening a checkpoint runs nobody's code.
+meta.json holds the SHA-256 of both files, so that whatever is truncated or altered is known.
 """
 
 import errno
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from finetune import reading
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 TENSORS, META = "tensors.safetensors", "meta.json"
-TEMPORARY = ".tmp-"  # whatever bears this prefix is a leftover of a killed process
+_owner = "0"  # of this process's temporary files: the id of the run that it is
+
+
+@contextmanager
+def owned_by(run: str) -> Iterator[None]:
+    """Temporary files that are made inside bear this run's id, so that `clean` knows them as the run's own."""
+    global _owner
+    before, _owner = _owner, run
+    try:
+        yield
+    finally:
+        _owner = before
+
+
+def temporary_name(path: Path, tag: str = "") -> Path:
+    """The name beside `path` under which it is written: `.finetune-<run>-<process>-<name>`."""
+    return path.with_name(f".finetune-{_owner}-{os.getpid()}-{tag}{path.name}")
+
+
+def clean(folder: Path, run: str) -> None:
+    """Removes what killed processes of this run left half-written in its folder. Nothing else has such names, and links
+    are not followed."""
+    for place, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            if name.startswith(f".finetune-{run}-"):
+                path = Path(place, name)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -42,7 +76,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     On an exception the temporary file is removed and an earlier `path` stays as it was. UserError if the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = temporary_name(path)
     try:
         with writing(path):
             yield temporary
@@ -54,9 +88,33 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """UserError names a number that is not finite, which JSON does not have."""
+    if place := reading.not_finite(value):
+        raise UserError(f"{Path(path).name} is not written: {place} is not a finite number")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_tensors(path: str | Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all, with the permissions of any new file."""
+    with atomic_write(path) as temporary:
+        _save_file(tensors, temporary, metadata)
+
+
+def _save_file(tensors: "dict[str, torch.Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    usual = path.stat().st_mode  # safetensors makes files that only their owner can read
+    try:
+        save_file(tensors, path, metadata)
+        path.chmod(usual)
+    except SafetensorError as e:  # it wraps the operating system's error in its text
+        found = re.search(r"os error (\d+)", str(e))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number)) from e
 
 
 def flush(path: Path) -> None:
@@ -70,23 +128,14 @@ def flush(path: Path) -> None:
 
 def save(folder: str | Path, tensors: "dict[str, torch.Tensor]", meta: dict[str, Any]) -> None:
     """Writes a checkpoint folder, replacing an earlier one of this name. UserError if the disk is full."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     folder = Path(folder)
-    temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
-    old = folder.with_name(f"{TEMPORARY}{os.getpid()}-old-{folder.name}")
+    temporary, old = temporary_name(folder), temporary_name(folder, "old-")
     try:
         with writing(folder):
             temporary.mkdir(parents=True)
-            try:
-                save_file(tensors, temporary / TENSORS)
-            except SafetensorError as e:  # it wraps the operating system's error in its text
-                found = re.search(r"os error (\d+)", str(e))
-                number = int(found[1]) if found else errno.EIO
-                raise OSError(number, os.strerror(number)) from e
-            text = json.dumps({"crc32": _crc32(temporary / TENSORS), **meta}, ensure_ascii=False)
-            (temporary / META).write_text(text, encoding="utf-8")
+            _save_file(tensors, temporary / TENSORS)
+            hashes = {"tensors": sha256(temporary / TENSORS), "meta": _digest(meta)}
+            (temporary / META).write_text(json.dumps({"sha256": hashes, **meta}, ensure_ascii=False), encoding="utf-8")
             for path in (temporary / TENSORS, temporary / META, temporary):
                 flush(path)
             if folder.exists():
@@ -98,26 +147,40 @@ def save(folder: str | Path, tensors: "dict[str, torch.Tensor]", meta: dict[str,
         shutil.rmtree(old, ignore_errors=True)
 
 
+class _Hashes(msgspec.Struct):
+    tensors: str
+    meta: str
+
+
+class _Meta(msgspec.Struct):
+    sha256: _Hashes
+
+
 def load(folder: str | Path) -> "tuple[dict[str, torch.Tensor], dict[str, Any]]":
     """Tensors and meta of a checkpoint. UserError if a file is missing, empty, truncated or altered."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
+    for name in (META, TENSORS):
+        if not (folder / name).is_file():
+            raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
+    meta = reading.json_file(folder / META, dict[str, Any])
+    hashes = reading.convert(meta, _Meta, folder / META).sha256
+    del meta["sha256"]
+    if hashes.meta != _digest(meta):
+        raise UserError(f"checkpoint {folder}: {META} is altered")
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        if meta.pop("crc32") != _crc32(folder / TENSORS):
-            raise ValueError(f"{TENSORS} is truncated or altered")
+        if hashes.tensors != sha256(folder / TENSORS):
+            raise UserError(f"checkpoint {folder}: {TENSORS} is truncated or altered")
         return load_file(folder / TENSORS), meta
-    except FileNotFoundError as e:
-        raise UserError(f"checkpoint {folder} is incomplete: {Path(e.filename).name} is missing") from None
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as e:
+    except (OSError, SafetensorError) as e:
         raise UserError(f"checkpoint {folder} cannot be read: {e}") from None
 
 
 def remove(folder: Path) -> None:
     """Removes a folder so that a kill half-way leaves nothing that looks like a checkpoint."""
-    gone = folder.with_name(f"{TEMPORARY}{os.getpid()}-old-{folder.name}")
+    gone = temporary_name(folder, "old-")
     os.rename(folder, gone)
     shutil.rmtree(gone)
 
@@ -157,6 +220,8 @@ def flatten(value: Any) -> "tuple[Any, dict[str, torch.Tensor]]":
             return {"$tuple": [walk(v, f"{name}.{i}") for i, v in enumerate(value)]}
         if isinstance(value, list):
             return [walk(v, f"{name}.{i}") for i, v in enumerate(value)]
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"$float": repr(value)}
         if value is None or type(value) in (bool, int, float, str):
             return value
         raise TypeError(f"the state '{name}' holds a {type(value).__name__}, which a checkpoint cannot store")
@@ -172,6 +237,8 @@ def unflatten(tree: Any, tensors: "dict[str, torch.Tensor]") -> Any:
         return tree
     if "$tensor" in tree:
         return tensors[tree["$tensor"]]
+    if "$float" in tree:
+        return float(tree["$float"])
     if "$tuple" in tree:
         return tuple(unflatten(v, tensors) for v in tree["$tuple"])
     if "$dict" in tree:
@@ -179,9 +246,18 @@ def unflatten(tree: Any, tensors: "dict[str, torch.Tensor]") -> Any:
     return {k: unflatten(v, tensors) for k, v in tree.items()}
 
 
-def _crc32(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc
+def sha256(path: Path) -> str:
+    """Of a file, or of all files of a folder, hidden ones apart, with their names."""
+    total = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")):
+            total.update(f"{file.name}\0{sha256(file)}\0".encode(errors="surrogateescape"))
+        return total.hexdigest()
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

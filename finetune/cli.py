@@ -2,6 +2,7 @@
 
 import dataclasses
 import json as jsonlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 # Options that a command does not know are left to the module, script or engine behind it.
 OPEN = {"ignore_unknown_options": True, "help_option_names": []}
 REST = click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[ARGS]…")
+ACCEPT = click.option(
+    "--accept-changes", is_flag=True, help="Resume although data, kernels or versions differ; the summary says so."
+)
 JSON = click.option("--json", is_flag=True, help="Print JSON on stdout; all else goes to stderr.")
 
 
@@ -52,13 +56,21 @@ def list_(json: bool) -> None:
 @app.command(context_settings=OPEN)
 @click.argument("module", required=False)
 @click.option("--toy", is_flag=True, help="The module's small setting: seconds, not minutes.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder; default: a new one in the module's output/.")
+@click.option("--out", help="Run folder; default: a new one in the module's output/.")
 @click.option("--resume", is_flag=True, help="Continue the newest unfinished run, or the one in --out.")
+@ACCEPT
 @JSON
 @click.option("-h", "--help", "help_", is_flag=True, help="This text; after a module's name, that module's settings.")
 @REST
 def run(
-    module: str | None, toy: bool, out: Path | None, resume: bool, json: bool, help_: bool, rest: tuple[str, ...]
+    module: str | None,
+    toy: bool,
+    out: str | None,
+    resume: bool,
+    accept_changes: bool,
+    json: bool,
+    help_: bool,
+    rest: tuple[str, ...],
 ) -> int:
     """Train a module: run MODULE [--toy] [--key value …]. `run MODULE --help` lists its settings."""
     from finetune import config, folders, registry
@@ -74,28 +86,64 @@ def run(
     if help_:
         _settings(info)
         return 0
+    folder = _folder(out)
+    if accept_changes and not resume:
+        raise UserError("--accept-changes is for --resume")
     cls: type[config.Config] = registry.load(info).Config
     given = config.given(cls, list(rest))
-    if resume:
-        out, saved = folders.saved(info, out, toy)
-        if saved["module"] != info.name:
-            raise UserError(f"{out} holds a run of '{saved['module']}', not of '{info.name}'")
-        if toy and not saved["toy"]:
-            raise UserError(f"--toy: the run in {out} was started without it; leave it away, or start a new run")
-        cfg = config.from_json(cls, saved["config"])
-        toy = saved["toy"]
-        for name, value in given.items():
-            if value != getattr(cfg, name):
-                key = config.dashed(name)
-                was = getattr(cfg, name)
-                raise UserError(f"--{key} {value}: the run in {out} has {was}; leave it away, or start anew")
-    else:
+    if not resume:
         cfg = dataclasses.replace(cls.toy() if toy else cls(), **given)
+        return _execute(info, cfg, folder, json, toy=toy)
+    folder, saved = folders.saved(info, folder, toy)
+    if saved.module != info.name:
+        raise UserError(f"{folder} holds a run of '{saved.module}', not of '{info.name}'")
+    if toy and not saved.toy:
+        raise UserError(f"--toy: the run in {folder} was started without it; omit --toy, or start a new run")
+    cfg = config.from_json(cls, saved.config)
+    for name, value in given.items():
+        if value != (was := getattr(cfg, name)):
+            key = config.dashed(name)
+            raise UserError(f"--{key} {value}: the run in {folder} has {was}; omit --{key}, or start a new run")
+    return _execute(info, cfg, folder, json, toy=saved.toy, resume=True, accept_changes=accept_changes)
 
+
+@app.command()
+@click.argument("run_folder", metavar="RUN")
+@ACCEPT
+@JSON
+def finish(run_folder: str, accept_changes: bool, json: bool) -> int:
+    """Finish a run: what is left of its steps, then samples, memory, judging and plots, also if they were made before.
+
+    RUN is the run's folder. What was trained is not trained again.
+    """
+    from finetune import config, folders, registry
+
+    folder = _folder(run_folder)
+    assert folder
+    saved = folders.read(folder)
+    info = registry.find(saved.module)
+    cfg = config.from_json(registry.load(info).Config, saved.config)
+    return _execute(info, cfg, folder, json, toy=saved.toy, resume=True, again=True, accept_changes=accept_changes)
+
+
+def _folder(out: str | None) -> Path | None:
+    from finetune import folders
+
+    if out is None:
+        return None
+    if not out:
+        raise UserError("--out '' names no folder: give one, or omit --out")
+    folders.check_name(Path(out))
+    return Path(out).expanduser()
+
+
+def _execute(info: Any, cfg: Any, folder: Path | None, json: bool, **how: bool) -> int:
+    """Runs, with the summary on stdout if `json`; the exit code."""
+    from finetune import display
     from finetune.run import Stopped, execute
 
     try:
-        summary = execute(info, cfg, out, toy=toy, resume=resume, console=_console(stderr=json))
+        summary = execute(info, cfg, folder, console=display.console(stderr=json, unread=True), **how)
     except Stopped as e:  # click would turn it into an Abort
         print(e, file=sys.stderr)
         return e.exit_code
@@ -264,8 +312,10 @@ def _table(con: "Console", heads: tuple[str, ...], rows: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; the exit code. 0 done, 1 a smoke test failed, 2 the user's to mend, 128 + n signal n."""
+    """Runs the command line; the exit code. 0 done, 1 a smoke test failed, 2 the user's to fix, 128 + n signal n."""
+    _usable_streams()
     try:
+        _known_environment()
         result = app.main(args=argv, prog_name="python -m finetune", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except UserError as e:
@@ -281,6 +331,29 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `… list | head`
         sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush
         return 0
+
+
+def _usable_streams() -> None:
+    """What a terminal of another encoding cannot show is shown as an escape; a closed stream swallows what it gets."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+# Variables that choose among a few, and what they may say.
+CHOICES = {
+    "FINETUNE_CPU": ("portable", "avx2", "avx512", "amx"),
+    "FINETUNE_BACKEND": ("reference", "cpp", "cuda", "triton", "emulated", "checked", "sanitized"),
+}
+
+
+def _known_environment() -> None:
+    for name, allowed in CHOICES.items():
+        if (value := os.environ.get(name)) and value not in allowed:
+            raise UserError(f"{name}={value}: expected {', '.join(allowed)}")
 
 
 def _fail(message: str) -> int:

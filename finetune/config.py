@@ -14,7 +14,6 @@ class Config(config.Config):
 
 import ast
 import dataclasses
-import functools
 import inspect
 import io
 import math
@@ -194,10 +193,11 @@ def from_json(cls: type[C], values: dict[str, Any]) -> C:
     if set(values) != set(fields):
         names = ", ".join(sorted(set(values) ^ set(fields)))
         raise UserError(f"the saved settings are of another version of this module ({names} differ): start anew")
-    return cls(**{k: float(v) if fields[k].type is float and v in ("inf", "-inf") else v for k, v in values.items()})
+    infinite = ("inf", "-inf")
+    typed: dict[str, Any] = {k: float(v) if fields[k].type is float and v in infinite else v for k, v in values.items()}
+    return cls(**typed)
 
 
-@functools.cache
 def _rules(cls: type[Config]) -> dict[str, tuple[Any, bool, Bound]]:
     """(type, may it be None, bound) of every field; a bound that a base class gives holds until another is given."""
     bounds: dict[str, Bound] = {}

@@ -10,9 +10,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich import box
 from rich.cells import cell_len
@@ -33,10 +33,43 @@ GAP = 2  # blanks between two columns
 Cell = str | tuple[str, str]  # text, or text and its style
 
 
-def console(stderr: bool = False) -> Console:
-    stream = sys.stderr if stderr else sys.stdout
+class Output:
+    """stdout or stderr, for as long as somebody reads it. `run … | head` must not stop a run without a word."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.closed_by_reader = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        if not self.closed_by_reader:
+            try:
+                return int(self.stream.write(text))
+            except BrokenPipeError:
+                self._go_on()
+        return len(text)
+
+    def flush(self) -> None:
+        if not self.closed_by_reader:
+            try:
+                self.stream.flush()
+            except BrokenPipeError:
+                self._go_on()
+
+    def _go_on(self) -> None:
+        self.closed_by_reader = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is buffered goes there too
+        if self.stream is not sys.stderr:
+            with suppress(OSError):
+                print("nobody reads the output any more; going on without it", file=sys.stderr)
+
+
+def console(stderr: bool = False, unread: bool = False) -> Console:
+    """`unread`: what prints to it goes on when nobody reads it any more."""
+    stream: Any = sys.stderr if stderr else sys.stdout
     known = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
-    return Console(stderr=stderr, width=None if known else PIPED)
+    return Console(file=cast(IO[str], Output(stream) if unread else stream), width=None if known else PIPED)
 
 
 # --- text

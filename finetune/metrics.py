@@ -2,13 +2,19 @@
 
 import csv
 import errno
+import hashlib
 import io
+import math
 import os
 from pathlib import Path
+from typing import Any
 
+from finetune import reading
 from finetune.checkpoint import atomic_write, writing
+from finetune.errors import UserError
 
 Key = tuple[str, int]  # (phase, step)
+FIX = "remove the file and add --accept-changes to go on without its rows"
 MAIN = "train"  # the phase of a run that has only one; it needs no column
 
 
@@ -62,6 +68,17 @@ class Metrics:
                 self._append(self._text(self.pending).encode())
         self.pending = {}
 
+    def digest(self) -> dict[str, Any]:
+        """Of the rows on the disk but the last, which may still grow; `holds` compares it with the rows found later."""
+        self.flush()
+        count = max(0, len(self.rows) - 1)
+        return {"rows": count, "columns": self.columns, "sha256": _hash(self.rows, count, self.columns)}
+
+    def holds(self, digest: dict[str, Any]) -> bool:
+        """Whether the rows that an earlier process left begin with those of which this is the digest."""
+        count = digest["rows"]
+        return len(self.old) >= count and _hash(self.old, count, digest["columns"]) == digest["sha256"]
+
     def series(self) -> dict[str, tuple[list[int], list[float]]]:
         """(steps, values) of each column, by name; in a run of several phases the name is `phase: column`."""
         found: dict[str, tuple[list[int], list[float]]] = {}
@@ -87,9 +104,25 @@ class Metrics:
                 raise
 
     def _read(self) -> dict[Key, dict[str, str]]:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = {}
-        for cells in csv.DictReader(io.StringIO("".join(line for line in lines if line.endswith("\n")))):
-            row = {name: text for name, text in cells.items() if text}
-            rows[(row.get("phase", MAIN), int(row["step"]))] = row
+        """The whole lines of the file; a last one that was cut short is dropped. UserError if the rest is damaged."""
+        text = reading.text_file(self.path, fix=FIX)
+        whole = text[: text.rfind("\n") + 1]
+        rows: dict[Key, dict[str, str]] = {}
+        lines = csv.reader(io.StringIO(whole))
+        columns = next(lines, [])
+        for number, cells in enumerate(lines, start=2):
+            row = {name: cell for name, cell in zip(columns, cells, strict=False) if cell}
+            try:
+                values = [float(text) for name, text in row.items() if name != "phase"]
+                if len(cells) != len(columns) or not all(map(math.isfinite, values)):
+                    raise ValueError
+                rows[(row.get("phase", MAIN), int(row["step"]))] = row
+            except (ValueError, KeyError):
+                raise UserError(f"{self.path}, line {number} is damaged: {FIX}") from None
         return rows
+
+
+def _hash(rows: dict[Key, dict[str, str]], count: int, columns: list[str]) -> str:
+    """Of the first rows, in these columns."""
+    table = [[row.get(column, "") for column in columns] for row in list(rows.values())[:count]]
+    return hashlib.sha256(repr(table).encode()).hexdigest()

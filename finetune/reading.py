@@ -106,7 +106,7 @@ def convert(value: Any, kind: type[T], source: object, fix: str = "") -> T:
     """A parsed value (of TOML, of GGUF metadata, …) as `kind`."""
     end = f": {fix}" if fix else ""
     try:
-        if place := _not_finite(value, ""):
+        if place := not_finite(value):
             raise UserError(f"{source}: {place} is not a finite number{end}")
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as e:
@@ -115,17 +115,17 @@ def convert(value: Any, kind: type[T], source: object, fix: str = "") -> T:
         raise UserError(f"{source} is nested too deeply{end}") from None
 
 
-def _not_finite(value: Any, place: str) -> str:
+def not_finite(value: Any, place: str = "") -> str:
     """Where the first NaN or infinity of a nested value is; an empty string if there is none."""
     if isinstance(value, float):
         return "" if math.isfinite(value) else place.lstrip(".") or "it"
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    inside = (_not_finite(v, f"{place}.{k}" if isinstance(k, str) else f"{place}[{k}]") for k, v in parts)
+    inside = (not_finite(v, f"{place}.{k}" if isinstance(k, str) else f"{place}[{k}]") for k, v in parts)
     return next((found for found in inside if found), "")
 
 
 def _explained(message: str, value: Any, source: object) -> str:
-    """msgspec's words with the file before them and the value behind them: "Expected `int`, got `str` - at `$.a[0]`"."""
+    """msgspec's "Expected `int`, got `str` - at `$.a[0]`", with the file before it and the value behind the key."""
     found = re.fullmatch(r"(.*?) - at `\$(.*)`", message, re.DOTALL)
     if not found:
         return f"{source}: {message[:1].lower()}{message[1:]}"

@@ -1,16 +1,17 @@
 """A run: one folder with settings, metrics, curves, checkpoints and a summary; killed at any moment, it resumes.
 
-The result is a function of (settings, seed). Nothing random is carried over from step to step: before step s every
-generator is seeded from (seed, phase, s), so a resumed step draws what it would have drawn. `execute` runs a module;
-its `main(cfg, run)` uses the public methods of `Run`.
+The result is a function of (settings, seed, inputs). Nothing random is carried over from step to step: before step s
+every generator is seeded from (seed, phase, s), so a resumed step draws what it would have drawn. A resumed run checks
+that its inputs, the kernels and the versions are those that it began with. `execute` runs a module; its
+`main(cfg, run)` uses the public methods of `Run`.
 """
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -20,7 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import checkpoint, config, display, folders, machine, registry
+import msgspec
+
+from finetune import checkpoint, config, display, folders, machine, reading, registry
 from finetune.errors import UserError
 from finetune.metrics import MAIN, Metrics
 
@@ -40,7 +43,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class NotFinite(UserError):
-    """A loss or gradient norm became NaN or infinite."""
+    """A metric or result became NaN or infinite."""
 
 
 class Run:
@@ -53,10 +56,13 @@ class Run:
         *,
         toy: bool = False,
         resume: bool = False,
+        saved: folders.Saved | None = None,
+        accept_changes: bool = False,
         console: "Console | None" = None,
     ) -> None:
         self.dir = Path(folder)
         self.cfg, self.toy, self.resume = cfg, toy, resume
+        self.saved, self._accept_changes = saved, accept_changes
         self.console = console or display.console()
         self.phase = MAIN
         self.metrics = Metrics(self.dir / "metrics.csv", resume)
@@ -73,6 +79,35 @@ class Run:
     def say(self, text: str) -> None:
         """One line to the terminal, above the progress bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def depends_on(self, name: str, path: Path) -> None:
+        """Keeps the hash of a file or folder that the result depends on; the paths of the settings are kept already.
+
+        UserError if the run is resumed and the contents are no longer those that it began with.
+        """
+        if self.saved is None:
+            return
+        path, before = Path(path).expanduser(), self.saved.inputs.get(name)
+        if before and before.path == str(path) and path.exists() and folders.changed_at(path) == before.changed:
+            return
+        now = folders.described(path)
+        if before and before.sha256 != now.sha256:
+            self.changed([f"{name} ({path}) has other contents"])
+        self.saved.inputs[name] = now
+        self.saved.write(self.dir)
+
+    def changed(self, what: list[str]) -> None:
+        """Refuses to go on with another thing than the run began with, or says so and keeps it (--accept-changes)."""
+        if not what or self.saved is None:
+            return
+        if not self._accept_changes:
+            raise UserError(
+                f"since the run in {self.dir} began, {'; '.join(what)}: put it back, start a new run, "
+                "or add --accept-changes to go on all the same"
+            )
+        self.saved.changes += what
+        self.saved.write(self.dir)
+        self.say(f"going on although {'; '.join(what)}")
 
     def generator(self, *key: Any) -> "torch.Generator":
         """A CPU generator that depends on (seed, *key) only: `run.generator("batch", step)`."""
@@ -109,10 +144,10 @@ class Run:
         self.seed(phase, total)
 
     def log(self, step: int, **metrics: Any) -> None:
-        """Adds to the row of this step in metrics.csv. UserError if a loss or grad_norm is not finite."""
+        """Adds to the row of this step in metrics.csv. UserError if a value is not finite."""
         values = {name: v.item() if hasattr(v, "item") else v for name, v in metrics.items()}
         for name, value in values.items():
-            if ("loss" in name or name == "grad_norm") and not math.isfinite(value):
+            if not math.isfinite(value):
                 self.metrics.flush()
                 raise NotFinite(
                     f"{name} became {value} at step {step}: try a smaller learning rate or another --seed; "
@@ -132,16 +167,19 @@ class Run:
         higher: bool = True,
     ) -> None:
         """Records a result with its standard error, its baseline and the target it must reach (`higher=False`: must
-        not exceed; equal to the baseline: must surpass). Without a target it is shown and not judged.
+        not exceed; equal to the baseline: must surpass). Without a target it is shown and not judged. NotFinite for
+        NaN and infinities, which are no results.
         """
         value = float(value)
+        if not math.isfinite(value):
+            raise NotFinite(f"{name} is {value}, which is no result: look at the data, or try a smaller learning rate")
         error, baseline, target = (None if x is None else float(x) for x in (error, baseline, target))
         if error is not None and not math.isfinite(error):
             error = None  # one sample has none
         passed: bool | None = None
         if target is not None:
             reached = value >= target if higher else value <= target
-            passed = math.isfinite(value) and reached and not value == baseline == target
+            passed = reached and not value == baseline == target
         self.judged[name] = {"value": value, "error": error, "baseline": baseline, "target": target, "higher": higher,
                              "passed": passed}  # fmt: skip
 
@@ -186,6 +224,7 @@ class Run:
             "seconds": round(self._seconds(), 3),
             "peak_rss_bytes": self._peak(),
             "memory": self.memory_rows,
+            "changes": self.saved.changes if self.saved else [],
         }
 
     def seed(self, *key: Any) -> None:
@@ -230,34 +269,88 @@ class Run:
         tree, tensors = checkpoint.flatten(
             {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
         )
-        meta = {"step": step, "seconds": self._seconds(), "peak_rss_bytes": self._peak(), "state": tree}
+        meta = {
+            "step": step,
+            "seconds": self._seconds(),
+            "peak_rss_bytes": self._peak(),
+            "run": self._identity(),
+            "metrics": self.metrics.digest(),
+            "state": tree,
+        }
         checkpoint.save(folder / f"step_{step:06d}", tensors, meta)
-        for old in sorted(folder.glob("step_*"), key=_number)[:-KEPT]:
+        for old in _checkpoints(folder)[:-KEPT]:
             checkpoint.remove(old)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint says of the run that it belongs to."""
+        if self.saved is None:
+            return {}
+        settings = hashlib.sha256(repr(sorted(self.saved.config.items())).encode()).hexdigest()
+        inputs = {name: given.sha256 for name, given in self.saved.inputs.items()}
+        return {"id": self.saved.id, "settings": settings, "inputs": inputs, "versions": self.saved.versions}
 
     def _restore(self, folder: Path, state: dict[str, Any]) -> int:
         """Loads the newest good checkpoint into `state`; the number of steps it has behind it, 0 without one."""
-        found = sorted(folder.glob("step_*"), key=_number, reverse=True)
+        found = _checkpoints(folder)[::-1]
         for i, path in enumerate(found):
             try:
-                tensors, meta = checkpoint.load(path)
-                saved = checkpoint.unflatten(meta["state"], tensors)
-            except (UserError, KeyError, TypeError) as e:
+                meta = self._load(path, state)
+            except (UserError, KeyError, TypeError, ValueError, RuntimeError) as e:
+                reason = str(e) if isinstance(e, UserError) else f"checkpoint {path} cannot be read: {e}"
                 if i + 1 == len(found):
-                    raise UserError(f"{e}; no earlier one is left: start the run anew") from None
-                self.say(f"{e}; falling back to {found[i + 1].name}")
+                    raise UserError(f"{reason}; no earlier one is left: {folders.STALE}") from None
+                self.say(f"{reason}; falling back to {found[i + 1].name}")
                 continue
-            if set(saved) != set(state):
-                raise UserError(f"checkpoint {path} holds {sorted(saved)}, this module has {sorted(state)}: start anew")
-            for name, target in state.items():
-                if hasattr(target, "load_state_dict"):
-                    target.load_state_dict(saved[name])
-                else:
-                    _update(target, saved[name])
-            self._earlier_seconds = max(self._earlier_seconds, meta["seconds"])
-            self._earlier_peak = max(self._earlier_peak, meta["peak_rss_bytes"])
-            return int(meta["step"])
+            if not self.metrics.holds(msgspec.to_builtins(meta.metrics)):
+                self.changed(["the rows of metrics.csv were altered"])
+            self._earlier_seconds = max(self._earlier_seconds, meta.seconds)
+            self._earlier_peak = max(self._earlier_peak, meta.peak_rss_bytes)
+            return meta.step
         return 0
+
+    def _load(self, path: Path, state: dict[str, Any]) -> "Meta":
+        """Puts a checkpoint into `state`. UserError if it is damaged, or is of another run or module."""
+        tensors, raw = checkpoint.load(path)
+        meta = reading.convert(raw, Meta, path / checkpoint.META)
+        if self.saved and (meta.run.get("id"), meta.run.get("settings")) != (
+            self.saved.id,
+            self._identity()["settings"],
+        ):
+            raise UserError(f"checkpoint {path} is of another run")
+        saved = checkpoint.unflatten(meta.state, tensors)
+        if set(saved) != set(state):
+            raise UserError(f"checkpoint {path} holds {sorted(saved)}, this module has {sorted(state)}")
+        for name, target in state.items():
+            if hasattr(target, "load_state_dict"):
+                target.load_state_dict(saved[name])
+            else:
+                _update(target, saved[name], name)
+        return meta
+
+
+class MetricsDigest(msgspec.Struct):
+    rows: reading.Index
+    columns: list[str]
+    sha256: str
+
+
+class Meta(msgspec.Struct):
+    """meta.json of a checkpoint."""
+
+    step: reading.Index
+    seconds: reading.NonNegative
+    peak_rss_bytes: reading.Index
+    run: dict[str, Any]
+    metrics: MetricsDigest
+    state: dict[str, Any]
+
+
+class Summary(msgspec.Struct):
+    """What has to be in summary.json for a run to count as finished."""
+
+    module: str
+    metrics: dict[str, Any]
+    passed: bool | None
 
 
 def execute(
@@ -267,47 +360,76 @@ def execute(
     *,
     toy: bool = False,
     resume: bool = False,
+    again: bool = False,
+    accept_changes: bool = False,
     console: "Console | None" = None,
 ) -> dict[str, Any]:
-    """Runs a module in a new folder (`out`, or a default one), or continues the one in `out`; returns the summary."""
+    """Runs a module in a new folder (`out`, or a default one), or continues the one in `out`; returns the summary.
+
+    `again` repeats what follows the last step of a run that is finished.
+    """
     main = registry.load(info).main
     if not resume:
         cfg = dataclasses.replace(cfg, threads=cfg.threads or machine.physical_cores())
     folder = Path(out) if out else folders.default(info, cfg, toy)
-    saved_in = folder / "config.json"
-    if resume and not saved_in.exists():
-        raise UserError(f"{folder} holds no run to resume: leave --resume away to start one there")
-    if not resume and saved_in.exists():
-        raise UserError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
-    if resume and (folder / "summary.json").exists():
-        summary = dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    folders.check_name(folder)
+    if resume:
+        saved = folders.read(folder)
+    else:
+        folders.refuse_foreign(folder)
+        saved = folders.begin(info, cfg, toy)
+    if resume and not again and (folder / folders.SUMMARY).exists():
+        fix = "`finetune finish` writes it again"
         (console or display.console()).print(f"{folder} is finished already: nothing to resume", soft_wrap=True)
-        return summary
-    run = Run(folder, cfg, toy=toy, resume=resume, console=console)
-    with folders.locked(folder), torch_settings(cfg.threads), run.signals():
-        folders.clean(folder)
-        if not resume:
-            checkpoint.write_json(saved_in, folders.settings(info, cfg, toy))
-        display.header(run.console, info, cfg, folder, toy, resume)
-        run.seed("init")
+        reading.json_file(folder / folders.SUMMARY, Summary, fix)
+        return reading.json_file(folder / folders.SUMMARY, dict[str, Any], fix)
+    run = Run(folder, cfg, toy=toy, resume=resume, saved=saved, accept_changes=accept_changes, console=console)
+    with folders.locked(folder), checkpoint.owned_by(saved.id), torch_settings(cfg.threads), run.signals():
+        checkpoint.clean(folder, saved.id)
         try:
+            begin(run, saved, new=not resume)
+            display.header(run.console, info, cfg, folder, toy, resume)
+            run.seed("init")
             metrics = main(cfg, run) or {}
-        except NotFinite:
             run.curves()
-            raise
-        except UserError:
-            if not (resume or run.metrics.rows or (folder / "checkpoints").exists()):
-                folders.withdraw(folder)
-            raise
+            summary = {"module": info.name, "toy": toy, "seed": cfg.seed, "steps": cfg.steps, **run.summary(metrics)}
+            checkpoint.write_json(folder / folders.SUMMARY, summary)
         except Stopped as e:
             run.curves()
             e.args = (f"{e}: continue with python -m finetune run {info.name} --resume --out {display.short(folder)}",)
             raise
-        run.curves()
-        summary = {"module": info.name, "toy": toy, "seed": cfg.seed, "steps": cfg.steps, **run.summary(metrics)}
-        checkpoint.write_json(folder / "summary.json", summary)
+        except UserError as e:
+            if isinstance(e, NotFinite):
+                run.curves()
+            elif not (resume or run.metrics.rows or (folder / "checkpoints").exists()):
+                folders.withdraw(folder)
+            if run.finished_steps:
+                e.args = (f"{e}\n{kept(folder)}",)
+            raise
+        except Exception:
+            if run.finished_steps:
+                print(kept(folder), file=sys.stderr)
+            raise
         display.closing(run.console, summary, run.judged, folder)
     return summary
+
+
+def begin(run: Run, saved: folders.Saved, new: bool) -> None:
+    """Writes the settings of a new run; checks that what a resumed one depends on has not changed."""
+    if new:
+        saved.write(run.dir)
+    else:
+        now = folders.versions()
+        differing = folders.differences(saved.versions, now)
+        saved.versions = now
+        run.changed(differing)
+    for name, path in run.cfg.inputs().items():
+        run.depends_on(name, path)
+
+
+def kept(folder: Path) -> str:
+    where = display.short(folder)
+    return f"what was trained is kept in {where}: python -m finetune finish {where} repeats what is missing"
 
 
 @contextmanager
@@ -334,18 +456,29 @@ def stable_hash(*key: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a loop, oldest first; whatever else lies there is not looked at."""
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,12}", p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
-def _update(target: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Puts saved values into a dict, tensors into the tensors that are there: others may hold them."""
+def _update(target: dict[str, Any], saved: dict[str, Any], place: str) -> None:
+    """Puts saved values into a dict, tensors into the tensors that are there: others may hold them.
+
+    UserError for a tensor that is there and was not saved, or not in this shape and dtype."""
+    import torch
+
+    for name, there in target.items():
+        if isinstance(there, torch.Tensor) and there.requires_grad:
+            value = saved.get(name)
+            if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (there.shape, there.dtype):
+                raise UserError(f"the checkpoint's {place}.{name} is missing or of another shape or dtype")
     for name, value in saved.items():
-        there: Any = target.get(name)
-        if hasattr(there, "copy_") and there.shape == value.shape:
+        there = target.get(name)
+        if isinstance(there, torch.Tensor) and isinstance(value, torch.Tensor) and there.shape == value.shape:
             there.detach().copy_(value)
         elif isinstance(there, dict) and isinstance(value, dict):
-            _update(there, value)
+            _update(there, value, f"{place}.{name}")
         else:
             target[name] = value
     for name in set(target) - set(saved):

@@ -116,7 +116,7 @@ class Op:
                 native.register("finetune")
             except RuntimeError as error:
                 raise UserError(
-                    f"{LIBRARY} is older than the sources ({error}): pip install -e . builds it anew"
+                    f"{LIBRARY} is older than the sources ({error}): pip install -e . builds it again"
                 ) from error
         REGISTRY[name] = self
 
@@ -190,10 +190,10 @@ def load_library() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"the native library does not load ({error}): pip install -e . builds it anew"
+        return f"the native library does not load ({error}): pip install -e . builds it again"
     wanted = os.environ.get("FINETUNE_CPU")
     if wanted and wanted != torch.ops.finetune.cpu_level():
-        raise RuntimeError(
+        raise UserError(
             f"FINETUNE_CPU={wanted}: this machine supports up to {torch.ops.finetune.cpu_level_supported()} "
             "(portable < avx2 < avx512 < amx); unset it or choose a lower one"
         )
