@@ -47,6 +47,28 @@ def test_the_gain_is_the_best_of_all_policies(seed):
     assert np.allclose(planning.synchronous(mdp.discounted(1.0), bias), bias + gain, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("c", [1e-12, 1e-8, 1e-3, 1e8, 1e12])
+def test_the_size_of_rewards_changes_neither_the_best_gain_nor_the_plans(c):
+    for mdp in (worlds.access_control(), unichain(8, 3, 5)):
+        large = mdps.make(mdp.P, mdp.rewards * c, 0.9, terminal=[False] * mdp.size[0], allowed=mdp.allowed)
+        first = mdps.one_hot(mdp, [0] * mdp.size[0])
+        gain, bias, policy, count = planning.average_reward_iteration(mdp, first)
+        found = planning.average_reward_iteration(large, first)
+        assert found[0] == pytest.approx(c * gain, rel=1e-10)
+        assert np.allclose(found[1] / c, bias, rtol=0, atol=1e-10 * abs(bias).max())
+        assert np.array_equal(found[2], policy)
+        assert found[3] == count
+    beliefs = np.random.default_rng(0).dirichlet(np.ones(3), 500)
+    for problem in (some_pomdp(3, 3, 2, 4), some_pomdp()):
+        mdp = problem.mdp
+        large = pomdp.POMDP(mdps.make(mdp.P, mdp.rewards * c, 0.9, terminal=[False] * 3), problem.seen)
+        for margin in (1e-10, 1e-3):
+            mine, other = pomdp.solve(problem, 4, margin)[-1], pomdp.solve(large, 4, margin)[-1]
+            assert len(mine[0]) == len(other[0])
+            assert np.array_equal(pomdp.best_action(beliefs, mine), pomdp.best_action(beliefs, other))
+            assert np.allclose(pomdp.value(beliefs, other) / c, pomdp.value(beliefs, mine), rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("step", [0.5, 0.9])
 def test_the_gain_lies_between_the_bounds_of_every_sweep(step):
     """And they close in, on a chain that alternates too, where a whole step would leave them apart for ever."""
@@ -145,7 +167,7 @@ def test_the_vectors_are_the_best_of_all_plans(problem, steps):
 def test_a_margin_costs_what_it_says():
     """Five prunings a step with two observations, each of a margin at most."""
     beliefs = np.stack([np.linspace(0, 1, 501), np.linspace(1, 0, 501)], 1)
-    exact, coarse = (pomdp.solve(pomdp.tiger(), 9, margin)[-1] for margin in (1e-9, 1e-2))
+    exact, coarse = (pomdp.solve(pomdp.tiger(), 9, margin)[-1] for margin in (1e-11, 1e-4))  # of 100
     lost = pomdp.value(beliefs, exact) - pomdp.value(beliefs, coarse)
     assert len(coarse[0]) < len(exact[0])
     assert lost.min() >= -1e-7

@@ -4,9 +4,11 @@ import csv
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from resumed import cut_off
 
 from finetune import registry
@@ -76,6 +78,40 @@ def test_a_file(tmp_path, seed):
     assert summary["metrics"]["start_value"] == pytest.approx(mdp.start @ planning.policy_iteration(mdp)[0], abs=1e-8)
     assert (tmp_path / "run/values.png").stat().st_size > 15_000
     assert not (tmp_path / "run/gallery.png").exists()
+
+
+@pytest.mark.parametrize(("gamma", "steps", "scale"), [(0.999, 300, 1.0), (0.99999, 20, 1e9), (0.9, 2000, 1e-9)])
+def test_a_large_gamma_is_judged_by_what_so_many_sweeps_promise(tmp_path, capsys, gamma, steps, scale):
+    """And small rewards by their own size."""
+    mdp = mdps.garnet(9, 3, 4, np.random.default_rng(5), 0.9)
+    np.savez(tmp_path / "own.npz", P=mdp.P, R=mdp.R * scale, gamma=gamma)
+    summary = run(tmp_path / "run", data=tmp_path / "own.npz", rollouts=400, rollout_steps=200, steps=steps)
+    assert summary["passed"]
+    said, target, baseline = capsys.readouterr().out, summary["target"], summary["baseline"]
+    few = gamma > 0.99
+    assert (f"{steps:,} are made (--steps)" in said) == few
+    assert ("rollouts stop after 200 steps" in said) == few
+    within = max(gamma**steps, 1e-8)
+    assert target["error_synchronous"] == pytest.approx(within * baseline["error_synchronous"], rel=1e-6)
+    assert target["error_linear_program"] == pytest.approx(1e-8 * baseline["error_synchronous"], rel=1e-6)
+    rows = list(csv.DictReader((tmp_path / "run/metrics.csv").open()))
+    assert len(rows) == (steps if few else main.needed(gamma))
+
+
+def test_a_wrong_policy_is_seen_by_its_rollouts_whatever_the_size_of_rewards():
+    """The deviation has no absolute part: values of 1e-12 that are wrong by a tenth do not count as right."""
+    told = {}
+    fake = SimpleNamespace(judge=lambda name, value, **_: told.update({name: value}), say=lambda text: None,
+                           generator=lambda *key: torch.Generator().manual_seed(0))  # fmt: skip
+    for scale in (1e-12, 1.0, 1e12):
+        walk = worlds.random_walk(5, 0.0, scale)
+        solvers = SimpleNamespace(policy=mdps.uniform(walk))
+        config = SimpleNamespace(rollouts=2000, rollout_steps=500)
+        main.judge_rollouts(config, fake, walk, solvers)
+        assert told["rollout_deviation"] < 4
+        wrong = dataclasses.replace(walk, R=1.3 * walk.R)  # V is of these, the rollouts are of `rewards`
+        main.judge_rollouts(config, fake, wrong, solvers)
+        assert told["rollout_deviation"] > 8
 
 
 def test_without_sweeps_there_is_no_gain(tmp_path):

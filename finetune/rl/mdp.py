@@ -65,10 +65,21 @@ def one_hot(mdp: MDP, actions: ArrayLike) -> Array:
     return np.eye(mdp.size[1])[np.asarray(actions)]
 
 
-def greedy(mdp: MDP, V: Array, tie: float = 1e-9) -> Array:
-    """The policy that takes an action of the largest Q(s, ·) under V; of those within `tie`, the first."""
+TIE = 1e-11  # part of the numbers that a Q is a sum of, within which two are equal but for rounding
+
+
+def near_best(mdp: MDP, V: Array, tie: float = TIE) -> NDArray[np.bool_]:
+    """(S, A) the actions whose Q under V is the largest, or less by `tie` of what it is a sum of: |R| + γ P |V|. So it
+    holds for rewards of any size, and for a state whose numbers are small beside another's."""
     q = action_values(mdp, V)
-    return one_hot(mdp, (q >= q.max(1, keepdims=True) - tie).argmax(1))
+    size = abs(mdp.R) + mdp.gamma * (mdp.P @ abs(V))
+    best = np.take_along_axis(size, q.argmax(1, keepdims=True), 1)
+    return np.asarray(q >= q.max(1, keepdims=True) - tie * np.maximum(size, best))
+
+
+def greedy(mdp: MDP, V: Array, tie: float = TIE) -> Array:
+    """The policy that takes an action of the largest Q(s, ·) under V; of those that tie (`near_best`), the first."""
+    return one_hot(mdp, near_best(mdp, V, tie).argmax(1))
 
 
 def under(mdp: MDP, policy: Array) -> tuple[Array, Array]:

@@ -14,7 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.errors import UserError
-from finetune.rl.mdp import MDP, Array, action_values, check_ends, greedy, one_hot, solve, under, uniform
+from finetune.rl.mdp import (
+    MDP,
+    TIE,
+    Array,
+    action_values,
+    check_ends,
+    greedy,
+    near_best,
+    one_hot,
+    solve,
+    under,
+    uniform,
+)
 
 # --- Sweeps
 
@@ -73,11 +85,10 @@ def modified(mdp: MDP, V: Array, sweeps: int = 5) -> Array:
     return evaluate(mdp, greedy(mdp, V), V, sweeps)
 
 
-def improve(mdp: MDP, policy: Array, V: Array, tie: float = 1e-9) -> Array:
-    """Policy improvement: greedy by V, but an action that is within `tie` of the best is kept."""
-    q = action_values(mdp, V)
+def improve(mdp: MDP, policy: Array, V: Array, tie: float = TIE) -> Array:
+    """Policy improvement: greedy by V, but an action that ties with the best (`near_best`) is kept."""
     kept = policy.argmax(1)
-    best = np.where(q[np.arange(len(V)), kept] >= q.max(1) - tie, kept, q.argmax(1))
+    best = np.where(near_best(mdp, V, tie)[np.arange(len(V)), kept], kept, action_values(mdp, V).argmax(1))
     return one_hot(mdp, best)
 
 
@@ -87,11 +98,12 @@ def improve(mdp: MDP, policy: Array, V: Array, tie: float = 1e-9) -> Array:
 def policy_iteration(mdp: MDP, policy: Array | None = None) -> tuple[Array, Array, int]:
     """V*, an optimal policy and the number of improvements. Starts from the uniform policy, which ends if any does."""
     policy = uniform(mdp) if policy is None else policy
-    V = solve(mdp, policy)
+    V, seen = solve(mdp, policy), set[bytes]()
     for improvements in range(1, 10_000):
         better = improve(mdp, policy, V)
-        if (better == policy).all():
+        if (better == policy).all() or better.tobytes() in seen:  # it comes back if all that is left is rounding
             return V, policy, improvements - 1
+        seen.add(better.tobytes())
         policy, V = better, solve(mdp, better)
     raise AssertionError("policy iteration went through 10,000 policies")
 
@@ -99,19 +111,22 @@ def policy_iteration(mdp: MDP, policy: Array | None = None) -> tuple[Array, Arra
 def solve_by(
     sweep: Callable[[MDP, Array], Array], mdp: MDP, tolerance: float = 1e-10, most: int = 100_000
 ) -> tuple[Array, int]:
-    """Repeats `sweep` from V = 0; values within `tolerance` of V* and the number of sweeps. UserError after `most`.
+    """Repeats `sweep` from V = 0; values within `tolerance` · max |V| of V*, or as near as float64 comes, and how many
+    sweeps it took. UserError after `most`.
 
     ‖V' − V*‖ ≤ γ/(1−γ) ‖V' − V‖; with γ = 1 there is no such bound and the change itself is what is small.
     """
     V = np.zeros(mdp.size[0])
     factor = mdp.gamma / (1 - mdp.gamma) if mdp.gamma < 1 else 1.0
+    enough = max(tolerance / max(factor, 1e-300), 4 * np.finfo(np.float64).eps)
     for count in range(1, most + 1):
         after = sweep(mdp, V)
         change = float(abs(after - V).max())
         V = after
-        if factor * change <= tolerance:
+        if change <= enough * abs(V).max():
             return V, count
-    raise UserError(f"the values still change by {change:.3g} after {most} sweeps: with γ = 1 they may have no limit")
+    why = "with γ = 1 they may have no limit" if mdp.gamma == 1 else f"γ = {mdp.gamma:.12g} needs more of them"
+    raise UserError(f"the values still change by {change:.3g} after {most} sweeps: {why}")
 
 
 def linear_program(mdp: MDP) -> tuple[Array, Array, int]:
@@ -128,20 +143,24 @@ def linear_program(mdp: MDP) -> tuple[Array, Array, int]:
     P, R = mdp.P[inner][:, :, inner], np.where(mdp.allowed, mdp.R, -np.inf)[inner]
     basis = ending(mdp)[inner].argmax(1)
     inverse = V = np.empty(0)
+    seen: set[bytes] = set()
     for pivot in range(100_000):
         if pivot % 100 == 0:  # anew, so that rounding does not add up
             check_ends(mdp, under(mdp, _whole(mdp, inner, basis))[0])
             inverse = np.linalg.inv(np.eye(len(inner)) - mdp.gamma * P[index, basis])
             V = inverse @ R[index, basis]
         advantage = R + mdp.gamma * (P @ V) - V[:, None]
+        size = np.where(np.isfinite(R), abs(R), 0) + mdp.gamma * (P @ abs(V)) + abs(V)[:, None]
+        advantage = np.where(advantage > TIE * size, advantage, 0.0)
         s, a = divmod(int(advantage.argmax()), mdp.size[1])
-        if advantage[s, a] <= 1e-11 * max(1.0, abs(V).max()):
+        if advantage[s, a] == 0 or basis.tobytes() in seen:
             policy = _whole(mdp, inner, basis)
             return solve(mdp, policy), policy, pivot
         change = mdp.gamma * (P[s, basis[s]] - P[s, a])  # of row s of I − γ P_π
         pivot_element = 1 + change @ inverse[:, s]
         if pivot_element <= 1e-13:
             raise UserError(f"the values have no bound: with γ = 1, state {inner[s]} pays for being returned to")
+        seen.add(basis.tobytes())  # one that comes back is as good as the next but for rounding
         column = inverse[:, s] / pivot_element
         inverse = inverse - np.outer(column, change @ inverse)
         V = V + column * advantage[s, a]
@@ -204,12 +223,13 @@ def gain_and_bias(mdp: MDP, policy: Array) -> tuple[float, Array]:
 def average_reward_iteration(mdp: MDP, policy: Array) -> tuple[float, Array, Array, int]:
     """The best gain, its bias, the policy and the number of improvements, by Howard's policy iteration (1960) from
     `policy`. Every policy on the way has to be unichain."""
-    endless = mdp.discounted(1.0)
+    endless, seen = mdp.discounted(1.0), set[bytes]()
     for improvements in range(10_000):
         gain, bias = gain_and_bias(mdp, policy)
         better = improve(endless, policy, bias)
-        if (better == policy).all():
+        if (better == policy).all() or better.tobytes() in seen:  # it comes back if all that is left is rounding
             return gain, bias, policy, improvements
+        seen.add(better.tobytes())
         policy = better
     raise AssertionError("policy iteration went through 10,000 policies")
 

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 
 from finetune.plots import INK
-from finetune.rl.mdp import MDP, Array, action_values
+from finetune.rl.mdp import MDP, Array, near_best
 
 SHIFT = {"↑": (0, -1), "→": (1, 0), "↓": (0, 1), "←": (-1, 0)}
 
 
 def best_actions(mdp: MDP, V: Array, tie: float = 1e-6) -> Array:
-    """(S, A): 1 for every action within `tie` of the best under V, so that a picture shows them all."""
-    q = action_values(mdp, V)
-    return (q >= q.max(1, keepdims=True) - tie).astype(np.float64)
+    """(S, A): 1 for every action that ties with the best under V (`near_best`), so that a picture shows them all."""
+    return near_best(mdp, V, tie).astype(np.float64)
 
 
 def value_map(

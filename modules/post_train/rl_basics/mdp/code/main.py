@@ -25,32 +25,37 @@ from finetune.rl.rollout import numpy_generator
 
 from . import plots, pomdp
 
-CLOSE = 1e-8  # how near every solver has to come to V*
-MARGIN = 1e-3  # by which an α-vector has to be the best somewhere; with 1e-9 there are several times as many
+CLOSE = 1e-8  # of max |V*|: how near every solver has to come to V*
+ENDLESS = 1500  # sweeps with γ = 1, where there is no bound that says how many are needed
+MARGIN = (
+    1e-5  # of the largest reward: by so much an α-vector has to be the best somewhere; with 1e-10 there are several
+)
+# times as many
 GALLERY = ("frozen_lake", "cliff_walking", "taxi", "gridworld", "small_gridworld", "car_rental", "gambler")
 
 
 @dataclass
 class Config(config.Config):
     threads: int = 1  # the tables are small
-    steps: int = 1500  # sweeps at most
+    steps: int = 20_000  # sweeps at most; as many are made as γ needs
     checkpoint_every: int = 500
     world: str = "frozen_lake_8x8"  # whose sweeps are recorded: a name in finetune/rl/worlds.py, or a gymnasium id
     data: Path | None = None  # an npz with P (states, actions, states) and R, in place of a world
     gamma: float | None = None  # discount; none: the world's own
     evaluation_sweeps: int = 5  # of modified policy iteration, between two improvements
     rollouts: int = 10_000  # episodes that the best policy is tried in
+    rollout_steps: int = 2000  # after so many an episode is cut off, and its return compared with the value of as many
     pairs: int = 300  # pairs of value functions that the contraction is measured with
     horizon: int = 60  # steps of the tiger problem
     gallery: bool = True  # the other worlds and the book's figures too; not with --data
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=1000, world="frozen_lake", rollouts=2000, pairs=100, horizon=12)
+        return cls(steps=2000, world="frozen_lake", rollouts=2000, pairs=100, horizon=12)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("evaluation_sweeps", "rollouts", "pairs", "horizon"):
+        for name in ("evaluation_sweeps", "rollouts", "rollout_steps", "pairs", "horizon"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least 1")
         if self.gamma is not None:
@@ -66,14 +71,20 @@ def main(cfg: Config, run) -> dict[str, Any]:
     )
     solvers = Solvers(mdp, cfg.evaluation_sweeps)
     first = solvers.errors(best)
-    for step in run.steps(cfg.steps, {"solvers": solvers}):
+    sweeps = min(cfg.steps, needed(mdp.gamma))
+    if mdp.gamma < 1 and mdp.gamma**sweeps > CLOSE:
+        run.say(
+            f"γ = {mdp.gamma:.12g} needs {needed(mdp.gamma):,} sweeps to be sure of an error below {CLOSE:g} of the "
+            f"first; {sweeps:,} are made (--steps), which leave {mdp.gamma**sweeps:.1e} of it at most"
+        )
+    for step in run.steps(sweeps, {"solvers": solvers}):
         solvers.sweep()
         errors = solvers.errors(best)
         bounds = {name: mdp.gamma ** (step + 1) * first[name] for name in BOUNDED}
         solvers.check(errors, bounds)
         run.log(step, **{f"error_{name}": value for name, value in errors.items()}, bound=bounds["synchronous"])
 
-    judge(run, mdp, solvers, best, first)
+    judge(run, mdp, solvers, best, first, sweeps)
     judge_rollouts(cfg, run, mdp, solvers)
     judge_contraction(cfg, run, mdp)
     save_values(run, mdp, solvers)
@@ -86,6 +97,13 @@ def main(cfg: Config, run) -> dict[str, Any]:
         judge_average(cfg, run)
         judge_tiger(cfg, run)
     return found
+
+
+def needed(gamma: float) -> int:
+    """Sweeps k with γᵏ well below `CLOSE`."""
+    if gamma == 1:
+        return ENDLESS
+    return math.ceil(math.log(CLOSE / 100) / math.log(gamma)) if gamma else 1
 
 
 # --- The solvers, sweep by sweep
@@ -127,9 +145,11 @@ class Solvers:
             V["policy_iteration"] = mdps.solve(mdp, better)
 
     def check(self, errors: dict[str, float], bounds: dict[str, float]) -> None:
-        """Compares with γ^k ‖V_0 − V*‖, as long as that is above what rounding leaves."""
-        floor = 1e-12 * max(1.0, *(abs(V).max() for V in self.values.values()))
-        self.share = max([self.share, *(errors[name] / bound for name, bound in bounds.items() if bound > floor)])
+        """Compares with γ^k ‖V_0 − V*‖ and what rounding adds, which a linear system with I − γ P makes larger."""
+        sizes = max(abs(V).max() for V in self.values.values())
+        floor = np.finfo(np.float64).eps * sizes * min(1e6, 10 / max(1 - self.mdp.gamma, 1e-6))
+        if floor:
+            self.share = max([self.share, *(float(errors[n] / (bound + floor)) for n, bound in bounds.items())])
 
     def errors(self, best: Array) -> dict[str, float]:
         return {name: float(abs(V - best).max()) for name, V in self.values.items()}
@@ -152,26 +172,46 @@ def bellman_error(mdp: MDP, V: Array) -> float:
 # --- What is shown
 
 
-def judge(run, mdp: MDP, solvers: Solvers, best: Array, first: dict[str, float]) -> None:
+def judge(run, mdp: MDP, solvers: Solvers, best: Array, first: dict[str, float], sweeps: int) -> None:
+    """Each error against `CLOSE` of the largest value, or what so few sweeps promise: γᵏ of the first error and, by any
+    method, ‖T V − V‖ / (1 − γ)."""
+    scale = float(abs(best).max())
+    close, least = CLOSE * scale, 0.0
     for name, error in solvers.errors(best).items():
-        run.judge(f"error_{name}", error, baseline=first[name], target=CLOSE, higher=False)
+        target = close
+        if sweeps and mdp.gamma < 1:
+            promised = mdp.gamma**sweeps * first[name]
+            if name not in BOUNDED:
+                promised = bellman_error(mdp, solvers.values[name]) / (1 - mdp.gamma)
+            target = max(close, promised * (1 + 1e-9))
+        least = max(least, target)
+        run.judge(f"error_{name}", error, baseline=first[name], target=target, higher=False)
     by_program, _, pivots = planning.linear_program(mdp)
-    run.judge("error_linear_program", abs(by_program - best).max(), target=CLOSE, higher=False)
+    run.judge("error_linear_program", abs(by_program - best).max(), target=close, higher=False)
     run.say(f"linear programming took {pivots} pivots")
     run.judge("share_of_bound", solvers.share, target=1 + 1e-9, higher=False)
     worth = mdps.performance(mdp, mdps.uniform(mdp))
     reached = float(mdp.start @ solvers.values["synchronous"])
-    run.judge("start_value", reached, baseline=worth, target=float(mdp.start @ best) - CLOSE)
+    target = float(mdp.start @ best) - least
+    run.judge("start_value", reached, baseline=worth, target=target if target > worth or not sweeps else None)
 
 
 def judge_rollouts(cfg: Config, run, mdp: MDP, solvers: Solvers) -> None:
-    """The policy tried out: its mean return against V(start), in standard errors."""
+    """The policy tried out: its mean return against the value of as many steps, in standard errors; what comes after
+    them is left out of both, and said."""
     draw = np.random.default_rng(run.generator("rollouts").initial_seed())
-    returns = rollouts(mdp, solvers.policy, cfg.rollouts, draw)
-    value = mdps.performance(mdp, solvers.policy)
+    returns = rollouts(mdp, solvers.policy, cfg.rollouts, draw, cfg.rollout_steps)
+    V = planning.evaluate(mdp, solvers.policy, np.zeros(mdp.size[0]), cfg.rollout_steps)
+    value, scale = float(mdp.start @ V), float(abs(V).max())
+    left = abs(mdps.performance(mdp, solvers.policy) - value)
+    if left > 1e-6 * scale:
+        run.say(f"rollouts stop after {cfg.rollout_steps:,} steps, as V does here: what follows is worth {left:.3g} "
+                f"(--rollout-steps; V is {value:.6g})")  # fmt: skip
     error = returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.inf
     away = abs(returns.mean() - value)
-    if away > 1e-9 * max(1.0, abs(value)):  # where nothing is random, the error is 0 as well
+    if away <= 1e-9 * scale:  # where nothing is random, the error is 0 as well
+        away = 0.0
+    else:
         away = away / error if error else math.inf
     run.judge("rollout_deviation", away, target=4.0, higher=False)
 
@@ -184,9 +224,8 @@ def save_values(run, mdp: MDP, solvers: Solvers) -> None:
         np.savez_compressed(path, policy=solvers.policy, V=V, Q=Q, A=Q - V[:, None])
 
 
-def rollouts(mdp: MDP, policy: Array, count: int, draw: np.random.Generator) -> Array:
-    """Discounted returns of `count` episodes side by side. Without an end, until γ^t is below 1e-9."""
-    longest = 100_000 if mdp.gamma == 1 else math.ceil(math.log(1e-9) / math.log(max(mdp.gamma, 1e-9)))
+def rollouts(mdp: MDP, policy: Array, count: int, draw: np.random.Generator, longest: int = 2000) -> Array:
+    """Discounted returns of `count` episodes side by side, of `longest` steps at most."""
     cumulative = policy.cumsum(1)
     state = mdps.pick(mdp.start.cumsum()[None], draw.random(count))
     total, factor = np.zeros(count), 1.0
@@ -204,30 +243,32 @@ def rollouts(mdp: MDP, policy: Array, count: int, draw: np.random.Generator) -> 
 
 
 def judge_gallery(cfg: Config, run) -> None:
-    """The other worlds by every solver: the sweeps that each needs, and the largest distance from V* of any."""
+    """The other worlds by every solver: the sweeps that each needs, and the largest distance from V* of any, as a part
+    of the largest value."""
     rows, shown, apart = [], [], 0.0
     for name in GALLERY:
         mdp = worlds.world(name)
         best, _, improvements = planning.policy_iteration(mdp)
-        solvers, needed = Solvers(mdp, cfg.evaluation_sweeps), {}
-        for sweeps in range(1, cfg.steps + 1):
+        solvers, took = Solvers(mdp, cfg.evaluation_sweeps), {}
+        scale = abs(best).max()
+        for sweeps in range(1, min(cfg.steps, ENDLESS) + 1):
             solvers.sweep()
             errors = solvers.errors(best)
-            needed = {solver: sweeps for solver in ITERATED if errors[solver] <= CLOSE} | needed
-            if len(needed) == len(ITERATED):
+            took = {solver: sweeps for solver in ITERATED if errors[solver] <= CLOSE * scale} | took
+            if len(took) == len(ITERATED):
                 break
         by_program, _, pivots = planning.linear_program(mdp)
-        apart = max([apart, *solvers.errors(best).values(), float(abs(by_program - best).max())])
+        apart = max([apart, *(e / scale for e in [*solvers.errors(best).values(), abs(by_program - best).max()])])
         rows.append({
             "world": f"{name.replace('_', ' ')}, γ {mdp.gamma:g}", "size": f"{mdp.size[0]} × {mdp.size[1]}",
             "V*(start)": f"{mdp.start @ best:.4f}", "policy it.": improvements, "simplex": pivots,
-            **{head: needed.get(solver, "–") for solver, head in zip(ITERATED, HEADS, strict=False)},
+            **{head: took.get(solver, "–") for solver, head in zip(ITERATED, HEADS, strict=False)},
         })  # fmt: skip
         shown.append((mdp, solvers.values["synchronous"]))
         if name in ("frozen_lake", "taxi"):
             run.judge(f"{name}_start", mdp.start @ solvers.values["synchronous"], baseline=0.0,
                       target={"frozen_lake": 0.542026, "taxi": 7.93}[name] - 5e-7)  # fmt: skip
-    run.samples(f"improvements, pivots and sweeps until every value is within {CLOSE:g}", rows)
+    run.samples(f"improvements, pivots and sweeps until every value is within {CLOSE:g} of the largest", rows)
     run.judge("gallery_error", apart, target=CLOSE, higher=False)
     plots.gallery(run, shown)
 
@@ -235,15 +276,16 @@ def judge_gallery(cfg: Config, run) -> None:
 def judge_book(cfg: Config, run) -> None:
     """Sutton & Barto's printed tables, and the pictures of their figures."""
     grid, small = worlds.gridworld(), worlds.small_gridworld()
-    V = planning.evaluate(grid, mdps.uniform(grid), np.zeros(25), cfg.steps)
+    most = min(cfg.steps, ENDLESS)
+    V = planning.evaluate(grid, mdps.uniform(grid), np.zeros(25), most)
     apart = [abs(V - worlds.EXAMPLE_3_5.ravel()).max()]
     V = np.zeros(25)
-    for _ in range(cfg.steps):
+    for _ in range(most):
         V = planning.synchronous(grid, V)
     apart.append(abs(V - worlds.EXAMPLE_3_8.ravel()).max())
     sweeps = {0.0: np.zeros(16)}
     for k, table in worlds.FIGURE_4_1.items():
-        sweeps[k] = planning.evaluate(small, mdps.uniform(small), np.zeros(16), int(min(k, cfg.steps)))
+        sweeps[k] = planning.evaluate(small, mdps.uniform(small), np.zeros(16), int(min(k, most)))
         apart.append(abs(sweeps[k] - table.ravel()).max())
     run.judge("book_tables_error", max(apart), target=0.0501, higher=False)
     plots.evaluation(run, small, sweeps)
@@ -258,9 +300,10 @@ def contractions(mdp: MDP, policy: Array, pairs: int, draw: np.random.Generator)
     """(pairs, 2): ‖T V − T W‖∞ / ‖V − W‖∞ of the optimality operator and of the policy's. Every other W is V and a
     little more in all states, the pair that shrinks the least."""
     found = np.empty((pairs, 2))
+    scale = abs(mdp.R).max() or 1.0
     for i in range(pairs):
-        V = draw.standard_normal(mdp.size[0]) * 10 ** draw.uniform(-1, 2)
-        W = V + draw.random() if i % 2 else draw.standard_normal(len(V))
+        V = scale * draw.standard_normal(mdp.size[0]) * 10 ** draw.uniform(-1, 2)
+        W = V + scale * draw.random() if i % 2 else scale * draw.standard_normal(len(V))
         mapped = (
             planning.synchronous(mdp, V) - planning.synchronous(mdp, W),
             planning.evaluate(mdp, policy, V) - planning.evaluate(mdp, policy, W),
@@ -283,7 +326,7 @@ def judge_average(cfg: Config, run) -> None:
     always = mdps.one_hot(mdp, mdp.allowed[:, 1].astype(int))
     gain, bias, policy, _ = planning.average_reward_iteration(mdp, always)
     bounds, h = [], np.zeros(mdp.size[0])
-    for _ in range(cfg.steps + 1):  # the bounds belong to the h that a sweep begins with
+    for _ in range(min(cfg.steps, ENDLESS) + 1):  # the bounds belong to the h that a sweep begins with
         h, lower, upper = planning.relative_sweep(mdp, h)
         bounds.append((lower, upper))
         if upper - lower < CLOSE / 10:

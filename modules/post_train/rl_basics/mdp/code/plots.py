@@ -25,7 +25,7 @@ def convergence(run, mdp: MDP, evaluation_sweeps: int) -> None:
     pairs = dict.fromkeys(COLOURS, states * actions)
     pairs["modified"] += states * evaluation_sweeps
     made, axes = figure(11.5, 4.6, 1, 2)
-    floor = 1e-12
+    floor = 1e-12 * max(max(series[f"error_{name}"][1]) for name in COLOURS)
     for name, colour in COLOURS.items():
         errors = series[f"error_{name}"][1]
         y = np.maximum(errors, floor)

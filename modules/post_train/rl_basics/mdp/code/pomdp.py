@@ -43,13 +43,15 @@ def update(pomdp: POMDP, beliefs: Array, action: int) -> tuple[Array, Array]:
 # --- The value function
 
 
-def solve(pomdp: POMDP, horizon: int, margin: float = 1e-9) -> list[tuple[Array, Array]]:
+def solve(pomdp: POMDP, horizon: int, margin: float = 1e-10) -> list[tuple[Array, Array]]:
     """[Γ_1, …, Γ_horizon]: the useful α-vectors (K, S) with h steps to go, and the first action (K,) of each.
 
     Incremental pruning (Cassandra, Littman & Zhang 1997): the vectors of one observation, summed with those of the
-    next, are pruned before the third is added. Each of its prunings lowers a value by `margin` at most.
+    next, are pruned before the third is added. Each of its prunings lowers a value by `margin` of the largest reward at
+    most.
     """
     mdp, (S, A) = pomdp.mdp, pomdp.mdp.size
+    margin = margin * abs(mdp.R).max()
     alphas, stages = np.zeros((1, S)), []
     for _ in range(horizon):
         found, actions = [], []
@@ -74,6 +76,8 @@ def prune(vectors: Array, margin: float) -> list[int]:
     What another vector beats in every state goes first; then Lark's method (White 1991): a vector that beats those kept
     at some belief shows that one more is needed, namely the best at that belief.
     """
+    scale = abs(vectors).max() or 1.0
+    vectors, margin = vectors / scale, margin / scale
     left = [int(k) for k in np.unique(vectors.round(10), axis=0, return_index=True)[1]]
     left = [k for k in left if not ((vectors[left] >= vectors[k]).all(1) & (vectors[left] > vectors[k]).any(1)).any()]
     kept: list[int] = []
