@@ -40,7 +40,7 @@ def sft(tmp_path, monkeypatch):
 @pytest.mark.parametrize("lang", content.LANGUAGES)
 def test_a_brief_speaks_the_runs_numbers(sft, lang):
     text = brief.brief(sft, lang)
-    for number in {"en": ("2.44 million", "4.5", "3.14", "60"), "zh": ("244万", "4.5", "3.14", "60")}[lang]:
+    for number in {"en": ("2.44 million", "4.5", "3.14", "60"), "zh": ("244 万", "4.5", "3.14", "60")}[lang]:
         assert number in text
     assert "{" not in text
     (sft.folder / "output/one/summary.json").unlink()
@@ -61,13 +61,13 @@ def test_numbers_and_their_words():
     assert brief.spoken(1234.5, "en") == "1234"
     assert brief.spoken(12_345, "en") == "12.3 thousand"
     assert brief.spoken(3.2e9, "en") == "3.2 billion"
-    assert brief.spoken(3.2e9, "zh") == "32亿"
+    assert brief.spoken(3.2e9, "zh") == "32 亿"
     with pytest.raises(UserError, match=r"\{los\}.*did you mean 'loss'"):
         brief.fill("the {los}", {"loss": 1.0}, "en")
 
 
 def test_a_field_may_be_derived(sft):
-    found = brief.numbers(sft.folder / "output/one")
+    found = brief.facts(sft.folder / "output/one")
     assert found["derived.minutes"] == pytest.approx(3.8167, abs=1e-3)
     assert found["derived.held_out_loss_change_percent"] == pytest.approx(30.28, abs=0.01)
     assert found["baseline.held_out_loss"] == 4.5011
@@ -184,7 +184,7 @@ def test_the_seeds_short_commands(sft, tmp_path, monkeypatch):
 def test_commands(sft, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FINETUNE_DATA", str(tmp_path / "data"))
     assert main(["brief", "--all", "--out", str(tmp_path / "briefs"), "--lang", "zh"]) == 0
-    assert "244万" in (tmp_path / "briefs/sft.zh.md").read_text(encoding="utf-8")
+    assert "244 万" in (tmp_path / "briefs/sft.zh.md").read_text(encoding="utf-8")
     assert main(["brief", "sft"]) == 0
     assert "2.44 million" in capsys.readouterr().out
     assert main(["compare", "sft", "--json"]) == 0

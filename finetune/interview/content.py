@@ -1,6 +1,7 @@
 """A module's interview.toml, in English and Chinese.
 
-[brief]                      # spoken in 60 to 180 seconds; {name} is a number of the run (finetune.interview.brief)
+[[brief]]                    # passages, together spoken in 60 to 180 seconds; {name} is a number of the run
+when = "method == lora"      # optional: said only of runs for which this holds (finetune.interview.brief)
 en = "…"   zh = "…"
 [place]                      # among its neighbours
 en = "…"   zh = "…"
@@ -48,8 +49,16 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A part of the brief: what it says, and of which runs it is true."""
+
+    when: str  # empty: of all
+    text: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Interview:
-    brief: dict[str, str]
+    brief: tuple[Passage, ...]
     place: dict[str, str]
     questions: tuple[Question, ...]
 
@@ -60,7 +69,10 @@ def read(info: ModuleInfo) -> Interview:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         return Interview(
-            brief={lang: str(data["brief"][lang]) for lang in LANGUAGES},
+            brief=tuple(
+                Passage(str(part.get("when", "")), {lang: str(part[lang]).strip() for lang in LANGUAGES})
+                for part in data["brief"]
+            ),
             place={lang: str(data["place"][lang]) for lang in LANGUAGES},
             questions=tuple(_question(info.name, entry) for entry in data["questions"]),
         )
@@ -68,7 +80,7 @@ def read(info: ModuleInfo) -> Interview:
         raise UserError(f"module '{info.name}' has no {path}") from None
     except KeyError as e:
         raise UserError(f"{path}: the entry {e} is missing") from None
-    except (OSError, tomllib.TOMLDecodeError, TypeError, ValueError) as e:
+    except (OSError, tomllib.TOMLDecodeError, AttributeError, TypeError, ValueError) as e:
         raise UserError(f"{path}: {e}") from None
 
 

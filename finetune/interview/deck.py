@@ -36,7 +36,8 @@ def write(questions: Iterable[Question], path: Path, lang: str = "en") -> int:
     for question in questions:
         text = question.text[lang]
         points = "<ul>" + "".join(f"<li>{html.escape(point)}</li>" for point in text.points) + "</ul>"
-        link = f'<a href="{html.escape(question.reference)}">{html.escape(question.reference)}</a>'
+        address = question.reference.split()[0]  # what follows it says which part
+        link = f'<a href="{html.escape(address)}">{html.escape(question.reference)}</a>'
         plain = (html.escape(text.question), points, html.escape(text.wrong), html.escape(text.follow_up), link)
         module = f"{question.module} · {question.level}"
         deck.add_note(
