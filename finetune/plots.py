@@ -3,6 +3,7 @@
 import math
 import re
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +18,43 @@ def training_curves(
     series: dict[str, tuple[list[int], list[float]]],
     baseline: dict[str, float] | None = None,
     target: dict[str, float] | None = None,
+    higher: dict[str, bool] | None = None,
 ) -> None:
-    """Writes the picture. Dense series show raw values faintly and their moving average; sparse ones show points.
+    """Writes the picture. Dense noisy series show raw values faintly and their moving average; sparse ones show points.
+    What was logged fewer than three times is no curve: its values stand in a list at the end.
 
     Repetitions (phases that differ by a number at their end) share a chart. A judged metric of the same name as a
-    series adds its baseline and target as level lines.
+    series adds its baseline and target as level lines; where they lie far off, in words.
     """
     from matplotlib.ticker import MaxNLocator
 
     charts: dict[str, list[tuple[list[int], list[float]]]] = {}
     for name, points in series.items():
         charts.setdefault(re.sub(r"_\d+(?=: )", "", name), []).append(points)
-    columns = {1: 1, 2: 2, 4: 2}.get(len(charts), 3)
-    rows = math.ceil(len(charts) / columns)
+    few = {name: lines for name, lines in charts.items() if all(len(xs) < CURVE for xs, _ in lines)}
+    charts = {name: lines for name, lines in charts.items() if name not in few}
+    lists = [list(few.items())[i : i + LISTED] for i in range(0, len(few), LISTED)]
+    panels = len(charts) + len(lists)
+    columns = {1: 1, 2: 2, 4: 2}.get(panels, 3)
+    rows = math.ceil(panels / columns)
     made, grid = figure(0.6 + 4.2 * columns, 0.7 + 2.7 * rows, rows, columns)
     made.suptitle(title, fontsize=13, color=INK, fontweight="bold")
     for axes, (name, lines) in zip(grid, charts.items(), strict=False):
         for xs, ys in lines:
-            dense, alone = len(xs) > 30, len(lines) == 1
+            dense, alone = len(xs) > 30 and _noisy(ys), len(lines) == 1
             smooth = moving_average(ys, max(3, len(ys) // 25)) if dense else ys
             if dense and alone:
                 axes.plot(xs, ys, color=FAINT, linewidth=0.8, alpha=0.7, label="each step")
-            axes.plot(xs, smooth, color=LINE, linewidth=1.8 if alone else 1.0, marker=None if dense else "o",
+            axes.plot(xs, smooth, color=LINE, linewidth=1.8 if alone else 1.0, marker=None if len(xs) > 30 else "o",
                       markersize=4, label="moving average" if dense and alone else None)  # fmt: skip
-        for values, label, colour in ((baseline, "baseline", GREY), (target, "target", GOOD)):
-            if values and name in values:
-                axes.axhline(
-                    values[name], color=colour, linewidth=1.2, linestyle="--", label=f"{label} {values[name]:.4g}"
-                )
         if all(_spans_decades(ys) for _, ys in lines):
             axes.set_yscale("log")
+        sign = {None: "", True: "≥ ", False: "≤ "}[(higher or {}).get(name)]
+        values = [y for _, ys in lines for y in ys if math.isfinite(y)]
+        if baseline and name in baseline:
+            _level(axes, values, baseline[name], "baseline ", GREY)
+        if target and name in target:
+            _level(axes, values, target[name], f"target {sign}", GOOD)
         axes.set_title(
             name if len(lines) == 1 else f"{name}, {len(lines)} repetitions", fontsize=10.5, color=INK, loc="left"
         )
@@ -56,9 +64,38 @@ def training_curves(
         axes.margins(x=0.02, y=0.08)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7.5, frameon=False)
-    for axes in grid[len(charts) :]:
+    for axes, part in zip(grid[len(charts) :], lists, strict=False):
+        _list(axes, part)
+    for axes in grid[panels:]:
         axes.set_visible(False)
     made.savefig(path, format="png")
+
+
+CURVE, LISTED = 3, 12  # points that make a curve; names in a list
+
+
+def _level(axes: Any, values: list[float], level: float, label: str, colour: str) -> None:
+    """A level line, or where it would squeeze the curve into a corner, only its number in the legend."""
+    low, high = min(values, default=level), max(values, default=level)
+    if axes.get_yscale() == "log":
+        near = level > 0 and low / 100 <= level <= high * 100
+    else:
+        near = low - 2 * (high - low) <= level <= high + 2 * (high - low)
+    if near:
+        axes.axhline(level, color=colour, linewidth=1.2, linestyle="--", label=f"{label}{level:.4g}")
+    else:
+        side = "below" if level < low else "above"
+        axes.plot([], [], " ", label=f"{label}{level:.4g}, far {side}")
+
+
+def _list(axes: Any, charts: list[tuple[str, list[tuple[list[int], list[float]]]]]) -> None:
+    axes.set_axis_off()
+    axes.set_title("logged once or twice", fontsize=10.5, color=INK, loc="left")
+    for i, (name, lines) in enumerate(charts):
+        text = ", ".join(f"{y:.4g}" for _, ys in lines for y in ys)
+        y = 1 - (i + 0.5) / LISTED
+        axes.text(0, y, name, fontsize=8, color=INK, va="center", transform=axes.transAxes)
+        axes.text(1, y, text, fontsize=8, color=LINE, va="center", ha="right", transform=axes.transAxes)
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
@@ -85,20 +122,34 @@ def save(made: Any, path: Path) -> None:
 
 
 def moving_average(ys: list[float], width: int) -> list[float]:
-    """Mean of the values at most width/2 away: centred, so that it does not lag behind the raw curve."""
-    half = width // 2
-    total = [0.0]
-    for y in ys:
-        total.append(total[-1] + y)
-    ends = [(max(0, i - half), min(len(ys), i + half + 1)) for i in range(len(ys))]
-    return [(total[b] - total[a]) / (b - a) for a, b in ends]
+    """Mean of the finite values at most width/2 away, NaN without any: centred, so that it does not lag behind the raw
+    curve. Each window is summed by itself: a difference of prefix sums would lose it behind one large value."""
+    import numpy as np
+
+    y, half = np.asarray(ys, np.float64), max(0, min(width // 2, len(ys) - 1))
+    finite = np.isfinite(y)
+    known = np.where(finite, y, 0.0)
+    total, count = np.zeros(len(y)), np.zeros(len(y))
+    for shift in range(-half, half + 1):
+        to, of = slice(max(0, -shift), len(y) - max(0, shift)), slice(max(0, shift), len(y) - max(0, -shift))
+        total[to] += known[of]
+        count[to] += finite[of]
+    return list(np.divide(total, count, out=np.full(len(y), math.nan), where=count > 0))
+
+
+def _noisy(ys: list[float]) -> bool:
+    """Whether a series turns more than twice. A schedule, such as that of lr, does not: it is drawn as it is."""
+    steps = [b - a for a, b in pairwise(ys) if b != a]
+    return sum((a > 0) != (b > 0) for a, b in pairwise(steps)) > 2
 
 
 def _spans_decades(ys: list[float]) -> bool:
-    """Whether the bulk of a positive series covers a factor above 100, so that a linear axis would hide it."""
-    if len(ys) < 10 or min(ys) <= 0:
+    """Whether the bulk of a series that is never negative covers a factor above 100, so that a linear axis would hide
+    it. A log axis omits zeros."""
+    some = sorted(y for y in ys if y > 0 and math.isfinite(y))
+    if len(some) < CURVE or any(y < 0 for y in ys):
         return False
-    cuts = statistics.quantiles(ys, n=20)
+    cuts = statistics.quantiles(some, n=20) if len(some) >= 10 else some
     return cuts[-1] / cuts[0] > 100
 
 

@@ -203,9 +203,10 @@ class Run:
 
         self.metrics.flush()
         if series := self.metrics.series():
-            levels = {k: {n: j[k] for n, j in self.judged.items() if j[k] is not None} for k in ("baseline", "target")}
+            kinds = ("baseline", "target", "higher")
+            levels = {k: {n: j[k] for n, j in self.judged.items() if j[k] is not None} for k in kinds}
             with checkpoint.atomic_write(self.dir / "training_curves.png") as temporary:
-                plots.training_curves(temporary, self._title(), series, levels["baseline"], levels["target"])
+                plots.training_curves(temporary, self._title(), series, **levels)
 
     def _title(self) -> str:
         return f"{self.dir.name} · {'toy' if self.toy else 'default'} · seed {self.cfg.seed}"

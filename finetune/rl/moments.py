@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -37,11 +41,35 @@ class Moments:
         """(K, cells) variance of the mean."""
         return self.variance() / self.counts.clamp(min=1).numpy()
 
+    def mean_variance(self, cells: NDArray[np.bool_]) -> tuple[Array, Array]:
+        """(K,) the variance averaged over these cells, and its standard error as of normal numbers: 2 v² / (n − 1)."""
+        some = cells & (self.counts.numpy() > 1)
+        v, n = self.variance()[:, some], self.counts.numpy()[some]
+        error = np.sqrt((2 * v**2 / (n - 1).clip(1)).sum(-1)) / max(1, some.sum())
+        return v.sum(-1) / max(1, some.sum()), error
+
     def state_dict(self) -> dict[str, Tensor]:
         return {"sums": self.sums, "squares": self.squares, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.sums, self.squares, self.counts = state["sums"], state["squares"], state["counts"]
+
+
+def beyond_chance(comparisons: int = 1) -> float:
+    """The bar for the worst of so many z: right results pass it once in ten thousand runs."""
+    return NormalDist().inv_cdf(1 - 1e-4 / comparisons)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; NaN of fewer than two."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def mean_and_error(repeats: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Of what each training's episodes earned: their mean, and its standard error over the trainings; of one training,
+    over its episodes."""
+    means = [fmean(values) for values in repeats]
+    return fmean(means), standard_error(means if len(means) > 1 else repeats[0])
 
 
 def chi(off: Array, variance: Array) -> Array:
@@ -81,6 +109,28 @@ def seen_by_the_gradient(off: Array, policy: Array, counted: NDArray[np.bool_], 
         spread = np.where(np.isfinite(variance), variance, 0.0).reshape(full.shape)
         square = square - (1 - 2 * policy) * spread - (policy**2 * spread).sum(-1, keepdims=True)
     return np.sqrt(square[..., counted].mean(-1).clip(min=0))
+
+
+def bias_interval(off: Array, policy: Array, counted: NDArray[np.bool_], variance: Array) -> tuple[Array, Array, Array]:
+    """`seen_by_the_gradient` of measured means, less what chance adds, and one standard error to either side.
+
+    A square c² of Σ (c_a + noise)² over a state's actions has the variance 4 cᵀCc + 2 tr C², C the covariance of the
+    noise. The ends are the roots of (bias² ± its error), so 0 is within the interval of what has no bias that shows.
+    """
+    full = off.reshape(*off.shape[:-1], *policy.shape)
+    centre = np.eye(policy.shape[1]) - policy[:, None, :]  # (S, A, A)
+    centre = centre * counted[:, :, None]
+    c = np.einsum("sab,...sb->...sa", centre, full)
+    spread = np.where(np.isfinite(variance), variance, 0.0).reshape(full.shape)
+    C = np.einsum("sab,...sb,scb->...sac", centre, spread, centre)
+    squares, noise = (c**2).sum((-2, -1)), np.einsum("...saa->...", C)
+    own = 2 * (C**2).sum((-3, -2, -1))
+    error = np.sqrt(np.maximum(own, 4 * np.einsum("...sa,...sac,...sc->...", c, C, c) - own))
+    cells = max(1, int(counted.sum()))
+    middle, low, high = (
+        np.sqrt(((squares - noise + side) / cells).clip(min=0)) for side in (np.zeros_like(error), -error, error)
+    )
+    return middle, low, high
 
 
 class Welford:

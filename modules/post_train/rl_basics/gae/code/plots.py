@@ -12,9 +12,14 @@ NAMES = {"exact": "exact V", "half_learnt": "half-learnt V"}
 
 
 def bias_variance(
-    run, lambdas: list[float], bias: np.ndarray, measured: dict[str, np.ndarray], noise: dict[str, np.ndarray]
+    run,
+    lambdas: list[float],
+    bias: np.ndarray,
+    measured: dict[str, tuple[np.ndarray, ...]],
+    noise: dict[str, np.ndarray],
 ) -> None:
-    """bias_variance.png: three panels over λ. `bias` is the half-learnt critic's, by dynamic programming."""
+    """bias_variance.png: three panels over λ. `bias` is the half-learnt critic's, by dynamic programming; `measured`
+    holds the estimates and a standard error to either side."""
     made, (left, middle, right) = figure(13.2, 4.2, 1, 3)
     at = np.arange(len(lambdas))
     for axes, title in (
@@ -26,8 +31,10 @@ def bias_variance(
         axes.set_xlabel("λ", color=INK)
         axes.set_xticks(at, [f"{lam:g}" for lam in lambdas])
     left.plot(at, bias, color=COLOURS["half_learnt"], linewidth=1.8, label="half-learnt V, by dynamic programming")
-    for name, values in measured.items():
-        left.plot(at, values, "o", color=COLOURS[name], markersize=5, label=f"{NAMES[name]}, measured")
+    for aside, (name, (values, low, high)) in zip((-0.06, 0.06), measured.items(), strict=True):
+        around = np.stack([values - low, high - values])
+        left.errorbar(at + aside, values, around, fmt="o", color=COLOURS[name], markersize=5, linewidth=1.2, capsize=2,
+                      label=f"{NAMES[name]}, measured ± s.e.")  # fmt: skip
         middle.plot(at, np.sqrt(noise[name]), "o-", color=COLOURS[name], linewidth=1.8, markersize=5, label=NAMES[name])
     left.set_ylim(bottom=0)
     middle.set_ylim(bottom=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from finetune import ops
 from finetune.rl import environments, policies
 from finetune.rl.advantages import whitened
 from finetune.rl.evaluation import returns
+from finetune.rl.moments import mean_and_error
 from finetune.rl.rollout import Rollout, episode_seeds
 from finetune.rl.surrogate import approximate_kl, clip_fraction, clipped_surrogate, explained_variance, value_loss
 from finetune.rl.vector import Vector
@@ -31,14 +33,12 @@ def race(cfg: Any, run, cut: environments.Cut) -> dict[float, list[dict[str, Any
     trained = {lam: [train(cfg, run, lam, i, envs) for i in range(cfg.ppo_repeats)] for lam in cfg.ppo_lambdas}
     steps = {lam: statistics.median(r["steps"] for r in runs) for lam, runs in trained.items()}
     for lam, runs in trained.items():
-        name, worst = f"{lam:g}".replace(".", "_"), min(r["after"] for r in runs)
-        if lam == JUDGED and cfg.ppo_env == "CartPole-v1":
-            untrained, target = max(r["before"] for r in runs), 195.0 if run.toy else SOLVED
-            run.judge(f"ppo_return_{name}", worst, baseline=untrained, target=target)
-            run.judge(f"ppo_steps_{name}", steps[lam], baseline=steps.get(0.0), higher=False)
-        else:
-            run.judge(f"ppo_return_{name}", worst)
-            run.judge(f"ppo_steps_{name}", steps[lam])
+        name, aimed = f"{lam:g}".replace(".", "_"), lam == JUDGED and cfg.ppo_env == "CartPole-v1"
+        target = (195.0 if run.toy else 400.0) if aimed else None
+        untrained, _ = mean_and_error([r["before"] for r in runs])
+        after, error = mean_and_error([r["after"] for r in runs])
+        run.judge(f"ppo_return_{name}", after, error=error, baseline=untrained, target=target)
+        run.judge(f"ppo_steps_{name}", steps[lam], baseline=steps.get(0.0) if aimed else None, higher=False)
     return trained
 
 
@@ -64,17 +64,16 @@ def train(cfg: Any, run, lam: float, repeat: int, envs: list[Any]) -> dict[str, 
             past["steps"] = (step + 1) * size
         run.log(step, **{"return": mean}, **found)
     after = evaluate(cfg, run, learner, "after", repeat, envs[0].cut)
-    run.say(f"PPO, λ = {lam:g}, training {repeat}: {before:.0f} before, {after:.0f} after")
+    run.say(f"PPO, λ = {lam:g}, training {repeat}: {fmean(before):.0f} before, {fmean(after):.0f} after")
     return {"before": before, "after": after, "curve": past["curve"], "steps": past["steps"] or updates * size,
             "solved": past["steps"] > 0}  # fmt: skip
 
 
-def evaluate(cfg: Any, run, learner: Learner, when: str, repeat: int, cut: environments.Cut) -> float:
-    """Mean return of twenty fresh episodes, actions drawn as in training."""
+def evaluate(cfg: Any, run, learner: Learner, when: str, repeat: int, cut: environments.Cut) -> list[float]:
+    """Returns of twenty fresh episodes, actions drawn as in training."""
     seeds = episode_seeds(run, 20, "evaluation", when, repeat)
     act = learner.acting(run.generator("evaluation", when, repeat))
-    found = returns(environments.make(cfg.ppo_env, 20, cut=cut), act, seeds)
-    return sum(found) / len(found)
+    return returns(environments.make(cfg.ppo_env, 20, cut=cut), act, seeds)
 
 
 @dataclass
