@@ -18,14 +18,17 @@ class Moments:
     """Of several estimators (K) in each of a number of cells; a run's checkpoints hold it."""
 
     def __init__(self, estimators: int, cells: int) -> None:
-        self.sums, self.squares = (torch.zeros(estimators, cells, dtype=torch.float64) for _ in range(2))
+        self.sums, self.squares, self.cubes, self.fourths = (
+            torch.zeros(estimators, cells, dtype=torch.float64) for _ in range(4)
+        )
         self.counts = torch.zeros(cells, dtype=torch.float64)
 
     def add(self, cells: Tensor, values: Tensor) -> None:
         """values (K, N) of the samples that belong to cells (N,)."""
         self.counts.index_add_(0, cells, torch.ones(len(cells), dtype=torch.float64))
-        self.sums.index_add_(1, cells, values.double())
-        self.squares.index_add_(1, cells, values.double().square())
+        x = values.double()
+        for power, kept in enumerate((self.sums, self.squares, self.cubes, self.fourths), 1):
+            kept.index_add_(1, cells, x**power)
 
     def mean(self) -> Array:
         """(K, cells); 0 where nothing was added."""
@@ -42,17 +45,19 @@ class Moments:
         return self.variance() / self.counts.clamp(min=1).numpy()
 
     def mean_variance(self, cells: NDArray[np.bool_]) -> tuple[Array, Array]:
-        """(K,) the variance averaged over these cells, and its standard error as of normal numbers: 2 v² / (n − 1)."""
+        """(K,) the variance averaged over these cells, and its standard error: √((μ₄ − σ⁴) / n) of a cell's."""
         some = cells & (self.counts.numpy() > 1)
-        v, n = self.variance()[:, some], self.counts.numpy()[some]
-        error = np.sqrt((2 * v**2 / (n - 1).clip(1)).sum(-1)) / max(1, some.sum())
+        n, m, v = self.counts.numpy()[some], self.mean()[:, some], self.variance()[:, some]
+        squares, cubes, fourths = (x.numpy()[:, some] / n for x in (self.squares, self.cubes, self.fourths))
+        central = fourths - 4 * m * cubes + 6 * m**2 * squares - 3 * m**4
+        error = np.sqrt(((central - v**2).clip(min=0) / n).sum(-1)) / max(1, some.sum())
         return v.sum(-1) / max(1, some.sum()), error
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"sums": self.sums, "squares": self.squares, "counts": self.counts}
+        return {name: getattr(self, name) for name in ("sums", "squares", "cubes", "fourths", "counts")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.sums, self.squares, self.counts = state["sums"], state["squares"], state["counts"]
+        vars(self).update(state)
 
 
 def beyond_chance(comparisons: int = 1) -> float:
@@ -115,7 +120,7 @@ def bias_interval(off: Array, policy: Array, counted: NDArray[np.bool_], varianc
     """`seen_by_the_gradient` of measured means, less what chance adds, and one standard error to either side.
 
     A square c² of Σ (c_a + noise)² over a state's actions has the variance 4 cᵀCc + 2 tr C², C the covariance of the
-    noise. The ends are the roots of (bias² ± its error), so 0 is within the interval of what has no bias that shows.
+    noise. The ends are the roots of (bias² ± its error), bias² at least 0: 0 is an end of what has no bias that shows.
     """
     full = off.reshape(*off.shape[:-1], *policy.shape)
     centre = np.eye(policy.shape[1]) - policy[:, None, :]  # (S, A, A)
@@ -127,10 +132,8 @@ def bias_interval(off: Array, policy: Array, counted: NDArray[np.bool_], varianc
     own = 2 * (C**2).sum((-3, -2, -1))
     error = np.sqrt(np.maximum(own, 4 * np.einsum("...sa,...sac,...sc->...", c, C, c) - own))
     cells = max(1, int(counted.sum()))
-    middle, low, high = (
-        np.sqrt(((squares - noise + side) / cells).clip(min=0)) for side in (np.zeros_like(error), -error, error)
-    )
-    return middle, low, high
+    middle = (squares - noise).clip(min=0)
+    return np.sqrt(middle / cells), np.sqrt((middle - error).clip(min=0) / cells), np.sqrt((middle + error) / cells)
 
 
 class Welford:

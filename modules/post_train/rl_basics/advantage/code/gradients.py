@@ -41,6 +41,9 @@ def optimal_baseline(mdp: MDP, policy: np.ndarray, V: np.ndarray) -> np.ndarray:
     return np.where(total > 0, (weights * Q).sum(1) / np.where(total > 0, total, 1.0), V)
 
 
+SUMS = ("count", "sums", "squares", "outer", "batches", "products")
+
+
 class Slopes:
     """Mean, variance and covariance of the gradients of each factor (K) by D logits; a run's checkpoints hold it.
 
@@ -56,12 +59,16 @@ class Slopes:
         )
         self.count = torch.zeros((), dtype=torch.float64)
         self.sums, self.squares, self.outer = (torch.zeros(k, *n, dtype=torch.float64) for n in ((d,), (), (m, m)))
+        self.batches, self.products = torch.zeros(k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64)
 
     def add(self, samples: Tensor) -> None:
         """(K, N, D)"""
         self.count += samples.shape[1]
         self.sums += samples.sum(1)
         self.squares += samples.square().sum((1, 2))
+        own = samples.var(1).sum(1)  # (K,) the variance within this batch
+        self.batches += own
+        self.products += own[:, None] * own
         along = samples @ self.basis
         self.outer += along.mT @ along
 
@@ -72,6 +79,13 @@ class Slopes:
         """(K,) trace of the covariance of one sample."""
         return (self.squares / self.count).numpy() - (self.mean() ** 2).sum(-1)
 
+    def share_error(self, whole: int) -> np.ndarray:
+        """(K,) standard error of a factor's variance as a part of that of the factor `whole`, from how the batches
+        differ. Both come of the same rollouts, so that much of the noise cancels."""
+        part = self.batches / self.batches[whole]
+        off = self.products.diag() - 2 * part * self.products[:, whole] + part**2 * self.products[whole, whole]
+        return (off.clamp(min=0).sqrt() / self.batches[whole]).numpy()
+
     def z(self) -> np.ndarray:
         """(K,) |mean − exact|², in standard deviations of what chance does."""
         mean = self.mean() @ self.basis.numpy()
@@ -79,7 +93,7 @@ class Slopes:
         return chi_correlated(mean - self.wanted @ self.basis.numpy(), C)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("count", "sums", "squares", "outer")}
+        return {name: getattr(self, name) for name in SUMS}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         vars(self).update(state)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from finetune import config, ops
-from finetune.errors import UserError
+from finetune.display import uncertain
 from finetune.rl import mdp as tables
 from finetune.rl.advantages import group_normalised, leave_one_out, n_step, retrace, tree_backup, upgo, vtrace
 from finetune.rl.mdp import MDP
-from finetune.rl.moments import Moments, RewardScale, chi, seen_by_the_gradient
+from finetune.rl.moments import Moments, RewardScale, beyond_chance, bias_interval, chi, seen_by_the_gradient
 from finetune.rl.planning import evaluate
 from finetune.rl.rollout import Rollout, numpy_generator, sample_tabular
 
@@ -31,8 +31,6 @@ OFF_POLICY = ("importance", "vtrace", "retrace", "tree_backup")  # from the roll
 ESTIMATORS = ON_POLICY + OFF_POLICY
 UNBIASED = ("mc", "td", "n_step", "gae", "leave_one_out", "importance", "retrace", "tree_backup")  # with exact V
 
-CHANCE = 3  # standard deviations of chance
-
 
 @dataclass
 class Config(config.Config):
@@ -40,41 +38,28 @@ class Config(config.Config):
     steps: int = 320  # batches of rollouts
     checkpoint_every: int = 100
     data: Path | None = None  # an MDP in an npz, as the module mdp reads it; none: a random one that the seed gives
-    states: int = 12  # of the random MDP, besides the terminal one
-    actions: int = 3
-    branching: int = 2  # states that a pair may lead to
-    reach: int = 3  # how far a step may go on the ring of states
-    ending: float = 0.02  # probability that a step ends the episode
-    gamma: float = 0.9
-    length: int = 96  # steps of a rollout; what lies behind is worth what the critic says
-    groups: int = 8  # groups a batch from each state
-    group: int = 4  # rollouts of a group
-    n: int = 4  # rewards of the n-step estimate
-    lam: float = 0.9  # of GAE, Retrace and tree-backup
-    sweeps: int = 2  # the half-learnt critic: so many sweeps of policy evaluation from zero
-    tokens: int = 6  # of the longest answer in the part about credit by token, whose answers are all written down
-    beta: float = 0.05  # of the KL penalty on each of its tokens
+    states: int = config.bounded(12, at_least=1, at_most=2000)  # of the random MDP, besides the terminal one
+    actions: int = config.bounded(3, at_least=2, at_most=1000)
+    branching: int = config.bounded(2, at_least=1, at_most=1000)  # states that a pair may lead to
+    reach: int = config.bounded(3, at_least=1, at_most=1000)  # how far a step may go on the ring of states
+    ending: float = config.bounded(0.02, at_least=0, at_most=1)  # probability that a step ends the episode
+    gamma: float = config.bounded(0.9, at_least=0, below=1)  # below 1, as rollouts are cut somewhere
+    # steps of a rollout; what lies behind is worth what the critic says
+    length: int = config.bounded(96, at_least=1, at_most=10**6)
+    groups: int = config.bounded(8, at_least=1, at_most=10**6)  # groups a batch from each state
+    group: int = config.bounded(4, at_least=2, at_most=10**6)  # rollouts of a group
+    n: int = config.bounded(4, at_least=1, at_most=10**6)  # rewards of the n-step estimate
+    lam: float = config.bounded(0.9, at_least=0, at_most=1)  # of GAE, Retrace and tree-backup
+    # the half-learnt critic: so many sweeps of policy evaluation from zero
+    sweeps: int = config.bounded(2, at_least=0, at_most=10**6)
+    # of the longest answer in the part about credit by token, whose answers are all written down
+    tokens: int = config.bounded(6, at_least=4, at_most=9)
+    beta: float = config.bounded(0.05, at_least=0, at_most=1000)  # of the KL penalty on each of its tokens
     shuffle_rewards: bool = False  # control: the rewards of a batch are dealt out anew, so there is nothing to learn
 
     @classmethod
     def toy(cls) -> "Config":
         return cls(steps=60, states=8)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        least = {"states": 1, "actions": 2, "branching": 1, "reach": 1, "length": 1, "groups": 1, "group": 2, "n": 1}
-        for name, bound in (least | {"sweeps": 0}).items():
-            if getattr(self, name) < bound:
-                raise UserError(f"--{name} {getattr(self, name)} is too small: it must be at least {bound}")
-        if not 4 <= self.tokens <= 9:
-            raise UserError(f"--tokens {self.tokens} is not within 4 and 9: every answer of so many is written down")
-        if self.beta < 0:
-            raise UserError(f"--beta {self.beta} is below 0")
-        for name in ("gamma", "lam", "ending"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} {getattr(self, name)} is not within 0 and 1")
-        if self.gamma == 1:
-            raise UserError("--gamma 1: rollouts have to be cut somewhere; take one below 1")
 
 
 def main(cfg: Config, run) -> dict[str, Any]:
@@ -119,8 +104,9 @@ def main(cfg: Config, run) -> dict[str, Any]:
         run.judge("gain_gae", 0.0, baseline=0.0, target=0.9)
         return {}
     judge_unbiased(run, truth, moments)
-    judge_gradients(run, slopes)
-    return show_estimators(cfg, run, mdp, policy, counted, truth, moments)
+    judge_gradients(run, slopes, drawn=cfg.data is None)
+    show_estimators(cfg, run, mdp, policy, counted, truth, moments)
+    return {}
 
 
 # --- The estimators, of the first step of each row
@@ -200,25 +186,32 @@ def judge_exact(run, mdp: MDP, policy: np.ndarray, counted: np.ndarray) -> None:
     """What makes A^π worth estimating: its mean under π is 0, and to act only where it is not below 0 loses nothing in
     any state (the policy improvement theorem)."""
     A = np.where(counted, tables.advantages(mdp, policy), 0.0)
-    run.judge("advantages_mean", abs((policy * A).sum(1)).max(), target=1e-8, higher=False)
+    size = magnitude(A)
+    run.judge("advantages_mean", abs((policy * A).sum(1)).max() / size, target=1e-8, higher=False)
     kept = policy * (A >= -1e-12)  # never empty, as the mean is 0
     better = kept / kept.sum(1, keepdims=True)
     gained = tables.solve(mdp, better) - tables.solve(mdp, policy)
-    run.judge("improvement_in_the_worst_state", gained[~mdp.terminal].min(), target=-1e-9)
+    run.judge("improvement_in_the_worst_state", gained[~mdp.terminal].min(), target=-1e-9 * size)
     run.judge("improvement", float(mdp.start @ gained), baseline=0.0)
 
 
 def judge_shaping(run, mdp: MDP, policy: np.ndarray) -> None:
     """r + γ φ(s') − φ(s) for any potential φ moves V by −φ and leaves every advantage where it was."""
-    potential = np.where(mdp.terminal, 0.0, 10 * numpy_generator(run, "potential").standard_normal(len(mdp.terminal)))
+    V = tables.solve(mdp, policy)
+    potential = numpy_generator(run, "potential").standard_normal(len(V)) * ~mdp.terminal * magnitude(V)
     rewards = mdp.rewards + mdp.gamma * potential - potential[:, None, None]
     shaped = tables.make(
         mdp.P, rewards, mdp.gamma, terminal=mdp.terminal, start=mdp.start, allowed=mdp.allowed, actions=mdp.actions
     )
     before, after = (tables.advantages(m, policy)[mdp.allowed] for m in (mdp, shaped))
-    run.judge("shaping_changes_advantages_by", abs(after - before).max(), target=1e-8, higher=False)
-    moved = tables.solve(shaped, policy) - tables.solve(mdp, policy) + potential
-    run.judge("shaping_moves_values_by_more", abs(moved).max(), target=1e-8, higher=False)
+    run.judge("shaping_changes_advantages_by", abs(after - before).max() / magnitude(V), target=1e-8, higher=False)
+    moved = tables.solve(shaped, policy) - V + potential
+    run.judge("shaping_moves_values_by_more", abs(moved).max() / magnitude(V), target=1e-8, higher=False)
+
+
+def magnitude(x: np.ndarray) -> float:
+    """What an error in x is a part of."""
+    return float(abs(x).max()) or 1.0
 
 
 def judge_unbiased(run, truth: np.ndarray, moments: dict[str, Moments]) -> None:
@@ -227,30 +220,41 @@ def judge_unbiased(run, truth: np.ndarray, moments: dict[str, Moments]) -> None:
         off = chi(both(critic, moments, Moments.mean) - truth, both(critic, moments, Moments.of_mean))
         z[critic] = dict(zip(ESTIMATORS, off, strict=True))
     worst = max(z["exact"][name] for name in UNBIASED)
-    run.judge("exact_critic_z", worst, baseline=z["half_learnt"]["td"], target=CHANCE, higher=False)
+    bar = beyond_chance(len(UNBIASED))
+    run.judge("exact_critic_z", worst, baseline=z["half_learnt"]["td"], target=bar, higher=False)
 
 
-def judge_gradients(run, slopes: Slopes) -> None:
+def judge_gradients(run, slopes: Slopes, drawn: bool) -> None:
+    """How much a baseline saves depends on the rewards: in an MDP of one's own that has no bar."""
     mean, wanted, variance = slopes.mean(), slopes.wanted, slopes.variance()
     z = dict(zip(GRADIENTS, slopes.z(), strict=True))
     spread = dict(zip(GRADIENTS, variance / variance[GRADIENTS.index("reward_to_go")], strict=True))
+    error = dict(zip(GRADIENTS, slopes.share_error(GRADIENTS.index("reward_to_go")), strict=True))
     cosine = dict(zip(GRADIENTS, mean @ wanted / np.linalg.norm(mean, axis=1) / np.linalg.norm(wanted), strict=True))
     worst = max(z[name] for name in UNBIASED_GRADIENTS)
-    run.judge("gradient_z", worst, baseline=z["group_normalised"], target=CHANCE, higher=False)
-    run.judge("variance_with_optimal_baseline", spread["optimal_baseline"], baseline=1.0, target=0.5, higher=False)
+    bar = beyond_chance(len(UNBIASED_GRADIENTS))
+    run.judge("gradient_z", worst, baseline=z["group_normalised"], target=bar, higher=False)
+    name, bar = "optimal_baseline", 0.5 if drawn else None
+    run.judge(f"variance_with_{name}", spread[name], error=error[name], baseline=1.0, target=bar, higher=False)
     run.samples(
         "the policy gradient by its factor: z of the mean, variance (of reward-to-go = 1), cosine with ∇J",
         [
-            {"factor": name, "z": f"{z[name]:.1f}", "variance": f"{spread[name]:.3f}", "cosine": f"{cosine[name]:.4f}"}
+            {
+                "factor": name,
+                "z": f"{z[name]:.1f}",
+                "variance": uncertain(spread[name], error[name]),
+                "cosine": f"{cosine[name]:.4f}",
+            }
             for name in GRADIENTS
         ],
     )
-    plots.gradient_variance(run, {name: spread[name] for name in GRADIENTS if name not in RESCALED_GRADIENTS})
+    shown = [name for name in GRADIENTS if name not in RESCALED_GRADIENTS]
+    plots.gradient_variance(run, {name: (spread[name], error[name]) for name in shown})
 
 
 def show_estimators(
     cfg: Config, run, mdp: MDP, policy: np.ndarray, counted: np.ndarray, truth: np.ndarray, moments: dict[str, Moments]
-) -> dict[str, Any]:
+) -> None:
     """Bias, deviation and error by estimator and critic, and what the policy gains that follows the estimates."""
     J = tables.performance(mdp, policy)
 
@@ -259,21 +263,35 @@ def show_estimators(
 
     best = gain(truth)
     rows: list[dict[str, Any]] = [{"estimator": name} for name in ESTIMATORS]
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, float]] = {}
     for critic in ("exact", "half_learnt"):
         mean, variance, chance = (both(critic, moments, f) for f in (Moments.mean, Moments.variance, Moments.of_mean))
         known = counted & np.isfinite(variance[0].reshape(counted.shape))
-        bias = seen_by_the_gradient(mean - truth, policy, known, chance)
-        deviation = np.sqrt(np.where(known.ravel(), variance, 0.0).sum(-1) / max(1, known.sum()))
-        for row, name, b, d, m in zip(rows, ESTIMATORS, bias, deviation, mean, strict=True):
-            share = gain(m) / best
-            row |= {f"bias, {LABELS[critic]}": f"{b:.3f}", f"deviation, {LABELS[critic]}": f"{d:.2f}"}
+        intervals = np.stack(bias_interval(mean - truth, policy, known, chance), 1)  # (estimators, 3)
+        averaged = [moments[f"{critic}_{side}"].mean_variance(known.ravel()) for side in ("on_policy", "off_policy")]
+        deviation, error = (np.concatenate(part) for part in zip(*averaged, strict=True))
+        deviation = np.sqrt(deviation)
+        error = error / (2 * deviation)
+        for row, name, (b, low, high), d, e, m in zip(rows, ESTIMATORS, intervals, deviation, error, mean, strict=True):
+            share = gain(m) / best if best else 0.0
+            off = uncertain(b, (high - low) / 2) if low else f"0 within {high:.2g}"
+            row |= {f"bias, {LABELS[critic]}": off, f"deviation, {LABELS[critic]}": f"{d:.2f}"}
             if critic == "half_learnt":
                 row |= {"gain": f"{share:.0%}"}
-                found |= {f"bias_{name}": float(b), f"deviation_{name}": float(d)}
+                found[name] = {"bias": b, "low": low, "high": high, "deviation": d}
+                run.judge(f"bias_{name}", b, error=(high - low) / 2)
+                run.judge(f"deviation_{name}", d, error=e)
                 if name == "gae":
-                    run.judge("gain_gae", share, baseline=0.0, target=0.9)
-    run.samples("estimates of A^π by critic; gain: of J, by following them once, of what A^π itself gains", rows)
+                    draw = numpy_generator(run, "gain").standard_normal((32, len(m)))
+                    noise = np.sqrt(np.where(known.ravel(), chance[ESTIMATORS.index(name)], 0.0))
+                    around = float(np.std([gain(m + d * noise) for d in draw])) / abs(best) if best else None
+                    target = 0.9 if cfg.data is None else None
+                    run.judge("gain_gae", share, error=around, baseline=0.0, target=target)
+    run.samples(
+        "estimates of A^π by critic, bias ± its standard error; gain: of J, by following them once, of what A^π itself "
+        "gains",
+        rows,
+    )
     series = run.metrics.series()
     run.samples(
         "mean square error of the mean of n estimates from each state, half-learnt V",
@@ -281,7 +299,6 @@ def show_estimators(
     )
     plots.estimators(run, found, ESTIMATORS)
     plots.errors(run, cfg.groups * cfg.group, ESTIMATORS)
-    return found
 
 
 def mse_at(curve: tuple[list[int], list[float]], per_step: int) -> dict[str, str]:

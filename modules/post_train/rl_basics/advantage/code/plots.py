@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from finetune.display import uncertain
 from finetune.plots import INK, figure, save
 
 COLOURS = (
@@ -19,13 +20,19 @@ COLOURS = (
 )
 
 
-def estimators(run, found: dict[str, float], names: tuple[str, ...]) -> None:
-    """estimators.png: bias and deviation of each with the half-learnt critic."""
+def estimators(run, found: dict[str, dict[str, float]], names: tuple[str, ...]) -> None:
+    """estimators.png: bias, ± a standard error, and deviation of each with the half-learnt critic."""
     made, [axes] = figure(8.6, 4.8)
     for name, colour in zip(names, COLOURS, strict=True):
-        x, y = found[f"deviation_{name}"], found[f"bias_{name}"]
-        axes.plot(x, y, "o", color=colour, markersize=9, label=name.replace("_", " "))
-    axes.set_title("with a half-learnt critic: bias against deviation", loc="left", fontsize=11, color=INK)
+        f = found[name]
+        around = [[f["bias"] - f["low"]], [f["high"] - f["bias"]]]
+        within = f["low"] == 0
+        axes.errorbar(f["deviation"], f["bias"], around, fmt="o", color=colour, markersize=8, linewidth=1.4, capsize=3,
+                      markerfacecolor="white" if within else colour, label=name.replace("_", " "))  # fmt: skip
+    axes.set_title(
+        "with a half-learnt critic: bias ± s.e. against deviation (hollow: within its noise of zero)",
+        loc="left", fontsize=11, color=INK,
+    )  # fmt: skip
     axes.set_xlabel("standard deviation of one estimate", color=INK)
     axes.set_ylabel("bias that the gradient sees", color=INK)
     axes.margins(x=0.12, y=0.12)
@@ -50,17 +57,18 @@ def errors(run, per_step: int, names: tuple[str, ...]) -> None:
     save(made, run.dir / "error_over_samples.png")
 
 
-def gradient_variance(run, spread: dict[str, float]) -> None:
-    """gradient_variance.png: the variance of one rollout's gradient, reward-to-go = 1."""
+def gradient_variance(run, spread: dict[str, tuple[float, float]]) -> None:
+    """gradient_variance.png: the variance of one rollout's gradient ± its standard error, reward-to-go = 1."""
     made, [axes] = figure(7.6, 4.2)
-    names = sorted(spread, key=lambda name: -spread[name])
-    axes.barh(range(len(names)), [spread[name] for name in names], color="#1769aa", height=0.6)
-    for i, name in enumerate(names):
-        axes.text(spread[name] * 1.05, i, f"{spread[name]:.3g}", va="center", fontsize=9, color=INK)
+    names = sorted(spread, key=lambda name: -spread[name][0])
+    values, errors = zip(*(spread[name] for name in names), strict=True)
+    axes.barh(range(len(names)), values, xerr=errors, color="#1769aa", height=0.6, capsize=2)
+    for i, (value, error) in enumerate(zip(values, errors, strict=True)):
+        axes.text((value + error) * 1.06, i, uncertain(value, error), va="center", fontsize=9, color=INK)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.margins(x=0.12)
+    axes.margins(x=0.3)
     axes.set_title(
         "variance of the policy gradient by its factor (reward-to-go = 1)", loc="left", fontsize=11, color=INK
     )
@@ -96,7 +104,9 @@ def token_credit(
     left.bar(places, truth, color="#d5dbe1", width=0.7, label="exact A")
     shown = ("gae_rough", "td_rough", "discounted", "leave_one_out", "group_normalised")
     for name, marker in zip(shown, "os^vD", strict=True):
-        left.plot(places, found[name], marker=marker, markersize=6, linewidth=1.2, color=TOKEN_COLOURS[name])
+        left.plot(places, found[name], marker=marker, markersize=6, linewidth=1.2, color=TOKEN_COLOURS[name],
+                  label=name.replace("_", " "))  # fmt: skip
+    left.legend(fontsize=8.5, frameon=False)
     left.axhline(0, color=INK, linewidth=0.8)
     left.set_xticks(places, tokens)
     left.set_title("one answer: how much credit each token gets", loc="left", fontsize=11, color=INK)
@@ -110,11 +120,7 @@ def token_credit(
     right.set_title("error against the exact advantage, by place", loc="left", fontsize=11, color=INK)
     right.set_xlabel("place of the token in the answer", color=INK)
     right.set_ylabel("root mean square error", color=INK)
-    handles, labels = right.get_legend_handles_labels()
-    bars, names = left.get_legend_handles_labels()
-    right.legend(
-        bars + handles, names + labels, fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5)
-    )
+    right.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save(made, run.dir / "token_credit.png")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune import ops
+from finetune.display import uncertain
 from finetune.rl.advantages import group_normalised, last_token, leave_one_out, returns_to_go, token_rewards
 from finetune.rl.rollout import numpy_generator
 
@@ -120,6 +121,14 @@ def rms(x: Tensor, mask: Tensor, chance: Tensor) -> float:
     return float(((weights * x**2).sum() / weights.sum()).sqrt())
 
 
+def rms_error(x: Tensor, mask: Tensor) -> float:
+    """Standard error of the root mean square of x (T, GROUPS · GROUP), from how the groups differ."""
+    squares, counts = ((mask * y).sum(0).double().view(GROUPS, GROUP).sum(1) for y in (x**2, torch.ones_like(x)))
+    mean = squares.sum() / counts.sum()
+    off = (squares - mean * counts).square().sum().sqrt() / counts.sum()
+    return float(off / (2 * mean.sqrt())) if mean else 0.0
+
+
 def judge(run, length: int, beta: float, lam: float, gamma: float) -> None:
     found = answers(length, beta, numpy_generator(run, "answers"))
     every = estimates(found, lam, gamma)
@@ -134,14 +143,20 @@ def judge(run, length: int, beta: float, lam: float, gamma: float) -> None:
     drawn |= {f.__name__: f(grouped).flatten() * mask for f in (leave_one_out, group_normalised)}
     alone = torch.ones(len(columns), dtype=torch.float64)
     error = {name: rms(drawn[name] - truth, mask, alone) for name in ESTIMATORS}
-    run.judge("token_error_td", error["td"], baseline=error["leave_one_out"], target=1e-8, higher=False)
-    run.judge("token_error_gae", error["gae"], baseline=error["leave_one_out"], higher=False)
+    around = {name: rms_error(drawn[name] - truth, mask) for name in ESTIMATORS}
+    close = 1e-8 * max(1.0, float(found.rewards.abs().max()))
+    run.judge("token_error_td", error["td"], baseline=error["leave_one_out"], target=close, higher=False)
+    run.judge("token_error_gae", error["gae"], error=around["gae"], baseline=error["leave_one_out"], higher=False)
     unbiased = max(bias[name] for name in ("td", "gae", "mc", "leave_one_out"))
-    run.judge("token_bias", unbiased, baseline=bias["discounted"], target=1e-8, higher=False)
+    run.judge("token_bias", unbiased, baseline=bias["discounted"], target=close, higher=False)
     run.samples(
         "credit by token: error against the exact A^π of a token, and what of it a gradient sees on average",
         [
-            {"estimator": n, "error": f"{error[n]:.3f}", "bias": f"{bias[n]:.1e}" if n in bias else "–"}
+            {
+                "estimator": n,
+                "error ± s.e.": uncertain(error[n], around[n]),
+                "bias": f"{bias[n]:.1e}" if n in bias else "–",
+            }
             for n in ESTIMATORS
         ],
     )
