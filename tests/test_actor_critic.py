@@ -216,7 +216,9 @@ def test_what_came_is_the_mean_of_going_on_from_one_state():
         at = int((rollout.observations[:, n] == state).all(-1).nonzero()[0])
         assert pairs[n, 1] == pytest.approx((1 - 0.9 ** int(lengths[n] - at)) / 0.1, rel=1e-5)
     assert len({float(x) for x in pairs[:, 1]}) > 5
-    assert critic.correlation(torch.stack([pairs[:, 1], 3 * pairs[:, 1] - 1], 1)) == pytest.approx(1)
+    told = critic.Told.of(torch.stack([3 * pairs[:, 1] - 1, pairs[:, 1]], 1))
+    assert (told.correlation, told.slope) == pytest.approx((1, 3))  # only the bias and the slope see that
+    assert told.bias == pytest.approx(float(2 * pairs[:, 1].mean() - 1))
 
 
 def test_steps_are_drawn_as_their_discount():
@@ -317,9 +319,9 @@ def test_on_policy_methods_take_continuous_actions(tmp_path, without_pictures, f
         ({"continuous_env": "CartPole-v1", "methods": "sac"}, "'CartPole-v1' has actions of Discrete"),
         ({"methods": "ppo"}, "--methods: 'ppo' is not one of one_step, a2c"),
         ({"horizon": 0}, "--horizon 0 is too small"),
-        ({"tau": 1.5}, "--tau 1.5 is not within 0 and 1"),
-        ({"alpha": 0.0}, "--alpha 0.0: it must be above 0, or none"),
-        ({"clip": 0.0}, "--clip 0.0: it must be above 0"),
+        ({"tau": 1.5}, "--tau 1.5 is too large: it must be at most 1"),
+        ({"alpha": 0.0}, "--alpha 0 is too small: it must be above 0"),
+        ({"clip": 0.0}, "--clip 0 is too small: it must be above 0"),
     ],
 )
 def test_bad_settings_are_refused(change, message, tmp_path):

@@ -171,9 +171,9 @@ def test_bad_settings_are_refused():
         ({"group": 1}, "--group 1 is too small"),
         ({"actions": 1}, "--actions 1 is too small"),
         ({"gamma": 1.0}, "--gamma 1"),
-        ({"tokens": 3}, "--tokens 3 is not"),
-        ({"beta": -1.0}, "--beta -1.0 is below"),
-        ({"lam": -0.5}, "--lam -0.5 is not"),
+        ({"tokens": 3}, "--tokens 3 is too small"),
+        ({"beta": -1.0}, "--beta -1 is too small"),
+        ({"lam": -0.5}, "--lam -0.5 is too small"),
     ):
         with pytest.raises(UserError, match=message):
             toy(**change)

@@ -204,12 +204,12 @@ def test_ppo_with_the_usual_lambda_solves_cartpole(seed, tmp_path):
     ("change", "message"),
     [
         ({"ppo_lams": "2"}, "--ppo-lams 2: numbers from 0 to 1"),
-        ({"ppo_clip": 0.0}, "--ppo-clip 0.0: it must be above 0"),
+        ({"ppo_clip": 0.0}, "--ppo-clip 0 is too small: it must be above 0"),
         ({"ppo_repeats": -1}, "--ppo-repeats -1 is too small"),
         ({"lams": "0,1,0.5"}, "--lams 0,1,0.5: at least two numbers"),
         ({"lams": "a"}, "--lams a: numbers"),
         ({"gamma": 1.0}, "--gamma 1"),
-        ({"lr": 2.0}, "--lr 2.0 is not within 0 and 1"),
+        ({"lr": 2.0}, "--lr 2 is too large: it must be at most 1"),
         ({"length": 0}, "--length 0 is too small"),
     ],
 )

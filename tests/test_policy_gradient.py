@@ -118,13 +118,15 @@ def test_the_enumerated_gradient_is_that_of_dynamic_programming(seed):
 def test_each_baseline_leaves_the_mean_and_only_that_of_the_batch_shrinks_it(seed):
     _, logits, rollout, world, _ = listed(seed)
     found = variance.listed(np.random.default_rng(seed), 20_000, 16)
-    assert max(z for name, (_, z) in found.items() if name != "mean") < 4 < found["mean"][1]
-    assert found["mean"][0] == pytest.approx((15 / 16) ** 2 * found["leave_one_out"][0])
+    assert max(f.z for name, f in found.items() if name != "mean") < 4 < found["mean"].z
+    assert found["mean"].share == pytest.approx((15 / 16) ** 2 * found["leave_one_out"].share)
+    alone = variance.exact_variance(rollout, world, logits, 0.9, None)
     known = variance.exact_baselines(rollout, world, logits, 0.9)
     for name, baseline in {"none": None, **known}.items():
-        exact = variance.exact_variance(rollout, world, logits, 0.9, baseline) / 16
-        assert found[name][0] == pytest.approx(exact, rel=0.1)  # 1250 estimates of six numbers
-    assert found["optimal"][0] < min(found[name][0] for name in ("none", "learned", "leave_one_out"))
+        exact = variance.exact_variance(rollout, world, logits, 0.9, baseline) / alone
+        assert abs(found[name].share - exact) < 4 * found[name].error + 1e-9  # the error is what it says
+        assert found[name].error < 0.1 * exact  # 1250 estimates of six numbers
+    assert found["optimal"].share < min(found[name].share for name in ("none", "learned", "leave_one_out"))
 
 
 def test_the_optimal_baseline_cannot_be_bettered():
@@ -374,8 +376,8 @@ def test_bad_settings_are_refused():
     for change, message in (
         ({"methods": "ppo"}, "--methods: 'ppo' is not one of"),
         ({"episodes": 1}, "--episodes 1 is too small"),
-        ({"delta": 0.0}, "--delta 0.0: it must be above"),
-        ({"ratio_bound": 0.0}, "--ratio-bound 0.0: it must be above"),
+        ({"delta": 0.0}, "--delta 0 is too small: it must be above"),
+        ({"ratio_bound": 0.0}, "--ratio-bound 0 is too small: it must be above"),
         ({"variance_groups": 5}, "--variance-groups 5 is too small"),
     ):
         with pytest.raises(UserError, match=message):

@@ -77,6 +77,16 @@ def mean_and_error(repeats: Sequence[Sequence[float]]) -> tuple[float, float]:
     return fmean(means), standard_error(means if len(means) > 1 else repeats[0])
 
 
+def variance_share(found: Array, whole: Array) -> tuple[float, float]:
+    """The total variance of estimates (M, D), as a part of that of others of the same samples, and its standard error
+    (jackknife: with each sample omitted in turn)."""
+    squares = [((x - x.mean(0)) ** 2).sum(1) for x in (found, whole)]
+    m = len(found)
+    omitted = [(s.sum() - s * m / (m - 1)) for s in squares]
+    shares = omitted[0] / omitted[1]
+    return float(squares[0].sum() / squares[1].sum()), float(shares.std() * math.sqrt(m - 1))
+
+
 def chi(off: Array, variance: Array) -> Array:
     """How far off means (…, cells) with these variances are, all cells together, in standard deviations of chance.
 

@@ -8,6 +8,7 @@ al. 2018 (arXiv:1812.05905); Fujimoto et al. 2018 (arXiv:1802.09477). The README
 """
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from finetune import config, optim
 from finetune.errors import UserError
 from finetune.rl import continuous, environments
 from finetune.rl.evaluation import returns
+from finetune.rl.moments import mean_and_error
 from finetune.rl.rollout import episode_seeds
 from finetune.rl.vector import Vector
 
@@ -25,57 +27,70 @@ METHODS = (*onpolicy.LEARNERS, *offpolicy.LEARNERS)
 CHUNK = 200  # steps of the environments in a step of the run
 FAITHFUL = ("a2c", "lambda", "vtrace", "sac")  # whose critics must know what comes
 STATES, FORKS = 30, 16  # that a critic is asked about, and how often each is played on from
-TARGETS = {(method, "CartPole-v1"): 195.0 for method in onpolicy.LEARNERS} | {
-    ("a2c", "CartPole-v1"): 475.0,
-    ("sac", "Pendulum-v1"): -200.0,
-}
-TOY_TARGETS = {("a2c", "CartPole-v1"): 300.0, ("sac", "Pendulum-v1"): -600.0}
+# Returns of random actions and of a good policy. A target is a part of the way from the one to the other.
+SCALE = {"CartPole-v1": (22.0, 500.0), "Pendulum-v1": (-1200.0, -150.0)}
+TARGETS = {"one_step": 0.25, "lambda": 0.25, "vtrace": 0.25, "a2c": 0.5, "sac": 0.75}
+TOY_TARGETS = {"a2c": 0.25, "sac": 0.5}
+KNOWS = 0.7  # correlation of what a critic says with what comes: half of the variance
 
 
 @dataclass
 class Config(config.Config):
     threads: int = 1  # networks so small are fastest on one
     steps: int = 500  # of one_step, a2c, lambda and vtrace, each of 200 steps of the environments
-    continuous_steps: int = 50  # of sac and td3, each of 200 steps of the environment; at most --steps
+    # of sac and td3, each of 200 steps of the environment; at most --steps
+    continuous_steps: int = config.bounded(50, at_least=0, at_most=10**6)
     methods: str = ",".join(METHODS)  # which to train, separated by commas
-    repeats: int = 3  # trainings of each method, from other weights and episodes
+    # trainings of each method, from other weights and episodes
+    repeats: int = config.bounded(3, at_least=1, at_most=1000)
     env: str = "CartPole-v1"  # of one_step, a2c, lambda and vtrace
     continuous_env: str = "Pendulum-v1"  # of sac and td3: its actions are a vector within bounds
-    envs: int = 8  # side by side; sac and td3 have one
-    max_episode_steps: int = 1000  # an episode is cut off there if its environment has no time limit of its own
-    gamma: float = 0.99
+    envs: int = config.bounded(8, at_least=1, at_most=1000)  # side by side; sac and td3 have one
+    # an episode is cut off there if its environment has no time limit of its own
+    max_episode_steps: int = config.bounded(1000, at_least=1, at_most=10**6)
+    gamma: float = config.bounded(0.99, at_least=0, at_most=1)
     shuffle: bool = False  # control: advantages (sac, td3: rewards of a batch) are dealt out anew: nothing to learn
-    eval_episodes: int = 20  # before and after each training, with the best action of the policy
-    hold: int = 50  # steps after which, in a training of its own, a policy is held while its critic goes on learning
-    hold_steps: int = 200  # steps that the critic then has, before it is compared with what came; 0: no comparison
+    # before and after each training, with the best action of the policy
+    eval_episodes: int = config.bounded(20, at_least=2, at_most=10_000)
+    # steps after which, in a training of its own, a policy is held while its critic goes on learning
+    hold: int = config.bounded(50, at_least=0, at_most=10**6)
+    # steps that the critic then has, before it is compared with what came; 0: no comparison
+    hold_steps: int = config.bounded(200, at_least=0, at_most=10**6)
     # one_step, a2c, lambda, vtrace
-    horizon: int = 16  # a2c, vtrace: steps of each environment in an update
-    lr: float = 2e-3  # a2c, vtrace: Adam's, falling to a tenth
-    critic_rate: float = 2.0  # a2c, vtrace: how many times faster the critic learns
-    online_lr: float = 5e-4  # one_step, lambda
-    entropy: float = 0.01  # weight of the entropy bonus
-    value_weight: float = 0.5  # of the critic's loss
-    clip: float = 0.5  # a2c, vtrace: of the norm of the actor's gradient; the critic's is not clipped
-    lam: float = 0.9  # lambda: decay of the traces, besides γ
-    lag: int = 4  # vtrace: updates that the acting policy is behind; 0: none
-    rho_bar: float = 1.0  # vtrace: bound of the ratios that choose what V is the value of
-    c_bar: float = 1.0  # vtrace: bound of the ratios that pass corrections back
-    hidden: int = 64  # width of the two hidden layers
-    value_scale: float = 10.0  # V is this times the network's output, which so need not grow large
+    horizon: int = config.bounded(16, at_least=1, at_most=10**6)  # a2c, vtrace: steps of each environment in an update
+    lr: float = config.bounded(2e-3, at_least=0, at_most=1000)  # a2c, vtrace: Adam's, falling to a tenth
+    # a2c, vtrace: how many times faster the critic learns
+    critic_rate: float = config.bounded(2.0, at_least=0, at_most=1000)
+    online_lr: float = config.bounded(5e-4, at_least=0, at_most=1000)  # one_step, lambda
+    entropy: float = config.bounded(0.01, at_least=0, at_most=1000)  # weight of the entropy bonus
+    value_weight: float = config.bounded(0.5, at_least=0, at_most=1000)  # of the critic's loss
+    # a2c, vtrace: of the norm of the actor's gradient; the critic's is not clipped
+    clip: float = config.bounded(0.5, above=0, at_most=10**6)
+    lam: float = config.bounded(0.9, at_least=0, at_most=1)  # lambda: decay of the traces, besides γ
+    lag: int = config.bounded(4, at_least=0, at_most=1000)  # vtrace: updates that the acting policy is behind; 0: none
+    # vtrace: bound of the ratios that choose what V is the value of
+    rho_bar: float = config.bounded(1.0, above=0, at_most=10**6)
+    c_bar: float = config.bounded(1.0, above=0, at_most=10**6)  # vtrace: bound of the ratios that pass corrections back
+    hidden: int = config.bounded(64, at_least=1, at_most=8192)  # width of the two hidden layers
+    # V is this times the network's output, which so need not grow large
+    value_scale: float = config.bounded(10.0, above=0, at_most=10**9)
     shared_trunk: bool = False  # policy and value read the same features
     # sac, td3
-    continuous_lr: float = 1e-3  # Adam's, of policy, critics and α
-    continuous_hidden: int = 128  # width of the two hidden layers
-    batch: int = 128  # transitions of an update
-    capacity: int = 100_000  # transitions that the replay holds
-    warmup: int = 500  # steps with actions at random, without updates
-    tau: float = 0.01  # part of the critics that the slow ones take over in an update
-    critics: int = 2  # independent ones, the least of which counts
-    alpha: float | None = None  # sac: weight of the entropy; none: learned, so that the entropy meets its target
-    exploration: float = 0.2  # td3: noise on the actions tried, in half widths of their bounds
-    target_noise: float = 0.2  # td3: noise on the actions of the target
-    noise_clip: float = 0.5  # td3: its bound
-    policy_delay: int = 2  # td3: updates of the critics for one of the policy
+    continuous_lr: float = config.bounded(1e-3, at_least=0, at_most=1000)  # Adam's, of policy, critics and α
+    continuous_hidden: int = config.bounded(128, at_least=1, at_most=8192)  # width of the two hidden layers
+    batch: int = config.bounded(128, at_least=1, at_most=10**6)  # transitions of an update
+    capacity: int = config.bounded(100_000, at_least=1, at_most=10**8)  # transitions that the replay holds
+    warmup: int = config.bounded(500, at_least=1, at_most=10**7)  # steps with actions at random, without updates
+    # part of the critics that the slow ones take over in an update
+    tau: float = config.bounded(0.01, at_least=0, at_most=1)
+    critics: int = config.bounded(2, at_least=1, at_most=1000)  # independent ones, the least of which counts
+    # sac: weight of the entropy; none: learned, so that the entropy meets its target
+    alpha: float | None = config.bounded(None, above=0, at_most=10**6)
+    # td3: noise on the actions tried, in half widths of their bounds
+    exploration: float = config.bounded(0.2, at_least=0, at_most=1000)
+    target_noise: float = config.bounded(0.2, at_least=0, at_most=1000)  # td3: noise on the actions of the target
+    noise_clip: float = config.bounded(0.5, at_least=0, at_most=1000)  # td3: its bound
+    policy_delay: int = config.bounded(2, at_least=1, at_most=1000)  # td3: updates of the critics for one of the policy
 
     @classmethod
     def toy(cls) -> "Config":
@@ -83,21 +98,6 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"continuous_steps": 0, "repeats": 1, "envs": 1, "eval_episodes": 2, "hold": 0, "hold_steps": 0,
-                 "horizon": 1, "lag": 0, "hidden": 1, "continuous_hidden": 1, "batch": 1, "capacity": 1, "warmup": 1,
-                 "critics": 1, "policy_delay": 1, "max_episode_steps": 1}  # fmt: skip
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                key = config.dashed(name)
-                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
-        for name in ("gamma", "lam", "tau"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} {getattr(self, name)} is not within 0 and 1")
-        for name in ("clip", "rho_bar", "c_bar"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{config.dashed(name)} {getattr(self, name)}: it must be above 0")
-        if self.alpha is not None and self.alpha <= 0:
-            raise UserError(f"--alpha {self.alpha}: it must be above 0, or none")
         for name in self.methods.split(","):
             if name not in METHODS:
                 raise UserError(f"--methods: '{name}' is not one of {', '.join(METHODS)}")
@@ -148,18 +148,23 @@ def train(cfg: Config, run, method: str, repeat: int, place: Place) -> dict[str,
     on_policy = method in onpolicy.LEARNERS
     learner = begin(cfg, run, method, repeat, place)
     total = cfg.steps if on_policy else min(cfg.continuous_steps, cfg.steps)
-    before = evaluate(cfg, run, learner, repeat, place)
+    before = evaluate(cfg, run, learner, repeat, place, "before")
     for step in run.steps(total, learner.state() | {"cut": place.cut}, phase=f"{method}_{repeat}"):
         learn(run, step, learner, optim.cosine(step, total, 0, 1.0, 0.1), method, repeat)
-    after = evaluate(cfg, run, learner, repeat, place)
-    run.say(f"{method}, training {repeat}: {before:.1f} before, {after:.1f} after ({cfg.eval_episodes} episodes)")
+    after = evaluate(cfg, run, learner, repeat, place, "after")
+    run.say(
+        f"{method}, training {repeat}: {fmean(before):.1f} before, {fmean(after):.1f} after "
+        f"({cfg.eval_episodes} episodes)"
+    )
     pairs = torch.zeros(0, 2)
     if cfg.steps and cfg.hold_steps:
         critic_of = held(cfg, run, method, repeat, place) if on_policy else learner
         key = ("critic", method, repeat)
         seeds = episode_seeds(run, STATES, *key)
-        act, generator = critic_of.acting(run.generator(*key)), run.generator(*key, "states")
-        pairs = critic.said_and_came(place.long, act, critic_of.values, seeds, cfg.gamma, generator, place.limit)
+        act, generator = critic_of.valued(run.generator(*key)), run.generator(*key, "states")
+        pairs = critic.said_and_came(
+            place.long, act, critic_of.values, seeds, cfg.gamma, generator, place.limit, critic_of.bonus
+        )
     return {"before": before, "after": after, "pairs": pairs, "learner": learner}
 
 
@@ -186,25 +191,30 @@ def learn(run, step: int, learner: Any, left: float, method: str, repeat: int) -
     run.log(step, **found)
 
 
-def evaluate(cfg: Config, run, learner: Any, repeat: int, place: Place) -> float:
-    """Mean return of fresh episodes, each with the action that the policy holds best."""
+def evaluate(cfg: Config, run, learner: Any, repeat: int, place: Place, when: str) -> list[float]:
+    """Returns of fresh episodes. On policy the actions are drawn, as in training: the one that an untrained policy
+    holds best is chance, and may be all that a pole needs. sac and td3 act without noise."""
     seeds = episode_seeds(run, cfg.eval_episodes, "evaluation", repeat)
-    found = returns(place.test, learner.best, seeds)
-    return sum(found) / len(found)
+    return returns(place.test, learner.tried(run.generator("evaluation", repeat)), seeds)
 
 
 def judge(cfg: Config, run, method: str, env: str, trained: list[dict[str, Any]]) -> None:
-    before, after = (min(t[when] for t in trained) for when in ("before", "after"))
-    targets = TOY_TARGETS if run.toy else TARGETS
-    run.judge(f"return_{method}", after, baseline=before, target=targets.get((method, env)))
+    before, _ = mean_and_error([t["before"] for t in trained])
+    after, error = mean_and_error([t["after"] for t in trained])
+    share = (TOY_TARGETS if run.toy else TARGETS).get(method)
+    low, high = SCALE.get(env, (0.0, 0.0))
+    target = None if share is None or env not in SCALE else low + share * (high - low)
+    run.judge(f"return_{method}", after, error=error, baseline=before, target=target)
     if not cfg.steps:
         return
-    if cfg.hold_steps:
-        told = critic.correlation(torch.cat([t["pairs"] for t in trained]))
-        run.judge(f"critic_correlation_{method}", told, target=0.9 if method in FAITHFUL and not run.toy else None)
+    if cfg.hold_steps and (told := critic.Told.of(torch.cat([t["pairs"] for t in trained]))):
+        known = KNOWS if method in FAITHFUL and not run.toy else None
+        run.judge(f"critic_correlation_{method}", told.correlation, error=told.correlation_error, target=known)
+        run.judge(f"critic_bias_{method}", told.bias, error=told.bias_error)
+        run.judge(f"critic_slope_{method}", told.slope, error=told.slope_error)
     if method == "sac" and cfg.alpha is None:
         series, target = run.metrics.series(), trained[0]["learner"].policy.target_entropy
         found = [series[f"sac_{i}: entropy"][1] for i in range(cfg.repeats) if f"sac_{i}: entropy" in series]
         if found:
-            last = [y for ys in found for y in ys[-max(1, len(ys) // 10) :]]
-            run.judge("entropy_gap_sac", abs(sum(last) / len(last) - target), target=0.3, higher=False)
+            last, error = mean_and_error([ys[-max(1, len(ys) // 10) :] for ys in found])
+            run.judge("entropy_gap_sac", abs(last - target), error=error, target=0.3, higher=False)

@@ -77,6 +77,13 @@ class OffPolicy:
 
         return act
 
+    def tried(self, generator: torch.Generator) -> environments.Act:
+        """What is evaluated: the policy without its noise."""
+        return self.best
+
+    valued = tried  # the policy that the critic is the value of
+    bonus: Any = None  # to the rewards, in the critic's values
+
     def values(self, observations: Tensor) -> Tensor:
         """What the critics say of the best action."""
         return self.q(observations, self.best(observations)).amin(0)
@@ -118,6 +125,24 @@ class SAC(OffPolicy):
     @torch.no_grad()
     def best(self, observations: Tensor) -> Tensor:
         return self.policy.best(self.policy(observations))
+
+    def valued(self, generator: torch.Generator) -> environments.Act:
+        return self.acting(generator)
+
+    @torch.no_grad()
+    def values(self, observations: Tensor, draws: int = 16) -> Tensor:
+        """(N,) the soft value E[Q(s, a) − α log π(a|s)], from so many actions of each state."""
+        many, generator = observations.repeat(draws, 1), torch.Generator().manual_seed(0)
+        actions, log_probs = self.policy.sample(self.policy(many), self.noise(len(many), generator))
+        soft = continuous.soft_value(self.q(many, actions), log_probs, self.log_alpha.exp())
+        return soft.view(draws, -1).mean(0)
+
+    @torch.no_grad()
+    def bonus(self, observations: Tensor, generator: torch.Generator) -> Tensor:
+        """(T, N) of states (T, N, D): −α log π of an action drawn there, on average α times the entropy."""
+        flat = observations.flatten(0, 1)
+        _, log_probs = self.policy.sample(self.policy(flat), self.noise(len(flat), generator))
+        return -self.log_alpha.exp() * log_probs.view(observations.shape[:2])
 
     def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
         policy, alpha = self.policy, self.log_alpha.detach().exp()

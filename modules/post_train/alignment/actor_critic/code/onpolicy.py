@@ -53,6 +53,9 @@ class Learner:
         """As the policy that is learnt."""
         return drawn(self.model, generator)
 
+    valued = tried = acting  # the policy that the critic is the value of, and the one that is evaluated
+    bonus = None  # to the rewards, in the critic's values
+
     def behaving(self, generator: torch.Generator) -> environments.Act:
         """As whoever gathers what is learnt from."""
         return self.acting(generator)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.display import uncertain
 from finetune.plots import GOOD, GREY, INK, figure, moving_average, save
 from finetune.rl.evaluation import interval
 
@@ -64,7 +65,7 @@ def learning(run: Any, cfg: Any, methods: list[str], chunk: int) -> None:
 
 
 def critics(run: Any, pairs: dict[str, list[Any]]) -> None:
-    """critics.png: what the critic of each training said beside what came."""
+    """critics.png: what the critic of each training said beside what came; the dashed line is a right critic's."""
     columns = min(3, len(pairs))
     made, panels = figure(4.2 * columns, 4.2 * -(-len(pairs) // columns), -(-len(pairs) // columns), columns)
     for axes in panels[len(pairs) :]:
@@ -76,9 +77,12 @@ def critics(run: Any, pairs: dict[str, list[Any]]) -> None:
         every = np.concatenate([rows.numpy().ravel() for rows in trainings])
         ends = every.min(), every.max()
         axes.plot(ends, ends, color=GREY, linestyle="--", linewidth=1.2)
-        told = run.judged[f"critic_correlation_{method}"]["value"]
-        axes.set_title(f"{method.replace('_', ' ')}: correlation {told:.3f}", loc="left", fontsize=11, color=INK)
-        axes.set_xlabel("discounted return that came, mean", color=INK)
+        words = {what: run.judged.get(f"critic_{what}_{method}") for what in ("correlation", "bias", "slope")}
+        told = [f"{what} {uncertain(t['value'], t['error'])}" for what, t in words.items() if t]
+        title = f"{method.replace('_', ' ')}: {told[0]},\n{told[1]}, {told[2]}" if told else method
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        came = "return and entropy bonus that came" if method == "sac" else "return that came"
+        axes.set_xlabel(f"discounted {came}, mean", color=INK)
         axes.set_ylabel("what the critic said", color=INK)
     save(made, run.dir / "critics.png")
 

@@ -8,13 +8,14 @@ import torch
 
 from finetune.rl import mdp as tables
 from finetune.rl.evaluation import interval
+from finetune.rl.moments import beyond_chance, mean_and_error
 from finetune.rl.rollout import numpy_generator
 
 from . import enumerated, offpolicy, plots, tabular, variance
 from .enumerated import batch_means, by_episode, discounts, z_score
 from .losses import BASELINES
 
-CHANCE = 4.0  # standard deviations; the worst of a dozen right means passes 3 too often
+FAR = 0.2  # part of the way from the best policy to the better ε-greedy one, within which what is learned has to be
 
 
 def walk(cfg: Any, run, baseline: str) -> None:
@@ -35,11 +36,13 @@ def walk(cfg: Any, run, baseline: str) -> None:
         mean, half = interval(found)
         run.log(step, value=mean, half_width=half, right=logits.softmax(-1)[:, tabular.RIGHT].mean())
     policies_ = [tabular.probabilities(mdp, row) for row in logits]
-    mean = sum(tables.performance(mdp, p) for p in policies_) / len(policies_)
-    right = sum(float(p[0, tabular.RIGHT]) for p in policies_) / len(policies_)
+    value, value_error = mean_and_error([[tables.performance(mdp, p)] for p in policies_])
+    right, right_error = mean_and_error([[float(p[0, tabular.RIGHT])] for p in policies_])
     greedy = tables.performance(mdp, tabular.probabilities(mdp, start))
-    run.judge(f"corridor_value_{baseline}", mean, baseline=greedy, target=-14.0)
-    run.judge(f"corridor_right_{baseline}", right)
+    best, epsilon = tabular.corridor_value(tabular.BEST_RIGHT), tabular.corridor_value(0.95)
+    target = best + FAR * (epsilon - best)
+    run.judge(f"corridor_value_{baseline}", value, error=value_error, baseline=greedy, target=target)
+    run.judge(f"corridor_right_{baseline}", right, error=right_error)
 
 
 def judge_corridor(cfg: Any, run) -> None:
@@ -50,12 +53,13 @@ def judge_corridor(cfg: Any, run) -> None:
         plots.corridor(run, BASELINES, tabular.BEST_RIGHT, tabular.corridor_value)
 
 
-def judge_gradient(run, episodes: int, rows: int) -> dict[str, tuple[float, float]]:
+def judge_gradient(run, episodes: int, rows: int) -> dict[str, variance.Share]:
     """The estimate with each baseline against the enumerated gradient; the mean baseline is biased. Returns its
     variance and z by baseline."""
     listed = variance.listed(numpy_generator(run, "score"), episodes, rows)
-    worst = max(z for name, (_, z) in listed.items() if name != "mean")
-    run.judge("score_function_z", worst, baseline=listed["mean"][1], target=CHANCE, higher=False)
+    right = [found.z for name, found in listed.items() if name != "mean"]
+    bar = beyond_chance(len(right))
+    run.judge("score_function_z", max(right), baseline=listed["mean"].z, target=bar, higher=False)
     return listed
 
 
@@ -69,9 +73,8 @@ def judge_discount(run, episodes: int) -> None:
     rollout = enumerated.sample(mdp, logits, episodes, draw)
     psi = enumerated.to_go(rollout, mdp.gamma)
     usual, right = (batch_means(by_episode(rollout, logits, p), 16) for p in (psi, discounts(mdp.gamma, psi) * psi))
-    run.judge(
-        "discount_correction_z", z_score(right, wanted), baseline=z_score(usual, wanted), target=CHANCE, higher=False
-    )
+    z, other = z_score(right, wanted), z_score(usual, wanted)
+    run.judge("discount_correction_z", z, baseline=other, target=beyond_chance(), higher=False)
 
     def field(x: torch.Tensor) -> torch.Tensor:
         return enumerated.usual(everything, world, x, mdp.gamma)
@@ -89,12 +92,14 @@ def judge_off_policy(run, episodes: int) -> None:
     found = offpolicy.compare(numpy_generator(run, "off_policy"), episodes)
     turned, right = offpolicy.DISTANCES.index(2.0), offpolicy.UNBIASED
     bias = max(b for way in right for b in found[way]["bias"])
-    run.judge("off_policy_bias", bias, baseline=found["uncorrected"]["bias"][turned], target=1e-10, higher=False)
-    z = max(found[way]["z"][turned] for way in right)
-    run.judge("off_policy_z", z, baseline=found["uncorrected"]["z"][turned], target=CHANCE, higher=False)
-    whole, decision = (found[way]["variance"][turned] for way in right)
-    run.judge("per_decision_variance", decision / whole, baseline=1.0, higher=False)
-    run.judge("effective_part", found["sample"]["effective"][turned], baseline=1.0, higher=False)
+    wrong, sample = found["uncorrected"], found["sample"]
+    run.judge("off_policy_bias", bias, baseline=wrong["bias"][turned], target=1e-10, higher=False)
+    z, bar = max(found[way]["z"][turned] for way in right), beyond_chance(len(right))
+    run.judge("off_policy_z", z, baseline=wrong["z"][turned], target=bar, higher=False)
+    share, error = (found["decision"][part][turned] for part in ("share", "share_error"))
+    run.judge("per_decision_variance", share, error=error, baseline=1.0, higher=False)
+    part, error = sample["effective"][turned], sample["effective_error"][turned]
+    run.judge("effective_part", part, error=error, baseline=1.0, higher=False)
     paths = {w: offpolicy.reuse(numpy_generator(run, "reuse"), w) for w in ("uncorrected", "step", "decision")}
     run.judge("reuse_corrected", paths["decision"][-1], baseline=paths["uncorrected"][-1])
     plots.off_policy(run, offpolicy.DISTANCES, found, paths)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.rl.advantages import returns_to_go
+from finetune.rl.moments import standard_error, variance_share
 from finetune.rl.rollout import Rollout
 
 from . import enumerated
@@ -50,7 +51,8 @@ def effective_size(weights: Tensor) -> Tensor:
 
 def compare(draw: np.random.Generator, episodes: int) -> dict[str, dict[str, list[float]]]:
     """Of each way, over the distances: |E[estimate] − ∇J| / |∇J|, exact but of `weighted`; z of the mean estimate from
-    `ROWS` episodes of μ; their variance. Under "sample" the effective part of the episodes and KL(μ ‖ π).
+    `ROWS` episodes of μ; their variance, and that as a part of the whole trajectory's with its standard error. Under
+    "sample" the effective part of the episodes and KL(μ ‖ π).
 
     π's two logits differ by 1 everywhere, so that no ratio is above 50: heavier tails would need more episodes.
     """
@@ -58,12 +60,14 @@ def compare(draw: np.random.Generator, episodes: int) -> dict[str, dict[str, lis
     logits = logits / (logits[:, :1] - logits[:, 1:]).abs()
     everything, world = enumerated.trajectories(mdp)
     wanted = enumerated.gradient(everything, world, logits, mdp.gamma)
-    found: dict[str, dict[str, list[float]]] = {way: {"bias": [], "z": [], "variance": []} for way in WAYS}
-    found["sample"] = {"effective": [], "kl": []}
+    columns_ = ("bias", "z", "variance", "share", "share_error")
+    found: dict[str, dict[str, list[float]]] = {way: {name: [] for name in columns_} for way in WAYS}
+    found["sample"] = {"effective": [], "effective_error": [], "kl": []}
     for distance in DISTANCES:
         behaviour = (1 - distance) * logits
         rollout = enumerated.sample(mdp, behaviour, episodes // ROWS * ROWS, draw)
         log_ratios = enumerated.log_probs(rollout, logits) - enumerated.log_probs(rollout, behaviour)
+        estimates = {}
         for way in WAYS:
             rows = ROWS if way == "weighted" else rollout.rewards.shape[1]  # it divides by the mean of the batch
             columns = [x.split(rows, 1) for x in (rollout.rewards, rollout.ends, log_ratios)]
@@ -76,8 +80,15 @@ def compare(draw: np.random.Generator, episodes: int) -> dict[str, dict[str, lis
             found[way]["bias"].append(float(off.norm() / wanted.norm()))
             found[way]["z"].append(z_score(means, wanted))
             found[way]["variance"].append(total_variance(means))
+            estimates[way] = means
+        for way, means in estimates.items():
+            share, error = variance_share(means, estimates["trajectory"])
+            found[way]["share"].append(share)
+            found[way]["share_error"].append(error)
         weights = log_ratios.sum(0).exp()
-        found["sample"]["effective"].append(float(effective_size(weights.view(-1, ROWS)).mean()) / ROWS)
+        effective = effective_size(weights.view(-1, ROWS)) / ROWS
+        found["sample"]["effective"].append(float(effective.mean()))
+        found["sample"]["effective_error"].append(standard_error(effective.tolist()))
         found["sample"]["kl"].append(float(-log_ratios.sum(0).mean()))
     return found
 

@@ -1,10 +1,14 @@
 """The module's own pictures: returns by method, the short corridor, estimates off policy, variance by baseline."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from finetune.display import uncertain
 from finetune.plots import GOOD, GREY, INK, figure, moving_average, save
+
+from .offpolicy import WAYS
 
 COLOURS = {"reinforce": "#1769aa", "natural": "#b7791f", "trpo": "#805ad5",
            "none": "#c53030", "mean": "#1769aa", "leave_one_out": "#2e7d32", "learned": "#805ad5", "optimal": "#8a6d3b",
@@ -77,14 +81,16 @@ def off_policy(
     """off_policy.png: bias, variance and effective sample by how far the other policy is; one batch used many times."""
     made, (bias, spread, size, reuse) = figure(11.5, 8.0, 2, 2)
     sample = found["sample"]
+    marks = dict(zip(WAYS, "os^vD", strict=False)) | {"decision": "x"}
     for way, values in found.items():
         if way != "sample":
-            bias.plot(distances, values["bias"], "o-", color=COLOURS[way], linewidth=1.6, markersize=4, label=way)
-            spread.plot(distances, values["variance"], "o-", color=COLOURS[way], linewidth=1.6, markersize=4, label=way)
+            look = {"color": COLOURS[way], "marker": marks[way], "linewidth": 1.6, "markersize": 5}
+            bias.plot(distances, values["bias"], label=way, **look)
+            spread.plot(distances, values["variance"], **look)
     size.plot(distances, sample["effective"], "o-", color=INK, linewidth=1.8, label="effective part of the episodes")
     size.plot(distances, sample["kl"], "s--", color=GREY, linewidth=1.4, label="KL(μ ‖ π) of an episode, nats")
     for way, path in paths.items():
-        reuse.plot(path, color=COLOURS[way], linewidth=1.8, label=way)
+        reuse.plot(path, color=COLOURS[way], linewidth=1.8)
     bias.set_yscale("symlog", linthresh=0.1)
     bias.set_yticks([0, 0.05, 0.1, 0.5, 1, 5], ["0", "0.05", "0.1", "0.5", "1", "5"])
     bias.set_ylim(bottom=-0.01)
@@ -105,23 +111,27 @@ def off_policy(
     ):
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel(x, color=INK)
-        axes.legend(fontsize=8.5, frameon=False)
+    size.set_ylim(top=1.3 * max(*sample["effective"], *sample["kl"]))  # room for its legend
+    size.legend(fontsize=8.5, frameon=False, loc="upper left")
+    made.legend(*bias.get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside upper center", ncols=6)
     save(made, run.dir / "off_policy.png")
 
 
-def variance(run, env: str, listed: dict[str, float], network: dict[str, float]) -> None:
-    """variance.png: variance of the gradient estimate by baseline, as a part of that without one."""
+def variance(run, env: str, listed: dict[str, Any], network: dict[str, Any]) -> None:
+    """variance.png: variance of the gradient estimate by baseline ± its standard error, as a part of that without."""
     made, axes = figure(10.5, 4.0, 1, 2)
     for place, values, title in (
         (axes[0], listed, "two-step MDP (learned: the exact V)"),
         (axes[1], network, f"{env}, the untrained network"),
     ):
         names = list(values)
-        bars = place.barh([n.replace("_", " ") for n in names], list(values.values()),
+        shares, errors = [values[n].share for n in names], [values[n].error for n in names]
+        bars = place.barh([n.replace("_", " ") for n in names], shares, xerr=errors, capsize=2,
                           color=[COLOURS[n] for n in names], height=0.6)  # fmt: skip
-        place.bar_label(bars, fmt="%.2f", padding=3, fontsize=9, color=INK)
+        labels = [uncertain(share, error) for share, error in zip(shares, errors, strict=True)]
+        place.bar_label(bars, labels, padding=3, fontsize=9, color=INK)
         place.invert_yaxis()
-        place.set_xlim(0, 1.15 * max(values.values()))
+        place.set_xlim(0, 1.3 * max(s + e for s, e in zip(shares, errors, strict=True)))
         place.set_title(title, loc="left", fontsize=11, color=INK)
         place.set_xlabel("variance of the gradient / variance without a baseline", color=INK)
         place.grid(False, axis="y")

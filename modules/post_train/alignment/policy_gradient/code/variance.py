@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.rl.moments import chi_correlated
+from finetune.rl.moments import chi_correlated, variance_share
 from finetune.rl.rollout import Rollout
 
 from . import enumerated
-from .enumerated import batch_means, by_episode, discounts, to_go, total_variance, z_score
+from .enumerated import batch_means, by_episode, discounts, to_go, z_score
 from .losses import BASELINES, advantages, policy_loss
 
 PROJECTIONS = 8  # random directions of the parameters, on which the means are compared
@@ -53,16 +54,26 @@ def taken(baseline: Tensor, rollout: Rollout) -> Tensor:
     return baseline.gather(1, rollout.observations)
 
 
-def listed(draw: np.random.Generator, episodes: int, rows: int) -> dict[str, tuple[float, float]]:
-    """(variance of the estimate from `rows` episodes, z of its mean against ∇J) by baseline, on a listed process."""
+@dataclass
+class Share:
+    """Of the estimate with one baseline: its variance as a part of that without one, with its standard error, and how
+    far its mean is off, in standard deviations of chance."""
+
+    share: float
+    error: float
+    z: float
+
+
+def listed(draw: np.random.Generator, episodes: int, rows: int) -> dict[str, Share]:
+    """By baseline, of the estimate from `rows` episodes, its mean against ∇J, on a listed process."""
     mdp, logits = enumerated.process(draw)
     everything, world = enumerated.trajectories(mdp)
     wanted = enumerated.gradient(everything, world, logits, mdp.gamma)
     known = exact_baselines(everything, world, logits, mdp.gamma)
     rollout = enumerated.sample(mdp, logits, episodes // rows * rows, draw)
     groups = [Rollout(*part) for part in zip(*(x.split(rows, 1) for x in vars(rollout).values()), strict=True)]
-    found = {}
-    for name in (*BASELINES, "optimal"):
+    found, whole = {}, None
+    for name in sorted((*BASELINES, "optimal"), key="none".__ne__):
         if name in known:
             psi, _ = advantages(rollout, mdp.gamma, "learned", taken(known[name], rollout))
         elif name == "none":
@@ -70,15 +81,16 @@ def listed(draw: np.random.Generator, episodes: int, rows: int) -> dict[str, tup
         else:
             psi = torch.cat([advantages(group, mdp.gamma, name, None)[0] for group in groups], 1)
         means = batch_means(by_episode(rollout, logits, discounts(mdp.gamma, psi) * psi), rows)
-        found[name] = total_variance(means), z_score(means, wanted)
+        whole = means if whole is None else whole
+        found[name] = Share(*variance_share(means, whole), z_score(means, wanted))
     return found
 
 
 def of_network(
     policy: nn.Module, groups: list[Rollout], values: list[tuple[Tensor, Tensor]], gamma: float,
     generator: torch.Generator,
-) -> dict[str, tuple[float, float]]:  # fmt: skip
-    """(variance, z of the mean against that without a baseline) by baseline, of the gradient that each group of
+) -> dict[str, Share]:  # fmt: skip
+    """By baseline, its mean against that without one, of the gradient that each group of
     episodes gives; `values` are V of the states of each and of those they led to."""
     parameters = list(policy.parameters())
     estimates: dict[str, Any] = {name: [] for name in BASELINES}
@@ -96,5 +108,5 @@ def of_network(
     for name, g in rows.items():
         off = ((g - rows["none"]) @ directions).numpy()  # of the same episodes, so most of the noise is gone
         z = 0.0 if name == "none" else float(chi_correlated(off.mean(0), np.cov(off.T) / len(off)))
-        found[name] = total_variance(g.numpy()), z
+        found[name] = Share(*variance_share(g.numpy(), rows["none"].numpy()), z)
     return found
