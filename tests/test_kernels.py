@@ -29,6 +29,40 @@ def test_trace_sees_unaligned_rows():
     assert any("rms_norm.cu" in line and "global load" in line for line in emulator.excess(rows, "global"))
 
 
+@pytest.mark.parametrize(
+    ("op", "dtype", "loads", "stores"),
+    [
+        # 64 rows of 1024 columns in 16 blocks, each of two teams with 128 lanes: dy and x once; the weights once a
+        # team; the rows' statistics once a warp; the sums over rows once a block, read once by the second pass.
+        ("rms_norm", torch.bfloat16, 2 * 4096 + 16 * 2 * 64 + 64 * 4 + 16 * 128, 4096 + 2 * 16 * 128 + 64),
+        ("rms_norm", torch.float32, 2 * 8192 + 16 * 2 * 128 + 64 * 4 + 16 * 128, 8192 + 16 * 128 + 128),
+        (
+            "layer_norm",
+            torch.bfloat16,
+            2 * 4096 + 16 * 2 * 64 + 2 * 64 * 4 + 2 * 16 * 128,
+            4096 + 4 * 16 * 128 + 2 * 64,
+        ),
+        (
+            "layer_norm",
+            torch.float32,
+            2 * 8192 + 16 * 2 * 128 + 2 * 64 * 4 + 2 * 16 * 128,
+            8192 + 2 * 16 * 128 + 2 * 128,
+        ),
+    ],
+)
+def test_norms_keep_their_sums_over_rows_in_registers(op, dtype, loads, stores):
+    """Sectors of 32 bytes that the backward pass moves. When dw was added up in memory, row by row, it took 3077 a row
+    instead of 325 (rms_norm) and 5706 instead of 426 (layer_norm) in bfloat16, 2246 and 3596 instead of 518 and 588 in
+    float32."""
+    arguments = [torch.randn(64, 1024), *(torch.ones(1024) for _ in range(1 if op == "rms_norm" else 2))]
+    arguments = [t.to(dtype).requires_grad_() for t in arguments]
+    y = ops.REGISTRY[op](*arguments, backend="checked")
+    dy = torch.randn(64, 1024).to(dtype)
+    rows = emulator.trace(lambda: torch.autograd.grad(y, arguments, dy))
+    assert sum(r["units"] for r in rows if r["kind"] == "global load") == loads
+    assert sum(r["units"] for r in rows if r["kind"] == "global store") == stores
+
+
 def test_trace_as_a_table(capsys):
     assert cli.main(["kernels", "trace", "rms_norm", "--sample", "odd", "--dtype", "f32"]) == 0
     text = capsys.readouterr().out

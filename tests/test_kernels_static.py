@@ -78,6 +78,19 @@ def test_streaming_kernels_move_16_bytes_a_lane(op):
         assert any(kind in name for name in wide) or not any(kind in name for name in rows), f"none for {kind}"
 
 
+@pytest.mark.parametrize(("op", "statistics"), [("rms_norm", 2), ("layer_norm", 4)])
+def test_backward_of_the_norms_adds_up_in_registers(op, statistics):
+    """Where rows allow 16 bytes, nothing else is moved but a row's statistics; sums over rows that went through memory
+    made it 22 and 44 stores of 4 bytes."""
+    _, rows = static_table.golden()
+    for arch, found in rows[op].items():
+        whole = {name: row for name, row in found.items() if name.startswith("backward<") and name.endswith(", true>")}
+        assert len(whole) == 3, arch
+        for name, row in whole.items():
+            assert set(row["store"]) == {"16"}, (arch, name)
+            assert row["load"] == {"16": 6 if "float" in name else 3, "4": statistics}, (arch, name)
+
+
 @pytest.mark.slow
 def test_attention_uses_the_tensor_cores_and_asynchronous_copies():
     rows = static_table.table(["attention"], ("80",))["attention"]["80"]

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_, const 
   Tensor dx = torch::stable::empty_like(x);
   Tensor dweight = torch::stable::new_empty(weight, {weight_grad ? dim : 0});
   Tensor dbias = torch::stable::new_empty(weight, {bias_grad ? dim : 0});
-  Tensor partial = empty_f32(x, {weight_grad || bias_grad ? 2 * LayerNormBackward::blocks * dim : 0});
+  Tensor partial = empty_f32(x, {LayerNormBackward::scratch(on_device(x), rows, dim, weight_grad, bias_grad)});
   run("layer_norm_backward", x,
       LayerNormBackward{dtype_of(x), in(dy), in(x), in(weight), in<float>(mean), in<float>(rstd), out(dx),
                         weight_grad ? out(dweight) : nullptr, bias_grad ? out(dbias) : nullptr, out<float>(partial),

@@ -24,10 +24,10 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_, const Tensor& x_
   const int64_t dim = x.size(-1), rows = rstd.numel();
   Tensor dx = torch::stable::empty_like(x);
   Tensor dweight = torch::stable::new_empty(weight, {weight_grad ? dim : 0});
-  Tensor partial = empty_f32(x, {weight_grad ? RmsNormBackward::blocks * dim : 0});
+  Tensor partial = empty_f32(x, {RmsNormBackward::scratch(on_device(x), rows, dim, weight_grad)});
   run("rms_norm_backward", x,
       RmsNormBackward{dtype_of(x), in(dy), in(x), in(weight), in<float>(rstd), out(dx),
-                      weight_grad ? out(dweight) : nullptr, weight_grad ? out<float>(partial) : nullptr, rows, dim});
+                      weight_grad ? out(dweight) : nullptr, out<float>(partial), rows, dim});
   return {dx, dweight};
 }
 

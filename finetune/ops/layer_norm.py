@@ -89,6 +89,8 @@ def samples() -> Iterator[Sample]:
     yield make("no_bias", 3, 24, bias=False)
     yield make("wide", 3, 1031)
     yield make("many_rows", 67, 19)
+    yield make("blocks", 70, 300)  # several blocks, rows at once in each, and warps a row
+    yield make("wider", 3, 4104)  # than a block's threads take at once; by 16 bytes
     yield make("large", 4, 64, scale=1e4)
     yield make("shifted", 4, 65, shift=300.0)
     yield around("strided", torch.randn(48, 6, generator=g, dtype=torch.float64).t())

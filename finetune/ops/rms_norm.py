@@ -79,7 +79,9 @@ def samples() -> Iterator[Sample]:
     yield make("one", 1, 1)
     yield make("empty", 0, 16)
     yield make("wide", 3, 1031)
-    yield make("rows", 70, 5)  # more than the CUDA backward has blocks
+    yield make("rows", 70, 5)  # more than the CPU backward has blocks
+    yield make("blocks", 70, 300)  # several blocks, rows at once in each, and warps a row
+    yield make("wider", 3, 4104)  # than a block's threads take at once; by 16 bytes
     yield make("large", 4, 64, scale=1e4)
     x = torch.randn(48, 6, generator=g, dtype=torch.float64).t()
     yield Sample("strided", (x, torch.randn(48, generator=g, dtype=torch.float64)), grad=(0, 1))

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "finetune/kernel.h"
+#include "finetune/norm_split.h"
 
 namespace finetune {
 
@@ -27,9 +28,13 @@ struct LayerNormBackward {
   void* dx;            // (rows, dim)
   void* dweight;       // (dim,), or null where the weight is frozen
   void* dbias;         // (dim,), or null where the bias is frozen or there is none
-  float* partial;      // (2, blocks, dim) scratch for dweight and dbias
+  float* partial;      // scratch for dweight and dbias: scratch() floats
   int64_t rows, dim;
-  static constexpr int64_t blocks = 32;  // row blocks of the sums over rows: fixed, so that threads change no bit
+  static constexpr int64_t blocks = 32;  // row blocks of the sums on the CPU: fixed, so that threads change no bit
+
+  static constexpr int64_t scratch(bool device, int64_t rows, int64_t dim, bool weight, bool bias) {
+    return device ? NormSplit(rows, dim).scratch(rows, dim, weight + bias, 2) : (weight || bias) * 2 * blocks * dim;
+  }
 };
 
 }  // namespace finetune

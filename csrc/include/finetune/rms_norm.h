@@ -2,6 +2,7 @@
 #pragma once
 
 #include "finetune/kernel.h"
+#include "finetune/norm_split.h"
 
 namespace finetune {
 
@@ -23,9 +24,13 @@ struct RmsNormBackward {
   const float* rstd;   // (rows,)
   void* dx;            // (rows, dim)
   void* dweight;       // (dim,), or null where the weight is frozen
-  float* partial;      // (blocks, dim) scratch for dweight
+  float* partial;      // scratch for dweight: scratch() floats
   int64_t rows, dim;
-  static constexpr int64_t blocks = 32;  // row blocks of dweight's sum: fixed, so that it does not depend on threads
+  static constexpr int64_t blocks = 32;  // row blocks of dweight's sum on the CPU: fixed, so that threads change no bit
+
+  static constexpr int64_t scratch(bool device, int64_t rows, int64_t dim, bool sums) {
+    return device ? NormSplit(rows, dim).scratch(rows, dim, sums, 1) : sums * blocks * dim;
+  }
 };
 
 }  // namespace finetune
