@@ -123,6 +123,31 @@ def test_rows_wider_than_a_tile(op, monkeypatch):
             check(op, sample, torch.float32, "triton")
 
 
+def test_lists_take_whole_and_misaligned_blocks_alike():
+    """Blocks of 2048 and 4096 elements without a mask, the last of a tensor and all of a misaligned one with it: the
+    same bits, and the table says which is which."""
+    from triton_kernels._tensors import pointers
+
+    g = torch.Generator().manual_seed(0)
+    sizes, results, tables = (9000, 5, 4096), [], []
+    given = [[torch.randn(n, generator=g) for n in sizes] for _ in range(3)]
+    for shift in (0, 1):  # elements from the start of an aligned buffer
+        lists = []
+        for tensors in [*given, [t.square() for t in given[2]]]:
+            placed = [torch.empty(len(t) + 4, device=DEVICE)[shift : shift + len(t)] for t in tensors]
+            lists.append([to.copy_(t) for to, t in zip(placed, tensors, strict=True)])
+        params, grads, firsts, seconds = lists
+        results.append([])
+        norm = ops.clip_grad_norm_(grads, 1.0, backend="triton")
+        found, square = ops.unscale_check_finite_(grads, torch.full((), 0.5, device=DEVICE), backend="triton")
+        how = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+        ops.adamw_(params, grads, firsts, seconds, **how, backend="triton")
+        results[-1] += [norm, found, square, *params, *grads, *firsts, *seconds]
+        tables.append(pointers(params, grads)[0][:, 2].tolist())
+    assert tables == [[8192, 0, 4096], [0, 0, 0]]
+    assert all(map(torch.equal, *results))
+
+
 def test_rope_marks_a_token_whose_position_is_outside_the_tables():
     x, cos, sin, positions = SAMPLES["rope"][0].cast(torch.float32, DEVICE)
     for wrong in (-1, len(cos), 2**40):

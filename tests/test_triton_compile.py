@@ -52,6 +52,37 @@ def test_every_dtype_for(target):
     check(compile_for(target, ",".join(dtypes)), target, dtypes)
 
 
+# Elements of a program, and bytes an element that it loads and stores where the tensors are bfloat16.
+# adamw8bit's threads have four elements, 8 bytes of bfloat16; its codes and masks go besides.
+LISTS = {
+    ("adamw", "adamw_kernel", False): (2048, 2 + 2 + 4 + 4, 2 + 4 + 4),
+    ("adamw", "adamw_kernel", True): (2048, 2 + 4 + 4 + 4, 2 + 4 + 4 + 4),
+    ("clip_grad_norm", "squares_kernel", None): (4096, 2, 0),
+    ("clip_grad_norm", "scale_kernel", None): (4096, 2, 2),
+    ("global_norm", "squares_kernel", None): (4096, 2, 0),
+    ("unscale_check_finite", "unscale_kernel", None): (4096, 2, 2),
+}
+
+
+def test_kernels_over_lists_move_16_bytes_a_thread(for_hopper):
+    """The branch of whole blocks moves all its elements in accesses of 16 bytes; what is narrower is the masked
+    branch's and the table's. Before there was such a branch, nothing was wider than 8 bytes."""
+    seen = set()
+    for row in for_hopper:
+        masters = bool(row["constants"][2]) if row["op"] == "adamw" else None
+        want = LISTS.get(key := (row["op"], row["kernel"], masters))
+        if not want:
+            continue
+        seen.add(key)
+        elements, *moved = want
+        for kind, bytes_an_element in zip(("ld", "st"), moved, strict=True):
+            wide = row["accesses"][kind].get("16", 0) * 16 * 32 * row["num_warps"]
+            assert wide == elements * bytes_an_element, (row["op"], row["kernel"], kind, row["accesses"])
+    assert seen == set(LISTS)
+    eight_bit = [row["accesses"] for row in for_hopper if row["kernel"] == "adamw8bit_kernel"]
+    assert all(row["ld"].get("8", 0) >= 2 and row["st"].get("8", 0) >= 1 for row in eight_bit)
+
+
 def test_every_kernel_is_compiled(for_hopper):
     """`typical` must launch all of a file's kernels, or the tests above say nothing of the others."""
     launched = {(row["op"], row["kernel"]) for row in for_hopper}

@@ -4,7 +4,8 @@ lines.
 TARGET is cuda:80, cuda:90, cuda:100, cuda:120 or hip:gfx942, DTYPES like float32,bfloat16. The launchers run as they
 are, with a driver that only names the target, on the calls that each file's `typical` yields: so what is compiled has
 the signatures, specialisations, block sizes and warps of real launches. A line a kernel: op, kernel, what tells the
-variants apart, and shared, registers and spilled bytes where the tools tell. TRITON_INTERPRET must not be 1.
+variants apart, and shared, registers, spilled bytes and accesses by their width where the tools tell. TRITON_INTERPRET
+must not be 1.
 """
 
 import json
@@ -66,6 +67,15 @@ def usage(kernel: bytes) -> dict[str, int]:
     return {"registers": int(registers), "spilled": int(stack)}
 
 
+def accesses(ptx: str) -> dict[str, dict[str, int]]:
+    """How many loads from and stores to global memory a thread's program has, by the bytes that one moves."""
+    found: dict[str, dict[str, int]] = {"ld": {}, "st": {}}
+    for kind, many, bits in re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[bsuf](\d+)\b", ptx):
+        width = str(int(many or 1) * int(bits) // 8)
+        found[kind][width] = found[kind].get(width, 0) + 1
+    return found
+
+
 def main(name: str, dtypes: str, *wanted: str) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -82,7 +92,9 @@ def main(name: str, dtypes: str, *wanted: str) -> None:
                 row = {"op": op, "kernel": kernel, "dtype": dtype, **options}
                 row["constants"] = [v if isinstance(v, int) else str(v) for v in source.constants.values()]
                 row["shared"] = compiled.metadata.shared
-                print(json.dumps(row | (usage(compiled.asm["cubin"]) if backend == "cuda" else {})), flush=True)
+                if backend == "cuda":
+                    row |= usage(compiled.asm["cubin"]) | {"accesses": accesses(compiled.asm["ptx"])}
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Many tensors in one launch: a table of addresses in device memory instead of a pointer argument each.
 
-The table has a row a tensor: the number of its first block, its elements, its address in each list of tensors (0 where
-a list is empty). `owner` names each block's row. Both are made without the host waiting for the device.
+The table has a row a tensor: the number of its first block, its elements, those in whole blocks (0 where an address is
+not a multiple of 16 bytes), its address in each list of tensors (0 where a list is empty). `owner` names each block's
+row. A kernel does its work in a function with a constant WHOLE, called in the two branches of a condition that is the
+same for all of a block's threads: whole blocks move 16 bytes a thread, the last one of a tensor goes under a mask.
 """
 
 from __future__ import annotations
@@ -21,19 +23,39 @@ BLOCK = 4096  # elements of a program
 
 @triton.jit
 def block_of(table, owner, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's row of the table, and the numbers and the existence of its elements."""
+    """This program's row of the table, the number of its first element, how many elements the tensor has, and whether
+    the block is whole: all of it exists, and every address in the row is a multiple of 16 bytes."""
     row = table + tl.load(owner + tl.program_id(0)).to(tl.int64) * WIDTH
-    at = (tl.program_id(0) - tl.load(row)) * BLOCK + tl.arange(0, BLOCK)
-    return row, at, at < tl.load(row + 1)
+    first = (tl.program_id(0) - tl.load(row)) * BLOCK
+    return row, first, tl.load(row + 1), first < tl.load(row + 2)
 
 
 @triton.jit
-def pointer(row, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def pointer(row, column: tl.constexpr, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
     """The tensor's address in list `column`."""
-    address = tl.load(row + 2 + column).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
+    address = tl.load(row + 3 + column).to(tl.pointer_type(DTYPE))
+    if WHOLE:
         address = tl.multiple_of(address, 16)
     return address
+
+
+@triton.jit
+def load(x, at, size, WHOLE: tl.constexpr):
+    """x's elements `at`, 0 past its end. WHOLE: none is; without a mask that the compiler knows nothing of they move
+    16 bytes a thread."""
+    if WHOLE:
+        value = tl.load(x + at)
+    else:
+        value = tl.load(x + at, mask=at < size, other=0)
+    return value
+
+
+@triton.jit
+def store(x, value, at, size, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(x + at, value)
+    else:
+        tl.store(x + at, value, mask=at < size)
 
 
 def by_dtype(*lists: list[Tensor]) -> list[list[list[Tensor]]]:
@@ -50,8 +72,8 @@ def by_dtype(*lists: list[Tensor]) -> list[list[list[Tensor]]]:
 def pointers(
     *lists: list[Tensor], beside: tuple[list[Tensor], ...] = (), block: int = BLOCK
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """table (n, 2 + lists), owner (blocks,), and the constants WIDTH, BLOCK and ALIGNED. `beside`: more lists, of
-    tensors of other sizes."""
+    """table (n, 3 + lists), owner (blocks,), and the constants WIDTH and BLOCK. `beside`: more lists, of tensors
+    of other sizes."""
     sizes, device = [t.numel() for t in lists[0]], lists[0][0].device
     check(all(not ts or [t.numel() for t in ts] == sizes for ts in lists), "lists of tensors", "their sizes must match")
     lists = (*lists, *beside)
@@ -59,10 +81,11 @@ def pointers(
     check(alike, "lists of tensors", "they must be contiguous and on one device")
     rows, first = [], 0
     for i, size in enumerate(sizes):
-        rows.append([first, size, *(tensors[i].data_ptr() if tensors else 0 for tensors in lists)])
+        addresses = [tensors[i].data_ptr() if tensors else 0 for tensors in lists]
+        aligned = all(address % 16 == 0 for address in addresses)
+        rows.append([first, size, size // block * block if aligned else 0, *addresses])
         first += triton.cdiv(size, block)
-    aligned = all(address % 16 == 0 for row in rows for address in row[2:])
     table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
     ends = torch.tensor([row[0] for row in rows[1:]] + [first], dtype=torch.int64).to(device, non_blocking=True)
     owner = torch.searchsorted(ends, torch.arange(first, device=device), right=True, out_int32=True)
-    return table, owner, {"WIDTH": 2 + len(lists), "BLOCK": block, "ALIGNED": aligned}
+    return table, owner, {"WIDTH": 3 + len(lists), "BLOCK": block}

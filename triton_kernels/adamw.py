@@ -21,34 +21,52 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels._common import check
-from triton_kernels._tensors import TYPES, block_of, by_dtype, pointer, pointers
+from triton_kernels._tensors import TYPES, block_of, by_dtype, load, pointer, pointers, store
+
+
+@triton.jit
+def update(
+    row, at, size, scale, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, rsqrt_bc2, eps,
+    P: tl.constexpr, G: tl.constexpr, MASTERS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    param, grad = pointer(row, 0, P, WHOLE), pointer(row, 1, G, WHOLE)
+    first, second = pointer(row, 2, tl.float32, WHOLE), pointer(row, 3, tl.float32, WHOLE)
+    g = load(grad, at, size, WHOLE).to(tl.float32) * scale
+    m = load(first, at, size, WHOLE) * beta1 + g * one_minus_beta1
+    v = load(second, at, size, WHOLE) * beta2 + g * g * one_minus_beta2
+    store(first, m, at, size, WHOLE)
+    store(second, v, at, size, WHOLE)
+    if MASTERS:
+        master = pointer(row, 4, tl.float32, WHOLE)
+        wide = load(master, at, size, WHOLE)
+    else:
+        wide = load(param, at, size, WHOLE).to(tl.float32)
+    wide = wide * decay - step_size * m / (tl.sqrt_rn(v) * rsqrt_bc2 + eps)
+    if MASTERS:
+        store(master, wide, at, size, WHOLE)
+    store(param, wide, at, size, WHOLE)
 
 
 @triton.jit
 def adamw_kernel(
     table, owner, scale, scale_number, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, rsqrt_bc2, eps,
     P: tl.constexpr, G: tl.constexpr, MASTERS: tl.constexpr, SCALE: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, at, inside = block_of(table, owner, WIDTH, BLOCK)
-    param, grad = pointer(row, 0, P, ALIGNED), pointer(row, 1, G, ALIGNED)
-    first, second = pointer(row, 2, tl.float32, ALIGNED), pointer(row, 3, tl.float32, ALIGNED)
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * scale_number
+    row, start, size, whole = block_of(table, owner, WIDTH, BLOCK)
+    at = start + tl.arange(0, BLOCK)
     if SCALE:
-        g *= tl.load(scale)
-    m = tl.load(first + at, mask=inside, other=0.0) * beta1 + g * one_minus_beta1
-    v = tl.load(second + at, mask=inside, other=0.0) * beta2 + g * g * one_minus_beta2
-    tl.store(first + at, m, mask=inside)
-    tl.store(second + at, v, mask=inside)
-    if MASTERS:
-        master = pointer(row, 4, tl.float32, ALIGNED)
-        wide = tl.load(master + at, mask=inside, other=0.0)
+        scale_number *= tl.load(scale)
+    if whole:
+        update(
+            row, at, size, scale_number, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, rsqrt_bc2,
+            eps, P, G, MASTERS, True,
+        )  # fmt: skip
     else:
-        wide = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
-    wide = wide * decay - step_size * m / (tl.sqrt_rn(v) * rsqrt_bc2 + eps)
-    if MASTERS:
-        tl.store(master + at, wide, mask=inside)
-    tl.store(param + at, wide, mask=inside)
+        update(
+            row, at, size, scale_number, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, rsqrt_bc2,
+            eps, P, G, MASTERS, False,
+        )  # fmt: skip
 
 
 def numbers(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int) -> tuple[float, ...]:
@@ -66,7 +84,7 @@ def adamw_(
     how = numbers(lr, beta1, beta2, eps, weight_decay, step)
     grads = [g.contiguous() for g in grads]
     for lists in by_dtype(params, grads, exp_avgs, exp_avg_sqs, masters):
-        table, owner, constants = pointers(*lists)
+        table, owner, constants = pointers(*lists, block=2048)  # 8 elements a thread: 4096 take 178 registers
         scale = owner if scale_tensor is None else scale_tensor.to(owner.device)
         adamw_kernel[(len(owner),)](
             table, owner, scale, grad_scale, *how, P=TYPES[lists[0][0].dtype], G=TYPES[lists[1][0].dtype],

@@ -18,20 +18,20 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels._common import check
-from triton_kernels._tensors import TYPES, block_of, by_dtype, pointer, pointers
+from triton_kernels._tensors import TYPES, block_of, by_dtype, load, pointer, pointers, store
 from triton_kernels.adamw import numbers
 
 SHARING = 256  # elements with one absmax
 
 
 @triton.jit
-def widen(codes, maxima, maps, at, row, inside, here):
-    absmax = tl.load(maxima + row, mask=here, other=0.0)
-    return tl.load(maps + tl.load(codes + at, mask=inside, other=0).to(tl.int32)) * absmax[:, None]
+def widen(codes, maxima, maps, at, row, size, WHOLE: tl.constexpr):
+    absmax = load(maxima, row, tl.cdiv(size, 256), WHOLE)
+    return tl.load(maps + load(codes, at, size, WHOLE).to(tl.int32)) * absmax[:, None]
 
 
 @triton.jit
-def quantize(x, codes, maxima, middles, at, row, inside, here):
+def quantize(x, codes, maxima, middles, at, row, size, WHOLE: tl.constexpr):
     """Stores the codes and absmax of x (rows, 256), which is 0 outside."""
     absmax = tl.max(tl.abs(x), 1)
     y = tl.where((absmax > 0)[:, None], tl.div_rn(x, tl.where(absmax > 0, absmax, 1.0)[:, None]), 0.0)
@@ -39,8 +39,34 @@ def quantize(x, codes, maxima, middles, at, row, inside, here):
     for bit in tl.static_range(8):
         step = 128 >> bit
         code += tl.where(tl.load(middles + code + (step - 1)) < y, step, 0)
-    tl.store(codes + at, code.to(tl.uint8), mask=inside)
-    tl.store(maxima + row, absmax, mask=here)
+    store(codes, code.to(tl.uint8), at, size, WHOLE)
+    store(maxima, absmax, row, tl.cdiv(size, 256), WHOLE)
+
+
+@triton.jit
+def update(
+    entry, at, row, size, maps, middles, scale,
+    decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, rsqrt_bc2, eps,
+    P: tl.constexpr, G: tl.constexpr, MASTERS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    param, grad = pointer(entry, 0, P, WHOLE), pointer(entry, 1, G, WHOLE)
+    first, second = pointer(entry, 2, tl.uint8, WHOLE), pointer(entry, 3, tl.uint8, WHOLE)
+    first_max, second_max = pointer(entry, 5, tl.float32, WHOLE), pointer(entry, 6, tl.float32, WHOLE)
+    g = load(grad, at, size, WHOLE).to(tl.float32) * scale
+    m = widen(first, first_max, maps, at, row, size, WHOLE) * beta1 + g * one_minus_beta1
+    v = widen(second, second_max, maps + 256, at, row, size, WHOLE) * beta2 + g * g * one_minus_beta2
+    m, v = tl.where(at < size, m, 0.0), tl.where(at < size, v, 0.0)
+    if MASTERS:
+        master = pointer(entry, 4, tl.float32, WHOLE)
+        wide = load(master, at, size, WHOLE)
+    else:
+        wide = load(param, at, size, WHOLE).to(tl.float32)
+    wide = wide * decay - tl.div_rn(step_size * m, tl.sqrt_rn(v) * rsqrt_bc2 + eps)
+    if MASTERS:
+        store(master, wide, at, size, WHOLE)
+    store(param, wide, at, size, WHOLE)
+    quantize(m, first, first_max, middles, at, row, size, WHOLE)
+    quantize(v, second, second_max, middles + 256, at, row, size, WHOLE)
 
 
 @triton.jit
@@ -48,34 +74,23 @@ def adamw8bit_kernel(
     table, owner, maps, middles, scale, scale_number,
     decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, rsqrt_bc2, eps,
     P: tl.constexpr, G: tl.constexpr, MASTERS: tl.constexpr, SCALE: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    entry, at, inside = block_of(table, owner, WIDTH, BLOCK)
-    at, inside = tl.reshape(at, [BLOCK // 256, 256]), tl.reshape(inside, [BLOCK // 256, 256])
-    row = tl.min(at, 1) // 256
-    here = row * 256 < tl.load(entry + 1)
-    param, grad = pointer(entry, 0, P, ALIGNED), pointer(entry, 1, G, ALIGNED)
-    first, second = pointer(entry, 2, tl.uint8, ALIGNED), pointer(entry, 3, tl.uint8, ALIGNED)
-    first_max, second_max = pointer(entry, 5, tl.float32, ALIGNED), pointer(entry, 6, tl.float32, ALIGNED)
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    entry, start, size, whole = block_of(table, owner, WIDTH, BLOCK)
+    row = start // 256 + tl.arange(0, BLOCK // 256)
+    at = row[:, None] * 256 + tl.arange(0, 256)[None, :]
     if SCALE:
-        g *= scale_number * tl.load(scale)
+        scale_number *= tl.load(scale)
+    if whole:
+        update(
+            entry, at, row, size, maps, middles, scale_number, decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
+            step_size, rsqrt_bc2, eps, P, G, MASTERS, True,
+        )  # fmt: skip
     else:
-        g *= scale_number
-    m = widen(first, first_max, maps, at, row, inside, here) * beta1 + g * one_minus_beta1
-    v = widen(second, second_max, maps + 256, at, row, inside, here) * beta2 + g * g * one_minus_beta2
-    m, v = tl.where(inside, m, 0.0), tl.where(inside, v, 0.0)
-    if MASTERS:
-        master = pointer(entry, 4, tl.float32, ALIGNED)
-        wide = tl.load(master + at, mask=inside, other=0.0)
-    else:
-        wide = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
-    wide = wide * decay - tl.div_rn(step_size * m, tl.sqrt_rn(v) * rsqrt_bc2 + eps)
-    if MASTERS:
-        tl.store(master + at, wide, mask=inside)
-    tl.store(param + at, wide, mask=inside)
-    quantize(m, first, first_max, middles, at, row, inside, here)
-    quantize(v, second, second_max, middles + 256, at, row, inside, here)
+        update(
+            entry, at, row, size, maps, middles, scale_number, decay, beta1, one_minus_beta1, beta2, one_minus_beta2,
+            step_size, rsqrt_bc2, eps, P, G, MASTERS, False,
+        )  # fmt: skip
 
 
 def adamw8bit_(

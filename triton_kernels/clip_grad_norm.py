@@ -18,16 +18,23 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels._common import empty_f32
-from triton_kernels._tensors import TYPES, block_of, by_dtype, pointer, pointers
+from triton_kernels._tensors import TYPES, block_of, by_dtype, load, pointer, pointers, store
 
 
 @triton.jit
-def squares_kernel(
-    table, owner, squares, G: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
-):
-    row, at, inside = block_of(table, owner, WIDTH, BLOCK)
-    g = tl.load(pointer(row, 0, G, ALIGNED) + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(squares + tl.program_id(0), tl.sum(g * g, 0))
+def sum_squares(row, at, size, G: tl.constexpr, WHOLE: tl.constexpr):
+    g = load(pointer(row, 0, G, WHOLE), at, size, WHOLE).to(tl.float32)
+    return tl.sum(g * g, 0)
+
+
+@triton.jit
+def squares_kernel(table, owner, squares, G: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row, start, size, whole = block_of(table, owner, WIDTH, BLOCK)
+    at = start + tl.arange(0, BLOCK)
+    if whole:
+        tl.store(squares + tl.program_id(0), sum_squares(row, at, size, G, True))
+    else:
+        tl.store(squares + tl.program_id(0), sum_squares(row, at, size, G, False))
 
 
 @triton.jit
@@ -43,12 +50,21 @@ def norm_kernel(squares, count, out, max_norm, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scale_kernel(table, owner, scale, G: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+def multiply(row, at, size, by, G: tl.constexpr, WHOLE: tl.constexpr):
+    grad = pointer(row, 0, G, WHOLE)
+    store(grad, load(grad, at, size, WHOLE).to(tl.float32) * by, at, size, WHOLE)
+
+
+@triton.jit
+def scale_kernel(table, owner, scale, G: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     by = tl.load(scale + 1)
     if (by < 1) | (by != by):
-        row, at, inside = block_of(table, owner, WIDTH, BLOCK)
-        grad = pointer(row, 0, G, ALIGNED)
-        tl.store(grad + at, tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * by, mask=inside)
+        row, start, size, whole = block_of(table, owner, WIDTH, BLOCK)
+        at = start + tl.arange(0, BLOCK)
+        if whole:
+            multiply(row, at, size, by, G, True)
+        else:
+            multiply(row, at, size, by, G, False)
 
 
 def squares_of(tensors: list[Tensor]) -> tuple[Tensor, list]:

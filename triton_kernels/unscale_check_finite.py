@@ -16,22 +16,30 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels._common import check, empty_f32
-from triton_kernels._tensors import TYPES, block_of, by_dtype, pointer, pointers
+from triton_kernels._tensors import TYPES, block_of, by_dtype, load, pointer, pointers, store
+
+
+@triton.jit
+def unscale(row, at, size, by, flags, squares, G: tl.constexpr, WHOLE: tl.constexpr):
+    grad = pointer(row, 0, G, WHOLE)
+    g = load(grad, at, size, WHOLE).to(tl.float32)
+    finite = tl.abs(g) < float("inf")  # false for NaN too
+    unscaled = g * by
+    store(grad, unscaled, at, size, WHOLE)
+    tl.store(flags + tl.program_id(0), tl.max(tl.where(finite, 0.0, 1.0), 0))
+    tl.store(squares + tl.program_id(0), tl.sum(tl.where(at < size, unscaled * unscaled, 0.0), 0))
 
 
 @triton.jit
 def unscale_kernel(
-    table, owner, inverse_scale, flags, squares,
-    G: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    row, at, inside = block_of(table, owner, WIDTH, BLOCK)
-    grad = pointer(row, 0, G, ALIGNED)
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    finite = tl.abs(g) < float("inf")  # false for NaN too
-    unscaled = g * tl.load(inverse_scale)
-    tl.store(grad + at, unscaled, mask=inside)
-    tl.store(flags + tl.program_id(0), tl.max(tl.where(finite, 0.0, 1.0), 0))
-    tl.store(squares + tl.program_id(0), tl.sum(tl.where(inside, unscaled * unscaled, 0.0), 0))
+    table, owner, inverse_scale, flags, squares, G: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, start, size, whole = block_of(table, owner, WIDTH, BLOCK)
+    at, by = start + tl.arange(0, BLOCK), tl.load(inverse_scale)
+    if whole:
+        unscale(row, at, size, by, flags, squares, G, True)
+    else:
+        unscale(row, at, size, by, flags, squares, G, False)
 
 
 @triton.jit
