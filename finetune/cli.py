@@ -55,7 +55,7 @@ def list_(json: bool) -> None:
 
 @app.command(context_settings=OPEN)
 @click.argument("module", required=False)
-@click.option("--toy", is_flag=True, help="The module's small setting: seconds, not minutes.")
+@click.option("--toy", is_flag=True, help="The module's small setting: a minute or two at most.")
 @click.option("--out", help="Run folder; default: a new one in the module's output/.")
 @click.option("--resume", is_flag=True, help="Continue the newest unfinished run, or the one in --out.")
 @ACCEPT
@@ -90,7 +90,8 @@ def run(
     if accept_changes and not resume:
         raise UserError("--accept-changes is for --resume")
     cls: type[config.Config] = registry.load(info).Config
-    given = config.given(cls, list(rest))
+    own = [opt.removeprefix("--") for p in get_current_context().command.params for opt in p.opts]
+    given = config.given(cls, list(rest), own)
     if not resume:
         cfg = dataclasses.replace(cls.toy() if toy else cls(), **given)
         return _execute(info, cfg, folder, json, toy=toy)

@@ -21,6 +21,7 @@ import textwrap
 import tokenize
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -145,10 +146,11 @@ def describe(cls: type[Config]) -> list[Field]:
     return fields
 
 
-def given(cls: type[Config], argv: list[str]) -> dict[str, Any]:
+def given(cls: type[Config], argv: list[str], also: Iterable[str] = ()) -> dict[str, Any]:
     """The values that `--key value`, `--key=value`, `--flag` and `--no-flag` name, converted to their fields' types.
 
-    UserError names an unknown key (and the nearest known one), a missing value, or a value of the wrong type.
+    UserError names an unknown key (and the nearest known one, of the settings or of `also`, the command's own options),
+    a missing value, or a value of the wrong type.
     """
     fields = {f.name: f for f in describe(cls)}
     values: dict[str, Any] = {}
@@ -162,7 +164,7 @@ def given(cls: type[Config], argv: list[str]) -> dict[str, Any]:
         negated = name.startswith("no_") and name not in fields and name[3:] in fields
         field = fields.get(name[3:] if negated else name)
         if field is None or (negated and field.type is not bool):
-            raise UserError(f"unknown option --{key}{nearest(dashed(name), map(dashed, fields))}")
+            raise UserError(f"unknown option --{key}{nearest(dashed(name), [*map(dashed, fields), *also])}")
         if field.type is bool and not equals:
             values[field.name] = not negated
             continue

@@ -66,9 +66,18 @@ def find(name: str) -> ModuleInfo:
     """The module of this name. UserError suggests the nearest."""
     known = {m.name: m for m in modules()}
     if name not in known:
+        if day := planned_day(name):
+            raise UserError(f"module '{name}' is planned (day {day} of the path) and does not exist yet")
         hint = nearest(name, known) or "; `python -m finetune list` shows all"
         raise UserError(f"unknown module '{name}'{hint}")
     return known[name]
+
+
+def planned_day(name: str) -> int | None:
+    """The day of learning/path.toml that names it."""
+    path = Path(__file__).resolve().parents[1] / "learning" / "path.toml"
+    days = tomllib.loads(path.read_text(encoding="utf-8"))["days"] if path.exists() else []
+    return next((i for i, day in enumerate(days, 1) if name in day["modules"]), None)
 
 
 def load(info: ModuleInfo) -> types.ModuleType:

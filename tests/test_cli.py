@@ -146,6 +146,8 @@ def test_a_suggestion_comes_with_the_mistake():
     assert "tinynet" in tiny("run", "tinyent").stderr
     assert "lr" in tiny("run", "tinynet", "--lrr", "1").stderr.split("did you mean")[1]
     assert "attention" in finetune("bench", "attenion").stderr
+    assert "did you mean 'toy'?" in tiny("run", "tinynet", "--tyo").stderr, "an option of the command itself"
+    assert "planned (day 6 of the path)" in finetune("run", "dpo").stderr
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from finetune import registry
 from finetune.cli import main
@@ -92,17 +93,25 @@ def answers(*lines):
     return read
 
 
+def collect(out):
+    return lambda text, style: out.append(text)
+
+
 def test_a_quiz_grades_follows_up_and_schedules(sft, tmp_path):
     first, second = content.read(sft).questions[:2]
     schedule, out = quiz.Schedule(tmp_path / "data" / "quiz.json"), []
-    assert schedule.due(first, NOW)
+    assert schedule.new(first)
+    assert not schedule.due(first, NOW), "what was never asked is new, not due"
     assert len(first.text["en"].points) == 4
     read = answers("", "y", "maybe", "y", "n", "y", "", "", *["y"] * len(second.text["en"].points))
-    shares = quiz.ask((first, second), schedule, read=read, write=out.append, now=lambda: NOW)
+    shares = quiz.ask((first, second), schedule, read=read, write=collect(out), now=lambda: NOW)
     assert shares == [0.75, 1.0]
     text = "\n".join(out)
     assert first.text["en"].follow_up in text
     assert second.text["en"].follow_up not in text, "nothing was missed"
+    assert "question 1 of 2" in text
+    assert "question 2 of 2" in text
+    assert "4/4 of the points named · again in 10 minutes" in text
     again = quiz.Schedule(tmp_path / "data" / "quiz.json")  # from the disk
     assert not again.due(first, NOW)
     assert not again.due(second, NOW)
@@ -111,12 +120,63 @@ def test_a_quiz_grades_follows_up_and_schedules(sft, tmp_path):
     assert dues[0] < dues[1], "what was named in part comes back sooner"
 
 
-def test_an_answer_that_the_input_cuts_off_does_not_count(sft, tmp_path):
+def test_when_a_question_comes_again():
+    assert quiz.when(NOW + timedelta(minutes=10), NOW, "en") == "in 10 minutes"
+    assert quiz.when(NOW + timedelta(minutes=10), NOW, "zh") == "10 分钟后"
+    later = (NOW + timedelta(days=3)).astimezone()
+    assert quiz.when(NOW + timedelta(days=3), NOW, "en") == f"on {later:%Y-%m-%d at %H:%M}"
+    assert quiz.when(NOW + timedelta(hours=1), NOW, "en").startswith("on 2026-01-01 at ")
+
+
+def test_due_has_no_new_ones_and_new_has_a_limit_a_day(sft, tmp_path):
+    questions = content.read(sft).questions
+    schedule = quiz.Schedule(tmp_path / "quiz.json")
+    assert quiz.chosen(questions, schedule, NOW) == list(questions)
+    assert quiz.chosen(questions, schedule, NOW, due=True) == []
+    assert quiz.chosen(questions, schedule, NOW, new=2) == list(questions[:2])
+    schedule.grade(questions[0], 1.0, NOW)
+    assert quiz.chosen(questions, schedule, NOW, new=2) == [questions[1]], "one of today's two is used up"
+    later = NOW + timedelta(days=1)
+    assert quiz.chosen(questions, schedule, later, due=True) == [questions[0]]
+    assert quiz.chosen(questions, schedule, later, due=True, new=2) == list(questions[:3])
+
+
+@pytest.mark.parametrize("given", [("q",), ("", "y", "q"), ("", "y", "y")])
+def test_an_answer_that_is_cut_off_does_not_count(sft, tmp_path, given):
     question = content.read(sft).questions[0]
     schedule = quiz.Schedule(tmp_path / "quiz.json")
-    assert quiz.ask([question], schedule, read=answers("", "y", "y"), write=lambda text: None) == []
-    assert schedule.due(question, NOW)
+    assert quiz.ask([question] * 2, schedule, read=answers(*given), write=collect([])) == []
+    assert schedule.new(question)
     assert not (tmp_path / "quiz.json").exists()
+
+
+def test_quitting_keeps_what_was_answered(sft, tmp_path):
+    questions = content.read(sft).questions[:2]
+    schedule = quiz.Schedule(tmp_path / "quiz.json")
+    read = answers("", *["y"] * len(questions[0].text["en"].points), "q", "never read")
+    assert quiz.ask(questions, schedule, read=read, write=collect([])) == [1.0]
+    assert not schedule.new(questions[0])
+    assert schedule.new(questions[1])
+
+
+@pytest.mark.parametrize("lang", content.LANGUAGES)
+@pytest.mark.parametrize("width", [80, 60])
+def test_quiz_and_brief_are_wrapped_by_words(sft, lang, width, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    assert main(["quiz", "sft", "--lang", lang]) == 0
+    asked = capsys.readouterr().out
+    assert main(["brief", "sft", "--lang", lang]) == 0
+    spoken = capsys.readouterr().out
+    for text in (asked, spoken):
+        assert max(cell_len(line) for line in text.splitlines() if "://" not in line and "/" not in line) <= width
+    flat = "".join(asked.split())
+    for question in content.read(sft).questions:
+        for part in (question.text[lang].question, *question.text[lang].points, question.text[lang].wrong):
+            assert "".join(part.split()) in flat
+    for word in brief.brief(sft, "en").split() if lang == "en" else ():
+        assert word in spoken.split()
 
 
 def test_more_right_answers_space_further(sft, tmp_path):
@@ -174,7 +234,8 @@ def test_the_seeds_short_commands(sft, tmp_path, monkeypatch):
         return subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, input="\n")
 
     assert "2.44 million" in script("interview_brief.py", "--module", "sft").stdout
-    assert content.read(sft).questions[0].text["en"].points[0] in script("interview_qa.py", "--module", "sft").stdout
+    asked = " ".join(script("interview_qa.py", "--module", "sft").stdout.split())
+    assert content.read(sft).questions[0].text["en"].points[0] in asked
     assert script("export_interview_briefs.py").returncode == 0
     written = {path.name for path in (tmp_path / "output/interview_briefs").iterdir()}
     assert written == {"sft.en.md", "sft.zh.md"}
@@ -187,6 +248,11 @@ def test_commands(sft, tmp_path, monkeypatch, capsys):
     assert "244 万" in (tmp_path / "briefs/sft.zh.md").read_text(encoding="utf-8")
     assert main(["brief", "sft"]) == 0
     assert "2.44 million" in capsys.readouterr().out
+    monkeypatch.setattr("builtins.input", lambda prompt: "q")
+    assert main(["quiz", "sft", "--level", "3"]) == 0
+    assert "question 1 of 2 · sft · level 3" in capsys.readouterr().out
+    assert main(["quiz", "--due"]) == 0
+    assert "nothing is due" in capsys.readouterr().out
     assert main(["compare", "sft", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["module"] == "sft"
     assert main(["quiz", "sft", "--export", "anki", "--out", str(tmp_path / "d.apkg")]) == 0
@@ -197,10 +263,11 @@ def test_commands(sft, tmp_path, monkeypatch, capsys):
         (["brief", "sfd"], "did you mean 'sft'"),
         (["quiz", "--day", "14"], "day 14 has no module yet"),
         (["quiz", "sft", "--day", "5"], "not both"),
+        (["quiz", "dpo"], "module 'dpo' is planned (day 6 of the path) and does not exist yet"),
     ):
         assert main(words) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "quiz.json").write_text("{")
     assert main(["quiz", "sft"]) == 2
-    assert "mend it or move it away" in capsys.readouterr().err
+    assert "fix it or move it away" in capsys.readouterr().err

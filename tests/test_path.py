@@ -54,7 +54,10 @@ def only_sft(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_MODULES", str(tmp_path / "modules"))
     monkeypatch.setenv("FINETUNE_DATA", str(tmp_path / "data"))
     days, _ = path.read()
-    levels = [path.Level(1, ("sft", "dpo"), {"en": "all", "zh": "全部"})]
+    levels = [
+        path.Level(1, ("sft",), {"en": "all", "zh": "全部"}),
+        path.Level(2, ("dpo",), {"en": "more", "zh": "更多"}),
+    ]
     monkeypatch.setattr(path, "read", lambda: (days, levels))
     return registry.find("sft")
 
@@ -81,3 +84,27 @@ def test_progress_needs_a_run_and_answers(only_sft, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["modules"]["sft"]["mastered"] is True
     assert main(["progress", "--lang", "zh"]) == 0
     assert "全部" in capsys.readouterr().out
+    schedule.grade(questions[0], 0.0, quiz.datetime.now(quiz.timezone.utc))
+    for question in questions:
+        schedule.grade(question, 0.0, quiz.datetime.now(quiz.timezone.utc))
+    assert main(["progress", "--lang", "zh"]) == 0
+    assert "quiz sft --lang zh" in capsys.readouterr().out
+
+
+def test_a_level_is_not_reached_before_its_modules_exist():
+    """Everything that exists is mastered, and yet: the last level names modules that do not exist."""
+    _, levels = path.read()
+    known = {info.name for info in registry.modules()}
+    everything = {}
+    for info in registry.modules():
+        for question in content.read(info).questions:
+            everything[question.id] = {"history": [{"share": 1.0}]}
+    before = path.standing
+    path.standing = lambda name, known, entries: path.Standing(name, name in known, name in known, 1, 1, 1.0)
+    try:
+        found = path.progress(everything)
+    finally:
+        path.standing = before
+    complete = [level.number for level in levels if set(level.modules) <= known]
+    assert found["level"] == (max(complete) if complete == list(range(1, len(complete) + 1)) else 0)
+    assert found["level"] < 5 or len(known) == len(PLANNED)

@@ -21,11 +21,11 @@ TERMS = {
     "weights": "权重",
     "gradients": "梯度",
     "optimizer states": "优化器状态",
-    "activations": "激活",
-    "activations of a block": "一个块的激活",
+    "activations": "激活值",
+    "activations of a block": "一个 block 的激活值",
     "logits": "logits",
-    "KV cache": "KV 缓存",
-    "gathered parameters": "聚集的参数",
+    "KV cache": "KV cache",
+    "gathered parameters": "聚集（all-gather）的参数",
     "reference model": "参考模型",
     "reward model": "奖励模型",
     "value model": "价值模型",
@@ -56,15 +56,16 @@ WORDS: dict[str, dict[str, Any]] = {
         "title": "速查表",
         "made": "由 `python scripts/learning.py` 根据 `finetune/memory/sheet.py`、各模块的 `module.toml` 与 README "
         "生成。",
-        "memory": "单个进程的内存",
-        "measure": "在与模块同形状的模型上测量（ZeRO 为模拟，聚集的参数不测）：",
-        "heads": ("设置", "项目", "字节", f"{MODEL}，{TOKENS.batch} × {TOKENS.seq} 个词元"),
+        "memory": "单个 rank 的显存",
+        "measure": "在与模块同形状的模型上测量（ZeRO 为模拟，all-gather 的参数不测）：",
+        "heads": ("设置", "项目", "字节", f"{MODEL}，{TOKENS.batch} × {TOKENS.seq} 个 token"),
         "sum": "合计",
         "letters": "字母",
         "why": "推导",
-        "peak": "**一步的峰值**是权重、优化器状态与其他模型，再加四个时刻中最大的一个：计算损失时（激活与 logits）；"
-        "最后一个块的反向"
-        "（激活与途经的梯度）；第一个块的反向（它的激活与几乎全部梯度）；结束时（全部梯度，共享的词表算两份）。",
+        "peak": "**一步的峰值**是权重、优化器状态与其他模型，再加四个时刻中最大的一个：计算损失时（激活值与 logits）；"
+        "最后一个 block 的反向"
+        "（激活值与途经的梯度）；第一个 block 的反向（它的激活值与几乎全部梯度）；"
+        "结束时（全部梯度，共享的 embedding 算两份）。",
         "matrix": "方法对照",
         "numbers": "加上你自己运行的数字：",
         "module": "模块",

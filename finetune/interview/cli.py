@@ -14,7 +14,7 @@ LANG = click.option("--lang", type=click.Choice(["en", "zh"]), default="en", sho
 SAID = {
     "en": {
         "deck": "{count} questions in {path}",
-        "none": "nothing is due",
+        "none": "nothing is due; --new N asks new ones",
         "end": "questions answered: {count}, points named: {share:.0%} · {path}",
         "level": "level {level} of {levels}",
         "day": "day {day} of {days}",
@@ -23,8 +23,8 @@ SAID = {
     },
     "zh": {
         "deck": "{path}：{count} 个问题",
-        "none": "没有到期的问题",
-        "end": "已回答 {count} 个问题，说出 {share:.0%} 的要点 · {path}",
+        "none": "没有到期的问题；--new N 可以加新题",
+        "end": "已回答 {count} 个问题，答出 {share:.0%} 的要点 · {path}",
         "level": "等级 {level}，共 {levels} 级",
         "day": "第 {day} 天，共 {days} 天",
         "missing": "待做：",
@@ -41,7 +41,7 @@ SAID = {
 @LANG
 def brief(module: str | None, all_: bool, run: Path | None, out: Path | None, lang: str) -> int:
     """What to say about a module in three minutes, with your own run's numbers."""
-    from finetune import registry
+    from finetune import display, registry
     from finetune.checkpoint import atomic_write, writing
     from finetune.interview import brief as engine
 
@@ -59,7 +59,7 @@ def brief(module: str | None, all_: bool, run: Path | None, out: Path | None, la
             missing.append(str(e))
             continue
         if out is None:
-            click.echo(text, nl=False)
+            display.say(display.console(), text.rstrip())
             continue
         path = out / f"{info.name}.{lang}.md"
         with writing(path):
@@ -75,16 +75,26 @@ def brief(module: str | None, all_: bool, run: Path | None, out: Path | None, la
 @click.command()
 @click.argument("module", required=False)
 @click.option("--day", type=click.IntRange(1, 14), help="The modules of that day of the path.")
-@click.option("--due", is_flag=True, help="Only questions whose time has come; new ones count as due.")
+@click.option("--level", type=click.IntRange(1, 5), help="Only questions of this difficulty.")
+@click.option("--due", is_flag=True, help="Only questions to repeat whose time has come.")
+@click.option("--new", type=click.IntRange(0), help="New questions, at most so many a day; with --due in addition.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many questions.")
 @click.option("--export", type=click.Choice(["anki"]), help="Write a deck for Anki instead of asking.")
 @click.option("--out", type=click.Path(path_type=Path), help="File of --export; default: finetune-<lang>.apkg.")
 @LANG
 def quiz(
-    module: str | None, day: int | None, due: bool, limit: int | None, export: str | None, out: Path | None, lang: str
+    module: str | None,
+    day: int | None,
+    level: int | None,
+    due: bool,
+    new: int | None,
+    limit: int | None,
+    export: str | None,
+    out: Path | None,
+    lang: str,
 ) -> int:
-    """Be questioned: quiz [MODULE | --day N | --due]. Your grades decide when a question comes again."""
-    from finetune import registry
+    """Be questioned: quiz [MODULE | --day N] [--due] [--new N]. Your grades decide when a question comes again."""
+    from finetune import display, registry
     from finetune.interview import content
     from finetune.interview import quiz as engine
 
@@ -93,7 +103,7 @@ def quiz(
     infos = [registry.find(module)] if module else [m for m in registry.modules() if day in (None, m.day)]
     if not infos:
         raise UserError(f"day {day} has no module yet; `python -m finetune list` shows what there is")
-    questions = [question for info in infos for question in content.read(info).questions]
+    questions = [q for info in infos for q in content.read(info).questions if level in (None, q.level)]
     if export:
         from finetune.interview import deck
 
@@ -101,15 +111,20 @@ def quiz(
         click.echo(SAID[lang]["deck"].format(count=deck.write(questions, path, lang), path=path))
         return 0
     schedule = engine.Schedule(engine.data_folder() / "quiz.json")
-    if due:
-        questions = [q for q in questions if schedule.due(q, datetime.now(timezone.utc))]
-        if not questions:
-            click.echo(SAID[lang]["none"])
-            return 0
-    shares = engine.ask(questions[:limit], schedule, lang)
+    questions = engine.chosen(questions, schedule, datetime.now(timezone.utc), due, new)[:limit]
+    console = display.console()
+    if not questions:
+        display.say(console, SAID[lang]["none"])
+        return 0
+
+    def write(text: str, style: str) -> None:
+        display.say(console, text, style, indent="    " if text.startswith("  - ") else "")
+
+    shares = engine.ask(questions, schedule, lang, write=write)
     if shares:
         share = sum(shares) / len(shares)
-        click.echo("\n" + SAID[lang]["end"].format(count=len(shares), share=share, path=schedule.path))
+        console.print()
+        display.say(console, SAID[lang]["end"].format(count=len(shares), share=share, path=schedule.path))
     return 0
 
 
@@ -169,5 +184,6 @@ def progress(lang: str, json: bool) -> int:
     console.print(f"[bold]{reached}[/]{title} · [bold]{today}[/]", highlight=False)
     console.print(said["missing" if found["missing"] else "all"])
     for command in found["missing"]:
-        console.print(f"  {command}", markup=False, highlight=False)
+        flag = f" --lang {lang}" if lang != "en" and " quiz " in command else ""
+        console.print(f"  {command}{flag}", markup=False, highlight=False)
     return 0

@@ -12,7 +12,7 @@ from finetune.registry import ModuleInfo
 HEADS = {
     "en": {"data": "data needed", "models": "models in memory", "memory": "peak memory", "result": "result / baseline",
            "time": "steps, time", "used": "where used", "none": "no run yet"},
-    "zh": {"data": "需要的数据", "models": "内存中的模型", "memory": "峰值内存", "result": "结果 / 基线",
+    "zh": {"data": "需要的数据", "models": "需常驻显存的模型", "memory": "峰值内存", "result": "结果 / 基线",
            "time": "步数、时间", "used": "用在哪里", "none": "尚无运行"},
 }  # fmt: skip
 

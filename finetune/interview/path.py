@@ -1,7 +1,7 @@
 """The 14-day path (learning/path.toml): its days and levels, its pages, and how far the learner is.
 
 A module is mastered when a run of it has reached its targets and the quiz's last answers to it named at least MASTERED
-of the key points. A level is reached when all its modules that exist are mastered, and so are the levels below.
+of the key points. A level is reached when all its modules exist and are mastered, and so are the levels below.
 """
 
 from __future__ import annotations
@@ -106,12 +106,8 @@ def progress(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     known = {info.name: info for info in registry.modules()}
     found = {name: standing(name, known, entries) for day in days for name in day.modules}
 
-    def done(modules: tuple[str, ...]) -> bool:
-        here = [found[name] for name in modules if found[name].exists]
-        return bool(here) and all(s.mastered for s in here)
-
     level = 0
-    while level < len(levels) and done(levels[level].modules):
+    while level < len(levels) and all(found[name].mastered for name in levels[level].modules):
         level += 1
     open_days = [d for d in days if any(found[n].exists and not found[n].mastered for n in d.modules)]
     missing = [command for n in open_days[0].modules for command in found[n].missing()] if open_days else []
@@ -127,16 +123,17 @@ WORDS = {
         "look": "Look at", "say": "Be able to say", "none": "does not exist yet",
         "check": "Checked by `python -m finetune progress`: of each module a run that reached its targets, every "
         "question of its quiz answered, and {share:.0%} of the key points named in the last answers.",
-        "intro": "An hour or two a day: run the module, read its README and plots, speak its brief, be questioned. "
+        "intro": "An hour or two a day: run the module, read its README and the plots in its run folder, speak its "
+        "brief, be questioned. "
         "[Attention](attention.md) has a page of its own, for the day of nanogpt; the [cheat sheet](CHEAT_SHEET.md) is "
         "for every day.",
     },
     "zh": {
-        "roadmap": "十四天路线", "levels": "五个等级", "day": "第", "level": "等级", "run": "运行", "look": "观察",
+        "roadmap": "十四天路线", "levels": "五个等级", "day": "第", "level": "等级", "run": "运行", "look": "看",
         "say": "要能讲清", "none": "尚不存在",
         "check": "由 `python -m finetune progress` 检查：每个模块都有一次达到目标的运行，测验的每个问题都已回答，"
-        "并且最近的回答说出了 {share:.0%} 的要点。",
-        "intro": "每天一两个小时：运行模块，阅读它的 README 和图，出声讲述简报，接受提问。"
+        "并且最近的回答覆盖了 {share:.0%} 的要点。",
+        "intro": "每天一两个小时：运行模块，阅读它的 README 和运行目录里的图，出声把讲稿讲一遍，接受提问。"
         "[注意力](attention.zh-CN.md)另有一页，配合 nanogpt 那天；[速查表](CHEAT_SHEET.zh-CN.md)每天可用。",
     },
 }  # fmt: skip
@@ -170,7 +167,14 @@ def pages() -> dict[str, str]:
                 for verb, flag in (("run", " --toy"), ("brief", f" --lang {lang}"), ("quiz", f" --lang {lang}"))
             ]:
                 lines += ["", "```sh", *commands, "```"]
-            lines += ["", f"**{words['look']}** {text['look']}.", "", f"**{words['say']}** {text['say']}.", ""]
+            stop = "." if lang == "en" else "。"
+            lines += [
+                "",
+                f"**{words['look']}** {text['look']}{stop}",
+                "",
+                f"**{words['say']}** {text['say']}{stop}",
+                "",
+            ]
         out[f"ROADMAP_14_DAYS{end}.md"] = "\n".join(lines)
         lines = [f"# {words['levels']}", "", words["check"].format(share=MASTERED), ""]
         for level in levels:

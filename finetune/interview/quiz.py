@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,29 @@ from finetune.interview.content import Question
 WORDS = {
     "en": {
         "level": "level",
-        "think": "Answer aloud, then press Enter. ",
+        "of": "question {number} of {count}",
+        "think": "Answer aloud, then press Enter (q quits). ",
         "points": "A good answer names:",
-        "said": "  did you say it? [y/n] ",
+        "said": "  did you say it? [y/n/q] ",
         "wrong": "The usual wrong answer:",
         "follow": "Follow-up:",
         "reference": "Read:",
-        "due": "again",
-        "score": "of the points named",
+        "score": "{named}/{count} of the points named · again {when}",
+        "minutes": "in {minutes} minutes",
+        "date": "on {date:%Y-%m-%d at %H:%M}",
     },
     "zh": {
         "level": "难度",
-        "think": "说出你的回答，然后按回车。",
+        "of": "第 {number} 题，共 {count} 题",
+        "think": "说出你的回答，然后按回车（q 退出）。",
         "points": "好的回答会提到：",
-        "said": "  你说到了吗？[y/n] ",
+        "said": "  你说到了吗？[y/n/q] ",
         "wrong": "常见的错误回答：",
         "follow": "追问：",
         "reference": "阅读：",
-        "due": "下次",
-        "score": "个要点已答出",
+        "score": "答出 {named}/{count} 个要点 · 下次复习：{when}",
+        "minutes": "{minutes} 分钟后",
+        "date": "{date:%Y-%m-%d %H:%M}",
     },
 }
 
@@ -63,11 +67,20 @@ class Schedule:
         except FileNotFoundError:
             self.entries = {}
         except (OSError, ValueError) as e:
-            raise UserError(f"the quiz's schedule {path} cannot be read: {e}; mend it or move it away") from None
+            raise UserError(f"the quiz's schedule {path} cannot be read: {e}; fix it or move it away") from None
+
+    def new(self, question: Question) -> bool:
+        return question.id not in self.entries
 
     def due(self, question: Question, now: datetime) -> bool:
+        """Has it been asked before, and has its time come?"""
         entry = self.entries.get(question.id)
-        return entry is None or datetime.fromisoformat(entry["card"]["due"]) <= now
+        return entry is not None and datetime.fromisoformat(entry["card"]["due"]) <= now
+
+    def begun(self, now: datetime) -> int:
+        """How many questions were answered for the first time on this day, in local time."""
+        firsts = (datetime.fromisoformat(entry["history"][0]["at"]) for entry in self.entries.values())
+        return sum(first.astimezone().date() == now.astimezone().date() for first in firsts)
 
     def grade(self, question: Question, share: float, now: datetime) -> datetime:
         """Records an answer that named this share of the points; when to ask again. All of them is "good", two thirds
@@ -87,44 +100,81 @@ class Schedule:
         return card.due
 
 
+def chosen(
+    questions: Iterable[Question], schedule: Schedule, now: datetime, due: bool = False, new: int | None = None
+) -> list[Question]:
+    """All of them; with `due` those whose time has come; with `new` those never asked, at most so many a day."""
+    questions = list(questions)
+    if not due and new is None:
+        return questions
+    review = [q for q in questions if due and schedule.due(q, now)]
+    left = max(0, (new or 0) - schedule.begun(now))
+    return review + [q for q in questions if schedule.new(q)][:left]
+
+
+def when(due: datetime, now: datetime, lang: str) -> str:
+    """When a question comes again: in minutes within the hour, else by date and local time."""
+    minutes = round((due - now).total_seconds() / 60)
+    if minutes < 60:
+        return WORDS[lang]["minutes"].format(minutes=minutes)
+    return WORDS[lang]["date"].format(date=due.astimezone())
+
+
 def ask(
-    questions: Iterable[Question],
+    questions: Sequence[Question],
     schedule: Schedule,
     lang: str = "en",
-    read: Callable[[str], str] = input,
-    write: Callable[[str], None] = print,
+    read: Callable[[str], str] = lambda prompt: input(prompt),
+    write: Callable[[str, str], None] = lambda text, style: print(text),
     now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
 ) -> list[float]:
-    """Asks one after another until all are asked or the input ends; the share of points named in each. A question
-    counts when its last point is graded."""
+    """Asks one after another until all are asked, the input ends or says q; the share of points named in each. A
+    question counts when its last point is graded. write: text, and its style for rich."""
     words, shares = WORDS[lang], []
     try:
-        for question in questions:
+        for number, question in enumerate(questions, start=1):
             text = question.text[lang]
-            write(f"\n[{question.module} · {words['level']} {question.level}] {text.question}")
-            read(words["think"])
-            write(words["points"])
+            place = words["of"].format(number=number, count=len(questions))
+            write(f"\n{place} · {question.module} · {words['level']} {question.level}", "dim")
+            write(text.question, "bold")
+            _pause(read, words["think"])
+            write(words["points"], "")
             missed = []
             for point in text.points:
-                write(f"  - {point}")
+                write(f"  - {point}", "green")
                 if not _yes(read, words["said"]):
                     missed.append(point)
             share = 1 - len(missed) / len(text.points)
-            due = schedule.grade(question, share, now())
+            at = now()
+            due = schedule.grade(question, share, at)
             shares.append(share)
-            write(f"{words['wrong']} {text.wrong}")
+            write(f"{words['wrong']} {text.wrong}", "red")
             if missed:
-                write(f"{words['follow']} {text.follow_up}")
-                read(words["think"])
-            write(f"{words['reference']} {question.reference}")
-            named = len(text.points) - len(missed)
-            write(f"{named}/{len(text.points)} {words['score']} · {words['due']} {due:%Y-%m-%d}")
-    except EOFError:
-        write("")
+                write(f"{words['follow']} {text.follow_up}", "bold")
+                _pause(read, words["think"])
+            write(f"{words['reference']} {question.reference}", "dim")
+            named, count = len(text.points) - len(missed), len(text.points)
+            write(words["score"].format(named=named, count=count, when=when(due, at, lang)), "cyan")
+    except (EOFError, Quit):
+        write("", "")
     return shares
 
 
+class Quit(Exception):
+    """The learner has had enough."""
+
+
+def _pause(read: Callable[[str], str], prompt: str) -> None:
+    if read(prompt).strip().lower() in QUITS:
+        raise Quit
+
+
 def _yes(read: Callable[[str], str], prompt: str) -> bool:
-    while (answer := read(prompt).strip().lower()) not in ("y", "yes", "n", "no", "是", "否"):
+    while (answer := read(prompt).strip().lower()) not in ("y", "yes", "n", "no", "是", "否", *QUITS):
         pass
+    if answer in QUITS:
+        raise Quit
     return answer in ("y", "yes", "是")
+
+
+QUITS = ("q", "quit", "退出")

@@ -96,7 +96,7 @@ ENTRIES = (
             "moments "
             "exist for them alone. Activations stay: an adapter needs its layer's input too, and adds its r numbers.",
             "冻结矩阵旁的 A (r × in) 与 B (out × r) 共 r·(in + out) 个 fp32 数；梯度与矩只为它们存在。激活并不减少："
-            "适配器同样需要该层"
+            "adapter 同样需要该层"
             "的输入，还要加上中间的 r 个数。",
         ),
         ("arXiv:2106.09685",),
@@ -137,7 +137,7 @@ ENTRIES = (
             "把每个运算为反向传播保存的东西相加，同一张量只计一次：线性层与归一化保存输入，归一化还有统计量；"
             "注意力保存 q、k、v、输出，以及每个"
             "查询和头的两个数（softmax 由它们重算）；MLP 保存非线性的输入和最后一个矩阵的输入。块之外："
-            "最后归一化与损失的输入，以及词元编号。",
+            "最后归一化与损失的输入，以及 token 编号。",
         ),
         ("arXiv:2205.05198", "arXiv:2307.08691"),
     ),
@@ -149,14 +149,14 @@ ENTRIES = (
             "Without an online softmax the probabilities of every pair stay: for each head T numbers a token, here "
             "twice and in fp32, beside the mask, and k and v for every query head. This is what flash attention does "
             "not keep.",
-            "没有在线 softmax 时，每一对位置的概率都要保存：每个头、每个词元 T 个数，这里以 fp32 存两份，另有掩码，"
+            "没有在线 softmax 时，每一对位置的概率都要保存：每个头、每个 token T 个数，这里以 fp32 存两份，另有 mask，"
             "k、v 扩展到每个查询头。"
             "这正是 flash attention 不保存的部分。",
         ),
         ("arXiv:2205.14135",),
     ),
     Entry(
-        ("activations, checkpointing", "激活，检查点重算"),
+        ("activations, checkpointing", "激活值，activation checkpointing"),
         {"checkpointing": True},
         ("activations",),
         (
@@ -173,7 +173,7 @@ ENTRIES = (
         (
             "Cross entropy holds log-probabilities, their gradient and the logits' gradient: three numbers for every "
             "token and word of the vocabulary, in fp32.",
-            "交叉熵同时持有对数概率、其梯度和 logits 的梯度：每个词元对词表中每个词三个 fp32 数。",
+            "交叉熵同时持有对数概率、其梯度和 logits 的梯度：每个 token 对词表中每个词三个 fp32 数。",
         ),
         ("arXiv:2410.10989",),
     ),
@@ -184,7 +184,7 @@ ENTRIES = (
         (
             "Only a chunk of S tokens has logits. The forward pass makes the gradients at once: of the input (N·C), "
             "summed from a part for each tile of the vocabulary, and of the head (V·C).",
-            "只有 S 个词元的 logits 同时存在。前向时就把梯度算好：输入的梯度 N·C 由词表各分块的部分和相加，"
+            "只有 S 个 token 的 logits 同时存在。前向时就把梯度算好：输入的梯度 N·C 由词表各分块的部分和相加，"
             "输出层的梯度 V·C。",
         ),
         ("arXiv:2410.10989",),
@@ -197,7 +197,7 @@ ENTRIES = (
             "A key and a value of D numbers for each layer, KV head and token: grouped queries divide it by H/K. "
             "Logits "
             "of the last position only.",
-            "每层、每个键值头、每个词元各有 D 个数的键与值：分组查询把它除以 H/K。logits 只算最后一个位置。",
+            "每层、每个 KV 头、每个 token 各有 D 个数的 key 与 value：GQA 把它除以 H/K。logits 只算最后一个位置。",
         ),
         ("arXiv:2305.13245",),
     ),
@@ -207,7 +207,7 @@ ENTRIES = (
         ("KV cache",),
         (
             "A byte a number and an fp32 scale for each token and head; a row takes whole blocks of b tokens.",
-            "每个数一个字节，每个词元和头一个 fp32 比例；每行占用整块，每块 b 个词元。",
+            "每个数一个字节，每个 token 和头一个 fp32 比例；每行占用整块，每块 b 个 token。",
         ),
         ("arXiv:2309.06180",),
     ),
@@ -252,7 +252,7 @@ ENTRIES = (
             "The trained policy with its states, and the frozen reference: 16 + 2 bytes a parameter in 16 bits. With "
             "LoRA the policy without its adapters is the reference.",
             "带训练状态的策略，加上冻结的参考模型：16 位下每个参数 16 + 2 字节。用 LoRA 时，"
-            "去掉适配器的策略就是参考模型。",
+            "去掉 adapter 的策略就是参考模型。",
         ),
         ("arXiv:2305.18290",),
     ),
@@ -264,7 +264,7 @@ ENTRIES = (
             "As DPO: the group's mean reward stands for the value model, and a rule for the reward model. The "
             "samples' "
             "KV cache comes on top while they are drawn.",
-            "与 DPO 相同：组内平均奖励代替价值模型，规则代替奖励模型。采样时另有 KV 缓存。",
+            "与 DPO 相同：组内平均奖励代替价值模型，规则代替奖励模型。采样时另有 KV cache。",
         ),
         ("arXiv:2402.03300",),
     ),
