@@ -97,7 +97,7 @@ def kv_cache(what, *args):
     """Indexing; a quantised append and gather by elementwise ops."""
     from finetune.ops.kv_cache import dequantise, quantise
 
-    def append(k, v, k_cache, v_cache, slots, k_scale, v_scale):
+    def append(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
         for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
             if scale is None:
                 cache.flatten(0, 1).index_copy_(0, slots, x)
@@ -106,10 +106,10 @@ def kv_cache(what, *args):
             cache.view(torch.int8).flatten(0, 1).index_copy_(0, slots, stored.view(torch.int8))
             scale.flatten(0, 1).index_copy_(0, slots, scales)
 
-    def gather(cache, table, lengths, scale, dtype):
+    def gather(cache, table, lengths, scale=None, dtype=None):
         x = cache[table].flatten(1, 2)
         x = x if scale is None else dequantise(x, scale[table].flatten(1, 2), dtype or torch.float32)
-        hidden = torch.arange(x.shape[1]) >= lengths[:, None]
+        hidden = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
         return x.masked_fill_(hidden[..., None, None], 0)
 
     def copy(caches, pairs):
@@ -190,11 +190,13 @@ def adamw(params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0,
     """torch.optim.AdamW's own update; bfloat16 parameters go through fp32, as the moments are."""
     from torch.optim.adamw import adamw as update  # an attribute of torch.optim that it deletes again
 
-    steps = [torch.tensor(float(step - 1)) for _ in params]
+    counts = torch.full(
+        (len(params),), float(step - 1), device=params[0].device
+    )  # where torch's fused kernel wants them
+    steps = list(counts.unbind())
 
     def call(**how):
-        for t in steps:
-            t.fill_(step - 1)
+        counts.fill_(step - 1)
         wide = masters or (params if params[0].dtype == torch.float32 else [p.float() for p in params])
         g = grads if wide[0].dtype == grads[0].dtype else [t.float() for t in grads]
         if grad_scale != 1.0:
@@ -256,7 +258,7 @@ def unscale_check_finite(grads, inverse_scale):
     """What GradScaler.unscale_ calls, and the norm that clipping needs next."""
 
     def call(foreach):
-        found_inf = torch.zeros(())
+        found_inf = torch.zeros((), device=grads[0].device)
         torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inverse_scale)
         return found_inf, torch.nn.utils.get_total_norm(grads, foreach=foreach).float().square()
 

@@ -137,7 +137,7 @@ def refusals(todo: list[Cell]) -> dict[tuple[str, str, str, str], str]:
     for op, sample, dtype, backend in dict.fromkeys(key(cell) for cell in todo):
         try:
             check(op, bench_samples(op)[sample], DTYPES[dtype], backend)
-        except (WrongResult, ops.BackendUnavailable) as error:
+        except (WrongResult, RuntimeError) as error:  # a RuntimeError: unavailable, or the GPU's own
             found[op, sample, dtype, backend] = str(error)
     return found
 
@@ -265,7 +265,10 @@ def main(argv: list[str] | None = None) -> int:
             if key(cell) in refused:
                 continue
             progress.update(bar, description=f"{cell.op} {cell.sample} {cell.dtype}")
-            results.append((retried if wanted.check else measure)(cell, wanted.seconds))
+            try:
+                results.append((retried if wanted.check else measure)(cell, wanted.seconds))
+            except (AssertionError, RuntimeError) as error:  # torch's side is not the same, or has no memory left
+                refused[key(cell)] = f"{cell.op}, {cell.sample}, {cell.work}, {cell.dtype}, {cell.backend}: {error}"
             progress.advance(bar)
     about = header()
     about["load"] = load

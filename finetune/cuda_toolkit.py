@@ -13,16 +13,17 @@ from pathlib import Path
 
 def folders() -> list[Path]:
     """Where to look beyond PATH, in order."""
-    home, packages = os.environ.get("CUDA_HOME"), Path(sysconfig.get_path("purelib"))
-    found = [Path(home) / "bin"] if home else []
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    packages, local = Path(sysconfig.get_path("purelib")), Path("/usr/local")
     return [
-        *found,
-        Path("/usr/local/cuda/bin"),
+        *(Path(home) / "bin" for home in homes),
+        local / "cuda/bin",
+        *(folder / "bin" for folder in sorted(local.glob("cuda-*"), reverse=True)),
         packages / "nvidia/cu13/bin",  # nvidia-cuda-nvcc
         packages / "triton/backends/nvidia/bin",  # ptxas, cuobjdump, nvdisasm
     ]
 
 
 def tool(name: str) -> str | None:
-    """Path of nvcc, ptxas, cuobjdump, …: from PATH, CUDA_HOME, /usr/local/cuda, or an installed wheel."""
+    """Path of nvcc, ptxas, cuobjdump, …: from PATH, CUDA_HOME, /usr/local/cuda*, or an installed wheel."""
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders())))

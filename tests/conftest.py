@@ -15,9 +15,10 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(config, items):
     peers = all(importlib.util.find_spec(name) for name in ("transformers", "peft", "trl"))
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        rehearsed = os.environ.get("FINETUNE_GPU_CHECK") == "emulated"  # scripts/gpu_check without a GPU
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not rehearsed:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-        if "peer" in item.keywords and not peers:
+        if item.get_closest_marker("peer") and not peers:
             item.add_marker(pytest.mark.skip(reason="needs the peers extra: pip install -e '.[peers]'"))
 
 

@@ -50,6 +50,7 @@ def test_every_kernel_file_belongs_to_an_op():
         assert all(name.startswith(op) for name in _triton.kernels(op).OPERATORS)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_gpu.py does it there")
 @pytest.mark.parametrize(("op", "sample", "dtype"), [*cases(DTYPES)])
 def test_values_and_gradients(op, sample, dtype, large_tiles):
     check(op, sample, dtype, "triton")
@@ -83,7 +84,7 @@ def test_fp32_with_its_own_tiles(op):
         check(op, sample, torch.float32, "triton")
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="test_values_and_gradients compares both with the reference there")
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_gpu.py compares both with the reference there")
 @pytest.mark.parametrize("name", ["grouped", "packed", "lengths"])
 def test_triton_and_cuda_attention_agree(name, large_tiles):
     """Two implementations of one algorithm, in two languages, by two interpreters: results, statistics, gradients."""

@@ -14,6 +14,10 @@
 #include <tuple>
 #include <vector>
 
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // before torch 2.13 it had the other name
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 #include "finetune/kernel.h"
 #if defined(FINETUNE_EMULATED)
 #include "emulator.h"

@@ -1,0 +1,55 @@
+"""Run by tests/test_gpu_check.py: torch's compositions in benches/ on CUDA tensors without a GPU. A line per fault.
+
+torch's fake tensors have a device and no data, so what would mix CPU and CUDA tensors on a GPU is an error here too.
+They ask for a device guard, which a CPU build of torch lacks: argv[1] is a library with one that does nothing.
+"""
+
+import sys
+
+import torch
+from compositions import COMPOSITIONS
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._pytree import tree_map_only
+
+from finetune import ops
+from finetune.ops._check import flat
+
+torch.ops.load_library(sys.argv[1])
+
+
+def on_gpu(mode, args, dtype):
+    def one(t):
+        kept = dtype if t.dtype == torch.float64 else t.dtype
+        return FakeTensor(
+            mode, torch.empty_strided(t.shape, t.stride(), dtype=kept, device="meta"), torch.device("cuda:0")
+        )
+
+    return tree_map_only(torch.Tensor, one, args)
+
+
+checked = 0
+for op, page in ops.REGISTRY.items():
+    for sample in page.samples():
+        if sample.bench or not all(leaf.numel() for leaf in flat(sample.args)):  # the code is the same on small ones
+            continue
+        mode = FakeTensorMode(allow_non_fake_inputs=op == "adamw8bit")  # its code books are constants of the module
+        args = on_gpu(mode, sample.args, torch.bfloat16)
+        kwargs = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in sample.kwargs.items()}
+        with mode, torch.no_grad():
+            ways = COMPOSITIONS[op](*args, **kwargs)
+            for label, call in ways.items():
+                try:
+                    wrong = [leaf.device for leaf in flat(call()) if leaf.device.type != "cuda"]
+                except (DataDependentOutputException, DynamicOutputShapeException):
+                    continue  # it asks for a value, which a fake tensor has not
+                except (RuntimeError, AssertionError) as error:
+                    wrong = [str(error).splitlines()[0]]
+                if wrong:
+                    print(f"{op}, {sample.name}, {label}: {wrong}")
+                checked += 1
+assert checked >= len(ops.REGISTRY)
