@@ -1,10 +1,13 @@
 """Every op × backend × CPU level × sample × dtype against its float64 reference: values and gradients."""
 
+import re
+
 import pytest
 import torch
 
-from finetune import ops
-from finetune.ops._check import check, flat, run, unchanged
+from finetune import emulator, ops
+from finetune.ops import _triton
+from finetune.ops._check import GPU_ULPS, WrongResult, check, check_close, flat, run, unchanged
 from finetune.ops._op import load_triton
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -68,6 +71,56 @@ def test_same_bits_for_any_number_of_threads(op, level, sample):
     finally:
         torch.set_num_threads(before)
     assert all(unchanged(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+class Approximate(torch.autograd.Function):
+    """rms_norm as the CUDA kernel computes it, with a reciprocal square root that is `units` off in the last place."""
+
+    @staticmethod
+    def forward(ctx, x, weight, units):
+        x32 = x.float()
+        exact = torch.rsqrt((x32.double().square().mean(-1, keepdim=True) + 1e-5).float())
+        rstd = exact + units * (exact.nextafter(torch.tensor(torch.inf)) - exact)
+        ctx.save_for_backward(x32, weight.float(), rstd)
+        return (x32 * rstd * weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, rstd = ctx.saved_tensors
+        g = dy.float() * weight
+        dx = rstd * g - x * ((g * x).mean(-1, keepdim=True) * rstd * rstd * rstd)
+        dw = (dy.float() * x * rstd).flatten(0, -2).sum(0)
+        return dx.to(dy.dtype), dw.to(dy.dtype), None
+
+
+@each_dtype
+@pytest.mark.parametrize("sample", SAMPLES["rms_norm"], ids=lambda s: s.name)
+def test_a_gpu_may_be_as_wrong_as_its_functions_are_documented_to_be(sample, dtype):
+    exact = run("rms_norm", sample, dtype, "reference", wide=True)
+    by_torch = [run("rms_norm", sample, dtype, "reference")]
+    for units in (-2, 2):
+        got = run("rms_norm", sample, dtype, lambda x, weight, off=units: Approximate.apply(x, weight, off))
+        check_close(got, by_torch, exact, dtype, "cuda")
+        if sample.name == "one":  # dx is all cancellation there
+            with pytest.raises(WrongResult, match="error"):
+                check_close(got, by_torch, exact, dtype, "cpu")
+    far = run("rms_norm", sample, dtype, lambda x, weight: Approximate.apply(x, weight, 2**18))  # 3 %
+    if sample.args[0].numel():
+        with pytest.raises(WrongResult, match="error"):
+            check_close(far, by_torch, exact, dtype, "cuda")
+
+
+def test_kernels_call_no_function_whose_error_is_unknown():
+    words = "r?sqrt|exp(?:2|10|m1)?|log(?:2|10|1p)?|tanh|erfc?|sinh?|cosh?|pow|fdivide|div|rcp"
+    in_cuda = re.compile(rf"(?<![\w.])(?:ptx::)?((?:__)?(?:{words})f?)\(")
+    in_triton = re.compile(rf"\b((?:tl|libdevice|tl\.math)\.(?:{words}|sigmoid|softmax)(?:_rn)?)\(")
+    called = set()
+    for path in [*(emulator.ROOT / "csrc/cuda").glob("*.cu*"), *_triton.KERNELS.glob("*.py")]:
+        code = re.sub(r"//.*|#.*|\"\"\"[\s\S]*?\"\"\"", "", path.read_text())
+        called |= set((in_triton if path.suffix == ".py" else in_cuda).findall(code))
+    assert called >= {"rsqrtf", "exp2", "tl.exp"}
+    assert called <= set(GPU_ULPS)
+    assert called >= set(GPU_ULPS), "no longer called"
 
 
 @pytest.mark.parametrize("op", ops.REGISTRY)
