@@ -17,23 +17,18 @@ from torch import Tensor
 
 from finetune.ops._op import REGISTRY, Sample, device_for
 
-
 # The largest errors, in units in the last place, that CUDA documents for what the kernels call (CUDA C++ Programming
 # Guide, "Mathematical Functions"; the PTX ISA's ex2.approx and div.full for exp2 and Triton's division). __expf's is
 # 2 + 1.17 |x|, which is 2 units of 1 at the most for the x <= 0 that it gets. Sums and products round to nearest.
 GPU_ULPS = {
-    **{"rsqrtf": 2, "expf": 2, "__expf": 2, "exp2": 2, "logf": 1, "log2f": 1, "log": 1, "__fdividef": 2},
-    **{
-        "sqrtf": 0,
-        "sqrt": 0,
-        "tl.exp": 2,
-        "tl.exp2": 2,
-        "tl.log": 1,
-        "tl.log2": 1,
-        "tl.sigmoid": 4,
-        "tl.sqrt_rn": 0,
-        "tl.div_rn": 0,
-    },
+    name: ulps
+    for ulps, names in (
+        (0, "sqrtf sqrt tl.sqrt_rn tl.div_rn"),
+        (1, "logf log2f log tl.log tl.log2"),
+        (2, "rsqrtf expf __expf exp2 __fdividef tl.exp tl.exp2"),
+        (4, "tl.sigmoid"),  # an exponential and a division
+    )
+    for name in names.split()
 }
 # A result is a sum of products with at most three such values (rstd³ in the norms' dx, σ² in swiglu's gradient), each
 # of which has been through an exponential and a division at the most.
