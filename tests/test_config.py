@@ -105,7 +105,7 @@ def test_modules_are_found_by_their_toml(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('title = { en = "x", zh = "y" }', "the entry 'summary' is missing"),
+        ('title = { en = "x", zh = "y" }', "missing required field `summary`"),
         ("title = ", r"module\.toml: "),
         (b"\xff", r"module\.toml: "),
     ],
