@@ -139,7 +139,7 @@ def table(
     columns = list(zip(names, *(row for row in body if isinstance(row, list)), strict=True))
     widths = _widths([[text for text, _ in cells] for cells in columns], numeric, con.width - GAP * (len(heads) - 1))
     if title:
-        say(con, title, "bold")
+        say(con, f"\n{title}", "bold")
     if widths:
         _row(con, names, widths, numeric)
         con.print(Text("─" * (sum(widths) + GAP * (len(heads) - 1)), "dim"), soft_wrap=True)

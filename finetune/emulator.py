@@ -70,17 +70,20 @@ def watched(command: list[str]) -> tuple[int, str]:
     """Runs a build; its exit code and output. A bar on stderr says how far it is: compiling takes minutes."""
     from finetune import display
 
-    said, steps = "", re.compile(r"\[(\d+)/(\d+)\]")  # ninja's
+    said, steps = "", re.compile(r"\[(\d+)/(\d+)\] (?!Re-)")  # ninja's, but for its look at what there is
+    console, total, show = display.console(stderr=True), 0, None
     with contextlib.ExitStack() as stack:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        show: Any = None
         for line in process.stdout or ():
             said += line
-            if found := steps.match(line):
-                if show is None:
-                    console = display.console(stderr=True)
-                    show = stack.enter_context(display.progress(console, "compiling", 0, int(found[2])))
-                show(int(found[1]), {})
+            if not (found := steps.match(line)):
+                continue
+            if int(found[2]) != total:
+                total = int(found[2])
+                stack.close()
+                show = stack.enter_context(display.progress(console, "compiling", 0, total))
+            assert show
+            show(int(found[1]), {})
         return process.wait(), said
 
 

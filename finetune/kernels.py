@@ -192,6 +192,9 @@ def levels(topic: str | None, number: int | None, size: str, markdown: bool, deb
     if debug:
         raise UserError("--debug needs a topic and --level")
     topics = [topic] if topic else list(ladder.TOPICS)
+    display.say(
+        display.console(stderr=True), "compiling what has changed of the levels (minutes the first time) …", "dim"
+    )
     ladder.build_all([level for name in topics for level in ladder.levels(name)], "checked", physical_cores())
     found = {name: ladder.climb(name, size) for name in topics}
     if json:
@@ -203,7 +206,7 @@ def levels(topic: str | None, number: int | None, size: str, markdown: bool, deb
         rows = ladder.table(counts)
         heads = [name if name in ("level", "instructions") else f">{name}" for name in rows[0]]
         sizes = " × ".join(map(str, ladder.SIZES[size][name]))
-        display.table(console, heads, [list(row.values()) for row in rows], f"\n{name} {sizes}")
+        display.table(console, heads, [list(row.values()) for row in rows], f"{name} {sizes}")
     return None
 
 

@@ -146,7 +146,7 @@ def fill(template: str, found: Facts, lang: str) -> str:
         if name.startswith("percent."):
             return f"{value:.3g}%"
         error = found.get(f"error.{name.removeprefix('abs.')}")
-        return spoken(value, lang) if error is None else uncertain(value, error).replace("-", "−")
+        return spoken(value, lang) if not error else uncertain(value, error).replace("-", "−")
 
     text = FIELD.sub(one, template).strip()
     return text if lang == "en" else re.sub(r"(?<=[万亿]) (?=[\u4e00-\u9fff])", "", text)
