@@ -269,7 +269,7 @@ def _plain(con: Console, phase: str, start: int, total: int) -> Callable[[int, d
         last = now
         rate = (done - start) / max(now - began, 1e-9)
         left = f"{duration((total - done) / rate)} left" if done < total else f"took {duration(now - began)}"
-        line = f"{phase} {done}/{total} · {speed(rate)} · {left} · {brief(metrics)}"
+        line = " · ".join(filter(None, (f"{phase} {done}/{total}", speed(rate), left, brief(metrics))))
         con.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return show
@@ -304,8 +304,11 @@ def closing(con: Console, summary: dict[str, Any], judged: dict[str, dict[str, A
     table(con, ("result", ">value", ">baseline", ">target", ""), [*rows[0], *rows[1]], "results")
     verdict: Any = {True: ("all targets reached", "bold green"), False: ("a target was missed", "bold red")}
     said = verdict.get(summary["passed"], ("no target set", ""))
-    rest = f" · {duration(summary['seconds'])} · peak memory {size(summary['peak_rss_bytes'])}\n{short(folder)}"
+    rest = f" · {duration(summary['seconds'])} · peak memory {size(summary['peak_rss_bytes'])}"
     con.print(Text.assemble(said, rest), soft_wrap=True)
+    if pictures := sorted(path.name for path in folder.glob("*.png")):
+        say(con, f"pictures: {', '.join(pictures)}", indent="  ")
+    con.print(Text(short(folder)), soft_wrap=True)
 
 
 def brief(metrics: dict[str, float], count: int = SHOWN) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from finetune import checkpoint, config, display, machine, registry
+from finetune.errors import UserError
 
 LIMIT = 600  # seconds a command may take
 KEPT = (  # of a summary
@@ -76,6 +77,7 @@ def run_help(info: registry.ModuleInfo) -> dict[str, Any] | None:
 def run_toy(info: registry.ModuleInfo) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="finetune-smoke-") as folder:
         code, output, lines = call("run", info.name, "--toy", "--json", "--out", folder)
+        unsaid = "" if code else unspeakable(info, Path(folder))
     summary = json.loads(output) if code == 0 else {}
     passed, error = summary.get("passed") is True, None
     if code != 0:
@@ -83,7 +85,21 @@ def run_toy(info: registry.ModuleInfo) -> dict[str, Any]:
     elif not passed:
         missed = [n for n, ok in summary["reached"].items() if ok is False]
         error = f"target missed: {', '.join(missed)}" if missed else "it judged nothing"
+    elif unsaid:
+        passed, error = False, f"brief: {unsaid}"
     return {"passed": passed, "exit_code": code, "error": error} | {name: summary.get(name) for name in KEPT}
+
+
+def unspeakable(info: registry.ModuleInfo, folder: Path) -> str:
+    """Why the module's brief cannot be said over this run; empty if it can, or if it has none."""
+    from finetune.interview import brief
+
+    try:
+        for lang in ("en", "zh") if (info.folder / "interview.toml").exists() else ():
+            brief.brief(info, lang, folder)
+    except UserError as e:
+        return str(e)
+    return ""
 
 
 def call(*words: str) -> tuple[int, str, list[str]]:

@@ -232,3 +232,5 @@ def test_a_metric_is_said_with_its_standard_error():
     summary = {"metrics": {"gain": 0.98461}, "standard_error": {"gain": 0.0123}, "seconds": 1.0, "peak_rss_bytes": 1}
     facts = brief.gather(summary, {})
     assert brief.fill("it gained {gain}", facts, "en") == "it gained 0.985 ± 0.012"
+    assert brief.fill("{percent.gain} of it", facts, "en") == "98.5 ± 1.2% of it"
+    assert brief.fill("差 {x} 个", facts | {"x": 3e-9}, "zh") == "差不到百万分之一 个"

@@ -143,13 +143,17 @@ def fill(template: str, found: Facts, lang: str) -> str:
         value = _value(name, found)
         if isinstance(value, str):
             return value
-        if name.startswith("percent."):
-            return f"{value:.3g}%"
-        error = found.get(f"error.{name.removeprefix('abs.')}")
-        return spoken(value, lang) if not error else uncertain(value, error).replace("-", "−")
+        kind, _, rest = name.partition(".")
+        error = found.get(f"error.{rest if kind in ('abs', 'percent') else name}")
+        percent = kind == "percent"
+        if error:
+            text = uncertain(value, 100 * error if percent else error).replace("-", "−")
+        else:
+            text = f"{value:.3g}" if percent else spoken(value, lang)
+        return text + ("%" if percent else "")
 
     text = FIELD.sub(one, template).strip()
-    return text if lang == "en" else re.sub(r"(?<=[万亿]) (?=[\u4e00-\u9fff])", "", text)
+    return text if lang == "en" else re.sub(r"(?<=[万亿]) (?=[\u4e00-\u9fff])| (?=不到)", "", text)
 
 
 def _value(name: str, found: Facts) -> Any:

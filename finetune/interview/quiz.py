@@ -24,9 +24,9 @@ WORDS = {
         "think": "Answer aloud, then press Enter (q quits). ",
         "points": "A good answer names:",
         "said": "  did you say it? [y/n/q] ",
-        "wrong": "The usual wrong answer:",
-        "follow": "Follow-up:",
-        "reference": "Read:",
+        "wrong": "The usual wrong answer: ",
+        "follow": "Follow-up: ",
+        "reference": "Read: ",
         "score": "{named}/{count} of the points named · again {when}",
         "minutes": "in {minutes} minutes",
         "date": "on {date:%Y-%m-%d at %H:%M}",
@@ -148,11 +148,11 @@ def ask(
             at = now()
             due = schedule.grade(question, share, at)
             shares.append(share)
-            write(f"{words['wrong']} {text.wrong}", "red")
+            write(f"{words['wrong']}{text.wrong}", "red")
             if missed:
-                write(f"{words['follow']} {text.follow_up}", "bold")
+                write(f"{words['follow']}{text.follow_up}", "bold")
                 _pause(read, words["think"])
-            write(f"{words['reference']} {question.reference}", "dim")
+            write(f"{words['reference']}{question.reference}", "dim")
             named, count = len(text.points) - len(missed), len(text.points)
             write(words["score"].format(named=named, count=count, when=when(due, at, lang)), "cyan")
     except (EOFError, Quit):
