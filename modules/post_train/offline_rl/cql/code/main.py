@@ -9,18 +9,21 @@ same batches, and fitted Q evaluation of what was learnt. The README explains ev
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from finetune import config
+from finetune.display import uncertain
 from finetune.errors import UserError, nearest
 from finetune.rl import datasets, environments
 from finetune.rl.continuous import Deterministic, SquashedGaussian, TwinQ, bounds
 from finetune.rl.datasets import Dataset
 from finetune.rl.discrete import QNetwork
-from finetune.rl.evaluation import interval, returns, true_returns
+from finetune.rl.evaluation import returns, true_returns
+from finetune.rl.moments import mean_and_error, standard_error
 from finetune.rl.offline import FQE, normalised, possible_returns
 from finetune.rl.replay import Transitions
 from finetune.rl.rollout import episode_seeds
@@ -73,7 +76,9 @@ class Config(config.Config):
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=24, sets="expert,random", batch=128, fqe_steps=4, eval_every=12, eval_episodes=10)
+        # A short horizon and a quick target, so that values are handed back as far as they go (see `passed_on`).
+        return cls(steps=24, sets="expert,random", batch=128, gamma=0.9, tau=0.05, alpha=2.0, fqe_steps=4,
+                   eval_every=12, eval_episodes=10)  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +111,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
         task = prepare(cfg, run, name, cut)
         learners = learn(cfg, run, task)
         found[name] = estimate(cfg, run, task, learners)
-        judge(run, task, found[name])
+        judge(cfg, run, task, found[name])
     if cfg.steps:
         plots.learning(run, names, LEARNERS)
         plots.gaps(run, names)
@@ -167,7 +172,7 @@ def learn(cfg: Config, run, task: Task) -> dict[str, Any]:
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             for key, learner in learners.items():
                 act = learner.acting(run.generator("evaluation", task.name, step))
-                sums[f"return_{key}"] = interval(returns(task.envs, act, task.seeds))[0]
+                sums[f"return_{key}"] = fmean(returns(task.envs, act, task.seeds))
         run.log(step, **sums)
     return learners
 
@@ -213,11 +218,33 @@ class Estimate:
     """Of one learner. Values are discounted, in the environment's own rewards."""
 
     episodes: list[float]  # undiscounted returns
-    true: float  # mean discounted return from the starts
-    believed: float | None  # the learner's own value of the starts; cloning has none
-    fqe: float | None  # fitted Q evaluation's
+    true_each: Tensor  # discounted return of each episode
+    believed_each: Tensor | None  # the learner's own value of its start; cloning has none
+    fqe_each: Tensor | None  # fitted Q evaluation's
     values: Tensor | None  # the learner's own of states on the way, and
     to_go: Tensor  # what came after them
+
+    @property
+    def true(self) -> float:
+        return float(self.true_each.mean())
+
+    @property
+    def believed(self) -> float | None:
+        return None if self.believed_each is None else float(self.believed_each.mean())
+
+    @property
+    def fqe(self) -> float | None:
+        return None if self.fqe_each is None else float(self.fqe_each.mean())
+
+    def overestimate(self, other: "Estimate | None" = None) -> tuple[float, float]:
+        """(mean of believed − true over the episodes, its standard error); with `other` what that is more than the
+        other's, from the same starts."""
+        assert self.believed_each is not None
+        off = self.believed_each - self.true_each
+        if other is not None:
+            assert other.believed_each is not None
+            off = off - (other.believed_each - other.true_each)
+        return float(off.mean()), standard_error(off.tolist())
 
 
 def estimate(cfg: Config, run, task: Task, learners: dict[str, Any]) -> dict[str, Estimate]:
@@ -233,16 +260,16 @@ def estimate(cfg: Config, run, task: Task, learners: dict[str, Any]) -> dict[str
         counted = rollout.first_episode & ((left > TAIL) | rollout.terminated.any(0))
         believed = values = None
         if key != "bc":
-            believed = float(learners[key].value(starts).mean()) / task.scale
+            believed = learners[key].value(starts) / task.scale
             values = learners[key].value(rollout.observations[counted]) / task.scale
         episodes = rollout.rewards.sum(0).tolist()
         fqe = judged[key] / task.scale if judged else None
-        found[key] = Estimate(episodes, float(to_go[0].mean()), believed, fqe, values, to_go[counted])
+        found[key] = Estimate(episodes, to_go[0], believed, fqe, values, to_go[counted])
     return found
 
 
-def fitted(cfg: Config, run, task: Task, learners: dict[str, Any], starts: Tensor) -> dict[str, float]:
-    """Fitted Q evaluation of every learner's policy from the logged steps: its value at `starts`."""
+def fitted(cfg: Config, run, task: Task, learners: dict[str, Any], starts: Tensor) -> dict[str, Tensor]:
+    """Fitted Q evaluation of every learner's policy from the logged steps: its values of the `starts` (N,)."""
     hidden, judges, limits = [cfg.hidden, cfg.hidden], {}, possible_returns(task.steps.rewards, task.gamma)
     for key, learner in learners.items():
         policy = learner.policy_of(task.steps.next_observations)
@@ -260,36 +287,53 @@ def fitted(cfg: Config, run, task: Task, learners: dict[str, Any], starts: Tenso
                 judge.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (step + i / cfg.updates) / total)
                 errors[key] += judge.update(chosen) / cfg.updates
         run.log(step, **{f"td_error_{key}": value for key, value in errors.items()})
-    return {key: float(judge.value(starts, learners[key].policy_of(starts)).mean()) for key, judge in judges.items()}
+    return {key: judge.value(starts, learners[key].policy_of(starts)) for key, judge in judges.items()}
 
 
-def judge(run, task: Task, found: dict[str, Estimate]) -> None:
+def passed_on(cfg: Config, gamma: float) -> float:
+    """The part of a value without an end that reaches the starts: each update hands on `tau` of a step."""
+    return 1 - gamma ** (cfg.steps * cfg.updates * cfg.tau)
+
+
+def judge(cfg: Config, run, task: Task, found: dict[str, Estimate]) -> None:
     name, env = task.name, task.envs[0].name
-    behaviour = interval(task.data.returns() or [math.nan])[0]
-    mean = {key: interval(e.episodes) for key, e in found.items()}
+    behaviour = fmean(task.data.returns() or [math.nan])
+    mean = {key: mean_and_error([e.episodes]) for key, e in found.items()}
     rows = []
     for key, e in found.items():
-        value, half = mean[key]
+        value, error = mean[key]
         score = normalised(value, *SCALE[env]) if env in SCALE else None
-        row = {"score": score, "believed": e.believed, "FQE": e.fqe, "true": e.true}
+        row = {"score": score, "believed": e.believed, "FQE": e.fqe}
         shown = {what: "–" if number is None else f"{number:.4g}" for what, number in row.items()}
-        rows.append({"learner": key, "return": f"{value:.1f} ± {half:.1f}", **shown})
-    run.samples(f"{name}: {len(task.data)} steps of return {behaviour:.1f}; values are discounted", rows)
+        true = uncertain(e.true, standard_error(e.true_each.tolist()))
+        rows.append({"learner": key, "return": uncertain(value, error), **shown, "true": true})
+    title = f"{name}: {len(task.data)} steps of return {behaviour:.1f}; values are discounted, of one without an end "
+    run.samples(f"{title}{passed_on(cfg, task.gamma):.0%} can have been handed on to the starts", rows)
 
-    returned = {key: value for key, (value, _) in mean.items()}
-    target = {"expert": 300.0 if run.toy else 400.0, "random": 100.0 if run.toy else 150.0}.get(name)
+    # Bars are relative to what the data earn and to how wrong the naive learner is. Data of one's own have none.
+    part = {"expert": 0.5, "random": 3.0 if run.toy else 5.0}.get(name)
+    target = None if part is None else part * behaviour
     if name.startswith("pendulum"):
         target = behaviour + 0.2 * abs(behaviour)
-    beside = {"expert": returned["naive"], "data": None}.get(name, returned["bc"])
-    bar = {"target": 50.0, "higher": False} if name == "expert" else {}
-    run.judge(f"return_{name}_bc", returned["bc"])
-    run.judge(f"return_{name}_naive", returned["naive"], **bar)
-    run.judge(f"return_{name}_cql", returned["cql"], baseline=beside, target=target)
+    beside = {"expert": "naive", "data": None}.get(name, "bc")
+    bars = {"naive": {"target": behaviour / 4 if name == "expert" else None, "higher": name != "expert"},
+            "cql": {"target": target, "baseline": mean[beside][0] if beside else None}}  # fmt: skip
+    for key, (value, error) in mean.items():
+        run.judge(f"return_{name}_{key}", value, error=error, **bars.get(key, {}))
     if name == "random":
-        run.judge("cql_over_bc_random", returned["cql"] / returned["bc"], target=3.0 if run.toy else 5.0)
-    over = {key: e.believed - e.true for key, e in found.items() if e.believed is not None}
-    run.judge(f"overestimate_{name}_naive", over["naive"], target=0.0 if name == "expert" else None)
-    run.judge(f"overestimate_{name}_cql", over["cql"], target=0.0 if name in SETS else None, higher=False)
+        (ours, error), (theirs, other) = mean["cql"], mean["bc"]
+        ratio = ours / theirs
+        error = abs(ratio) * math.hypot(error / ours, other / theirs)
+        run.judge("cql_over_bc_random", ratio, error=error, target=3.0 if run.toy else 5.0)
+    naive, error = found["naive"].overestimate()
+    certain = 3 * error if name == "expert" else None
+    run.judge(f"overestimate_{name}_naive", naive, error=error, target=certain)
+    value, error = found["cql"].overestimate()
+    least = None
+    if name in ("expert", "random", "mixed"):  # below the naive learner's, by more than the noise of the difference
+        least = naive - 3 * found["cql"].overestimate(found["naive"])[1]
+    run.judge(f"overestimate_{name}_cql", value, error=error, baseline=naive, target=least, higher=False)
     for key, e in found.items():
-        if e.fqe is not None:
-            run.judge(f"fqe_error_{name}_{key}", e.fqe - e.true)
+        if e.fqe_each is not None:
+            off = e.fqe_each - e.true_each
+            run.judge(f"fqe_error_{name}_{key}", float(off.mean()), error=standard_error(off.tolist()))
