@@ -8,8 +8,10 @@ Fujimoto et al. 2018 and 2019 (arXiv:1812.02900, 1910.01708). The README explain
 
 import copy
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,23 +21,13 @@ from finetune.errors import UserError
 from finetune.rl import datasets, environments
 from finetune.rl.continuous import bounds
 from finetune.rl.datasets import Dataset
+from finetune.rl.moments import standard_error
 from finetune.rl.replay import Transitions
 
 from . import continuous, discrete, plots
 from .trial import Found, Scale, a_batch, evaluate, logged, train
 
-# What is reached on the sets that are made here, and whether it must be at least (True) or at most (False).
-GOALS = {
-    "return_dqn_cartpole_expert": (50.0, False),
-    "return_bcq_cartpole_expert": (400.0, True),
-    "excess_dqn_cartpole_expert": (10.0, True),
-    "excess_bcq_cartpole_expert": (5.0, False),
-    "return_bcq_cartpole_random": (50.0, True),
-    "return_td3_pendulum_expert": (-500.0, False),
-    "return_bcq_pendulum_expert": (-300.0, True),
-    "excess_td3_pendulum_expert": (30.0, True),
-    "excess_bcq_pendulum_expert": (30.0, False),
-}
+SPAN = {"CartPole-v1": 480.0, "Pendulum-v1": 1050.0}  # from random actions to a good policy, in return
 
 
 @dataclass
@@ -176,9 +168,9 @@ def on_discrete(cfg: Config, run, envs: list[Any], data: Dataset) -> Found:
     }
     behaviour, found = train(cfg, run, envs, data, learners, Scale(), cfg.batch)
     for name in ("dqn", "bc"):
-        judge(cfg, run, f"return_{name}_{data.name}", found[name]["return"])
+        judge(cfg, run, data, name, found, behaviour)
     naive = found["dqn" if data.name == "cartpole_expert" else "bc"]["return"]
-    judge(cfg, run, f"return_bcq_{data.name}", found["bcq"]["return"], naive, behaviour)
+    judge(cfg, run, data, "bcq", found, behaviour, baseline=naive)
     judge_values(cfg, run, data, found, "dqn")
     return found
 
@@ -224,12 +216,9 @@ def on_continuous(cfg: Config, run, envs: list[Any], data: Dataset) -> Found:
         run.seed("networks")
         learners[name] = continuous.LEARNERS[name](cfg, *environments.sizes(envs[0])[:2])
     behaviour, found = train(cfg, run, envs, data, learners, scale, cfg.continuous_batch)
-    mixed, goal = data.name == "pendulum_mixed" and not cfg.data, behaviour
-    if mixed and behaviour is not None:
-        goal = max(behaviour + 0.2 * abs(behaviour), -400.0)
-    judge(cfg, run, f"return_bcq_{data.name}", found["bcq"]["return"], behaviour, goal)
+    judge(cfg, run, data, "bcq", found, behaviour, baseline=behaviour)
     for name in parts(cfg.compared):
-        judge(cfg, run, f"return_{name}_{data.name}", found[name]["return"])
+        judge(cfg, run, data, name, found, behaviour)
     proposals(cfg, run, learners["bcq"], logged(cfg, run, data, scale), data)
     judge_values(cfg, run, data, found, "td3")
     return found
@@ -242,8 +231,9 @@ def proposals(cfg: Config, run, learner: continuous.BCQ, steps: Transitions, dat
     with torch.no_grad():
         proposed = learner.cvae.propose(some.observations, 1, generator)[:, 0]
     uniform = 2 * torch.rand(proposed.shape, generator=generator) - 1
-    near, far = ((actions - some.actions).abs().mean().item() for actions in (proposed, uniform))
-    run.judge(f"proposal_distance_{data.name}", near, baseline=far, higher=False)
+    near, far = ((actions - some.actions).abs().flatten().tolist() for actions in (proposed, uniform))
+    run.judge(f"proposal_distance_{data.name}", fmean(near), error=standard_error(near), baseline=fmean(far),
+              higher=False)  # fmt: skip
     if cfg.steps:
         chosen = learner.act(some.observations, generator)
         plots.candidates(run, data.name, data.observations[rows], some.actions, proposed, chosen)
@@ -252,21 +242,45 @@ def proposals(cfg: Config, run, learner: continuous.BCQ, steps: Transitions, dat
 # --- What is judged
 
 
+def bar(cfg: Config, name: str, method: str, behaviour: float | None) -> tuple[float | None, bool]:
+    """(target, higher) of a method's return on a set that is made here, relative to what the data earn. On narrow data
+    the naive method has to fail. Of data of one's own only BCQ has a target: what they earn."""
+    if behaviour is None:
+        return None, True
+    if cfg.data:
+        return behaviour if method == "bcq" else None, True
+    balance, swing = SPAN["CartPole-v1"], SPAN["Pendulum-v1"]
+    return {
+        ("cartpole_expert", "dqn"): (behaviour - 0.75 * balance, False),
+        ("cartpole_expert", "bcq"): (behaviour - 0.5 * balance, True),
+        ("cartpole_random", "bcq"): (2 * behaviour, True),
+        ("pendulum_expert", "td3"): (behaviour - 0.3 * swing, False),
+        ("pendulum_expert", "bcq"): (behaviour - 0.25 * swing, True),
+        ("pendulum_mixed", "bcq"): (behaviour + 0.2 * abs(behaviour), True),
+    }.get((name, method), (behaviour if method == "bcq" else None, True))
+
+
 def judge(
-    cfg: Config, run, name: str, value: float, baseline: float | None = None, target: float | None = None
+    cfg: Config, run, data: Dataset, method: str, found: Found, behaviour: float | None, baseline: float | None = None
 ) -> None:
-    """Against its goal if the set was made here; else against `target`, which is the data's own return."""
-    goal, higher = GOALS.get(name, (target, True)) if not cfg.data else (target, True)
-    run.judge(name, value, baseline=baseline, target=goal, higher=higher)
+    f, (target, higher) = found[method], bar(cfg, data.name, method, behaviour)
+    run.judge(f"return_{method}_{data.name}", f["return"], error=f["return_error"], baseline=baseline, target=target,
+              higher=higher)  # fmt: skip
 
 
 def judge_values(cfg: Config, run, data: Dataset, found: Found, naive: str) -> None:
-    """How much more than it then earns each believes in, and what fitted Q evaluation says of BCQ."""
-    excess = {name: found[name]["believed"] - found[name]["true"] for name in (naive, "bcq") if name in found}
-    for name, value in excess.items():
-        key = f"excess_{name}_{data.name}"
-        beside = name == "bcq" and key in GOALS and not cfg.data
-        judge(cfg, run, key, value, excess.get(naive) if beside else None)
-    run.judge(f"true_bcq_{data.name}", found["bcq"]["true"])
-    if "fqe" in found["bcq"]:
-        run.judge(f"fqe_bcq_{data.name}", found["bcq"]["fqe"])
+    """How much more than it then earns each believes in, and what fitted Q evaluation says of BCQ. On an expert's data
+    the naive method's excess has to be above 0, and BCQ's below that one, by three standard errors."""
+    narrow = data.name.endswith("_expert") and not cfg.data
+    ours, theirs = found["bcq"], found.get(naive)
+    if theirs:
+        least = 3 * theirs["excess_error"] if narrow else None
+        run.judge(f"excess_{naive}_{data.name}", theirs["excess"], error=theirs["excess_error"], target=least)
+    most = (
+        theirs["excess"] - 3 * math.hypot(theirs["excess_error"], ours["excess_error"]) if theirs and narrow else None
+    )
+    run.judge(f"excess_bcq_{data.name}", ours["excess"], error=ours["excess_error"],
+              baseline=theirs["excess"] if theirs else None, target=most, higher=False)  # fmt: skip
+    run.judge(f"true_bcq_{data.name}", ours["true"], error=ours["true_error"])
+    if "fqe" in ours:
+        run.judge(f"fqe_bcq_{data.name}", ours["fqe"])

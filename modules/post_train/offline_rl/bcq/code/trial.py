@@ -13,11 +13,13 @@ from finetune.rl.continuous import TwinQ
 from finetune.rl.datasets import Dataset
 from finetune.rl.discrete import QNetwork
 from finetune.rl.evaluation import true_returns
+from finetune.rl.moments import standard_error
 from finetune.rl.offline import FQE
 from finetune.rl.replay import Transitions
 from finetune.rl.rollout import episode_seeds
 
 LOG_EVERY = 10
+LOGGED = ("return", "true", "believed")  # of what `evaluate` finds
 EVALUATED = ("dqn", "td3", "bc", "bcq")  # by fitted Q evaluation too
 Found = dict[str, dict[str, float]]  # method → what `train` finds of it
 
@@ -82,7 +84,7 @@ def train(
             seen = learner.update(*a_batch(run, steps, size, step))
             if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
                 last |= evaluate(cfg, run, envs, learner, scale)
-                run.log(step, **seen, **last)
+                run.log(step, **seen, **{name: last[name] for name in LOGGED if name in last})
             elif (step + 1) % LOG_EVERY == 0:
                 run.log(step, **seen)
         found[name] = last or evaluate(cfg, run, envs, learner, scale)
@@ -104,14 +106,21 @@ def seeds(cfg, run) -> list[int]:
 
 def evaluate(cfg, run, envs: list[Any], learner: Any, scale: Scale) -> dict[str, float]:
     """Of fresh episodes: `return`, undiscounted; `true`, discounted from the start; `believed`, the learner's own Q
-    there. Means, all in the environment's rewards."""
+    there; `excess`, the one less the other. Means over the episodes, all in the environment's rewards, and `…_error`,
+    their standard errors."""
     generator = run.generator("acting")
     rollout, discounted = true_returns(
         envs, lambda seen: scale.to_env(learner.act(scale.seen(seen), generator)), seeds(cfg, run), cfg.gamma
     )
-    found = {"return": rollout.rewards.sum(0).mean().item(), "true": discounted[0].mean().item()}
+    found = {"return": rollout.rewards.sum(0), "true": discounted[0]}
     believed = learner.value(scale.seen(rollout.observations[0]), scale.to_learner(rollout.actions[0]))
-    return found if believed is None else found | {"believed": believed.mean().item() / scale.rewards}
+    if believed is not None:
+        found |= {"believed": believed / scale.rewards, "excess": believed / scale.rewards - discounted[0]}
+    return {
+        key: value
+        for name, each in found.items()
+        for key, value in ((name, each.mean().item()), (f"{name}_error", standard_error(each.tolist())))
+    }
 
 
 def fitted(cfg, run, envs: list[Any], learner: Any, steps: Transitions, scale: Scale) -> float:
