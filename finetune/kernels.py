@@ -46,7 +46,7 @@ def trace(op: str, name: str | None, dtype: str, shape: str | None, forward: boo
 
     import torch
 
-    from finetune import emulator, faults, ops
+    from finetune import display, emulator, faults, ops
     from finetune.ops._check import run
 
     find(op)
@@ -67,7 +67,7 @@ def trace(op: str, name: str | None, dtype: str, shape: str | None, forward: boo
         return click.echo(jsonlib.dumps(rows, indent=2))
     shapes = ", ".join(str(tuple(t.shape)) for t in sample.args if isinstance(t, torch.Tensor))
     console = _console()
-    console.print(f"\n[bold]{op}[/], sample '{sample.name}': {shapes}, {DTYPES[dtype]}\n", highlight=False)
+    display.say(console, f"\n{op}, sample '{sample.name}': {shapes}, {DTYPES[dtype]}\n", "bold")
     _print_trace(console, rows)
     console.print(
         "A request is a warp's, width the bytes a lane; its units are 32-byte sectors of global memory or wavefronts "

@@ -381,7 +381,9 @@ def execute(
         saved = folders.begin(info, cfg, toy)
     if resume and not again and (folder / folders.SUMMARY).exists():
         fix = "`finetune finish` writes it again"
-        (console or display.console()).print(f"{folder} is finished already: nothing to resume", soft_wrap=True)
+        (console or display.console()).print(
+            f"{folder} is finished already: nothing to resume", markup=False, soft_wrap=True
+        )
         reading.json_file(folder / folders.SUMMARY, Summary, fix)
         return reading.json_file(folder / folders.SUMMARY, dict[str, Any], fix)
     run = Run(folder, cfg, toy=toy, resume=resume, saved=saved, accept_changes=accept_changes, console=console)

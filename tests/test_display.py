@@ -41,6 +41,16 @@ def test_a_table_keeps_every_number_and_word(width):
         assert word in text
 
 
+def test_a_folder_with_brackets_is_shown_as_it_is(tmp_path):
+    folder = tmp_path / "run[bold]1"
+    folder.mkdir()
+    (folder / "values.png").touch()
+    con = Console(file=io.StringIO(), width=200)
+    display.closing(con, {"metrics": {}, "passed": True, "seconds": 1.0, "peak_rss_bytes": 1}, {}, folder)
+    assert str(folder) in con.file.getvalue()
+    assert "pictures: values.png" in con.file.getvalue()
+
+
 def test_wide_characters_are_counted_and_words_stay_whole():
     text = "这里两者都从真实的 token 开始，DPO、PPO、GRPO 都从它出发；训练后并入 W。"
     for width in range(8, 40):
@@ -149,8 +159,8 @@ def test_a_trace_shows_every_number_of_its_json(width):
 @pytest.mark.parametrize("width", [80, 60])
 @pytest.mark.parametrize(
     "words",
-    ["list", "ops", "doctor", "compare", "compare --lang zh", "progress", "progress --lang zh", "memory llama-7b",
-     "run sft --help", "run peft --help"],
+    ["list", "ops", "doctor", "compare", "compare --lang zh", "progress", "progress --lang zh", "memory",
+     "memory llama-7b", "run sft --help", "run peft --help"],
 )  # fmt: skip
 def test_every_table_fits_and_keeps_its_numbers(words, width, monkeypatch, capsys, tmp_path):
     cells = []

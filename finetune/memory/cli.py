@@ -184,7 +184,7 @@ def show(name: str, shape: Shape, setup: Setup) -> None:
         for key in values
         if any(key in re.findall(r"\w", term.formula) for term in terms[:-1] if term.name != "step growth")
     ]
-    console.print(" · ".join(f"{key} = {values[key]:,} ({MEANING[key][0]})" for key in used), style="dim")
+    display.say(console, " · ".join(f"{key} = {values[key]:,} ({MEANING[key][0]})" for key in used), "dim")
     if setup.training and not setup.checkpointing:
         saved = block_saved(shape, setup)
         console.print(f"\nOne block keeps {size(sum(b for b, _ in saved.values()))} a token for its backward pass:")
@@ -222,7 +222,7 @@ def show_rows(name: str, rows: list[dict[str, Any]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     drawn = [row for row in rows if not row["name"].endswith("of a block")]  # a part of the row below it
     plots.memory(path, f"{name} · memory", drawn, "simulated" if only_simulated else "measured")
-    console.print(str(path), highlight=False, soft_wrap=True)
+    console.print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
 def listing(console: Console, terms: list[Term]) -> None:
@@ -241,18 +241,18 @@ def usage() -> None:
     from finetune import config, display, registry
 
     console = display.console()
-    console.print(
-        "memory MODULE \\[--toy] \\[--key value …]   what a run of the module needs (its settings: run MODULE --help)"
+    ways = (
+        ("MODULE [--toy] [--key value …]", "what a run of the module needs (its settings: run MODULE --help)"),
+        ("MODEL [--key value …]", "what training or inference of a well-known model needs"),
+        ("… --measure", "every formula measured on models of that shape; a table and output/memory/NAME.png"),
+        ("… --simulate", "of a MODEL that does not fit: a step in shapes only (torch's fake tensors)"),
     )
-    console.print("memory MODEL \\[--key value …]             what training or inference of a well-known model needs")
-    for mode, text in (
-        ("--measure", "beside it every formula measured on models of that shape; a table and output/memory/NAME.png"),
-        ("--simulate", "the same of a MODEL that does not fit: a step in shapes only (torch's fake tensors)"),
-    ):
-        console.print(f"    {mode:<12} {text}")
+    display.table(console, ("memory", "what it shows"), [[(left, "bold cyan"), text] for left, text in ways])
+    modules = ", ".join(info.name for info in registry.modules()) or "none yet"
+    display.say(console, f"modules: {modules}", indent="  ")
+    display.say(console, f"models: {', '.join(MODELS)}", indent="  ")
     console.print()
-    console.print("modules: " + (", ".join(info.name for info in registry.modules()) or "none yet"))
-    console.print("models:  " + ", ".join(MODELS) + "\n")
+    rows: list[Any] = []
     for field in config.describe(Setup):  # type: ignore[arg-type]
-        left = f"--{config.dashed(field.name)} {field.type_name}"
-        console.print(f"  {left:<32} {field.help} [dim](default {field.default})[/]", highlight=False)
+        rows.append([(f"--{config.dashed(field.name)}", "bold cyan"), field.type_name, str(field.default), field.help])
+    display.table(console, ("setting", "type", "default", "what it is"), rows)
