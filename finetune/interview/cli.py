@@ -40,7 +40,7 @@ SAID = {
 @click.option("--out", type=click.Path(path_type=Path), help="Write <module>.<lang>.md there instead of printing.")
 @LANG
 def brief(module: str | None, all_: bool, run: Path | None, out: Path | None, lang: str) -> int:
-    """What to say about a module in three minutes, with your own run's numbers."""
+    """What to say about a module in two or three minutes, with your own run's numbers."""
     from finetune import display, registry
     from finetune.checkpoint import atomic_write, writing
     from finetune.interview import brief as engine
