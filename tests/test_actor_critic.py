@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import sys
 
 import numpy as np
@@ -242,6 +243,34 @@ def test_from_the_state_on_actions_are_drawn_anew():
     alone = environments.play(envs, act, [5] * 400).rewards.sum(0)
     assert alone.std() > 5
     assert abs(mean - alone.mean()) < 4 * alone.std() * (2 / 400) ** 0.5
+
+
+def test_a_soft_critic_is_compared_with_returns_and_their_entropy_bonus():
+    """A bonus of 1 a step is a reward of 2 a step in all: what came doubles, state by state."""
+    envs = environments.make("CartPole-v1", 20 * 3)
+
+    def pairs(bonus):
+        act = lambda s: (s[:, 2] > 0).long()  # noqa: E731
+        return critic.said_and_came(envs, act, lambda s: s[:, 0], range(20), 0.9, seeded(), bonus=bonus)
+
+    plain, paid = pairs(None), pairs(lambda seen, _: torch.ones(seen.shape[:2]))
+    assert torch.allclose(paid[:, 1], 2 * plain[:, 1])
+
+
+def test_sac_says_the_soft_value_and_pays_its_entropy():
+    config = toy(continuous_hidden=8)
+    place = module.Place(config, True, environments.Cut())
+    sac = offpolicy.SAC(config, "sac", Vector(place.learning, 0))
+    with torch.no_grad():
+        sac.log_alpha.fill_(math.log(0.3))
+    states = torch.randn(5, 3, generator=seeded())
+    generator = seeded(1)
+    params = sac.policy(states.repeat(20_000, 1))
+    actions, log_probs = sac.policy.sample(params, torch.randn(len(params), 1, generator=generator))
+    soft = sac.q(states.repeat(20_000, 1), actions).amin(0) - 0.3 * log_probs
+    assert torch.allclose(sac.values(states, draws=20_000), soft.view(-1, 5).mean(0), atol=0.02)
+    paid = sac.bonus(states.expand(4000, 5, 3), generator)
+    assert torch.allclose(paid.mean(0), -0.3 * log_probs.view(-1, 5).mean(0), atol=0.03)
 
 
 def test_a_world_that_does_not_repeat_itself_is_refused():

@@ -13,6 +13,7 @@ from finetune.errors import UserError
 from finetune.rl import environments
 from finetune.rl import mdp as tables
 from finetune.rl.moments import seen_by_the_gradient
+from finetune.rl.rollout import sample_tabular
 from finetune.rl.vector import Vector
 from finetune.run import execute
 
@@ -138,6 +139,26 @@ def test_lambda_one_leaves_only_what_the_gradient_does_not_see():
     off = found - tables.advantages(mdp, policy)
     assert np.allclose(off, (tables.solve(mdp, policy) - V)[:, None], atol=1e-12)
     assert seen_by_the_gradient(off.ravel(), policy, np.ones((9, 3), bool)) < 1e-12
+
+
+def test_the_bar_of_a_critic_is_the_standard_error_of_a_batch_of_returns():
+    """Against returns that are played out: the variance of each state's, over the visits of a batch."""
+    mdp = tables.garnet(6, 2, 2, np.random.default_rng(3), 0.8, ending=0.1)
+    policy, config = tables.uniform(mdp), toy(rows=50, length=40)
+    V = tables.solve(mdp, policy)
+    bar = gae.one_batch_error(config, mdp, policy, V, np.random.default_rng(0))
+    draw, squares = np.random.default_rng(1), []
+    starts = draw.choice(len(V), config.rows, p=mdp.start)
+    seen = sample_tabular(mdp, policy, config.length, starts, draw, limit=config.limit).observations
+    visits = np.bincount(seen.flatten().numpy(), minlength=len(V))
+    for s in np.flatnonzero(~mdp.terminal):
+        rewards = sample_tabular(mdp, policy, 60, np.full(4000, s), draw)
+        alive = rewards.first_episode
+        returns = (0.8 ** torch.arange(60)[:, None] * rewards.rewards * alive).sum(0)
+        squares.append(float(returns.var()) / visits[s])
+    assert bar == pytest.approx(np.sqrt(np.mean(squares)), rel=0.1)
+    twice = tables.make(mdp.P, 2 * mdp.rewards, 0.8, terminal=mdp.terminal, start=mdp.start, actions=mdp.actions)
+    assert gae.one_batch_error(config, twice, policy, 2 * V, np.random.default_rng(0)) == pytest.approx(2 * bar)
 
 
 def test_the_toy_reaches_its_targets(tmp_path):

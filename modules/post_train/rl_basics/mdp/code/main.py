@@ -21,6 +21,7 @@ from finetune.errors import UserError
 from finetune.rl import mdp as mdps
 from finetune.rl import planning, worlds
 from finetune.rl.mdp import MDP, Array
+from finetune.rl.moments import beyond_chance, standard_error
 from finetune.rl.rollout import numpy_generator
 
 from . import plots, pomdp
@@ -213,7 +214,7 @@ def judge_rollouts(cfg: Config, run, mdp: MDP, solvers: Solvers) -> None:
         away = 0.0
     else:
         away = away / error if error else math.inf
-    run.judge("rollout_deviation", away, target=4.0, higher=False)
+    run.judge("rollout_deviation", away, target=beyond_chance(2), higher=False)  # to either side
 
 
 def save_values(run, mdp: MDP, solvers: Solvers) -> None:
@@ -353,7 +354,7 @@ def judge_tiger(cfg: Config, run) -> None:
     run.judge("tiger_above_qmdp", (pomdp.value(beliefs, stages[-1]) - bound).max(), target=1e-9, higher=False)
     returns, _ = pomdp.simulate(tiger, stages, cfg.rollouts, numpy_generator(run, "tiger"))
     error = returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.inf
-    run.judge("tiger_deviation", abs(returns.mean() - worth) / error, target=4.0, higher=False)
+    run.judge("tiger_deviation", abs(returns.mean() - worth) / error, target=beyond_chance(2), higher=False)
 
     mild = pomdp.tiger(penalty=-10.0)  # to open blindly costs nothing on average, to listen does
     fearless = [pomdp.qmdp(mild, h + 1) for h in range(cfg.horizon)]
@@ -361,6 +362,8 @@ def judge_tiger(cfg: Config, run) -> None:
     draws = [numpy_generator(run, "mild tiger", name) for name in ("best", "qmdp")]
     listening, _ = pomdp.simulate(mild, best, cfg.rollouts, draws[0])
     blind, taken = pomdp.simulate(mild, fearless, cfg.rollouts, draws[1])
-    run.judge("mild_tiger", listening.mean(), baseline=blind.mean(), target=0.9 * pomdp.value(start, best[-1]))
+    error = standard_error(listening.tolist())
+    target = 0.9 * pomdp.value(start, best[-1])
+    run.judge("mild_tiger", listening.mean(), error=error, baseline=blind.mean(), target=target)
     run.judge("qmdp_listens", (taken == 0).mean(), target=0.0, higher=False)
     plots.tiger(run, tiger, stages, mild, best)
