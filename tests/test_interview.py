@@ -94,7 +94,7 @@ def default_run(name):
     summary = {"metrics": {}, "baseline": {}, "target": {}, "standard_error": {}, "toy": False, "seconds": 200.0}
     number = r"(–|[-+.\de]+)"
     row = re.compile(
-        rf"\s+(\w+)\s+{number}(?: ± (\S+))?\s+{number}\s+(?:[≤≥] )?{number}(?:\s+(?:reached|missed|equal|–))?\s*$"
+        rf"\s*(\w+)\s+{number}(?: ± (\S+))?\s+{number}\s+(?:[≤≥] )?{number}(?:\s+(?:reached|missed|equal|–))?\s*$"
     )
     for line in block[block.index("result  ") :].splitlines()[1:]:
         if found := row.match(line):
