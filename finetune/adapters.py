@@ -9,13 +9,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finetune import weights
+from finetune import reading, weights
 from finetune.checkpoint import atomic_write
 from finetune.errors import UserError
 from finetune.llama import Llama, from_hf, to_hf
@@ -26,6 +27,28 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before a Hugging Face name
 PARTS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "magnitude"}
 VECTORS = "prompt_embeddings"
+Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+
+
+class Named(msgspec.Struct):
+    base_model_name_or_path: str | None = None
+
+
+class LoRAConfig(msgspec.Struct):
+    """What is read of adapter_config.json, beside what must have one value (`UNSUPPORTED`)."""
+
+    r: Rank
+    lora_alpha: float
+    lora_dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = 0.0
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+
+
+def base_of(folder: str | Path) -> str:
+    """The name of the base model in an adapter's folder; an empty string if there is none."""
+    return reading.json_file(Path(folder) / CONFIG, Named).base_model_name_or_path or ""
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str = "default") -> None:
@@ -112,29 +135,49 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """Puts the LoRA adapter of a peft folder on a Llama, frozen otherwise. UserError names what is missing, damaged,
     of another model, or a variant that is not supported."""
     folder = Path(folder)
-    config = weights.read_json(folder / CONFIG)
-    weights.require(config, folder / CONFIG, UNSUPPORTED)
-    rank = weights.take(config, folder / CONFIG, "r", int)
-    alpha = weights.take(config, folder / CONFIG, "lora_alpha", float)
-    dora = bool(config.get("use_dora"))
-    tensors = {adapted(key, folder): tensor for key, tensor in weights.read_safetensors(folder, TENSORS)}
+    raw = weights.read_json(folder / CONFIG)
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init not in UNSUPPORTED["init_lora_weights"]:
+        raise UserError(
+            f"{folder / CONFIG}: init_lora_weights = {init!r} changed the base weights when training began, and the "
+            "folder does not hold them: save the adapter as plain LoRA (peft: path_initial_model_for_weight_conversion)"
+        )
+    weights.require(raw, folder / CONFIG, UNSUPPORTED)
+    config = reading.convert(raw, LoRAConfig, folder / CONFIG)
+    rank, alpha = config.r, config.lora_alpha
+    found = dict(weights.read_safetensors(folder, TENSORS))
+    for key, tensor in found.items():
+        if key.endswith((".embed_tokens.weight", ".lm_head.weight", "lora_embedding_A", "lora_embedding_B")):
+            raise UserError(
+                f"{folder}: the adapter holds {key} {tuple(tensor.shape)} too, so its vocabulary was resized or its "
+                "embedding trained: merge it with peft, and use the merged model"
+            )
+    tensors = {adapted(key, folder): tensor for key, tensor in found.items()}
+    if not tensors:
+        raise UserError(f"{folder / TENSORS} holds no tensors")
     targets = sorted({at for at, _ in tensors})
     known = linear_layers(model)
     for at in targets:
         if at not in known:
             raise UserError(f"{folder}: the adapter is for a layer {at}, which this model has not")
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    ranks = {at: first_fit(ranks, hf_module(at), rank) for at in targets}
+    for at in targets:  # before anything of that size is made
+        down = tensors.get((at, "lora_A"))
+        if down is None or down.dim() != 2 or len(down) != ranks[at]:
+            got = "missing" if down is None else f"{tuple(down.shape)} instead of ({ranks[at]}, …)"
+            raise UserError(f"{folder}: lora_A of {at} is {got}: is it an adapter of this model?")
     apply_lora(
         model,
         rank,
         alpha,
-        float(config.get("lora_dropout") or 0.0),
+        config.lora_dropout or 0.0,
         [re.escape(at) for at in targets],
         name=name,
-        rslora=bool(config.get("use_rslora")),
-        dora=dora,
-        pissa=config.get("init_lora_weights") == "pissa",
-        rank_pattern={re.escape(at): first_fit(ranks, hf_module(at), rank) for at in targets},
+        rslora=bool(config.use_rslora),
+        dora=bool(config.use_dora),
+        pissa=init == "pissa",
+        rank_pattern={re.escape(at): ranks[at] for at in targets},
         alpha_pattern={re.escape(at): first_fit(alphas, hf_module(at), alpha) for at in targets},
     )
     for at, layer in adapters(model):

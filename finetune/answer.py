@@ -1,5 +1,6 @@
 """A model folder and a prompt in, text out: what `python -m finetune generate` does."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import hub, machine
@@ -14,6 +15,7 @@ def answer(
     prompts: list[str],
     chat: bool | None = None,
     *,
+    base: str | None = None,
     seed: int = 0,
     threads: int = 0,
     console: "Console | None" = None,
@@ -21,30 +23,30 @@ def answer(
 ) -> list[str]:
     """The answers to the prompts, in order; `sampling` as in `generate`. chat=None: by the template, if there is one.
 
-    `source`: what `hub.resolve` takes, or the folder of a LoRA adapter, which names its base.
+    `source`: what `hub.resolve` takes, or the folder of a LoRA adapter, which names its base; `base` names another,
+    such as where it has moved to.
     """
     import torch
 
     from finetune import adapters, lora
-    from finetune.generate import generate
+    from finetune.generate import check_sampling, generate, said, stop_ids
     from finetune.gpt import GPT
-    from finetune.llama import Llama
+    from finetune.llama import Llama, read_raw
     from finetune.tokenizer import Tokenizer
-    from finetune.weights import read_json
 
+    check_sampling(**sampling)
     torch.set_num_threads(threads or machine.physical_cores())
-    path = base = hub.resolve(source, console)
+    path = origin = hub.resolve(source, console)
     adapter = path.is_dir() and (path / adapters.CONFIG).exists()
     if adapter:
-        named = read_json(path / adapters.CONFIG).get("base_model_name_or_path")
-        if not named:
-            raise UserError(f"{path / adapters.CONFIG} does not name its base model: fill in base_model_name_or_path")
-        base = hub.resolve(str(named), console)
-    kind = read_json(base / "config.json").get("model_type") if base.is_dir() else "llama"
+        origin = base_folder(path, base, console)
+    elif base:
+        raise UserError(f"--base {base}: {path} is no adapter, so it has no base model")
+    kind = read_raw(origin).get("model_type") if origin.is_dir() else "llama"
     kinds: dict[Any, type[Llama] | type[GPT]] = {"llama": Llama, "gpt2": GPT}
-    if kind not in kinds:
-        raise UserError(f"{base} is a model of type {kind}: only {' and '.join(kinds)} can be run")
-    tokenizer = Tokenizer.from_pretrained(path if (path / "tokenizer.json").exists() else base)
+    if not isinstance(kind, str) or kind not in kinds:
+        raise UserError(f"{origin} is a model of type {kind}: only {' and '.join(kinds)} can be run")
+    tokenizer = Tokenizer.from_pretrained(path if (path / "tokenizer.json").exists() else origin)
     if chat and not tokenizer.chat_template:
         raise UserError(f"{path} has no chat template: use --no-chat")
     if chat is None:
@@ -55,16 +57,27 @@ def answer(
             tokenizer.render_text([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts
         ]
     rows = [tokenizer.encode(text, add_special_tokens=not chat) for text in texts]
-    model = kinds[kind].from_pretrained(base).eval()
+    model = kinds[kind].from_pretrained(origin).eval()
     if adapter:
         adapters.load_adapter(model, path)
         lora.merge(model)
-    stops = [tokenizer.backend.token_to_id(name) for name in (tokenizer.eos, "<|im_end|>") if name]
-    new = generate(
-        model,
-        rows,
-        stop_ids=[i for i in stops if i is not None],
-        generator=torch.Generator().manual_seed(seed),
-        **sampling,
-    )
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+    stops = stop_ids(model, tokenizer)
+    new = generate(model, rows, stop_ids=stops, generator=torch.Generator().manual_seed(seed), **sampling)
+    return [said(tokenizer, ids, stops) for ids in new]
+
+
+def base_folder(adapter: Path, base: str | None, console: "Console | None") -> Path:
+    """The base model of an adapter's folder: `base`, or the one that it names."""
+    from finetune import adapters
+
+    name = base or adapters.base_of(adapter)
+    if not name:
+        raise UserError(f"the adapter {adapter} does not name its base model: give it with --base")
+    try:
+        return hub.resolve(name, console)
+    except UserError as error:
+        if base:
+            raise
+        raise UserError(
+            f"the base model of the adapter {adapter} is not found ({error}): give it with --base"
+        ) from None

@@ -216,20 +216,19 @@ def fetch(model: str, json: bool) -> None:
 @click.option("--model", required=True, help="A model folder, a .gguf file, smollm2, or a hub id (owner/name).")
 @click.option("--prompt", "prompts", required=True, multiple=True, help="What to continue; may be given several times.")
 @click.option("--chat/--no-chat", default=None, help="Use the chat template; default: if the model has one.")
-@click.option("--max-new-tokens", type=click.IntRange(0), default=128, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(0, 1 << 26), default=128, show_default=True)
+@click.option("--base", help="Of an adapter: its base model, if it is not where the adapter says.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0 keeps all tokens.")
+@click.option("--top-k", type=click.IntRange(0, 1 << 26), default=0, show_default=True, help="0 keeps all tokens.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0 = the physical cores.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores.")
 @JSON
-def generate(
-    model: str, prompts: tuple[str, ...], chat: bool | None, seed: int, threads: int, json: bool, **sampling: Any
-) -> None:
+def generate(model: str, prompts: tuple[str, ...], chat: bool | None, json: bool, **given: Any) -> None:
     """Let a model answer."""
     from finetune.answer import answer
 
-    texts = answer(model, list(prompts), chat, seed=seed, threads=threads, console=_console(stderr=True), **sampling)
+    texts = answer(model, list(prompts), chat, console=_console(stderr=True), **given)
     if json:
         rows = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
         return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))

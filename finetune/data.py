@@ -1,6 +1,8 @@
 """Chat rows from JSONL or from Python's own documentation, their tokens with a loss mask, packing, batches by step.
 
-A conversation is a list of {"role": "system" | "user" | "assistant", "content": text}.
+A conversation is a list of {"role": "system" | "user" | "assistant" | "tool", "content": text}. Messages keep their
+other keys (`tool_calls`, `reasoning_content`, `weight`, …), which the model's chat template may write; what a row holds
+for the whole conversation (`tools`, `documents`, `chat_template_kwargs`) stands in its first message.
 """
 
 from __future__ import annotations
@@ -15,21 +17,26 @@ import warnings
 import zlib
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune import reading
 from finetune.errors import UserError
+from finetune.tokenizer import CONTEXT, REASONING
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Conversation = list[dict[str, str]]
+Conversation = list[dict[str, Any]]
 Render = Callable[[Conversation], tuple[Sequence[int], Sequence[int]]]  # as Tokenizer.render: ids and loss mask
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+# Keys that change what is to be learned, in ways that no chat template is told of.
+UNUSED = ("functions", "function_call", "images", "videos", "audios", "weight")
+LIMIT = 4 << 30  # bytes of a JSONL file
 IGNORE = -100  # a target that carries no loss
 
 
@@ -39,12 +46,7 @@ def read_jsonl(path: str | Path) -> list[Conversation]:
     Other keys of a row are left alone, blank lines are skipped. UserError names the file, the line and what is wrong.
     """
     path = Path(path).expanduser()
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    raw = reading.file_bytes(path, LIMIT)
     rows = []
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
@@ -70,34 +72,92 @@ def read_row(row: Any) -> Conversation:
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, not {kind(row)}")
     if "messages" in row:
-        return check_messages(row["messages"])
-    missing = [key for key in ("prompt", "completion") if key not in row]
-    if missing:
-        found = ", ".join(map(repr, list(row)[:5])) or "no keys"
-        wanted = "'messages', or 'prompt' and 'completion'" if len(missing) == 2 else f"'{missing[0]}' too"
-        raise ValueError(f"the row needs {wanted} (found {found})")
-    for key in ("prompt", "completion"):
-        check_text(f"'{key}'", row[key])
-    if not row["completion"].strip():
-        raise ValueError("'completion' is empty: there is nothing to learn")
-    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        messages = check_messages(row["messages"])
+    else:
+        missing = [key for key in ("prompt", "completion") if key not in row]
+        if missing:
+            found = ", ".join(map(repr, list(row)[:5])) or "no keys"
+            wanted = "'messages', or 'prompt' and 'completion'" if len(missing) == 2 else f"'{missing[0]}' too"
+            raise ValueError(f"the row needs {wanted} (found {found})")
+        for key in ("prompt", "completion"):
+            check_text(f"'{key}'", row[key])
+        if not row["completion"].strip():
+            raise ValueError("'completion' is empty: there is nothing to learn")
+        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    messages[0] |= check_context(row)
+    return messages
+
+
+def check_context(row: dict[str, Any]) -> dict[str, Any]:
+    """What the row holds for the whole conversation."""
+    for key in UNUSED:
+        if row.get(key) not in (None, [], {}, 1):
+            raise ValueError(f"the row's {key!r} is not supported: remove it, or the row")
+    context = {key: row[key] for key in CONTEXT if row.get(key)}
+    for key in ("tools", "documents"):
+        values = context.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise ValueError(f"the row's {key!r} must be a list of objects")
+    if not isinstance(kwargs := context.get("chat_template_kwargs", {}), dict):
+        raise ValueError(f"the row's 'chat_template_kwargs' must be an object, not {kind(kwargs)}")
+    check_encodable("the row", context)
+    return context
 
 
 def check_messages(messages: Any) -> Conversation:
-    """`messages` reduced to role and content; ValueError says which one is wrong."""
+    """`messages` without empty keys; ValueError says which one is wrong."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("'messages' must be a list of at least one message")
+    found = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ValueError(f"message {i} must be an object with role and content, not {kind(message)}")
         if message.get("role") not in ROLES:
             raise ValueError(f"message {i} has the role {message.get('role')!r}: it must be one of {', '.join(ROLES)}")
-        check_text(f"the content of message {i} ({message['role']})", message.get("content"))
+        message = {key: value for key, value in message.items() if value is not None}
+        calls, weight = message.get("tool_calls", []), message.get("weight", 1)
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise ValueError(f"the tool_calls of message {i} must be a list of objects")
+        for key in ("function_call", *CONTEXT):
+            if key in message:
+                where = "put it beside 'messages'" if key in CONTEXT else "write it as 'tool_calls'"
+                raise ValueError(f"message {i} has {key!r}: {where}")
+        if isinstance(weight, bool) or weight not in (0, 1) or ("weight" in message and message["role"] != "assistant"):
+            raise ValueError(f"message {i} has the weight {weight!r}: it must be 0 or 1, of an assistant's message")
+        if not calls or "content" in message:
+            check_text(f"the content of message {i} ({message['role']})", message.get("content"))
+        for key in REASONING:
+            if key in message:
+                check_text(f"the {key} of message {i}", message[key])
+        check_encodable(f"message {i}", message)
         if message["role"] == "system" and i:
             raise ValueError(f"message {i} is a system message: only the first may be one")
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise ValueError("no assistant message with a text: there is nothing to learn")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+        found.append(message)
+    if not any(learnable(message) for message in found):
+        raise ValueError("no assistant message with a text to learn: there is nothing to learn")
+    return found
+
+
+def learnable(message: dict[str, Any]) -> bool:
+    """Is it an answer that says something, and not of weight 0?"""
+    says = message.get("content", "").strip() or message.get("tool_calls") or any(map(message.get, REASONING))
+    return message["role"] == "assistant" and bool(says) and message.get("weight") != 0
+
+
+def exchanges(row: Conversation) -> list[int]:
+    """The messages of the assistant that answer another one with a text, the last first."""
+    return [
+        i for i in reversed(range(1, len(row)))
+        if learnable(row[i]) and row[i].get("content") and row[i - 1]["role"] in ("user", "tool")
+    ]  # fmt: skip
+
+
+def with_answer_of(row: Conversation, other: Conversation) -> Conversation:
+    """The row up to its last answer, which is the other's instead."""
+    ends = [max(i for i, message in enumerate(one) if message["role"] == "assistant") for one in (row, other)]
+    answer = {key: value for key, value in other[ends[1]].items() if key not in CONTEXT}
+    context = {key: row[0][key] for key in CONTEXT if key in row[0]} if ends[0] == 0 else {}
+    return [*row[: ends[0]], answer | context]
 
 
 def check_text(name: str, value: Any) -> None:
@@ -109,6 +169,13 @@ def check_text(name: str, value: Any) -> None:
         raise ValueError(f"{name} has half of a surrogate pair as its character {error.start + 1}") from None
 
 
+def check_encodable(name: str, value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has half of a surrogate pair in it") from None
+
+
 def kind(value: Any) -> str:
     """What JSON value this is, in words."""
     words = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number"}
@@ -117,10 +184,12 @@ def kind(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Document:
-    """One conversation in tokens; mask[i] is 1 if token i is to be learnt (answers and their end tokens)."""
+    """One conversation in tokens; mask[i] is 1 if token i is to be learnt (answers and their end tokens). `row`: the
+    conversation itself."""
 
     ids: Sequence[int]
     mask: Sequence[int]
+    row: Conversation | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -132,20 +201,52 @@ class Document:
 
 
 def tokenize(rows: Sequence[Conversation], render: Render, max_length: int) -> tuple[list[Document], int, int]:
+    """`fitting`; UserError if no row remains."""
+    found = fitting(rows, render, max_length)
+    if not found[0]:
+        raise UserError(f"no row has an answer within {max_length} tokens: raise --max-length or shorten the prompts")
+    return found
+
+
+def fitting(rows: Sequence[Conversation], render: Render, max_length: int) -> tuple[list[Document], int, int]:
     """(documents, number cut, number left out): a conversation longer than `max_length` tokens loses its end, and one
-    with no token to learn within them is left out. UserError if none remains."""
+    with no token to learn within them is left out. UserError names the row that the template refuses."""
     documents, cut, dropped = [], 0, 0
     for row in rows:
-        ids, mask = render(row)
-        document = Document(ids[:max_length], mask[:max_length])
+        try:
+            ids, mask = render(row)
+        except UserError as error:
+            text = next((m["content"] for m in row if m.get("content")), "")
+            raise UserError(f"the row that begins {text[:40]!r}: {error}") from None
+        document = Document(ids[:max_length], mask[:max_length], row)
         if not document.learnt:
             dropped += 1
             continue
         cut += len(ids) > max_length
         documents.append(document)
-    if not documents:
-        raise UserError(f"no row has an answer within {max_length} tokens: raise --max-length or shorten the prompts")
     return documents, cut, dropped
+
+
+def held_out_of(documents: Sequence[Document], max_length: int) -> tuple[list[Document], list[Document]]:
+    """(training, held-out): a twentieth of the different documents is held out, where none of the rows that were meant
+    to be fits. UserError if all are the same."""
+    kinds = sorted({tuple(document.ids) for document in documents}, key=lambda ids: zlib.crc32(repr(ids).encode()))
+    if len(kinds) < 2:
+        raise UserError(
+            f"one row only has an answer within {max_length} tokens: a second, different one is needed to evaluate on"
+        )
+    chosen = set(kinds[: max(1, len(kinds) // 20)])
+    parts: tuple[list[Document], list[Document]] = [], []
+    for document in documents:
+        parts[tuple(document.ids) in chosen].append(document)
+    return parts
+
+
+def check_vocabulary(documents: Iterable[Document], vocab_size: int) -> None:
+    """UserError if the tokenizer knows tokens that the model's table lacks, and the rows have one."""
+    largest = max((max(document.ids) for document in documents), default=0)
+    if largest >= vocab_size:
+        raise UserError(f"the rows have token {largest}, the model has {vocab_size}: its tokenizer is another model's")
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:

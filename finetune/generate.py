@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,12 @@ from finetune.errors import UserError
 from finetune.gpt import GPT
 from finetune.llama import Llama
 from finetune.nn import check_tokens
+
+if TYPE_CHECKING:
+    from finetune.tokenizer import Tokenizer
+
+LEAST_TEMPERATURE = 1e-6  # below, logits / temperature leave the range of fp32
+ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")  # of a turn, whatever else a model's files say
 
 
 class KVCache:
@@ -82,8 +90,7 @@ def generate(
     order and with the meaning of transformers' processors. A row ends at the first of `stop_ids`.
     UserError: an empty prompt, one too long for the model, a token outside the vocabulary, a setting out of range.
     """
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
-        raise UserError("generation needs temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 0")
+    check_sampling(temperature, top_k, top_p, max_new_tokens)
     rows = as_lists(prompts, attention_mask)
     check_prompts(model, rows, max_new_tokens)
     if not rows or not max_new_tokens:
@@ -107,6 +114,32 @@ def generate(
             break
         state = model(picked[:, None], cache=cache, hidden=True)[:, 0]
     return new
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, max_new_tokens: int) -> None:
+    """UserError for settings that cannot be sampled with."""
+    warm = temperature == 0 or (math.isfinite(temperature) and temperature >= LEAST_TEMPERATURE)
+    if not warm or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
+        raise UserError(
+            f"generation needs temperature 0 or ≥ {LEAST_TEMPERATURE:g}, top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens "
+            f"≥ 0, not {temperature}, {top_k}, {top_p} and {max_new_tokens}"
+        )
+
+
+def stop_ids(model: Llama | GPT, tokenizer: Tokenizer) -> set[int]:
+    """The tokens that end an answer: those that config.json and generation_config.json list (a GGUF: its ends of text,
+    turn and message), the tokenizer's end token, and the usual ends of a turn."""
+    found = {tokenizer.eos_id} | {tokenizer.backend.token_to_id(name) for name in ENDS}
+    for ids in (model.token_ids, model.generation_ids):
+        listed = ids.get("eos_token_id")
+        found |= set(listed) if isinstance(listed, list) else {listed}
+    return {i for i in found if i is not None}
+
+
+def said(tokenizer: Tokenizer, ids: Sequence[int], stops: Iterable[int]) -> str:
+    """The text of an answer, without the token that ended it."""
+    ended = bool(ids) and ids[-1] in set(stops)
+    return tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
 
 
 def sample(

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune import ops, weights
+from finetune import ops, reading, weights
 from finetune.errors import UserError
+from finetune.llama import Depth, Size, checked, read_raw, read_token_ids
 from finetune.nn import Cache, Context, LayerNorm, embedding, init_gpt2, prepare
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ class GPTConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "layers", "heads", "max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"a GPT-2 needs {name} of at least 1, not {getattr(self, name)}")
         if self.dim % self.heads:
             raise UserError(f"dim ({self.dim}) must be a multiple of heads ({self.heads})")
         self.hidden = self.hidden or 4 * self.dim
@@ -88,7 +93,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """`gradient_checkpointing = True` keeps only each block's input for the backward pass and computes the rest again.
 
-    There is no dropout. `token_ids` holds bos_token_id, eos_token_id and pad_token_id where the source names them.
+    There is no dropout. `token_ids` and `generation_ids` are those of `finetune.llama.Llama`.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -96,6 +101,7 @@ class GPT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.token_ids: dict[str, Any] = {}
+        self.generation_ids: dict[str, Any] = {}
         self.embed = embedding(config.vocab_size, config.dim)
         self.positions = embedding(config.max_length, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
@@ -148,17 +154,17 @@ class GPT(nn.Module):
         source = hub.resolve(path)
         if source.suffix == ".gguf":
             raise UserError(f"{source}: GPT-2 is read from a safetensors folder, not from GGUF")
-        raw = weights.read_json(source / "config.json")
+        raw = read_raw(source)
         with torch.device("meta"):
             model = cls(read_config(raw, source / "config.json"))
         weights.fill(model, own_names(weights.read_safetensors(source)), dtype, source)
-        model.token_ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw.get(key) is not None}
+        model.token_ids, model.generation_ids = read_token_ids(source, raw)
         return model
 
     def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
         """Writes a folder that transformers.AutoModelForCausalLM.from_pretrained opens, in the parameters' dtype;
         with `tokenizer` its files too."""
-        ids = tokenizer.token_ids() if tokenizer else self.token_ids
+        ids = (tokenizer.token_ids() if tokenizer else {}) | self.token_ids
         ids = {"bos_token_id": None, "eos_token_id": None} | ids  # GPT2Config would fill in 50256
         config = write_config(self.config, self.embed.weight.dtype) | ids
         names = (
@@ -166,7 +172,7 @@ class GPT(nn.Module):
             for name, parameter in self.named_parameters()
         )
         extra = tokenizer.save_pretrained if tokenizer else None
-        weights.write_model(folder, names, config, {"_from_model_config": True, **ids}, extra)
+        weights.write_model(folder, names, config, {"_from_model_config": True, **ids, **self.generation_ids}, extra)
 
 
 HF_NAMES = {
@@ -235,11 +241,24 @@ def read_config(raw: dict[str, Any], source: object) -> GPTConfig:
     )
     if "model_type" not in raw:
         raise UserError(f"{source}: model_type is missing (only 'gpt2' is supported)")
-    return GPTConfig(
-        **{ours: weights.take(raw, source, key, int) for key, ours in NUMBERS.items()},
-        hidden=int(raw.get("n_inner") or 0),
-        norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),
+    read = reading.convert(raw, HFConfig, source)
+    return checked(
+        GPTConfig,
+        source,
+        **{ours: getattr(read, key) for key, ours in NUMBERS.items()},
+        hidden=read.n_inner or 0,
+        norm_eps=read.layer_norm_epsilon,
     )
+
+
+class HFConfig(msgspec.Struct):
+    vocab_size: Size
+    n_embd: Size
+    n_layer: Depth
+    n_head: Size
+    n_positions: Size
+    n_inner: Size | None = None
+    layer_norm_epsilon: reading.Positive = 1e-5
 
 
 NUMBERS = {

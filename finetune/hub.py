@@ -64,6 +64,12 @@ def resolve(path: str | Path, console: Console | None = None) -> Path:
     return fetch_hub(str(path))
 
 
+def local(setting: str, path: str) -> dict[str, Path]:
+    """{setting: path} of a model that is a folder or file here: what a run with it depends on (`Config.inputs`)."""
+    place = Path(path).expanduser()
+    return {setting: place} if place.exists() else {}
+
+
 def fetch_hub(name: str) -> Path:
     """The folder of a hub model in Hugging Face's own cache; UserError if the hub lacks it or is out of reach."""
     from huggingface_hub import snapshot_download
@@ -208,7 +214,7 @@ def convert(gguf: Path, folder: Path, report: Callable[[int], Any]) -> None:
 
     part = folder.with_suffix(".part")
     file = GGUFModel(gguf)
-    sizes = iter(int(tensor.n_bytes) for tensor in file.reader.tensors)
+    sizes = iter(info.nbytes for info in file.tensor_infos.values())
     done = 0
 
     def reported() -> Any:

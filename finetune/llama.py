@@ -8,19 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune import ops, weights
+from finetune import ops, reading, weights
 from finetune.errors import UserError
 from finetune.nn import Cache, Context, RMSNorm, RotaryTable, embedding, init_gpt2, prepare
 
 if TYPE_CHECKING:
     from finetune.tokenizer import Tokenizer
+
+
+C = TypeVar("C")
 
 
 @dataclass
@@ -40,6 +44,9 @@ class LlamaConfig:
     head_dim: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "hidden", "max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"a Llama needs {name} of at least 1, not {getattr(self, name)}")
         if self.heads % self.kv_heads:
             raise UserError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if not self.head_dim:
@@ -95,7 +102,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """`gradient_checkpointing = True` keeps only each block's input for the backward pass and computes the rest again.
 
-    `token_ids` holds bos_token_id, eos_token_id and pad_token_id where the source names them.
+    `token_ids` holds bos_token_id, eos_token_id and pad_token_id where the source names them, `generation_ids` those
+    of its generation_config.json where they differ; an eos_token_id may be a list.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -103,6 +111,7 @@ class Llama(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.token_ids: dict[str, Any] = {}
+        self.generation_ids: dict[str, Any] = {}
         self.embed = embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -180,22 +189,49 @@ class Llama(nn.Module):
 
             file = GGUFModel(source)
             model = cls.assemble(file.llama_config(), file.tensors(), dtype, source)
-            model.token_ids = file.token_ids()
+            model.token_ids = {key: value for key, value in file.token_ids().items() if key in TOKEN_IDS}
+            if len(stops := file.stop_ids()) > 1:
+                model.generation_ids = model.token_ids | {"eos_token_id": stops}
             return model
-        raw = weights.read_json(source / "config.json")
+        raw = read_raw(source)
         config = read_config(raw, source / "config.json")
         model = cls.assemble(config, own_names(weights.read_safetensors(source), config), dtype, source)
-        model.token_ids = {key: raw[key] for key in TOKEN_IDS if raw.get(key) is not None}
+        model.token_ids, model.generation_ids = read_token_ids(source, raw)
         return model
 
     def save_pretrained(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
         """Writes a folder that transformers.AutoModelForCausalLM.from_pretrained opens, in the parameters' dtype;
-        with `tokenizer` its files too."""
-        ids = tokenizer.token_ids() if tokenizer else self.token_ids
+        with `tokenizer` its files too. The model's own token ids go before the tokenizer's: they may be lists."""
+        ids = (tokenizer.token_ids() if tokenizer else {}) | self.token_ids
         config = write_config(self.config, self.embed.weight.dtype) | ids
         names = ((to_hf(name), parameter) for name, parameter in self.named_parameters())
         extra = tokenizer.save_pretrained if tokenizer else None
-        weights.write_model(folder, names, config, {"_from_model_config": True, **ids}, extra)
+        weights.write_model(folder, names, config, {"_from_model_config": True, **ids, **self.generation_ids}, extra)
+
+
+def config_of(path: str | Path) -> LlamaConfig:
+    """The shape of a Llama that `from_pretrained` would load, without its weights."""
+    from finetune import hub, shapes
+
+    if str(path) == "smollm2" and not Path("smollm2").exists():
+        return LlamaConfig(**shapes.LLAMA["smollm2-135m"])
+    source = hub.resolve(path)
+    if source.suffix == ".gguf":
+        from finetune.gguf import GGUFModel
+
+        return GGUFModel(source).llama_config()
+    return read_config(read_raw(source), source / "config.json")
+
+
+def read_raw(source: Path) -> dict[str, Any]:
+    """config.json of a model folder; UserError for the folder of an adapter, which is no model by itself."""
+    if not (source / "config.json").exists() and (source / "adapter_config.json").exists():
+        from finetune.adapters import base_of
+
+        raise UserError(
+            f"{source} is an adapter, not a model: give its base model ({base_of(source) or 'which it does not name'})"
+        )
+    return weights.read_json(source / "config.json")
 
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -268,23 +304,70 @@ def read_config(raw: dict[str, Any], source: object) -> LlamaConfig:
     )
     if "model_type" not in raw:
         raise UserError(f"{source}: model_type is missing (only 'llama' is supported)")
-    theta = raw.get("rope_theta", 10000.0)
+    read = reading.convert(raw, HFConfig, source)
+    theta = read.rope_theta
     for key in ("rope_scaling", "rope_parameters"):  # the second name since transformers 5, with theta inside
         scaling = raw.get(key) or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind != "default":
             raise UserError(f"{source}: {key} of type {kind!r} is not supported (only 'default')")
         weights.require(scaling, f"{source}: {key}", {"partial_rotary_factor": (1.0, None)})
-        theta = scaling.get("rope_theta", theta)
-    number = {key: weights.take(raw, source, key, int) for key in NUMBERS}
-    return LlamaConfig(
-        **{ours: number[key] for key, ours in NUMBERS.items()},
-        kv_heads=int(raw.get("num_key_value_heads") or number["num_attention_heads"]),
-        rope_theta=float(theta),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        head_dim=int(raw.get("head_dim") or 0),
+        theta = reading.convert(scaling.get("rope_theta", theta), reading.Positive, f"{source}: {key}.rope_theta")
+    return checked(
+        LlamaConfig,
+        source,
+        **{ours: getattr(read, key) for key, ours in NUMBERS.items()},
+        kv_heads=read.num_key_value_heads or read.num_attention_heads,
+        rope_theta=theta,
+        norm_eps=read.rms_norm_eps,
+        tied=read.tie_word_embeddings,
+        head_dim=read.head_dim or 0,
     )
+
+
+def checked(kind: type[C], source: object, **sizes: Any) -> C:
+    """A LlamaConfig or GPTConfig; UserError names the file whose sizes do not go together."""
+    try:
+        return kind(**sizes)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+# Far above every published model: a number beyond is a mistake, and building the model would take hours or all memory.
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 26)]
+Depth = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+
+
+class HFConfig(msgspec.Struct):
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Depth
+    num_attention_heads: Size
+    max_position_embeddings: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    rope_theta: reading.Positive = 10000.0
+    rms_norm_eps: reading.Positive = 1e-6
+    tie_word_embeddings: bool = False
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+
+
+class TokenIds(msgspec.Struct):
+    bos_token_id: int | list[int] | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | list[int] | None = None  # -1 in old folders: none
+
+
+def read_token_ids(source: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The special ids of config.json, and those of generation_config.json where there is one that names any."""
+    found = []
+    file = source / "generation_config.json"
+    for where, value in ((source / "config.json", raw), (file, weights.read_json(file) if file.exists() else {})):
+        ids = msgspec.structs.asdict(reading.convert(value, TokenIds, where))
+        found.append({key: one for key, one in ids.items() if one not in (None, -1)})
+    return found[0], found[1]
 
 
 NUMBERS = {

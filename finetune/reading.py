@@ -131,6 +131,8 @@ def _explained(message: str, value: Any, source: object) -> str:
         return f"{source}: {message[:1].lower()}{message[1:]}"
     reason, place = found[1], found[2].lstrip(".")
     known = True
+    if isinstance(value, dict) and place in value:  # GGUF's keys have dots of their own
+        return f"{source}: {place} is {_short(value[place])}: {reason[:1].lower()}{reason[1:]}"
     for key, index in re.findall(r"([^.\[\]]+)|\[(\d+|\.\.\.)\]", found[2]):
         try:
             value = value[key] if key else value[int(index)]

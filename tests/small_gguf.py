@@ -24,8 +24,8 @@ TO_GGUF = {
 }  # fmt: skip
 
 
-def write(path, model, kind="F32", arch="llama", tokenizer=None, extra=None):
-    """Writes a Llama as GGUF with the gguf package."""
+def write(path, model, kind="F32", arch="llama", tokenizer=None, extra=None, pre="default", last=None):
+    """Writes a Llama as GGUF with the gguf package. `last`: what the last token is called instead."""
     config, writer = model.config, gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.layers)
     writer.add_context_length(config.max_length)
@@ -35,16 +35,21 @@ def write(path, model, kind="F32", arch="llama", tokenizer=None, extra=None):
     writer.add_head_count_kv(config.kv_heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in (extra or {}).items():
-        writer.add_uint32(key, value) if isinstance(value, int) else writer.add_string(key, value)
+        writer.kv_data[0].pop(key, None)
+        adders[type(value)](key, value)
     if tokenizer is not None:
         vocabulary = tokenizer.backend.get_vocab()
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+        writer.add_tokenizer_pre(pre)
+        tokens = sorted(vocabulary, key=vocabulary.get)
+        writer.add_token_list([*tokens[:-1], last or tokens[-1]])
         writer.add_token_types([3] * 3 + [1] * (len(vocabulary) - 3))
         merges = json.loads(tokenizer.backend.to_str())["model"]["merges"]
-        writer.add_token_merges([" ".join(pair) for pair in merges])
+        writer.add_token_merges(
+            [" ".join(pair) for pair in merges if last is None or tokens[-1] not in ("".join(pair), *pair)]
+        )
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_pad_token_id(2)

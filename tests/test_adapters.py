@@ -56,13 +56,21 @@ def test_round_trip_of_prompts(model, tmp_path, kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "'olora' changed the base weights"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16': expected `float`"),
+        ({"lora_alpha": 1e999}, "lora_alpha is .*not a finite|not JSON|out of range"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"r": -1}, "r is -1"),
+        ({"r": 1 << 40}, "r is 1099511627776"),
+        ({"rank_pattern": {"q_proj": 1 << 15}}, "lora_A of blocks.0.attn.q is .3, 32. instead of .32768, …."),
+        ({"use_dora": "yes"}, "use_dora is 'yes'"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is .1.: expected `object"),
         ({"use_dora": True}, "magnitude of blocks.* is missing"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type"),
         ({"r": 5}, "lora_A of blocks.0"),
-        ({"r": None}, "r should be a number"),
+        ({"r": None}, "r is None: expected `int`"),
     ],
 )
 def test_adapters_that_cannot_be_loaded(model, tmp_path, change, message):

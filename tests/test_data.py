@@ -25,7 +25,7 @@ def test_both_forms_of_rows(tmp_path):
     file = write(tmp_path, GOOD, b"  ", {"messages": [USER, ASSISTANT | {"name": "x"}], "source": 3})
     first, second = data.read_jsonl(file)
     assert first == [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
-    assert second == [USER, ASSISTANT]
+    assert second == [USER, ASSISTANT | {"name": "x"}]
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")  # as Windows editors save
     assert data.read_jsonl(file) == [first]
 
@@ -52,6 +52,19 @@ def test_both_forms_of_rows(tmp_path):
         ({"messages": [USER, {"role": "assistant"}]}, "content of message 1 .assistant. must be a text"),
         ({"messages": [USER, {"role": "system", "content": "x"}, ASSISTANT]}, "only the first may be one"),
         ({"messages": [USER]}, "no assistant message"),
+        ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "no assistant message with a text to learn"),
+        ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "message 1 has the weight 0.5"),
+        ({"messages": [USER | {"weight": 0}, ASSISTANT]}, "message 0 has the weight 0"),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": "f"}]}, "tool_calls of message 1 must be a list"),
+        ({"messages": [USER, ASSISTANT | {"reasoning_content": 3}]}, "reasoning_content of message 1 must be a text"),
+        ({"messages": [USER, ASSISTANT | {"function_call": {}}]}, "write it as 'tool_calls'"),
+        ({"messages": [USER | {"tools": []}, ASSISTANT]}, "put it beside 'messages'"),
+        ({"messages": [USER, ASSISTANT | {"name": "\ud800"}]}, "half of a surrogate pair"),
+        (GOOD | {"tools": {}, "documents": 3}, "'documents' must be a list of objects"),
+        (GOOD | {"tools": ["f"]}, "'tools' must be a list of objects"),
+        (GOOD | {"functions": [{}]}, "'functions' is not supported"),
+        (GOOD | {"images": ["x.png"]}, "'images' is not supported"),
+        (GOOD | {"weight": 0}, "'weight' is not supported"),
     ],
 )
 def test_a_malformed_row_is_named_by_its_line(tmp_path, line, message):
@@ -60,12 +73,34 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path, line, message):
         data.read_jsonl(file)
 
 
+def test_what_a_row_says_beside_its_texts_is_kept(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    answer = {"role": "assistant", "tool_calls": [call], "content": None, "thinking": "hm", "name": None}
+    messages = [USER, answer, {"role": "tool", "content": "2"}, ASSISTANT | {"weight": 1}]
+    tools = [{"type": "function"}]
+    (row,) = data.read_jsonl(write(tmp_path, {"messages": messages, "tools": tools, "documents": []}))
+    assert row[0] == USER | {"tools": tools}
+    assert row[1] == {"role": "assistant", "tool_calls": [call], "thinking": "hm"}
+    assert row[2:] == messages[2:]
+    assert data.exchanges(row) == [3]
+    (row,) = data.read_jsonl(write(tmp_path, GOOD | {"documents": [{"title": "t"}]}))
+    assert row[0]["documents"] == [{"title": "t"}]
+
+
+def test_exchanges_and_dealt_answers():
+    bot = [ASSISTANT | {"content": text} for text in "abc"]
+    assert data.exchanges([bot[0], USER, bot[1], USER, bot[2] | {"weight": 0}, USER]) == [2]
+    assert data.exchanges([bot[0]]) == []
+    assert data.with_answer_of([USER, bot[0], USER], [bot[1] | {"tools": [1]}]) == [USER, bot[1]]
+    assert data.with_answer_of([bot[0] | {"tools": [1]}], [USER, bot[2]]) == [bot[2] | {"tools": [1]}]
+
+
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         data.read_jsonl(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="holds no rows"):
         data.read_jsonl(write(tmp_path, b" ", b""))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder"):
         data.read_jsonl(tmp_path)
 
 
@@ -84,6 +119,19 @@ def test_tokenize_cuts_and_leaves_out():
     assert (cut, dropped) == (1, 1)
     with pytest.raises(UserError, match="no row has an answer within 2 tokens"):
         data.tokenize(rows, lambda row: rendered[row[0]["content"]], 2)
+
+
+def test_held_out_of_what_fits():
+    documents = [Document([i, i], [0, 1]) for i in [*range(30), 3, 4, 5]]
+    train, held_out = data.held_out_of(documents, 9)
+    assert len(train) + len(held_out) == 33
+    assert held_out
+    assert not {tuple(d.ids) for d in train} & {tuple(d.ids) for d in held_out}
+    with pytest.raises(UserError, match="one row only has an answer within 9 tokens"):
+        data.held_out_of(documents[:1] * 3, 9)
+    data.check_vocabulary(documents, 30)
+    with pytest.raises(UserError, match="have token 29, the model has 29"):
+        data.check_vocabulary(documents, 29)
 
 
 def test_only_answers_and_their_ends_are_learnt(smollm2_tokenizer):

@@ -7,7 +7,7 @@ import torch
 from small_gguf import TEXT, permute, tiny, write
 
 from finetune.errors import UserError
-from finetune.gguf import TYPES, decimal, dequantise, unpermute
+from finetune.gguf import TYPES, GGUFModel, decimal, dequantise, unpermute
 from finetune.llama import Llama
 
 OFFSETS_OF_HALVES = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q6_K": [208]}
@@ -93,12 +93,52 @@ def test_tokenizer_there_and_back(tmp_path):
     assert Llama.from_pretrained(path).token_ids == {"bos_token_id": 1, "eos_token_id": 2}
 
 
+def test_ends_of_turns_and_what_llama3_does(tmp_path):
+    """add_bos_token, ignore_merges and eot are read; what is saved lists every end of a turn."""
+    from finetune.generate import said, stop_ids
+    from finetune.tokenizer import Tokenizer
+
+    tokenizer, model = Tokenizer.train([TEXT], 300), tiny()
+    word = "Ġhello"
+    assert tokenizer.encode(" hello") != [299]
+    extra = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 8}
+
+    def written(pre, word, **more):
+        path = tmp_path / f"{pre}{len(more)}.gguf"
+        return write(path, model, tokenizer=tokenizer, pre=pre, last=word, extra=extra | more)
+
+    with_bos = Tokenizer.from_pretrained(written("llama-bpe", word))
+    assert with_bos.encode(" hello") == [1, 299]  # one token, though no merge makes it, and bos as llama.cpp puts it
+    assert with_bos.encode(" hello", add_special_tokens=False) == [299]
+    path = written("llama-bpe", word, **{"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": True})
+    assert Tokenizer.from_pretrained(path).encode(" hello") == [299, 2]
+    assert Tokenizer.from_pretrained(written("default", word)).encode(" hello")[:1] != [1]
+    read = Llama.from_pretrained(path)
+    assert read.token_ids["eos_token_id"] == 2
+    assert stop_ids(read, with_bos) == {2, 7, 8}
+    read.save_pretrained(tmp_path / "saved", with_bos)
+    again = Llama.from_pretrained(tmp_path / "saved")
+    assert again.generation_ids["eos_token_id"] == [2, 7, 8]
+    assert Tokenizer.from_pretrained(tmp_path / "saved").encode(" hello") == [1, 299]
+    assert said(with_bos, [299, 7], {7}) == " hello"
+    assert said(with_bos, [299, 299], {7}) == " hello hello"
+
+
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling"),
         ({"llama.expert_count": 8}, "llama.expert_count"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count"),
+        ({"split.count": 3}, "m.gguf is one of 3 parts of a split model"),
+        ({"llama.rope.freq_base": -1.0}, "llama.rope.freq_base is -1.0: expected `float` > 0"),
+        ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base is not a finite number"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("inf")}, "rms_epsilon is not a finite number"),
+        ({"llama.attention.layer_norm_rms_epsilon": "1e-5"}, "rms_epsilon is '1e-5': expected `float`"),
+        ({"llama.block_count": 1 << 31}, "llama.block_count is 2147483648"),
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count is 0"),
+        ({"llama.attention.head_count_kv": 3}, "multiple of kv_heads"),
+        ({"llama.context_length": "x"}, "llama.context_length is 'x'"),
     ],
 )
 def test_unsupported_key_is_named(tmp_path, extra, match):
@@ -129,6 +169,46 @@ def test_bad_files(tmp_path):
     path.unlink()
     write(path, tiny(), arch="gpt2")
     broken("architecture 'gpt2' is not supported")
+
+
+def test_every_changed_byte_of_the_header_is_read_or_refused(tmp_path):
+    """One line, no hang, no gigabytes: every byte before the weights set to 255, every count and offset made absurd."""
+    path = tmp_path / "m.gguf"
+    whole = write(path, tiny(vocab_size=16, dim=8, layers=1, heads=2, kv_heads=1, hidden=8)).read_bytes()
+    first = min(info.start for info in GGUFModel(path).tensor_infos.values())
+    changed = [whole[:at] + b"\xff" + whole[at + 1 :] for at in range(4, first, 2)]
+    changed += [whole[:at] + (1 << 62).to_bytes(8, "little") + whole[at + 8 :] for at in range(8, first - 8, 3)]
+    refused = []
+    for content in changed:
+        path.write_bytes(content)
+        try:
+            Llama.from_pretrained(path)
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 300
+    assert not [text for text in refused if "\n" in text or len(text) > 500 or "m.gguf" not in text]
+
+
+def test_misplaced_tensors_are_refused(tmp_path):
+    path = tmp_path / "m.gguf"
+    whole = write(path, tiny(vocab_size=16, dim=8, layers=1, heads=2, kv_heads=1, hidden=8)).read_bytes()
+    infos = GGUFModel(path).tensor_infos
+    first = min(info.start for info in infos.values())
+    name = b"output_norm.weight"
+    at = whole.index(name) + len(name) + 4 + 8 + 4  # dimensions, one size, type
+    assert int.from_bytes(whole[at : at + 8], "little") == infos[name.decode()].start - first
+    for offset, match in ((4, "not a multiple of 32"), (1 << 40, "ends at byte"), (len(whole) - first, "ends at byte")):
+        path.write_bytes(whole[:at] + offset.to_bytes(8, "little") + whole[at + 8 :])
+        with pytest.raises(UserError, match=match):
+            Llama.from_pretrained(path)
+    path.write_bytes(whole[: at - 4] + (12).to_bytes(4, "little") + whole[at:])  # Q4_K: blocks of 256
+    with pytest.raises(UserError, match="not made of whole blocks of 256"):
+        Llama.from_pretrained(path)
+    path.write_bytes(whole[: at - 4] + (26).to_bytes(4, "little") + whole[at:])
+    with pytest.raises(
+        UserError, match=r"m\.gguf: tensor output_norm.weight is of GGUF type I32, which is not supported"
+    ):
+        Llama.from_pretrained(path)
 
 
 @pytest.mark.peer

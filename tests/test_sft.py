@@ -18,12 +18,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from small_gguf import TEXT, tiny, write
 
 from finetune import data, ops, registry
 from finetune.adapters import load_adapter
 from finetune.errors import UserError
 from finetune.generate import generate
-from finetune.llama import Llama, LlamaConfig, to_hf
+from finetune.llama import Llama, LlamaConfig, config_of, to_hf
 from finetune.lora import apply_lora
 from finetune.run import execute
 from finetune.tokenizer import Tokenizer
@@ -347,6 +348,132 @@ def test_same_seed_same_bytes(trained, tmp_path):
 def test_bad_settings(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", **change)
+
+
+@pytest.fixture
+def own_model(tmp_path):
+    """A small chat model with a list of end tokens; its tokenizer."""
+    tokenizer = Tokenizer.train([TEXT], 300)
+    model = tiny()
+    model.token_ids = {"bos_token_id": 1, "eos_token_id": [0, 2]}
+    model.save_pretrained(tmp_path / "model", tokenizer)
+    return tmp_path / "model", tokenizer
+
+
+def pair(i, words=1):
+    return {"prompt": f"{'What ' * words}comes after {i}?", "completion": str(i + 1)}
+
+
+def tuned(tmp_path, model, rows, **changes):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    settings = {
+        "model": str(model),
+        "data": file,
+        "steps": 2,
+        "batch": 2,
+        "max_length": 96,
+        "eval_rows": 4,
+        "threads": 1,
+    }
+    config = sft.Config(**(settings | {"eval_every": 0, "samples": 2} | changes))
+    folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+    return execute(registry.find("sft"), config, folder), folder
+
+
+def test_a_gguf_trains_as_a_folder_does(tmp_path, own_model):
+    """To the end, memory included, and to the same adapter."""
+    folder, tokenizer = own_model
+    file = write(tmp_path / "model.gguf", Llama.from_pretrained(folder), tokenizer=tokenizer)
+    assert config_of(file) == config_of(folder) == Llama.from_pretrained(folder).config
+    rows = [pair(i) for i in range(30)]
+    kept = Tokenizer.from_pretrained(folder).chat_template
+    runs = []
+    for model in (folder, file):
+        if model == file:  # the test's writer gives it none
+            with pytest.raises(UserError, match="no chat template"):
+                tuned(tmp_path, file, rows)
+            file = write(tmp_path / "model.gguf", Llama.from_pretrained(folder), tokenizer=tokenizer,
+                         extra={"tokenizer.chat_template": kept})  # fmt: skip
+        summary, out = tuned(tmp_path, model, rows)
+        assert {row["name"] for row in summary["memory"]} >= {"weights", "activations"}
+        runs.append(load_file(out / "model" / "adapter_model.safetensors"))
+    assert all(torch.equal(runs[0][name], tensor) for name, tensor in runs[1].items())
+    from finetune.memory.cli import plan
+
+    assert plan("sft", ["--model", str(file)]) == plan("sft", ["--model", str(folder)])
+
+
+def test_chats_of_any_shape_end_well(tmp_path, own_model):
+    """Longer than the model, begun by the assistant, ended by the user, a held-out row that does not fit."""
+    turns = [{"role": ("user", "assistant")[j % 2], "content": f"turn {j}: hello how are you"} for j in range(30)]
+    rows = [{"messages": [{"role": "user", "content": f"chat {i}"}, turns[1], *turns]} for i in range(8)]
+    summary, folder = tuned(tmp_path, own_model[0], rows)
+    assert summary["metrics"]["held_out_loss"] > 0
+    (sample,) = json.loads((folder / "samples.json").read_text())[0]["rows"]
+    assert (sample["question"], sample["wanted"]) == (turns[0]["content"], turns[1]["content"]) or (
+        sample["question"].startswith("turn") and int(sample["question"].split()[1][:-1]) + 1
+        == int(sample["wanted"].split()[1][:-1])
+    )  # fmt: skip
+
+    greetings = [{"messages": [{"role": "assistant", "content": f"Hello, I am bot {i}."}]} for i in range(20)]
+    _, folder = tuned(tmp_path, own_model[0], greetings)
+    assert not (folder / "samples.json").exists()
+
+    thanks = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"},
+                            {"role": "user", "content": f"thanks {i}"}]} for i in range(20)]  # fmt: skip
+    _, folder = tuned(tmp_path, own_model[0], thanks)
+    for sample in json.loads((folder / "samples.json").read_text())[0]["rows"]:
+        assert sample["wanted"] == "a" + sample["question"].removeprefix("q")
+
+    short = [pair(i) for i in range(14)]
+    long = next(
+        row for row in (pair(i, words=200) for i in range(1000)) if row in [
+            {"prompt": r[0]["content"], "completion": r[1]["content"]}
+            for r in sft.split([data.read_row(x) for x in [*short, row]], tmp_path)[1]
+        ]
+    )  # fmt: skip
+    summary, _ = tuned(tmp_path, own_model[0], [*short, long])
+    assert summary["metrics"]["held_out_loss"] > 0
+    with pytest.raises(UserError, match="one row only has an answer within 96 tokens"):
+        tuned(tmp_path, own_model[0], [short[0], short[0], long])
+
+
+def test_the_model_is_saved_before_what_can_fail(tmp_path, own_model, monkeypatch):
+    def fail(*_):
+        raise UserError("no room for the picture")
+
+    monkeypatch.setattr(sft, "measure_memory", fail)
+    monkeypatch.setattr(sft, "judge", fail)
+    with pytest.raises(UserError, match="no room"):
+        tuned(tmp_path, own_model[0], [pair(i) for i in range(20)], method="full")
+    (saved,) = tmp_path.glob("run*/model")
+    assert Llama.from_pretrained(saved).token_ids["eos_token_id"] == [0, 2]  # as it was
+    assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+
+
+def test_what_cannot_fit_is_refused_before_the_model_is_read(tmp_path, own_model, monkeypatch):
+    monkeypatch.setattr(sft, "load_model", None)
+    with pytest.raises(UserError, match=r"needs .* of memory by the formulas, .* are free"):
+        tuned(tmp_path, own_model[0], [pair(i) for i in range(20)], batch=1 << 20, accumulate=1, max_length=120)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+    with pytest.raises(UserError, match="is an adapter, not a model: give its base model"):
+        tuned(tmp_path, tmp_path / "adapter", [pair(i) for i in range(20)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": -1e-3}, {"lr": math.nan}, {"dropout": 1.0}, {"dropout": -0.1}, {"clip": 0.0}, {"alpha": math.inf},
+        {"warmup": -1}, {"weight_decay": -0.1}, {"max_length": 1 << 40}, {"batch": 1 << 40}, {"rank": 1 << 40},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_out_of_range(change):
+    (name,) = change
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
+        sft.Config(**change)
 
 
 def test_own_data(tmp_path):

@@ -110,8 +110,8 @@ def test_foreign_templates(small):
     theirs = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     tokenizer = Tokenizer(small.backend, chat_template=theirs)
     assert tokenizer.render_text(CHATS[0])[0] == "<user>What is 2+2?<assistant>4"
-    with pytest.raises(UserError, match=r"no .% generation %. markers"):
-        tokenizer.render(CHATS[0])
+    ids, mask = tokenizer.render(CHATS[0])
+    assert tokenizer.decode([i for i, kept in zip(ids, mask, strict=True) if kept]) == "<assistant>4"
     tokenizer.chat_template = (
         "{%- for m in messages %}\n"
         "    {%- if m.role == 'assistant' -%}\n"
@@ -129,7 +129,8 @@ def test_errors(tmp_path, small):
         with pytest.raises(UserError, match=match):
             call(*args)
 
-    fails("token 400 is not in the vocabulary of 400", small.decode, [400])
+    fails("-1 is no token's number", small.decode, [-1])
+    assert small.decode([5, 400, 6]) == small.decode([5, 6])  # a model's table may have more rows than there are tokens
     fails("message 1 needs", small.render, [CHATS[0][0], {"role": "user"}])
     fails("message 0 needs", small.render, [{"role": "user", "content": None}])
     fails("no chat template", Tokenizer(small.backend).render, CHATS[0])

@@ -23,11 +23,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from finetune.memory.formulas import Setup, Shape, Term, predict, shape_of
+from finetune.memory.room import check_disk, check_memory
 
 if TYPE_CHECKING:
     from finetune.memory.meters import Peak, for_training, measure, table
 
-__all__ = ["Peak", "Setup", "Shape", "Term", "for_training", "measure", "predict", "shape_of", "table"]
+__all__ = [
+    "Peak",
+    "Setup",
+    "Shape",
+    "Term",
+    "check_disk",
+    "check_memory",
+    "for_training",
+    "measure",
+    "predict",
+    "shape_of",
+]
+__all__ += ["table"]
 
 
 def __getattr__(name: str) -> Any:

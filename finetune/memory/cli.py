@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import shapes
 from finetune.errors import UserError, nearest
 from finetune.memory.formulas import MEANING, Setup, Shape, Term, block_saved, parameters, predict, shape_of, symbols
+from finetune.memory.room import size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,15 +143,6 @@ def as_json(name: str, shape: Shape, setup: Setup) -> dict[str, Any]:
         "terms": [dataclasses.asdict(term) for term in predict(shape, setup)],
         "instead": instead(shape, setup),
     }
-
-
-def size(count: int) -> str:
-    """`1.50 GiB`, `24.0 MiB`, `512 B`."""
-    if count < 1 << 10:
-        return f"{count} B"
-    if count < 1 << 20:
-        return f"{count / (1 << 10):.1f} KiB"
-    return f"{count / (1 << 30):,.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"
 
 
 def headline(name: str, shape: Shape, setup: Setup) -> str:

@@ -17,14 +17,14 @@ from typing import Literal
 
 import torch
 
-from finetune import adapters, config, data, hub, lora, memory, ops, optim, shapes
+from finetune import adapters, config, data, hub, lora, memory, ops, optim
+from finetune.config import bounded
 from finetune.data import Batch, Conversation, Document
 from finetune.directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.generate import generate
-from finetune.llama import Llama, LlamaConfig, read_config
+from finetune.generate import generate, said, stop_ids
+from finetune.llama import Llama, LlamaConfig, config_of
 from finetune.tokenizer import Tokenizer
-from finetune.weights import read_json
 
 from .toy import CHANCE, directory, small_tokenizer
 
@@ -38,22 +38,27 @@ class Config(config.Config):
     data: Path | None = None
     method: Literal["lora", "full"] = "lora"  # train adapters on frozen weights, or all weights
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; adapters and optimizer stay in float32
-    rank: int = 8  # LoRA: rank of the update
-    alpha: float = 16.0  # LoRA: the update is scaled by alpha / rank
-    dropout: float = 0.0  # LoRA: chance that an input of the adapters is left out
+    rank: int = bounded(8, at_least=1, at_most=1 << 16)  # LoRA: rank of the update
+    alpha: float = bounded(16.0)  # LoRA: the update is scaled by alpha / rank
+    # LoRA: chance that an input of the adapters is left out
+    dropout: float = bounded(0.0, at_least=0, below=1)
     targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers
-    lr: float = 1e-3  # peak learning rate
-    warmup: int = 5  # steps until the peak; from there a cosine falls to a tenth
-    weight_decay: float = 0.0  # AdamW's, on matrices only
-    clip: float = 1.0  # largest norm of the gradient
-    batch: int = 1  # rows of a step
-    accumulate: int = 1  # parts in which a step is computed one after the other, for less memory
-    max_length: int = 480  # tokens of a row; longer conversations are cut
+    lr: float = bounded(1e-3, at_least=0)  # peak learning rate
+    # steps until the peak; from there a cosine falls to a tenth
+    warmup: int = bounded(5, at_least=0, at_most=10**9)
+    weight_decay: float = bounded(0.0, at_least=0)  # AdamW's, on matrices only
+    clip: float = bounded(1.0, above=0)  # largest norm of the gradient
+    batch: int = bounded(1, at_least=1, at_most=1 << 20)  # rows of a step
+    # parts in which a step is computed one after the other, for less memory
+    accumulate: int = bounded(1, at_least=1, at_most=1 << 20)
+    # tokens of a row; longer conversations are cut
+    max_length: int = bounded(480, at_least=8, at_most=1 << 26)
     packing: bool = True  # fill rows with several conversations, which do not see each other
     checkpointing: bool = False  # keep only the blocks' inputs and compute the rest again: less memory, more time
-    eval_rows: int = 40  # held-out conversations to evaluate on
-    eval_every: int = 20  # steps between two evaluations; 0: only before and after
-    samples: int = 3  # questions to answer before and after
+    eval_rows: int = bounded(40, at_least=1, at_most=10**9)  # held-out conversations to evaluate on
+    # steps between two evaluations; 0: only before and after
+    eval_every: int = bounded(20, at_least=0, at_most=10**9)
+    samples: int = bounded(3, at_least=0, at_most=1 << 16)  # questions to answer before and after
     shuffle_answers: bool = False  # control: every question gets another one's answer, so there is nothing to learn
 
     @classmethod
@@ -65,17 +70,15 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"rank": 1, "batch": 1, "accumulate": 1, "max_length": 8, "eval_rows": 1, "eval_every": 0, "samples": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                key = config.dashed(name)
-                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
         for target in self.targets.split(","):
             if target not in lora.TARGETS:
                 known = ", ".join(lora.TARGETS)
                 raise UserError(f"--targets: '{target}' is no linear layer of a Llama: they are {known}")
         if self.accumulate > self.batch:
             raise UserError(f"--accumulate {self.accumulate}: a step of {self.batch} rows has no so many parts")
+
+    def inputs(self) -> dict[str, Path]:
+        return super().inputs() | hub.local("model", self.model)
 
 
 # --- The algorithm: what is predicted, a step, the loop
@@ -103,14 +106,21 @@ def accumulate_gradients(model: Llama, parts: Sequence[Batch]) -> float:
 
 def main(cfg: Config, run):
     sets = load_data(cfg)
+    shape, setup = memory_plan(cfg)
+    if cfg.max_length > shape.max_length:
+        raise UserError(f"--max-length {cfg.max_length}: the model's own is {shape.max_length}")
+    memory.check_memory(shape, setup, "--max-length or --batch, more parts with --accumulate, or --checkpointing")
     model, tokenizer = load_model(cfg, sets, run)
-    documents = {name: tokenized(cfg, name, rows, tokenizer, run) for name, rows in sets.items()}
+    documents = tokenized(cfg, sets, tokenizer, run)
+    for part in documents.values():
+        data.check_vocabulary(part, shape.vocab_size)
     train = documents.pop("train")
     if cfg.method == "lora":
         targets, start = cfg.targets.split(","), run.generator("lora")
         lora.apply_lora(model, cfg.rank, cfg.alpha, cfg.dropout, targets, start)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.AdamW(optim.decay_groups(trained.values(), cfg.weight_decay), lr=cfg.lr)
+    check_disk(cfg, run, model, trained)
     model.gradient_checkpointing = cfg.checkpointing
     rows = data.pack([len(d) for d in train], cfg.max_length) if cfg.packing else [[i] for i in range(len(train))]
     tokens, learnt = sum(map(len, train)), sum(d.learnt for d in train)
@@ -121,9 +131,9 @@ def main(cfg: Config, run):
 
     run.say(f"evaluating the model as it is on {', '.join(f'{len(d)} {name}' for name, d in documents.items())} …")
     before = evaluate(model, documents, cfg)
-    questions = sets.get("unseen_topics", sets["held_out"])[: cfg.samples]
+    questions = choose(cfg, documents, tokenizer, model, run)
     answers_before = answers(model, tokenizer, questions)
-    if not run.resume:
+    if not cfg.steps:
         run.log(0, **before)
 
     def micro_batches(step: int) -> list[Batch]:
@@ -132,8 +142,8 @@ def main(cfg: Config, run):
         parts = [[train[i] for row in chosen[a:b] for i in rows[row]] for a, b in pairwise(bounds)]
         return [data.collate(part) for part in parts]
 
-    speeds = []
-    for step in run.steps(cfg.steps, {"trained": trained, "optimizer": optimizer}):
+    clock = {"speeds": torch.zeros(min(cfg.steps, 1000))}  # tokens a second of the last steps
+    for step in run.steps(cfg.steps, {"trained": trained, "optimizer": optimizer, "clock": clock}):
         began = perf_counter()
         parts = micro_batches(step)
         loss = accumulate_gradients(model, parts)
@@ -141,29 +151,27 @@ def main(cfg: Config, run):
         lr = optim.cosine(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 10)
         optimizer.step(lr=lr)
         optimizer.zero_grad()
-        speeds.append(sum(b.tokens.numel() for b in parts) / (perf_counter() - began))
-        run.log(step, loss=loss, grad_norm=norm, lr=lr)
+        clock["speeds"][step % 1000] = sum(b.tokens.numel() for b in parts) / (perf_counter() - began)
+        run.log(step, **({} if step else before), loss=loss, grad_norm=norm, lr=lr)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
             run.log(step, **evaluate(model, documents, cfg))
 
+    save(cfg, model, tokenizer, run.dir / "model")
     after = evaluate(model, documents, cfg)
     if cfg.steps:
         run.log(cfg.steps - 1, **after)
-    save(cfg, model, tokenizer, run.dir / "model")
-    compared = zip(questions, answers_before, answers(model, tokenizer, questions), strict=True)
-    run.samples(
-        f"answers of the model to {'unseen topics' if 'unseen_topics' in sets else 'held-out questions'}",
-        [
-            {"question": row[-2]["content"], "before": old, "after": new, "wanted": row[-1]["content"]}
-            for row, old, new in compared
-        ],
-    )
+    if questions:
+        compared = zip(questions, answers_before, answers(model, tokenizer, questions), strict=True)
+        run.samples(
+            f"answers of the model to {'unseen topics' if 'unseen_topics' in documents else 'held-out questions'}",
+            [{"question": q.text, "before": old, "after": new, "wanted": q.wanted} for q, old, new in compared],
+        )
     judge(cfg, run, before, after)
     measure_memory(cfg, run, model, optimizer, micro_batches(0)[0])
     return {
         "trained_parameters": sum(p.numel() for p in trained.values()),
         "loss_before": before["held_out_loss"],
-        "tokens_per_second": sorted(speeds)[len(speeds) // 2] if speeds else None,
+        "tokens_per_second": clock["speeds"].median().item() if cfg.steps else None,
     }
 
 
@@ -203,16 +211,25 @@ def split(rows: list[Conversation], source: Path) -> tuple[list[Conversation], l
 def shuffled(rows: list[Conversation], seed: int) -> list[Conversation]:
     """The rows with their last answers dealt out anew."""
     dealt = random.Random(seed).sample(rows, len(rows))
-    return [[*row[:-1], other[-1]] for row, other in zip(rows, dealt, strict=True)]
+    return [data.with_answer_of(row, other) for row, other in zip(rows, dealt, strict=True)]
 
 
-def tokenized(cfg: Config, name: str, rows: list[Conversation], tokenizer: Tokenizer, run) -> list[Document]:
-    documents, cut, dropped = data.tokenize(rows, tokenizer.render, cfg.max_length)
-    if cut or dropped:
-        run.say(
-            f"{name}: of {len(rows)} conversations {cut} were cut to {cfg.max_length} tokens and {dropped} left out"
-        )
-    return documents
+def tokenized(cfg: Config, sets: dict[str, list[Conversation]], tokenizer: Tokenizer, run) -> dict[str, list[Document]]:
+    """The sets' rows that have an answer within the length. Where no held-out row has, others are held out instead."""
+    found = {}
+    for name, rows in sets.items():
+        fit = data.tokenize if name == "train" else data.fitting
+        found[name], cut, dropped = fit(rows, tokenizer.render, cfg.max_length)
+        if cut or dropped:
+            run.say(
+                f"{name}: of {len(rows)} conversations {cut} were cut to {cfg.max_length} tokens and {dropped} left out"
+            )
+    if tokenizer.unwritten:
+        run.say(f"the chat template does not write these keys of messages: {', '.join(sorted(tokenizer.unwritten))}")
+    if not found["held_out"]:
+        found["train"], found["held_out"] = data.held_out_of(found["train"], cfg.max_length)
+        run.say(f"no held-out row has an answer within {cfg.max_length} tokens: {len(found['held_out'])} others are")
+    return {name: part for name, part in found.items() if part}
 
 
 # --- Model
@@ -226,19 +243,28 @@ def load_model(cfg: Config, sets: dict[str, list[Conversation]], run) -> tuple[L
     else:
         source = hub.resolve(cfg.model, run.console)
         tokenizer, model = Tokenizer.from_pretrained(source), Llama.from_pretrained(source, dtype)
-    if cfg.max_length > model.config.max_length:
-        raise UserError(f"--max-length {cfg.max_length}: the model's own is {model.config.max_length}")
     return model, tokenizer
 
 
 def save(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
-    """The adapter as peft opens it, or the whole model as transformers does, with the tokenizer."""
+    """The adapter as peft opens it, or the whole model as transformers does, with the tokenizer. `model` stays as it
+    is."""
     if cfg.method == "lora" and cfg.model != "scratch":
         adapters.save_adapter(model, folder, str(hub.resolve(cfg.model)))
         tokenizer.save_pretrained(folder)
     else:
-        lora.merge(model)
+        lora.merge(model, keep=True)
         model.save_pretrained(folder, tokenizer)
+        lora.unmerge(model)
+
+
+def check_disk(cfg: Config, run, model: Llama, trained: dict[str, torch.nn.Parameter]) -> None:
+    """Three checkpoints (two are kept while a third is written) and the result have to fit."""
+    if run.resume:
+        return
+    states = sum(p.numel() * (p.element_size() + (8 if p.dtype == torch.float32 else 12)) for p in trained.values())
+    saved = model.parameters() if cfg.method == "full" or cfg.model == "scratch" else trained.values()
+    memory.check_disk(run.dir, 3 * states + sum(p.nbytes for p in saved), "the checkpoints and the model")
 
 
 # --- Evaluation
@@ -267,17 +293,44 @@ def answered(model: Llama, batch: Batch) -> list[bool]:
     return [bool(part.all()) for part in right.tensor_split(batch.cu_seqlens[1:-1].long())]
 
 
-def answers(model: Llama, tokenizer: Tokenizer, rows: Sequence[Conversation], max_new_tokens: int = 64) -> list[str]:
-    """What the model says in place of each conversation's last message, greedily."""
-    if not rows:
+@dataclass(frozen=True)
+class Question:
+    text: str  # what the user says last
+    prompt: list[int]  # the conversation until then
+    wanted: str
+
+
+def choose(
+    cfg: Config, documents: dict[str, list[Document]], tokenizer: Tokenizer, model: Llama, run
+) -> list[Question]:
+    """Of the first rows in which an answer follows a question, and which fit the model, the last such pair."""
+    found: list[Question] = []
+    for document in documents.get("unseen_topics", documents["held_out"]):
+        if len(found) == cfg.samples:
+            break
+        row = document.row or []
+        for i in data.exchanges(row):
+            prompt = tokenizer.encode(tokenizer.render_text(row[:i], add_generation_prompt=True)[0], False)
+            if len(prompt) < model.config.max_length:
+                asked = next((m["content"] for m in reversed(row[:i]) if m["role"] == "user"), "")
+                found.append(Question(asked, prompt, row[i]["content"]))
+                break
+    if len(found) < cfg.samples:
+        run.say(f"{len(found)} held-out rows have an answer to a question that fits: so many samples are shown")
+    return found
+
+
+def answers(model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], max_new_tokens: int = 64) -> list[str]:
+    """What the model says, greedily."""
+    if not questions:
         return []
-    prompts = [tokenizer.render(row[:-1], add_generation_prompt=True)[0] for row in rows]
+    prompts = [question.prompt for question in questions]
     room = model.config.max_length - max(map(len, prompts))
-    stops = [tokenizer.backend.token_to_id("<|im_end|>"), tokenizer.eos_id]
+    stops = stop_ids(model, tokenizer)
     model.eval()
-    new = generate(model, prompts, min(max_new_tokens, room), stop_ids=[i for i in stops if i is not None])
+    new = generate(model, prompts, min(max_new_tokens, room), stop_ids=stops)
     model.train()
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+    return [said(tokenizer, ids, stops) for ids in new]
 
 
 def judge(cfg: Config, run, before: dict[str, float], after: dict[str, float]) -> None:
@@ -298,11 +351,8 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
     """What is trained and how, for the formulas; nothing is loaded."""
     if cfg.model == "scratch":
         shape = small_config(small_tokenizer(load_data(cfg)["train"]).vocab_size, cfg.max_length)
-    elif cfg.model == "smollm2":
-        shape = LlamaConfig(**shapes.LLAMA["smollm2-135m"])
     else:
-        source = hub.resolve(cfg.model)
-        shape = read_config(read_json(source / "config.json"), source)
+        shape = config_of(cfg.model)
     return shape, memory.Setup(
         batch=1,
         seq=cfg.max_length * -(-cfg.batch // cfg.accumulate),  # a part's rows lie end to end in one
