@@ -55,7 +55,7 @@ def test_either_end_of_the_threshold_is_dqn_or_cloning_to_the_last_bit(tau):
             assert torch.equal(learner.targets(batch), other.targets(batch))
         learner.update(batch, step)
         other.update(batch, step)
-    assert torch.equal(learner.act(rows.observations), other.act(rows.observations))
+    assert torch.equal(learner.act(rows.observations), other.scores(rows.observations).argmax(-1))
     ours = networks.imitator if tau else networks.q
     assert all(map(torch.equal, ours.parameters(), other.networks.parameters()))
     assert not torch.equal(discrete.BCQ(cfg, networks, 1 - tau).act(rows.observations), other.act(rows.observations))
@@ -294,6 +294,46 @@ def test_steps_from_a_file(env, tmp_path, no_curves):
     assert math.isfinite(found[f"return_bcq_{env.split('-')[0].lower()}_mine"])
 
 
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_the_unit_of_rewards_changes_nothing_that_is_learned(env, tmp_path, capsys, monkeypatch):
+    """A power of two to the last bit, another factor but for rounding; and it is said that the environment pays
+    otherwise."""
+    made, found = datasets.generate(env, "medium", 600, 0), {}
+    monkeypatch.setattr(sys.modules["finetune_modules.bcq.plots"], "save", lambda made, path: None)
+    for factor in (1.0, 2.0**-7, 100.0):
+        dataclasses.replace(made, rewards=made.rewards * factor).save(tmp_path / "log.npz")
+        config = toy(**SMALL | {"steps": 10, "eval_every": 10, "compared": "iql"}, envs=env, data=tmp_path / "log.npz")
+        found[factor] = execute(INFO, config, tmp_path / f"run{factor}", toy=True)["metrics"]
+        assert ("the two are not compared" in capsys.readouterr().out) == (factor != 1)
+        assert any(n.startswith("excess") for n in found[factor]) == (factor == 1)
+    for name, value in found[1.0].items():
+        if name.startswith("return"):
+            assert found[2.0**-7][name] == value, name
+            assert found[100.0][name] == pytest.approx(value, rel=0.3), name
+
+
+def test_names_are_plain_whatever_environment_and_file_are_called():
+    made = datasets.generate("CartPole-v1", "random", 20, 0)
+    for env, name, wanted in (
+        ("CartPole-v1", "expert", "cartpole_expert"),
+        ("mine:My-World-v0", "a log", "my_world_a_log"),
+        ("my.mod:space/Grid-v12", "x:y/é", "grid_x_y"),
+    ):
+        assert bcq.named(dataclasses.replace(made, name=name), env).name == wanted
+
+
+def test_a_clone_draws_its_actions():
+    torch.manual_seed(0)
+    clone = discrete.Cloning(toy(), discrete.Networks(4, 2, 8, shared=False).imitator)
+    with torch.no_grad():
+        clone.networks.net[-1].weight.zero_()
+        clone.networks.net[-1].bias.copy_(torch.tensor([0.7, 0.3]).log())
+    drawn = clone.act(torch.randn(4000, 4), torch.Generator().manual_seed(0))
+    assert drawn.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert torch.allclose(clone.policy_of(torch.randn(5, 4)), torch.tensor([0.7, 0.3]))
+
+
 def test_a_file_that_does_not_fit_is_refused(tmp_path):
     made = datasets.generate("CartPole-v1", "random", 100, 0)
     made.rewards[3] = math.nan
@@ -313,11 +353,13 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
 
 def test_bad_settings_are_refused(tmp_path):
     for change, message in (
-        ({"tau": 1.5}, "--tau 1.5 is not within 0 and 1"),
+        ({"tau": 1.5}, "--tau 1.5 is too large: it must be at most 1"),
         ({"candidates": 0}, "--candidates 0 is too small"),
         ({"sweep": "0,two"}, "--sweep: 'two' is no threshold"),
-        ({"reward_scale": 0.0}, "--reward-scale 0.0: it must be above 0"),
+        ({"reward_scale": 0.0}, "--reward-scale 0 is too small: it must be above 0"),
         ({"data": tmp_path / "x.npz"}, "name it with --envs"),
+        ({"envs": "Pendulum-v1,Pendulum-v1"}, "--envs: 'Pendulum-v1' is there twice"),
+        ({"hidden": 10**9}, "--hidden 1000000000 is too large"),
     ):
         with pytest.raises(UserError, match=message):
             toy(**change)

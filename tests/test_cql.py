@@ -409,12 +409,29 @@ def test_own_data_is_learnt_from(tmp_path):
     assert math.isfinite(found["return_data_cql"])
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_the_unit_of_rewards_changes_nothing_that_is_learned(env, tmp_path, capsys):
+    """A power of two to the last bit; and what is believed of such rewards is not compared with what came."""
+    made, found = datasets.generate(env, "medium", 600, 0), {}
+    for factor in (1.0, 2.0**-7):
+        dataclasses.replace(made, rewards=made.rewards * factor).save(tmp_path / f"{factor}.npz")
+        config = small(data=tmp_path / f"{factor}.npz", env=env)
+        found[factor] = execute(INFO, config, tmp_path / f"run{factor}", toy=True)["metrics"]
+        assert ("the two are not compared" in capsys.readouterr().out) == (factor != 1)
+        assert ("overestimate_data_cql" in found[factor]) == (factor == 1)
+    for name, value in found[2.0**-7].items():
+        assert value == found[1.0][name], name
+
+
 def test_bad_settings_and_data_are_refused(tmp_path):
     for change, message in (
         ({"sets": "expret"}, "--sets: 'expret' is not one of .*did you mean 'expert'"),
-        ({"gamma": 1.5}, "--gamma 1.5 is not within 0 and 1"),
-        ({"gamma_continuous": 1.0}, "--gamma-continuous 1.0 is not within 0 and 1, 1 excluded"),
+        ({"gamma": 1.5}, "--gamma 1.5 is too large: it must be below 1"),
+        ({"gamma_continuous": 1.0}, "--gamma-continuous 1 is too large: it must be below 1"),
         ({"batch": 1}, "--batch 1 is too small"),
+        ({"sets": "expert,expert"}, "'expert' is there twice"),
+        ({"updates": 10**12}, "--updates .* is too large"),
         ({"threshold": 1.0, "alpha": 0.0}, "--threshold learns"),
         ({"env": "Acrobot-v1"}, "--env Acrobot-v1 says where the steps of --data come from"),
     ):

@@ -73,6 +73,7 @@ def test_returns_end_with_their_episodes(tmp_path):
         ({"actions": np.zeros((5, 1), int)}, r"actions are integers of shape \(5, 1\): classes have the shape \(5,\)"),
         ({"actions": np.array([0, 1, 2**63, 0, 0], np.uint64)}, r"actions\[2\] is 9223372036854775808: no environ"),
         ({"rewards": np.array([1, 2, 1e39, 4, 5])}, r"rewards\[2\] is 1e\+39: every number must be finite, in float32"),
+        ({"observations": np.full((5, 2), -2e28, np.float32)}, r"observations\[0\] has a number beyond ±1e\+15"),
         ({"actions": np.full((5, 1), np.inf)}, r"actions\[0\] is \[inf\]"),
         ({"terminations": np.array([0, 0, 2, 0, 0])}, r"terminations\[2\] is 2: it must be 0 or 1"),
         ({"truncations": np.zeros(5)}, "truncations is float64: it must hold booleans"),
@@ -212,6 +213,30 @@ def test_fqe_keeps_within_what_rewards_allow():
         q.net[0].bias.fill_(100.0)
     fqe = offline.FQE(q, data, torch.full((4, 2), 0.5), gamma=0.9, lr=0.0, tau=0.0, limits=(0.0, 10.0))
     assert fqe.update(torch.arange(4)) == pytest.approx((100 - 1 - 0.9 * 10) ** 2)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_it_is_seen_whether_the_logs_pay_as_the_environment_does(env):
+    envs = environments.make(env, 5)
+    for quality in ("expert", "medium", "random"):
+        data = datasets.generate(env, quality, 2000, 0).transitions()
+        assert offline.paid(data, envs, range(5)) is None, quality
+        for changed in (100 * data.rewards, 0.1 * data.rewards, data.rewards + 3.0, -data.rewards):
+            other = Transitions(data.observations, data.actions, changed, data.next_observations, data.terminated)
+            came, logged = offline.paid(other, envs, range(5))
+            assert abs(came - logged) > 0.1 * abs(came), quality
+    if env == "CartPole-v1":  # only the end is paid otherwise
+        ends = torch.where(data.terminated, -10.0, data.rewards)
+        other = Transitions(data.observations, data.actions, ends, data.next_observations, data.terminated)
+        assert offline.paid(other, envs, range(5)) is not None
+
+
+def test_a_loss_that_is_not_finite_is_no_result():
+    data = datasets.generate("CartPole-v1", "random", 50, 0).transitions()
+    data.rewards = data.rewards * 1e30
+    fqe = offline.FQE(QNetwork(4, 2, []), data, torch.full((len(data), 2), 0.5), gamma=0.9, lr=0.0, tau=0.0)
+    with pytest.raises(UserError, match="the loss of fitted Q evaluation became inf"):
+        fqe.update(torch.arange(4))
 
 
 def test_cloning_and_scores():

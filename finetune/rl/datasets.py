@@ -32,6 +32,7 @@ from finetune.rl import environments, npz
 from finetune.rl.advantages import returns_to_go
 from finetune.rl.replay import Transitions
 
+MOST = 1e15  # of a number
 FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
@@ -46,6 +47,7 @@ class Dataset:
     terminations: Tensor  # (N,) bool
     truncations: Tensor  # (N,) bool
     name: str
+    comparable: bool = True  # whether its rewards are known to be the environment's, or not known to be others
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -56,6 +58,11 @@ class Dataset:
 
     def transitions(self) -> Transitions:
         return Transitions(self.observations, self.actions, self.rewards, self.next_observations, self.terminations)
+
+    @property
+    def reward_size(self) -> float:
+        """The largest reward, of either sign; 1 if all are 0."""
+        return float(self.rewards.abs().max()) or 1.0
 
     def returns(self) -> list[float]:
         """Undiscounted, of the episodes that are whole; an unfinished one at the end does not count."""
@@ -142,6 +149,8 @@ def _checked(found: dict[str, NDArray[Any]], name: str) -> Dataset:
         if len(array) != steps and not (field == "observations" and "next_observations" not in found):
             raise UserError(f"{field} has {len(array)} rows, rewards has {steps}")
     for field, array in found.items():
+        if field == "actions" and discrete:
+            continue
         if array.dtype.kind == "f":
             with np.errstate(over="ignore"):
                 fine = np.isfinite(array.astype(np.float32))
@@ -149,6 +158,11 @@ def _checked(found: dict[str, NDArray[Any]], name: str) -> Dataset:
                 row = int(np.argwhere(~fine)[0][0])
                 shown = " ".join(str(array[row]).split())[:80]
                 raise UserError(f"{field}[{row}] is {shown}: every number must be finite, in float32 too")
+        if (far := abs(array) > MOST).any():
+            row = int(np.argwhere(far)[0][0])
+            raise UserError(
+                f"{field}[{row}] has a number beyond ±{MOST:g}: squares of such are infinite in float32; scale it"
+            )
     for field in ("terminations", "truncations"):
         if bool((wrong := (found[field] != 0) & (found[field] != 1)).any()):
             raise UserError(f"{field}[{int(wrong.argmax())}] is {found[field][wrong.argmax()]}: it must be 0 or 1")
@@ -160,7 +174,9 @@ def _checked(found: dict[str, NDArray[Any]], name: str) -> Dataset:
         shapes = found["observations"].shape, found["next_observations"].shape
         raise UserError(f"observations are {shapes[0]}, next_observations {shapes[1]}")
     kind = {"actions": np.int64 if discrete else np.float32, "terminations": bool, "truncations": bool}
-    columns = {field: torch.from_numpy(array.astype(kind.get(field, np.float32))) for field, array in found.items()}
+    columns: dict[str, Any] = {
+        field: torch.from_numpy(array.astype(kind.get(field, np.float32))) for field, array in found.items()
+    }
     return Dataset(**columns, name=name)
 
 

@@ -199,3 +199,26 @@ class RewardScale:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.returns = state["returns"]
         self.seen.load_state_dict(state)
+
+
+class RewardSize:
+    """The largest reward so far, of either sign. What is learned from is divided by it, so that a learning rate, an
+    entropy bonus, a clip or the scale of a value mean the same in any unit of reward. A run's checkpoints hold it."""
+
+    def __init__(self) -> None:
+        self.largest = 0.0
+
+    def see(self, rewards: Tensor) -> float:
+        """The size, with these rewards seen too; 1 as long as all were 0."""
+        self.largest = max(self.largest, float(rewards.abs().max()))
+        return self.size
+
+    @property
+    def size(self) -> float:
+        return self.largest or 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"largest": self.largest}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.largest = state["largest"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune.errors import UserError
 from finetune.optim import descend
 from finetune.rl.continuous import polyak_, td_target
 from finetune.rl.discrete import QNetwork, picked
+from finetune.rl.environments import Env, play
 from finetune.rl.replay import Transitions
 
 
@@ -83,11 +86,51 @@ class FQE:
         loss = (action_value(self.q, batch.observations, batch.actions) - wanted).square().mean()
         descend(loss, self.optimizer)
         polyak_(self.target, self.q, self.tau)
-        return loss.item()
+        if not math.isfinite(found := loss.item()):
+            raise UserError(
+                f"the loss of fitted Q evaluation became {found}: try a smaller learning rate, or scale the data"
+            )
+        return found
 
     @torch.no_grad()
     def value(self, observations: Tensor, policy: Tensor) -> Tensor:
         return state_value(self.q, observations, policy)
+
+
+def paid(data: Transitions, envs: Sequence[Env], seeds: Sequence[int], rows: int = 4000) -> tuple[float, float] | None:
+    """Do the logs pay as the environment does? None if so, or if that cannot be seen; else the mean reward that the
+    environment gave, and the mean of the logged steps that are nearest to what happened there.
+
+    An episode of each environment is played with the action of the nearest logged observation, so that it stays where
+    the logs are. Each of its steps (s, a, s', whether it ended) has a nearest logged one; a pair counts if it is about
+    as near as the logged one is to its own neighbor, and what those two differ by is what neighbors differ by anyway.
+    """
+    rows = min(rows, max(500, 250_000 // data.observations.shape[1]))
+    kept = data[torch.arange(0, len(data), -(-len(data) // rows))]
+    spread, size = (x.float().std(0).nan_to_num().clamp(min=1e-6) for x in (kept.observations, kept.actions))
+
+    def nearest(observations: Tensor) -> Tensor:
+        return kept.actions[torch.cdist(observations / spread, kept.observations / spread).argmin(1)]
+
+    def features(seen: Tensor, actions: Tensor, after: Tensor, over: Tensor) -> Tensor:
+        return torch.cat([seen / spread, (actions / size).view(len(seen), -1), after / spread, 1e3 * over[:, None]], 1)
+
+    rollout = play(envs, nearest, seeds)
+    on, r = rollout.first_episode, rollout
+    logged = features(kept.observations, kept.actions, kept.next_observations, kept.terminated)
+    happened = features(*(x[on][:rows] for x in (r.observations, r.actions, r.next_observations, r.terminated)))
+    between = torch.cdist(logged, logged, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
+    apart, neighbor = between.min(1)
+    distance, match = torch.cdist(happened, logged, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    near = distance <= 3 * apart[match] + 1e-3
+    if int(near.sum()) < 20:
+        return None
+    came, wrote = r.rewards[on][:rows][near], kept.rewards[match[near]]
+    usual = (wrote - kept.rewards[neighbor[match[near]]]).abs().mean()
+    largest = max(float(came.abs().max()), float(wrote.abs().max()))
+    if float((came - wrote).abs().mean()) <= 4 * float(usual) + 1e-3 * largest:
+        return None
+    return float(came.mean()), float(wrote.mean())
 
 
 def normalised(value: float, random: float, expert: float) -> float:

@@ -4,10 +4,12 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.optim import descend
 from finetune.rl.discrete import QNetwork, double_dqn_target, picked, td_loss
+from finetune.rl.policies import Categorical
 from finetune.rl.replay import Transitions
 
 from . import losses
@@ -44,9 +46,22 @@ class Learner:
     def act(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self.scores(observations).argmax(-1)
 
+    @torch.no_grad()
+    def policy_of(self, observations: Tensor) -> Tensor:
+        """Its probabilities (N, A)."""
+        scores = self.scores(observations)
+        return F.one_hot(scores.argmax(-1), scores.shape[-1]).float()
+
 
 class Cloning(Learner):
-    """The imitator alone."""
+    """The imitator alone. Its actions are drawn: the likelier of two that the behavior took alike would be noise."""
+
+    @torch.no_grad()
+    def policy_of(self, observations: Tensor) -> Tensor:
+        return self.scores(observations).softmax(-1)
+
+    def act(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return Categorical.draw(self.policy_of(observations).log(), generator)
 
     def scores(self, observations: Tensor) -> Tensor:
         return self.networks(observations)

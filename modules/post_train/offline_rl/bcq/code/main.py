@@ -9,6 +9,7 @@ Fujimoto et al. 2018 and 2019 (arXiv:1812.02900, 1910.01708). The README explain
 import copy
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 
 from finetune import config
+from finetune.config import bounded
 from finetune.errors import UserError
 from finetune.rl import datasets, environments
 from finetune.rl.continuous import bounds
 from finetune.rl.datasets import Dataset
 from finetune.rl.moments import standard_error
+from finetune.rl.offline import paid
 from finetune.rl.replay import Transitions
+from finetune.rl.rollout import episode_seeds
 
 from . import continuous, discrete, plots
 from .trial import Found, Scale, a_batch, evaluate, logged, train
@@ -38,40 +42,47 @@ class Config(config.Config):
     envs: str = "CartPole-v1,Pendulum-v1"  # one after the other, separated by commas
     # an npz of logged steps (README) of the one environment that --envs names; none: sets are made
     data: Path | None = None
-    rows: int = 10_000  # of each set that is made
+    rows: int = bounded(10_000, at_least=100, at_most=10**7)  # of each set that is made
     discrete_sets: str = "expert,random"  # of CartPole, to train on
     continuous_sets: str = "mixed,expert"  # of Pendulum
-    sweep_sets: str = "expert,medium,mixed"  # of CartPole, to go through the thresholds on; none: leave it out
+    sweep_sets: str = "expert,medium,mixed"  # of CartPole, to go through the thresholds on; none: omit it
     sweep: str = "0,0.1,0.3,0.6,1"  # thresholds
-    sweep_steps: int = 2000  # updates of each, but at most --steps
-    gamma: float = 0.97  # a horizon that the values reach within --steps
-    batch: int = 64  # discrete
-    hidden: int = 64  # width of the two hidden layers of every network
-    lr: float = 1e-3  # Adam's, of every network
-    tau: float = 0.3  # threshold of discrete BCQ: what is less likely than τ times the likeliest is never taken
-    beta: float = 0.01  # penalty on the imitator's squared logits
+    sweep_steps: int = bounded(2000, at_least=0, at_most=10**9)  # updates of each, but at most --steps
+    gamma: float = bounded(0.97, at_least=0, at_most=1)  # a horizon that the values reach within --steps
+    batch: int = bounded(64, at_least=1, at_most=10**6)  # discrete
+    hidden: int = bounded(64, at_least=1, at_most=8192)  # width of the two hidden layers of every network
+    lr: float = bounded(1e-3, at_least=0, at_most=10)  # Adam's, of every network
+    # threshold of discrete BCQ: what is less likely than τ times the likeliest is never taken
+    tau: float = bounded(0.3, at_least=0, at_most=1)
+    beta: float = bounded(0.01, at_least=0, at_most=10**6)  # penalty on the imitator's squared logits
     shared: bool = True  # discrete BCQ: Q and imitator share all layers but the last
-    target_every: int = 50  # discrete: steps between two copies to the target network
-    continuous_batch: int = 64
+    target_every: int = bounded(50, at_least=1, at_most=10**9)  # discrete: steps between two copies to the target
+    continuous_batch: int = bounded(64, at_least=1, at_most=10**6)
     compared: str = "bc,td3,td3_bc,iql,awac"  # with continuous BCQ; td3 is the naive way
-    candidates: int = 10  # actions that the maximum of a target runs over
-    act_candidates: int = 100  # the same when it acts
-    phi: float = 0.05  # how far an action may be moved, of −1 … 1
-    lam: float = 0.75  # weight of the smaller of two critics; the rest is that of the larger
-    kl: float = 0.5  # weight of the divergence in the VAE's loss
-    polyak: float = 0.01  # continuous: part of the way that targets follow in a step
-    alpha: float = 2.5  # TD3+BC: weight of Q
-    expectile: float = 0.7  # IQL
-    temperature: float = 1.0  # IQL: A is multiplied by it
-    awac_lam: float = 1.0  # AWAC: A is divided by it
-    reward_scale: float = 0.1  # continuous: what rewards are multiplied by before they are learned from
+    candidates: int = bounded(10, at_least=1, at_most=10_000)  # actions that the maximum of a target runs over
+    act_candidates: int = bounded(100, at_least=1, at_most=10_000)  # the same when it acts
+    phi: float = bounded(0.05, at_least=0, at_most=2)  # how far an action may be moved, of −1 … 1
+    # weight of the smaller of two critics; the rest is that of the larger
+    lam: float = bounded(0.75, at_least=0, at_most=1)
+    kl: float = bounded(0.5, at_least=0, at_most=10**6)  # weight of the divergence in the VAE's loss
+    polyak: float = bounded(0.01, at_least=0, at_most=1)  # continuous: part of the way that targets follow in a step
+    alpha: float = bounded(2.5, at_least=0, at_most=10**6)  # TD3+BC: weight of Q
+    expectile: float = bounded(0.7, at_least=0, at_most=1)  # IQL
+    temperature: float = bounded(1.0, at_least=0, at_most=10**6)  # IQL: A is multiplied by it
+    awac_lam: float = bounded(1.0, above=0, at_most=10**6)  # AWAC: A is divided by it
+    # what the largest reward of the data counts as in learning, with discrete and with continuous actions: so the
+    # learning rate and the temperatures hold, whatever unit the rewards have
+    reward_scale: float = bounded(1.0, above=0, at_most=10**6)
+    reward_scale_continuous: float = bounded(1.6, above=0, at_most=10**6)
     shuffle_actions: bool = False  # control: the logged actions are dealt out anew, so there is nothing to learn
-    fqe_steps: int = 2000  # of fitted Q evaluation, but at most --steps
-    fqe_batch: int = 256
-    fqe_polyak: float = 0.05
-    eval_every: int = 500  # steps between two points of the curves; each plays --eval-episodes
-    eval_episodes: int = 20
-    max_episode_steps: int = 1000  # an episode is cut off there if its environment has no time limit of its own
+    fqe_steps: int = bounded(2000, at_least=0, at_most=10**9)  # of fitted Q evaluation, but at most --steps
+    fqe_batch: int = bounded(256, at_least=1, at_most=10**6)
+    fqe_polyak: float = bounded(0.05, at_least=0, at_most=1)
+    # steps between two points of the curves; each plays --eval-episodes
+    eval_every: int = bounded(500, at_least=1, at_most=10**9)
+    eval_episodes: int = bounded(20, at_least=2, at_most=10_000)
+    # an episode is cut off there if its environment has no time limit of its own
+    max_episode_steps: int = bounded(1000, at_least=1, at_most=10**6)
 
     @classmethod
     def toy(cls) -> "Config":
@@ -80,22 +91,6 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"rows": 100, "batch": 1, "continuous_batch": 1, "hidden": 1, "target_every": 1, "candidates": 1,
-                 "act_candidates": 1, "eval_every": 1, "eval_episodes": 2, "sweep_steps": 0,
-                 "fqe_steps": 0, "fqe_batch": 1, "max_episode_steps": 1}  # fmt: skip
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                key = config.dashed(name)
-                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
-        for name in ("gamma", "tau", "lam", "expectile", "polyak", "fqe_polyak"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is not within 0 and 1")
-        for name in ("lr", "beta", "phi", "kl", "alpha", "temperature"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is negative")
-        for name in ("awac_lam", "reward_scale"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{config.dashed(name)} {getattr(self, name)}: it must be above 0")
         for name in parts(self.compared):
             if name not in continuous.LEARNERS or name == "bcq":
                 raise UserError(
@@ -108,6 +103,10 @@ class Config(config.Config):
                 held = False
             if not held:
                 raise UserError(f"--sweep: '{text}' is no threshold within 0 and 1")
+        for key in ("envs", "discrete_sets", "continuous_sets", "sweep_sets", "sweep", "compared"):
+            named_ = parts(getattr(self, key))
+            if twice := next((name for name in named_ if named_.count(name) > 1), None):
+                raise UserError(f"--{config.dashed(key)}: '{twice}' is there twice")
         if not parts(self.envs):
             raise UserError("--envs names no environment")
         if self.data is not None and len(parts(self.envs)) != 1:
@@ -126,9 +125,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
         is_continuous = environments.sizes(envs[0])[2]
         compare = on_continuous if is_continuous else on_discrete
         sets = parts(cfg.continuous_sets if is_continuous else cfg.discrete_sets)
-        for data in (
-            [given(cfg.data, name, envs[0])] if cfg.data else [made(cfg, run, name, quality) for quality in sets]
-        ):
+        for data in [given(cfg, run, name, envs)] if cfg.data else [made(cfg, run, name, quality) for quality in sets]:
             found[data.name] = compare(cfg, run, envs, data)
         if not (is_continuous or cfg.data):
             for quality in parts(cfg.sweep_sets):
@@ -146,13 +143,25 @@ def made(cfg: Config, run, env: str, quality: str) -> Dataset:
     return named(datasets.generate(env, quality, cfg.rows, seed), env)
 
 
-def given(path: Path, name: str, env: Any) -> Dataset:
-    return named(datasets.load(path).fit(env), name)
+def given(cfg: Config, run, name: str, envs: list[Any]) -> Dataset:
+    data = datasets.load(cfg.data).fit(envs[0])
+    if differ := paid(data.transitions(), envs[:5], episode_seeds(run, len(envs[:5]), "paid")):
+        run.say(f"{cfg.data.name}: {name} pays {differ[0]:.3g} a step where the logs say {differ[1]:.3g}: returns are "
+                "the environment's, believed values the logs', and the two are not compared")  # fmt: skip
+        data = dataclasses.replace(data, comparable=False)
+    return named(data, name)
 
 
 def named(data: Dataset, env: str) -> Dataset:
-    """CartPole-v1, expert → cartpole_expert: phases, files and results begin so."""
-    return dataclasses.replace(data, name=f"{env.split('/')[-1].split('-')[0].lower()}_{data.name}")
+    """CartPole-v1, expert → cartpole_expert; mine:My-World-v0, a log → my_world_a_log: phases, files and results begin
+    so, whatever characters the names have."""
+    words = [re.sub(r"[^a-z0-9]+", "_", part.lower()).strip("_") for part in (short(env), data.name)]
+    return dataclasses.replace(data, name="_".join(words))
+
+
+def short(env: str) -> str:
+    """Without the module before the colon, the namespace and the version."""
+    return re.sub(r"-v\d+$", "", env.split(":")[-1].split("/")[-1])
 
 
 # --- Discrete actions
@@ -166,7 +175,8 @@ def on_discrete(cfg: Config, run, envs: list[Any], data: Dataset) -> Found:
         "bc": discrete.Cloning(cfg, apart.imitator),
         "bcq": discrete.BCQ(cfg, networks, cfg.tau),
     }
-    behaviour, found = train(cfg, run, envs, data, learners, Scale(), cfg.batch)
+    scale = Scale(rewards=cfg.reward_scale / data.reward_size)
+    behaviour, found = train(cfg, run, envs, data, learners, scale, cfg.batch)
     for name in ("dqn", "bc"):
         judge(cfg, run, data, name, found, behaviour)
     naive = found["dqn" if data.name == "cartpole_expert" else "bc"]["return"]
@@ -182,7 +192,8 @@ def discrete_networks(cfg: Config, run, env: Any, shared: bool) -> discrete.Netw
 
 def sweep(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
     """BCQ at every threshold, with Q and imitator apart: so its ends are DQN and cloning, to the last bit."""
-    steps, taus = logged(cfg, run, data, Scale()), [float(text) for text in parts(cfg.sweep)]
+    scale = Scale(rewards=cfg.reward_scale / data.reward_size)
+    steps, taus = logged(cfg, run, data, scale), [float(text) for text in parts(cfg.sweep)]
     apart: dict[str, float] = {}
     for i in run.steps(len(taus) if cfg.steps else 0, {"apart": apart, "cut": envs[0].cut}, phase=f"{data.name}_sweep"):
         networks = discrete_networks(cfg, run, envs[0], shared=False)
@@ -196,7 +207,7 @@ def sweep(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
             learner.update(*batch)
             if other:
                 other.update(*batch)
-        run.log(i, tau=taus[i], **{"return": evaluate(cfg, run, envs, learner, Scale())["return"]})
+        run.log(i, tau=taus[i], **{"return": evaluate(cfg, run, envs, learner, scale)["return"]})
         if other:
             ours = networks.q if taus[i] == 0 else networks.imitator
             difference = ours(steps.observations) - other.networks(steps.observations)
@@ -210,7 +221,7 @@ def sweep(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
 
 
 def on_continuous(cfg: Config, run, envs: list[Any], data: Dataset) -> Found:
-    scale = Scale.of(data, *bounds(envs[0]), cfg.reward_scale)
+    scale = Scale.of(data, *bounds(envs[0]), cfg.reward_scale_continuous / data.reward_size)
     learners = {}
     for name in ["bcq", *parts(cfg.compared)]:
         run.seed("networks")
@@ -271,6 +282,8 @@ def judge(
 def judge_values(cfg: Config, run, data: Dataset, found: Found, naive: str) -> None:
     """How much more than it then earns each believes in, and what fitted Q evaluation says of BCQ. On an expert's data
     the naive method's excess has to be above 0, and BCQ's below that one, by three standard errors."""
+    if not data.comparable:
+        return
     narrow = data.name.endswith("_expert") and not cfg.data
     ours, theirs = found["bcq"], found.get(naive)
     if theirs:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.rl import environments
@@ -38,7 +37,8 @@ class Scale:
     @classmethod
     def of(cls, data: Dataset, low: Tensor, high: Tensor, rewards: float) -> "Scale":
         mean, deviation = data.observations.mean(0), data.observations.std(0)
-        return cls(low, high, rewards, mean, deviation.clamp(min=1e-3))
+        constant = ~(deviation > 1e-6 * mean.abs())
+        return cls(low, high, rewards, mean, deviation.masked_fill(constant, 1.0))
 
     def seen(self, observations: Tensor) -> Tensor:
         return (observations - self.mean) / self.deviation
@@ -96,7 +96,7 @@ def train(
         run.log(i, estimate=estimates[names[i]])
     for name, estimate in estimates.items():
         found[name]["fqe"] = estimate
-    return behaviour, found
+    return behaviour if data.comparable else None, found
 
 
 def seeds(cfg, run) -> list[int]:
@@ -129,8 +129,8 @@ def fitted(cfg, run, envs: list[Any], learner: Any, steps: Transitions, scale: S
     generator, hidden = run.generator("fqe"), [cfg.hidden, cfg.hidden]
 
     def policy(seen: Tensor) -> Tensor:
-        taken = torch.cat([learner.act(some, generator) for some in seen.split(1000)])
-        return taken if is_continuous else F.one_hot(taken, actions).float()
+        parts = seen.split(1000)
+        return torch.cat([learner.act(s, generator) if is_continuous else learner.policy_of(s) for s in parts])
 
     q = TwinQ(observations, actions, hidden, count=1) if is_continuous else QNetwork(observations, actions, hidden)
     fqe = FQE(q, steps, policy(steps.next_observations), gamma=cfg.gamma, lr=cfg.lr, tau=cfg.fqe_polyak)

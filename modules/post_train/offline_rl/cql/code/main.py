@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from finetune import config
+from finetune.config import bounded
 from finetune.display import uncertain
 from finetune.errors import UserError, nearest
 from finetune.rl import datasets, environments
@@ -24,7 +25,7 @@ from finetune.rl.datasets import Dataset
 from finetune.rl.discrete import QNetwork
 from finetune.rl.evaluation import returns, true_returns
 from finetune.rl.moments import mean_and_error, standard_error
-from finetune.rl.offline import FQE, normalised, possible_returns
+from finetune.rl.offline import FQE, normalised, paid, possible_returns
 from finetune.rl.replay import Transitions
 from finetune.rl.rollout import episode_seeds
 
@@ -47,31 +48,39 @@ class Config(config.Config):
     steps: int = 60  # of each data set; one is `updates` updates of every learner
     checkpoint_every: int = 10
     threads: int = 1  # networks so small are fastest on one
-    updates: int = 100  # of a step
+    updates: int = bounded(100, at_least=1, at_most=10**6)  # of a step
     sets: str = "expert,random,mixed,pendulum_mixed"  # to learn from, separated by commas
     data: Path | None = None  # an npz of your own steps in their place (finetune/rl/datasets.py has the fields)
     env: str = "CartPole-v1"  # with --data: where they come from, and where what was learnt is judged
-    data_steps: int = 50_000  # of a set made here; of an expert's a twenty-fifth
-    hidden: int = 64  # width of the two hidden layers of every network
-    batch: int = 256
-    batch_continuous: int = 64  # the same for continuous actions
-    lr: float = 1e-3  # Adam's, falling to 0
-    gamma: float = 0.98
-    gamma_continuous: float = 0.9  # the same for continuous actions
-    tau: float = 0.01  # how far the target network moves in an update
-    alpha: float = 0.5  # weight of the conservative term (the min-Q weight); 0: as the naive learner
-    alpha_continuous: float = 0.2  # the same for continuous actions
-    threshold: float | None = None  # learn α, so that the gap comes to this (CQL-Lagrange)
+    data_steps: int = bounded(50_000, at_least=100, at_most=10**7)  # of a set made here; of an expert's a twenty-fifth
+    hidden: int = bounded(64, at_least=1, at_most=8192)  # width of the two hidden layers of every network
+    batch: int = bounded(256, at_least=2, at_most=10**6)
+    batch_continuous: int = bounded(64, at_least=2, at_most=10**6)  # the same for continuous actions
+    lr: float = bounded(1e-3, at_least=0, at_most=10)  # Adam's, falling to 0
+    gamma: float = bounded(0.98, at_least=0, below=1)
+    gamma_continuous: float = bounded(0.9, at_least=0, below=1)  # the same for continuous actions
+    tau: float = bounded(0.01, at_least=0, at_most=1)  # how far the target network moves in an update
+    # weight of the conservative term (the min-Q weight); 0: as the naive learner
+    alpha: float = bounded(0.5, at_least=0, at_most=10**6)
+    alpha_continuous: float = bounded(0.2, at_least=0, at_most=10**6)  # the same for continuous actions
+    # learn α, so that the gap comes to this (CQL-Lagrange)
+    threshold: float | None = bounded(None, at_least=-(10**6), at_most=10**6)
     rho: bool = False  # CQL(ρ) with the policy for ρ in place of CQL(H)
-    samples: int = 5  # continuous: actions of each of the three kinds that stand for the integral
+    # continuous: actions of each of the three kinds that stand for the integral
+    samples: int = bounded(5, at_least=1, at_most=1000)
     backup: Literal["soft", "plain", "max"] = "soft"  # continuous: V(s') with entropy, without, the best of `samples`
-    warm_start: int = 0  # continuous: so many first updates clone the behaviour
+    warm_start: int = bounded(0, at_least=0, at_most=10**9)  # continuous: so many first updates clone the behavior
     calibrated: bool = False  # continuous: Cal-QL, values are pushed down no further than to the behaviour's returns
-    reward_scale: float = 0.1  # continuous: rewards are multiplied by it to learn from
-    fqe_steps: int = 30  # of fitted Q evaluation after each set, again of `updates` updates; 0: without it
-    eval_every: int = 10  # steps between two evaluations
-    eval_episodes: int = 20
-    max_episode_steps: int = 1000  # an episode is cut off there if its environment has no time limit of its own
+    # what the largest reward of the data counts as in learning, with discrete and with continuous actions: a size of
+    # values at which α and the learning rate hold, whatever unit the rewards have
+    reward_scale: float = bounded(1.0, above=0, at_most=10**6)
+    reward_scale_continuous: float = bounded(1.6, above=0, at_most=10**6)
+    # of fitted Q evaluation after each set, again of `updates` updates; 0: without it
+    fqe_steps: int = bounded(30, at_least=0, at_most=10**6)
+    eval_every: int = bounded(10, at_least=1, at_most=10**9)  # steps between two evaluations
+    eval_episodes: int = bounded(20, at_least=2, at_most=10_000)
+    # an episode is cut off there if its environment has no time limit of its own
+    max_episode_steps: int = bounded(1000, at_least=1, at_most=10**6)
     shuffle_actions: bool = False  # control: the actions of a set are dealt out anew, so there is nothing to learn
 
     @classmethod
@@ -82,21 +91,11 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"updates": 1, "data_steps": 100, "hidden": 1, "batch": 2, "batch_continuous": 2, "samples": 1,
-                 "warm_start": 0, "fqe_steps": 0, "eval_every": 1, "eval_episodes": 2, "alpha": 0,
-                 "alpha_continuous": 0, "max_episode_steps": 1}  # fmt: skip
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                key = config.dashed(name)
-                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
-        for name, within in (("gamma", "0 and 1, 1 excluded"), ("gamma_continuous", "0 and 1, 1 excluded"),
-                             ("tau", "0 and 1")):  # fmt: skip
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or (value == 1 and name != "tau"):
-                raise UserError(f"--{config.dashed(name)} {value} is not within {within}")
         for name in self.sets.split(","):
             if name not in SETS:
                 raise UserError(f"--sets: '{name}' is not one of {', '.join(SETS)}{nearest(name, SETS)}")
+            if self.sets.split(",").count(name) > 1:
+                raise UserError(f"--sets: '{name}' is there twice")
         if self.data is None and self.env != type(self).env:
             raise UserError(f"--env {self.env} says where the steps of --data come from: without it, choose --sets")
         if self.threshold is not None and min(self.alpha, self.alpha_continuous) == 0:
@@ -128,6 +127,7 @@ class Task:
     gamma: float
     batch: int
     envs: list[Any]  # to judge in, never to learn in
+    comparable: bool  # whether the logs pay as these do
     seeds: list[int]  # of the evaluation's episodes: the same for every learner and step
 
 
@@ -142,12 +142,17 @@ def prepare(cfg: Config, run, name: str, cut: environments.Cut) -> Task:
     data = data.fit(envs[0])
     if cfg.shuffle_actions:
         data.actions = data.actions[torch.randperm(len(data), generator=run.generator("shuffle", name))]
-    scale, gamma, batch = 1.0, cfg.gamma, cfg.batch
+    largest, gamma, batch = cfg.reward_scale, cfg.gamma, cfg.batch
     if data.continuous:
-        scale, gamma, batch = cfg.reward_scale, cfg.gamma_continuous, cfg.batch_continuous
+        largest, gamma, batch = cfg.reward_scale_continuous, cfg.gamma_continuous, cfg.batch_continuous
+    scale = largest / data.reward_size
     steps = replace(data.transitions(), rewards=data.rewards * scale)
     seeds = episode_seeds(run, cfg.eval_episodes, "evaluation", name)
-    return Task(name, data, steps, scale, gamma, batch, envs, seeds)
+    differ = paid(data.transitions(), envs[:5], seeds[:5]) if cfg.data else None
+    if differ:
+        run.say(f"{cfg.data.name}: {env} pays {differ[0]:.3g} a step where the logs say {differ[1]:.3g}: returns are "
+                "the environment's, believed values the logs', and the two are not compared")  # fmt: skip
+    return Task(name, data, steps, scale, gamma, batch, envs, differ is None, seeds)
 
 
 # --- Learning
@@ -297,7 +302,8 @@ def passed_on(cfg: Config, gamma: float) -> float:
 
 def judge(cfg: Config, run, task: Task, found: dict[str, Estimate]) -> None:
     name, env = task.name, task.envs[0].name
-    behaviour = fmean(task.data.returns() or [math.nan])
+    whole = task.data.returns()
+    behaviour = fmean(whole) if whole else None
     mean = {key: mean_and_error([e.episodes]) for key, e in found.items()}
     rows = []
     for key, e in found.items():
@@ -307,13 +313,14 @@ def judge(cfg: Config, run, task: Task, found: dict[str, Estimate]) -> None:
         shown = {what: "–" if number is None else f"{number:.4g}" for what, number in row.items()}
         true = uncertain(e.true, standard_error(e.true_each.tolist()))
         rows.append({"learner": key, "return": uncertain(value, error), **shown, "true": true})
-    title = f"{name}: {len(task.data)} steps of return {behaviour:.1f}; values are discounted, of one without an end "
+    told = "no whole episode" if behaviour is None else f"return {behaviour:.1f}"
+    title = f"{name}: {len(task.data)} steps of {told}; values are discounted, of one without an end "
     run.samples(f"{title}{passed_on(cfg, task.gamma):.0%} can have been handed on to the starts", rows)
 
     # Bars are relative to what the data earn and to how wrong the naive learner is. Data of one's own have none.
     part = {"expert": 0.5, "random": 3.0 if run.toy else 5.0}.get(name)
-    target = None if part is None else part * behaviour
-    if name.startswith("pendulum"):
+    target = None if part is None or behaviour is None else part * behaviour
+    if name.startswith("pendulum") and behaviour is not None:
         target = behaviour + 0.2 * abs(behaviour)
     beside = {"expert": "naive", "data": None}.get(name, "bc")
     bars = {"naive": {"target": behaviour / 4 if name == "expert" else None, "higher": name != "expert"},
@@ -325,6 +332,8 @@ def judge(cfg: Config, run, task: Task, found: dict[str, Estimate]) -> None:
         ratio = ours / theirs
         error = abs(ratio) * math.hypot(error / ours, other / theirs)
         run.judge("cql_over_bc_random", ratio, error=error, target=3.0 if run.toy else 5.0)
+    if not task.comparable:
+        return
     naive, error = found["naive"].overestimate()
     certain = 3 * error if name == "expert" else None
     run.judge(f"overestimate_{name}_naive", naive, error=error, target=certain)
