@@ -151,7 +151,7 @@ def table(
         elif widths:
             _row(con, row, widths, numeric)
         else:
-            _record(con, [name for name, _ in names], row)
+            _record(con, [name for name, _ in names], row, named=numeric[0])
     con.print()
 
 
@@ -189,10 +189,11 @@ def _row(con: Console, cells: Sequence[tuple[str, str]], widths: list[int], nume
         con.print(line, soft_wrap=True)
 
 
-def _record(con: Console, names: list[str], cells: list[tuple[str, str]]) -> None:
+def _record(con: Console, names: list[str], cells: list[tuple[str, str]], named: bool) -> None:
+    """A row as a list; `named`: its first cell too needs its head."""
     for i, (name, (text, style)) in enumerate(zip(names, cells, strict=True)):
         if text:
-            say(con, f"{name}: {text}" if i and name else text, style or ("" if i else "bold"), indent="  ")
+            say(con, f"{name}: {text}" if (i or named) and name else text, style or ("" if i else "bold"), indent="  ")
 
 
 # --- a run

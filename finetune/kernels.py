@@ -204,9 +204,10 @@ def levels(topic: str | None, number: int | None, size: str, markdown: bool, deb
             click.echo(ladder.page_table(name, counts))
             continue
         rows = ladder.table(counts)
-        heads = [name if name in ("level", "instructions") else f">{name}" for name in rows[0]]
+        heads = [f">{name}" if name in ("FLOP/byte", "conflicts") else name for name in rows[0]]  # gains may wrap
         sizes = " × ".join(map(str, ladder.SIZES[size][name]))
-        display.table(console, heads, [list(row.values()) for row in rows], f"{name} {sizes}")
+        cells = [[text.replace("(÷ ", "(÷").replace("(× ", "(×") for text in row.values()] for row in rows]
+        display.table(console, heads, cells, f"{name} {sizes}")
     return None
 
 
@@ -241,12 +242,15 @@ def _static_table(console: Any, title: str, found: dict[str, dict[str, Any]]) ->
     def widths(counts: dict[str, int]) -> str:
         return " ".join(f"{n}×{size}" for size, n in sorted(counts.items(), key=lambda item: -int(item[0])))
 
-    heads = ("kernel", ">threads", ">registers", ">spills", ">shared", ">occupancy", "loads", "stores", "instructions")
+    counts = ("threads", "registers", "stack", "spills", "shared")
     rows: list[Any] = []
     for name, row in found.items():
         code = " ".join(f"{word} {n}" for word, n in row["code"].items() if word not in ("LDG", "STG"))
-        numbers = [str(row[column]) for column in ("threads", "registers", "spills", "shared")]
-        rows.append([name, *numbers, f"{row['occupancy']:.0%}", widths(row["load"]), widths(row["store"]), code])
+        numbers = [str(row[column]) for column in counts]
+        rows.append((name, "bold"))
+        rows.append([*numbers, f"{row['occupancy']:.0%}"])
+        rows.append((f"  loads {widths(row['load'])} · stores {widths(row['store'])} · {code}", "dim"))
+    heads = [*(f">{column}" for column in counts), ">occupancy"]
     display.table(console, heads, rows, title)
 
 

@@ -3,15 +3,17 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress
 
-from finetune import display, kernels
+from finetune import display, kernels, registry
 from finetune.cli import main
 
+ROOT = Path(__file__).parents[1]
 WIDTHS = (110, 80, 60)
 
 
@@ -154,6 +156,44 @@ def test_a_trace_shows_every_number_of_its_json(width):
         for key in kernels.TRACED:
             assert len(re.findall(rf"(?<![\d,]){row[key]:,}(?![\d,])", text)) >= 2
     assert text.count("10.00") == 2
+
+
+@pytest.mark.parametrize("width", [80, 60])
+@pytest.mark.parametrize("op", ["attention", "rms_norm"])
+def test_the_static_table_shows_every_number_of_its_json(op, width):
+    rows = json.loads((ROOT / "assets" / "kernels_static.json").read_text())["kernels"][op]["80"]
+    con = Console(file=io.StringIO(), width=width)
+    kernels._static_table(con, f"{op} sm_80", rows)
+    text = con.file.getvalue()
+    assert not narrow(text, width)
+    words = text.split()
+    lines = [line.split() for line in text.splitlines()]
+    for name, row in rows.items():
+        assert "".join(name.split()) in "".join(words)
+        numbers = [str(row[key]) for key in ("threads", "registers", "stack", "spills", "shared")]
+        assert [*numbers, f"{row['occupancy']:.0%}"] in lines
+        for size, count in (*row["load"].items(), *row["store"].items()):
+            assert f"{count}×{size}" in words
+        assert all(str(count) in words for word, count in row["code"].items() if word not in ("LDG", "STG"))
+
+
+@pytest.mark.parametrize("width", [110, 80, 60])
+def test_the_levels_show_every_number_of_their_json(width, monkeypatch, capsys):
+    ladder = registry.load(registry.find("cuda"))
+    counts = [
+        ladder.Count(level, f"level_{level}", 1e-7, 10**9, 10**6, 2**20 // level, 2**24 // level, 2**22 // level,
+                     2**18, 1024, 96, 56, 18, 24, 12)
+        for level in (1, 2, 3)
+    ]  # fmt: skip
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(ladder, "climb", lambda name, size: counts)
+    monkeypatch.setattr(ladder, "build_all", lambda *words: None)
+    assert main(["kernels", "levels", "transpose"]) in (0, None)
+    text = capsys.readouterr().out
+    assert not narrow(text, width)
+    for count in counts:
+        for number in (count.requests, count.sectors, count.wavefronts, count.excess, count.atomics, count.barriers):
+            assert re.search(rf"(?<![\d,]){number:,}(?!,?\d)", text), number
 
 
 @pytest.mark.parametrize("width", [80, 60])
