@@ -164,3 +164,22 @@ def test_rollouts_are_right_on_average():
 def test_bad_settings(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", **change)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-10, 1e8])
+def test_a_picture_of_values_is_the_same_at_any_scale_of_the_rewards(size):
+    """The same arrows, and numbers that are not all 0.00."""
+    from finetune.plots import figure
+    from finetune.rl.plots import best_actions, value_map
+
+    plain = worlds.world("gridworld")
+    mdp = mdps.make(
+        plain.P, size * plain.rewards, plain.gamma, terminal=plain.terminal, start=plain.start, actions=plain.actions,
+        shape=plain.shape,
+    )  # fmt: skip
+    V = planning.policy_iteration(mdp)[0]
+    arrows = best_actions(plain, planning.policy_iteration(plain)[0])
+    assert (best_actions(mdp, V) == arrows).all()
+    axes = figure(4, 4)[1][0]
+    value_map(axes, mdp, V, arrows)
+    assert float(max((t.get_text() for t in axes.texts), key=lambda t: float(t))) == pytest.approx(V.max(), rel=0.05)

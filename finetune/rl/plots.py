@@ -34,9 +34,10 @@ def value_map(
     inside = V[~hidden]
     low, high = (inside.min(), inside.max()) if inside.size else (0.0, 1.0)
     shown = np.ma.masked_where(hidden, V).reshape(rows, columns)
-    image = axes.imshow(shown, cmap=cmap, vmin=low, vmax=max(high, low + 1e-12), aspect="equal")
+    image = axes.imshow(shown, cmap=cmap, vmin=low, vmax=high if high > low else low + 1, aspect="equal")
     place, inches = axes.get_position(), axes.figure.get_size_inches()
     cell = min(place.width * inches[0] / columns, place.height * inches[1] / rows)
+    text = f".{digits}f" if abs(inside).max(initial=0.0) >= 10.0**-digits else ".1e"  # or all would read 0.00
     size = float(np.clip(17 * cell, 5.5, 11))
     ending, arrows = _stars(mdp), []
     for s in range(len(V)):
@@ -49,9 +50,9 @@ def value_map(
                 axes.text(x, y, "★" if ending[s] else "×", ha="center", va="center", fontsize=size * 1.9,
                           color="#b7791f" if ending[s] else "#c53030", in_layout=False)  # fmt: skip
             continue
-        bright = (V[s] - low) / max(high - low, 1e-12)
+        bright = (V[s] - low) / (high - low or 1.0)
         colour = "white" if bright > 0.6 else INK
-        axes.text(x, y + (0.36 if policy is not None else 0), f"{V[s]:.{digits}f}", ha="center", va="center",
+        axes.text(x, y + (0.36 if policy is not None else 0), f"{V[s]:{text}}", ha="center", va="center",
                   fontsize=size * (0.78 if policy is not None else 1), color=colour, in_layout=False)  # fmt: skip
         if policy is not None:
             taken = [SHIFT[a] for a, p in zip(mdp.actions, policy[s], strict=True) if p > 0 and a in SHIFT]
