@@ -101,7 +101,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
     scaling.judge(run)
     tokens.judge(run, cfg.tokens, cfg.beta, cfg.lam, cfg.gamma)
     if not cfg.steps:
-        run.judge("gain_gae", 0.0, baseline=0.0, target=0.9)
+        run.judge("gain_gae", 0.0, baseline=0.0, target=0.8)
         return {}
     judge_unbiased(run, truth, moments)
     judge_gradients(run, slopes, drawn=cfg.data is None)
@@ -285,7 +285,7 @@ def show_estimators(
                     draw = numpy_generator(run, "gain").standard_normal((32, len(m)))
                     noise = np.sqrt(np.where(known.ravel(), chance[ESTIMATORS.index(name)], 0.0))
                     around = float(np.std([gain(m + d * noise) for d in draw])) / abs(best) if best else None
-                    target = 0.9 if cfg.data is None else None
+                    target = 0.8 if cfg.data is None else None
                     run.judge("gain_gae", share, error=around, baseline=0.0, target=target)
     run.samples(
         "estimates of A^π by critic, bias ± its standard error; gain: of J, by following them once, of what A^π itself "
