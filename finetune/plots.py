@@ -63,7 +63,7 @@ def training_curves(
         axes.tick_params(labelsize=8)
         axes.margins(x=0.02, y=0.08)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7.5, frameon=False)
+            axes.legend(fontsize=7.5, framealpha=0.85, edgecolor="none")
     for axes, part in zip(grid[len(charts) :], lists, strict=False):
         _list(axes, part)
     for axes in grid[panels:]:

@@ -81,8 +81,8 @@ def critics(run: Any, pairs: dict[str, list[Any]]) -> None:
         told = [f"{what} {uncertain(t['value'], t['error'])}" for what, t in words.items() if t]
         title = f"{method.replace('_', ' ')}: {told[0]},\n{told[1]}, {told[2]}" if told else method
         axes.set_title(title, loc="left", fontsize=10, color=INK)
-        came = "return and entropy bonus that came" if method == "sac" else "return that came"
-        axes.set_xlabel(f"discounted {came}, mean", color=INK)
+        came = "return and entropy bonus" if method == "sac" else "return"
+        axes.set_xlabel(f"discounted {came} that came", color=INK)
         axes.set_ylabel("what the critic said", color=INK)
     save(made, run.dir / "critics.png")
 

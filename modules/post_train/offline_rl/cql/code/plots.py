@@ -56,7 +56,7 @@ def values(run, found) -> None:
             axes.scatter([e.true], [e.believed], s=70, color=INK, marker="*", zorder=3, label="starts, believed")
             if e.fqe is not None:
                 axes.scatter([e.true], [e.fqe], s=55, color=INK, marker="x", zorder=3, label="starts, by FQE")
-            low, high = min([*true, e.true]), max([*true, e.true])
+            low, high = min([*true, e.true, 0.0]), max([*true, e.true, 0.0])
             room = 0.1 * max(high - low, 1.0)
             axes.plot([low - room, high + room], [low - room, high + room], color=GREY, linestyle="--", linewidth=1.2,
                       label="true")  # fmt: skip
