@@ -109,7 +109,7 @@ def load(name: str = "emulated") -> ModuleType:
     for op in ops.REGISTRY.values():
         op.add_backend(name)
         if not ops._op.missing(op.name, name):
-            op.native.register(ops._op.LIBRARIES[name])
+            op.register(ops._op.LIBRARIES[name])
     return module
 
 

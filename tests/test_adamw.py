@@ -89,7 +89,7 @@ def test_bad_arguments_are_refused():
     p, g, m = torch.zeros(4), torch.zeros(4), torch.zeros(4)
     with pytest.raises(RuntimeError, match="grads must match params"):
         ops.adamw_([p], [torch.zeros(5)], [m], [m.clone()], **HYPER, step=1, backend="cpp")
-    with pytest.raises(RuntimeError, match="exp_avgs must match params"):
+    with pytest.raises(ValueError, match="exp_avgs has 1 tensors for 2 params"):
         ops.adamw_([p, p], [g, g], [m], [m.clone()], **HYPER, step=1, backend="cpp")
     with pytest.raises(RuntimeError, match="step counts from 1"):
         ops.adamw_([p], [g], [m], [m.clone()], **HYPER, step=0, backend="cpp")

@@ -8,8 +8,7 @@ using Tensors = std::vector<Tensor>;
 void check_like(const Tensors& tensors, const Tensors& params, const char* what) {
   check(tensors.size() == params.size(), "adamw_", what);
   for (size_t i = 0; i < params.size(); ++i) {
-    check(tensors[i].numel() == params[i].numel() && tensors[i].is_contiguous() && same_device(tensors[i], params[0]),
-          "adamw_", what);
+    check(tensors[i].numel() == params[i].numel() && tensors[i].is_contiguous(), "adamw_", what);
   }
 }
 
@@ -22,7 +21,7 @@ void adamw_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs
             std::optional<Tensor> scale_tensor, double lr, double beta1, double beta2, double eps, double weight_decay,
             int64_t step) {
   if (params.empty()) return;
-  check_like(params, params, "params must be contiguous and on one device");
+  check_like(params, params, "params must be contiguous");
   check_like(exp_avgs, params, "exp_avgs must match params and be contiguous");
   check_like(exp_avg_sqs, params, "exp_avg_sqs must match params and be contiguous");
   if (!masters.empty()) check_like(masters, params, "masters must be empty or match params and be contiguous");
@@ -55,6 +54,6 @@ FINETUNE_SCHEMAS(m) {
       "masters, float grad_scale, Tensor? scale_tensor, float lr, float beta1, float beta2, float eps, float "
       "weight_decay, int step) -> ()");
 }
-FINETUNE_KERNELS(m) { m.impl("adamw_", TORCH_BOX(&adamw_)); }
+FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "adamw_", adamw_); }
 
 }  // namespace finetune

@@ -13,7 +13,7 @@ void check_states(const Tensors& tensors, const Tensors& params, ScalarType dtyp
   for (size_t i = 0; i < params.size(); ++i) {
     const int64_t size = params[i].numel(), block = AdamW8bit::block;
     check(tensors[i].numel() == (per_block ? (size + block - 1) / block : size) && tensors[i].scalar_type() == dtype &&
-              tensors[i].is_contiguous() && same_device(tensors[i], params[0]),
+              tensors[i].is_contiguous(),
           "adamw8bit_", what);
   }
 }
@@ -24,7 +24,7 @@ void adamw8bit_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg
                 double weight_decay, int64_t step) {
   if (params.empty()) return;
   for (const Tensor& p : params) {
-    check(p.is_contiguous() && same_device(p, params[0]), "adamw8bit_", "params must be contiguous and on one device");
+    check(p.is_contiguous(), "adamw8bit_", "params must be contiguous");
   }
   check_states(exp_avgs, params, ScalarType::Byte, false, "exp_avgs must be uint8, match params and be contiguous");
   check_states(exp_avg_sqs, params, ScalarType::Byte, false,
@@ -40,13 +40,11 @@ void adamw8bit_(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg
   check(grads.size() == params.size(), "adamw8bit_", "grads must match params");
   for (size_t i = 0; i < grads.size(); ++i) {
     grads[i] = torch::stable::contiguous(grads[i]);
-    check(grads[i].numel() == params[i].numel() && same_device(grads[i], params[0]), "adamw8bit_",
-          "grads must match params");
+    check(grads[i].numel() == params[i].numel(), "adamw8bit_", "grads must match params");
   }
   for (const Tensor& table : {maps, middles}) {
-    check(table.numel() == 512 && table.scalar_type() == ScalarType::Float && table.is_contiguous() &&
-              same_device(table, params[0]),
-          "adamw8bit_", "maps and middles must be (2, 256) float32");
+    check(table.numel() == 512 && table.scalar_type() == ScalarType::Float && table.is_contiguous(), "adamw8bit_",
+          "maps and middles must be (2, 256) float32");
   }
   const AdamWStep numbers =
       adamw_step("adamw8bit_", params[0], grad_scale, scale_tensor, lr, beta1, beta2, eps, weight_decay, step);
@@ -79,6 +77,6 @@ FINETUNE_SCHEMAS(m) {
       "exp_avg_sqs, Tensor(e!)[] exp_avg_sq_maxs, Tensor(f!)[] masters, Tensor maps, Tensor middles, float grad_scale, "
       "Tensor? scale_tensor, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()");
 }
-FINETUNE_KERNELS(m) { m.impl("adamw8bit_", TORCH_BOX(&adamw8bit_)); }
+FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "adamw8bit_", adamw8bit_); }
 
 }  // namespace finetune

@@ -11,7 +11,7 @@ namespace finetune {
 inline AdamWStep adamw_step(const char* op, const Tensor& param, double grad_scale, const std::optional<Tensor>& tensor,
                             double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step) {
   check(step >= 1, op, "step counts from 1");
-  const float* scale = tensor ? one_float(*tensor, param, op, "grad_scale") : nullptr;
+  const float* scale = tensor ? one_float(*tensor, op, "grad_scale") : nullptr;
   const bool device = on_device(param);
   const double bias1 = 1 - std::pow(beta1, static_cast<double>(step)),
                bias2 = 1 - std::pow(beta2, static_cast<double>(step));

@@ -1,5 +1,7 @@
 #include "finetune/attention.h"
 
+#include <atomic>
+
 #include "common.h"
 #include "finetune/attention_hopper.h"
 
@@ -38,9 +40,8 @@ std::vector<int64_t> integers(const Tensor& t) {
   return out;
 }
 
-void check_integers(const Tensor& t, const Tensor& q) {
-  check(t.dim() == 1 && (t.is_cpu() || t.is_cuda() == q.is_cuda()), kName,
-        "lengths and cu_seqlens are one-dimensional, on the CPU or where q is");
+void check_integers(const Tensor& t) {
+  check(t.dim() == 1, kName, "lengths and cu_seqlens are one-dimensional");
   check(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, kName,
         "lengths and cu_seqlens are int32 or int64");
 }
@@ -66,13 +67,13 @@ struct Problem {
                                            causal};
     shape.workers = threads();
     if (lengths_) {
-      check_integers(*lengths_, q);
+      check_integers(*lengths_);
       check(lengths_->size(0) == shape.batch, kName, "lengths must be (batch,)");
       if (lengths_->is_cpu()) lengths = integers(*lengths_);
       shape.lengths = lengths.data();
     }
     if (cu_seqlens) {
-      check_integers(*cu_seqlens, q);
+      check_integers(*cu_seqlens);
       check(!lengths_, kName, "lengths and cu_seqlens exclude each other");
       check(shape.batch == 1 && shape.queries == shape.keys, kName,
             "cu_seqlens needs batch 1 and as many queries as keys");
@@ -127,11 +128,22 @@ std::tuple<Tensor, Tensor, Tensor> attention_hopper(const Tensor& q, const Tenso
   return {f.o, f.top, f.total};
 }
 
+std::atomic<bool> tensor_maps_refused = false;  // once is enough: it is the driver's answer
+
+// Why the kernel for sm_90 does not run, or null.
+const char* why_not(const ForwardOnDevice& f) {
+  if (tensor_maps_refused) return "the driver refuses its tensor maps (cuTensorMapEncodeTiled)";
+#if !defined(FINETUNE_EMULATED)
+  const torch::stable::accelerator::DeviceGuard guard(f.p.q.get_device_index());  // it asks the current GPU
+#endif
+  return why_not_hopper(f.args);
+}
+
 // Which kernel `attention` runs, and why not the other: "attention_hopper", or "attention: <reason>".
 std::string attention_kernel(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
                              const OptionalTensor& lengths, const OptionalTensor& cu_seqlens) {
   ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens);
-  const char* reason = why_not_hopper(f.args);
+  const char* reason = why_not(f);
   return reason ? std::string("attention: ") + reason : "attention_hopper";
 }
 #endif
@@ -143,9 +155,16 @@ std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, c
   if (on_device(q)) {
     ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens);
 #if !defined(FINETUNE_EMULATED)  // there each has tests of its own
-    if (!why_not_hopper(f.args)) {
-      run_device(kName, f.p.q, AttentionHopper{f.args});
-      return {f.o, f.top, f.total};
+    if (!why_not(f)) {
+      const Status status = launch_on(kName, f.p.q, AttentionHopper{f.args});
+      if (status != Status::no_tensor_map) {
+        check_status(status, kName);
+        return {f.o, f.top, f.total};
+      }
+      tensor_maps_refused = true;
+      aoti_torch_warn(__FILE__, __LINE__,
+                      "attention: the driver refuses the tensor maps of the kernel for sm_90 (cuTensorMapEncodeTiled): "
+                      "the kernel for every GPU runs in its place, which is slower");
     }
 #endif
     run_device(kName, f.p.q, f.args);
@@ -233,11 +252,11 @@ FINETUNE_SCHEMAS(m) {
       "Tensor? lengths, Tensor? cu_seqlens) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 FINETUNE_KERNELS(m) {
-  m.impl("attention", TORCH_BOX(&attention));
-  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  FINETUNE_KERNEL(m, "attention", attention, 5, 6);
+  FINETUNE_KERNEL(m, "attention_backward", attention_backward, 9, 10);
 #if FINETUNE_DEVICE
-  m.impl("attention_hopper", TORCH_BOX(&attention_hopper));
-  m.impl("attention_kernel", TORCH_BOX(&attention_kernel));
+  FINETUNE_KERNEL(m, "attention_hopper", attention_hopper, 5, 6);
+  FINETUNE_KERNEL(m, "attention_kernel", attention_kernel, 5, 6);
 #endif
 }
 

@@ -24,7 +24,7 @@ Tensor cast(const Tensor& x_, int64_t from_, int64_t to_, double scale, std::opt
   const Tensor x = torch::stable::contiguous(x_);
   Tensor y = torch::stable::new_empty(x, x.sizes(), type_of(to));
   const bool device = on_device(x);
-  const float* number = scale_tensor ? one_float(*scale_tensor, x, "cast", "scale") : nullptr;
+  const float* number = scale_tensor ? one_float(*scale_tensor, "cast", "scale") : nullptr;
   const float factor = static_cast<float>(scale) * (number && !device ? *number : 1.0f);
   run("cast", x,
       Cast{from, to, in(x), out(y), x.numel(), factor, device ? number : nullptr, stochastic,
@@ -39,6 +39,6 @@ FINETUNE_SCHEMAS(m) {
       "cast(Tensor x, int given, int wanted, float scale, Tensor? scale_tensor, bool stochastic, int seed, bool "
       "saturate) -> Tensor");
 }
-FINETUNE_KERNELS(m) { m.impl("cast", TORCH_BOX(&cast)); }
+FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "cast", cast); }
 
 }  // namespace finetune

@@ -35,6 +35,6 @@ Tensor clip_grad_norm_(std::vector<Tensor> grads, double max_norm) {
 }  // namespace
 
 FINETUNE_SCHEMAS(m) { m.def("clip_grad_norm_(Tensor(a!)[] grads, float max_norm) -> Tensor norm"); }
-FINETUNE_KERNELS(m) { m.impl("clip_grad_norm_", TORCH_BOX(&clip_grad_norm_)); }
+FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "clip_grad_norm_", clip_grad_norm_); }
 
 }  // namespace finetune

@@ -9,9 +9,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // before torch 2.13 it had the other name
@@ -36,6 +38,10 @@
 #define FINETUNE_SCHEMAS(m) FINETUNE_SCHEMAS_OF(FINETUNE_LIBRARY, m)
 #define FINETUNE_SCHEMAS_OF(library, m) STABLE_TORCH_LIBRARY_FRAGMENT(library, m)
 #define FINETUNE_KERNELS(m) FINETUNE_KERNELS_OF(FINETUNE_LIBRARY, m)
+// FINETUNE_KERNEL(m, "name", function) in FINETUNE_KERNELS: the only way in. All tensors of a call are on one device,
+// or it is an error: a kernel takes whatever address it gets. More numbers name arguments that may also be on the CPU.
+#define FINETUNE_KERNEL(m, name, function, ...) \
+  m.impl(name, TORCH_BOX((&OnOneDevice<name, &function __VA_OPT__(, ) __VA_ARGS__>::call)))
 #if defined(FINETUNE_CUDA)
 #define FINETUNE_KERNELS_OF(library, m)                                                     \
   static void implement(torch::stable::detail::StableLibrary& m);                           \
@@ -73,6 +79,59 @@ inline bool on_device([[maybe_unused]] const Tensor& t) {
 #endif
 }
 
+inline std::string device_of(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  const auto type = t.device().type();
+  if (type == torch::headeronly::DeviceType::Meta) return "meta";
+  const std::string name = t.is_cuda() ? "cuda" : "device type " + std::to_string(static_cast<int>(type));
+  return name + ":" + std::to_string(t.get_device_index());
+}
+
+// Looks at the arguments of a call one after another.
+struct Devices {
+  const char* op;
+  uint64_t may_be_on_cpu;  // a bit an argument
+  int at = 0;              // of the argument
+  std::optional<Tensor> first;
+
+  void look(const Tensor& t) {
+    if (t.is_cpu() && may_be_on_cpu >> at & 1) return;
+    if (!first) first = t;
+    STD_TORCH_CHECK(t.device() == first->device(), "finetune::", op,
+                    ": Expected all tensors to be on the same device, but found at least two devices, ",
+                    device_of(*first), " and ", device_of(t), "! (argument ", at + 1, " is on ", device_of(t), ")");
+  }
+  void look(const std::optional<Tensor>& t) {
+    if (t) look(*t);
+  }
+  void look(const std::vector<Tensor>& tensors) {
+    for (const Tensor& t : tensors) look(t);
+  }
+  template <class T>
+  void look(const T&) {  // no tensor
+    static_assert(std::is_arithmetic_v<T> || std::is_enum_v<T> || std::is_same_v<T, std::string> ||
+                      std::is_same_v<T, std::optional<bool>>,
+                  "an argument of this type may hold tensors: say how to look at them");
+  }
+};
+
+template <size_t N>
+struct Text {  // a string as a template argument
+  char at[N];
+  constexpr Text(const char (&text)[N]) { std::copy(text, text + N, at); }
+};
+
+template <Text name, auto function, int... may_be_on_cpu>
+struct OnOneDevice;
+template <Text name, class R, class... A, R (*function)(A...), int... may_be_on_cpu>
+struct OnOneDevice<name, function, may_be_on_cpu...> {
+  static R call(A... arguments) {
+    Devices devices{name.at, ((uint64_t{1} << may_be_on_cpu) | ... | uint64_t{0})};
+    ((devices.look(arguments), ++devices.at), ...);
+    return function(std::forward<A>(arguments)...);
+  }
+};
+
 inline Tensor empty_f32(const Tensor& like, std::vector<int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Float);
 }
@@ -96,11 +155,14 @@ inline void check(bool holds, const char* op, const char* what) {
   STD_TORCH_CHECK(holds, "finetune::", op, ": ", what);
 }
 
+// A gradient that comes in has its result's shape and dtype.
+inline void check_gradient(const Tensor& dy, const Tensor& y, const char* op) {
+  check(dy.sizes().equals(y.sizes()) && dy.scalar_type() == y.scalar_type(), op,
+        "the gradient must have the result's shape and dtype");
+}
+
 inline void check_status(Status status, const char* op) {
-  check(status != Status::unsupported, op, "the kernel does not support these arguments");
-  check(status != Status::no_kernel, op,
-        "the library holds no kernel for this GPU: FINETUNE_CUDA_ARCHS=<its architecture> pip install -e . builds one");
-  check(status == Status::ok, op, "the kernel could not be launched");
+  if (status != Status::ok) check(false, op, message_of(status).c_str());
 }
 
 // Runs the CPU kernel of `args`; the emulator's libraries hold none.
@@ -139,9 +201,31 @@ inline const void* in(const Tensor& t) { return t.const_data_ptr(); }
 inline void* out(const Tensor& t) { return t.mutable_data_ptr(); }
 inline void* inout(const Tensor& t) { return t.mutable_data_ptr(); }
 #endif
+// As an array of T: of that dtype (char: of any) and contiguous, or it is an error.
+template <class T>
+const Tensor& array_of(const Tensor& t) {
+  constexpr bool any = std::is_same_v<T, char>, floats = std::is_same_v<T, float>,
+                 integers = std::is_same_v<T, int64_t>, short_integers = std::is_same_v<T, int32_t>,
+                 bytes = std::is_same_v<T, uint8_t>;
+  static_assert(any || floats || integers || short_integers || bytes || std::is_same_v<T, bool>);
+  constexpr ScalarType wanted = floats           ? ScalarType::Float
+                                : integers       ? ScalarType::Long
+                                : short_integers ? ScalarType::Int
+                                : bytes          ? ScalarType::Byte
+                                                 : ScalarType::Bool;
+  constexpr const char* name = floats           ? "float32"
+                               : integers       ? "int64"
+                               : short_integers ? "int32"
+                               : bytes          ? "uint8"
+                                                : "bool";
+  STD_TORCH_CHECK(any || t.scalar_type() == wanted, "finetune: expected a tensor of ", name, ", got scalar type ",
+                  static_cast<int>(t.scalar_type()));
+  STD_TORCH_CHECK(t.is_contiguous(), "finetune: expected a contiguous tensor");
+  return t;
+}
 template <class T>
 const T* in(const Tensor& t) {
-  return static_cast<const T*>(in(t));
+  return static_cast<const T*>(in(array_of<T>(t)));
 }
 template <class T>
 T* out(const Tensor& t) {
@@ -149,37 +233,37 @@ T* out(const Tensor& t) {
 }
 template <class T>
 T* inout(const Tensor& t) {
-  return static_cast<T*>(inout(t));
+  return static_cast<T*>(inout(array_of<T>(t)));
 }
 
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
-}
-
-// A number that stays where it is, on the device of `like`: nobody reads it on the host.
-inline const float* one_float(const Tensor& t, const Tensor& like, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float && same_device(t, like), "finetune::", op,
-                  ": ", name, " must be one float32 number on the device of the others");
+// A number that stays where it is: nobody reads it on the host.
+inline const float* one_float(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float, "finetune::", op, ": ", name,
+                  " must be one float32 number");
   return in<float>(t);
 }
 
 #if FINETUNE_DEVICE
 // Launches the CUDA kernel of `args` on the device and current stream of `on`.
 template <class Args>
-void run_device(const char* op, [[maybe_unused]] const Tensor& on, const Args& args) {
+Status launch_on(const char* op, [[maybe_unused]] const Tensor& on, const Args& args) {
 #if defined(FINETUNE_EMULATED)
   const Status status = launch_cuda(args, nullptr);
   const std::string fault = emulator::take_fault();
   STD_TORCH_CHECK(fault.empty(), "finetune::", op, ": ", fault);
-  check_status(status, op);
+  return status;
 #else
   check(on.is_cuda(), op, "expected CUDA tensors");
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   void* stream = nullptr;
   check(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream), op,
         "this torch has no CUDA streams");
-  check_status(launch_cuda(args, stream), op);
+  return launch_cuda(args, stream);
 #endif
+}
+template <class Args>
+void run_device(const char* op, const Tensor& on, const Args& args) {
+  check_status(launch_on(op, on, args), op);
 }
 #endif
 

@@ -36,6 +36,6 @@ FINETUNE_SCHEMAS(m) {
       "gae(Tensor rewards, Tensor values, Tensor next_values, Tensor terminated, Tensor truncated, float gamma, float "
       "lam) -> (Tensor advantages, Tensor returns)");
 }
-FINETUNE_KERNELS(m) { m.impl("gae", TORCH_BOX(&gae)); }
+FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "gae", gae); }
 
 }  // namespace finetune

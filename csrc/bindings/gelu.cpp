@@ -14,6 +14,7 @@ Tensor gelu(const Tensor& x_) {
 
 Tensor gelu_backward(const Tensor& dy_, const Tensor& x_) {
   const Tensor dy = torch::stable::contiguous(dy_), x = torch::stable::contiguous(x_);
+  check_gradient(dy, x, "gelu_backward");
   Tensor dx = torch::stable::empty_like(x);
   run("gelu_backward", x, GeluBackward{dtype_of(x), in(dy), in(x), out(dx), x.numel()});
   return dx;
@@ -26,8 +27,8 @@ FINETUNE_SCHEMAS(m) {
   m.def("gelu_backward(Tensor dy, Tensor x) -> Tensor");
 }
 FINETUNE_KERNELS(m) {
-  m.impl("gelu", TORCH_BOX(&gelu));
-  m.impl("gelu_backward", TORCH_BOX(&gelu_backward));
+  FINETUNE_KERNEL(m, "gelu", gelu);
+  FINETUNE_KERNEL(m, "gelu_backward", gelu_backward);
 }
 
 }  // namespace finetune

@@ -30,6 +30,6 @@ Tensor global_norm(std::vector<Tensor> tensors) {
 }  // namespace
 
 FINETUNE_SCHEMAS(m) { m.def("global_norm(Tensor[] tensors) -> Tensor"); }
-FINETUNE_KERNELS(m) { m.impl("global_norm", TORCH_BOX(&global_norm)); }
+FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "global_norm", global_norm); }
 
 }  // namespace finetune

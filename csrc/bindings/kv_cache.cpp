@@ -93,9 +93,9 @@ FINETUNE_SCHEMAS(m) {
   m.def("kv_cache_copy_(Tensor(a!)[] caches, Tensor pairs) -> ()");
 }
 FINETUNE_KERNELS(m) {
-  m.impl("kv_cache_", TORCH_BOX(&append));
-  m.impl("kv_cache_gather", TORCH_BOX(&gather));
-  m.impl("kv_cache_copy_", TORCH_BOX(&copy));
+  FINETUNE_KERNEL(m, "kv_cache_", append);
+  FINETUNE_KERNEL(m, "kv_cache_gather", gather);
+  FINETUNE_KERNEL(m, "kv_cache_copy_", copy);
 }
 
 }  // namespace finetune

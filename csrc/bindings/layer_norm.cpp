@@ -31,6 +31,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_, const 
   const Tensor dy = torch::stable::contiguous(dy_), x = torch::stable::contiguous(x_),
                weight = torch::stable::contiguous(weight_);
   const int64_t dim = x.size(-1), rows = rstd.numel();
+  check_gradient(dy, x, "layer_norm_backward");
+  check(weight.numel() == dim && rows * dim == x.numel() && mean.numel() == rows &&
+            weight.scalar_type() == x.scalar_type(),
+        "layer_norm_backward", "weight, mean and rstd must be those of x");
   Tensor dx = torch::stable::empty_like(x);
   Tensor dweight = torch::stable::new_empty(weight, {weight_grad ? dim : 0});
   Tensor dbias = torch::stable::new_empty(weight, {bias_grad ? dim : 0});
@@ -51,8 +55,8 @@ FINETUNE_SCHEMAS(m) {
       "bias_grad) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
 FINETUNE_KERNELS(m) {
-  m.impl("layer_norm", TORCH_BOX(&layer_norm));
-  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
+  FINETUNE_KERNEL(m, "layer_norm", layer_norm);
+  FINETUNE_KERNEL(m, "layer_norm_backward", layer_norm_backward);
 }
 
 }  // namespace finetune

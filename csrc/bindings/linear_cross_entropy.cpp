@@ -313,6 +313,6 @@ FINETUNE_SCHEMAS(m) {
       "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int ignore_index, float z_loss, bool mean, bool "
       "x_grad, bool weight_grad, bool? bf16_matmul) -> (Tensor loss, Tensor dx, Tensor dweight)");
 }
-FINETUNE_KERNELS(m) { m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy)); }
+FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "linear_cross_entropy", linear_cross_entropy); }
 
 }  // namespace finetune

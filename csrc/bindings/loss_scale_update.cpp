@@ -5,9 +5,9 @@
 namespace finetune {
 namespace {
 
-int32_t* counter(const Tensor& t, const Tensor& scale) {
-  check(t.numel() == 1 && t.scalar_type() == ScalarType::Int && same_device(t, scale), "loss_scale_update_",
-        "the trackers must be one int32 each on the device of the scale");
+int32_t* counter(const Tensor& t) {
+  check(t.numel() == 1 && t.scalar_type() == ScalarType::Int, "loss_scale_update_",
+        "the trackers must be one int32 each");
   return inout<int32_t>(t);
 }
 
@@ -19,9 +19,9 @@ void loss_scale_update_(Tensor scale, Tensor growth_tracker, Tensor hysteresis_t
   check(growth_interval >= 1 && hysteresis >= 1 && hysteresis < 1 << 30, "loss_scale_update_",
         "growth_interval and hysteresis count from 1");
   run("loss_scale_update_", scale,
-      LossScaleUpdate{inout<float>(scale), counter(growth_tracker, scale), counter(hysteresis_tracker, scale),
-                      one_float(found_inf, scale, "loss_scale_update_", "found_inf"), deepspeed, growth_factor,
-                      backoff_factor, growth_interval, static_cast<int32_t>(hysteresis), static_cast<float>(min_scale),
+      LossScaleUpdate{inout<float>(scale), counter(growth_tracker), counter(hysteresis_tracker),
+                      one_float(found_inf, "loss_scale_update_", "found_inf"), deepspeed, growth_factor, backoff_factor,
+                      growth_interval, static_cast<int32_t>(hysteresis), static_cast<float>(min_scale),
                       consecutive_hysteresis});
 }
 
@@ -33,6 +33,6 @@ FINETUNE_SCHEMAS(m) {
       "found_inf, bool deepspeed, float growth_factor, float backoff_factor, int growth_interval, int hysteresis, "
       "float min_scale, bool consecutive_hysteresis) -> ()");
 }
-FINETUNE_KERNELS(m) { m.impl("loss_scale_update_", TORCH_BOX(&loss_scale_update_)); }
+FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "loss_scale_update_", loss_scale_update_); }
 
 }  // namespace finetune

@@ -78,6 +78,6 @@ FINETUNE_SCHEMAS(m) {
       "Tensor? "
       "v_scale, float scale, int window) -> (Tensor out, Tensor lse)");
 }
-FINETUNE_KERNELS(m) { m.impl("paged_attention", TORCH_BOX(&paged_attention)); }
+FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "paged_attention", paged_attention); }
 
 }  // namespace finetune

@@ -15,11 +15,11 @@ struct Pieces {
   int64_t count() const { return static_cast<int64_t>(pieces.size()); }
 };
 
-// Of contiguous tensors on one device. written: the kernel changes them.
+// Of contiguous tensors. written: the kernel changes them.
 inline Pieces cut(const std::vector<Tensor>& tensors, const char* op, bool written) {
   Pieces out;
   for (const Tensor& tensor : tensors) {
-    check(same_device(tensor, tensors[0]) && tensor.is_contiguous(), op, "tensors must be contiguous, on one device");
+    check(tensor.is_contiguous(), op, "tensors must be contiguous");
     const DType dtype = dtype_of(tensor, true);
     char* data = static_cast<char*>(written ? inout(tensor) : const_cast<void*>(in(tensor)));
     const int64_t size = tensor.numel(), most = on_device(tensor) ? size : kPiece;

@@ -22,6 +22,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_, const Tensor& x_
   const Tensor dy = torch::stable::contiguous(dy_), x = torch::stable::contiguous(x_),
                weight = torch::stable::contiguous(weight_);
   const int64_t dim = x.size(-1), rows = rstd.numel();
+  check_gradient(dy, x, "rms_norm_backward");
+  check(weight.numel() == dim && rows * dim == x.numel() && weight.scalar_type() == x.scalar_type(),
+        "rms_norm_backward", "weight and rstd must be those of x");
   Tensor dx = torch::stable::empty_like(x);
   Tensor dweight = torch::stable::new_empty(weight, {weight_grad ? dim : 0});
   Tensor partial = empty_f32(x, {RmsNormBackward::scratch(on_device(x), rows, dim, weight_grad)});
@@ -40,8 +43,8 @@ FINETUNE_SCHEMAS(m) {
       "dweight)");
 }
 FINETUNE_KERNELS(m) {
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  FINETUNE_KERNEL(m, "rms_norm", rms_norm);
+  FINETUNE_KERNEL(m, "rms_norm_backward", rms_norm_backward);
 }
 
 }  // namespace finetune

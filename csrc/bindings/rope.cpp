@@ -38,6 +38,6 @@ Tensor rope(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, const Tens
 }  // namespace
 
 FINETUNE_SCHEMAS(m) { m.def("rope(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool inverse=False) -> Tensor"); }
-FINETUNE_KERNELS(m) { m.impl("rope", TORCH_BOX(&rope)); }
+FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "rope", rope); }
 
 }  // namespace finetune

@@ -16,6 +16,8 @@ Tensor swiglu(const Tensor& gate_, const Tensor& up_) {
 }
 
 std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& dy_, const Tensor& gate_, const Tensor& up_) {
+  check_gradient(dy_, gate_, "swiglu_backward");
+  check_gradient(dy_, up_, "swiglu_backward");
   const Rows dy(dy_), gate(gate_), up(up_);
   Tensor dgate = torch::stable::new_empty(gate_, gate_.sizes()), dup = torch::stable::new_empty(up_, up_.sizes());
   run("swiglu_backward", gate_,
@@ -31,8 +33,8 @@ FINETUNE_SCHEMAS(m) {
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)");
 }
 FINETUNE_KERNELS(m) {
-  m.impl("swiglu", TORCH_BOX(&swiglu));
-  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+  FINETUNE_KERNEL(m, "swiglu", swiglu);
+  FINETUNE_KERNEL(m, "swiglu_backward", swiglu_backward);
 }
 
 }  // namespace finetune

@@ -10,7 +10,7 @@ namespace {
 std::tuple<Tensor, Tensor> unscale_check_finite_(std::vector<Tensor> grads, Tensor inverse) {
   const char* op = "unscale_check_finite_";
   check(!grads.empty(), op, "expected a gradient");
-  const float* by = one_float(inverse, grads[0], op, "inverse_scale");
+  const float* by = one_float(inverse, op, "inverse_scale");
   const Pieces pieces = cut(grads, op, true);
   const Tensor found_inf = empty_f32(grads[0], {}), square = empty_f32(grads[0], {});
 #if FINETUNE_DEVICE
@@ -36,6 +36,6 @@ std::tuple<Tensor, Tensor> unscale_check_finite_(std::vector<Tensor> grads, Tens
 FINETUNE_SCHEMAS(m) {
   m.def("unscale_check_finite_(Tensor(a!)[] grads, Tensor inverse_scale) -> (Tensor found_inf, Tensor square)");
 }
-FINETUNE_KERNELS(m) { m.impl("unscale_check_finite_", TORCH_BOX(&unscale_check_finite_)); }
+FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "unscale_check_finite_", unscale_check_finite_); }
 
 }  // namespace finetune

@@ -277,7 +277,7 @@ Status launch_forward(const AttentionCuda& a, void* stream) {
   if (!make_map<T>(args.q_map, a.q, D, a.heads, a.queries, a.batch) ||
       !make_map<T>(args.k_map, a.k, D, a.kv_heads, a.keys, a.batch) ||
       !make_map<T>(args.v_map, a.v, D, a.kv_heads, a.keys, a.batch)) {
-    return Status::failed;
+    return Status::no_tensor_map;
   }
   return launch(forward<T, D>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Memory<T, D>::kBytes, stream, args);
 }

@@ -36,7 +36,11 @@ Status launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, [[mayb
 #if defined(__CUDACC__)
   const auto status = [](cudaError_t error) {
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) return Status::no_kernel;
-    return error == cudaSuccess ? Status::ok : Status::failed;
+    if (error == cudaSuccess) return Status::ok;
+    failure = {cudaGetErrorString(error), 0, 0};
+    cudaDriverGetVersion(&failure.driver);
+    cudaRuntimeGetVersion(&failure.runtime);
+    return Status::failed;
   };
   if (shared > 48 * 1024) {
     const Status allowed =

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from finetune.errors import UserError
+from finetune.ops._library import Library, differentiated_otherwise
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 LIBRARIES = {"cpp": "finetune", "cuda": "finetune", "triton": "finetune_triton"}
@@ -52,7 +53,8 @@ class Native:
     call: Callable[..., Any]  # (operators, *args, **kwargs): the op's result through them
     overload: Callable[..., tuple[str, tuple[Any, ...]]]  # (*args, **kwargs): the operator's name and its arguments
     supports: Callable[..., str | None]  # (backend, *args, **kwargs): None or the reason why not
-    register: Callable[[str], None]  # (library): its shape functions and autograd formula
+    register: Callable[[Library], None]  # its shape functions and derivatives
+    on_host: tuple[str, ...] = ()  # arguments that may be on the CPU while the others are on a GPU
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,16 @@ class Op:
         self.warned: set[str] = set()
         if not NATIVE_PROBLEM:
             try:
-                native.register("finetune")
+                self.register("finetune")
             except RuntimeError as error:
                 raise UserError(
                     f"{LIBRARY} is older than the sources ({error}): pip install -e . builds it again"
                 ) from error
         REGISTRY[name] = self
+
+    def register(self, library: str) -> None:
+        """Shape functions and derivatives for the operators of a torch library."""
+        self.native.register(Library(library, self.native.on_host))
 
     def add_backend(self, backend: str) -> None:
         """Makes the operators of `backend`'s library callable through this op."""
@@ -145,6 +151,8 @@ class Op:
         """None if `backend` can run this call, else the reason."""
         if backend not in self.backends:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+        if backend != "reference" and (reason := differentiated_otherwise((*args, *kwargs.values()))):
+            return reason
         return self.backends[backend].supports(*args, **kwargs)
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:

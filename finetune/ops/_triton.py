@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune.ops._library import check_devices
+
 if TYPE_CHECKING:
     from finetune.ops._op import Op
 
@@ -57,9 +59,21 @@ def define(op: Op) -> str | None:
     for name, function in operators.items():
         schema = str(getattr(torch.ops.finetune, name).default._schema)
         library.define(schema.removeprefix("finetune::"))
+        function = on_one_device(name, function, op.native.on_host)
         library.impl(name, *((function, "CPU") if interpreted() else (on_its_device(function), "CUDA")))
-    op.native.register(LIBRARY)
+    op.register(LIBRARY)
     return None
+
+
+def on_one_device(name: str, function: Callable, on_host: tuple[str, ...]) -> Callable:
+    """Refuses tensors on several devices: a kernel would take an address of one for an address of another."""
+    names = [argument.name for argument in getattr(torch.ops.finetune, name).default._schema.arguments]
+
+    def call(*args: Any) -> Any:
+        check_devices(name, names, args, on_host)
+        return function(*args)
+
+    return call
 
 
 def on_its_device(function: Callable) -> Callable:

@@ -9,11 +9,13 @@ With masters (fp32 copies of bf16 parameters) the master is updated and the para
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
+from finetune.ops._lists import optimizer_lists
 from finetune.ops._op import Native, Op, Sample, native_float, wrong_device
 
 
@@ -77,9 +79,9 @@ def supports(backend: str, params, grads, exp_avgs, exp_avg_sqs, masters=None, *
     return None
 
 
-def register(library: str) -> None:
+def register(library: Library) -> None:
 
-    @torch.library.register_fake(f"{library}::adamw_")
+    @library.fake("adamw_")
     def _(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, scale, lr, beta1, beta2, eps, weight_decay, step):
         return None
 
@@ -123,11 +125,11 @@ op = Op("adamw", reference, Native(native, overload, supports, register), sample
 
 
 def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor] | None = None,
+    params: Iterable[Tensor],
+    grads: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
+    masters: Iterable[Tensor] | None = None,
     *,
     lr: float,
     beta1: float,
@@ -145,7 +147,8 @@ def adamw_(
     grad_scale: a number or a 0-d float32 tensor that multiplies the gradients, for clipping without a sweep of its own;
     a tensor on the GPU is not waited for.
     """
+    lists = optimizer_lists("adamw_", params, masters, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     op(
-        params, grads, exp_avgs, exp_avg_sqs, masters, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+        *lists, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
         weight_decay=weight_decay, step=step, grad_scale=grad_scale, backend=backend,
     )  # fmt: skip

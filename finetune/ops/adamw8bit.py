@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from finetune.ops import adamw as plain
+from finetune.ops._library import Library
+from finetune.ops._lists import optimizer_lists
 from finetune.ops._op import Native, Op, Sample, wrong_device
 
 BLOCK = 256
@@ -134,9 +136,9 @@ def supports(
     return plain.supports(backend, params, grads, exp_avg_maxs, exp_avg_sq_maxs, masters, **kwargs)
 
 
-def register(library: str) -> None:
+def register(library: Library) -> None:
 
-    @torch.library.register_fake(f"{library}::adamw8bit_")
+    @library.fake("adamw8bit_")
     def _(*args):
         return None
 
@@ -190,13 +192,13 @@ op = Op("adamw8bit", reference, Native(native, overload, supports, register), sa
 
 
 def adamw8bit_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_maxs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    exp_avg_sq_maxs: Sequence[Tensor],
-    masters: Sequence[Tensor] | None = None,
+    params: Iterable[Tensor],
+    grads: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_maxs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
+    exp_avg_sq_maxs: Iterable[Tensor],
+    masters: Iterable[Tensor] | None = None,
     *,
     lr: float,
     beta1: float,
@@ -212,7 +214,17 @@ def adamw8bit_(
     exp_avgs, exp_avg_sqs: uint8 codes like the parameters; exp_avg_maxs, exp_avg_sq_maxs: (ceil(numel / 256),) fp32.
     `states_like` makes those of the first step. A gradient that is not finite spoils its block: look at the norm first.
     """
+    lists = optimizer_lists(
+        "adamw8bit_",
+        params,
+        masters,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_maxs=exp_avg_maxs,
+        exp_avg_sqs=exp_avg_sqs,
+        exp_avg_sq_maxs=exp_avg_sq_maxs,
+    )
     op(
-        params, grads, exp_avgs, exp_avg_maxs, exp_avg_sqs, exp_avg_sq_maxs, masters, lr=lr, beta1=beta1, beta2=beta2,
+        *lists, lr=lr, beta1=beta1, beta2=beta2,
         eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale, backend=backend,
     )  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, native_float
 
 
@@ -113,10 +114,10 @@ def supports(backend: str, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> str | N
     return native_float(backend, q, k, v)
 
 
-def register(library: str) -> None:
-    operators = getattr(torch.ops, library)
+def register(library: Library) -> None:
+    operators = library.operators
 
-    @torch.library.register_fake(f"{library}::attention")
+    @library.fake("attention")
     def _(
         q: Tensor,
         k: Tensor,
@@ -130,7 +131,7 @@ def register(library: str) -> None:
         top, total = (q.new_empty(b, h, t, dtype=torch.float32) for _ in range(2))
         return q.new_empty(q.shape), top, total
 
-    @torch.library.register_fake(f"{library}::attention_backward")
+    @library.fake("attention_backward")
     def _(
         grad_o: Tensor,
         q: Tensor,
@@ -146,20 +147,20 @@ def register(library: str) -> None:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
-    def setup_context(ctx, inputs, output) -> None:
-        q, k, v, ctx.causal, ctx.scale, lengths, cu_seqlens = inputs
-        ctx.save_for_backward(q, k, v, *output, lengths, cu_seqlens)
+    def keep(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+        return output
 
     def backward(ctx, grad_o, *_):
-        if grad_o is None:
-            return (None,) * 7
-        q, k, v, o, top, total, lengths, cu_seqlens = ctx.saved_tensors
-        grads = operators.attention_backward(grad_o, q, k, v, o, top, total, ctx.causal, ctx.scale, lengths, cu_seqlens)
-        return *grads, None, None, None, None
+        q, k, v, lengths, cu_seqlens, o, top, total = ctx.saved_tensors
+        options = (*ctx.rest[3:5], lengths, cu_seqlens)  # causal and scale first
+        return *operators.attention_backward(grad_o, q, k, v, o, top, total, *options), None, None, None, None
 
-    torch.library.register_autograd(f"{library}::attention", backward, setup_context=setup_context)
+    def again(q, k, v, causal, scale, lengths, cu_seqlens):
+        o = reference(q, k, v, causal=causal, scale=scale, lengths=lengths, cu_seqlens=cu_seqlens)
+        return o, None, None
+
+    library.derivative("attention", backward, keep=keep, again=again)
 
 
 def samples() -> Iterator[Sample]:
@@ -237,7 +238,8 @@ def samples() -> Iterator[Sample]:
     yield make("bench decode", 8, 1, 512, 9, 3, 64, bench=True, grad=False, lengths=tokens, causal=False)
 
 
-op = Op("attention", reference, Native(native, overload, supports, register), samples, torch_kernel)
+on_host = ("lengths", "cu_seqlens")
+op = Op("attention", reference, Native(native, overload, supports, register, on_host), samples, torch_kernel)
 
 
 def attention(

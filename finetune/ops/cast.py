@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, wrong_device
 
 FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -137,9 +138,9 @@ def supports(backend: str, x: Tensor, dtype: torch.dtype, *, scale: float | Tens
     return wrong_device(backend, x, *([scale] if isinstance(scale, Tensor) else []))
 
 
-def register(library: str) -> None:
+def register(library: Library) -> None:
 
-    @torch.library.register_fake(f"{library}::cast")
+    @library.fake("cast")
     def _(x, given, wanted, scale, scale_tensor, stochastic, seed, saturate):
         dtype = FORMATS[wanted]
         whole = torch.uint8 if dtype.itemsize == 1 else dtype

@@ -9,11 +9,13 @@ norm makes finite gradients 0, a NaN norm makes all NaN), so look at the norm be
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
+from finetune.ops._lists import gradients_of, norm_bound
 from finetune.ops._op import Native, Op, Sample
 from finetune.ops.adamw import SMOLLM2_BLOCK
 from finetune.ops.global_norm import supports as takes
@@ -52,9 +54,9 @@ def supports(backend: str, grads: Sequence[Tensor], max_norm: float) -> str | No
     return None
 
 
-def register(library: str) -> None:
+def register(library: Library) -> None:
 
-    @torch.library.register_fake(f"{library}::clip_grad_norm_")
+    @library.fake("clip_grad_norm_")
     def _(grads: list[Tensor], max_norm: float) -> Tensor:
         return grads[0].new_empty((), dtype=torch.float32)
 
@@ -82,10 +84,12 @@ def samples() -> Iterator[Sample]:
 op = Op("clip_grad_norm", reference, Native(native, overload, supports, register), samples)
 
 
-def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, *, backend: str | None = None) -> Tensor:
+def clip_grad_norm_(grads: Tensor | Iterable[Tensor], max_norm: float, *, backend: str | None = None) -> Tensor:
     """Scales contiguous gradients in place, each of a dtype of its own; returns their L2 norm before that, a 0-d
     float32 tensor where they live (on a GPU the host never waits).
 
-    The same bits for any number of threads. `max_norm=inf` only measures.
+    grads: gradients, or, as for torch.nn.utils.clip_grad_norm_, parameters, whose `.grad` is scaled where they have
+    one; a mixture raises ValueError. max_norm: 0 or more; infinity only measures. The same bits for any number of
+    threads.
     """
-    return op(grads, max_norm, backend=backend)
+    return op(gradients_of("clip_grad_norm_", grads), norm_bound("clip_grad_norm_", max_norm), backend=backend)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, native_float, wrong_device
 
 
@@ -65,9 +66,9 @@ def supports(backend, rewards, values, next_values, terminated, truncated, **_) 
     return native_float(backend, *floats) or wrong_device(backend, terminated, truncated)
 
 
-def register(library: str) -> None:
+def register(library: Library) -> None:
 
-    @torch.library.register_fake(f"{library}::gae")
+    @library.fake("gae")
     def _(rewards, values, next_values, terminated, truncated, gamma, lam):
         wide = torch.promote_types(rewards.dtype, torch.float32)
         return rewards.new_empty(rewards.shape, dtype=wide), rewards.new_empty(rewards.shape, dtype=wide)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, native_float
 
 
@@ -32,25 +33,21 @@ def supports(backend: str, x: Tensor) -> str | None:
     return native_float(backend, x)
 
 
-def register(library: str) -> None:
-    operators = getattr(torch.ops, library)
+def register(library: Library) -> None:
+    operators = library.operators
 
-    @torch.library.register_fake(f"{library}::gelu")
+    @library.fake("gelu")
     def _(x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
 
-    @torch.library.register_fake(f"{library}::gelu_backward")
+    @library.fake("gelu_backward")
     def _(dy: Tensor, x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
 
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
-
     def backward(ctx, dy):
-        return None if dy is None else operators.gelu_backward(dy, *ctx.saved_tensors)
+        return operators.gelu_backward(dy, *ctx.saved_tensors)
 
-    torch.library.register_autograd(f"{library}::gelu", backward, setup_context=setup_context)
+    library.derivative("gelu", backward, again=reference)
 
 
 def samples() -> Iterator[Sample]:

@@ -7,11 +7,13 @@ As torch.nn.utils.get_total_norm. For clipping in the optimizer's own sweep: ada
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
+from finetune.ops._lists import tensors_of
 from finetune.ops._op import Native, Op, Sample, wrong_device
 from finetune.ops.adamw import SMOLLM2_BLOCK
 
@@ -40,9 +42,9 @@ def supports(backend: str, tensors: Sequence[Tensor]) -> str | None:
     return wrong_device(backend, *tensors)
 
 
-def register(library: str) -> None:
+def register(library: Library) -> None:
 
-    @torch.library.register_fake(f"{library}::global_norm")
+    @library.fake("global_norm")
     def _(tensors):
         return tensors[0].new_empty((), dtype=torch.float32)
 
@@ -71,9 +73,10 @@ def samples() -> Iterator[Sample]:
 op = Op("global_norm", reference, Native(native, overload, supports, register), samples)
 
 
-def global_norm(tensors: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
-    """The L2 norm of float32, bfloat16 and float16 tensors as if they were one: 0-d float32, on their device.
+def global_norm(tensors: Tensor | Iterable[Tensor], *, backend: str | None = None) -> Tensor:
+    """The L2 norm of float32, bfloat16 and float16 tensors as if they were one: 0-d float32, on their device. Of
+    parameters it is the norm of the weights, as torch.nn.utils.get_total_norm's.
 
     The same bits at every call, and for any number of threads. The host waits for nothing.
     """
-    return op(tensors, backend=backend)
+    return op(tensors_of("global_norm", "tensors", tensors), backend=backend)

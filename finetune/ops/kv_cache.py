@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, native_float, wrong_device
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -173,17 +174,17 @@ def contiguous_blocks(*caches: Tensor) -> str | None:
     return "it takes caches whose blocks are contiguous"
 
 
-def register(library: str) -> None:
+def register(library: Library) -> None:
 
-    @torch.library.register_fake(f"{library}::kv_cache_")
+    @library.fake("kv_cache_")
     def _(k, v, k_cache, v_cache, slots, k_scale, v_scale):
         return None
 
-    @torch.library.register_fake(f"{library}::kv_cache_gather")
+    @library.fake("kv_cache_gather")
     def _(cache, table, lengths, scale, dtype):
         return cache.new_empty(table.shape[0], table.shape[1] * cache.shape[1], *cache.shape[2:], dtype=dtype)
 
-    @torch.library.register_fake(f"{library}::kv_cache_copy_")
+    @library.fake("kv_cache_copy_")
     def _(caches, pairs):
         return None
 

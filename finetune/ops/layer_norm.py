@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, native_float
 
 
@@ -35,16 +36,16 @@ def supports(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: 
     return native_float(backend, x, weight, bias)
 
 
-def register(library: str) -> None:
-    operators = getattr(torch.ops, library)
+def register(library: Library) -> None:
+    operators = library.operators
 
-    @torch.library.register_fake(f"{library}::layer_norm")
+    @library.fake("layer_norm")
     def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.numel() // max(x.shape[-1], 1)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         return y, x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
 
-    @torch.library.register_fake(f"{library}::layer_norm_backward")
+    @library.fake("layer_norm_backward")
     def _(
         dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool, bias_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,21 +53,20 @@ def register(library: str) -> None:
         dim = weight.shape[0]
         return dx, weight.new_empty(dim if weight_grad else 0), weight.new_empty(dim if bias_grad else 0)
 
-    def setup_context(ctx, inputs, output) -> None:
-        x, weight, _, _ = inputs
-        _, mean, rstd = output
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)
+    def keep(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        return output[1:]
 
     def backward(ctx, dy, *_):
-        if dy is None:
-            return None, None, None, None
         weight_grad, bias_grad = ctx.needs_input_grad[1:3]
-        dx, dweight, dbias = operators.layer_norm_backward(dy, *ctx.saved_tensors, weight_grad, bias_grad)
+        x, weight, _, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = operators.layer_norm_backward(dy, x, weight, mean, rstd, weight_grad, bias_grad)
         return dx, dweight if weight_grad else None, dbias if bias_grad else None, None
 
-    torch.library.register_autograd(f"{library}::layer_norm", backward, setup_context=setup_context)
+    def again(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float):
+        return reference(x, weight, bias, eps), None, None
+
+    library.derivative("layer_norm", backward, keep=keep, again=again)
 
 
 def samples() -> Iterator[Sample]:

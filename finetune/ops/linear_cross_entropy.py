@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, native_float
 
 
@@ -52,39 +53,37 @@ def supports(backend: str, x: Tensor, weight: Tensor, targets: Tensor, **_) -> s
     return native_float(backend, x, weight)
 
 
-def register(library: str) -> None:
-    operators = getattr(torch.ops, library)
+def register(library: Library) -> None:
+    operators = library.operators
 
-    @torch.library.register_fake(f"{library}::linear_cross_entropy")
+    @library.fake("linear_cross_entropy")
     def _(x, weight, targets, ignore_index, z_loss, mean, x_grad, weight_grad, bf16_matmul):
         dim = x.shape[1]
         dx = x.new_empty(x.shape[0] if x_grad else 0, dim)
         dweight = weight.new_empty(weight.shape[0] if weight_grad else 0, dim)
         return x.new_empty((), dtype=torch.float32), dx, dweight
 
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.options = inputs[3:]
+    def keep(ctx, inputs, output):
         ctx.grads = output[1:]
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+        return ()
 
     def backward(ctx, dloss, *_):
-        if dloss is None:
-            return (None,) * 9
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_cross_entropy cannot be differentiated twice: call it without create_graph=True")
         # The gradients are handed out scaled in place, so that no second copy of dweight exists (only native() above
         # sees them otherwise, and it drops them; a tracer's tensors are left alone). A second backward through the same
         # graph (retain_graph) makes them anew.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            grads = operators.linear_cross_entropy(*ctx.saved_tensors, *ctx.options)[1:]
+            grads = operators.linear_cross_entropy(*ctx.saved_tensors, *ctx.rest[3:])[1:]
         scaled = (grad.mul_(dloss) if type(grad) is Tensor else grad * dloss for grad in grads)
-        wanted = ctx.options[3:5]
+        wanted = ctx.rest[6:8]  # x_grad and weight_grad
         return *(grad if want else None for grad, want in zip(scaled, wanted, strict=True)), *(None,) * 7
 
-    torch.library.register_autograd(f"{library}::linear_cross_entropy", backward, setup_context=setup_context)
+    def again(x, weight, targets, ignore_index, z_loss, mean, *_):
+        reduction = "mean" if mean else "sum"
+        return reference(x, weight, targets, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction), None, None
+
+    library.derivative("linear_cross_entropy", backward, keep=keep, again=again)
 
 
 def samples() -> Iterator[Sample]:
@@ -136,7 +135,7 @@ def linear_cross_entropy(
     """x (N, C) and weight (V, C) of one dtype, targets (N,) int64 in [0, V) or ignore_index → scalar float32.
 
     reduction: "mean" over the targets that count, or "sum". Rows with ignore_index cost no matrix product. Gradients
-    for x and weight; a weight that needs none costs neither its product nor its memory. Not twice differentiable.
+    for x and weight; a weight that needs none costs neither its product nor its memory.
     A target outside the vocabulary raises an error that names its position; on a GPU, where the host would have to wait
     for that, it makes the loss NaN.
     """

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, wrong_device
 
 
@@ -99,9 +100,9 @@ def supports(backend: str, scale, growth_tracker, hysteresis_tracker, found_inf,
     return wrong_device(backend, scale, growth_tracker, hysteresis_tracker, found_inf)
 
 
-def register(library: str) -> None:
+def register(library: Library) -> None:
 
-    @torch.library.register_fake(f"{library}::loss_scale_update_")
+    @library.fake("loss_scale_update_")
     def _(*args):
         return None
 

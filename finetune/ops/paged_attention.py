@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from finetune.ops import kv_cache
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, native_float, wrong_device
 
 MOST_DIM = 256  # of the kernels for GPUs
@@ -126,9 +127,9 @@ def supports(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, *args, *
     return wrong_device(backend, k_cache, v_cache) or kv_cache.contiguous_blocks(k_cache, v_cache)
 
 
-def register(library: str) -> None:
+def register(library: Library) -> None:
 
-    @torch.library.register_fake(f"{library}::paged_attention")
+    @library.fake("paged_attention")
     def _(q, k_cache, v_cache, table, lengths, k_scale, v_scale, scale, window):
         return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, native_float
 
 
@@ -34,35 +35,34 @@ def supports(backend: str, x: Tensor, weight: Tensor, eps: float = 1e-5) -> str 
     return native_float(backend, x, weight)
 
 
-def register(library: str) -> None:
-    operators = getattr(torch.ops, library)
+def register(library: Library) -> None:
+    operators = library.operators
 
-    @torch.library.register_fake(f"{library}::rms_norm")
+    @library.fake("rms_norm")
     def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         dim = x.shape[-1]
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         return y, x.new_empty(x.numel() // max(dim, 1), dtype=torch.float32)
 
-    @torch.library.register_fake(f"{library}::rms_norm_backward")
+    @library.fake("rms_norm_backward")
     def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_grad: bool) -> tuple[Tensor, Tensor]:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         return dx, weight.new_empty(weight.shape[0] if weight_grad else 0)
 
-    def setup_context(ctx, inputs, output) -> None:
-        x, weight, _ = inputs
-        ctx.save_for_backward(x, weight, output[1])
+    def keep(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
+        return output[1:]
 
     def backward(ctx, dy, _):
-        if dy is None:
-            return None, None, None
         x, weight, rstd = ctx.saved_tensors
         weight_grad = ctx.needs_input_grad[1]
         dx, dweight = operators.rms_norm_backward(dy, x, weight, rstd, weight_grad)
         return dx, dweight if weight_grad else None, None
 
-    torch.library.register_autograd(f"{library}::rms_norm", backward, setup_context=setup_context)
+    def again(x: Tensor, weight: Tensor, eps: float):
+        return reference(x, weight, eps), None
+
+    library.derivative("rms_norm", backward, keep=keep, again=again)
 
 
 def samples() -> Iterator[Sample]:

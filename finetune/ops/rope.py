@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, native_float
 
 
@@ -46,24 +47,18 @@ def supports(backend: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tenso
     return native_float(backend, x) or native_float(backend, cos, sin)
 
 
-def register(library: str) -> None:
-    operators = getattr(torch.ops, library)
+def register(library: Library) -> None:
+    operators = library.operators
 
-    @torch.library.register_fake(f"{library}::rope")
+    @library.fake("rope")
     def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
         return x.new_empty(x.shape)
 
-    def setup_context(ctx, inputs, output) -> None:
-        _, cos, sin, positions, ctx.inverse = inputs
-        ctx.save_for_backward(cos, sin, positions)
-        ctx.set_materialize_grads(False)
-
     def backward(ctx, dy):
-        if dy is None:
-            return None, None, None, None, None
-        return operators.rope(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None, None
+        _, cos, sin, positions = ctx.saved_tensors
+        return operators.rope(dy, cos, sin, positions, not ctx.rest[4]), None, None, None, None
 
-    torch.library.register_autograd(f"{library}::rope", backward, setup_context=setup_context)
+    library.derivative("rope", backward, again=None)  # linear, and its backward is the operator itself
 
 
 def tables(length: int, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, native_float
 
 
@@ -34,27 +35,21 @@ def supports(backend: str, gate: Tensor, up: Tensor) -> str | None:
     return native_float(backend, gate, up)
 
 
-def register(library: str) -> None:
-    operators = getattr(torch.ops, library)
+def register(library: Library) -> None:
+    operators = library.operators
 
-    @torch.library.register_fake(f"{library}::swiglu")
+    @library.fake("swiglu")
     def _(gate: Tensor, up: Tensor) -> Tensor:
         return gate.new_empty(gate.shape)
 
-    @torch.library.register_fake(f"{library}::swiglu_backward")
+    @library.fake("swiglu_backward")
     def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
-
     def backward(ctx, dy):
-        if dy is None:
-            return None, None
         return operators.swiglu_backward(dy, *ctx.saved_tensors)
 
-    torch.library.register_autograd(f"{library}::swiglu", backward, setup_context=setup_context)
+    library.derivative("swiglu", backward, again=reference)
 
 
 def samples() -> Iterator[Sample]:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
 from finetune.ops._op import Native, Op, Sample, native_float
 
 
@@ -56,34 +57,34 @@ def supports(backend: str, logits: Tensor, targets: Tensor, **_) -> str | None:
     return native_float(backend, logits)
 
 
-def register(library: str) -> None:
-    operators = getattr(torch.ops, library)
+def register(library: Library) -> None:
+    operators = library.operators
 
-    @torch.library.register_fake(f"{library}::token_logprobs")
+    @library.fake("token_logprobs")
     def _(logits, targets, temperature, ignore_index, entropy):
         n = logits.shape[0]
         empty = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n if entropy else 0,), (2, n)))
         return tuple(empty)
 
-    @torch.library.register_fake(f"{library}::token_logprobs_backward")
+    @library.fake("token_logprobs_backward")
     def _(dlogprobs, dentropy, logits, targets, entropy, stats, temperature, ignore_index):
         return logits.new_empty(logits.shape)
 
-    def setup_context(ctx, inputs, output) -> None:
-        logits, targets, ctx.temperature, ctx.ignore_index, ctx.entropy = inputs
-        ctx.save_for_backward(logits, targets, *output[1:])
-        ctx.mark_non_differentiable(*(output[2:] if ctx.entropy else output[1:]))
-        ctx.set_materialize_grads(False)
+    def keep(ctx, inputs, output):
+        ctx.mark_non_differentiable(*(output[2:] if inputs[4] else output[1:]))
+        return output[1:]
 
     def backward(ctx, dlogprobs, dentropy, _):
-        if dlogprobs is None and dentropy is None:
-            return (None,) * 5
-        dlogits = operators.token_logprobs_backward(
-            dlogprobs, dentropy, *ctx.saved_tensors, ctx.temperature, ctx.ignore_index
-        )
+        temperature, ignore_index = ctx.rest[2:4]
+        dlogits = operators.token_logprobs_backward(dlogprobs, dentropy, *ctx.saved_tensors, temperature, ignore_index)
         return dlogits, *(None,) * 4
 
-    torch.library.register_autograd(f"{library}::token_logprobs", backward, setup_context=setup_context)
+    def again(logits, targets, temperature, ignore_index, entropy):
+        options = {"temperature": temperature, "ignore_index": ignore_index, "entropy": entropy}
+        result = reference(logits, targets, **options)
+        return (*result, None) if entropy else (result, None, None)
+
+    library.derivative("token_logprobs", backward, keep=keep, again=again)
 
 
 def samples() -> Iterator[Sample]:

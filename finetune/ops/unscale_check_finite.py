@@ -10,11 +10,13 @@ products in fp32, before they are rounded to the gradients' dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from finetune.ops._library import Library
+from finetune.ops._lists import gradients_of
 from finetune.ops._op import Native, Op, Sample, wrong_device
 from finetune.ops.adamw import SMOLLM2_BLOCK
 from finetune.ops.global_norm import FLOATS
@@ -55,9 +57,9 @@ def supports(backend: str, grads: Sequence[Tensor], inverse_scale: Tensor) -> st
     return wrong_device(backend, *grads, inverse_scale)
 
 
-def register(library: str) -> None:
+def register(library: Library) -> None:
 
-    @torch.library.register_fake(f"{library}::unscale_check_finite_")
+    @library.fake("unscale_check_finite_")
     def _(grads, inverse_scale):
         return tuple(grads[0].new_empty((), dtype=torch.float32) for _ in range(2))
 
@@ -93,8 +95,9 @@ op = Op("unscale_check_finite", reference, Native(native, overload, supports, re
 
 
 def unscale_check_finite_(
-    grads: Sequence[Tensor], inverse_scale: Tensor, *, backend: str | None = None
+    grads: Tensor | Iterable[Tensor], inverse_scale: Tensor, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """grads of float32, bfloat16 or float16, multiplied in place by the 0-d float32 `inverse_scale` → found_inf and
-    square, 0-d float32 on their device. The same bits at every call; the host waits for nothing."""
-    return op(grads, inverse_scale, backend=backend)
+    square, 0-d float32 on their device. Parameters in their place stand for their `.grad`, as in ops.clip_grad_norm_.
+    The same bits at every call; the host waits for nothing."""
+    return op(gradients_of("unscale_check_finite_", grads), inverse_scale, backend=backend)

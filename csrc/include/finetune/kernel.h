@@ -3,13 +3,50 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <type_traits>
 
 namespace finetune {
 
 enum class DType : int { f32, bf16, f16, f64 };  // f16: GPU kernels only; f64: gae on the CPU only
 constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-enum class Status : int { ok, unsupported, failed, no_kernel };  // no_kernel: none for this GPU's architecture
+// no_kernel: none for this GPU's architecture; no_tensor_map: the driver refuses the map that a kernel copies by.
+enum class Status : int { ok, unsupported, failed, no_kernel, no_tensor_map };
+
+// Why the last launch of this thread failed, in CUDA's words, and with which versions (13000 is CUDA 13.0).
+struct Failure {
+  const char* text = nullptr;
+  int driver = 0, runtime = 0;  // the newest CUDA that the driver can run; of the runtime linked in
+};
+inline thread_local Failure failure{};
+
+// One line for people.
+inline std::string message_of(Status status) {
+  const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+  switch (status) {
+    case Status::ok:
+      return "";
+    case Status::unsupported:
+      return "the kernel does not support these arguments";
+    case Status::no_kernel:
+      return "the library holds no kernel for this GPU: FINETUNE_CUDA_ARCHS=<its architecture> pip install -e . builds "
+             "one";
+    case Status::no_tensor_map:
+      return "the driver refuses the tensor map (cuTensorMapEncodeTiled)";
+    case Status::failed:
+      break;
+  }
+  std::string text = "the kernel could not be launched";
+  if (failure.text) text += std::string(": ") + failure.text;
+  const int cuda = failure.runtime / 1000, wanted = cuda == 13 ? 580 : cuda == 12 ? 525 : 0;  // of NVIDIA's table
+  if (failure.runtime && failure.driver < failure.runtime && cuda > failure.driver / 1000) {
+    text += "; the driver " + (failure.driver ? "runs CUDA up to " + version(failure.driver) : "is absent") +
+            ", the library holds the runtime of CUDA " + version(failure.runtime);
+    if (wanted) text += ", which needs driver " + std::to_string(wanted) + " or later";
+    text += ": update the driver, or build with an older CUDA toolkit";
+  }
+  return text;
+}
 
 // Levels of the CPU instruction set, in rising order: a kernel compiled for one runs on all above it.
 enum class Level : int { portable, avx2, avx512, amx };

@@ -1,0 +1,72 @@
+"""The lists of tensors that ops take and change in place, checked: a generator is read once, a parameter is no
+gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors_of(op: str, name: str, given: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """A list of `given`, which may be one tensor or any iterable of them. TypeError names what is no tensor."""
+    if isinstance(given, Tensor):
+        return [given]
+    items: list[Any] = list(given)
+    for i, item in enumerate(items):
+        if not isinstance(item, Tensor):
+            mend = ": leave out parameters without a gradient" if item is None else ""
+            raise TypeError(f"{op}: {name}[{i}] is {type(item).__name__}, not a tensor{mend}")
+    return items
+
+
+def is_parameter(t: Tensor) -> bool:
+    """Is it trained, and so no gradient? A frozen nn.Parameter is one too; a gradient that itself requires a gradient
+    (create_graph=True) is not."""
+    return isinstance(t, torch.nn.Parameter) or (t.is_leaf and (t.requires_grad or t.grad is not None))
+
+
+def gradients_of(op: str, given: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """The gradients to change in place: those given, or, as torch's functions of these names do it, the `.grad` of the
+    parameters given that have one. ValueError for a mixture: it would scale weights."""
+    items = tensors_of(op, "grads", given)
+    of_parameters = [is_parameter(t) for t in items]
+    if any(of_parameters):
+        if not all(of_parameters):
+            a, b = of_parameters.index(True), of_parameters.index(False)
+            raise ValueError(
+                f"{op}: item {a} is a parameter and item {b} is not: give parameters, whose .grad is changed, or "
+                "gradients, but no mixture"
+            )
+        items = [t.grad for t in items if t.grad is not None]
+    for i, g in enumerate(items):
+        if g.layout != torch.strided:
+            raise ValueError(f"{op}: gradient {i} is {str(g.layout).removeprefix('torch.')}; it takes dense gradients")
+    return items
+
+
+def optimizer_lists(
+    op: str, params: Iterable[Tensor], masters: Iterable[Tensor] | None, **others: Iterable[Tensor]
+) -> list[list[Tensor] | None]:
+    """params, the others (gradients and states) and masters as lists of equal lengths. ValueError if one is shorter, or
+    if a gradient or state is a parameter."""
+    lists = {name: tensors_of(op, name, given) for name, given in {"params": params, **others}.items()}
+    masters = None if masters is None else tensors_of(op, "masters", masters)
+    for name, tensors in {**lists, **({"masters": masters} if masters else {})}.items():
+        if len(tensors) != len(lists["params"]):
+            raise ValueError(f"{op}: {name} has {len(tensors)} tensors for {len(lists['params'])} params")
+        if name != "params" and (wrong := [i for i, t in enumerate(tensors) if is_parameter(t)]):
+            what = "its .grad" if name == "grads" else "its state"
+            raise ValueError(f"{op}: {name}[{wrong[0]}] is a parameter: give {what} in its place")
+    return [*lists.values(), masters]
+
+
+def norm_bound(op: str, max_norm: float) -> float:
+    """max_norm as a number that turns no gradient round: not negative, not NaN; infinity only measures."""
+    value = float(max_norm)
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"{op}: max_norm={value} must be 0 or more; infinity only measures")
+    return value
