@@ -5,7 +5,8 @@
     dq_i = scale Σ_j ds_ij k_j  dk_j = scale Σ_i ds_ij q_i
 
 The keys that a query sees are one interval [low, high), whatever hides the others: the causal rule, lengths, the bounds
-of its document. Blocks of keys that no query of a block sees are not visited.
+of its document. Blocks of keys that no query of a block sees are not visited. A block belongs to one document, and what
+lies behind a length or in another document is never loaded: it may be NaN.
 Layout: (B, T, H, D) with any strides but unit stride in D (else copied); D is padded to a power of two by masks. The
 forward pass gives a program BM queries of one head; it keeps q, the sums and the running top and total on chip, and
 streams k and v past them in blocks of BN. The backward pass has three kernels: δ; dk and dv (a program owns BN keys of
@@ -31,20 +32,31 @@ from triton_kernels._common import check, empty_f32
 
 
 @triton.jit
-def visible_keys(
-    i, b, queries, keys, lengths, starts, ends, CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr
-):
-    """low, high: query i of sequence b sees the keys low ≤ j < high; none if there is no such query."""
-    exists = i < queries
-    low, high = i * 0, i * 0 + keys
-    if LENGTHS:
-        high = tl.minimum(high, tl.minimum(tl.load(lengths + b), keys).to(tl.int32))
+def own_block(n, blocks, table, tokens, SIZE: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """first, low, high: where block n begins, and its document's tokens low ≤ t < high; empty if first ≥ high."""
+    first, low, high = n * SIZE, 0, tokens
     if DOCUMENTS:
-        low = tl.load(starts + i, mask=exists, other=0)
-        high = tl.load(ends + i, mask=exists, other=0)
+        first = tl.load(table + n)
+        low = tl.load(table + blocks + n)
+        high = tl.load(table + 2 * blocks + n)
+    return first, low, high
+
+
+@triton.jit
+def real_keys(b, end, lengths, LENGTHS: tl.constexpr):
+    """Where the keys of sequence b end, `end` at the latest."""
+    if LENGTHS:
+        end = tl.minimum(tl.load(lengths + b), end).to(tl.int32)
+    return end
+
+
+@triton.jit
+def visible_end(i, stop, end, shift, CAUSAL: tl.constexpr):
+    """Query i sees keys before this one, at most those before `end`; none if it is not before `stop`."""
+    high = i * 0 + end
     if CAUSAL:
-        high = tl.minimum(high, i + (keys - queries) + 1)
-    return tl.where(exists, low, keys), tl.where(exists, high, 0)
+        high = tl.minimum(high, i + shift + 1)
+    return tl.where(i < stop, high, 0)
 
 
 @triton.jit
@@ -64,29 +76,29 @@ def store_rows(x, value, first, end, token_stride, dim, ROWS: tl.constexpr, BD: 
 
 @triton.jit
 def attention_kernel(
-    q, k, v, o, top, total, lengths, starts, ends, queries, keys, heads, group, dim, log2_scale,
+    q, k, v, o, top, total, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(queries, BM)
-    first = (blocks - 1 - tl.program_id(0) % blocks) * BM  # causal: the longest first
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
     h = (tl.program_id(0) // blocks % heads).to(tl.int64)
+    n = blocks - 1 - tl.program_id(0) % blocks  # causal: the longest first
+    first, low, stop = own_block(n, blocks, table, queries, BM, DOCUMENTS)
     i = first + tl.arange(0, BM)
-    low, high = visible_keys(i, b, queries, keys, lengths, starts, ends, CAUSAL, LENGTHS, DOCUMENTS)
+    high = visible_end(i, stop, real_keys(b, stop if DOCUMENTS else keys, lengths, LENGTHS), keys - queries, CAUSAL)
     end = tl.max(high, 0)
     k += b * k_batch + h // group * k_head
     v += b * v_batch + h // group * v_head
-    q_rows = rows(q + b * q_batch + h * q_head, first, queries, q_token, dim, BM, BD)
+    q_rows = rows(q + b * q_batch + h * q_head, first, stop, q_token, dim, BM, BD)
 
     best = tl.full([BM], float("-inf"), tl.float32)
     sums = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, BD], tl.float32)
-    for start in range(tl.min(low, 0) // BN * BN, end, BN):
+    for start in range(low, end, BN):
         j = start + tl.arange(0, BN)
         s = tl.dot(q_rows, tl.trans(rows(k, start, end, k_token, dim, BN, BD)), input_precision="ieee") * log2_scale
-        seen = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+        seen = j[None, :] < high[:, None]
         s = tl.where(seen, s, float("-inf"))
         best_now = tl.maximum(best, tl.max(s, 1))
         shift = tl.where(best_now == float("-inf"), 0.0, best_now)  # nothing seen yet: not −inf − −inf
@@ -98,10 +110,10 @@ def attention_kernel(
         best = best_now
 
     row = (b * heads + h) * queries + i
-    tl.store(top + row, best, mask=i < queries)
-    tl.store(total + row, sums, mask=i < queries)
-    out = out / tl.where(sums > 0, sums, 1.0)[:, None]
-    store_rows(o + (b * queries * heads + h) * dim, out, first, queries, heads * dim, dim, BM, BD)
+    tl.store(top + row, best, mask=i < stop)
+    tl.store(total + row, sums, mask=i < stop)
+    out = out / tl.where(sums == 0, 1.0, sums)[:, None]
+    store_rows(o + (b * queries * heads + h) * dim, out, first, stop, heads * dim, dim, BM, BD)
 
 
 @triton.jit
@@ -126,86 +138,83 @@ def delta_kernel(
 def row_statistics(top, total, delta, row, exists):
     """top, 1 / total and δ of some queries; 1 / total is 0 for those that see nothing."""
     sums = tl.load(total + row, mask=exists, other=0.0)
-    best = tl.where(sums > 0, tl.load(top + row, mask=exists, other=0.0), 0.0)
-    return best, tl.where(sums > 0, 1 / sums, 0.0), tl.load(delta + row, mask=exists, other=0.0)
+    best = tl.where(sums == 0, 0.0, tl.load(top + row, mask=exists, other=0.0))
+    return best, tl.where(sums == 0, 0.0, 1 / sums), tl.load(delta + row, mask=exists, other=0.0)
 
 
 @triton.jit
 def attention_backward_keys_kernel(
-    q, k, v, grad_o, dk, dv, top, total, delta, lengths, starts, ends, queries, keys, heads, group, dim, log2_scale,
+    q, k, v, grad_o, dk, dv, top, total, delta, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
     scale, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    blocks, kv_heads = tl.cdiv(keys, BN), heads // group
-    first = tl.program_id(0) % blocks * BN
+    kv_heads = heads // group
     b = (tl.program_id(0) // blocks // kv_heads).to(tl.int64)
     g = (tl.program_id(0) // blocks % kv_heads).to(tl.int64)
+    first, low, stop = own_block(tl.program_id(0) % blocks, blocks, table, keys, BN, DOCUMENTS)
+    end = real_keys(b, stop, lengths, LENGTHS)
     j = first + tl.arange(0, BN)
-    k_rows = rows(k + b * k_batch + g * k_head, first, keys, k_token, dim, BN, BD)
-    v_rows = rows(v + b * v_batch + g * v_head, first, keys, v_token, dim, BN, BD)
-    begin, end = 0, queries  # of the queries that may see a key of this block
+    k_rows = rows(k + b * k_batch + g * k_head, first, end, k_token, dim, BN, BD)
+    v_rows = rows(v + b * v_batch + g * v_head, first, end, v_token, dim, BN, BD)
+    begin, last = low, stop if DOCUMENTS else queries  # of the queries that may see a key of this block
     if CAUSAL:
-        begin = tl.maximum(first - (keys - queries), 0)
-    if LENGTHS:
-        end = tl.where(tl.load(lengths + b) > first, queries, 0)
-    if DOCUMENTS:
-        begin = tl.maximum(begin, tl.load(starts + first))
-        end = tl.load(ends + tl.minimum(first + BN, keys) - 1)
+        begin = tl.maximum(low, first - (keys - queries))
+    last = tl.where(first < end, last, 0)
 
     dk_rows = tl.zeros([BN, BD], tl.float32)
     dv_rows = tl.zeros([BN, BD], tl.float32)
     for h in range(g * group, (g + 1) * group):
-        for start in range(begin // BM * BM, end, BM):
+        for start in range(begin, last, BM):
             i = start + tl.arange(0, BM)
-            low, high = visible_keys(i, b, queries, keys, lengths, starts, ends, CAUSAL, LENGTHS, DOCUMENTS)
+            high = visible_end(i, last, end, keys - queries, CAUSAL)
             row = (b * heads + h) * queries + i
-            best, inverse, d = row_statistics(top, total, delta, row, i < queries)
-            q_rows = rows(q + b * q_batch + h * q_head, start, queries, q_token, dim, BM, BD)
-            grad = rows(grad_o + b * g_batch + h * g_head, start, queries, g_token, dim, BM, BD)
+            best, inverse, d = row_statistics(top, total, delta, row, i < last)
+            q_rows = rows(q + b * q_batch + h * q_head, start, last, q_token, dim, BM, BD)
+            grad = rows(grad_o + b * g_batch + h * g_head, start, last, g_token, dim, BM, BD)
             s = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee") * log2_scale  # (BN, BM)
-            seen = (j[:, None] >= low[None, :]) & (j[:, None] < high[None, :])
+            seen = j[:, None] < high[None, :]
             p = tl.where(seen, tl.exp2(s - best[None, :]) * inverse[None, :], 0.0)
             dv_rows = tl.dot(p.to(grad.dtype), grad, dv_rows, input_precision="ieee")
             dp = tl.dot(v_rows, tl.trans(grad), input_precision="ieee")
-            ds = p * (dp - d[None, :])
+            ds = tl.where(seen, p * (dp - d[None, :]), 0.0)
             dk_rows = tl.dot(ds.to(q_rows.dtype), q_rows, dk_rows, input_precision="ieee")
     to = (b * keys * kv_heads + g) * dim
-    store_rows(dk + to, dk_rows * scale, first, keys, kv_heads * dim, dim, BN, BD)
-    store_rows(dv + to, dv_rows, first, keys, kv_heads * dim, dim, BN, BD)
+    store_rows(dk + to, dk_rows * scale, first, stop, kv_heads * dim, dim, BN, BD)
+    store_rows(dv + to, dv_rows, first, stop, kv_heads * dim, dim, BN, BD)
 
 
 @triton.jit
 def attention_backward_queries_kernel(
-    q, k, v, grad_o, dq, top, total, delta, lengths, starts, ends, queries, keys, heads, group, dim, log2_scale,
+    q, k, v, grad_o, dq, top, total, delta, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
     scale, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(queries, BM)
-    first = (blocks - 1 - tl.program_id(0) % blocks) * BM
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
     h = (tl.program_id(0) // blocks % heads).to(tl.int64)
+    n = blocks - 1 - tl.program_id(0) % blocks
+    first, low, stop = own_block(n, blocks, table, queries, BM, DOCUMENTS)
     i = first + tl.arange(0, BM)
-    low, high = visible_keys(i, b, queries, keys, lengths, starts, ends, CAUSAL, LENGTHS, DOCUMENTS)
+    high = visible_end(i, stop, real_keys(b, stop if DOCUMENTS else keys, lengths, LENGTHS), keys - queries, CAUSAL)
     end = tl.max(high, 0)
-    best, inverse, d = row_statistics(top, total, delta, (b * heads + h) * queries + i, i < queries)
+    best, inverse, d = row_statistics(top, total, delta, (b * heads + h) * queries + i, i < stop)
     k += b * k_batch + h // group * k_head
     v += b * v_batch + h // group * v_head
-    q_rows = rows(q + b * q_batch + h * q_head, first, queries, q_token, dim, BM, BD)
-    grad = rows(grad_o + b * g_batch + h * g_head, first, queries, g_token, dim, BM, BD)
+    q_rows = rows(q + b * q_batch + h * q_head, first, stop, q_token, dim, BM, BD)
+    grad = rows(grad_o + b * g_batch + h * g_head, first, stop, g_token, dim, BM, BD)
 
     dq_rows = tl.zeros([BM, BD], tl.float32)
-    for start in range(tl.min(low, 0) // BN * BN, end, BN):
+    for start in range(low, end, BN):
         j = start + tl.arange(0, BN)
         k_rows = rows(k, start, end, k_token, dim, BN, BD)
         s = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee") * log2_scale
-        seen = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+        seen = j[None, :] < high[:, None]
         p = tl.where(seen, tl.exp2(s - best[:, None]) * inverse[:, None], 0.0)
         dp = tl.dot(grad, tl.trans(rows(v, start, end, v_token, dim, BN, BD)), input_precision="ieee")
-        ds = p * (dp - d[:, None])
+        ds = tl.where(seen, p * (dp - d[:, None]), 0.0)
         dq_rows = tl.dot(ds.to(k_rows.dtype), k_rows, dq_rows, input_precision="ieee")
-    store_rows(dq + (b * queries * heads + h) * dim, dq_rows * scale, first, queries, heads * dim, dim, BM, BD)
+    store_rows(dq + (b * queries * heads + h) * dim, dq_rows * scale, first, stop, heads * dim, dim, BM, BD)
 
 
 # (bits of the dtype, padded D at most) → own × stream tile, warps and stages, forward and backward: without spills and
@@ -234,38 +243,53 @@ def unit_stride(t: Tensor) -> Tensor:
     return t if t.shape[3] <= 1 or t.stride(3) == 1 else t.contiguous()
 
 
+def blocks_of(tokens: int, size: int, ends: Tensor | None, none: Tensor) -> tuple[Tensor, int]:
+    """The table that own_block reads, (3, blocks), and how many blocks of `size` tokens there are: with documents as
+    many as there may be, some of them empty, for the host does not wait to know."""
+    if ends is None:
+        return none, triton.cdiv(tokens, size)
+    starts, stops = ends[:-1], ends[1:]
+    each = ((stops - starts).clamp(min=0) + size - 1) // size
+    after = each.cumsum(0)
+    n = torch.arange(triton.cdiv(tokens, size) + len(starts), device=ends.device)
+    document = torch.searchsorted(after, n, right=True).clamp(max=len(starts) - 1)
+    first = starts[document] + (n - (after - each)[document]) * size
+    return torch.stack([first, starts[document], stops[document]]).to(torch.int32), len(n)
+
+
 def who_sees_what(
     q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[list[Tensor], dict[str, bool]]:
-    """lengths, starts and ends as kernel arguments, and the constants that say which of them count."""
+) -> tuple[Tensor, Tensor | None, Tensor, dict[str, bool]]:
+    """lengths as a kernel argument, the documents' bounds, a tensor that is never read, and the constants that say
+    what hides keys."""
     check(q.dim() == k.dim() == 4 and q.shape[3] == k.shape[3], "attention", "q and k must be (B, T, H, D) of one D")
     check(q.shape[2] % k.shape[2] == 0, "attention", "q's heads must be a multiple of k's")
     none = empty_f32(q, 1)  # never read
-    tables = [none, none, none]
+    ends = None
     if lengths is not None:
         check(lengths.shape == q.shape[:1], "attention", "lengths must be (batch,)")
-        tables[0] = lengths.to(q.device).contiguous()
     if cu_seqlens is not None:
         check(q.shape[0] == 1 and q.shape[1] == k.shape[1], "attention", "cu_seqlens needs batch 1 and Tq = Tk")
-        ends = cu_seqlens.to(q.device, torch.int32)
-        token = torch.arange(q.shape[1], device=q.device, dtype=torch.int32)
-        document = torch.searchsorted(ends, token, right=True).clamp(1, len(ends) - 1)
-        tables[1:] = ends[document - 1].contiguous(), ends[document].contiguous()
+        ends = cu_seqlens.to(q.device, torch.int32).clamp(0, q.shape[1])
     hidden = {"CAUSAL": causal, "LENGTHS": lengths is not None, "DOCUMENTS": cu_seqlens is not None}
-    return tables, hidden
+    return none if lengths is None else lengths.to(q.device).contiguous(), ends, none, hidden
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, lengths: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (unit_stride(t) for t in (q, k, v))
-    tables, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens)
+    real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens)
     (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
     o, top, total = q.new_empty(q.shape), *(empty_f32(q, batch, heads, queries) for _ in range(2))
+    if ends is not None:  # tokens of no document, if cu_seqlens is wrong
+        o.zero_()
     if top.numel():
         chosen = tiles(q, "BM", queries)
-        attention_kernel[(triton.cdiv(queries, chosen["BM"]) * batch * heads,)](
-            q, k, v, o, top, total, *tables, queries, keys, heads, heads // kv_heads, dim, scale * math.log2(math.e),
+        table, blocks = blocks_of(queries, chosen["BM"], ends, none)
+        attention_kernel[(blocks * batch * heads,)](
+            q, k, v, o, top, total, real, table, blocks, queries, keys, heads, heads // kv_heads, dim,
+            scale * math.log2(math.e),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **hidden, **chosen,
         )  # fmt: skip
     return o, top, total
@@ -277,9 +301,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad_o, q, k, v, o = (unit_stride(t) for t in (grad_o, q, k, v, o))
     top, total = top.contiguous(), total.contiguous()
-    tables, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens)
+    real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens)
     (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dq, dk, dv = ((t.new_empty if ends is None else t.new_zeros)(t.shape) for t in (q, k, v))
     delta = torch.empty_like(top)
     if not dq.numel():
         return dq, dk.zero_(), dv.zero_()
@@ -291,12 +315,14 @@ def attention_backward(
     )
     if keys:
         chosen = tiles(q, "BN", keys, backward=True)
-        attention_backward_keys_kernel[(triton.cdiv(keys, chosen["BN"]) * batch * kv_heads,)](
-            q, k, v, grad_o, dk, dv, top, total, delta, *tables, *sizes, *strides, **hidden, **chosen
+        table, blocks = blocks_of(keys, chosen["BN"], ends, none)
+        attention_backward_keys_kernel[(blocks * batch * kv_heads,)](
+            q, k, v, grad_o, dk, dv, top, total, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
         )
     chosen = tiles(q, "BM", queries, backward=True)
-    attention_backward_queries_kernel[(triton.cdiv(queries, chosen["BM"]) * batch * heads,)](
-        q, k, v, grad_o, dq, top, total, delta, *tables, *sizes, *strides, **hidden, **chosen
+    table, blocks = blocks_of(queries, chosen["BM"], ends, none)
+    attention_backward_queries_kernel[(blocks * batch * heads,)](
+        q, k, v, grad_o, dq, top, total, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
     )
     return dq, dk, dv
 

@@ -66,7 +66,7 @@ void backward_rows(const AttentionBackward& a, const Group& g, int64_t first, in
     const T *q[kLanes], *grad[kLanes], *o[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t r = i + lane;
-      const bool real = r < count;
+      const bool real = r < count && g.visible(first + r) > 0;  // else it adds nothing, whatever it holds
       q[lane] = real ? g.row<const T>(a.q, first + r) : nullptr;
       o[lane] = real ? g.row<const T>(a.o, first + r) : nullptr;
       grad[lane] = real ? g.row<const T>(a.grad_o, first + r) : nullptr;

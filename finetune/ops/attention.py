@@ -5,12 +5,17 @@
     g = h // (H / Hkv)
     visible(b, i, j) = (j < lengths[b]) and (not causal or j <= i + Tk − Tq) and (i and j of one document)
 
-A query that sees no key gives 0. Arithmetic in fp32 whatever the dtype; the result is rounded once. The reference makes
+A query that sees no key gives 0 and gets gradient 0. What no query of a sequence may see (keys behind `lengths`, tokens
+of other documents, the padding of a tile) adds exactly 0 to every sum and gets gradient 0, whatever it holds, NaN and
+infinity too. The causal rule does not promise that: there a hidden key has weight 0, and 0 · NaN is NaN.
+
+Arithmetic in fp32 whatever the dtype; the result is rounded once. The reference makes
 the whole (Tq, Tk) score matrix; the kernels never do (FlashAttention-2, arXiv:2307.08691).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -33,6 +38,17 @@ def check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, cu_seqlens: T
         raise ValueError("attention: lengths must be (B,), and excludes cu_seqlens")
     if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
         raise ValueError("attention: cu_seqlens needs B = 1 and as many queries as keys")
+
+
+def check_documents(ends: list[int], tokens: int) -> None:
+    if not ends or ends[0] != 0 or ends[-1] != tokens or any(i > j for i, j in itertools.pairwise(ends)):
+        raise ValueError(f"attention: cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {ends}")
+
+
+def behind(keys: Tensor, lengths: Tensor) -> Tensor:
+    """(B, Tk, 1, 1) bool: which keys lie behind their sequence's length."""
+    token = torch.arange(keys.shape[1], device=keys.device)
+    return (token >= lengths.to(keys.device)[:, None])[..., None, None]
 
 
 def visible(q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -63,11 +79,19 @@ def reference(
 ) -> Tensor:
     check(q, k, v, lengths, cu_seqlens)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if cu_seqlens is not None:  # one document after another
+        ends = cu_seqlens.tolist()
+        check_documents(ends, q.shape[1])
+        documents = (tuple(x[:, i:j] for x in (q, k, v)) for i, j in itertools.pairwise(ends))
+        return torch.cat([q[:, :0], *(reference(*each, causal=causal, scale=scale) for each in documents)], 1)
+    hidden = ~visible(q, k, causal, lengths, None)  # (B, Tq, Tk)
+    q = q.masked_fill(hidden.all(2)[..., None, None], 0)
+    k, v = (x.masked_fill(behind(x, lengths), 0) for x in (k, v)) if lengths is not None else (k, v)
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[2] // k.shape[2]
     k, v = (x.to(wide).repeat_interleave(group, dim=2) for x in (k, v))  # (B, Tk, H, D)
     scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), k) * scale
-    hidden = ~visible(q, k, causal, lengths, cu_seqlens)[:, None]  # (B, 1, Tq, Tk)
+    hidden = hidden[:, None]  # (B, 1, Tq, Tk)
     p = scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # a row without keys: NaN, then 0
     return torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype)
 
@@ -184,6 +208,9 @@ def samples() -> Iterator[Sample]:
             torch.randn(b, t, h, dim, generator=g, dtype=torch.float64) * s
             for t, h, s in ((tq, heads, size), (tk, kv_heads, size), (tk, kv_heads, 1.0))
         )
+        if not bench and (lengths := kwargs.get("lengths")) is not None:
+            unseen = behind(k, lengths)
+            k, v = k.masked_fill(unseen, torch.nan), v.masked_fill(unseen, torch.inf)
         pairs = 0.0  # (query, key, head) triples in which the query sees the key
         if bench:
             causal, lengths, documents = kwargs.get("causal", True), kwargs.get("lengths"), kwargs.get("cu_seqlens")
@@ -228,6 +255,17 @@ def samples() -> Iterator[Sample]:
     yield make("few of each", 1, 2, 3, 4, 2, 4)
     yield make("padded dim", 1, 75, 75, 2, 1, 96)
     yield make("odd dim", 1, 40, 67, 1, 1, 129, causal=False)
+
+    q, k, v = make("", 1, 41, 29, 2, 1, 12).args
+    yield Sample("blind NaN", (q.masked_fill(torch.arange(41)[:, None, None] < 12, torch.nan), k, v), grad=(0, 1, 2))
+    documents = ints(0, 33, 50, 50, 83)  # in one tile: one whose every key is NaN, and one whose every value is
+    q, k, v = make("", 1, 83, 83, 2, 1, 24).args
+    token = torch.arange(83)[:, None, None]
+    k = k.masked_fill((token >= 33) & (token < 50), torch.nan)
+    for causal in (True, False):
+        kwargs = {"cu_seqlens": documents, "causal": causal}
+        name = "packed NaN" + (", full" if not causal else "")
+        yield Sample(name, (q, k, v.masked_fill(token >= 50, torch.nan)), kwargs, grad=(0, 1, 2))
 
     yield make("bench", 1, 1024, 1024, 8, 8, 64, bench=True)
     yield make("bench grouped", 4, 512, 512, 9, 3, 64, bench=True)

@@ -205,6 +205,7 @@ def samples() -> Iterator[Sample]:
         slots = torch.randperm(blocks * block_size, generator=g)[:tokens]
         slots[:skip] = -1
         k, v = random(tokens, heads, dim) * size, random(tokens, heads, dim)
+        k[:skip], v[:skip] = torch.nan, torch.inf  # never read
         given = ("append", k, v, k_cache, v_cache, slots, k_scale, v_scale)
         moved = 4.0 * (2 * k.numel() + 2 * k.numel() * (1 if dtype is None else 0.25))
         return Sample(name, given, mutates=(3, 4) if dtype is None else (3, 4, 6, 7), bench=bench, bytes=moved)

@@ -6,7 +6,8 @@
 
 Chunked as in Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989): each chunk's gradients are made in the forward pass,
 while its logits are there, and scaled by the incoming gradient in the backward pass. z-loss: PaLM, arXiv:2204.02311.
-If every target is ignored, the loss is 0 and so are the gradients.
+A row whose target is ignored adds exactly 0 to loss and gradients, whatever it holds, NaN and infinity too, and gets
+gradient 0. If every target is ignored, the loss is 0.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ def reference(
     z_loss: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
+    counted = targets != ignore_index
+    x = x.masked_fill(~counted[:, None], 0)
     logits = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
     loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-    counted = targets != ignore_index
     if z_loss:
-        loss = loss + z_loss * logits.logsumexp(-1).square()[counted].sum()
+        loss = loss + z_loss * logits.logsumexp(-1).square().masked_fill(~counted, 0).sum()
     return loss / counted.sum().clamp(min=1) if reduction == "mean" else loss
 
 
@@ -94,7 +96,10 @@ def samples() -> Iterator[Sample]:
             x = torch.randn(n, dim, generator=g, dtype=torch.float64) * scale
             weight = torch.randn(vocab, dim, generator=g, dtype=torch.float64) * dim**-0.5
             targets = torch.randint(vocab, (n,), generator=g)
-            targets[torch.rand(n, generator=g) < ignored] = kwargs.get("ignore_index", -100)
+            out = torch.rand(n, generator=g) < ignored
+            targets[out] = kwargs.get("ignore_index", -100)
+            if not bench:
+                x[targets == kwargs.get("ignore_index", -100)] = torch.nan
             return x, weight, targets
 
         flops = 2.0 * n * dim * vocab * (1 + len(grad))

@@ -5,7 +5,8 @@
     entropy_i = −Σ_j p_ij · log p_ij,   p = softmax(z)
 
 log_softmax and gather without the (N, V) in between: one pass over the logits with a running maximum (Milakov &
-Gimelshein 2018, arXiv:1805.02867). Rows whose target is ignore_index give 0 and no gradient. A logit of −inf is a word
+Gimelshein 2018, arXiv:1805.02867). Rows whose target is ignore_index give 0 and get gradient 0, whatever they hold, NaN
+and infinity too. A logit of −inf is a word
 that cannot be drawn: probability and gradient 0. Arithmetic and results in fp32 whatever the logits' dtype.
 
 Backward keeps two numbers a row:
@@ -32,6 +33,7 @@ def reference(
     if len(outside):
         i = int(outside[0])
         raise RuntimeError(f"token_logprobs: targets[{i}] is {targets[i]}, outside the vocabulary of {logits.shape[1]}")
+    logits = logits.masked_fill(~counted[:, None], 0)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logp = z.log_softmax(-1)  # (N, V)
     of_target = logp.gather(1, targets.masked_fill(~counted, 0)[:, None])[:, 0]
@@ -95,6 +97,8 @@ def samples() -> Iterator[Sample]:
             logits = torch.randn(n, vocab, generator=g, dtype=torch.float64) * scale
             targets = torch.randint(vocab, (n,), generator=g)
             targets[torch.rand(n, generator=g) < ignored] = kwargs.get("ignore_index", -100)
+            if not bench:
+                logits[targets == kwargs.get("ignore_index", -100)] = torch.nan
             return logits, targets
 
         size = n * vocab
