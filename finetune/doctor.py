@@ -1,6 +1,7 @@
 """What this machine has, what works, and why the rest does not."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ Row = dict[str, Any]  # {"what": str, "ok": bool | None, "found": str}; None: ne
 def report() -> list[Row]:
     """All findings, in the order they are shown. Nothing here raises: a failed look-up is a finding."""
     rows: list[Row] = []
-    for section in (system, packages, compilers, gpu, native):
+    for section in (system, packages, compilers, gpu, driver, native):
         try:
             rows += section()
         except Exception as e:
@@ -89,6 +90,24 @@ def gpu() -> Iterator[Row]:
         yield row("GPU", "not usable: this torch is a CPU build", None)
     else:
         yield row("GPU", f"none found by torch (built for CUDA {torch.version.cuda})", None)
+
+
+def driver() -> Iterator[Row]:
+    """NVIDIA's driver, and whether it is new enough for the CUDA runtime that the native library holds."""
+    import torch
+
+    newest = cuda_toolkit.driver_cuda()
+    if newest is None:
+        yield row("NVIDIA driver", "none found", None)
+        return
+    known = Path("/proc/driver/nvidia/version")
+    numbers = re.findall(r"\b\d{3}\.\d+(?:\.\d+)?\b", known.read_text()) if known.exists() else []
+    text = f"{numbers[0] + ', ' if numbers else ''}runs CUDA up to {newest // 1000}.{newest % 1000 // 10}"
+    from finetune import ops
+
+    info = "" if ops._op.NATIVE_PROBLEM else torch.ops.finetune.build_info()
+    problem = cuda_toolkit.driver_problem(newest, info)
+    yield row("NVIDIA driver", f"{text}; {problem}" if problem else text, not problem)
 
 
 def native() -> Iterator[Row]:

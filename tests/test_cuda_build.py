@@ -114,3 +114,48 @@ def test_the_same_library_in_a_cuda_torch():
     command = [python, "-c", DISPATCH + stream, ops._op.LIBRARY]
     out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
+
+
+LAUNCH = """
+#include <cstdio>
+#include "launch.cuh"
+__global__ void nothing() {}
+int main() {
+  using namespace finetune;
+  std::puts(message_of(launch(nothing, dim3(1), dim3(2048), 0, nullptr)).c_str());  // too many threads for any GPU
+  for (int driver : {0, 12040, 13010}) {
+    failure = {"CUDA's words", driver, 13000};
+    std::puts(message_of(Status::failed).c_str());
+  }
+}
+"""
+
+
+@needs_nvcc
+def test_a_failed_launch_says_what_cuda_says(tmp_path):
+    (tmp_path / "launch.cu").write_text(LAUNCH)
+    folders = [f"-I{ROOT / folder}" for folder in ("csrc/cuda", "csrc/cuda/device", "csrc/include")]
+    command = [cuda_toolkit.tool("nvcc"), "-std=c++20", *folders, tmp_path / "launch.cu", "-o", tmp_path / "launch"]
+    subprocess.run(command, check=True, capture_output=True)
+    real, absent, old, new = subprocess.run([tmp_path / "launch"], capture_output=True, text=True).stdout.splitlines()
+    assert re.match("the kernel could not be launched: (CUDA driver version is|no CUDA-capable|invalid )", real)
+    wanted = "the library holds the runtime of CUDA 13.0, which needs driver 580 or later: update the driver, or build"
+    assert f"CUDA's words; the driver is absent, {wanted}" in absent
+    assert f"CUDA's words; the driver runs CUDA up to 12.4, {wanted}" in old
+    assert new == "the kernel could not be launched: CUDA's words"
+
+
+def test_doctor_names_a_driver_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(cuda_toolkit, "driver_cuda", lambda: 12040)
+    monkeypatch.setattr(torch.ops.finetune, "build_info", lambda: "compiler=GNU|nvcc=13.0.88|archs=80", raising=False)
+    (row,) = doctor.driver()
+    assert not row["ok"]
+    assert (
+        "runs CUDA up to 12.4; the native library holds the runtime of CUDA 13.0, which needs driver 580"
+        in row["found"]
+    )
+    monkeypatch.setattr(cuda_toolkit, "driver_cuda", lambda: 13000)
+    (row,) = doctor.driver()
+    assert row["ok"]
+    monkeypatch.setattr(cuda_toolkit, "driver_cuda", lambda: None)
+    assert [row["ok"] for row in doctor.driver()] == [None]

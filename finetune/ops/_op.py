@@ -264,8 +264,12 @@ def device_for(backend: str) -> str:
 
 
 def wrong_device(backend: str, *tensors: torch.Tensor) -> str | None:
-    """CPU tensors for cpp and for what is emulated or interpreted, CUDA tensors for the GPU."""
+    """CPU tensors for cpp and for what is emulated or interpreted, CUDA tensors for the GPU, all on one device."""
     wanted = device_for(backend)
+    devices = list(dict.fromkeys(t.device for t in tensors))
+    if len(devices) > 1:
+        first, second = devices[:2]
+        return f"Expected all tensors to be on the same device, but found at least two devices, {first} and {second}!"
     if all(t.device.type == wanted for t in tensors):
         return None
     how = "; TRITON_INTERPRET=1 interprets it on the CPU" if (backend, wanted) == ("triton", "cuda") else ""

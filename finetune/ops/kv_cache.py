@@ -153,6 +153,8 @@ def native(operators, what: str, *args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def supports(backend: str, what: str, *args: Any, **kwargs: Any) -> str | None:
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values())):
+        return "it has no backward pass"
     if what == "copy":
         caches = args[0]
         return wrong_device(backend, *caches) or contiguous_blocks(*caches)
