@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, c
         return {f.o, f.top, f.total};
       }
       tensor_maps_refused = true;
-      aoti_torch_warn(__FILE__, __LINE__,
+      aoti_torch_warn(__func__, __FILE__, __LINE__,
                       "attention: the driver refuses the tensor maps of the kernel for sm_90 (cuTensorMapEncodeTiled): "
                       "the kernel for every GPU runs in its place, which is slower");
     }
