@@ -28,6 +28,7 @@ NATIVE = [
     for sample in SAMPLES[op]
 ]
 each_native = pytest.mark.parametrize(("op", "level", "sample"), NATIVE)
+each_at_home = pytest.mark.parametrize(("op", "level", "sample"), [p for p in NATIVE if not p.values[2].placed])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("f32", "bf16"))
 
 
@@ -46,7 +47,7 @@ def test_values_and_gradients(op, level, sample, dtype):
 
 
 @each_dtype
-@each_native
+@each_at_home
 def test_uninitialised_memory_is_never_read(op, level, sample, dtype, monkeypatch):
     """torch fills every new tensor with NaN in deterministic mode: the result must not change by a bit."""
     torch.ops.finetune.set_cpu_level(level)
@@ -59,7 +60,7 @@ def test_uninitialised_memory_is_never_read(op, level, sample, dtype, monkeypatc
         torch.use_deterministic_algorithms(False)
 
 
-@each_native
+@each_at_home
 def test_same_bits_for_any_number_of_threads(op, level, sample):
     torch.ops.finetune.set_cpu_level(level)
     before = torch.get_num_threads()
@@ -126,7 +127,7 @@ def test_kernels_call_no_function_whose_error_is_unknown():
 @pytest.mark.parametrize("op", ops.REGISTRY)
 def test_opcheck(op):
     for sample in SAMPLES[op]:
-        if any(t.is_floating_point() and t.float().isnan().any() for t in flat(sample.args)):
+        if sample.placed or any(t.is_floating_point() and t.float().isnan().any() for t in flat(sample.args)):
             continue  # it takes two NaN for different results
         for dtype in DTYPES:
             overload, args = ops.REGISTRY[op].overload("finetune", *sample.cast(dtype), **sample.kwargs)
@@ -158,3 +159,26 @@ def test_table_lists_every_op_and_backend():
 def test_native_kernels_refuse_an_unknown_or_missing_level():
     with pytest.raises(RuntimeError, match="levels are"):
         torch.ops.finetune.set_cpu_level("sse9")
+
+
+@pytest.mark.parametrize("op", ops.REGISTRY)
+def test_every_tensor_of_an_op_has_a_sample_at_an_odd_address(op):
+    """Each alone: where all are, the first that is looked at hides the others."""
+    samples = [s for s in ops.REGISTRY[op].samples() if not s.bench]
+    given = [[*enumerate(s.args), *s.kwargs.items()] for s in samples]
+    tensors = {at for each in given for at, arg in each if flat([arg])} - {"lengths", "cu_seqlens"}
+    assert tensors <= {s.odd[0] for s in samples if len(s.odd) == 1}, "use Sample.at_odd_addresses"
+    for sample in samples:
+        if sample.odd:
+            args = dict(enumerate(sample.cast(torch.float32))) | sample.options()
+            for at in set(sample.odd) - {"incoming gradient"}:
+                assert all(t.data_ptr() % 16 == t.itemsize for t in flat([args[at]]) if t.numel()), sample.name
+
+
+def test_far_samples_are_far():
+    found = [(op, s) for op in SAMPLES for s in SAMPLES[op] if s.far]
+    assert {op for op, _ in found} >= {"attention", "paged_attention", "kv_cache", "rope", "swiglu", "token_logprobs"}
+    for _, sample in found:
+        at, dimension = sample.far
+        for t in flat([sample.cast(torch.float32)[at]]):
+            assert (t.shape[dimension] - 1) * t.stride(dimension) > 2**32

@@ -164,7 +164,8 @@ def attention_backward_keys_kernel(
 
     dk_rows = tl.zeros([BN, BD], tl.float32)
     dv_rows = tl.zeros([BN, BD], tl.float32)
-    for h in range(g * group, (g + 1) * group):
+    for each in range(group):
+        h = g * group + each  # of 64 bits, as g
         for start in range(begin, last, BM):
             i = start + tl.arange(0, BM)
             high = visible_end(i, last, end, keys - queries, CAUSAL)

@@ -126,7 +126,7 @@ struct OnOneDevice;
 template <Text name, class R, class... A, R (*function)(A...), int... may_be_on_cpu>
 struct OnOneDevice<name, function, may_be_on_cpu...> {
   static R call(A... arguments) {
-    Devices devices{name.at, ((uint64_t{1} << may_be_on_cpu) | ... | uint64_t{0})};
+    Devices devices{name.at, ((uint64_t{1} << may_be_on_cpu) | ... | uint64_t{0}), 0, {}};
     ((devices.look(arguments), ++devices.at), ...);
     return function(std::forward<A>(arguments)...);
   }
@@ -184,16 +184,29 @@ inline int64_t extent(const Tensor& t) {  // bytes from the first element's to t
   for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
   return (last + 1) * t.element_size();
 }
+// A tensor that spans a great deal of memory is allowed part by part along its widest dimension, without the gaps.
+inline void allow(const Tensor& t, const void* data, emulator::Use use) {
+  const int64_t bytes = extent(t);
+  int64_t widest = 0, span = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    const int64_t here = (t.size(i) - 1) * t.stride(i) * t.element_size();
+    if (here > span) widest = i, span = here;
+  }
+  if (bytes < int64_t{1} << 30) return emulator::allow(data, bytes, use);
+  for (int64_t i = 0; i < t.size(widest); ++i) {
+    emulator::allow(static_cast<const char*>(data) + i * t.stride(widest) * t.element_size(), bytes - span, use);
+  }
+}
 inline const void* in(const Tensor& t) {
-  emulator::allow(t.const_data_ptr(), extent(t), emulator::Use::read);
+  allow(t, t.const_data_ptr(), emulator::Use::read);
   return t.const_data_ptr();
 }
 inline void* out(const Tensor& t) {
-  emulator::allow(t.mutable_data_ptr(), extent(t), emulator::Use::write);
+  allow(t, t.mutable_data_ptr(), emulator::Use::write);
   return t.mutable_data_ptr();
 }
 inline void* inout(const Tensor& t) {
-  emulator::allow(t.mutable_data_ptr(), extent(t), emulator::Use::read_write);
+  allow(t, t.mutable_data_ptr(), emulator::Use::read_write);
   return t.mutable_data_ptr();
 }
 #else

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.ops._op import REGISTRY, Sample, device_for
+from finetune.ops._op import REGISTRY, Sample, device_for, place
 
 # The largest errors, in units in the last place, that CUDA documents for what the kernels call (CUDA C++ Programming
 # Guide, "Mathematical Functions"; the PTX ISA's ex2.approx and div.full for exp2 and Triton's division). __expf's is
@@ -80,19 +80,23 @@ def cotangents(result: Any, dtype: torch.dtype) -> list[Tensor]:
 def run(op: str, sample: Sample, dtype: torch.dtype, backend: str | Callable, wide: bool = False) -> list[Tensor]:
     """Results, then mutated arguments, then gradients, by a backend (on its kind of device; the results come back to
     the CPU) or by any function called like the reference. `wide`: float64 arithmetic on inputs rounded to `dtype`."""
-    args = sample.cast(dtype, device_for(backend) if isinstance(backend, str) else "cpu")
+    device = device_for(backend) if isinstance(backend, str) else "cpu"
+    args, options = sample.cast(dtype, device), sample.options(device)
     if wide:
         args = widen(args)
     before = [leaf.detach().clone() for leaf in flat(args)]
     call = partial(REGISTRY[op], backend=backend) if isinstance(backend, str) else backend
-    result = call(*args, **sample.kwargs)
+    result = call(*args, **options)
     out = flat(result) + [leaf for i in sample.mutates for leaf in flat(args[i])]
     changed = {id(leaf) for i in sample.mutates for leaf in flat(args[i])}
     for leaf, old in zip(flat(args), before, strict=True):
         if id(leaf) not in changed and not unchanged(leaf, old):
             raise WrongResult(f"{op}, {sample.name}: an input changed")
     if sample.grad:
-        out += torch.autograd.grad(flat(result), [args[i] for i in sample.grad], cotangents(result, dtype))
+        incoming = cotangents(result, dtype)
+        if "incoming gradient" in sample.odd:
+            incoming = [place(g.shape, g.stride(), g.dtype, str(g.device), True, None).copy_(g) for g in incoming]
+        out += torch.autograd.grad(flat(result), [args[i] for i in sample.grad], incoming)
     return [plain(leaf.detach()).cpu() for leaf in out]
 
 

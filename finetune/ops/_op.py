@@ -11,11 +11,13 @@ second one, and the CUDA kernels that the emulator runs on CPU tensors (`finetun
 
 from __future__ import annotations
 
+import mmap
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,13 @@ class Sample:
     bench: bool = False  # of a size worth timing
     flops: float = 0.0
     bytes: float = 0.0  # read and written once, at fp32
+    odd: tuple[int | str, ...] = ()  # the arguments (or "incoming gradient") that begin one element off their memory
+    far: tuple[int, int] | None = None  # (argument, dimension): its elements lie more than 2^32 elements apart
+
+    @property
+    def placed(self) -> bool:
+        """Is it another sample at other addresses? Tests of what does not depend on them leave it out."""
+        return bool(self.odd) or self.far is not None
 
     @cached_property
     def args(self) -> tuple[Any, ...]:
@@ -76,20 +85,70 @@ class Sample:
 
     def cast(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, ...]:
         """Fresh copies of the arguments on `device`, float64 tensors converted to `dtype`; those of `grad` require
-        gradients."""
+        gradients. A view's gaps and order are kept."""
 
-        def one(arg: Any, grad: bool) -> Any:
+        def one(arg: Any, i: int) -> Any:
             if isinstance(arg, list):
-                return [one(item, grad) for item in arg]
+                return [one(item, i) for item in arg]
             if not isinstance(arg, torch.Tensor):
                 return arg
             keep = dtype if arg.dtype == torch.float64 else arg.dtype
-            copy = torch.empty_strided(
-                arg.shape, arg.stride(), dtype=keep, device=device
-            )  # a view's gaps and order are kept
-            return copy.copy_(arg.detach()).requires_grad_(grad)
+            dimension = self.far[1] if self.far and self.far[0] == i else None
+            copy = place(arg.shape, arg.stride(), keep, device, i in self.odd, dimension)
+            return copy.copy_(arg.detach()).requires_grad_(i in self.grad)
 
-        return tuple(one(arg, i in self.grad) for i, arg in enumerate(self.args))
+        return tuple(one(arg, i) for i, arg in enumerate(self.args))
+
+    def options(self, device: str = "cpu") -> dict[str, Any]:
+        """The keyword arguments, tensors among them on `device`."""
+
+        def one(name: str, arg: Any) -> Any:
+            if not isinstance(arg, torch.Tensor):
+                return arg
+            return place(arg.shape, arg.stride(), arg.dtype, device, name in self.odd, None).copy_(arg)
+
+        return {name: one(name, arg) for name, arg in self.kwargs.items()}
+
+    def at_odd_addresses(self) -> Iterator[Sample]:
+        """This sample with one of its tensors after another, then with all of them, one element off the aligned start
+        of their memory: a kernel must not take the alignment of one for that of another."""
+        given = [*enumerate(self.args), *self.kwargs.items()]
+        tensors = [at for at, arg in given if isinstance(arg, torch.Tensor) or (arg and isinstance(arg, list))]
+        if self.grad:
+            tensors.append("incoming gradient")
+        for at in tensors:
+            yield replace(self, name=f"{self.name}, odd {at}", odd=(at,))
+        if len(tensors) > 1:
+            yield replace(self, name=f"{self.name}, all odd", odd=tuple(tensors))
+
+    def far_apart(self, *dimensions: tuple[int, int]) -> Iterator[Sample]:
+        """This sample with one after another of some (argument, dimension) spread over more than 2^32 elements."""
+        for at, dimension in dimensions:
+            yield replace(self, name=f"{self.name}, far {at}.{dimension}", far=(at, dimension))
+
+
+def place(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: str, odd: bool, far: int | None
+) -> torch.Tensor:
+    """An uninitialised tensor of this layout; `odd`: one element behind the start of its memory; `far`: with a stride
+    in this dimension that takes its last element more than 2^32 elements away."""
+    if far is not None:
+        strides = (*strides[:far], 64 * (2**32 // (64 * (shape[far] - 1)) + 1) + strides[far], *strides[far + 1 :])
+    if far is None and not odd:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else 0
+    if far is not None and device == "cpu":
+        flat = sparse(extent, dtype)
+    else:
+        flat = torch.empty(extent + odd, dtype=dtype, device=device)
+    return flat.as_strided(shape, strides, int(odd))
+
+
+def sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of which only those that are touched take memory."""
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # from Python 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
 
 
 REGISTRY: dict[str, Op] = {}

@@ -117,6 +117,7 @@ def samples() -> Iterator[Sample]:
     yield make("pieces", [(3, 32768), (40000,)])
     yield make("many", [(3,)] * 70, masters=True)
     yield make("empty", [(0, 4), (3,)])
+    yield from make("aligned", [(64,), (4, 32)], masters=True, grad_scale=torch.tensor(0.3)).at_odd_addresses()
     yield make("bench", SMOLLM2_BLOCK * 8, bench=True)
     yield make("bench masters", SMOLLM2_BLOCK * 8, masters=True, bench=True)
 

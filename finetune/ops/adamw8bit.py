@@ -184,6 +184,7 @@ def samples() -> Iterator[Sample]:
     yield make("pieces", [(5000,), (40000,)])
     yield make("many", [(3,)] * 55)
     yield make("empty", [(0, 4), (3,)])
+    yield from make("aligned", [(512,), (4, 64)], masters=True, grad_scale=torch.tensor(0.3)).at_odd_addresses()
     yield make("bench", plain.SMOLLM2_BLOCK * 8, bench=True)
     yield make("bench masters", plain.SMOLLM2_BLOCK * 8, masters=True, bench=True)
 

@@ -267,6 +267,13 @@ def samples() -> Iterator[Sample]:
         name = "packed NaN" + (", full" if not causal else "")
         yield Sample(name, (q, k, v.masked_fill(token >= 50, torch.nan)), kwargs, grad=(0, 1, 2))
 
+    yield from make("aligned", 1, 20, 40, 2, 1, 64, lengths=ints(33)).at_odd_addresses()
+    fused = torch.randn(1, 45, 3, 2, 64, generator=g, dtype=torch.float64)  # every tensor with strides of its own
+    q, k, v = fused[:, :, 0], fused[:, :, 1], torch.randn(1, 2, 45, 64, generator=g, dtype=torch.float64)
+    yield Sample("strides", (q, k, v.transpose(1, 2)), grad=(0, 1, 2))
+    every = [(argument, dimension) for argument in range(3) for dimension in range(3)]
+    yield from make("heads", 2, 17, 17, 4, 2, 24).far_apart(*every)
+
     yield make("bench", 1, 1024, 1024, 8, 8, 64, bench=True)
     yield make("bench grouped", 4, 512, 512, 9, 3, 64, bench=True)
     yield make("bench short", 32, 128, 128, 4, 4, 64, bench=True)

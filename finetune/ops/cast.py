@@ -180,6 +180,11 @@ def samples() -> Iterator[Sample]:
     wide = torch.randn(50, generator=g, dtype=torch.float64)
     for dtype in FORMATS[3:]:
         yield Sample(f"from {names[dtype]}", (wide.float().to(dtype), torch.float32), {"scale": 0.5})
+    for dtype in FORMATS[1:]:
+        yield from make(f"aligned to {names[dtype]}", 64, to=dtype).at_odd_addresses()
+    yield from Sample("aligned", (wide[:48].float().to(FORMATS[3]), torch.float32)).at_odd_addresses()
+    number = make("scaled", 64, to=torch.float16, scale=torch.tensor(0.3))
+    yield from number.at_odd_addresses()
     yield make("bench e4m3", 2048, 2048, to=torch.float8_e4m3fn, bench=True)
     yield make("bench e5m2", 2048, 2048, to=torch.float8_e5m2, bench=True)
     yield make("bench float16", 2048, 2048, to=torch.float16, bench=True)

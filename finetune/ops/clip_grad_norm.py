@@ -78,6 +78,7 @@ def samples() -> Iterator[Sample]:
     yield make("zero", [(9,), (2, 2)], 1.0, scale=0.0)
     yield make("empty", [(0, 3), (7,)], 0.1)
     yield make("many", [(i % 5,) for i in range(333)], 2.0)  # more than one launch on a GPU
+    yield from make("aligned", [(64,), (4, 32)], 1.0).at_odd_addresses()
     yield make("bench", SMOLLM2_BLOCK * 16, 1.0, bench=True)
 
 

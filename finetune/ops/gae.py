@@ -107,6 +107,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("transposed", (*across, *(m.t() for m in masks(6, 19, 0.2))))
     part = [x[:, 1:6] for x in numbers(19, 11)]
     yield Sample("strided", (*part, *(m[:, 1:6] for m in masks(19, 11, 0.2))))
+    yield from make("aligned", 5, 32).at_odd_addresses()
     yield make("bench", 1024, 256, ends=0.01, bench=True)
     yield make("bench one row", 4096, 1, ends=0.01, bench=True)
 

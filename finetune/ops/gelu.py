@@ -67,6 +67,7 @@ def samples() -> Iterator[Sample]:
     fused = torch.randn(2, 5, 74, generator=g, dtype=torch.float64)
     yield Sample("half", (fused[..., 37:],), grad=(0,))
     yield Sample("strided", (fused.transpose(0, 1),), grad=(0,))
+    yield from make("aligned", 3, 64).at_odd_addresses()
     yield make("bench", 2048, 3072, bench=True)
 
 

@@ -67,6 +67,7 @@ def samples() -> Iterator[Sample]:
     yield make("zero", [(9,), (2, 2)], scale=0.0)
     yield make("empty", [(0, 3), (7,)])
     yield Sample("strided", ([torch.randn(7, 9, generator=g, dtype=torch.float64).t()],))
+    yield from make("aligned", [(64,), (4, 32)]).at_odd_addresses()
     yield make("bench", SMOLLM2_BLOCK * 16, bench=True)
 
 

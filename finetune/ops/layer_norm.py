@@ -94,6 +94,7 @@ def samples() -> Iterator[Sample]:
     yield make("large", 4, 64, scale=1e4)
     yield make("shifted", 4, 65, shift=300.0)
     yield around("strided", torch.randn(48, 6, generator=g, dtype=torch.float64).t())
+    yield from make("aligned", 3, 64).at_odd_addresses()
     yield make("bench", 2048, 768, bench=True)
 
 

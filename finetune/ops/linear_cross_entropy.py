@@ -120,6 +120,7 @@ def samples() -> Iterator[Sample]:
     yield make("aligned", 70, 72, 144, ignored=0.1)  # what cp.async takes
     yield make("wide", 3, 3, 8259)  # two tiles of the vocabulary on a GPU
     yield make("long", 1061, 2, 67, ignored=0.01, z_loss=1e-3)  # two chunks on a GPU
+    yield from make("whole", 20, 64, 96).at_odd_addresses()
     yield make("bench frozen", 256, 576, 49152, grad=(0,), bench=True)
     yield make("bench trained", 256, 576, 49152, bench=True)
 

@@ -122,6 +122,7 @@ def samples() -> Iterator[Sample]:
         yield make(f"{policy}, at its least", 1.0, 2, 1, 1.0, policy=policy, min_scale=1.0)
         yield make(f"{policy}, at its most", 2.0**127, 3 if policy == "torch" else 4, 1, 0.0, policy=policy)
     yield make("deepspeed, refills", 65536.0, 2, 1, 0.0, policy="deepspeed", hysteresis=3, consecutive_hysteresis=True)
+    yield from make("numbers", 65536.0, 3, 1, 1.0).at_odd_addresses()
     yield make("bench", 65536.0, 2, 2, 1.0, bench=True, policy="deepspeed", hysteresis=2)
 
 

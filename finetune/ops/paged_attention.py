@@ -211,6 +211,15 @@ def samples() -> Iterator[Sample]:
         (q.transpose(0, 1).contiguous().transpose(0, 1), fused[:, 0], fused[:, 1], table, lengths, None, None),
     )
 
+    # blocks an odd number of elements apart, and those of v farther than those of k
+    apart = [x.new_empty(len(x), x[0].numel() + gap)[:, : x[0].numel()].view(x.shape) for x, gap in ((k, 3), (v, 5))]
+    yield Sample("odd blocks", (q, apart[0].copy_(k), apart[1].copy_(v), table, lengths, None, None))
+    blocks = [(0, 0), (0, 1), (1, 0), (2, 0)]
+    yield from make("aligned", [37, 5], 16, 2, 1, 64).at_odd_addresses()
+    yield from make("aligned int8", [37, 5], 16, 2, 1, 64, dtype=int8).at_odd_addresses()
+    yield from make("blocks", [19, 5], 8, 2, 1, 16).far_apart(*blocks)
+    yield from make("blocks int8", [19, 5], 8, 2, 1, 16, dtype=int8).far_apart(*blocks[2:], (5, 0), (6, 0))
+
     many = [int(n) for n in torch.randint(64, 513, (8,), generator=g)]
     yield make("bench", many, 16, 9, 3, 64, bench=True)
     yield make("bench one sequence", [4096], 16, 8, 8, 64, bench=True)

@@ -85,6 +85,7 @@ def samples() -> Iterator[Sample]:
     yield make("large", 4, 64, scale=1e4)
     x = torch.randn(48, 6, generator=g, dtype=torch.float64).t()
     yield Sample("strided", (x, torch.randn(48, generator=g, dtype=torch.float64)), grad=(0, 1))
+    yield from make("aligned", 3, 64).at_odd_addresses()
     yield make("bench", 2048, 576, bench=True)
 
 

@@ -91,6 +91,8 @@ def samples() -> Iterator[Sample]:
     yield around("slice", fused[..., 48:64].unflatten(-1, (1, 16)))
     yield around("strided", torch.randn(2, 3, 5, 16, generator=g, dtype=torch.float64).transpose(1, 2))
     yield around("last", torch.randn(2, 16, 5, 3, generator=g, dtype=torch.float64).transpose(1, 3))
+    yield from make("aligned", 1, 3, 2, 32).at_odd_addresses()
+    yield from make("heads", 2, 3, 2, 16).far_apart((0, 0), (0, 1), (0, 2))
     yield make("bench", 4, 512, 9, 64, bench=True)
 
 

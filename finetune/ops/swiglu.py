@@ -71,6 +71,8 @@ def samples() -> Iterator[Sample]:
     yield Sample("halves", fused.chunk(2, dim=-1), grad=(0, 1))
     yield Sample("strided", (fused.transpose(0, 1), fused.transpose(1, 2).reshape(5, 2, 74)), grad=(0, 1))
     yield Sample("one half", (torch.randn(2, 5, 37, generator=g, dtype=torch.float64), fused[..., 37:]), grad=(0, 1))
+    yield from make("aligned", 3, 64).at_odd_addresses()
+    yield from make("rows", 3, 24).far_apart((0, 0), (1, 0))
     yield make("bench", 2048, 1536, bench=True)
 
 

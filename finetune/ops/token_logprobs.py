@@ -124,6 +124,8 @@ def samples() -> Iterator[Sample]:
     wider = torch.randn(7, 3, 40, generator=g, dtype=torch.float64)
     yield Sample("strided", (wider[:, 1, :24], torch.randint(24, (7,), generator=g)), {"entropy": True}, grad=(0,))
     yield Sample("transposed", (wider[:, 1].t(), torch.randint(7, (40,), generator=g)), grad=(0,))
+    yield from make("aligned", 5, 64, entropy=True).at_odd_addresses()
+    yield from make("rows", 3, 24, entropy=True).far_apart((0, 0))
     yield make("bench", 256, 49152, bench=True)
     yield make("bench entropy", 256, 49152, entropy=True, bench=True)
 

@@ -88,6 +88,7 @@ def samples() -> Iterator[Sample]:
     yield make("not a number", [(3,), (20001,)], bad=math.nan)
     yield make("zero", [(9,), (2, 2)], scale=0.0)
     yield make("empty", [(0, 3), (7,)])
+    yield from make("aligned", [(64,), (4, 32)]).at_odd_addresses()
     yield make("bench", SMOLLM2_BLOCK * 16, bench=True)
 
 
