@@ -26,8 +26,9 @@ def call(kernel, *tensors, build="checked", grid=1, block=64, shared=0, number=0
 
 
 def marked(name):
-    """Numbers of the lines of checks.cu that end in `// <- name`."""
-    lines = (FIXTURES / "checks.cu").read_text().splitlines()
+    """Numbers of the lines of checks.cu or strict.cu that end in `// <- name`."""
+    source = "strict.cu" if f"// <- {name}\n" in (FIXTURES / "strict.cu").read_text() else "checks.cu"
+    lines = (FIXTURES / source).read_text().splitlines()
     found = [i for i, line in enumerate(lines, 1) if re.search(rf"// <- {name}( \(.*\))?$", line)]
     assert found, name
     return found

@@ -22,17 +22,23 @@ def controls():
     return emulator.load("emulated")
 
 
+@pytest.fixture(scope="module")
+def checker():
+    return emulator.load("checked")
+
+
 @pytest.fixture(autouse=True)
-def reset(controls):
+def reset(controls, checker):
     yield
-    controls.set_bug("")
-    controls.set_eager(False)
-    controls.set_order(0)
+    for build in (controls, checker):
+        build.set_bug("")
+        build.set_eager(False)
+        build.set_order(0)
 
 
-def hopper(q, k, v, **kwargs):
+def hopper(q, k, v, build="emulated", **kwargs):
     _, args = overload(q, k, v, **kwargs)
-    return torch.ops.finetune_emulated.attention_hopper(*args)
+    return getattr(torch.ops, f"finetune_{build}").attention_hopper(*args)
 
 
 def sample(name, b, tq, tk, heads, kv_heads, dim, size=1.0, **kwargs):
@@ -55,13 +61,27 @@ SAMPLES = [
     sample("large logits", 1, 150, 150, 1, 1, 64, size=30.0),
     sample("no queries", 1, 0, 5, 2, 1, 64),
 ]
+# What is behind `lengths` is NaN: it counts for nothing.
+PADDED = sample("padding", 2, 130, 260, 1, 1, 64, causal=False, lengths=torch.tensor([200, 5]))
+APART = sample("v apart", 2, 5, 130, 2, 1, 64)
+APART.args[2].resize_(0).set_(torch.randn(2, 130, 3, 72, dtype=torch.float64)[:, :, 1:2, :64])  # other strides than k
 each_sample = pytest.mark.parametrize("given", SAMPLES, ids=lambda s: s.name)
 
 
-def verify(given, dtype):
+def poison(args, lengths):
+    """k and v with NaN and infinity behind the lengths."""
+    for x, bad in zip(args[1:], (torch.inf, torch.nan), strict=True):
+        for b, length in enumerate(lengths.tolist()):
+            x[b, length:] = bad
+
+
+def verify(given, dtype, build="emulated"):
     args = given.cast(dtype)
     exact = reference(*(x.double() for x in args), **given.kwargs)
-    ours, top, total = hopper(*args, **given.kwargs)
+    mine = given.cast(dtype)
+    if given is PADDED:
+        poison(mine, given.kwargs["lengths"])
+    ours, top, total = hopper(*mine, build=build, **given.kwargs)
     bound = 2 * (reference(*args, **given.kwargs).double() - exact).abs().max() if exact.numel() else 0
     unit = torch.finfo(dtype).eps * exact.abs().max() if exact.numel() else 0
     assert torch.isfinite(ours).all()
@@ -75,6 +95,21 @@ def verify(given, dtype):
 def test_values(controls, given, dtype, eager):
     controls.set_eager(eager)
     verify(given, dtype)
+
+
+@pytest.mark.parametrize("given", [PADDED, APART], ids=lambda s: s.name)
+@pytest.mark.parametrize("eager", [False, True], ids=("late", "eager"))
+def test_padding_and_strides(controls, given, eager):
+    controls.set_eager(eager)
+    verify(given, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("order", "eager"), [(0, False), (1, True), (5, False)])
+@pytest.mark.parametrize("given", [SAMPLES[0], SAMPLES[3], APART, PADDED], ids=lambda s: s.name)
+def test_no_wrong_access_and_no_race(checker, given, order, eager):
+    checker.set_order(order)
+    checker.set_eager(eager)
+    verify(given, torch.float16, "checked")
 
 
 @each_sample
@@ -119,19 +154,40 @@ TOLD = {
     "wrong_parity_of_v": "wgmma reads shared memory that a copy under way writes",
     "no_wait_for_result": "that a wgmma under way reads|the block ends while a wgmma is under way|wrong numbers",
     "no_expect": "wgmma reads shared memory that a copy under way writes",
+    "no_wait_for_q": "wgmma reads shared memory that a copy under way writes",
+    "no_wait_for_k": "wgmma reads shared memory that a copy under way writes",
+    "no_wait_for_v": "wgmma reads shared memory that a copy under way writes",
+    "no_release_of_k": "deadlock: .* an mbarrier",
+    "no_release_of_v": "deadlock: .* an mbarrier",
+    "no_wait_for_scores": r"a register of a wgmma was written before this wgmma\.wait_group",
+    "steps_a_row": "a matrix descriptor of a row that is not the first of the swizzle's eight",
+    "probabilities_after_the_fence": r"without a wgmma\.fence",
 }
+# What the checker must say, of the small samples.
+CHECKED = {
+    "no_proxy_fence": "asynchronously, which thread .* wrote at .* with no fence.proxy.async in between",
+    "no_barrier_after_clearing": "race: (reads|writes) byte",
+    "no_wait_for_q": "wgmma reads shared memory that a copy under way writes|race: reads byte",
+    "no_wait_for_k": "wgmma reads shared memory that a copy under way writes|race: reads byte",
+    "no_wait_for_empty": "race: writes byte|more arrivals|that a wgmma under way reads",
+    "no_release_of_k": "deadlock: .* an mbarrier",
+    "v_strides_of_k": "bytes past the end of|wrong numbers",
+}
+SAMPLES_OF = {"padding_counts": [PADDED], "v_strides_of_k": [APART], "no_proxy_fence": [PADDED]}
+SAMPLES_OF["no_barrier_after_clearing"] = [PADDED]
+CHECKED_ONLY = {"no_proxy_fence", "no_barrier_after_clearing"}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_is_caught(controls, fault):
-    controls.set_bug(fault)
-    told = TOLD.get(fault.partition(".")[2], "wrong numbers")
+def catch(build, fault, told, samples):
+    """Runs the samples with this fault until the build notices; it must say so in these words."""
+    controls = emulator.load(build)
+    controls.set_bug(f"attention_hopper.{fault}")
     caught = []
-    for eager, order, given in itertools.product((False, True), (0, 2, 3), SAMPLES[:3]):
+    for eager, order, given in itertools.product((False, True), (0, 2, 3), samples):
         controls.set_eager(eager)
         controls.set_order(order)
         try:
-            verify(given, torch.float16)
+            verify(given, torch.float16, build)
         except AssertionError:
             caught.append("wrong numbers")
         except RuntimeError as error:
@@ -141,6 +197,16 @@ def test_every_fault_is_caught(controls, fault):
     assert controls.bug_reached(), "no sample comes by it"
     assert caught, "survives"
     assert re.search(told, caught[-1]), caught
+
+
+@pytest.mark.parametrize("fault", [name for fault in FAULTS if (name := fault.partition(".")[2]) not in CHECKED_ONLY])
+def test_every_fault_is_caught(controls, fault):
+    catch("emulated", fault, TOLD.get(fault, "wrong numbers"), SAMPLES_OF.get(fault, SAMPLES[:3]))
+
+
+@pytest.mark.parametrize("fault", CHECKED)
+def test_the_checker_catches_it(checker, fault):
+    catch("checked", fault, CHECKED[fault], SAMPLES_OF.get(fault, SAMPLES[1:2]))
 
 
 def kernel_of(q, k, v, **kwargs):
@@ -177,3 +243,7 @@ def test_machine_code():
         assert not row["code"].get("HMMA"), name
         assert row["code"].get("UTMALDG", 0) >= 3, name
         assert row["code"].get("USETMAXREG") == 2, name
+        entry = int(re.search(r"kRegisters = (\d+)", SOURCE)[1])  # setmaxnreg gives and takes from these
+        assert row["registers"] == entry, (
+            f"{name}: ptxas gives {row['registers']} registers, the kernel counts on {entry}"
+        )

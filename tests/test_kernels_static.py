@@ -101,6 +101,17 @@ def test_attention_uses_the_tensor_cores_and_asynchronous_copies():
         assert row["code"].get("LDGSTS"), f"{name} loads without cp.async"
 
 
+def test_tiles_in_shared_memory_are_not_stored_as_global_ones():
+    """What linear_cross_entropy stores 16 bytes at a time are zeros of a shared tile: st.global would fault there."""
+    _, rows = static_table.golden()
+    for arch, found in rows["linear_cross_entropy"].items():
+        tiled = {name: row for name, row in found.items() if row["code"].get("LDGSTS")}
+        assert len(tiled) == 12, arch
+        for name, row in tiled.items():
+            assert not row["store"].get("16"), f"sm_{arch} {name}"
+            assert row["code"].get("STS", 0) >= 8, f"sm_{arch} {name}"
+
+
 # --- the reader itself
 
 REPORT = """ptxas info    : Compiling entry function '_Z1kPf' for 'sm_80'

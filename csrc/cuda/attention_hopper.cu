@@ -18,6 +18,10 @@
 //   attention_hopper.no_wait_for_result attention_hopper.no_wait_for_empty attention_hopper.early_release
 //   attention_hopper.no_swizzle attention_hopper.steps_a_row attention_hopper.next_rows_too_near
 //   attention_hopper.swapped_fragment attention_hopper.no_rescale attention_hopper.no_tail_mask
+//   attention_hopper.no_wait_for_q attention_hopper.no_wait_for_k attention_hopper.no_wait_for_v
+//   attention_hopper.no_release_of_k attention_hopper.no_release_of_v attention_hopper.padding_counts
+//   attention_hopper.no_proxy_fence attention_hopper.no_barrier_after_clearing
+//   attention_hopper.probabilities_after_the_fence attention_hopper.v_strides_of_k
 #include "attention_common.cuh"
 #include "finetune/attention_hopper.h"
 #include "ptx_hopper.cuh"
@@ -28,9 +32,13 @@ namespace {
 using attention::Place;
 using ptx::Mbarrier;
 
-constexpr int kRows = 128, kKeys = 128, kStages = 2, kThreads = 3 * 128, kConsumerWarps = 8;
+constexpr int kRows = 128, kKeys = 128, kStages = 2, kThreads = 3 * 128, kConsumers = 2 * 128;
 constexpr int kPanel = 64;                // columns of a tile that lie together, 128 bytes a row
 constexpr unsigned kEightRows = 8 * 128;  // bytes
+// A block's registers, as ptxas deals them out at its start (tests hold it to that), and as they are moved.
+constexpr int kRegisters = 168, kProducerRegisters = 24, kConsumerRegisters = 240;
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * kRegisters, "the consumers would wait for ever");
+static_assert(kRegisters == 65536 / kThreads / 8 * 8);
 
 struct Arguments : AttentionCuda {
   ptx::TensorMap q_map, k_map, v_map;
@@ -94,6 +102,21 @@ __device__ __forceinline__ uint64_t tile_matrix(const void* p, unsigned stride, 
   return BUG("attention_hopper.no_swizzle") ? m ^ uint64_t{1} << 62 : m;
 }
 
+// The consumers' 256 threads: zeros for the rows of a tile of v from `end` on, which are behind the sequence's end.
+// Their weights are zero, but what a padded batch holds there may be NaN, and 0 · NaN is NaN.
+template <class T, int D>
+__device__ __forceinline__ void clear_behind_the_end(T* v, int end) {
+  constexpr int V = kVector<T>, kChunks = kPanel / V;
+  if (end >= kKeys || BUG("attention_hopper.padding_counts")) return;
+  const int thread = static_cast<int>(threadIdx.x) - (kThreads - kConsumers);
+  for (int i = thread; i < (kKeys - end) * (D / V); i += kConsumers) {  // whole rows: the swizzle stays within them
+    const int row = end + i / (D / V), panel = i % (D / V) / kChunks;
+    ptx::store_shared16(v + (panel * kKeys + row) * kPanel + i % kChunks * V, {});
+  }
+  if (!BUG("attention_hopper.no_proxy_fence")) ptx::async_proxy_fence();
+  if (!BUG("attention_hopper.no_barrier_after_clearing")) ptx::named_barrier<1, kConsumers>();
+}
+
 // A consumer warpgroup's 64 queries, from `own` of the block's tile on.
 template <class T, int D>
 __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& m, const Place& p, int tiles, int own) {
@@ -106,14 +129,16 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) o[i] = 0;
 
-  if (tiles) ptx::mbarrier_wait(m.q_full(), 0);
+  if (tiles && !BUG("attention_hopper.no_wait_for_q")) ptx::mbarrier_wait(m.q_full(), 0);
   for (int n = 0; n < tiles; ++n) {
     const int stage = n % kStages, parity = n / kStages % 2;
     const auto release = [&](Mbarrier* empty) {
       if (lane == 0) ptx::mbarrier_arrive(empty);
     };
     float s[kKeys / 2];
-    ptx::mbarrier_wait(m.k_full(stage), BUG("attention_hopper.wrong_parity") ? parity ^ 1 : parity);
+    if (!BUG("attention_hopper.no_wait_for_k")) {
+      ptx::mbarrier_wait(m.k_full(stage), BUG("attention_hopper.wrong_parity") ? parity ^ 1 : parity);
+    }
     if (!BUG("attention_hopper.no_wgmma_fence")) ptx::wgmma_fence(s);
 #pragma unroll
     for (int c = 0; c < D; c += 16) {
@@ -129,7 +154,7 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
     } else {
       ptx::wgmma_wait<0>(s);
     }
-    if (!BUG("attention_hopper.early_release")) release(m.k_empty(stage));
+    if (!BUG("attention_hopper.early_release") && !BUG("attention_hopper.no_release_of_k")) release(m.k_empty(stage));
 
     // s[4 j + 2 r + i]: row first + 8 r, key 8 j + 2 (lane % 4) + i
     const int key = n * kKeys + lane % 4 * 2;
@@ -178,8 +203,16 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
         probability[c][i] = ptx::pack<T>(s[8 * c + 2 * from], s[8 * c + 2 * from + 1]);
       }
     }
-    ptx::mbarrier_wait(m.v_full(stage), BUG("attention_hopper.wrong_parity_of_v") ? parity ^ 1 : parity);
-    ptx::wgmma_fence(o);
+    if (!BUG("attention_hopper.no_wait_for_v")) {
+      ptx::mbarrier_wait(m.v_full(stage), BUG("attention_hopper.wrong_parity_of_v") ? parity ^ 1 : parity);
+    }
+    if (n + 1 == tiles && p.s.keys < a.keys) clear_behind_the_end<T, D>(m.v(stage), p.s.keys - n * kKeys);
+    if (BUG("attention_hopper.probabilities_after_the_fence")) {
+      ptx::wgmma_fence(o);
+      for (int i = 0; i < 4; ++i) probability[0][i] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
+    } else {
+      ptx::wgmma_fence(o, probability);
+    }
 #pragma unroll
     for (int c = 0; c < kKeys / 16; ++c) {
       ptx::wgmma<T, D>(o, probability[c],
@@ -187,11 +220,11 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
     }
     ptx::wgmma_commit();
     if (BUG("attention_hopper.no_wait_for_result")) {
-      ptx::wgmma_wait<1>(o);
+      ptx::wgmma_wait<1>(o, probability);
     } else {
-      ptx::wgmma_wait<0>(o);
+      ptx::wgmma_wait<0>(o, probability);
     }
-    release(m.v_empty(stage));
+    if (!BUG("attention_hopper.no_release_of_v")) release(m.v_empty(stage));
   }
 
 #pragma unroll
@@ -225,8 +258,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ A
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(m.k_full(s), 1);
       ptx::mbarrier_init(m.v_full(s), 1);
-      ptx::mbarrier_init(m.k_empty(s), kConsumerWarps);
-      ptx::mbarrier_init(m.v_empty(s), kConsumerWarps);
+      ptx::mbarrier_init(m.k_empty(s), kConsumers / 32);
+      ptx::mbarrier_init(m.v_empty(s), kConsumers / 32);
     }
     if (!BUG("attention_hopper.no_init_fence")) ptx::mbarrier_init_fence();
   }
@@ -234,10 +267,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ A
   const int tiles = static_cast<int>(ceil_div(p.s.limit(p.first + p.rows - 1), kKeys));
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
-    ptx::fewer_registers<24>();
+    ptx::fewer_registers<kProducerRegisters>();
     if (threadIdx.x == 0) produce<T, D>(a, m, p, tiles);
   } else {
-    ptx::more_registers<240>();
+    ptx::more_registers<kConsumerRegisters>();
     consume<T, D>(a, m, p, tiles, (warpgroup - 1) * 64);
   }
 }
@@ -274,9 +307,11 @@ Status launch_forward(const AttentionCuda& a, void* stream) {
   if (!blocks) return Status::ok;
   if (blocks > 0x7fffffff) return Status::unsupported;
   Arguments args{a, {}, {}, {}};
+  AttentionView v = a.v;
+  if (BUG("attention_hopper.v_strides_of_k")) v = {a.v.data, a.k.batch, a.k.token, a.k.head};
   if (!make_map<T>(args.q_map, a.q, D, a.heads, a.queries, a.batch) ||
       !make_map<T>(args.k_map, a.k, D, a.kv_heads, a.keys, a.batch) ||
-      !make_map<T>(args.v_map, a.v, D, a.kv_heads, a.keys, a.batch)) {
+      !make_map<T>(args.v_map, v, D, a.kv_heads, a.keys, a.batch)) {
     return Status::no_tensor_map;
   }
   return launch(forward<T, D>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Memory<T, D>::kBytes, stream, args);

@@ -10,6 +10,18 @@
 #include "cuda.h"
 #endif
 
+// Wrappers of instructions take the place of their call as a last argument, so that the emulator names the kernel's
+// line.
+#if defined(__CUDACC__)
+#define CALL_SITE
+#define CALL_SITE_ONLY
+#define PASS_SITE
+#else
+#define CALL_SITE , emulator::Site site = emulator::Site::here()
+#define CALL_SITE_ONLY emulator::Site site = emulator::Site::here()
+#define PASS_SITE , site
+#endif
+
 namespace finetune {
 
 using bf16 = __nv_bfloat16;

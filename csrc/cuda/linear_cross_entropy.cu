@@ -19,7 +19,9 @@
 // and L2 are the roofs.
 // Faults: linear_cross_entropy.no_barrier linear_cross_entropy.no_second_barrier linear_cross_entropy.wait_count
 //         linear_cross_entropy.fragment linear_cross_entropy.no_rescale linear_cross_entropy.no_mask
-//         linear_cross_entropy.stale_tail linear_cross_entropy.overwrite linear_cross_entropy.mean_of_all
+//         linear_cross_entropy.stale_tail linear_cross_entropy.global_store linear_cross_entropy.overwrite
+//         linear_cross_entropy.mean_of_all linear_cross_entropy.offsets_of_32_bits linear_cross_entropy.odd_base
+//         linear_cross_entropy.no_nan
 #include "finetune/linear_cross_entropy.h"
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -46,7 +48,7 @@ struct Operand {
   int64_t stride;
   const int64_t* rows;
   int64_t outer, depth;
-  bool aligned = stride % kVector<T> == 0 && are_aligned(data);
+  bool aligned = stride % kVector<T> == 0 && (are_aligned(data) || BUG("linear_cross_entropy.odd_base"));
 };
 
 // Copies the tile at (outer0, depth0), zeros where the matrix ends.
@@ -61,9 +63,16 @@ __device__ __forceinline__ void fetch(T* tile, const Operand<T>& m, int64_t oute
     const int64_t row = row0 + r, column = column0 + c;
     T* to = tile + r * kPitch<T, kDepthMajor> + c;
     const T* from = m.data;
-    if (row < rows) from += (m.rows ? m.rows[row] : row) * m.stride + column;
+    if (row < rows) {
+      const int64_t offset = (m.rows ? m.rows[row] : row) * m.stride + column;
+      from += BUG("linear_cross_entropy.offsets_of_32_bits") ? static_cast<int>(offset) : offset;
+    }
     if (row >= rows || column >= columns) {
-      if (!BUG("linear_cross_entropy.stale_tail")) store(to, Vector<T, V>{});
+      if (BUG("linear_cross_entropy.global_store")) {
+        store(to, Vector<T, V>{});
+      } else if (!BUG("linear_cross_entropy.stale_tail")) {
+        ptx::store_shared16(to, {});
+      }
     } else if (m.aligned && column + V <= columns) {
       ptx::cp_async16(to, from, true);
     } else {
@@ -189,7 +198,8 @@ __global__ void __launch_bounds__(kListThreads) find_kept(Args a) {
     }
     if (target != a.ignore_index) {
       a.kept[at] = row;
-      if (target < 0 || target >= a.vocab) a.per_row[at] = NAN;
+      const bool outside = target < 0 || target >= a.vocab;
+      if (outside) a.per_row[at] = BUG("linear_cross_entropy.no_nan") ? 0 : NAN;
     }
     if (row < a.rows) a.place[row] = target == a.ignore_index ? -1 : at;
     __syncthreads();

@@ -5,13 +5,8 @@
 
 #include "cuda.cuh"
 
-#if defined(__CUDACC__)
-#define PTX_SITE
-#define PTX_SITE_ONLY
-#else
+#if !defined(__CUDACC__)
 #include "tensor_core.h"
-#define PTX_SITE , emulator::Site site = emulator::Site::here()
-#define PTX_SITE_ONLY emulator::Site site = emulator::Site::here()
 #endif
 
 namespace finetune::ptx {
@@ -22,21 +17,43 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
 }
 #endif
 
-// 2^x; the hardware's approximation, 2 units in the last place.
+// 2^x; the hardware's approximation, 2 units in the last place. What would be subnormal is 0.
 __device__ __forceinline__ float exp2(float x) {
 #if defined(__CUDACC__)
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return std::exp2(x);
+  return emulator::flush(std::exp2(emulator::flush(x)));
+#endif
+}
+
+// 16 bytes to shared memory, at a multiple of 16.
+__device__ __forceinline__ void store_shared16(void* shared, const uint4& v CALL_SITE) {
+#if defined(__CUDACC__)
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+#else
+  emulator::store_shared(static_cast<uint4*>(shared), v, site);
+#endif
+}
+
+// bar.sync: a barrier of kThreads of the block's threads, whole warps. Barrier 0 is __syncthreads'.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void named_barrier(CALL_SITE_ONLY) {
+  static_assert(kBarrier > 0 && kBarrier < 16 && kThreads > 0 && kThreads % 32 == 0);
+#if defined(__CUDACC__)
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+#else
+  emulator::named_barrier(kBarrier, kThreads, site);
 #endif
 }
 
 // --- asynchronous copies (sm_80): 16 bytes from global to shared memory, past the registers
 
 // Copies 16 bytes, or fills them with zeros where `read` is false (`global` is not touched then).
-__device__ __forceinline__ void cp_async16(void* shared, const void* global, bool read PTX_SITE) {
+__device__ __forceinline__ void cp_async16(void* shared, const void* global, bool read CALL_SITE) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(read ? 16 : 0)
@@ -57,7 +74,7 @@ __device__ __forceinline__ void cp_async_commit() {
 // Waits until at most kLeft of this thread's committed groups are under way. A barrier must follow before other threads
 // read what this one copied.
 template <int kLeft>
-__device__ __forceinline__ void cp_async_wait(PTX_SITE_ONLY) {
+__device__ __forceinline__ void cp_async_wait(CALL_SITE_ONLY) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 #else
@@ -69,7 +86,7 @@ __device__ __forceinline__ void cp_async_wait(PTX_SITE_ONLY) {
 // 16-byte aligned). Lane i receives of each matrix the elements (i / 4, 2 (i % 4)) and (i / 4, 2 (i % 4) + 1), or, with
 // .trans, (2 (i % 4), i / 4) and (2 (i % 4) + 1, i / 4).
 
-__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row PTX_SITE) {
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row CALL_SITE) {
 #if defined(__CUDACC__)
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -80,7 +97,7 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row PT
 #endif
 }
 
-__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* row PTX_SITE) {
+__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* row CALL_SITE) {
 #if defined(__CUDACC__)
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -99,7 +116,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* 
 // The element with the smaller index is in the lower half of a register.
 
 template <class T>
-__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1 PTX_SITE) {
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1 CALL_SITE) {
 #if defined(__CUDACC__)
   if constexpr (std::is_same_v<T, bf16>) {
     asm volatile(

@@ -18,7 +18,7 @@ namespace finetune::ptx {
 
 using Mbarrier = uint64_t;
 
-__device__ __forceinline__ void mbarrier_init(Mbarrier* bar, unsigned count PTX_SITE) {
+__device__ __forceinline__ void mbarrier_init(Mbarrier* bar, unsigned count CALL_SITE) {
 #if defined(__CUDACC__)
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
 #else
@@ -35,7 +35,7 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 #endif
 }
 
-__device__ __forceinline__ void mbarrier_arrive(Mbarrier* bar PTX_SITE) {
+__device__ __forceinline__ void mbarrier_arrive(Mbarrier* bar CALL_SITE) {
 #if defined(__CUDACC__)
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 #else
@@ -44,7 +44,7 @@ __device__ __forceinline__ void mbarrier_arrive(Mbarrier* bar PTX_SITE) {
 }
 
 // Arrives, and lets the phase wait for so many bytes more.
-__device__ __forceinline__ void mbarrier_expect(Mbarrier* bar, unsigned bytes PTX_SITE) {
+__device__ __forceinline__ void mbarrier_expect(Mbarrier* bar, unsigned bytes CALL_SITE) {
 #if defined(__CUDACC__)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
                : "memory");
@@ -53,7 +53,7 @@ __device__ __forceinline__ void mbarrier_expect(Mbarrier* bar, unsigned bytes PT
 #endif
 }
 
-__device__ __forceinline__ void mbarrier_wait(Mbarrier* bar, unsigned parity PTX_SITE) {
+__device__ __forceinline__ void mbarrier_wait(Mbarrier* bar, unsigned parity CALL_SITE) {
 #if defined(__CUDACC__)
   asm volatile(
       "{\n"
@@ -71,10 +71,20 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* bar, unsigned parity PTX
 #endif
 }
 
+// What this thread has written to shared memory, and what it knows others to have written, is seen by copies and
+// products that begin after it (and after a barrier, where others begin them).
+__device__ __forceinline__ void async_proxy_fence(CALL_SITE_ONLY) {
+#if defined(__CUDACC__)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  emulator::async_proxy_fence(site);
+#endif
+}
+
 // --- copies by TMA, issued by one thread; their bytes are counted at `bar`
 
 // 16-byte aligned addresses, a multiple of 16 bytes.
-__device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsigned bytes, Mbarrier* bar PTX_SITE) {
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsigned bytes, Mbarrier* bar CALL_SITE) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(shared)),
@@ -95,7 +105,7 @@ using TensorMap = emulator::TensorMap;
 // at place c ^ r % 8 of its row (the 128-byte swizzle). What is outside the tensor becomes zeros. `shared`: 1024-byte
 // aligned.
 __device__ __forceinline__ void tensor_copy(void* shared, const TensorMap* map, int x, int y, int z, int w,
-                                            Mbarrier* bar PTX_SITE) {
+                                            Mbarrier* bar CALL_SITE) {
 #if defined(__CUDACC__)
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
@@ -140,7 +150,8 @@ bool make_tensor_map(TensorMap& map, const void* data, const int64_t (&size)[4],
     map.size[i] = size[i];
     map.stride[i] = stride[i] * static_cast<int64_t>(sizeof(T));
     map.box[i] = box[i];
-    ok = ok && size[i] > 0 && box[i] > 0 && box[i] <= 256 && (i == 0 || map.stride[i] % 16 == 0);
+    ok = ok && size[i] > 0 && size[i] <= int64_t{1} << 32 && box[i] > 0 && box[i] <= 256 && stride[i] > 0;
+    ok = ok && (i == 0 ? stride[0] == 1 && box[0] == 64 : map.stride[i] % 16 == 0 && map.stride[i] < int64_t{1} << 40);
   }
   return ok;
 #endif
@@ -151,20 +162,21 @@ bool make_tensor_map(TensorMap& map, const void* data, const int64_t (&size)[4],
 // 3] row 16 w + g + 8. a in registers: as for mma_16x8x16, of rows 16 w …. Matrices in shared memory are described by
 // matrix(): as tensor_copy leaves them, 64 elements (128 bytes) a row.
 //   fence(d), products, commit(), wait<0>(d): between commit and wait nothing may touch d, nor anybody the matrices.
+// Registers of a are written before the fence too, and not until the wait: fence(d, a), wait<0>(d, a).
 
 // stride: bytes from 8 rows to the next 8; leading: from 64 columns to the next 64, where b is transposed (rows along
 // k).
-__device__ __forceinline__ uint64_t matrix(const void* shared, unsigned stride, unsigned leading = 16) {
+__device__ __forceinline__ uint64_t matrix(const void* shared, unsigned stride, unsigned leading = 16 CALL_SITE) {
 #if defined(__CUDACC__)
   const unsigned address = shared_address(shared);
 #else
-  const unsigned address = emulator::shared_address(shared);
+  const unsigned address = emulator::matrix_address(shared, stride, leading, site);
 #endif
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(stride >> 4) << 32 | uint64_t{1} << 62;
 }
 
-// The compiler must not move what it does with d across this.
+// The compiler must not move what it does with these registers across this.
 template <int N>
 __device__ __forceinline__ void keep([[maybe_unused]] float (&d)[N]) {
 #if defined(__CUDACC__)
@@ -172,18 +184,35 @@ __device__ __forceinline__ void keep([[maybe_unused]] float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 #endif
 }
+template <int M>
+__device__ __forceinline__ void keep([[maybe_unused]] unsigned (&a)[M][4]) {
+#if defined(__CUDACC__)
+#pragma unroll
+  for (int i = 0; i < 4 * M; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+#endif
+}
 
 template <int N>
-__device__ __forceinline__ void wgmma_fence(float (&d)[N]) {
+__device__ __forceinline__ void wgmma_fence(float (&d)[N] CALL_SITE) {
   keep(d);
 #if defined(__CUDACC__)
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #else
-  emulator::wgmma_fence();
+  emulator::wgmma_fence({{d, sizeof d}}, site);
+#endif
+}
+template <int N, int M>
+__device__ __forceinline__ void wgmma_fence(float (&d)[N], unsigned (&a)[M][4] CALL_SITE) {
+  keep(a);
+  keep(d);
+#if defined(__CUDACC__)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  emulator::wgmma_fence({{d, sizeof d}, {a, sizeof a}}, site);
 #endif
 }
 
-__device__ __forceinline__ void wgmma_commit(PTX_SITE_ONLY) {
+__device__ __forceinline__ void wgmma_commit(CALL_SITE_ONLY) {
 #if defined(__CUDACC__)
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #else
@@ -192,13 +221,18 @@ __device__ __forceinline__ void wgmma_commit(PTX_SITE_ONLY) {
 }
 
 template <int kLeft, int N>
-__device__ __forceinline__ void wgmma_wait([[maybe_unused]] float (&d)[N] PTX_SITE) {
+__device__ __forceinline__ void wgmma_wait([[maybe_unused]] float (&d)[N] CALL_SITE) {
 #if defined(__CUDACC__)
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 #else
   emulator::wgmma_wait(kLeft, site);
 #endif
   keep(d);
+}
+template <int kLeft, int N, int M>
+__device__ __forceinline__ void wgmma_wait(float (&d)[N], unsigned (&a)[M][4] CALL_SITE) {
+  wgmma_wait<kLeft>(d PASS_SITE);
+  keep(a);
 }
 
 #if !defined(__CUDACC__)
@@ -249,7 +283,7 @@ float widen(uint16_t bits) {
 
 // a and b in shared memory, both with their rows along k: d = a bᵀ of row-major matrices.
 template <class T, int N>
-__device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate PTX_SITE) {
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate CALL_SITE) {
   static_assert(N == 64 || N == 128);
 #if defined(__CUDACC__)
   if constexpr (N == 64) {
@@ -272,7 +306,8 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b,
 
 // a in registers, b in shared memory with its rows along n: d = a b of row-major matrices.
 template <class T, int N>
-__device__ __forceinline__ void wgmma(float (&d)[N / 2], const unsigned (&a)[4], uint64_t b, bool accumulate PTX_SITE) {
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], const unsigned (&a)[4], uint64_t b,
+                                      bool accumulate CALL_SITE) {
   static_assert(N == 64 || N == 128);
 #if defined(__CUDACC__)
   if constexpr (N == 64) {
@@ -304,15 +339,19 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], const unsigned (&a)[4],
 
 // The warpgroup gives registers back, or takes more: so many a thread from now on.
 template <int kRegisters>
-__device__ __forceinline__ void fewer_registers() {
+__device__ __forceinline__ void fewer_registers(CALL_SITE_ONLY) {
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#else
+  emulator::set_registers(kRegisters, false, site);
 #endif
 }
 template <int kRegisters>
-__device__ __forceinline__ void more_registers() {
+__device__ __forceinline__ void more_registers(CALL_SITE_ONLY) {
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#else
+  emulator::set_registers(kRegisters, true, site);
 #endif
 }
 

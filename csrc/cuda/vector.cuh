@@ -43,20 +43,19 @@ struct Word<16> {
   using type = uint4;
 };
 
+// From any memory: nvcc takes the narrowest instruction that it can prove to be right.
 template <class T, int N>
 __device__ __forceinline__ Vector<T, N> load(const T* p) {
   using W = typename Word<sizeof(Vector<T, N>)>::type;
   const W word = *reinterpret_cast<const W*>(p);
   return reinterpret_cast<const Vector<T, N>&>(word);
 }
+// To global memory (st.global: a shared address is an error; ptx::store_shared16 is for those). As one instruction:
+// nvcc splits some plain copies into their elements.
 template <class T, int N>
-__device__ __forceinline__ void store(T* p, const Vector<T, N>& v) {
+__device__ __forceinline__ void store(T* p, const Vector<T, N>& v CALL_SITE) {
   using W = typename Word<sizeof(Vector<T, N>)>::type;
-#if defined(__CUDACC__)  // as one instruction: nvcc splits some plain copies into their elements
-  __stwb(reinterpret_cast<W*>(p), reinterpret_cast<const W&>(v));
-#else
-  *reinterpret_cast<W*>(p) = reinterpret_cast<const W&>(v);
-#endif
+  __stwb(reinterpret_cast<W*>(p), reinterpret_cast<const W&>(v) PASS_SITE);
 }
 
 }  // namespace finetune

@@ -41,6 +41,8 @@ bool is_emulators(uintptr_t address, size_t bytes) {
          within(block.context, block.context_bytes) || in_module_data(address, bytes);
 }
 
+constexpr const char* kMbarrierAccess = "mbarrier";
+
 const char* verb(Access access) {
   return access == Access::read ? "reads " : access == Access::write ? "writes " : "updates ";
 }
@@ -57,22 +59,30 @@ void check(uintptr_t address, size_t bytes, Access access, Place place, const ch
   }
   const size_t offset = address - region->begin;
   if (offset + bytes > region->bytes) outside(address, bytes, access, place);
-  unsigned char *flags = region->flags.data() + offset, all = 0xff, any = 0;
-  for (size_t i = 0; i < bytes; ++i) {
-    all &= flags[i];
-    any |= flags[i];
-  }
+  unsigned char all = 0xff, any = 0;
+  region->each_part(address, bytes, [&](Chunk& chunk, uintptr_t at, size_t part) {
+    const unsigned char* flags = chunk.flags.data() + (at - chunk.begin);
+    for (size_t i = 0; i < part; ++i) {
+      all &= flags[i];
+      any |= flags[i];
+    }
+  });
   const auto where = [&] {
     return std::to_string(bytes) + " bytes at byte " + std::to_string(offset) + " of " + title(*region);
   };
   if (any & kInFlight) {
     stop(place, verb(access) + where() + ", which an asynchronous copy that was not waited for still writes");
   }
+  if (any & kMbarrier && what != kMbarrierAccess) stop(place, verb(access) + where() + ", which hold an mbarrier");
   if (access != Access::read && !(all & kWritable)) stop(place, verb(access) + where() + ", which is read-only");
   if (access != Access::write && !(all & kDefined)) {
     stop(place, verb(access) + where() + ", which nobody has written yet: uninitialised, or a barrier is missing");
   }
-  if (access != Access::read) std::memset(flags, all | kDefined, bytes);
+  if (access != Access::read) {
+    region->each_part(address, bytes, [&](Chunk& chunk, uintptr_t at, size_t part) {
+      std::memset(chunk.flags.data() + (at - chunk.begin), all | kDefined, part);
+    });
+  }
   if (counting) count_access(*region, address, bytes, access, place, what);
   order(*region, address, bytes, access, place);
 }
@@ -80,8 +90,13 @@ void check(uintptr_t address, size_t bytes, Access access, Place place, const ch
 inline void hook(const void* data, size_t bytes, size_t align, Access access, const void* return_address) {
   if (!self || paused) return;
   const auto address = reinterpret_cast<uintptr_t>(data);
-  if (address - reinterpret_cast<uintptr_t>(stacks) < kMostThreads * kStackBytes) return;  // its own variables
   const Place place = place_of(return_address);
+  if (address - reinterpret_cast<uintptr_t>(stacks) < kMostThreads * kStackBytes) {  // its own variables
+    if (is_register_under_way(data)) {
+      stop(place, std::string(verb(access)) + "a register of a wgmma under way, with no wgmma.wait_group in between");
+    }
+    return;
+  }
   if (address % align) {
     stop(place, std::string("misaligned: ") + verb(access) + std::to_string(bytes) + " bytes at an address that is " +
                     std::to_string(address % align) + " past a multiple of " + std::to_string(align));
@@ -90,7 +105,24 @@ inline void hook(const void* data, size_t bytes, size_t align, Access access, co
 }
 
 }  // namespace
+
+void mbarrier_memory(const void* mbarrier, bool begins, Site site) {
+  const auto address = reinterpret_cast<uintptr_t>(mbarrier);
+  check(address, 8, begins ? Access::write : Access::atomic, place_of(site), kMbarrierAccess);
+  if (begins) set_flags(address, 8, kMbarrier, true);
+}
+
 }  // namespace checker
+
+void touch_constant(const void* data, int bytes, Site site) {
+  using namespace checker;
+  touch(data, bytes, Access::read, site);
+  if (Region* region = find(reinterpret_cast<uintptr_t>(data))) {
+    if (written_by_launch(*region, reinterpret_cast<uintptr_t>(data), static_cast<size_t>(bytes))) {
+      stop(place_of(site), "reads, by an instruction for constant memory, what this kernel has written");
+    }
+  }
+}
 
 void touch(const void* data, int bytes, Access access, Site site, const char* what) {
   using namespace checker;

@@ -64,12 +64,25 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
 // --- arithmetic
 
+namespace emulator {
+inline float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }  // .ftz
+}  // namespace emulator
+
 using std::max;
 using std::min;
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
+inline float max(float a, float b) { return std::fmax(a, b); }  // of a NaN and a number, the number
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline double max(double a, double b) { return std::fmax(a, b); }
+inline double min(double a, double b) { return std::fmin(a, b); }
+// As the hardware makes them, of 2^x and log2: the product's rounding is most of their error.
+inline float __expf(float x) { return std::exp2(x * 1.44269504f); }
+inline float __logf(float x) { return std::log2(x) * 0.693147181f; }
 inline float __log2f(float x) { return std::log2(x); }
-inline float __fdividef(float x, float y) { return x / y; }
+inline float __fdividef(float x, float y) {  // of a divisor from 2^126 on: 0, and NaN of an infinite x
+  const float size = std::fabs(y);
+  if (!(size > 0x1p126f) || std::isinf(size)) return x / y;
+  return std::isinf(x) ? NAN : std::copysign(0.0f, x) * std::copysign(1.0f, y);
+}
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
@@ -80,15 +93,37 @@ inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline int __float2int_rn(float x) {  // saturates; NaN is 0
+  if (!(x < 0x1p31f)) return std::isnan(x) ? 0 : 0x7fffffff;
+  return x < -0x1p31f ? -0x7fffffff - 1 : static_cast<int>(std::nearbyint(x));
+}
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(unsigned x) { return std::countl_zero(x); }
 inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
+
+// --- loads and stores that name their state space
+
 template <class T>
-T __ldg(const T* p) {
+EMULATOR_UNCHECKED T __ldg(const T* p, emulator::Site site = emulator::Site::here()) {
+  emulator::require_global(p, alignof(T), "__ldg", site);
+  emulator::touch_constant(p, sizeof(T), site);
   return *p;
 }
+template <class T>
+EMULATOR_UNCHECKED void __stwb(T* p, std::type_identity_t<T> v, emulator::Site site = emulator::Site::here()) {
+  emulator::require_global(p, alignof(T), "a global store", site);
+  emulator::touch(p, sizeof(T), emulator::Access::write, site);
+  *p = v;
+}
+namespace emulator {
+template <class T>
+EMULATOR_UNCHECKED void store_shared(T* p, const T& v, Site site) {
+  require_shared(p, alignof(T), "a shared store", site);
+  touch(p, sizeof(T), Access::write, site);
+  *p = v;
+}
+}  // namespace emulator
 
 // --- warps
 
@@ -147,9 +182,15 @@ inline uint32_t vote(unsigned mask, bool yes, Site site) {
   return mine.ballot;
 }
 
+inline int width_of(int width, Site site) {
+  if (width < 1 || width > 32 || (width & (width - 1)))
+    fault("a shuffle whose width is no power of two up to 32", site);
+  return width;
+}
+
 // The lane that a shuffle within groups of `width` lanes reads, or the caller's own where that is outside the group.
-inline int within(int source, int width) {
-  const int lane = static_cast<int>(lane_index()), first = lane / width * width;
+inline int within(int source, int width, Site site) {
+  const int lane = static_cast<int>(lane_index()), first = lane / width_of(width, site) * width;
   return source >= first && source < first + width ? source : lane;
 }
 
@@ -157,23 +198,24 @@ inline int within(int source, int width) {
 
 template <class T>
 T __shfl_sync(unsigned mask, T v, int source, int width = 32, emulator::Site site = emulator::Site::here()) {
-  const int first = static_cast<int>(emulator::lane_index()) / width * width;
+  const int first = static_cast<int>(emulator::lane_index()) / emulator::width_of(width, site) * width;
   return emulator::shuffle(mask, v, first + (source & (width - 1)), site);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32, emulator::Site site = emulator::Site::here()) {
   const int lane = static_cast<int>(emulator::lane_index()), source = lane ^ bits;
+  emulator::width_of(width, site);
   return emulator::shuffle(mask, v, source / width <= lane / width ? source & 31 : lane, site);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T v, unsigned by, int width = 32, emulator::Site site = emulator::Site::here()) {
   const int lane = static_cast<int>(emulator::lane_index());
-  return emulator::shuffle(mask, v, emulator::within(lane + static_cast<int>(by), width), site);
+  return emulator::shuffle(mask, v, emulator::within(lane + static_cast<int>(by), width, site), site);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T v, unsigned by, int width = 32, emulator::Site site = emulator::Site::here()) {
   const int lane = static_cast<int>(emulator::lane_index());
-  return emulator::shuffle(mask, v, emulator::within(lane - static_cast<int>(by), width), site);
+  return emulator::shuffle(mask, v, emulator::within(lane - static_cast<int>(by), width, site), site);
 }
 inline unsigned __ballot_sync(unsigned mask, int yes, emulator::Site site = emulator::Site::here()) {
   return emulator::vote(mask, yes != 0, site);
@@ -198,6 +240,8 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned v, emulator::Site site
 
 template <class T, class F>
 EMULATOR_UNCHECKED T emulated_atomic(T* p, F&& update, emulator::Site site) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8);
+  emulator::require_memory(p, sizeof(T), "an atomic", site);
   emulator::touch(p, sizeof(T), emulator::Access::atomic, site);
   T old;
   std::memcpy(&old, p, sizeof(T));

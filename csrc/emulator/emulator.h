@@ -52,15 +52,21 @@ unsigned lane_index();
 
 [[noreturn]] void fault(const char* what, Site site);  // ends the launch
 
+// What an instruction asks of an address: the state space (README.md says which does what), and a multiple of `align`
+// bytes. `what`: the access, for the message ("a global store").
+void require_global(const void* p, int align, const char* what, Site site);
+void require_shared(const void* p, int align, const char* what, Site site);
+void require_memory(const void* p, int align, const char* what, Site site);  // either of the two
+
 void block_barrier(Site site);
-void named_barrier(int id, int threads, Site site);  // bar.sync id, threads
+void named_barrier(int id, int threads, Site site);  // bar.sync id, threads: whole warps
 void warp_barrier(uint32_t mask, Site site);
 
 // Every lane of `mask` calls this with the same `run`; the last to arrive calls run(parts, mask), where parts[lane] is
 // what that lane passed (null outside of the mask). `what`: its name in the statistics (null: it
-// is counted by its accesses).
+// is counted by its accesses). aligned: all lanes must come by the same line (PTX's .aligned).
 void collective(uint32_t mask, void (*run)(void* const* parts, uint32_t mask, Site site), void* part, Site site,
-                const char* what = "collective");
+                const char* what = "collective", bool aligned = false);
 
 // A block's static shared array: the same memory for all threads that come by `key`.
 void* shared_array(const void* key, size_t bytes, size_t align, const char* name);
@@ -76,7 +82,8 @@ void copy_wait(int groups_left, Site site);
 // `what`: its name in the statistics, where it is no plain load or store.
 enum class Access { read, write, atomic };
 void touch(const void* data, int bytes, Access access, Site site, const char* what = nullptr);
-void count(const char* what, Site site);  // one more of these, for the statistics
+void touch_constant(const void* data, int bytes, Site site);  // a read of what nobody writes while the kernel runs
+void count(const char* what, Site site);                      // one more of these, for the statistics
 // The compiler's instrumentation leaves this function out.
 #define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread")))
 
@@ -87,7 +94,8 @@ bool bug_reached();  // has a kernel asked for the active one?
 // --- for tests (csrc/emulator/python.cpp)
 
 struct Options {
-  int order = 0;       // of the fibres: 0 as numbered, 1 reversed, 2 … shuffled by that seed
+  int order = 0;  // of the fibres: 0 as numbered, 1 reversed, 2 … shuffled by that seed. Odd: the last TMA copy lands
+                  // first
   bool eager = false;  // asynchronous copies
   std::string bug;     // the active deliberate fault
 };

@@ -1,6 +1,8 @@
 // mbarriers, TMA copies and wgmma; the rules are in hopper.h.
 #include "hopper.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <deque>
 #include <limits>
@@ -10,6 +12,8 @@
 
 namespace emulator {
 namespace {
+
+constexpr int64_t kMostBytes = (1 << 20) - 1, kMostArrivals = (1 << 20) - 1;  // that an mbarrier counts
 
 struct Mbarrier {
   unsigned count, pending;  // arrivals that a phase needs, and still needs
@@ -44,18 +48,35 @@ struct Operation {
   std::vector<float> before[kGroup];  // the accumulators, where this operation is the first under way on them
   Site site;
 };
+struct Group {  // committed
+  std::vector<Operation> operations;
+  uint32_t time;  // of the warpgroup as an asynchronous unit
+};
 struct Warpgroup {
   void* arrived[kGroup];
   int count = 0;
   Site first;
   std::vector<Operation> open;
-  std::deque<std::vector<Operation>> groups;
+  std::deque<Group> groups;
   bool waiting = false;  // all its threads, for the groups but the last `left`
   int left = 0;
+  bool spoiled = false;  // somebody wrote a register that was under way
+  int registers = 0;     // of each thread
+
+  unsigned first_thread() const;
 };
 Warpgroup warpgroups[kGroups];
-bool fenced[kMostThreads];
-bool landing = false;  // the next thread to run lets a copy land
+unsigned Warpgroup::first_thread() const { return static_cast<unsigned>(this - warpgroups) * kGroup; }
+
+struct Fenced {  // registers as a wgmma.fence saw them
+  Registers at;
+  std::vector<unsigned char> seen;
+  bool used;  // as accumulators of a product since
+};
+std::vector<Fenced> fenced[kMostThreads];
+int free_registers = 0;  // of the block, given back by setmaxnreg
+int under_way = 0;       // products, of all warpgroups
+bool landing = false;    // the next thread to run lets a copy land
 
 Mbarrier& find(uint64_t* bar, Site site) {
   auto found = barriers.find(bar);
@@ -65,6 +86,7 @@ Mbarrier& find(uint64_t* bar, Site site) {
 
 void advance(uint64_t* bar, Mbarrier& b) {
   if (b.pending || b.bytes) return;
+  checker::complete(bar);
   ++b.phase;
   b.pending = b.count;
   for (Fiber& fiber : block.fibers) {
@@ -134,17 +156,35 @@ void multiply(const Operation& operation) {
   }
 }
 
-void finish(Operation& operation) {
+void finish(Warpgroup& group, Operation& operation) {
   for (int lane = 0; lane < kGroup; ++lane) {
     const auto& before = operation.before[lane];
-    std::copy(before.begin(), before.end(), operation.parts[lane].d);
+    const Product& p = operation.parts[lane];
+    const bool kept = std::all_of(p.d, p.d + before.size(), [](float x) { return std::isnan(x); });
+    group.spoiled = group.spoiled || !kept || (p.a && std::memcmp(p.a, operation.a[lane], sizeof operation.a[lane]));
+    std::copy(before.begin(), before.end(), p.d);
   }
   multiply(operation);
+  --under_way;
+}
+
+// What the checks see of a product: the bytes that it reads, 16 at a time, as the warpgroup's.
+void read_matrices(const Operation& operation) {
+  const Product& p = operation.parts[0];
+  const auto read = [&](uint64_t matrix, bool transposed, int rows) {
+    for (int mn = 0; mn < rows; mn += transposed ? 8 : 1) {
+      for (int k = 0; k < 16; k += transposed ? 1 : 8) {
+        touch(element(matrix, transposed, mn, k), 16, Access::read, operation.site, "wgmma");
+      }
+    }
+  };
+  read(p.b_matrix, p.b_transposed, p.n);
+  if (!p.a) read(p.a_matrix, false, 64);
 }
 
 void wake(Warpgroup& group) {
-  const auto first = static_cast<size_t>(&group - warpgroups) * kGroup;
-  for (size_t i = first; i < first + kGroup; ++i) {
+  const unsigned first = group.first_thread();
+  for (unsigned i = first; i < first + kGroup; ++i) {
     if (block.fibers[i].state == State::at_warpgroup) block.fibers[i].state = State::ready;
   }
 }
@@ -171,10 +211,41 @@ void together(void* part, Site site, const char* what, F&& f) {
 
 template <class F>
 void each_under_way(Warpgroup& group, F&& f) {
-  for (auto& operation : group.open) f(operation);
-  for (auto& operations : group.groups) {
-    for (auto& operation : operations) f(operation);
+  for (auto& each : group.groups) {
+    for (auto& operation : each.operations) f(operation);
   }
+  for (auto& operation : group.open) f(operation);
+}
+
+// Calls f(row, from, first, last) for each row of the box at `at`: its elements [first, last) are those of the tensor
+// from `from` on, the others are outside of it.
+template <class F>
+void for_each_row(const TensorMap& map, const int (&place)[4], F&& f) {
+  int row = 0;
+  for (int w = 0; w < map.box[3]; ++w) {
+    for (int z = 0; z < map.box[2]; ++z) {
+      for (int y = 0; y < map.box[1]; ++y, ++row) {
+        const int64_t at[4] = {place[0], place[1] + y, place[2] + z, place[3] + w};
+        bool inside = true;
+        for (int i = 1; i < 4; ++i) inside = inside && at[i] >= 0 && at[i] < map.size[i];
+        const char* from = map.data + 2 * at[0] + at[1] * map.stride[1] + at[2] * map.stride[2] + at[3] * map.stride[3];
+        const auto first = static_cast<int>(std::clamp<int64_t>(-at[0], 0, map.box[0]));
+        const auto last = static_cast<int>(std::clamp<int64_t>(map.size[0] - at[0], 0, map.box[0]));
+        f(row, from, first, inside ? last : first);
+      }
+    }
+  }
+}
+
+// The hardware reads tensor maps from the kernel's parameters (or constant or global memory), never from a variable.
+// Here parameters are variables too, so the same map must be among the launch's arguments.
+bool is_argument(const TensorMap& map) {
+  const auto* begin = static_cast<const char*>(block.context);
+  constexpr size_t bytes = offsetof(TensorMap, box) + sizeof map.box;
+  for (size_t i = 0; i + bytes <= block.context_bytes; i += 8) {
+    if (!std::memcmp(begin + i, &map, bytes)) return true;
+  }
+  return false;
 }
 
 void write(const Transfer& t) {
@@ -183,34 +254,22 @@ void write(const Transfer& t) {
     std::memcpy(to, t.from, t.to.end - t.to.begin);
     return;
   }
-  int row = 0;
-  for (int w = 0; w < t.map.box[3]; ++w) {
-    for (int z = 0; z < t.map.box[2]; ++z) {
-      for (int y = 0; y < t.map.box[1]; ++y, ++row) {
-        const int64_t at[4] = {t.at[0], t.at[1] + y, t.at[2] + z, t.at[3] + w};
-        bool inside = true;
-        for (int i = 1; i < 4; ++i) inside = inside && at[i] >= 0 && at[i] < t.map.size[i];
-        const char* from = t.map.data + at[1] * t.map.stride[1] + at[2] * t.map.stride[2] + at[3] * t.map.stride[3];
-        for (int x = 0; x < t.map.box[0]; ++x) {
-          uint16_t bits = 0;
-          const int64_t column = at[0] + x;
-          if (inside && column >= 0 && column < t.map.size[0]) bits = bits_at(from + 2 * column);
-          std::memcpy(to + row * 128 + ((x / 8) ^ (row % 8)) * 16 + x % 8 * 2, &bits, 2);
-        }
-      }
+  for_each_row(t.map, t.at, [&](int row, const char* from, int first, int last) {
+    for (int x = 0; x < t.map.box[0]; ++x) {
+      const uint16_t bits = x >= first && x < last ? bits_at(from + 2 * x) : uint16_t{0};
+      std::memcpy(to + row * 128 + ((x / 8) ^ (row % 8)) * 16 + x % 8 * 2, &bits, 2);
     }
-  }
+  });
 }
 
 void land(const Transfer& t) {
   checker::pause(true);
   write(t);
   checker::pause(false);
-  Fiber* const running = self;
-  self = t.by;  // to the checks the copy is its issuer's
+  checker::act_again(t.bar);
   checker::in_flight(t.to.begin, static_cast<int>(t.to.end - t.to.begin), false, t.site);
-  checker::release(t.bar);
-  self = running;
+  checker::land(t.bar, t.bar);
+  checker::act_no_more();
   Mbarrier& b = barriers.at(t.bar);
   b.bytes -= t.to.end - t.to.begin;
   advance(t.bar, b);
@@ -220,8 +279,7 @@ void start(Transfer&& t) {
   if (!find(t.bar, t.site).fenced) {
     fault("a copy signals an mbarrier whose initialisation no fence has made visible to it", t.site);
   }
-  const auto begin = reinterpret_cast<uintptr_t>(t.to.begin);
-  if (begin % (t.tensor ? 1024 : 16)) fault("a copy to an unaligned address", t.site);
+  require_shared(t.to.begin, t.tensor ? 1024 : 16, "a copy's destination", t.site);
   for (const Transfer& other : transfers) {
     if (other.to.meets(t.to)) fault("a copy into shared memory that a copy under way writes", t.site);
   }
@@ -234,7 +292,9 @@ void start(Transfer&& t) {
     });
   }
   const int bytes = static_cast<int>(t.to.end - t.to.begin);
+  checker::act_as(t.bar, self->id, 1);
   touch(t.to.begin, bytes, Access::write, t.site, "TMA");
+  checker::act_no_more();
   checker::in_flight(t.to.begin, bytes, true, t.site);
   if (options().eager) {
     land(t);
@@ -245,10 +305,21 @@ void start(Transfer&& t) {
 
 }  // namespace
 
-unsigned shared_address(const void* p) { return static_cast<unsigned>(static_cast<const unsigned char*>(p) - arena); }
+unsigned matrix_address(const void* p, unsigned stride, unsigned leading, Site site) {
+  require_shared(p, 16, "a matrix descriptor", site);
+  const auto address = static_cast<unsigned>(static_cast<const unsigned char*>(p) - arena);
+  if (address >> 7 & 7) fault("a matrix descriptor of a row that is not the first of the swizzle's eight", site);
+  if (stride % 16 || leading % 16 || (stride | leading) >> 18) {
+    fault("a matrix descriptor whose strides are no multiples of 16 bytes below 2^18", site);
+  }
+  return address;
+}
 
 void mbarrier_init(uint64_t* bar, unsigned count, Site site) {
-  if (reinterpret_cast<uintptr_t>(bar) % 8) fault("an unaligned mbarrier", site);
+  require_shared(bar, 8, "an mbarrier", site);
+  if (count < 1 || count > kMostArrivals) fault("an mbarrier of no arrivals, or of more than 2^20 - 1", site);
+  if (barriers.count(bar)) fault("an mbarrier is initialised again while it lives", site);
+  checker::mbarrier_memory(bar, true, site);
   barriers[bar] = {count, count};
   barriers[bar].maker = self->id;
 }
@@ -260,20 +331,25 @@ void mbarrier_init_fence() {
 void mbarrier_arrive(uint64_t* bar, unsigned expected_bytes, Site site) {
   Mbarrier& b = find(bar, site);
   if (!b.pending) fault("more arrivals at an mbarrier than its phase takes", site);
-  checker::release(bar);
+  checker::mbarrier_memory(bar, false, site);
+  checker::arrive(bar);
   b.bytes += expected_bytes;
+  if (b.bytes > kMostBytes) fault("an mbarrier expects more than 2^20 - 1 bytes", site);
   --b.pending;
   advance(bar, b);
 }
 
 void mbarrier_wait(uint64_t* bar, unsigned parity, Site site) {
+  find(bar, site);
+  checker::mbarrier_memory(bar, false, site);
   while ((find(bar, site).phase & 1) == parity) {
     self->part = bar;
     yield(State::at_mbarrier, site);
     if (landing) {
       landing = false;
-      const Transfer t = transfers.front();
-      transfers.pop_front();
+      const bool last = options().order % 2;  // copies land in any order
+      const Transfer t = last ? transfers.back() : transfers.front();
+      last ? transfers.pop_back() : transfers.pop_front();
       land(t);
     }
   }
@@ -281,7 +357,8 @@ void mbarrier_wait(uint64_t* bar, unsigned parity, Site site) {
 }
 
 void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* bar, Site site) {
-  if (bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16) fault("a bulk copy of unaligned addresses or size", site);
+  require_global(global, 16, "a bulk copy's source", site);
+  if (bytes % 16 || !bytes) fault("a bulk copy of no multiple of 16 bytes", site);
   touch(global, static_cast<int>(bytes), Access::read, site, "TMA");
   auto* to = static_cast<char*>(shared);
   start({{to, to + bytes}, static_cast<const char*>(global), {}, {}, false, bar, self, site});
@@ -289,7 +366,11 @@ void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* bar, 
 
 void tensor_copy(void* shared, const TensorMap& map, const int (&at)[4], uint64_t* bar, Site site) {
   if (map.box[0] != 64) fault("a tensor map whose rows are not 128 bytes", site);
+  if (!is_argument(map)) fault("a tensor map that is no argument of the kernel", site);
   auto* to = static_cast<char*>(shared);
+  for_each_row(map, at, [&](int, const char* from, int first, int last) {
+    if (first < last) touch(from + 2 * first, 2 * (last - first), Access::read, site, "TMA");
+  });
   start({{to, to + 128 * map.box[1] * map.box[2] * map.box[3]},
          nullptr,
          map,
@@ -300,17 +381,51 @@ void tensor_copy(void* shared, const TensorMap& map, const int (&at)[4], uint64_
          site});
 }
 
-void wgmma_fence() { fenced[self->id] = true; }
+void async_proxy_fence(Site site) {
+  count("fence.proxy.async", site);
+  checker::proxy_fence();
+}
+
+void wgmma_fence(std::initializer_list<Registers> registers, Site site) {
+  std::vector<Fenced>& all = fenced[self->id];
+  for (const Registers& each : registers) {
+    std::erase_if(all, [&](const Fenced& f) { return f.at.data == each.data; });
+    const auto* bytes = static_cast<const unsigned char*>(each.data);
+    all.push_back({each, {bytes, bytes + each.bytes}, false});
+  }
+  together(nullptr, site, "wgmma.fence", [](Warpgroup&) { return false; });
+}
+
+namespace {
+
+// The registers [data, data + bytes) are as the last fence saw them.
+void require_fenced(const void* data, size_t bytes, bool accumulators, Site site) {
+  const auto* from = static_cast<const unsigned char*>(data);
+  for (Fenced& f : fenced[self->id]) {
+    const auto* begin = static_cast<const unsigned char*>(f.at.data);
+    if (from < begin || from + bytes > begin + f.at.bytes) continue;
+    if (!f.used && std::memcmp(from, f.seen.data() + (from - begin), bytes) != 0) {
+      fault("a register of a wgmma is written after the wgmma.fence", site);
+    }
+    f.used = f.used || accumulators;
+    return;
+  }
+  fault("wgmma without a wgmma.fence since its registers were last used", site);
+}
+
+}  // namespace
 
 void wgmma(const Product& product, Site site) {
-  if (!fenced[self->id]) fault("wgmma without a wgmma.fence since its registers were last used", site);
+  require_fenced(product.d, sizeof(float) * product.n / 2, true, site);
+  if (product.a) require_fenced(product.a, sizeof(unsigned[4]), false, site);
   Product mine = product;
   together(&mine, site, "wgmma", [&](Warpgroup& group) {
     Operation now;
     now.site = site;
     for (int lane = 0; lane < kGroup; ++lane) {
       const Product& p = now.parts[lane] = *static_cast<Product*>(group.arrived[lane]);
-      if (p.a_matrix != now.parts[0].a_matrix || p.b_matrix != now.parts[0].b_matrix) {
+      const Product& first = now.parts[0];
+      if (p.a_matrix != first.a_matrix || p.b_matrix != first.b_matrix || p.accumulate != first.accumulate) {
         fault("threads of one warpgroup describe different matrices", site);
       }
       if (p.a) std::memcpy(now.a[lane], p.a, sizeof now.a[lane]);
@@ -320,6 +435,11 @@ void wgmma(const Product& product, Site site) {
     for (const Transfer& t : transfers) {
       if (t.to.meets(a) || t.to.meets(b)) fault("wgmma reads shared memory that a copy under way writes", site);
     }
+    checker::pause(false);
+    checker::act_as(&group, group.first_thread(), kGroup);
+    read_matrices(now);
+    checker::act_no_more();
+    checker::pause(true);
     if (options().eager) {
       multiply(now);
       return false;
@@ -332,52 +452,113 @@ void wgmma(const Product& product, Site site) {
       std::fill(d, d + p.n / 2, std::numeric_limits<float>::quiet_NaN());
     }
     group.open.push_back(std::move(now));
+    ++under_way;
     return false;
   });
-  // Each thread answers for a share of the rows: 16 bytes of each, as the checks see it.
-  const int lane = static_cast<int>(self->id) % kGroup;
-  for (int mn = lane; mn < product.n; mn += kGroup) {
-    if (product.b_transposed) break;
-    for (int k = 0; k < 16; k += 8) touch(element(product.b_matrix, false, mn, k), 16, Access::read, site, "wgmma");
-  }
-  for (int i = lane; product.b_transposed && i < 2 * product.n; i += kGroup) {
-    touch(element(product.b_matrix, true, i / 16 * 8, i % 16), 16, Access::read, site, "wgmma");
-  }
-  if (!product.a && lane < 64) {
-    for (int k = 0; k < 16; k += 8) touch(element(product.a_matrix, false, lane, k), 16, Access::read, site, "wgmma");
-  }
 }
 
 void wgmma_commit(Site site) {
   together(nullptr, site, "wgmma.commit_group", [](Warpgroup& group) {
-    group.groups.push_back(std::move(group.open));
+    group.groups.push_back({std::move(group.open), checker::next_time(&group)});
     group.open.clear();
     return false;
   });
 }
 
 void wgmma_wait(int groups_left, Site site) {
-  fenced[self->id] = false;
+  fenced[self->id].clear();
   together(nullptr, site, "wgmma.wait_group", [&](Warpgroup& group) {
     group.left = groups_left;
     group.waiting = static_cast<int>(group.groups.size()) > groups_left;
     return group.waiting;
   });
+  if (warpgroups[self->id / kGroup].spoiled) {
+    fault("a register of a wgmma was written before this wgmma.wait_group", site);
+  }
+}
+
+bool is_register_under_way(const void* variable) {
+  if (!under_way) return false;
+  bool found = false;
+  const auto lane = self->id % kGroup;
+  const auto* at = static_cast<const char*>(variable);
+  each_under_way(warpgroups[self->id / kGroup], [&](const Operation& o) {
+    const Product& p = o.parts[lane];
+    const auto within = [&](const void* data, size_t bytes) {
+      return data && at - static_cast<const char*>(data) >= 0 &&
+             at - static_cast<const char*>(data) < static_cast<std::ptrdiff_t>(bytes);
+    };
+    found = found || within(p.d, sizeof(float) * p.n / 2);
+  });
+  return found;
+}
+
+namespace {
+
+// What ptxas gives a thread of a kernel that calls setmaxnreg, where a block has the multiprocessor to itself.
+int registers_at_entry() {
+  const int fit = 65536 / static_cast<int>(block.threads) / 8 * 8;
+  return fit < 248 ? fit : 248;
+}
+
+}  // namespace
+
+void set_registers(int wanted, bool more, Site site) {
+  if (wanted < 24 || wanted > 256 || wanted % 8) fault("setmaxnreg of no multiple of 8 from 24 to 256", site);
+  Warpgroup& group = warpgroups[self->id / kGroup];
+  const bool fits = more ? wanted >= group.registers : wanted <= group.registers;
+  if (!fits) fault("setmaxnreg takes registers with .dec, or gives them back with .inc", site);
+  bool first = false;
+  together(nullptr, site, "setmaxnreg", [&](Warpgroup&) {
+    first = true;
+    return false;
+  });
+  const int change = (wanted - group.registers) * kGroup;
+  if (!first) {
+    while (group.registers != wanted) yield(State::at_registers, site);
+    return;
+  }
+  while (change > free_registers) yield(State::at_registers, site);
+  free_registers -= change;
+  group.registers = wanted;
+  for (Fiber& fiber : block.fibers) {
+    if (fiber.state == State::at_registers) fiber.state = State::ready;
+  }
 }
 
 void begin_asynchronous() {
   barriers.clear();
   transfers.clear();
   landing = false;
-  for (Warpgroup& group : warpgroups) group = {};
-  std::memset(fenced, 0, sizeof fenced);
+  for (Warpgroup& group : warpgroups) {
+    group = {};
+    group.registers = registers_at_entry();
+  }
+  for (unsigned i = 0; i < block.threads; ++i) fenced[i].clear();
+  free_registers = under_way = 0;
+}
+
+void join_asynchronous() {  // a barrier of threads waits for nothing that is under way
+  for (Warpgroup& group : warpgroups) {
+    const auto again = [&](std::vector<Operation>& operations) {
+      checker::act_again(&group);
+      for (const Operation& operation : operations) read_matrices(operation);
+      checker::act_no_more();
+    };
+    for (Group& each : group.groups) {
+      if (!each.operations.empty()) again(each.operations);
+      each.time = checker::next_time(&group);
+    }
+    if (!group.open.empty()) again(group.open);
+  }
 }
 
 bool land_one() {
   for (Warpgroup& group : warpgroups) {
     if (!group.waiting) continue;
     for (; static_cast<int>(group.groups.size()) > group.left; group.groups.pop_front()) {
-      for (Operation& operation : group.groups.front()) finish(operation);
+      for (Operation& operation : group.groups.front().operations) finish(group, operation);
+      checker::learn(&group, group.groups.front().time, group.first_thread(), kGroup);
     }
     group.waiting = false;
     wake(group);

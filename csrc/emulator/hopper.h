@@ -4,8 +4,11 @@
 // All three are asynchronous, and a kernel that does not wait gets away with it on some runs of a GPU and not on
 // others. Here it never does: copies land and products are made as late as can be (when no thread can go on without
 // them), or, with `eager`, at once; a product's accumulators hold NaN until it was waited for; shared memory that a
-// copy writes or a product reads may not be given to another copy or product meanwhile.
+// copy writes or a product reads may not be given to another copy or product meanwhile; a product's registers are those
+// that its fence saw, unchanged until the wait. README.md lists what is asked of each instruction.
 #pragma once
+
+#include <initializer_list>
 
 #include "emulator.h"
 
@@ -19,12 +22,14 @@ struct alignas(64) TensorMap {
   int box[4];
 };
 
-unsigned shared_address(const void* p);  // as the hardware's descriptors hold it
+// A matrix descriptor's address (as the hardware's hold it: bytes into the window of shared memory).
+unsigned matrix_address(const void* p, unsigned stride, unsigned leading, Site site);
 
 void mbarrier_init(uint64_t* bar, unsigned count, Site site);
 void mbarrier_init_fence();  // makes the running thread's inits visible to copies
 void mbarrier_arrive(uint64_t* bar, unsigned expected_bytes, Site site);
 void mbarrier_wait(uint64_t* bar, unsigned parity, Site site);
+void async_proxy_fence(Site site);
 
 void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* bar, Site site);
 void tensor_copy(void* shared, const TensorMap& map, const int (&at)[4], uint64_t* bar, Site site);
@@ -39,14 +44,22 @@ struct Product {
   bool b_transposed, accumulate;
   float (*widen)(uint16_t);
 };
-void wgmma_fence();
+struct Registers {
+  const void* data;
+  size_t bytes;
+};
+void wgmma_fence(std::initializer_list<Registers> registers, Site site);
 void wgmma(const Product& product, Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int groups_left, Site site);
 
-// For the scheduler: a block begins; no thread can go on, so what is under way goes on by a step (false: nothing is);
-// what is unfinished at the end, or "".
+// setmaxnreg: so many registers a thread of this warpgroup from now on, more or fewer than it has.
+void set_registers(int count, bool more, Site site);
+
+// For the scheduler: a block begins; all its threads have passed a barrier; no thread can go on, so what is under way
+// goes on by a step (false: nothing is); what is unfinished at the end, or "".
 void begin_asynchronous();
+void join_asynchronous();
 bool land_one();
 const char* unfinished();
 

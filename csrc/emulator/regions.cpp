@@ -19,6 +19,33 @@ constexpr size_t kFar = 1 << 20;  // what is further away has nothing to do with
 
 }  // namespace
 
+Chunk& Region::chunk(uintptr_t address) {
+  const uintptr_t origin = begin & ~uintptr_t{15};
+  const size_t index = (address - origin) / kChunkBytes;
+  if (chunks.empty()) chunks.resize((begin + bytes - origin) / kChunkBytes + 1);
+  std::unique_ptr<Chunk>& found = chunks[index];
+  if (!found) {
+    const uintptr_t from = origin + index * kChunkBytes;
+    found = std::make_unique<Chunk>();
+    found->begin = from;
+    found->flags.assign(std::min<size_t>(kChunkBytes, begin + bytes - from), 0);
+    for (const Right& right : rights) {
+      const uintptr_t end = std::min(right.end, from + found->flags.size());
+      for (uintptr_t at = std::max(right.begin, from); at < end; ++at) found->flags[at - from] |= right.flags;
+    }
+  }
+  return *found;
+}
+
+void set_flags(uintptr_t address, size_t bytes, unsigned char flag, bool on) {
+  find(address)->each_part(address, bytes, [&](Chunk& chunk, uintptr_t at, size_t part) {
+    for (size_t i = 0; i < part; ++i) {
+      unsigned char& all = chunk.flags[at - chunk.begin + i];
+      all = on ? all | flag : all & ~flag;
+    }
+  });
+}
+
 Region* find(uintptr_t address) {
   if (last && last->holds(address)) return last;
   last = nullptr;
@@ -71,10 +98,13 @@ void new_shared(const void* data, size_t bytes, const char* name) {
     region = Region{};
     region.begin = begin;
     region.bytes = bytes;
+    region.rights = {{begin, begin + bytes, kWritable}};
   }  // else its stamps stay: they are of earlier blocks, and so mean nothing
   region.name = name == std::string("dynamic shared memory") ? name : "shared array '" + std::string(name) + "'";
   region.shared = true;
-  region.flags.assign(bytes, kWritable);
+  for (auto& chunk : region.chunks) {
+    if (chunk) chunk->flags.assign(chunk->flags.size(), kWritable);
+  }
   last = nullptr;
 }
 
@@ -87,10 +117,7 @@ void in_flight(const void* shared, int bytes, bool begins, Site site) {
   const auto address = reinterpret_cast<uintptr_t>(shared);
   Region* region = find(address);
   if (!region) return;  // touch() has said so
-  for (int i = 0; i < bytes; ++i) {
-    unsigned char& flag = region->flags[address - region->begin + i];
-    flag = begins ? flag | kInFlight : flag & ~kInFlight;
-  }
+  set_flags(address, static_cast<size_t>(bytes), kInFlight, begins);
   // What was copied counts as written when it was waited for: whoever reads it must come after that.
   if (!begins) order(*region, address, bytes, Access::write, place_of(site));
 }
@@ -112,7 +139,8 @@ void allow(const void* data, int64_t bytes, Use use) {
   region.begin = reinterpret_cast<uintptr_t>(data);
   region.bytes = static_cast<size_t>(bytes);
   region.name = "tensor " + std::to_string(named) + " of the call, " + what;
-  region.flags.assign(region.bytes, use == Use::read ? kDefined : use == Use::write ? kWritable : kDefined | kWritable);
+  const unsigned char flags = use == Use::read ? kDefined : use == Use::write ? kWritable : kDefined | kWritable;
+  region.rights = {{region.begin, region.begin + region.bytes, flags}};
   // A tensor that overlaps one of before (the same as input and output, a view) becomes one region with it.
   for (size_t i = 0; i < tensors.size();) {
     Region& other = tensors[i];
@@ -124,9 +152,15 @@ void allow(const void* data, int64_t bytes, Use use) {
     both.begin = std::min(region.begin, other.begin);
     both.bytes = std::max(region.begin + region.bytes, other.begin + other.bytes) - both.begin;
     both.name = region.name;
-    both.flags.assign(both.bytes, 0);
-    for (const Region* part : {&region, &other}) {
-      for (size_t k = 0; k < part->bytes; ++k) both.flags[part->begin - both.begin + k] |= part->flags[k];
+    both.rights = region.rights;
+    both.rights.insert(both.rights.end(), other.rights.begin(), other.rights.end());
+    for (const Region* part : {&region, &other}) {  // what earlier launches of the call have written is defined
+      for (const auto& chunk : part->chunks) {
+        for (size_t k = 0; chunk && k < chunk->flags.size(); ++k) {
+          if (!chunk->flags[k]) continue;  // in front of the region
+          both.chunk(chunk->begin + k).flags[chunk->begin + k - both.chunk(chunk->begin + k).begin] |= chunk->flags[k];
+        }
+      }
     }
     region = std::move(both);
     tensors.erase(tensors.begin() + static_cast<std::ptrdiff_t>(i));

@@ -160,6 +160,7 @@ std::string deadlock() {
     const char* what = fiber.state == State::at_barrier         ? "a block barrier"
                        : fiber.state == State::at_named_barrier ? "a named barrier"
                        : fiber.state == State::at_mbarrier      ? "an mbarrier"
+                       : fiber.state == State::at_registers     ? "setmaxnreg"
                        : fiber.state == State::at_warpgroup     ? "a warpgroup's instruction"
                                                                 : "a warp collective";
     const std::string place = std::string(what) + " at " + at(fiber.site);
@@ -190,6 +191,7 @@ void release_block_barrier() {
     }
   }
   checker::join_block();
+  join_asynchronous();
   block.at_barrier = 0;
   for (Fiber& fiber : block.fibers) {
     if (fiber.state == State::at_barrier) fiber.state = State::ready;
@@ -265,6 +267,34 @@ void end_with(const std::string& what) {
 }
 
 void fault(const char* what, Site site) { end_with(at(site) + ": " + what); }
+
+namespace {
+enum Space : unsigned { kGlobal = 1, kShared = 2, kLocal = 4 };
+const char* name_of(Space space) {
+  return space == kGlobal ? "a global" : space == kShared ? "a shared" : "a thread's own";
+}
+void require(unsigned spaces, const void* p, int align, const char* what, Site site) {
+  const auto within = [&](const unsigned char* begin, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(begin) < bytes;
+  };
+  const Space space = within(arena, 2 * kSharedBytes)              ? kShared
+                      : within(stacks, kMostThreads * kStackBytes) ? kLocal
+                                                                   : kGlobal;
+  if (!(space & spaces)) fault((std::string(name_of(space)) + " address given to " + what).c_str(), site);
+  if (const uintptr_t past = reinterpret_cast<uintptr_t>(p) % static_cast<unsigned>(align)) {
+    fault(("misaligned: " + std::string(what) + " at an address that is " + std::to_string(past) +
+           " past a multiple of " + std::to_string(align))
+              .c_str(),
+          site);
+  }
+}
+}  // namespace
+
+void require_global(const void* p, int align, const char* what, Site site) { require(kGlobal, p, align, what, site); }
+void require_shared(const void* p, int align, const char* what, Site site) { require(kShared, p, align, what, site); }
+void require_memory(const void* p, int align, const char* what, Site site) {
+  require(kGlobal | kShared, p, align, what, site);
+}
 
 std::string take_fault() {
   checker::end_launch();
@@ -347,13 +377,26 @@ void block_barrier(Site site) {
   if (failed || self->state != State::ready) suspend();
 }
 
+// All lanes of the warp come by this line together, which orders nothing.
+static void converge(Site site) {
+  collective(0xffffffffu, [](void* const*, uint32_t, Site) {}, self, site, nullptr, true);
+}
+
 void named_barrier(int id, int threads, Site site) {
+  if (id < 1 || id > 15 || threads < kWarp || threads % kWarp || threads > static_cast<int>(block.threads)) {
+    fault("a named barrier is 1 to 15, for whole warps of the block", site);
+  }
+  if (self->lane == 0) count("bar.sync", site);
+  converge(site);  // .aligned
   self->state = State::at_named_barrier;
   self->barrier = id;
+  self->expected = threads;
   self->site = site;
   std::vector<unsigned> here;
   for (const Fiber& fiber : block.fibers) {
-    if (fiber.state == State::at_named_barrier && fiber.barrier == id) here.push_back(fiber.id);
+    if (fiber.state != State::at_named_barrier || fiber.barrier != id) continue;
+    if (fiber.expected != threads) fault("threads of one named barrier expect different numbers of threads", site);
+    here.push_back(fiber.id);
   }
   if (static_cast<int>(here.size()) == threads) {
     checker::join(here.data(), threads);
@@ -363,7 +406,8 @@ void named_barrier(int id, int threads, Site site) {
   }
 }
 
-void collective(uint32_t mask, void (*run)(void* const*, uint32_t, Site), void* part, Site site, const char* what) {
+void collective(uint32_t mask, void (*run)(void* const*, uint32_t, Site), void* part, Site site, const char* what,
+                bool aligned) {
   Fiber& me = *self;
   if (!(mask >> me.lane & 1)) fault("a warp collective whose mask leaves out the lane that calls it", site);
   me.mask = mask;
@@ -379,7 +423,8 @@ void collective(uint32_t mask, void (*run)(void* const*, uint32_t, Site), void* 
     const Fiber& other = block.fibers[first + lane];
     if (other.state == State::exited) fault("a warp collective whose mask names a lane that has exited", site);
     if (other.state != State::at_collective || other.mask != mask) return suspend();
-    if (other.run != run) {
+    if (other.run != run ||
+        (aligned && (other.site.line != site.line || std::strcmp(other.site.file, site.file) != 0))) {
       end_with(at(site) + ": lanes of one warp meet in different collectives, here and at " + at(other.site));
     }
     parts[lane] = other.part;
@@ -433,8 +478,8 @@ void make(const Copy& copy) {
 }  // namespace
 
 void copy_async(void* shared, const void* global, int bytes, int bytes_read, Site site) {
-  const auto misaligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes != 0; };
-  if (misaligned(shared) || (bytes_read && misaligned(global))) fault("cp.async of unaligned addresses", site);
+  require_shared(shared, bytes, "cp.async's destination", site);
+  require_global(global, bytes, "cp.async's source", site);  // also where nothing is read
   if (bytes_read) touch(global, bytes_read, Access::read, site, "cp.async from global");
   touch(shared, bytes, Access::write, site, "cp.async to shared");
   const Copy copy{shared, global, bytes, bytes_read, site};
@@ -462,6 +507,7 @@ void copy_wait(int groups_left, Site site) {
 #if !defined(EMULATOR_checked)
 void allow(const void*, int64_t, Use) {}
 void touch(const void*, int, Access, Site, const char*) {}
+void touch_constant(const void*, int, Site) {}
 void count(const char*, Site) {}
 void set_counting(bool) {}
 std::vector<Row> statistics() { return {}; }

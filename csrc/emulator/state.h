@@ -16,7 +16,16 @@ constexpr size_t kStackBytes =
     64 * 1024;
 #endif
 
-enum class State { ready, at_barrier, at_named_barrier, at_collective, at_warpgroup, at_mbarrier, exited };
+enum class State {
+  ready,
+  at_barrier,
+  at_named_barrier,
+  at_collective,
+  at_warpgroup,
+  at_mbarrier,
+  at_registers,
+  exited
+};
 
 struct Copy {
   void* to;
@@ -30,8 +39,8 @@ struct Fiber {
   State state;
   unsigned id, lane, warp;  // within the block
   uint3 index;
-  Site site;    // where it waits
-  int barrier;  // the named barrier it waits at
+  Site site;              // where it waits
+  int barrier, expected;  // the named barrier it waits at, and for how many threads
   // its part in a warp's collective
   uint32_t mask;
   void (*run)(void* const*, uint32_t, Site);
@@ -60,6 +69,8 @@ extern unsigned char* stacks;        // kMostThreads of kStackBytes
 extern unsigned char* arena;         // shared memory: dynamic first, then the static arrays
 void yield(State state, Site site);  // waits until somebody makes this fibre ready
 
+bool is_register_under_way(const void* variable);  // of a product of the running thread's warpgroup (hopper.cpp)
+
 [[noreturn]] void end_with(const std::string& what);  // the launch, by a fault of the running thread
 
 // The checked build's view of what happens (checker.h); nothing in the others.
@@ -72,8 +83,22 @@ void end_launch();
 void new_shared(const void* data, size_t bytes, const char* name);
 void join_block();                              // all threads passed a barrier
 void join(const unsigned* threads, int count);  // these threads passed a barrier of theirs
-void release(const void* object);               // the running thread arrives at an mbarrier, say,
-void acquire(const void* object);               // and this one has waited for it: it comes after all that arrived
+// mbarriers: the running thread arrives, a phase is complete, the running thread has waited for it and comes after all
+// that arrived in it. The 8 bytes of one are its own from `begins` on.
+void arrive(const void* mbarrier);
+void complete(const void* mbarrier);
+void acquire(const void* mbarrier);
+void mbarrier_memory(const void* mbarrier, bool begins, Site site);
+void proxy_fence();  // the running thread's
+// Asynchronous units: what follows is done by `unit`, given to it by so many threads, which knows what all of them know
+// (or, again, what it knew); until it acts no more. next_time: what it did until now was at this time, what follows is
+// later. land: a copy's bytes are counted at its mbarrier. learn: these threads have waited for the unit, to that time.
+void act_as(const void* unit, unsigned first, unsigned count);
+void act_again(const void* unit);
+void act_no_more();
+uint32_t next_time(const void* unit);
+void land(const void* unit, const void* mbarrier);
+void learn(const void* unit, uint32_t time, unsigned first, unsigned count);
 void in_flight(const void* shared, int bytes, bool begins, Site site);
 void pause(bool on);  // the emulator itself works on the kernel's memory
 #else
@@ -84,8 +109,17 @@ inline void end_launch() {}
 inline void new_shared(const void*, size_t, const char*) {}
 inline void join_block() {}
 inline void join(const unsigned*, int) {}
-inline void release(const void*) {}
+inline void arrive(const void*) {}
+inline void complete(const void*) {}
 inline void acquire(const void*) {}
+inline void mbarrier_memory(const void*, bool, Site) {}
+inline void proxy_fence() {}
+inline void act_as(const void*, unsigned, unsigned) {}
+inline void act_again(const void*) {}
+inline void act_no_more() {}
+inline uint32_t next_time(const void*) { return 0; }
+inline void land(const void*, const void*) {}
+inline void learn(const void*, uint32_t, unsigned, unsigned) {}
 inline void in_flight(const void*, int, bool, Site) {}
 inline void pause(bool) {}
 #endif

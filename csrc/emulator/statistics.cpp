@@ -71,10 +71,10 @@ Sums in_wavefronts(const Request& request) {
 }  // namespace
 
 void count_access(const Region& region, uintptr_t address, size_t bytes, Access access, Place place, const char* what) {
-  const char* kind = access == Access::atomic ? (region.shared ? "shared atomic" : "global atomic")
-                     : what                   ? what
-                     : region.shared          ? (access == Access::read ? "shared load" : "shared store")
-                                              : (access == Access::read ? "global load" : "global store");
+  const char* kind = what                       ? what
+                     : access == Access::atomic ? (region.shared ? "shared atomic" : "global atomic")
+                     : region.shared            ? (access == Access::read ? "shared load" : "shared store")
+                                                : (access == Access::read ? "global load" : "global store");
   auto [found, is_new] = instructions.try_emplace({place, kind});
   Instruction& at = found->second;
   if (is_new) {

@@ -14,7 +14,7 @@ struct LoadMatrix {
 };
 
 inline void ldmatrix(unsigned* r, int count, const void* row, bool transposed, Site site) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) fault("ldmatrix of an unaligned row", site);
+  require_shared(row, 16, "ldmatrix", site);
   LoadMatrix mine{row, r, count, transposed};
   touch(static_cast<int>(lane_index()) < 8 * count ? row : nullptr, 16, Access::read, site, "ldmatrix");
   collective(
@@ -35,7 +35,7 @@ inline void ldmatrix(unsigned* r, int count, const void* row, bool transposed, S
           }
         }
       },
-      &mine, site, nullptr);
+      &mine, site, nullptr, true);
 }
 
 inline float half_of(unsigned r, int which, __nv_bfloat16) {
@@ -78,7 +78,7 @@ void mma_16x8x16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1
           }
         }
       },
-      &mine, site, "mma");
+      &mine, site, "mma", true);
 }
 
 }  // namespace emulator

@@ -15,7 +15,7 @@ constexpr uint32_t narrow(float value) {
   constexpr uint32_t largest = ((1u << (E + M)) - 1) - (kFinite ? 1 : (1u << M)),
                      beyond = largest + 1;  // infinity, or NaN
   const uint32_t bits = std::bit_cast<uint32_t>(value), sign = (bits >> 31) << (E + M), size = bits & 0x7fffffffu;
-  if (size > 0x7f800000u) return sign | (kFinite ? beyond : beyond | (1u << (M - 1)));  // NaN
+  if (size > 0x7f800000u) return (1u << (E + M)) - 1;  // every NaN becomes this one, as on the device
   const int exponent = static_cast<int>(size >> 23) - 127;
   uint32_t result;
   if (exponent >= 1 - bias) {  // normal: drop 23 − M bits, a carry moves into the exponent as it should
