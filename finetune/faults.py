@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune import emulator, ops
-from finetune.ops._check import WrongResult, check_close, flat, run
+from finetune import beyond, emulator, ops
+from finetune.ops._check import WrongResult, check_close, flat, run, unchanged
 from finetune.ops._op import Sample
 
 FOLDER = emulator.ROOT / "csrc" / "cuda"
@@ -63,14 +63,22 @@ def written(op: str) -> set[str]:
 
 
 def mismatches() -> list[str]:
-    """Faults that are listed but not written, or written but listed by no kernel that has them."""
+    """Faults that are listed but not written, or written but listed by no kernel that has them; lists that do not begin
+    a line of the head comment (a formatter has moved them into its prose)."""
     everywhere = {name for path in FOLDER.glob("*.cu*") for name in re.findall(r'\bBUG\("([^"]+)"\)', path.read_text())}
     lists = {op: listed(op) + listed(op, slow=True) for op in sorted(path.stem for path in FOLDER.glob("*.cu"))}
     absent = [
         f"{op} lists {name}, which is not in its code" for op in lists for name in lists[op] if name not in written(op)
     ]
     named = {name for names in lists.values() for name in names}
-    return absent + [f"{name} is in no list of faults" for name in sorted(everywhere - named)]
+    moved = [
+        f"{op}.cu: '{word}' does not begin its line"
+        for op in lists
+        for word in ("Faults:", "Slow:")
+        for line in (FOLDER / f"{op}.cu").read_text().splitlines()
+        if word in line and not line.startswith(f"// {word}")
+    ]
+    return absent + moved + [f"{name} is in no list of faults" for name in sorted(everywhere - named)]
 
 
 def samples(op: str) -> list[Sample]:
@@ -93,13 +101,34 @@ def expected(op: str, index: int) -> tuple[list[list[torch.Tensor]], list[torch.
     return [run(op, sample, dtype, how) for how in hows], run(op, sample, dtype, "reference", wide=True)
 
 
+def check_case(case: beyond.Case, backend: str) -> None:
+    """Raises WrongResult unless the case's pairs agree."""
+    for got, want in case(backend):
+        if not unchanged(got, want):
+            raise WrongResult(f"{case.__name__}: {got} instead of {want}")
+
+
+def told(op: str, error: RuntimeError) -> str:
+    """What the emulator says, without torch's words around it."""
+    return str(error).splitlines()[0].partition(f"finetune::{op}")[2].partition(": ")[2] or str(error)
+
+
 def judge(op: str, fault: str) -> Verdict:
-    """Runs the op's samples with this fault, on the plain and on the checked build, until something notices."""
+    """Runs the fault's case in `beyond`, if it has one, and the op's samples with this fault, on the plain and on the
+    checked build, until something notices."""
     builds = {name: emulator.load(name) for name in ("emulated", "checked")}
     reached = False
     try:
         for build in builds.values():
             build.set_bug(fault)
+        for name, build in builds.items() if fault in beyond.CASES else ():
+            try:
+                check_case(beyond.CASES[fault], name)
+            except WrongResult as error:
+                return Verdict(op, fault, "numbers", build.bug_reached(), "beyond", "float16", str(error))
+            except RuntimeError as error:
+                by = "checker" if name == "checked" else "emulator"
+                return Verdict(op, fault, by, build.bug_reached(), "beyond", "float16", told(op, error))
         for index, (sample, dtype) in enumerate(cases(op)):
             if ops.REGISTRY[op].why_not("emulated", *sample.cast(dtype), **sample.kwargs):
                 continue
@@ -111,11 +140,8 @@ def judge(op: str, fault: str) -> Verdict:
                 except WrongResult as error:
                     return Verdict(op, fault, "numbers", build.bug_reached(), *where, str(error))
                 except RuntimeError as error:
-                    message = str(error).splitlines()[0].partition(f"finetune::{op}")[2].partition(": ")[2] or str(
-                        error
-                    )
                     by = "checker" if name == "checked" else "emulator"
-                    return Verdict(op, fault, by, build.bug_reached(), *where, message)
+                    return Verdict(op, fault, by, build.bug_reached(), *where, told(op, error))
                 reached |= build.bug_reached()
     finally:
         for build in builds.values():

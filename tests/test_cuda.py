@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from finetune import emulator, faults, ops
+from finetune import beyond, emulator, faults, ops
 from finetune.ops._check import check, run, unchanged
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +77,14 @@ def test_checked_in_every_order_and_copy_mode(emulated, op):
     finally:
         checked.set_order(0)
         checked.set_eager(False)
+
+
+@pytest.mark.parametrize("backend", ["emulated", "checked"])
+@pytest.mark.parametrize("fault", beyond.CASES)
+def test_what_samples_cannot_ask(fault, backend):
+    """Offsets of more than 32 bits, memory at odd places, what the reference refuses."""
+    emulator.load(backend)
+    faults.check_case(beyond.CASES[fault], backend)
 
 
 def test_faults_are_all_listed():

@@ -3,8 +3,8 @@
 //
 // Memory: a block takes a piece, 16 bytes a thread and load. Forward reads and writes an element, backward reads two
 // and writes one: 8 and 12 bytes an element in fp32, 4 and 6 in 16 bits. About 12 and 21 FLOPs an element (exp counted
-// as five), 1.5 to 3.5 FLOPs a byte: the roof is memory bandwidth. Faults: gelu.no_tail gelu.no_cube
-// gelu.slope_of_square
+// as five), 1.5 to 3.5 FLOPs a byte: the roof is memory bandwidth.
+// Faults: gelu.no_tail gelu.no_cube gelu.slope_of_square
 #include "finetune/gelu.h"
 #include "launch.cuh"
 #include "vector.cuh"

@@ -15,6 +15,7 @@
 //         paged_attention.no_barrier_before_sum paged_attention.no_tail paged_attention.half_a_dot
 //         paged_attention.head_of_another_group paged_attention.window_off_by_one paged_attention.key_scale_for_value
 //         paged_attention.no_rescale paged_attention.last_piece_left_out paged_attention.warp_left_out
+//         paged_attention.offsets_of_32_bits paged_attention.v_strides_of_k paged_attention.odd_block_stride
 #include "finetune/paged_attention.h"
 #include "kv_types.cuh"
 #include "ptx.cuh"
@@ -60,13 +61,15 @@ __device__ __forceinline__ Deal<C> deal_of(const PagedAttention& a) {
   int lanes = 1;
   while (lanes * kElements < a.dim) lanes *= 2;
   const bool aligned = is_aligned(a.k.data, V * sizeof(C)) && is_aligned(a.v.data, V * sizeof(C)) && a.dim % V == 0 &&
-                       a.k.block % V == 0 && a.v.block % V == 0;
+                       ((a.k.block % V == 0 && a.v.block % V == 0) || BUG("paged_attention.odd_block_stride"));
   return {lanes, static_cast<int>(threadIdx.x) % lanes, static_cast<int>(a.dim), aligned};
 }
 
 template <class C>
 __device__ __forceinline__ const C* token_of(const KvPool& pool, int64_t block, int64_t at, int64_t dim) {
-  return static_cast<const C*>(pool.data) + block * pool.block + at * dim;
+  const int64_t offset = block * pool.block + at * dim;
+  return static_cast<const C*>(pool.data) +
+         (BUG("paged_attention.offsets_of_32_bits") ? static_cast<int>(offset) : offset);
 }
 
 // Joins nothing: writes the result of a row whose pieces are all in `sum` (of element d) and {top, total}.
@@ -161,7 +164,9 @@ __global__ void __launch_bounds__(kThreads, 1) attend(PagedAttention a) {
   for (int i = own; i < n; i += kWarps * per_warp) {
     const int64_t block = where[i].x, at = where[i].y * a.kv_heads + kv_head;
     float v[kElements];
-    deal.load_token(token_of<C>(a.v, block, at, a.dim), v);
+    const KvPool pool{a.v.data, a.v.scale, BUG("paged_attention.v_strides_of_k") ? a.k.block : a.v.block,
+                      a.v.scale_block};
+    deal.load_token(token_of<C>(pool, block, at, a.dim), v);
     const KvPool& scaled = BUG("paged_attention.key_scale_for_value") ? a.k : a.v;
     const float scale = scaled.scale ? scaled.scale[block * scaled.scale_block + at] : 1.0f;
 #pragma unroll

@@ -6,7 +6,8 @@
 // head, then over the heads of a token, which share the token's row of the tables through L1. x read and y written
 // once: 8 bytes an element in fp32, 4 in 16 bits; 3 FLOPs an element, under 1 FLOP a byte: the roof is memory
 // bandwidth. A position outside of the tables makes its token NaN: to raise, as the CPU kernel does, the host would
-// have to wait. Faults: rope.no_inverse rope.no_tail rope.next_head
+// have to wait.
+// Faults: rope.no_inverse rope.no_tail rope.next_head rope.odd_tables
 #include "finetune/rope.h"
 #include "launch.cuh"
 #include "vector.cuh"
@@ -67,7 +68,8 @@ Status launch_cuda(const Rope& a, void* stream) {
     constexpr int V = kVector<T>;
     const bool even =
         a.dim / 2 % V == 0 && a.stride_batch % V == 0 && a.stride_length % V == 0 && a.stride_head % V == 0;
-    const bool wide = even && are_aligned(static_cast<const T*>(a.x), static_cast<const T*>(a.y), a.cos, a.sin);
+    const bool wide = even && are_aligned(static_cast<const T*>(a.x), static_cast<const T*>(a.y)) &&
+                      (are_aligned(a.cos, a.sin) || BUG("rope.odd_tables"));
     const dim3 grid(static_cast<unsigned>(ceil_div(size / (wide ? V : 1), kThreads)));
     return launch(wide ? rotate<T, V> : rotate<T, 1>, grid, dim3(kThreads), 0, stream, a);
   });

@@ -8,8 +8,8 @@
 // of its own, which the block joins at the end. Backward: a block takes a piece of a row. Memory: the logits are read
 // once, then read and written: 2 and 4 bytes a logit in 16 bits, 4 and 8 in fp32, nothing else of size rows · vocab.
 // About 10 FLOPs a logit each way, 2.5 to 5 FLOPs a byte: the roof is memory bandwidth. A target outside of the
-// vocabulary makes its row NaN: to raise, as the CPU kernel does, the host would have to wait. Faults:
-// block_sum.no_barrier block_sum.no_second_barrier token_logprobs.no_barrier token_logprobs.no_tail
+// vocabulary makes its row NaN: to raise, as the CPU kernel does, the host would have to wait.
+// Faults: block_sum.no_barrier block_sum.no_second_barrier token_logprobs.no_barrier token_logprobs.no_tail
 //         token_logprobs.no_rescale token_logprobs.no_shift token_logprobs.temperature token_logprobs.ignored
 #include "finetune/token_logprobs.h"
 #include "launch.cuh"
