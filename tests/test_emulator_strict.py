@@ -27,6 +27,8 @@ STRICT = {
     "copy_of_nothing": (r"misaligned: cp.async's source at an address that is 4 past a multiple of 16", {}),
     "ldmatrix_of_global": (r"a global address given to ldmatrix", {}),
     "ldmatrix_misaligned": (r"misaligned: ldmatrix at an address that is 8 past a multiple of 16", {}),
+    "static_shared_memory": (r"more than 48 KiB of static shared memory", {}),
+    "all_shared_memory": (r"more than 227 KiB of shared memory", {"shared": 226 * 1024}),
     "ldmatrix_diverges": (r"lanes of one warp meet in different collectives, here and at strict.cu", {}),
     "width_of_a_shuffle": (r"a shuffle whose width is no power of two", {}),
     "different_masks": (r"deadlock: 64 threads wait at a warp collective", {}),

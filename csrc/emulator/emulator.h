@@ -69,7 +69,7 @@ void collective(uint32_t mask, void (*run)(void* const* parts, uint32_t mask, Si
                 const char* what = "collective", bool aligned = false);
 
 // A block's static shared array: the same memory for all threads that come by `key`.
-void* shared_array(const void* key, size_t bytes, size_t align, const char* name);
+void* shared_array(const void* key, size_t bytes, size_t align, const char* name, Site site);
 void* dynamic_shared();
 size_t dynamic_shared_bytes();
 
@@ -114,8 +114,8 @@ void set_counting(bool on);
 std::vector<Row> statistics();
 
 template <class T>
-T& shared(const void* key, const char* name) {
-  return *static_cast<T*>(shared_array(key, sizeof(T), alignof(T) < 16 ? 16 : alignof(T), name));
+T& shared(const void* key, const char* name, Site site = Site::here()) {
+  return *static_cast<T*>(shared_array(key, sizeof(T), alignof(T) < 16 ? 16 : alignof(T), name, site));
 }
 
 }  // namespace emulator

@@ -36,6 +36,7 @@ struct SharedArray {
 };
 std::vector<SharedArray> arrays;  // of the running block
 size_t used = 0;                  // of the arena
+size_t static_bytes = 0;          // of the arrays
 
 constexpr size_t kRedZone = 64;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating type
@@ -211,6 +212,7 @@ std::vector<unsigned> order() {
 void run_block(const std::vector<unsigned>& ids) {
   arrays.clear();
   used = block.dynamic_bytes;
+  static_bytes = 0;
   std::memset(arena, kPoison, used + kRedZone);
   checker::begin_block();
   begin_asynchronous();
@@ -452,12 +454,14 @@ void warp_barrier(uint32_t mask, Site site) {
       self, site, "__syncwarp");
 }
 
-void* shared_array(const void* key, size_t bytes, size_t align, const char* name) {
+void* shared_array(const void* key, size_t bytes, size_t align, const char* name, Site site) {
   for (const SharedArray& array : arrays) {
     if (array.key == key) return arena + array.offset;
   }
   const size_t offset = (used + kRedZone + align - 1) / align * align;
-  if (offset + bytes + kRedZone > 2 * kSharedBytes - 1024) fault("too much shared memory", Site{name, 0});
+  static_bytes += bytes;
+  if (static_bytes > 48 * 1024) fault("more than 48 KiB of static shared memory", site);
+  if (static_bytes + block.dynamic_bytes > kSharedBytes) fault("more than 227 KiB of shared memory", site);
   std::memset(arena + used, kPoison, offset + bytes + kRedZone - used);
   used = offset + bytes;
   arrays.push_back({key, offset});

@@ -69,7 +69,7 @@ extern unsigned char* stacks;        // kMostThreads of kStackBytes
 extern unsigned char* arena;         // shared memory: dynamic first, then the static arrays
 void yield(State state, Site site);  // waits until somebody makes this fibre ready
 
-bool is_register_under_way(const void* variable);  // of a product of the running thread's warpgroup (hopper.cpp)
+bool is_register_under_way(const void* variable);  // of a product of the running thread's warpgroup (wgmma.cpp)
 
 [[noreturn]] void end_with(const std::string& what);  // the launch, by a fault of the running thread
 
