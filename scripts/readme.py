@@ -45,6 +45,7 @@ def measured(folder: Path, samples: bool = True) -> str:
     summary, settings = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "config"))
     judged = {
         name: {
+            "error": summary["standard_error"].get(name),
             "baseline": summary["baseline"].get(name),
             "target": summary["target"].get(name),
             "higher": summary["higher_is_better"][name],

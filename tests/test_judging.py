@@ -1,7 +1,10 @@
 """What a result is called: reached, missed or nothing; and how its standard error is shown and kept."""
 
+import importlib.util
 import io
+import json
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -81,3 +84,18 @@ def test_a_standard_error_is_kept_and_an_unknown_one_is_not(run):
 )
 def test_value_and_error_end_at_the_same_digit(value, error, text):
     assert display.uncertain(value, error) == text
+
+
+def test_the_readme_shows_the_standard_errors(tmp_path):
+    path = Path(__file__).parents[1] / "scripts/readme.py"
+    spec = importlib.util.spec_from_file_location("readme", path)
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    result = Run(tmp_path / "run", config.Config(), console=Console(file=io.StringIO()))
+    result.judge("mean", 2.0, error=0.25, target=1.0)
+    (tmp_path / "summary.json").write_text(json.dumps({"module": "x"} | result.summary({"exact": 3.0})))
+    settings = {"machine": {"cpu": "a CPU"}, "config": {"threads": 1}, "versions": {"python": "3"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    shown = readme.measured(tmp_path)
+    assert "mean" in shown
+    assert "2.00 ± 0.25" in shown
