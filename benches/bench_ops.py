@@ -26,9 +26,8 @@ CELLS = [
 @pytest.mark.parametrize("cell", CELLS)
 def test_op(benchmark, cell, who):
     sample, dtype = harness.bench_samples(cell.op)[cell.sample], harness.DTYPES[cell.dtype]
-    if reason := ops.REGISTRY[cell.op].why_not(
-        cell.backend, *sample.cast(dtype, device_for(cell.backend)), **sample.kwargs
-    ):
+    device = device_for(cell.backend)
+    if reason := ops.REGISTRY[cell.op].why_not(cell.backend, *sample.cast(dtype, device), **sample.options(device)):
         pytest.skip(reason)
     check(cell.op, sample, dtype, cell.backend)
     backward = cell.work != "forward"

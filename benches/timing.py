@@ -100,12 +100,10 @@ def sides(
 ) -> tuple[Side, dict[str, Side]]:
     """Ours and torch's, each on its own copies of the arguments, where `backend` wants them."""
     device = device_for(backend)
-    args = sample.cast(dtype, device)
-    ours = side(
-        args, sample, lambda: ops.REGISTRY[op](*args, backend=backend, **sample.kwargs), backward, dtype, device
-    )
+    args, options = sample.cast(dtype, device), sample.options(device)
+    ours = side(args, sample, lambda: ops.REGISTRY[op](*args, backend=backend, **options), backward, dtype, device)
     theirs_args = sample.cast(dtype, device)
-    theirs = COMPOSITIONS[op](*theirs_args, **sample.kwargs)
+    theirs = COMPOSITIONS[op](*theirs_args, **options)
     others = {label: side(theirs_args, sample, call, backward, dtype, device) for label, call in theirs.items()}
     tolerance = 1e-3 if dtype == torch.float32 else 0.1  # bf16: torch rounds its layer norm's partial sums
     wanted = ours.results()

@@ -286,7 +286,7 @@ def run_child(stage: str, op: str, results: str) -> int:
     for sample in sorted(samples, key=lambda s: sum(t.numel() for t in flat(s.args)))[:2]:
         for dtype in (torch.float32, torch.bfloat16):
             where = "cuda" if real else "cpu"
-            if ops.REGISTRY[op].why_not(backend, *sample.cast(dtype, where), **sample.kwargs) is None:
+            if ops.REGISTRY[op].why_not(backend, *sample.cast(dtype, where), **sample.options(where)) is None:
                 run(op, sample, dtype, backend)
                 ran += 1
     return 0 if ran else 4

@@ -39,7 +39,7 @@ for op, page in ops.REGISTRY.items():
             continue
         mode = FakeTensorMode(allow_non_fake_inputs=op == "adamw8bit")  # its code books are constants of the module
         args = on_gpu(mode, sample.args, torch.bfloat16)
-        kwargs = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in sample.kwargs.items()}
+        kwargs = {name: on_gpu(mode, arg, torch.bfloat16) for name, arg in sample.kwargs.items()}
         with mode, torch.no_grad():
             ways = COMPOSITIONS[op](*args, **kwargs)
             for label, call in ways.items():

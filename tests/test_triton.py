@@ -72,8 +72,8 @@ def test_uninitialised_memory_is_never_read(op, sample, dtype, large_tiles):
 def test_opcheck(op):
     for sample in SAMPLES[op][:2]:
         args = sample.cast(torch.float16, DEVICE)
-        assert ops.REGISTRY[op].why_not("triton", *args, **sample.kwargs) is None
-        overload, arguments = ops.REGISTRY[op].overload("finetune_triton", *args, **sample.kwargs)
+        assert ops.REGISTRY[op].why_not("triton", *args, **sample.options(DEVICE)) is None
+        overload, arguments = ops.REGISTRY[op].overload("finetune_triton", *args, **sample.options(DEVICE))
         torch.library.opcheck(overload, arguments)
 
 
