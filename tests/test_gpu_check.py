@@ -20,11 +20,12 @@ import gpu_check  # noqa: E402
 def logs(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "LOGS", tmp_path / "logs")
     monkeypatch.setattr(gpu_check, "SITE", tmp_path / "site")
+    monkeypatch.setattr(gpu_check, "SECONDS", dict.fromkeys(gpu_check.STAGES, 900))  # this machine may be busy
     return tmp_path
 
 
 def rehearse(folder, names, **how):
-    status = gpu_check.check("emulated", folder / "report.json", how.pop("budget", 3000), names, **how)
+    status = gpu_check.check("emulated", folder / "report.json", how.pop("budget", 7000), names, **how)
     return status, json.loads((folder / "report.json").read_text())
 
 
@@ -41,6 +42,7 @@ def test_tests_find_their_row():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_one_op_rehearsed(logs):
     """Every stage, by real processes."""
     status, report = rehearse(logs, ["loss_scale_update"])
@@ -171,7 +173,7 @@ def test_torchs_side_of_the_benches_stays_on_the_gpu(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_all_ops_rehearsed(logs):
     status, report = rehearse(logs, gpu_check.op_names(), stages=tuple(s for s in gpu_check.STAGES if s != "bench"))
     assert status == 0, gpu_check.table(report)

@@ -28,7 +28,7 @@ def test_compiled_kernels(op):
     for sample in ops.REGISTRY[op].samples():
         if sample.bench or sum(leaf.numel() for leaf in flat(sample.args)) > MOST:
             continue
-        for dtype in DTYPES.values():
+        for dtype in (torch.bfloat16,) if sample.placed else DTYPES.values():
             if not ops.REGISTRY[op].why_not("ptx", *sample.cast(dtype), **sample.kwargs):
                 check(op, sample, dtype, "ptx")
                 ran += 1
