@@ -47,6 +47,24 @@ class Saved(msgspec.Struct):
         checkpoint.write_json(folder / SETTINGS, msgspec.to_builtins(self))
 
 
+class Summary(msgspec.Struct):
+    """What others read in a summary.json; it holds more."""
+
+    metrics: dict[str, Any] = {}
+    passed: bool | None = None
+    toy: bool = False
+    seconds: reading.NonNegative = 0.0
+    peak_rss_bytes: reading.Index = 0
+    baseline: dict[str, float] = {}
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a finished run. UserError if it is damaged."""
+    fix = f"`python -m finetune finish {folder}` writes it again"
+    known = reading.json_file(folder / SUMMARY, Summary, fix)
+    return msgspec.to_builtins(known) | reading.json_file(folder / SUMMARY, dict[str, Any], fix)
+
+
 def begin(info: ModuleInfo, cfg: config.Config, toy: bool) -> Saved:
     """The settings of a new run."""
     return Saved(

@@ -22,13 +22,16 @@ class Metrics:
     """Rows keyed by (phase, step). Values stay text, so that a resumed file equals an uninterrupted one byte for byte.
 
     A finished row is appended with one write; a new column or a change to a written row rewrites the file under a
-    temporary name. Rows of an earlier process (`resume`) count only after `keep` says up to which step.
+    temporary name. A resumed run begins with the rows on the disk, and each of its loops drops those of the steps that
+    it is going to repeat (`keep`): the rows of later loops are still there if it is killed before it comes to them.
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
         self.path = path
-        self.rows: dict[Key, dict[str, str]] = {}
         self.old = self._read() if resume and path.exists() else {}
+        self.rows = {key: dict(row) for key, row in self.old.items()}
+        self.places = {key: i for i, key in enumerate(self.old)}  # where an earlier process wrote a row
+        self.logged: set[Key] = set()  # by this process
         self.pending: dict[Key, dict[str, str]] = {}  # the rows not on the disk yet
         self.columns: list[str] = []  # the header on the disk
         self.stale = True  # the file does not exist, or a row in it has changed
@@ -36,6 +39,7 @@ class Metrics:
     def log(self, phase: str, step: int, values: dict[str, str]) -> None:
         """Adds to the row of a step. A row is written when the next one begins, or by `flush`."""
         key = (phase, step)
+        self.logged.add(key)
         if key not in self.rows:
             self.flush()
             self.rows[key] = self.pending[key] = {"step": str(step)} | ({} if phase == MAIN else {"phase": phase})
@@ -45,11 +49,10 @@ class Metrics:
         row.update(values)
 
     def keep(self, phase: str, start: int) -> None:
-        """Takes over the rows an earlier process wrote for steps before `start` of this phase; drops its others."""
-        kept = {k: row for k, row in self.old.items() if k[0] == phase and k[1] < start}
-        if kept:
-            order = [k for k in self.old if k in kept or k in self.rows] + [k for k in self.rows if k not in self.old]
-            self.rows = {k: kept.get(k, {}) | self.rows.get(k, {}) for k in order}
+        """Drops the rows of steps from `start` on of this phase, unless this process has logged them."""
+        repeated = [key for key in self.rows if key[0] == phase and key[1] >= start and key not in self.logged]
+        for key in repeated:
+            del self.rows[key]
             self.stale = True
         self.flush()
 
@@ -57,6 +60,10 @@ class Metrics:
         if not self.rows:
             return
         added = {column: None for row in self.pending.values() for column in row if column not in self.columns}
+        first = min((self.places.get(key, len(self.old)) for key in self.pending), default=len(self.old))
+        if any(self.places.get(key, -1) > first for key in self.rows):  # an earlier process wrote them in another order
+            order = sorted(self.rows, key=lambda key: self.places.get(key, len(self.old)))
+            self.rows, self.stale = {key: self.rows[key] for key in order}, True
         if self.stale or added:
             columns = dict.fromkeys(column for row in self.rows.values() for column in row)
             self.columns = ["step", *(c for c in columns if c != "step")]
@@ -68,16 +75,14 @@ class Metrics:
                 self._append(self._text(self.pending).encode())
         self.pending = {}
 
-    def digest(self) -> dict[str, Any]:
-        """Of the rows on the disk but the last, which may still grow; `holds` compares it with the rows found later."""
+    def digest(self, phase: str, step: int) -> dict[str, Any]:
+        """Of this loop's rows on the disk, but for the last of `step` steps, which may still grow; see `holds`."""
         self.flush()
-        count = max(0, len(self.rows) - 1)
-        return {"rows": count, "columns": self.columns, "sha256": _hash(self.rows, count, self.columns)}
+        return {"columns": self.columns, "sha256": _hash(self.rows, phase, step, self.columns)}
 
-    def holds(self, digest: dict[str, Any]) -> bool:
-        """Whether the rows that an earlier process left begin with those of which this is the digest."""
-        count = digest["rows"]
-        return len(self.old) >= count and _hash(self.old, count, digest["columns"]) == digest["sha256"]
+    def holds(self, digest: dict[str, Any], phase: str, step: int) -> bool:
+        """Whether the rows that an earlier process left are those of which this is the digest."""
+        return _hash(self.old, phase, step, digest["columns"]) == digest["sha256"]
 
     def series(self) -> dict[str, tuple[list[int], list[float]]]:
         """(steps, values) of each column, by name; in a run of several phases the name is `phase: column`."""
@@ -122,7 +127,11 @@ class Metrics:
         return rows
 
 
-def _hash(rows: dict[Key, dict[str, str]], count: int, columns: list[str]) -> str:
-    """Of the first rows, in these columns."""
-    table = [[row.get(column, "") for column in columns] for row in list(rows.values())[:count]]
+def _hash(rows: dict[Key, dict[str, str]], phase: str, step: int, columns: list[str]) -> str:
+    """Of the rows of the first step - 1 steps of a phase, in these columns."""
+    table = [
+        [row.get(column, "") for column in columns]
+        for key, row in rows.items()
+        if key[0] == phase and key[1] < step - 1
+    ]
     return hashlib.sha256(repr(table).encode()).hexdigest()

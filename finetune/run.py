@@ -122,7 +122,7 @@ class Run:
         tensors and plain values (updated in place). A run with several loops gives each a `phase` name of its own.
         """
         folder = self.dir / "checkpoints" / ("" if phase == MAIN else phase)
-        start = self._restore(folder, state) if self.resume else 0
+        start = self._restore(folder, state, phase) if self.resume else 0
         self.phase, self.finished_steps, self._latest = phase, start, {}
         self.metrics.keep(phase, start)
         try:
@@ -275,7 +275,7 @@ class Run:
             "seconds": self._seconds(),
             "peak_rss_bytes": self._peak(),
             "run": self._identity(),
-            "metrics": self.metrics.digest(),
+            "metrics": self.metrics.digest(self.phase, step),
             "state": tree,
         }
         checkpoint.save(folder / f"step_{step:06d}", tensors, meta)
@@ -290,7 +290,7 @@ class Run:
         inputs = {name: given.sha256 for name, given in self.saved.inputs.items()}
         return {"id": self.saved.id, "settings": settings, "inputs": inputs, "versions": self.saved.versions}
 
-    def _restore(self, folder: Path, state: dict[str, Any]) -> int:
+    def _restore(self, folder: Path, state: dict[str, Any], phase: str) -> int:
         """Loads the newest good checkpoint into `state`; the number of steps it has behind it, 0 without one."""
         found = _checkpoints(folder)[::-1]
         for i, path in enumerate(found):
@@ -302,7 +302,7 @@ class Run:
                     raise UserError(f"{reason}; no earlier one is left: {folders.STALE}") from None
                 self.say(f"{reason}; falling back to {found[i + 1].name}")
                 continue
-            if not self.metrics.holds(msgspec.to_builtins(meta.metrics)):
+            if not self.metrics.holds(msgspec.to_builtins(meta.metrics), phase, meta.step):
                 self.changed(["the rows of metrics.csv were altered"])
             self._earlier_seconds = max(self._earlier_seconds, meta.seconds)
             self._earlier_peak = max(self._earlier_peak, meta.peak_rss_bytes)
@@ -330,7 +330,6 @@ class Run:
 
 
 class MetricsDigest(msgspec.Struct):
-    rows: reading.Index
     columns: list[str]
     sha256: str
 
@@ -344,14 +343,6 @@ class Meta(msgspec.Struct):
     run: dict[str, Any]
     metrics: MetricsDigest
     state: dict[str, Any]
-
-
-class Summary(msgspec.Struct):
-    """What has to be in summary.json for a run to count as finished."""
-
-    module: str
-    metrics: dict[str, Any]
-    passed: bool | None
 
 
 def execute(
@@ -380,12 +371,10 @@ def execute(
         folders.refuse_foreign(folder)
         saved = folders.begin(info, cfg, toy)
     if resume and not again and (folder / folders.SUMMARY).exists():
-        fix = "`finetune finish` writes it again"
         (console or display.console()).print(
             f"{folder} is finished already: nothing to resume", markup=False, soft_wrap=True
         )
-        reading.json_file(folder / folders.SUMMARY, Summary, fix)
-        return reading.json_file(folder / folders.SUMMARY, dict[str, Any], fix)
+        return folders.summary(folder)
     run = Run(folder, cfg, toy=toy, resume=resume, saved=saved, accept_changes=accept_changes, console=console)
     with folders.locked(folder), checkpoint.owned_by(saved.id), torch_settings(cfg.threads), run.signals():
         checkpoint.clean(folder, saved.id)

@@ -15,12 +15,14 @@ of == != < <= > >=, VALUE a word, a number or another name: "method == lora", "l
 from __future__ import annotations
 
 import csv
-import json
 import operator
 import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from finetune import folders, reading
 from finetune.display import uncertain
 from finetune.errors import UserError, nearest
 from finetune.interview import content
@@ -34,11 +36,17 @@ WINDOW = 10
 Facts = dict[str, Any]
 
 
+class Settings(msgspec.Struct):
+    """What a brief needs of a run's config.json."""
+
+    config: dict[str, Any]
+
+
 def last_run(info: ModuleInfo) -> Path:
     """The newest finished run; default settings go before toy ones. UserError says which command makes one."""
     found = sorted(
         (info.folder / "output").glob("*/summary.json"),
-        key=lambda path: (not json.loads(path.read_text(encoding="utf-8")).get("toy"), path.stat().st_mtime),
+        key=lambda path: (not folders.summary(path.parent)["toy"], path.stat().st_mtime),
     )
     if not found:
         raise UserError(
@@ -50,12 +58,8 @@ def last_run(info: ModuleInfo) -> Path:
 
 def facts(folder: Path) -> Facts:
     """Everything that a brief may name, of the run in this folder: numbers, words, true and false."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-        return gather(summary, settings) | lowest(folder / "metrics.csv")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{folder} holds no finished run: {type(e).__name__}: {e}") from None
+    settings = reading.json_file(folder / folders.SETTINGS, Settings).config
+    return gather(folders.summary(folder), settings) | lowest(folder / "metrics.csv")
 
 
 def gather(summary: dict[str, Any], settings: dict[str, Any]) -> Facts:

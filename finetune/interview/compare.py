@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from finetune import folders
 from finetune.errors import UserError
 from finetune.interview.brief import last_run
 from finetune.registry import ModuleInfo
@@ -22,7 +22,7 @@ SHOWN = 2  # results of a module; its run shows the others
 def measured(info: ModuleInfo) -> dict[str, Any] | None:
     """The summary of the module's last run; None without one."""
     try:
-        return dict(json.loads((last_run(info) / "summary.json").read_text(encoding="utf-8")))
+        return folders.summary(last_run(info))
     except UserError:
         return None
 

@@ -14,17 +14,13 @@ en.question = "…"   en.points = ["…"]   en.wrong = "…"   en.follow_up = "�
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
-from finetune.errors import UserError
+import msgspec
+
+from finetune import reading, registry
 from finetune.registry import ModuleInfo
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 LANGUAGES = ("en", "zh")
 
@@ -63,36 +59,49 @@ class Interview:
     questions: tuple[Question, ...]
 
 
+class PassageToml(msgspec.Struct):
+    en: str
+    zh: str
+    when: str = ""
+
+
+class TextToml(msgspec.Struct):
+    question: str
+    points: list[str]
+    wrong: str
+    follow_up: str
+
+
+class QuestionToml(msgspec.Struct):
+    level: Annotated[int, msgspec.Meta(ge=1, le=5)]
+    reference: str
+    en: TextToml
+    zh: TextToml
+
+
+class InterviewToml(msgspec.Struct):
+    """interview.toml, as it stands in the file."""
+
+    brief: list[PassageToml]
+    place: registry.Bilingual
+    questions: list[QuestionToml]
+
+
 def read(info: ModuleInfo) -> Interview:
     """The module's interview.toml. UserError names the file and what is wrong with it."""
     path = info.folder / "interview.toml"
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-        return Interview(
-            brief=tuple(
-                Passage(str(part.get("when", "")), {lang: str(part[lang]).strip() for lang in LANGUAGES})
-                for part in data["brief"]
-            ),
-            place={lang: str(data["place"][lang]) for lang in LANGUAGES},
-            questions=tuple(_question(info.name, entry) for entry in data["questions"]),
-        )
-    except FileNotFoundError:
-        raise UserError(f"module '{info.name}' has no {path}") from None
-    except KeyError as e:
-        raise UserError(f"{path}: the entry {e} is missing") from None
-    except (OSError, tomllib.TOMLDecodeError, AttributeError, TypeError, ValueError) as e:
-        raise UserError(f"{path}: {e}") from None
+    given = reading.toml_file(path, InterviewToml, f"module '{info.name}' needs it")
+    return Interview(
+        brief=tuple(
+            Passage(part.when, {lang: getattr(part, lang).strip() for lang in LANGUAGES}) for part in given.brief
+        ),
+        place={lang: getattr(given.place, lang) for lang in LANGUAGES},
+        questions=tuple(_question(info.name, entry) for entry in given.questions),
+    )
 
 
-def _question(module: str, entry: dict[str, Any]) -> Question:
-    text = {
-        lang: Text(
-            str(entry[lang]["question"]),
-            tuple(str(point) for point in entry[lang]["points"]),
-            str(entry[lang]["wrong"]),
-            str(entry[lang]["follow_up"]),
-        )
-        for lang in LANGUAGES
-    }
-    name = hashlib.sha256(f"{module}\n{text['en'].question}".encode()).hexdigest()[:12]
-    return Question(name, module, int(entry["level"]), str(entry["reference"]), text)
+def _question(module: str, entry: QuestionToml) -> Question:
+    texts: dict[str, TextToml] = {lang: getattr(entry, lang) for lang in LANGUAGES}
+    text = {lang: Text(t.question, tuple(t.points), t.wrong, t.follow_up) for lang, t in texts.items()}
+    name = hashlib.sha256(f"{module}\n{entry.en.question}".encode()).hexdigest()[:12]
+    return Question(name, module, entry.level, entry.reference, text)

@@ -6,21 +6,15 @@ of the key points. A level is reached when all its modules exist and are mastere
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import registry
-from finetune.errors import UserError
+import msgspec
+
+from finetune import folders, reading, registry
 from finetune.interview import content
 from finetune.registry import ModuleInfo
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 MASTERED = 0.7
 FOLDER = Path(__file__).resolve().parents[2] / "learning"
@@ -40,19 +34,24 @@ class Level:
     title: dict[str, str]
 
 
+class Part(msgspec.Struct):
+    modules: list[str]
+    en: Any
+    zh: Any
+
+
+class PathToml(msgspec.Struct):
+    """learning/path.toml."""
+
+    days: list[Part]
+    levels: list[Part]
+
+
 def read() -> tuple[list[Day], list[Level]]:
-    path = FOLDER / "path.toml"
-    try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}: the path needs a checkout of the project") from None
-    days = [
-        Day(i, tuple(day["modules"]), {lang: day[lang] for lang in content.LANGUAGES})
-        for i, day in enumerate(data["days"], start=1)
-    ]
+    data = reading.toml_file(FOLDER / "path.toml", PathToml, "the path needs a checkout of the project")
+    days = [Day(i, tuple(day.modules), {"en": day.en, "zh": day.zh}) for i, day in enumerate(data.days, start=1)]
     levels = [
-        Level(i, tuple(level["modules"]), {lang: level[lang] for lang in content.LANGUAGES})
-        for i, level in enumerate(data["levels"], start=1)
+        Level(i, tuple(each.modules), {"en": each.en, "zh": each.zh}) for i, each in enumerate(data.levels, start=1)
     ]
     return days, levels
 
@@ -92,7 +91,7 @@ def standing(name: str, known: dict[str, ModuleInfo], entries: dict[str, dict[st
     if name not in known:
         return Standing(name, exists=False)
     info = known[name]
-    summaries = (json.loads(p.read_text(encoding="utf-8")) for p in (info.folder / "output").glob("*/summary.json"))
+    summaries = (folders.summary(p.parent) for p in (info.folder / "output").glob(f"*/{folders.SUMMARY}"))
     questions = content.read(info).questions
     last = [entries[q.id]["history"][-1]["share"] for q in questions if q.id in entries]
     share = sum(last) / len(last) if last else 0.0

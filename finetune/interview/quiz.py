@@ -6,15 +6,16 @@ the `fsrs` package), which says when a question is due again. The state is a JSO
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from finetune import reading
 from finetune.checkpoint import write_json
-from finetune.errors import UserError
 from finetune.interview.content import Question
 
 WORDS = {
@@ -54,6 +55,28 @@ def data_folder() -> Path:
     return Path(os.environ.get("FINETUNE_DATA") or platformdirs.user_data_dir("finetune"))
 
 
+class Answer(msgspec.Struct):
+    at: datetime
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)]  # of the points that were named
+
+
+class Review(msgspec.Struct):
+    """A card of the scheduler, as far as we read it."""
+
+    card_id: int
+    state: int
+    due: datetime
+
+
+class Entry(msgspec.Struct):
+    """A question in the schedule."""
+
+    module: str
+    level: int
+    card: Review
+    history: Annotated[list[Answer], msgspec.Meta(min_length=1)]
+
+
 class Schedule:
     """What was asked, how it went and when it is due again, by question."""
 
@@ -62,12 +85,11 @@ class Schedule:
 
         self.path = path
         self.scheduler = Scheduler(enable_fuzzing=False)  # the same answers give the same dates
-        try:
-            self.entries: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            self.entries = {}
-        except (OSError, ValueError) as e:
-            raise UserError(f"the quiz's schedule {path} cannot be read: {e}; fix it or move it away") from None
+        self.entries: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            fix = "it is the quiz's schedule; fix it or move it away"
+            reading.json_file(path, dict[str, Entry], fix)
+            self.entries = reading.json_file(path, dict[str, dict[str, Any]], fix)
 
     def new(self, question: Question) -> bool:
         return question.id not in self.entries
