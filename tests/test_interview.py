@@ -233,4 +233,5 @@ def test_a_metric_is_said_with_its_standard_error():
     facts = brief.gather(summary, {})
     assert brief.fill("it gained {gain}", facts, "en") == "it gained 0.985 ± 0.012"
     assert brief.fill("{percent.gain} of it", facts, "en") == "98.5 ± 1.2% of it"
+    assert brief.fill("{gain}", facts | {"error.gain": 1e-6}, "en") == "0.985", "below the digits that are said"
     assert brief.fill("差 {x} 个", facts | {"x": 3e-9}, "zh") == "差不到百万分之一 个"

@@ -33,6 +33,7 @@ FIELD = re.compile(r"\{([a-z_0-9.]+)\}")
 OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt,
              ">=": operator.ge}  # fmt: skip
 WINDOW = 10
+AUDIBLE = 1e-3  # of a value: a smaller standard error is below the digits that are said
 Facts = dict[str, Any]
 
 
@@ -147,13 +148,13 @@ def fill(template: str, found: Facts, lang: str) -> str:
         value = _value(name, found)
         if isinstance(value, str):
             return value
-        kind, _, rest = name.partition(".")
-        error = found.get(f"error.{rest if kind in ('abs', 'percent') else name}")
-        percent = kind == "percent"
-        if error:
-            text = uncertain(value, 100 * error if percent else error).replace("-", "−")
-        else:
+        percent = name.startswith("percent.")
+        error = found.get(f"error.{name.removeprefix('abs.').removeprefix('percent.')}") or 0.0
+        error *= 100 if percent else 1
+        if error < AUDIBLE * abs(value):
             text = f"{value:.3g}" if percent else spoken(value, lang)
+        else:
+            text = uncertain(value, error).replace("-", "−") if error else spoken(value, lang)
         return text + ("%" if percent else "")
 
     text = FIELD.sub(one, template).strip()
