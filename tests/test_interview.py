@@ -16,7 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FILES = sorted((Path(__file__).parents[1] / "modules").glob("*/*/*/interview.toml"))
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "modules").glob("*/*/*/interview.toml"))
 NUMBER = r"\d+(?:[.,]\d+)*"
 
 
@@ -57,10 +58,20 @@ FOREIGN = {
 BRITISH = re.compile(r"\b\w*(?:learnt|isation|ised|ising|behaviour|neighbour|colour)\b")
 
 
+CHINESE = [*FILES, *ROOT.glob("*.zh-CN.md"), *ROOT.glob("learning/*.zh-CN.md"), *ROOT.glob("learning/path.toml"),
+           *ROOT.glob("modules/*/*/*/module.toml"), *ROOT.glob("finetune/memory/*.py"),
+           *ROOT.glob("finetune/interview/*.py")]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", CHINESE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_chinese_uses_the_words_of_the_trade(file):
+    text = file.read_text(encoding="utf-8")
+    assert not [f"{word}: {said}" for word, said in FOREIGN.items() if word in text]
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.parent.name)
 def test_it_is_said_as_at_work(file):
     text = file.read_text(encoding="utf-8")
-    assert not [f"{word}: {said}" for word, said in FOREIGN.items() if word in text]
     assert not re.search(r"(?<=[\u4e00-\u9fff])[A-Za-z]{2,}|[A-Za-z]{2,}(?=[\u4e00-\u9fff])", text), (
         "a blank is missing"
     )
