@@ -104,6 +104,8 @@ def quiz(
     if not infos:
         raise UserError(f"day {day} has no module yet; `python -m finetune list` shows what there is")
     questions = [q for info in infos for q in content.read(info).questions if level in (None, q.level)]
+    if not questions:
+        raise UserError(f"{', '.join(info.name for info in infos)}: no question has level {level}")
     if export:
         from finetune.interview import deck
 

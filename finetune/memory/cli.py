@@ -96,10 +96,12 @@ def plan(name: str, argv: list[str]) -> tuple[Any, Setup]:
         module = registry.load(modules[name])
         if not hasattr(module, "memory_plan"):
             raise UserError(f"module '{name}' has no memory plan; `memory` without a name lists the models it knows")
-        toy, given = "--toy" in argv, config.given(module.Config, [word for word in argv if word != "--toy"])
+        toy, given = "--toy" in argv, config.given(module.Config, [word for word in argv if word != "--toy"], ["toy"])
         return module.memory_plan(dataclasses.replace(module.Config.toy() if toy else module.Config(), **given))
     if name in MODELS:
         return MODELS[name], Setup(**config.given(Setup, argv))  # type: ignore[arg-type]  # it has a Config's comments
+    if day := registry.planned_day(name):
+        raise UserError(f"module '{name}' is planned (day {day} of the path) and does not exist yet")
     hint = nearest(name, [*modules, *MODELS]) or "; `memory` without a name lists them"
     raise UserError(f"unknown module or model '{name}'{hint}")
 
