@@ -87,7 +87,7 @@ def measure(threads: int, steps: int) -> dict:
     cfg = dataclasses.replace(module.Config(), steps=steps)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    text = module.read_text(cfg)[0]
+    text = "".join(module.open_text(cfg.data).pieces())
     tokenizer = module.make_tokenizer(cfg, text)
     tokens = torch.tensor(tokenizer.encode(text))
     ours = module.GPT(module.model_config(cfg, tokenizer.vocab_size))

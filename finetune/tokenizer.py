@@ -92,8 +92,8 @@ class Tokenizer:
     """Text ↔ ids. `bos_id`, `eos_id`, `pad_id` are None where the model has no such token.
 
     `backend` is the `tokenizers.Tokenizer`; `chat_template` a Jinja template, or None; `others` further special tokens
-    that templates name (`unk_token`, …). `separable`: cutting a text before white space changes no id, so that a long
-    one is encoded in pieces, which takes a tenth of the memory.
+    that templates name (`unk_token`, …). `cut`: an expression behind whose matches a text may be cut without another id
+    (`CUT` for GPT-2's pre-tokenizer), so that a long one is encoded in pieces, for a tenth of the memory.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class Tokenizer:
         pad: str | None = None,
         chat_template: str | None = None,
         others: Mapping[str, str] | None = None,
-        separable: bool = False,
+        cut: re.Pattern[str] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.bos, self.eos, self.pad = backend, bos, eos, pad
-        self.chat_template, self.others, self.separable = chat_template, dict(others or {}), separable
+        self.chat_template, self.others, self.cut = chat_template, dict(others or {}), cut
         self.bos_id, self.eos_id, self.pad_id = (
             backend.token_to_id(name) if name else None for name in (bos, eos, pad)
         )
@@ -135,8 +135,8 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; special tokens written out in it become their ids. `add_special_tokens` adds what the model
         wants around a text (Llama 2 and 3: the begin token; SmolLM2 and GPT-2: nothing)."""
-        if self.separable and len(text) > PIECE:
-            return [i for piece in pieces([text]) for i in self.encode(piece, False)]
+        if self.cut and len(text) > PIECE:
+            return [i for piece in pieces([text], self.cut) for i in self.backend.encode(piece).ids]
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -279,8 +279,10 @@ class Tokenizer:
         file = source / "tokenizer.json"
         if not file.exists():
             raise UserError(f"{source} holds no tokenizer.json: save the tokenizer in its fast form")
+        text = reading.text_file(file)
+        check_prefix(text, file)
         try:
-            backend = tokenizers.Tokenizer.from_buffer(reading.file_bytes(file))
+            backend = tokenizers.Tokenizer.from_str(text)
         except UserError:
             raise
         except BaseException as error:  # the library raises plain Exception, and panics of Rust are no Exception
@@ -331,6 +333,28 @@ class Tokenizer:
         return cls(backend, bos=bos, eos=eos, pad=pad, chat_template=chatml())
 
 
+class Subwords(msgspec.Struct):
+    continuing_subword_prefix: str | None = None
+    merges: list[Any] | None = None
+
+
+class HasModel(msgspec.Struct):
+    model: Subwords
+
+
+def check_prefix(text: str, file: Path) -> None:
+    """UserError for merges without the prefix that their model gives: the library cuts it off unseen, which can end the
+    whole process."""
+    if '"continuing_subword_prefix":null' in text.replace(" ", ""):
+        return
+    model = reading.json_value(text.encode(), HasModel, file, "fetch or save the tokenizer again").model
+    prefix = model.continuing_subword_prefix or ""
+    for merge in model.merges or []:
+        second = merge.partition(" ")[2] if isinstance(merge, str) else str(merge[-1]) if merge else ""
+        if not second.startswith(prefix):
+            raise UserError(f"{file} is damaged: the merge {merge!r} lacks the prefix {prefix!r} of its model")
+
+
 def parted(messages: Sequence[Message]) -> tuple[list[Message], dict[str, Any]]:
     """The messages by themselves, and what the first one holds for all of them."""
     context = {key: messages[0][key] for key in CONTEXT if messages and key in messages[0]}
@@ -348,23 +372,20 @@ def overlap(one: Span, other: Span) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 
-def pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The same text in parts of about PIECE characters, each but the first of which begins with white space behind
-    something else: there GPT-2's expression cuts too."""
+def pieces(texts: Iterable[str], cut: re.Pattern[str]) -> Iterator[str]:
+    """The same text in parts of about PIECE characters, each of which ends with a match of `cut`."""
     rest = ""
     for text in texts:
-        rest += text
-        while len(rest) > PIECE:
-            place = next((m.start() + 1 for m in CUT.finditer(rest, PIECE)), None)
-            if place is None:
-                break
-            yield rest[:place]
-            rest = rest[place:]
+        rest, begin = rest + text, 0
+        while len(rest) - begin > PIECE and (found := cut.search(rest, begin + PIECE)):
+            yield rest[begin : found.end()]
+            begin = found.end()
+        rest = rest[begin:]
     if rest:
         yield rest
 
 
-CUT = re.compile(r"\S(?=\s)")
+CUT = re.compile(r"\S(?=\s)")  # in front of white space behind something else, GPT-2's expression cuts too
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
 

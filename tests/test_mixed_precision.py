@@ -310,6 +310,11 @@ def test_deepspeeds_policy_trains(tmp_path):
         ({"formats": "fp32,fp12"}, "--formats: 'fp12' is not one of fp32, bf16"),
         ({"batch": 0}, "--batch 0 is too small"),
         ({"dim": 10, "heads": 4}, "must be a multiple of heads"),
+        ({"lr": math.nan}, "--lr nan is not a finite number"),
+        ({"clip": 0.0}, "--clip 0 is too small"),
+        ({"warmup": -1}, "--warmup -1 is too small"),
+        ({"init_scale": math.inf}, "--init-scale inf is not a finite number"),
+        ({"dim": 1 << 20, "layers": 1 << 12}, "of memory by the formulas"),
     ],
 )
 def test_bad_settings(tmp_path, change, message):

@@ -1,9 +1,13 @@
 """nanogpt: below the bigram on three seeds, its baselines, its BPE, any text."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import random
 import statistics
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from finetune import registry
 from finetune.cli import main as command
 from finetune.errors import UserError
 from finetune.run import execute
-from finetune.tokenizer import GPT2, SPECIALS, Tokenizer
+from finetune.tokenizer import GPT2, SPECIALS, Tokenizer, pieces
 
 INFO = registry.find("nanogpt")
 MODULE = registry.load(INFO)
@@ -55,7 +59,8 @@ def test_of_shuffled_text_only_the_unigram_is_learnt(tmp_path):
 def test_without_steps_nothing_is_learnt(tmp_path):
     found = run(tmp_path, steps=0)
     assert found["passed"] is False
-    kinds = 1 + len(set(MODULE.split(MODULE.read_text(MODULE.Config())[0])[0]))
+    text = MODULE.open_text(None)
+    kinds = 1 + len(set("".join(text.pieces(0, text.cut))))
     assert found["metrics"]["held_out_bits"] == pytest.approx(math.log2(kinds), abs=0.3)  # as good as guessing
 
 
@@ -97,7 +102,7 @@ def test_ngrams_equal_their_definition():
 def test_ngrams_of_tinyshakespeare():
     """Computed by others on the same last tenth: 3.347, 2.486, 2.049, 1.669 nats a character."""
     text = SHAKESPEARE.read_text()
-    bits = MODULE.ngram_bits(*MODULE.split(text))
+    bits = MODULE.ngram_bits(text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :])
     nats = [bits[n] * math.log(2) for n in ("unigram", "bigram", "trigram", "five_gram")]
     assert nats == pytest.approx([3.347, 2.486, 2.049, 1.669], abs=2e-3)
 
@@ -120,13 +125,97 @@ def test_tinyshakespeare_reaches_what_nanogpt_publishes(tmp_path):
 
 
 def test_merges_equal_those_of_tokenizers():
-    text = MODULE.read_text(MODULE.Config())[0][:60_000]
+    text = "".join(MODULE.open_text(None).pieces(0, 60_000))
     ours = bpe.train(text, 600)
     theirs = Tokenizer.train([text], 600 + len(SPECIALS) - 1)  # it has three special tokens, ours one
     merges = [json.loads(t.backend.to_str())["model"]["merges"] for t in (ours, theirs)]
     assert len(merges[0]) == 600 - 257
     assert merges[0] == merges[1]
     assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+@pytest.mark.parametrize("spaced", [True, False])
+def test_a_text_in_pieces_has_the_same_tokens(tmp_path, tokenizer, spaced):
+    """And is the same text; white space of all kinds stands where it may be cut."""
+    draw = random.Random(0)
+    words = ["the", "it's", "日本", "🙂", "123", "\u2028", "\n\n", "\t", "  ", "<|endoftext|>", "a-b"]
+    gaps = [" ", "  ", "\n", " \n ", "\u3000", ""] if spaced else [""]
+    words = words if spaced else ["ac", "gt", "'s"]
+    text = "".join(draw.choice(words) + draw.choice(gaps) for _ in range(60_000))
+    file = tmp_path / "text"
+    file.write_text(text, encoding="utf-8", newline="")
+    read = MODULE.open_text(file)
+    assert read.characters == len(text)
+    assert read.digest == hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert "".join(read.pieces(1000, 140_001)) == text[1000:140_001]
+    made = MODULE.make_tokenizer(dataclasses.replace(MODULE.Config(), tokenizer=tokenizer, vocab=300), read.pieces())
+    whole = made.backend.encode(text).ids
+    assert made.encode(text) == whole
+    tokens = MODULE.encoded(made, read.pieces(), tmp_path)
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["text"]  # nothing is left behind
+    if spaced:
+        assert len(list(pieces([text], made.cut))) > 1
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_memory_of_a_long_text(tmp_path, tokenizer):
+    """A hundred million characters have to fit: less than 6 bytes a character beside what any text takes."""
+    program = (
+        "import sys, resource, pathlib; from finetune import registry; m = registry.load(registry.find('nanogpt'));"
+        "import torch; from finetune.machine import peak_rss_bytes, reset_peak_rss;"
+        f"cfg = m.Config(tokenizer={tokenizer!r}, vocab=300, data=pathlib.Path(sys.argv[1]));"
+        "folder = pathlib.Path(sys.argv[1]).parent;"
+        "read = lambda: (t := m.open_text(cfg.data), k := m.make_tokenizer(cfg, t.pieces(0, t.cut)),"
+        " m.encoded(k, t.pieces(), folder))[2];"
+        "read(); before = peak_rss_bytes(); big = pathlib.Path(sys.argv[2]); cfg.data = big; ids = read();"
+        "print((peak_rss_bytes() - before) / big.stat().st_size)"
+    )
+    draw = random.Random(0)
+    text = " ".join(draw.choice(["the", "cat", "sat", "on", "mat", "\n"]) for _ in range(300_000))
+    for name, content in (("small", text[:200_000]), ("large", text)):
+        (tmp_path / name).write_text(content)
+    words = [sys.executable, "-c", program, str(tmp_path / "small"), str(tmp_path / "large")]
+    assert float(subprocess.check_output(words, text=True)) < 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"beta2": 1.0}, {"dim": 0}, {"dim": 1 << 40}, {"lr": math.inf}, {"lr": -1.0}, {"clip": 0.0}, {"warmup": -1},
+        {"weight_decay": math.nan}, {"length": 1 << 40}, {"batch": 1 << 40}, {"top_p": 0.0}, {"top_k": -1},
+        {"temperature": -1.0}, {"layers": 1 << 20},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_out_of_range(change):
+    (name,) = change
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
+        MODULE.Config(**change)
+
+
+def test_what_cannot_be_done_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(UserError, match="temperature 0 or"):
+        MODULE.Config(temperature=1e-45)
+    for change, match in (
+        ({"prompt": ""}, "--prompt is empty"),
+        ({"dim": 1 << 20, "layers": 64}, "of memory by the formulas"),
+        ({"length": 1 << 20, "batch": 1 << 20}, "of memory by the formulas"),
+        ({"heads": 3}, "must be a multiple of heads"),
+    ):
+        with pytest.raises(UserError, match=match):
+            run(tmp_path, **change)
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_model_is_saved_before_what_can_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr(MODULE, "measure_memory", lambda *_: 1 / 0)
+    monkeypatch.setattr(MODULE, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, steps=1, layers=1, dim=32)
+    assert (tmp_path / "run/model/model.safetensors").exists()
 
 
 def test_bpe_reads_any_text():

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def finished(tmp_path_factory):
 def no_pictures(monkeypatch):
     """Drawing takes longer than these small runs themselves."""
     for name in ("training_curves", "memory"):
-        monkeypatch.setattr(plots, name, lambda path, *rest: Path(path).write_bytes(b""))
+        monkeypatch.setattr(plots, name, lambda path, *rest, **named: Path(path).write_bytes(b""))
     monkeypatch.setattr(main.plots, "comparison", lambda *args: None)
 
 
@@ -223,11 +224,19 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(no_pictures, monkeypatch, t
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": "lora"}, "lora needs its rank, such as lora_8"),
+        ({"methods": "lora"}, "lora needs its rank, 1 to 65536, such as lora_8"),
         ({"methods": "lorra_8"}, "'lorra_8' is none.*did you mean 'lora'"),
         ({"methods": "lora_8,lora_8"}, "lora_8 is there twice"),
         ({"methods": "prompt_0"}, "virtual tokens"),
-        ({"methods": "pissa_999", "base_steps": 0}, "no 999 singular values"),
+        ({"methods": "lora_99999999999"}, "lora needs its rank, 1 to 65536"),
+        ({"methods": "full,pissa_999"}, "pissa_999: a layer of the model has 32 singular values only"),
+        ({"methods": "full,prompt_60000"}, "60000 virtual tokens begin as tokens of the rows"),
+        ({"methods": "full,lora_2", "max_length": 1 << 26, "batch": 1 << 20}, "of memory by the formulas"),
+        ({"alpha": math.inf}, "--alpha inf is not a finite number"),
+        ({"alpha": 0.0}, "--alpha 0 is too small"),
+        ({"dropout": 1.0}, "--dropout 1 is too large"),
+        ({"lr_virtual": -1.0}, "--lr-virtual -1 is too small"),
+        ({"clip": 0.0}, "--clip 0 is too small"),
         ({"targets": "x", "base_steps": 0, "methods": "lora_2"}, "'x' names no linear layer"),
         ({"batch": 0}, "--batch 0 is too small"),
     ],
@@ -235,6 +244,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(no_pictures, monkeypatch, t
 def test_bad_settings(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", **change)
+    assert not (tmp_path / "run").exists()  # refused before the first step
+
+
+def test_an_adapter_is_saved_before_what_can_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "measured", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "run", **FEW | {"methods": "lora_8", "steps": 1, "base_steps": 1})
+    assert (tmp_path / "run/adapters/lora_8/adapter_model.safetensors").exists()
+    assert (tmp_path / "run/model/model.safetensors").exists()
 
 
 def test_own_data(no_pictures, tmp_path):

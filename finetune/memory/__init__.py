@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from finetune.memory.formulas import Setup, Shape, Term, predict, shape_of
+from finetune.memory.formulas import Setup, Shape, Term, parameters, predict, shape_of
 from finetune.memory.room import check_disk, check_memory
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ __all__ = [
     "predict",
     "shape_of",
 ]
-__all__ += ["table"]
+__all__ += ["parameters", "table"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import torch
 
-from finetune import adapters, config, hub, lora, memory, shapes
+from finetune import adapters, config, hub, lora, memory
+from finetune.config import bounded
 from finetune.directory import small_config
 from finetune.errors import UserError
-from finetune.llama import Llama, LlamaConfig, read_config
+from finetune.llama import Llama, LlamaConfig, config_of
 from finetune.memory import meters
-from finetune.weights import read_json
 
 from . import plots, task, toy
-from .methods import QUANTIZED, VIRTUAL, Adapted, Method, adapt, parse, plain, setup
+from .methods import ADAPTERS, QUANTIZED, VIRTUAL, Adapted, Method, adapt, parse, plain, setup
 from .task import Task, evaluate, train
 
 METHODS = "full,lora_2,lora_8,lora_32,rslora_32,dora_8,pissa_8,prompt_16,prefix_16,nf4_8,int8_8"
@@ -37,17 +37,21 @@ class Config(config.Config):
     model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small Llama made in the run
     data: Path | None = None  # JSONL with messages, or prompt and completion; none: Python's own documentation
     methods: str = METHODS  # full, and KIND_SIZE: lora, rslora, dora, pissa, nf4, int8 _rank, prompt, prefix _tokens
-    alpha: float = 16.0  # LoRA: the update is scaled by alpha / rank, rsLoRA: by alpha / √rank
-    dropout: float = 0.0  # LoRA: chance that an input of the adapters is left out
+    alpha: float = bounded(16.0, above=0)  # LoRA: the update is scaled by alpha / rank, rsLoRA: by alpha / √rank
+    # LoRA: chance that an input of the adapters is left out
+    dropout: float = bounded(0.0, at_least=0, below=1)
     targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers, as regular expressions for the end of their names
-    lr: float = 1e-3  # peak learning rate of adapters; of PiSSA a fifth, since it starts from large A and B
-    lr_full: float = 1e-4  # of all weights
-    lr_virtual: float = 1e-2  # of prompts and prefixes
-    clip: float = 1.0  # largest norm of the gradient
-    batch: int = 1  # rows of a step
-    max_length: int = 256  # tokens of a row, which holds several conversations; longer conversations are cut
-    eval_rows: int = 32  # held-out conversations to evaluate on
-    base_steps: int = 0  # from scratch: steps in which the base model learns what it is adapted from
+    # peak learning rate of adapters; of PiSSA a fifth, since it starts from large A and B
+    lr: float = bounded(1e-3, at_least=0)
+    lr_full: float = bounded(1e-4, at_least=0)  # of all weights
+    lr_virtual: float = bounded(1e-2, at_least=0)  # of prompts and prefixes
+    clip: float = bounded(1.0, above=0)  # largest norm of the gradient
+    batch: int = bounded(1, at_least=1, at_most=1 << 20)  # rows of a step
+    # tokens of a row, which holds several conversations; longer conversations are cut
+    max_length: int = bounded(256, at_least=8, at_most=1 << 26)
+    eval_rows: int = bounded(32, at_least=1, at_most=10**9)  # held-out conversations to evaluate on
+    # from scratch: steps in which the base model learns what it is adapted from
+    base_steps: int = bounded(0, at_least=0, at_most=10**9)
     mix: bool = True  # train a second adapter for another task on the same base, and mix the two
     shuffle_answers: bool = False  # control: every question gets another one's answer, so there is nothing to learn
 
@@ -60,13 +64,12 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {"batch": 1, "max_length": 8, "eval_rows": 1, "base_steps": 0}.items():
-            if getattr(self, name) < least:
-                key = config.dashed(name)
-                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {least}")
         names = [method.name for method in self.chosen]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"--methods: {twice} is there twice")
+
+    def inputs(self) -> dict[str, Path]:
+        return super().inputs() | hub.local("model", self.model)
 
     @property
     def chosen(self) -> list[Method]:
@@ -94,6 +97,7 @@ class Result:
 
 
 def main(cfg: Config, run):
+    check(cfg, run)
     found = task.load(cfg, run)
     total = sum(p.numel() for p in found.base.parameters())
     before = evaluate(cfg, base_of(found), found.held_out)
@@ -109,6 +113,29 @@ def main(cfg: Config, run):
     return metrics | mixing(cfg, run, found, before)
 
 
+def check(cfg: Config, run) -> None:
+    """All that a method could be refused for, before the first is trained."""
+    shape = shape_of(cfg)
+    with torch.device("meta"):
+        layers = lora.linear_layers(Llama(shape))
+    patterns = cfg.targets.split(",") if any(m.kind in (*ADAPTERS, *QUANTIZED) for m in cfg.chosen) else []
+    named = [layer for name, layer in layers.items() if any(lora.fits(pattern, name) for pattern in patterns)]
+    for pattern in patterns:
+        if not any(lora.fits(pattern, name) for name in layers):
+            raise UserError(f"--targets: '{pattern}' names no linear layer of the model")
+    files = 0
+    for method in cfg.chosen:
+        smallest = min((min(layer.in_features, layer.out_features) for layer in named), default=0)
+        if method.kind == "pissa" and method.size > smallest:
+            raise UserError(f"--methods: {method.name}: a layer of the model has {smallest} singular values only")
+        made = plan_of(cfg, method)
+        memory.check_memory(shape, made, "--max-length, --batch or --methods")
+        terms = {term.name: term.bytes for term in memory.predict(memory.shape_of(shape), made)}
+        files += 3 * (terms["gradients"] + terms["optimizer states"])
+    if not run.resume:
+        memory.check_disk(run.dir, files, "the checkpoints and adapters of these methods")
+
+
 # --- One method
 
 
@@ -120,8 +147,8 @@ def compared(cfg: Config, run, found: Task, method: Method, before: float) -> Re
     optimizer, seconds = train(cfg, run, adapted, found.train, cfg.lr_of(method), method.name, cfg.steps, "order")
     if method.kind != "full" and base_hash(adapted.model) != frozen:
         raise AssertionError(f"{method.name} changed the frozen weights")
-    loss = evaluate(cfg, adapted, found.held_out) if cfg.steps else start
     save(cfg, run, found, method, adapted)
+    loss = evaluate(cfg, adapted, found.held_out) if cfg.steps else start
     trained = sum(p.numel() for p in adapted.trained.values())
     return Result(method, start, loss, trained, seconds, measured(cfg, run, found, method, adapted, optimizer))
 
@@ -286,16 +313,17 @@ def judge(cfg: Config, run, results: list[Result], before: float, total: int) ->
 
 def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
     """Of the method that is saved, or else the first; nothing is loaded."""
-    method = first_lora(cfg) or cfg.chosen[0]
-    if cfg.model == "scratch":
-        shape = small_config(
-            task.small_tokenizer(task.conversations(cfg)).vocab_size, cfg.max_length + task.longest(cfg)
-        )
-    elif cfg.model == "smollm2":
-        shape = LlamaConfig(**shapes.LLAMA["smollm2-135m"])
-    else:
-        source = hub.resolve(cfg.model)
-        shape = read_config(read_json(source / "config.json"), source)
-    row = torch.zeros(1, cfg.batch * cfg.max_length, dtype=torch.int64)
-    whole = task.data.Batch(row, row, row, torch.tensor([0, row.numel()], dtype=torch.int32))
-    return shape, setup(method, whole, "fp32", cfg.targets)
+    return shape_of(cfg), plan_of(cfg, first_lora(cfg) or cfg.chosen[0])
+
+
+def shape_of(cfg: Config) -> LlamaConfig:
+    if cfg.model != "scratch":
+        return config_of(cfg.model)
+    vocabulary = task.small_tokenizer(task.conversations(cfg)).vocab_size
+    return small_config(vocabulary, cfg.max_length + task.longest(cfg))
+
+
+def plan_of(cfg: Config, method: Method) -> memory.Setup:
+    row = torch.empty(1, 1, dtype=torch.int64).expand(1, cfg.batch * cfg.max_length)
+    whole = task.data.Batch(row, row, row, torch.tensor([0, row.numel()]))
+    return setup(method, whole, "fp32", cfg.targets)

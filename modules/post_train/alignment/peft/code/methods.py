@@ -17,6 +17,7 @@ from finetune.quantize import quantize_linears
 ADAPTERS = ("lora", "rslora", "dora", "pissa")
 QUANTIZED = {"nf4": "nf4_double", "int8": "int8"}  # LoRA over weights in this form
 VIRTUAL = {"prompt": Prompt, "prefix": Prefix}
+MOST = 1 << 16  # rank or virtual tokens
 KINDS = (*ADAPTERS, *QUANTIZED, *VIRTUAL)
 Forward = Callable[[Batch], Tensor]  # the state after the last norm of each token, (T, C)
 
@@ -44,9 +45,9 @@ def parse(text: str) -> Method:
     if kind not in KINDS:
         raise UserError(f"--methods: '{text}' is none: they are full, {', '.join(f'{k}_N' for k in KINDS)}"
                         f"{nearest(kind, [*KINDS, 'full'])}")  # fmt: skip
-    if not size.isdecimal() or int(size) < 1:
+    if not size.isdecimal() or not 1 <= int(size[:9]) <= MOST:
         what = "virtual tokens" if kind in VIRTUAL else "rank"
-        raise UserError(f"--methods: '{text}': {kind} needs its {what}, such as {kind}_8")
+        raise UserError(f"--methods: '{text}': {kind} needs its {what}, 1 to {MOST}, such as {kind}_8")
     return Method(kind, int(size))
 
 

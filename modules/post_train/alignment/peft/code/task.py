@@ -10,7 +10,7 @@ from finetune import data, hub, ops, optim
 from finetune.data import Conversation, Document
 from finetune.directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.llama import Llama
+from finetune.llama import Llama, config_of
 from finetune.tokenizer import Tokenizer
 
 from . import toy
@@ -33,23 +33,35 @@ def load(cfg, run) -> Task:
         tokenizer = small_tokenizer(sets)
         run.seed("base")
         base = small_llama(small_config(tokenizer.vocab_size, cfg.max_length + longest(cfg)))
-        documents = tokenized(cfg, sets.pop("base"), tokenizer)
-        pretrain(cfg, run, base, documents)
     else:
         source = hub.resolve(cfg.model, run.console)
+        room = config_of(source).max_length
+        if cfg.max_length + longest(cfg) > room:
+            raise UserError(
+                f"--max-length {cfg.max_length}: with {longest(cfg)} virtual tokens the model has room for {room}"
+            )
         tokenizer, base = Tokenizer.from_pretrained(source), Llama.from_pretrained(source)
-    room = base.config.max_length
-    if cfg.max_length + longest(cfg) > room:
-        raise UserError(
-            f"--max-length {cfg.max_length}: with {longest(cfg)} virtual tokens the model has room for {room}"
-        )
-    documents = {name: tokenized(cfg, rows, tokenizer) for name, rows in sets.items()}
+    documents = {name: data.fitting(rows, tokenizer.render, cfg.max_length)[0] for name, rows in sets.items()}
+    for name in ("first", "second"):
+        if documents.get(name) and not documents[f"{name}_held_out"]:
+            documents[name], documents[f"{name}_held_out"] = data.held_out_of(documents[name], cfg.max_length)
+    if not documents["first"]:
+        raise UserError(f"no row has an answer within {cfg.max_length} tokens: raise --max-length")
+    for part in documents.values():
+        data.check_vocabulary(part, base.config.vocab_size)
+    count = sum(len(document) for document in documents["first"][:64])
+    if longest(cfg) > count:
+        raise UserError(f"--methods: {longest(cfg)} virtual tokens begin as tokens of the rows, which have {count}")
+    if cfg.model == "scratch":
+        pretrain(cfg, run, base, documents["base"])
     return Task(base, tokenizer, documents["first"], documents["first_held_out"], documents.get("second", []),
                 documents.get("second_held_out", []))  # fmt: skip
 
 
 def small_tokenizer(sets: dict[str, list[Conversation]]) -> Tokenizer:
-    return Tokenizer.train([m["content"] for rows in sets.values() for row in rows for m in row], vocab_size=512)
+    return Tokenizer.train(
+        [m.get("content", "") for rows in sets.values() for row in rows for m in row], vocab_size=512
+    )
 
 
 def conversations(cfg) -> dict[str, list[Conversation]]:
@@ -73,7 +85,7 @@ def conversations(cfg) -> dict[str, list[Conversation]]:
             sets[name] = random.Random(0).sample(sets[name], min(cfg.eval_rows, len(sets[name])))
     if cfg.shuffle_answers:
         dealt = random.Random(cfg.seed).sample(sets["first"], len(sets["first"]))
-        sets["first"] = [[*row[:-1], other[-1]] for row, other in zip(sets["first"], dealt, strict=True)]
+        sets["first"] = [data.with_answer_of(row, other) for row, other in zip(sets["first"], dealt, strict=True)]
     return sets
 
 

@@ -39,7 +39,7 @@ class Config(config.Config):
     method: Literal["lora", "full"] = "lora"  # train adapters on frozen weights, or all weights
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; adapters and optimizer stay in float32
     rank: int = bounded(8, at_least=1, at_most=1 << 16)  # LoRA: rank of the update
-    alpha: float = bounded(16.0)  # LoRA: the update is scaled by alpha / rank
+    alpha: float = bounded(16.0, above=0)  # LoRA: the update is scaled by alpha / rank
     # LoRA: chance that an input of the adapters is left out
     dropout: float = bounded(0.0, at_least=0, below=1)
     targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers

@@ -24,4 +24,4 @@ def directory(seed: int) -> tuple[list[Conversation], list[Conversation]]:
 
 
 def small_tokenizer(rows: Sequence[Conversation]) -> Tokenizer:
-    return Tokenizer.train([message["content"] for row in rows for message in row], vocab_size=512)
+    return Tokenizer.train([message.get("content", "") for row in rows for message in row], vocab_size=512)

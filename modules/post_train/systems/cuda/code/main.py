@@ -5,7 +5,7 @@ counts what it does to memory. No time is measured: an emulator has none that me
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from finetune import config
 from finetune.errors import UserError
@@ -24,7 +24,7 @@ __all__ += ["main", "measure", "page_table", "table"]
 class Config(config.Config):
     steps: int = 7  # levels of each topic to climb; 7 are all
     topics: str = ",".join(TOPICS)  # which, separated by commas
-    size: str = "large"  # small, or large: of the problems
+    size: Literal["small", "large"] = "large"  # of the problems
 
     @classmethod
     def toy(cls) -> "Config":
@@ -35,8 +35,6 @@ class Config(config.Config):
         for topic in self.topics.split(","):
             if topic not in TOPICS:
                 raise UserError(f"--topics: '{topic}' is not one of {', '.join(TOPICS)}")
-        if self.size not in SIZES:
-            raise UserError(f"--size {self.size}: it is one of {', '.join(SIZES)}")
 
 
 def climb(topic: str, size: str = "small") -> list[Count]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune import config, memory, ops, optim
+from finetune.config import bounded
 from finetune.errors import UserError
 from finetune.gpt import GPT, GPTConfig
 from finetune.memory import formulas, meters
@@ -31,24 +32,29 @@ class Config(config.Config):
     checkpoint_every: int = 100
     data: Path | None = None  # a text file; none: the standard library's own reference (pydoc_data.topics)
     formats: str = ",".join(FORMATS)  # which to train, separated by commas; fp32 is what the others are compared with
-    dim: int = 128  # width of the GPT
-    layers: int = 4
-    heads: int = 4
-    length: int = 128  # characters of a row
-    batch: int = 8  # rows of a step
+    dim: int = bounded(128, at_least=1, at_most=1 << 20)  # width of the GPT
+    layers: int = bounded(4, at_least=1, at_most=1 << 12)
+    heads: int = bounded(4, at_least=1, at_most=1 << 16)
+    length: int = bounded(128, at_least=1, at_most=1 << 24)  # characters of a row
+    batch: int = bounded(8, at_least=1, at_most=1 << 24)  # rows of a step
     # tokens of the whole step, of which these rows are one rank's micro-batch: the loss is a sum divided by it, so that
     # the ranks' gradients add up. 3.2 million is GPT-3's batch (Brown et al. 2020, table 2.1); it makes gradients small
-    tokens_per_step: int = 3_200_000
-    lr: float = 2e-3  # peak learning rate
-    warmup: int = 20  # steps until the peak; from there a cosine falls to a tenth
-    weight_decay: float = 0.1  # AdamW's, on matrices only
-    clip: float = 1.0  # largest norm of the gradient
+    tokens_per_step: int = bounded(3_200_000, at_least=1, at_most=10**12)
+    lr: float = bounded(2e-3, at_least=0)  # peak learning rate
+    # steps until the peak; from there a cosine falls to a tenth
+    warmup: int = bounded(20, at_least=0, at_most=10**9)
+    weight_decay: float = bounded(0.1, at_least=0)  # AdamW's, on matrices only
+    clip: float = bounded(1.0, above=0)  # largest norm of the gradient
     policy: Literal["torch", "deepspeed"] = "torch"  # of dynamic loss scaling
-    init_scale: float = 2.0**30  # too large on purpose, so that the first steps show how it is found
-    growth_interval: int = 50  # good steps until the scale doubles (torch's default: 2000)
-    hysteresis: int = 2  # deepspeed: overflows until the scale is halved
-    amax_history: int = 16  # fp8: calls whose maximum decides the factor
-    eval_batches: int = 8  # held-out batches to evaluate on
+    # too large on purpose, so that the first steps show how it is found
+    init_scale: float = bounded(2.0**30, above=0, at_most=2.0**126)
+    # good steps until the scale doubles (torch's default: 2000)
+    growth_interval: int = bounded(50, at_least=1, at_most=10**9)
+    # deepspeed: overflows until the scale is halved
+    hysteresis: int = bounded(2, at_least=1, at_most=10**9)
+    # fp8: calls whose maximum decides the factor
+    amax_history: int = bounded(16, at_least=1, at_most=1 << 16)
+    eval_batches: int = bounded(8, at_least=1, at_most=10**6)  # held-out batches to evaluate on
 
     @classmethod
     def toy(cls) -> "Config":
@@ -58,12 +64,6 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = {"dim": 1, "layers": 1, "heads": 1, "length": 1, "batch": 1, "tokens_per_step": 1, "growth_interval": 1,
-                 "hysteresis": 1, "amax_history": 1, "eval_batches": 1, "warmup": 0}  # fmt: skip
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                key = config.dashed(name)
-                raise UserError(f"--{key} {getattr(self, name)} is too small: it must be at least {bound}")
         for name in self.formats.split(","):
             if name not in FORMATS:
                 raise UserError(f"--formats: '{name}' is not one of {', '.join(FORMATS)}")
@@ -72,6 +72,12 @@ class Config(config.Config):
 def main(cfg: Config, run) -> dict[str, Any]:
     text = load(cfg.data, cfg.length)
     names = cfg.formats.split(",")
+    shape = GPTConfig(len(text.vocabulary), cfg.dim, cfg.layers, cfg.heads, cfg.length)
+    wide = memory.Setup(batch=cfg.batch, seq=cfg.length)
+    memory.check_memory(shape, wide, "--dim, --layers, --length or --batch")
+    if not run.resume:
+        needed = 3 * 16 * memory.parameters(memory.shape_of(shape)) * len(names)
+        memory.check_disk(run.dir, needed, "the checkpoints of these formats")
     run.say(
         f"{len(text.train):,} characters to train on, {len(text.vocabulary)} different; formats: {', '.join(names)}"
     )

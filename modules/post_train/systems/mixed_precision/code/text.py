@@ -3,22 +3,26 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from finetune import reading
 from finetune.errors import UserError
+
+LIMIT = 1 << 30  # bytes of a text
 
 
 @dataclass(frozen=True)
 class Text:
     vocabulary: list[str]
-    train: Tensor  # (N,) int64
+    train: Tensor  # (N,) int32
     held_out: Tensor  # the last tenth
 
     def batch(self, part: Tensor, rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each (rows, length), from random places."""
         at = torch.randint(len(part) - length, (rows, 1), generator=generator) + torch.arange(length + 1)
-        return part[at[:, :-1]], part[at[:, 1:]]
+        return part[at[:, :-1]].long(), part[at[:, 1:]].long()
 
 
 def load(path: Path | None, length: int) -> Text:
@@ -27,16 +31,14 @@ def load(path: Path | None, length: int) -> Text:
 
         text = "\n".join(topics[name] for name in sorted(topics))
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--data {path}: it must be a text file in UTF-8 ({e})") from None
+        text = reading.text_file(path, LIMIT).replace("\r\n", "\n").replace("\r", "\n")
     if len(text) < 20 * (length + 1):
         raise UserError(
             f"{path}: {len(text)} characters are too few for rows of {length}: at least {20 * (length + 1)}"
         )
     vocabulary = sorted(set(text))
-    number = {c: i for i, c in enumerate(vocabulary)}
-    ids = torch.tensor([number[c] for c in text])
+    number = np.zeros(0x110000, np.int32)  # of each code point
+    number[[ord(c) for c in vocabulary]] = np.arange(len(vocabulary))
+    ids = torch.from_numpy(number[np.frombuffer(text.encode("utf-32-le"), np.uint32)])
     cut = len(ids) * 9 // 10
     return Text(vocabulary, ids[:cut], ids[cut:])

@@ -5,11 +5,12 @@ neighbours, counted over all words, becomes a new token. Equally frequent: the p
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 from tokenizers import models, pre_tokenizers
 
 from finetune.errors import UserError
-from finetune.tokenizer import GPT2, Tokenizer, byte_level
+from finetune.tokenizer import CUT, GPT2, Tokenizer, byte_level, pieces
 
 END = "<|endoftext|>"
 Pair = tuple[int, int]
@@ -63,11 +64,11 @@ def merged(word: list[int], pair: Pair, new: int) -> list[int]:
     return out
 
 
-def train(text: str, size: int) -> Tokenizer:
+def train(texts: Iterable[str], size: int) -> Tokenizer:
     """A byte-level BPE of `size` tokens: the end-of-text token, the 256 bytes, the merges. No text is unknown to it."""
     if size < 257:
         raise UserError(f"--vocab {size} is too small: 256 bytes and the end of a text need 257")
-    words = Counter(word for word, _ in GPT2.pre_tokenize_str(text))
+    words = Counter(word for piece in pieces(texts, CUT) for word, _ in GPT2.pre_tokenize_str(piece))
     vocab = [END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges = train_merges(words, vocab, size)
     tokens = [vocab[i] for i in range(len(vocab))]
@@ -76,4 +77,4 @@ def train(text: str, size: int) -> Tokenizer:
     )
     backend = byte_level(model, GPT2)
     backend.add_special_tokens([END])
-    return Tokenizer(backend, eos=END)
+    return Tokenizer(backend, eos=END, cut=CUT)

@@ -6,9 +6,9 @@ GPT-2 (Radford et al. 2019) in the size of nanoGPT's CPU setting, or a Llama of 
 metric and every choice.
 """
 
-import hashlib
 import math
-import pydoc_data.topics
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,16 +20,19 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from finetune import config, memory, ops, optim
+from finetune.config import bounded
 from finetune.errors import UserError
-from finetune.generate import generate
+from finetune.generate import check_sampling, generate
 from finetune.gpt import GPT, GPTConfig
 from finetune.llama import Llama, LlamaConfig
 from finetune.tokenizer import Tokenizer
 
 from . import bpe, ngram
+from .text import encoded, open_text
 
 SCHEDULES = {"cosine": optim.cosine, "wsd": optim.wsd, "constant": optim.constant}
 UNKNOWN = "\ufffd"  # what a character that the text does not have is read as
+NGRAM = 2_000_000  # characters that the n-gram models see at most, the last ones of the text to train on
 
 
 @dataclass
@@ -38,28 +41,30 @@ class Config(config.Config):
     checkpoint_every: int = 500
     data: Path | None = None  # any UTF-8 text; none: the help pages of this Python (pydoc_data.topics)
     tokenizer: Literal["char", "bpe"] = "char"  # characters, or byte-level BPE trained on the text
-    vocab: int = 512  # BPE: number of tokens
+    vocab: int = bounded(512, at_least=1, at_most=1 << 22)  # BPE: number of tokens
     blocks: Literal["gpt2", "llama"] = "gpt2"  # LayerNorm, GELU, learned positions; or RMSNorm, SwiGLU, rotary, GQA
-    layers: int = 4
-    heads: int = 4
-    dim: int = 128
-    length: int = 64  # tokens of context
-    batch: int = 12  # rows of a step
-    accumulate: int = 1  # parts in which a step is computed one after the other, for less memory
+    layers: int = bounded(4, at_least=1, at_most=1 << 12)
+    heads: int = bounded(4, at_least=1, at_most=1 << 16)
+    dim: int = bounded(128, at_least=1, at_most=1 << 20)
+    length: int = bounded(64, at_least=2, at_most=1 << 24)  # tokens of context
+    batch: int = bounded(12, at_least=1, at_most=1 << 24)  # rows of a step
+    # parts in which a step is computed one after the other, for less memory
+    accumulate: int = bounded(1, at_least=1, at_most=1 << 24)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 has float32 masters
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    lr: float = 1e-3  # peak learning rate; it falls to a tenth
-    warmup: int = 100  # steps until the peak
-    weight_decay: float = 0.1  # AdamW's, on matrices only
-    beta2: float = 0.99
-    clip: float = 1.0  # largest norm of the gradient
-    eval_every: int = 250  # steps between two evaluations; 0: only at the end
-    eval_rows: int = 100  # rows of an evaluation on the way; the last one reads the whole held-out text
+    lr: float = bounded(1e-3, at_least=0)  # peak learning rate; it falls to a tenth
+    warmup: int = bounded(100, at_least=0, at_most=10**9)  # steps until the peak
+    weight_decay: float = bounded(0.1, at_least=0)  # AdamW's, on matrices only
+    beta2: float = bounded(0.99, at_least=0, below=1)
+    clip: float = bounded(1.0, above=0)  # largest norm of the gradient
+    eval_every: int = bounded(250, at_least=0, at_most=10**9)  # steps between two evaluations; 0: only at the end
+    # rows of an evaluation on the way; the last one reads the whole held-out text
+    eval_rows: int = bounded(100, at_least=1, at_most=10**9)
     prompt: str = "\n"
-    sample_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 0.95
+    sample_tokens: int = bounded(200, at_least=0, at_most=1 << 20)
+    temperature: float = bounded(0.8, at_least=0)
+    top_k: int = bounded(0, at_least=0, at_most=1 << 22)
+    top_p: float = bounded(0.95, above=0, at_most=1)
     shuffle: bool = (
         False  # control: the training text's characters in random order, so that only their shares are learnt
     )
@@ -70,14 +75,9 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {"layers": 1, "heads": 1, "length": 2, "batch": 1, "accumulate": 1, "eval_every": 0,
-                            "eval_rows": 1, "sample_tokens": 0}.items():  # fmt: skip
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least {least}"
-                )
         if self.accumulate > self.batch:
             raise UserError(f"--accumulate {self.accumulate}: a step of {self.batch} rows has no so many parts")
+        check_sampling(self.temperature, self.top_k, self.top_p, self.sample_tokens)
 
 
 # --- The algorithm
@@ -90,31 +90,40 @@ def language_loss(model: GPT | Llama, rows: torch.Tensor, reduction: str = "mean
 
 
 def main(cfg: Config, run):
-    text, digest = read_text(cfg)
-    train_text, held_out_text = split(text)
-    tokenizer = make_tokenizer(cfg, train_text)
-    train, held_out = (torch.tensor(tokenizer.encode(part)) for part in (train_text, held_out_text))
+    text = open_text(cfg.data)
+    tokenizer = make_tokenizer(cfg, text.pieces(0, text.cut))
+    prompt = tokenizer.encode(cfg.prompt)[-cfg.length :]
+    if not prompt:
+        raise UserError("--prompt is empty: give at least one character")
+    shape = model_config(cfg, tokenizer.vocab_size)
+    memory.check_memory(shape, memory_setup(cfg), "--dim, --layers, --length or --batch, or more --accumulate")
+    parts = text.pieces(0, text.cut), text.pieces(text.cut)
+    train, held_out = (encoded(tokenizer, part, run.dir) for part in parts)
     if cfg.shuffle:
-        train = train[torch.randperm(len(train), generator=run.generator("shuffle"))]
+        train = train[torch.randperm(len(train), generator=run.generator("shuffle")).numpy()]
     if len(train) <= cfg.length or len(held_out) < 2:
         raise UserError(f"the text is too short: {len(train)} tokens to train on, rows of {cfg.length}")
-    model = make_model(cfg, tokenizer.vocab_size, run)
+    model = make_model(cfg, shape, run)
     trained = dict(model.named_parameters())
     optimizer = optim.AdamW(optim.decay_groups(trained.values(), cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2))
+    size = sum(p.numel() for p in trained.values())
+    if not run.resume:
+        memory.check_disk(run.dir, 16 * 4 * size, "three checkpoints and the model")
     run.say(
-        f"{len(text):,} characters (sha256 {digest}), {len(train):,} tokens of {tokenizer.vocab_size} kinds to train "
-        "on; "
-        f"{sum(p.numel() for p in trained.values()):,} parameters"
+        f"{text.characters:,} characters (sha256 {text.digest}), {len(train):,} tokens of {tokenizer.vocab_size} kinds "
+        f"to train on; {size:,} parameters"
     )
-    baselines = ngram_bits(train_text, held_out_text)
+    seen = text.pieces(max(0, text.cut - NGRAM), text.cut), text.pieces(text.cut, text.cut + NGRAM // 9)
+    baselines = ngram_bits(*map("".join, seen))
     run.say("held-out bits per character of n-gram models: " + ", ".join(f"{n} {b:.3f}" for n, b in baselines.items()))
-    per_char = len(held_out) / len(held_out_text) / math.log(2)  # from nats a token to bits a character
+    # from nats a token to bits a character
+    per_char = len(held_out) / (text.characters - text.cut) / math.log(2)
 
-    speeds = []
-    for step in run.steps(cfg.steps, {"trained": trained, "optimizer": optimizer}):
+    clock = {"speeds": torch.zeros(min(cfg.steps, 1000))}  # tokens a second of the last steps
+    for step in run.steps(cfg.steps, {"trained": trained, "optimizer": optimizer, "clock": clock}):
         began = perf_counter()
         starts = torch.randint(len(train) - cfg.length, (cfg.batch,), generator=run.generator("batch", step))
-        rows = train[starts[:, None] + torch.arange(cfg.length + 1)]  # (B, T + 1)
+        rows = taken(train, starts, cfg.length)  # (B, T + 1)
         loss = 0.0
         for part in rows.tensor_split(cfg.accumulate):
             part_loss = language_loss(model, part) * (len(part) / len(rows))
@@ -124,74 +133,61 @@ def main(cfg: Config, run):
         lr = SCHEDULES[cfg.schedule](step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 10)
         optimizer.step(lr=lr)
         optimizer.zero_grad()
-        speeds.append(rows[:, 1:].numel() / (perf_counter() - began))
+        clock["speeds"][step % 1000] = rows[:, 1:].numel() / (perf_counter() - began)
         run.log(step, loss=loss, grad_norm=norm, lr=lr)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
             run.log(step, held_out_bits=evaluate(model, held_out, cfg, cfg.eval_rows) * per_char)
 
+    model.save_pretrained(run.dir / "model", tokenizer)
     nats = evaluate(model, held_out, cfg)
     bits = nats * per_char
     if cfg.steps:
         run.log(cfg.steps - 1, held_out_bits=bits)
-    model.save_pretrained(run.dir / "model", tokenizer)
-    run.samples("what the model writes", [{"prompt": repr(cfg.prompt), "text": write(model, tokenizer, cfg, run)}])
+    written = write(model, tokenizer, prompt, cfg, run)
+    run.samples("what the model writes", [{"prompt": repr(cfg.prompt), "text": written}])
     run.judge("held_out_bits", bits, baseline=baselines["bigram"], target=baselines["bigram"], higher=False)
-    speed = sorted(speeds)[len(speeds) // 2] if speeds else None
+    speed = clock["speeds"].median().item() if cfg.steps else None
     measure_memory(cfg, run, model, optimizer, train)
     return {
         "held_out_nats": nats,
         "train_nats": evaluate(model, train[: len(held_out)], cfg),
         **{f"{name}_bits": value for name, value in baselines.items()},
-        "parameters": sum(p.numel() for p in trained.values()),
-        "text_sha256": digest,
+        "parameters": size,
+        "text_sha256": text.digest,
         "tokens_per_second": speed,
         "share_of_matmul_rate": speed * flops_per_token(model, cfg) / matmul_rate() if speed else None,
     }
 
 
+def taken(tokens: np.ndarray, starts: torch.Tensor, length: int) -> torch.Tensor:
+    """Rows (B, length + 1) of consecutive tokens from these places on."""
+    return torch.from_numpy(tokens[(starts[:, None] + torch.arange(length + 1)).numpy()].astype(np.int64))
+
+
 @torch.no_grad()
-def evaluate(model: GPT | Llama, tokens: torch.Tensor, cfg: Config, most: int | None = None) -> float:
+def evaluate(model: GPT | Llama, tokens: np.ndarray, cfg: Config, most: int | None = None) -> float:
     """Mean loss (nats a token) over rows that lie end to end in `tokens`; `most` of them, evenly spaced, or all."""
     length = min(cfg.length, len(tokens) - 1)
     starts = torch.arange(0, len(tokens) - length, length)
     if most is not None and most < len(starts):
         starts = starts[torch.linspace(0, len(starts) - 1, most).long()]
-    rows = tokens[starts[:, None] + torch.arange(length + 1)]
-    total = sum(language_loss(model, part, "sum").item() for part in rows.split(64))
-    return total / rows[:, 1:].numel()
+    total = sum(language_loss(model, taken(tokens, part, length), "sum").item() for part in starts.split(64))
+    return total / (len(starts) * length)
 
 
 # --- Text and tokens
 
 
-def read_text(cfg: Config) -> tuple[str, str]:
-    """The text, and twelve digits of its hash: Python's help pages differ from version to version."""
-    if cfg.data is None:
-        text = "\n".join(page for _, page in sorted(pydoc_data.topics.topics.items()))
-    else:
-        try:
-            text = cfg.data.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--data {cfg.data} cannot be read as UTF-8 text: {e}") from None
-        if not text.strip():
-            raise UserError(f"--data {cfg.data} is empty")
-    return text, hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def split(text: str) -> tuple[str, str]:
-    """(to train on, held out): the last tenth is held out."""
-    at = len(text) * 9 // 10
-    return text[:at], text[at:]
-
-
-def make_tokenizer(cfg: Config, text: str) -> Tokenizer:
+def make_tokenizer(cfg: Config, texts: Iterable[str]) -> Tokenizer:
+    """Of a text in pieces (a text is the sequence of its characters)."""
     if cfg.tokenizer == "bpe":
-        return bpe.train(text, cfg.vocab)
-    vocab = {character: i for i, character in enumerate([UNKNOWN, *sorted(set(text) - {UNKNOWN})])}
+        return bpe.train(texts, cfg.vocab)
+    characters = set(texts) if isinstance(texts, str) else {c for piece in texts for c in set(piece)}
+    vocab = {character: i for i, character in enumerate([UNKNOWN, *sorted(characters - {UNKNOWN})])}
     backend = Backend(models.WordLevel(vocab, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
-    return Tokenizer(backend)
+    return Tokenizer(backend, cut=re.compile(r"[\s\S]"))
 
 
 def ngram_bits(train: str, held_out: str) -> dict[str, float]:
@@ -215,18 +211,14 @@ def model_config(cfg: Config, vocab: int) -> GPTConfig | LlamaConfig:
     return LlamaConfig(vocab, cfg.dim, cfg.layers, cfg.heads, kv_heads, hidden, cfg.length + cfg.sample_tokens)
 
 
-def make_model(cfg: Config, vocab: int, run) -> GPT | Llama:
+def make_model(cfg: Config, settings: GPTConfig | LlamaConfig, run) -> GPT | Llama:
     run.seed("model")
-    settings = model_config(cfg, vocab)
     model = GPT(settings) if isinstance(settings, GPTConfig) else Llama(settings)
     return model.to(getattr(torch, cfg.dtype))
 
 
-def write(model: GPT | Llama, tokenizer: Tokenizer, cfg: Config, run) -> str:
+def write(model: GPT | Llama, tokenizer: Tokenizer, prompt: list[int], cfg: Config, run) -> str:
     """Sampled text behind the prompt, whose last tokens are read if it is long."""
-    prompt = tokenizer.encode(cfg.prompt)[-cfg.length :]
-    if not prompt:
-        raise UserError("--prompt is empty: give at least one character")
     new = generate(
         model, [prompt], cfg.sample_tokens, cfg.temperature, cfg.top_k, cfg.top_p, generator=run.generator("sample")
     )
@@ -261,15 +253,16 @@ def memory_setup(cfg: Config) -> memory.Setup:
 
 
 def memory_plan(cfg: Config) -> tuple[GPTConfig | LlamaConfig, memory.Setup]:
-    tokenizer = make_tokenizer(cfg, split(read_text(cfg)[0])[0])
+    text = open_text(cfg.data)
+    tokenizer = make_tokenizer(cfg, text.pieces(0, text.cut))
     return model_config(cfg, tokenizer.vocab_size), memory_setup(cfg)
 
 
-def measure_memory(cfg: Config, run, model: GPT | Llama, optimizer: optim.AdamW, train: torch.Tensor) -> None:
+def measure_memory(cfg: Config, run, model: GPT | Llama, optimizer: optim.AdamW, train: np.ndarray) -> None:
     if not cfg.steps:
         return  # the optimizer has no states yet
     setup = memory_setup(cfg)
-    batch = train[: cfg.length + 1].repeat(setup.batch, 1)  # a copy: the whole text is no activation
+    batch = taken(train, torch.zeros(setup.batch, dtype=torch.int64), cfg.length)
     run.memory(
         memory.for_training(
             model.config, setup, model=model, optimizer=optimizer, loss=lambda: language_loss(model, batch)
