@@ -72,7 +72,7 @@ class Config(config.Config):
     rho_bar: float = config.bounded(1.0, above=0, at_most=10**6)
     c_bar: float = config.bounded(1.0, above=0, at_most=10**6)  # vtrace: bound of the ratios that pass corrections back
     hidden: int = config.bounded(64, at_least=1, at_most=8192)  # width of the two hidden layers
-    # V is this times the network's output, which so need not grow large
+    # V is this times the network's output, which so need not grow large; rewards are divided by the largest
     value_scale: float = config.bounded(10.0, above=0, at_most=10**9)
     shared_trunk: bool = False  # policy and value read the same features
     # sac, td3

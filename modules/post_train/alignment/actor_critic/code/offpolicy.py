@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from finetune.optim import descend
 from finetune.rl import continuous, environments
 from finetune.rl.continuous import critic_loss, polyak_, td_target
+from finetune.rl.moments import RewardSize
 from finetune.rl.replay import Replay, Transitions
 from finetune.rl.vector import Vector
+
+LARGEST = 16.0  # as which the largest reward counts: beside it SAC's first α of 1 is small, and learning rates hold
 
 
 class OffPolicy:
@@ -34,9 +37,15 @@ class OffPolicy:
             torch.optim.Adam(m.parameters(), lr=0.0, fused=True) for m in (self.policy, self.q)
         )
         self.updates = {"count": 0}
+        self.rewards = RewardSize()
+
+    @property
+    def unit(self) -> float:
+        """What 1 of the critics' unit is in the environment's."""
+        return self.rewards.size / LARGEST
 
     def state(self) -> dict[str, Any]:
-        names = ("policy", "q", "slow_q", "replay", "policy_optimizer", "q_optimizer", "updates", "vector")
+        names = ("policy", "q", "slow_q", "replay", "policy_optimizer", "q_optimizer", "updates", "vector", "rewards")
         return {name: getattr(self, name) for name in names}
 
     def chunk(self, steps: int, lr: float, generator: torch.Generator) -> dict[str, float]:
@@ -54,9 +63,11 @@ class OffPolicy:
             else:
                 actions = self.acting(generator)(seen)
             rewards, reached, terminated, _ = map(torch.from_numpy, self.vector.step(actions))
+            self.rewards.see(rewards)
             self.replay.add(Transitions(seen, actions, rewards, reached, terminated))
             if self.replay.added >= self.cfg.warmup:
                 batch = self.replay.sample(self.cfg.batch, generator)
+                batch.rewards = batch.rewards / self.unit
                 if self.cfg.shuffle:
                     batch.rewards = batch.rewards[torch.randperm(len(batch), generator=generator)]
                 found.append(self.update(batch, generator))
@@ -68,7 +79,7 @@ class OffPolicy:
         q = self.q(batch.observations, batch.actions)
         loss = critic_loss(q, target)
         descend(loss, self.q_optimizer)
-        return {"q_loss": loss.detach(), "q": q.detach().mean()}
+        return {"q_loss": loss.detach(), "q": self.unit * q.detach().mean()}
 
     def acting(self, generator: torch.Generator) -> environments.Act:
         def act(observations: Tensor) -> Tensor:
@@ -86,7 +97,7 @@ class OffPolicy:
 
     def values(self, observations: Tensor) -> Tensor:
         """What the critics say of the best action."""
-        return self.q(observations, self.best(observations)).amin(0)
+        return self.unit * self.q(observations, self.best(observations)).amin(0)
 
     def noise(self, rows: int, generator: torch.Generator) -> Tensor:
         return torch.randn(rows, len(self.low), generator=generator)
@@ -135,14 +146,14 @@ class SAC(OffPolicy):
         many, generator = observations.repeat(draws, 1), torch.Generator().manual_seed(0)
         actions, log_probs = self.policy.sample(self.policy(many), self.noise(len(many), generator))
         soft = continuous.soft_value(self.q(many, actions), log_probs, self.log_alpha.exp())
-        return soft.view(draws, -1).mean(0)
+        return self.unit * soft.view(draws, -1).mean(0)
 
     @torch.no_grad()
     def bonus(self, observations: Tensor, generator: torch.Generator) -> Tensor:
         """(T, N) of states (T, N, D): −α log π of an action drawn there, on average α times the entropy."""
         flat = observations.flatten(0, 1)
         _, log_probs = self.policy.sample(self.policy(flat), self.noise(len(flat), generator))
-        return -self.log_alpha.exp() * log_probs.view(observations.shape[:2])
+        return -self.unit * self.log_alpha.exp() * log_probs.view(observations.shape[:2])
 
     def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
         policy, alpha = self.policy, self.log_alpha.detach().exp()

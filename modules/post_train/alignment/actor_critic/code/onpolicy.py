@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finetune import ops
 from finetune.rl import advantages, environments
+from finetune.rl.moments import RewardSize
 from finetune.rl.rollout import Rollout
 from finetune.rl.vector import Vector
 
@@ -31,19 +32,26 @@ class Learner:
         self.rates = (cfg.lr, cfg.critic_rate * cfg.lr) if by_horizon else (cfg.online_lr, cfg.online_lr)
         groups = [{"params": self.actor}, {"params": list(self.model.value.parameters())}]
         self.optimizer = torch.optim.Adam(groups, lr=0.0, eps=1e-5, fused=True)
+        self.rewards = RewardSize()
 
     def state(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer, "vector": self.vector}
+        return {"model": self.model, "optimizer": self.optimizer, "vector": self.vector, "rewards": self.rewards}
 
     def chunk(self, steps: int, lr: float, generator: torch.Generator) -> dict[str, float]:
         """About `steps` steps of the environments; lr: a part of the learning rate. Means of the updates' figures."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = lr * rate
         found = [
-            self.update(self.vector.collect(self.behaving(generator), self.horizon), generator)
+            self.update(self.collect(generator), generator)
             for _ in range(max(1, round(steps / (self.horizon * len(self.vector)))))
         ]
         return {name: float(torch.stack([f[name] for f in found]).mean()) for name in found[0]}
+
+    def collect(self, generator: torch.Generator) -> Rollout:
+        """A rollout whose rewards are divided by the largest so far: all that is learned is in this unit."""
+        rollout = self.vector.collect(self.behaving(generator), self.horizon)
+        rollout.rewards = rollout.rewards / self.rewards.see(rollout.rewards)
+        return rollout
 
     def hold(self) -> None:
         """The policy stays as it is from now on (and a shared trunk with it); the critic goes on learning."""
@@ -65,7 +73,8 @@ class Learner:
         return self.model.policy.best(self.model.distribution(observations))
 
     def values(self, observations: Tensor) -> Tensor:
-        return self.model.values(observations)
+        """In the environment's unit."""
+        return self.rewards.size * self.model.values(observations)
 
     def update(self, rollout: Rollout, generator: torch.Generator) -> dict[str, Tensor]:
         """A2C; with a horizon of 1, one-step actor-critic."""

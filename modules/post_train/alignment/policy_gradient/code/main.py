@@ -17,7 +17,7 @@ from finetune.display import uncertain
 from finetune.errors import UserError
 from finetune.rl import environments, policies
 from finetune.rl.evaluation import returns
-from finetune.rl.moments import beyond_chance, mean_and_error
+from finetune.rl.moments import RewardSize, beyond_chance, mean_and_error
 from finetune.rl.rollout import Rollout, episode_seeds
 
 from . import known, plots, variance
@@ -109,11 +109,13 @@ def train(cfg: Config, run, method: str, envs: list[Any]) -> None:
     value_optimizer = torch.optim.Adam(value.parameters(), lr=cfg.value_lr)
     state = {"policy": policy, "value": value, "optimizer": optimizer, "value_optimizer": value_optimizer,
              "cut": envs[0].cut}  # fmt: skip
+    size = state["rewards"] = RewardSize()
     before = evaluate(cfg, run, policy, envs, "before")
     for step in run.steps(cfg.steps, state, phase=method):
         rollout = collect(run, policy, envs, (method, step))
         earned = rollout.rewards.sum(0).tolist()
         rollout.rewards = rollout.rewards + cfg.reward_shift * rollout.first_episode
+        rollout.rewards = rollout.rewards / size.see(rollout.rewards)
         psi, targets = with_baseline(cfg, rollout, value)
         if cfg.discount_correction:
             psi = discounts(cfg.gamma, psi) * psi
@@ -209,8 +211,8 @@ def with_baseline(cfg: Config, rollout: Rollout, value: nn.Module) -> tuple[Tens
 
 
 def value_scale(cfg: Config) -> float:
-    """The network's output times this is a return: it learns numbers near one."""
-    return min(1 / max(1 - cfg.gamma, 1e-3), 100.0) * max(1.0, abs(cfg.reward_shift))
+    """The network's output times this is a return of rewards of 1, the largest: it learns numbers near one."""
+    return min(1 / max(1 - cfg.gamma, 1e-3), 100.0)
 
 
 def fit(cfg: Config, value: nn.Module, optimizer: torch.optim.Optimizer, seen: Tensor, targets: Tensor) -> float:
@@ -266,11 +268,15 @@ def judge_variance(cfg: Config, run, envs: list[Any], listed: dict[str, variance
     policy, value = networks(cfg, run, envs)
     optimizer = torch.optim.Adam(value.parameters(), lr=cfg.value_lr)
     others = [collect(run, policy, envs, ("variance", "fit", i)) for i in range(-(-cfg.variance_groups // 2))]
+    groups = [collect(run, policy, envs, ("variance", i)) for i in range(cfg.variance_groups)]
+    size = RewardSize()
+    size.see(torch.cat([r.rewards.flatten() for r in others]))
+    for rollout in (*others, *groups):
+        rollout.rewards = rollout.rewards / size.size
     seen = torch.cat([r.observations[r.first_episode] for r in others])
     targets = torch.cat([advantages(r, cfg.gamma, "none", None)[1][r.first_episode] for r in others])
     for _ in range(20):
         fit(cfg, value, optimizer, seen, targets)
-    groups = [collect(run, policy, envs, ("variance", i)) for i in range(cfg.variance_groups)]
     with torch.no_grad():
         scale = value_scale(cfg)
         said = [(scale * value(g.observations), scale * value(g.next_observations)) for g in groups]

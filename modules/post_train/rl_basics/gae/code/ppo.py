@@ -18,7 +18,7 @@ from finetune import ops
 from finetune.rl import environments, policies
 from finetune.rl.advantages import whitened
 from finetune.rl.evaluation import returns
-from finetune.rl.moments import mean_and_error
+from finetune.rl.moments import RewardSize, mean_and_error
 from finetune.rl.rollout import Rollout, episode_seeds
 from finetune.rl.surrogate import approximate_kl, clip_fraction, clipped_surrogate, explained_variance, value_loss
 from finetune.rl.vector import Vector
@@ -50,10 +50,13 @@ def train(cfg: Any, run, lam: float, repeat: int, envs: list[Any]) -> dict[str, 
     updates, size = min(cfg.ppo_updates, cfg.steps), cfg.ppo_horizon * cfg.ppo_envs
     before = evaluate(cfg, run, learner, "before", repeat, envs[0].cut)
     past: dict[str, Any] = {"recent": [], "curve": [], "steps": 0}
-    state = learner.state() | {"vector": vector, "past": past, "cut": envs[0].cut}
+    unit = RewardSize()  # in which the critic learns: in any other its gradient would outweigh the policy's
+    state = learner.state() | {"vector": vector, "past": past, "cut": envs[0].cut, "rewards": unit}
     for step in run.steps(updates, state, phase=f"ppo_{lam:g}_{repeat}"):
         generator = run.generator("ppo", repeat, step)  # the same for every λ
-        batch = judged(learner, vector.collect(learner.acting(generator), cfg.ppo_horizon), cfg.ppo_gamma, lam)
+        rollout = vector.collect(learner.acting(generator), cfg.ppo_horizon)
+        rollout.rewards = rollout.rewards / unit.see(rollout.rewards)
+        batch = judged(learner, rollout, cfg.ppo_gamma, lam)
         if cfg.shuffle_rewards:
             batch.advantages = batch.advantages[torch.randperm(len(batch.advantages), generator=generator)]
         found = update(learner, batch, cfg, 1 - step / updates, generator)
