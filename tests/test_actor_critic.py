@@ -263,14 +263,15 @@ def test_sac_says_the_soft_value_and_pays_its_entropy():
     sac = offpolicy.SAC(config, "sac", Vector(place.learning, 0))
     with torch.no_grad():
         sac.log_alpha.fill_(math.log(0.3))
+    sac.rewards.see(torch.tensor([2 * offpolicy.LARGEST]))  # 1 of the critics' unit is 2 of the environment's
     states = torch.randn(5, 3, generator=seeded())
     generator = seeded(1)
     params = sac.policy(states.repeat(20_000, 1))
     actions, log_probs = sac.policy.sample(params, torch.randn(len(params), 1, generator=generator))
     soft = sac.q(states.repeat(20_000, 1), actions).amin(0) - 0.3 * log_probs
-    assert torch.allclose(sac.values(states, draws=20_000), soft.view(-1, 5).mean(0), atol=0.02)
+    assert torch.allclose(sac.values(states, draws=20_000), 2 * soft.view(-1, 5).mean(0), atol=0.04)
     paid = sac.bonus(states.expand(4000, 5, 3), generator)
-    assert torch.allclose(paid.mean(0), -0.3 * log_probs.view(-1, 5).mean(0), atol=0.03)
+    assert torch.allclose(paid.mean(0), -0.6 * log_probs.view(-1, 5).mean(0), atol=0.06)
 
 
 def test_a_world_that_does_not_repeat_itself_is_refused():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from finetune import ops
+from finetune.errors import UserError
 from finetune.rl import advantages, environments, policies, surrogate
 from finetune.rl import mdp as tables
 from finetune.rl.evaluation import interval
@@ -160,6 +161,27 @@ def test_group_forms_are_those_of_rloo_and_grpo():
     spread = returns.std(1, keepdim=True) + 1e-4
     assert torch.allclose(advantages.group_normalised(returns), (returns - returns.mean(1, keepdim=True)) / spread)
     assert torch.equal(advantages.group_normalised(torch.ones(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("form", [advantages.leave_one_out, advantages.group_normalised])
+def test_a_group_has_at_least_two_returns_of_any_number_type(form):
+    for returns in (torch.ones(3, 1), torch.ones(2, 0), torch.tensor(1.0), torch.tensor([5])):
+        with pytest.raises(UserError, match=r"a group of [01] has no other return .* at least 2"):
+            form(returns)
+    counted = torch.tensor([[1, 2, 4], [0, 0, 1]])
+    assert torch.equal(form(counted), form(counted.float()))
+    assert torch.equal(form(counted > 1), form((counted > 1).float()))
+
+
+def test_rewards_may_be_integers():
+    rewards, ends = torch.tensor([[1], [2], [4]]), torch.tensor([[False], [False], [True]])
+    assert advantages.returns_to_go(rewards, ends, 0.5).flatten().tolist() == [3.0, 4.0, 4.0]
+    zeros = torch.zeros(3, 1)
+    given = (rewards, zeros, zeros, ends, torch.zeros_like(ends))
+    assert advantages.n_step(*given, n=3, gamma=0.5).flatten().tolist() == [3.0, 4.0, 4.0]
+    assert advantages.vtrace(*given, zeros, gamma=0.5)[0].flatten().tolist() == [3.0, 4.0, 4.0]
+    whole = torch.tensor([1, 2, 3])
+    assert torch.equal(advantages.whitened(whole), advantages.whitened(whole.float()))
 
 
 def test_whitening_is_of_what_the_mask_counts():

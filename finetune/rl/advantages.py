@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from finetune import ops
+from finetune.errors import UserError
 
 
 def returns_to_go(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
     """r_t + γ r_{t+1} + … up to the end of the episode, or of the rollout."""
+    rewards = _floating(rewards)
     zeros = torch.zeros_like(rewards)
     return ops.gae(rewards, zeros, zeros, ends, torch.zeros_like(ends), gamma=gamma, lam=1.0)[1]
 
@@ -137,7 +139,9 @@ def upgo(
 
 
 def leave_one_out(returns: Tensor) -> Tensor:
-    """(…, K) returns of one group → each less the mean of the others: unbiased, as the baseline knows nothing of it."""
+    """(…, K) returns of one group → each less the mean of the others: unbiased, as the baseline knows nothing of it.
+    UserError if K is below 2."""
+    returns = _group(returns)
     k = returns.shape[-1]
     return (returns - returns.mean(-1, keepdim=True)) * (k / (k - 1))
 
@@ -145,9 +149,24 @@ def leave_one_out(returns: Tensor) -> Tensor:
 def group_normalised(returns: Tensor, eps: float = 1e-4) -> Tensor:
     """(…, K) returns of one group → less their mean, over their standard deviation (n − 1) + eps, as GRPO does.
 
-    Biased: the mean holds the return itself, and the deviation makes hard and easy groups alike.
+    Biased: the mean holds the return itself, and the deviation makes hard and easy groups alike. UserError if K is
+    below 2: Shao et al. (2024, arXiv:2402.03300) compare the answers of a group, and one alone has no deviation.
     """
+    returns = _group(returns)
     return (returns - returns.mean(-1, keepdim=True)) / (returns.std(-1, keepdim=True) + eps)
+
+
+def _group(returns: Tensor) -> Tensor:
+    """(…, K) in floating point, K at least 2."""
+    count = returns.shape[-1] if returns.dim() else 1
+    if count < 2:
+        raise UserError(f"a group of {count} has no other return to be compared with: it needs at least 2")
+    return _floating(returns)
+
+
+def _floating(x: Tensor) -> Tensor:
+    """Rewards may be counted in integers."""
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
 def whitened(values: Tensor, mask: Tensor | None = None, *, centre: bool = True, eps: float = 1e-8) -> Tensor:
@@ -156,6 +175,7 @@ def whitened(values: Tensor, mask: Tensor | None = None, *, centre: bool = True,
 
     centre False: the mean is put back, for rewards, whose sign says something (Ziegler et al. 2019, arXiv:1909.08593).
     """
+    values = _floating(values)
     counts = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     n = counts.sum()
     mean = values.masked_fill(~counts, 0.0).sum() / n.clamp(min=1)
