@@ -154,7 +154,7 @@ def test_rollouts_are_right_on_average():
     [
         ({"world": "frozen_lak"}, "did you mean 'frozen_lake'"),
         ({"world": "CartPole-v1"}, "has no table of transitions"),
-        ({"gamma": 1.5}, "gamma 1.5 is not within 0 and 1"),
+        ({"gamma": 1.5}, "--gamma 1.5 is too large: it must be at most 1"),
         ({"rollouts": 0}, "--rollouts 0 is too small"),
         ({"horizon": 0}, "--horizon 0 is too small"),
         ({"pairs": 0}, "--pairs 0 is too small"),

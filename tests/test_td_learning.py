@@ -608,7 +608,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"runs": 0}, "--runs 0 is too small"),
-        ({"rate": 1.5}, "--rate 1.5 is not within 0 and 1"),
+        ({"rate": 1.5}, "--rate 1.5 is too large: it must be at most 1"),
         ({"variants": "dqn,duelling"}, "'duelling' is not one of dqn, .*dueling"),
     ],
 )

@@ -17,7 +17,7 @@ import torch
 
 from finetune import config
 from finetune.checkpoint import atomic_write
-from finetune.errors import UserError
+from finetune.config import bounded
 from finetune.rl import mdp as mdps
 from finetune.rl import planning, worlds
 from finetune.rl.mdp import MDP, Array
@@ -28,10 +28,8 @@ from . import plots, pomdp
 
 CLOSE = 1e-8  # of max |V*|: how near every solver has to come to V*
 ENDLESS = 1500  # sweeps with γ = 1, where there is no bound that says how many are needed
-MARGIN = (
-    1e-5  # of the largest reward: by so much an α-vector has to be the best somewhere; with 1e-10 there are several
-)
-# times as many
+# Of the largest reward: by so much an α-vector has to be the best somewhere. With 1e-10 there are far more of them.
+MARGIN = 1e-5
 GALLERY = ("frozen_lake", "cliff_walking", "taxi", "gridworld", "small_gridworld", "car_rental", "gambler")
 
 
@@ -42,25 +40,19 @@ class Config(config.Config):
     checkpoint_every: int = 500
     world: str = "frozen_lake_8x8"  # whose sweeps are recorded: a name in finetune/rl/worlds.py, or a gymnasium id
     data: Path | None = None  # an npz with P (states, actions, states) and R, in place of a world
-    gamma: float | None = None  # discount; none: the world's own
-    evaluation_sweeps: int = 5  # of modified policy iteration, between two improvements
-    rollouts: int = 10_000  # episodes that the best policy is tried in
-    rollout_steps: int = 2000  # after so many an episode is cut off, and its return compared with the value of as many
-    pairs: int = 300  # pairs of value functions that the contraction is measured with
-    horizon: int = 60  # steps of the tiger problem
+    gamma: float | None = bounded(None, at_least=0, at_most=1)  # discount; none: the world's own
+    # of modified policy iteration, between two improvements
+    evaluation_sweeps: int = bounded(5, at_least=1, at_most=10_000)
+    rollouts: int = bounded(10_000, at_least=1, at_most=10**6)  # episodes that the best policy is tried in
+    # after so many an episode is cut off, and its return compared with the value of as many
+    rollout_steps: int = bounded(2000, at_least=1, at_most=10**6)
+    pairs: int = bounded(300, at_least=1, at_most=10**6)  # of value functions that the contraction is measured with
+    horizon: int = bounded(60, at_least=1, at_most=1000)  # steps of the tiger problem
     gallery: bool = True  # the other worlds and the book's figures too; not with --data
 
     @classmethod
     def toy(cls) -> "Config":
         return cls(steps=2000, world="frozen_lake", rollouts=2000, pairs=100, horizon=12)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("evaluation_sweeps", "rollouts", "rollout_steps", "pairs", "horizon"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least 1")
-        if self.gamma is not None:
-            mdps.check_gamma(self.gamma)
 
 
 def main(cfg: Config, run) -> dict[str, Any]:

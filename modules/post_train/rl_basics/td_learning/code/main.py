@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from finetune import config
+from finetune.config import bounded
 from finetune.display import uncertain
 from finetune.errors import UserError, nearest
 from finetune.rl import environments, planning, worlds
@@ -60,20 +61,22 @@ class Config(config.Config):
     threads: int = 1  # networks so small are fastest on one
     steps: int = 40  # each is a batch of runs of one of the eight experiments, in turn; Taxi and DQN learn in all
     checkpoint_every: int = 1
-    rate: float = 1.0  # multiplies every learning rate; with 0 nothing is learnt
-    runs: int = 100  # of a batch: the random walks, Baird's counterexample, importance sampling
-    cliff_runs: int = 36
-    cliff_episodes: int = 500
-    bias_runs: int = 1000
-    bias_episodes: int = 300
-    car_runs: int = 5
-    car_episodes: int = 150
-    taxi_runs: int = 8
-    taxi_steps: int = 6000  # of each Taxi run in a step
+    # multiplies every learning rate; with 0 nothing is learnt
+    rate: float = bounded(1.0, at_least=0, at_most=1)
+    # of a batch: the random walks, Baird's counterexample, importance sampling
+    runs: int = bounded(100, at_least=1, at_most=100_000)
+    cliff_runs: int = bounded(36, at_least=1, at_most=100_000)
+    cliff_episodes: int = bounded(500, at_least=1, at_most=10**6)
+    bias_runs: int = bounded(1000, at_least=1, at_most=10**6)
+    bias_episodes: int = bounded(300, at_least=1, at_most=10**6)
+    car_runs: int = bounded(5, at_least=1, at_most=10_000)
+    car_episodes: int = bounded(150, at_least=1, at_most=10**6)
+    taxi_runs: int = bounded(8, at_least=1, at_most=10_000)
+    taxi_steps: int = bounded(6000, at_least=1, at_most=10**9)  # of each Taxi run in a step
     variants: str = "dqn,double,dueling,prioritised,n_step,all"  # of DQN, separated by commas; the last is judged
-    dqn_runs: int = 3  # learners of each, side by side
-    dqn_steps: int = 1250  # of each learner in a step
-    dqn_every: int = 8  # of these steps for one update
+    dqn_runs: int = bounded(3, at_least=1, at_most=1000)  # learners of each, side by side
+    dqn_steps: int = bounded(1250, at_least=1, at_most=10**9)  # of each learner in a step
+    dqn_every: int = bounded(8, at_least=1, at_most=10**6)  # of these steps for one update
 
     @classmethod
     def toy(cls) -> "Config":
@@ -82,15 +85,11 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("runs", "cliff_runs", "cliff_episodes", "bias_runs", "bias_episodes", "car_runs", "car_episodes",
-                     "taxi_runs", "taxi_steps", "dqn_runs", "dqn_steps", "dqn_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"--{config.dashed(name)} {getattr(self, name)} is too small: it must be at least 1")
-        if not 0 <= self.rate <= 1:
-            raise UserError(f"--rate {self.rate} is not within 0 and 1")
         for name in self.variants.split(","):
             if name not in VARIANTS:
                 raise UserError(f"--variants: '{name}' is not one of {', '.join(VARIANTS)}{nearest(name, VARIANTS)}")
+            if self.variants.split(",").count(name) > 1:
+                raise UserError(f"--variants: '{name}' is there twice")
 
 
 def main(cfg: Config, run) -> dict[str, Any]:
