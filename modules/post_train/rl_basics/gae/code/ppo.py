@@ -140,11 +140,9 @@ def update(learner: Learner, batch: Batch, cfg: Any, left: float, generator: tor
             learner.optimizer.step()
             kl.append(approximate_kl(log_ratios).mean())
             clipped.append(clip_fraction(log_ratios, cfg.ppo_clip))
-    return {
-        "kl": torch.stack(kl).mean(),
-        "clip_fraction": torch.stack(clipped).mean(),
-        "explained_variance": explained_variance(batch.values, batch.targets),
-    }
+    found = {"kl": torch.stack(kl).mean(), "clip_fraction": torch.stack(clipped).mean()}
+    explained = explained_variance(batch.values, batch.targets)
+    return found if explained.isnan() else found | {"explained_variance": explained}  # NaN: the targets are all alike
 
 
 def ppo_loss(learner: Learner, batch: Batch, cfg: Any) -> tuple[Tensor, Tensor]:
