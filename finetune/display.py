@@ -327,8 +327,8 @@ def number(value: Any) -> str:
 
 def uncertain(value: Any, error: float | None) -> str:
     """value ± its standard error, both to the error's first two digits."""
-    if not error:
-        return number(value) if error is None else f"{number(value)} ± 0"
+    if not error or math.isnan(error):
+        return number(value) if error != 0 else f"{number(value)} ± 0"
     decimals = max(0, 1 - math.floor(math.log10(error)))
     if decimals > 6:
         return f"{value:.4g} ± {error:.2g}"

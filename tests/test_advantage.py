@@ -177,3 +177,14 @@ def test_bad_settings_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             toy(**change)
+
+
+def test_a_world_without_chance_has_results_too(tmp_path):
+    """One action, no branching, rewards of a hundred million: nothing varies, what is left is rounding."""
+    P = np.zeros((3, 1, 3))
+    P[[0, 1, 2], 0, [1, 2, 0]] = 1
+    np.savez(tmp_path / "one.npz", P=P, R=1e8 * np.array([[1.0], [0.3], [-2.0]]))
+    config = toy(data=tmp_path / "one.npz", steps=3, groups=1)
+    summary = execute(INFO, config, tmp_path / "run", toy=True)
+    assert summary["passed"], summary["reached"]
+    assert summary["standard_error"]["deviation_mc"] < 1

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from finetune import config, display
-from finetune.run import Run
+from finetune.run import NotFinite, Run
 
 
 @pytest.fixture
@@ -30,8 +30,6 @@ def run(tmp_path):
         ({"value": 1.0, "baseline": 1.0, "target": 1.0}, False),
         ({"value": 1.0, "baseline": 2.0, "target": 2.0, "higher": False}, True),
         ({"value": 3.0, "target": 2.0, "higher": False}, False),
-        ({"value": math.nan, "target": 2.0}, False),
-        ({"value": math.nan, "baseline": 2.0}, None),
     ],
 )
 def test_only_a_target_is_reached_or_missed(run, given, passed):
@@ -42,6 +40,12 @@ def test_only_a_target_is_reached_or_missed(run, given, passed):
     summary = run.summary({})
     assert summary["reached"] == {"x": passed}
     assert summary["passed"] is passed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_no_result(run, value):
+    with pytest.raises(NotFinite, match=f"x is {value}"):
+        run.judge("x", value, target=2.0)
 
 
 def test_the_table_says_neither_reached_nor_missed_without_a_target(run):
@@ -78,6 +82,7 @@ def test_a_standard_error_is_kept_and_an_unknown_one_is_not(run):
         (483.21, 124.0, "483 ± 124"),
         (1.5, 0.0, "1.5 ± 0"),
         (0.75, None, "0.75"),
+        (0.75, math.nan, "0.75"),
         (2.0, 1e-9, "2 ± 1e-09"),
         (-0.002, 0.96, "-0.00 ± 0.96"),
     ],

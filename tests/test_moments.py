@@ -10,6 +10,7 @@ from finetune.rl.moments import (
     Moments,
     beyond_chance,
     bias_interval,
+    chi,
     mean_and_error,
     seen_by_the_gradient,
     standard_error,
@@ -72,6 +73,13 @@ def test_right_results_pass_the_bar_of_the_worst_of_several():
     for n in (1, 8, 100):
         missed = 1 - (0.5 * (1 + math.erf(beyond_chance(n) / math.sqrt(2)))) ** n
         assert missed == pytest.approx(1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e9])
+def test_rounding_is_no_bias_at_any_scale(size):
+    off = size * 1e-15 * np.ones(20)
+    assert chi(off, np.zeros(20), size) < 0
+    assert chi(1e6 * off, np.zeros(20), size) > 100
 
 
 def test_trainings_are_the_samples_where_there_are_several():

@@ -79,36 +79,40 @@ def mean_and_error(repeats: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 def variance_share(found: Array, whole: Array) -> tuple[float, float]:
     """The total variance of estimates (M, D), as a part of that of others of the same samples, and its standard error
-    (jackknife: with each sample omitted in turn)."""
+    (jackknife: with each sample omitted in turn). What does not vary has a share of 1 of what does not."""
     squares = [((x - x.mean(0)) ** 2).sum(1) for x in (found, whole)]
     m = len(found)
+    if not squares[1].sum():
+        return 1.0, math.nan
     omitted = [(s.sum() - s * m / (m - 1)) for s in squares]
     shares = omitted[0] / omitted[1]
     return float(squares[0].sum() / squares[1].sum()), float(shares.std() * math.sqrt(m - 1))
 
 
-def chi(off: Array, variance: Array) -> Array:
+def chi(off: Array, variance: Array, size: float = 1.0) -> Array:
     """How far off means (…, cells) with these variances are, all cells together, in standard deviations of chance.
 
     Σ off² has mean Σ variance and variance 2 Σ variance² if the expectations are right and the cells independent. The
     sums are compared and not cell by cell: a cell whose rare outcome never came has too small a variance of its own.
+    Of values as large as `size` a trillionth is rounding: in a world without chance nothing else is there.
     """
-    v = np.where(np.isfinite(variance), variance, 0.0)
+    v = np.where(np.isfinite(variance), np.maximum(variance, (1e-12 * size) ** 2), 0.0)
     return deviations(np.where(np.isfinite(variance), off**2, 0.0).sum(-1), v.sum(-1), 2 * (v**2).sum(-1))
 
 
-def chi_correlated(off: Array, covariance: Array) -> Array:
+def chi_correlated(off: Array, covariance: Array, size: float = 1.0) -> Array:
     """The same of a vector (…, D) whose components are not independent: |off|² has mean tr C and variance 2 tr C²."""
-    mean = np.trace(covariance, axis1=-2, axis2=-1)
-    return deviations((off**2).sum(-1), mean, 2 * (covariance**2).sum((-2, -1)))
+    rounding = off.shape[-1] * (1e-12 * size) ** 2
+    mean = np.maximum(np.trace(covariance, axis1=-2, axis2=-1), rounding)
+    return deviations((off**2).sum(-1), mean, np.maximum(2 * (covariance**2).sum((-2, -1)), rounding**2))
 
 
 def deviations(square: Array, mean: Array, variance: Array) -> Array:
     """A weighted sum of squares of normal numbers as a standard normal number, so that 3 means the same for few squares
     as for many: the χ² of that mean and variance (Satterthwaite 1946), of which the cube root is all but normal (Wilson
     & Hilferty 1931). The plain (square − mean) / deviation of few squares passes 3 once in a hundred times."""
-    mean = np.maximum(mean, 1e-20)
-    spread = np.maximum(variance, 1e-40) / (9 * mean**2)  # 2 / 9f with f = 2 mean² / variance degrees of freedom
+    mean = np.maximum(mean, 1e-150)
+    spread = np.maximum(variance, 1e-300) / (9 * mean**2)  # 2 / 9f with f = 2 mean² / variance degrees of freedom
     return ((square / mean) ** (1 / 3) - (1 - spread)) / np.sqrt(spread)
 
 

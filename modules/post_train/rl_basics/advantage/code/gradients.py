@@ -90,7 +90,8 @@ class Slopes:
         """(K,) |mean − exact|², in standard deviations of what chance does."""
         mean = self.mean() @ self.basis.numpy()
         C = ((self.outer / self.count).numpy() - mean[:, :, None] * mean[:, None]) / float(self.count)
-        return chi_correlated(mean - self.wanted @ self.basis.numpy(), C)
+        size = float(abs(self.wanted).max())
+        return chi_correlated(mean - self.wanted @ self.basis.numpy(), C, size)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in SUMS}

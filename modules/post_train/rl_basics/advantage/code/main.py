@@ -103,7 +103,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
     if not cfg.steps:
         run.judge("gain_gae", 0.0, baseline=0.0, target=0.8)
         return {}
-    judge_unbiased(run, truth, moments)
+    judge_unbiased(run, truth, moments, magnitude(V))
     judge_gradients(run, slopes, drawn=cfg.data is None)
     show_estimators(cfg, run, mdp, policy, counted, truth, moments)
     return {}
@@ -214,10 +214,10 @@ def magnitude(x: np.ndarray) -> float:
     return float(abs(x).max()) or 1.0
 
 
-def judge_unbiased(run, truth: np.ndarray, moments: dict[str, Moments]) -> None:
+def judge_unbiased(run, truth: np.ndarray, moments: dict[str, Moments], size: float) -> None:
     z = {}
     for critic in ("exact", "half_learnt"):
-        off = chi(both(critic, moments, Moments.mean) - truth, both(critic, moments, Moments.of_mean))
+        off = chi(both(critic, moments, Moments.mean) - truth, both(critic, moments, Moments.of_mean), size)
         z[critic] = dict(zip(ESTIMATORS, off, strict=True))
     worst = max(z["exact"][name] for name in UNBIASED)
     bar = beyond_chance(len(UNBIASED))
@@ -228,9 +228,11 @@ def judge_gradients(run, slopes: Slopes, drawn: bool) -> None:
     """How much a baseline saves depends on the rewards: in an MDP of one's own that has no bar."""
     mean, wanted, variance = slopes.mean(), slopes.wanted, slopes.variance()
     z = dict(zip(GRADIENTS, slopes.z(), strict=True))
-    spread = dict(zip(GRADIENTS, variance / variance[GRADIENTS.index("reward_to_go")], strict=True))
+    whole = variance[GRADIENTS.index("reward_to_go")] or 1.0  # 0 where nothing is left to chance
+    spread = dict(zip(GRADIENTS, variance / whole, strict=True))
     error = dict(zip(GRADIENTS, slopes.share_error(GRADIENTS.index("reward_to_go")), strict=True))
-    cosine = dict(zip(GRADIENTS, mean @ wanted / np.linalg.norm(mean, axis=1) / np.linalg.norm(wanted), strict=True))
+    lengths = np.linalg.norm(mean, axis=1) * np.linalg.norm(wanted)
+    cosine = dict(zip(GRADIENTS, mean @ wanted / np.maximum(lengths, 1e-300), strict=True))
     worst = max(z[name] for name in UNBIASED_GRADIENTS)
     bar = beyond_chance(len(UNBIASED_GRADIENTS))
     run.judge("gradient_z", worst, baseline=z["group_normalised"], target=bar, higher=False)
@@ -271,7 +273,7 @@ def show_estimators(
         averaged = [moments[f"{critic}_{side}"].mean_variance(known.ravel()) for side in ("on_policy", "off_policy")]
         deviation, error = (np.concatenate(part) for part in zip(*averaged, strict=True))
         deviation = np.sqrt(deviation)
-        error = error / (2 * deviation)
+        error = np.divide(error, 2 * deviation, out=np.zeros_like(error), where=deviation > 0)
         for row, name, (b, low, high), d, e, m in zip(rows, ESTIMATORS, intervals, deviation, error, mean, strict=True):
             share = gain(m) / best if best else 0.0
             off = uncertain(b, (high - low) / 2) if low else f"0 within {high:.2g}"

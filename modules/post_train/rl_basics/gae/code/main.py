@@ -155,7 +155,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
     run.judge("value_error_limits_as_ends", wrong, baseline=reached, target=3 * reached if drawn else None)
     found: dict[str, Any] = {}
     if cfg.steps:
-        judge_lambda(cfg, run, policy, counted, moments, expected)
+        judge_lambda(cfg, run, policy, counted, moments, expected, float(abs(exact).max()))
         plots.time_limits(run, exact[~mdp.terminal], {n: V[inner].numpy() for n, V in learnt.items()})
     judge_ways(cfg, run)
     if cfg.ppo_repeats:
@@ -224,8 +224,9 @@ def expected_advantages(mdp: MDP, policy: np.ndarray, V: np.ndarray, lam: float,
 
 
 def judge_lambda(
-    cfg: Config, run, policy: np.ndarray, counted: np.ndarray, moments: Moments, expected: dict[str, np.ndarray]
-) -> None:
+    cfg: Config, run, policy: np.ndarray, counted: np.ndarray, moments: Moments, expected: dict[str, np.ndarray],
+    size: float,
+) -> None:  # fmt: skip
     """Bias and variance of both critics over λ; the bias is the part that a policy gradient sees."""
     truth = expected["exact"]
 
@@ -233,8 +234,8 @@ def judge_lambda(
         return dict(zip(expected, values.reshape(len(expected), -1, values.shape[1]), strict=True))
 
     mean, chance = map(split, (moments.mean(), moments.of_mean()))
-    z = {name: chi(mean[name] - expected[name], chance[name]).max() for name in expected}
-    confused = chi(mean["half_learnt"] - truth, chance["half_learnt"]).max()
+    z = {name: chi(mean[name] - expected[name], chance[name], size).max() for name in expected}
+    confused = chi(mean["half_learnt"] - truth, chance["half_learnt"], size).max()
     bar = beyond_chance(2 * len(cfg.lambdas))  # two critics at every λ
     run.judge("exact_v_bias_z", z["exact"], baseline=confused, target=bar, higher=False)
     run.judge("half_learnt_v_expectation_z", z["half_learnt"], target=bar, higher=False)
@@ -244,13 +245,18 @@ def judge_lambda(
         dict(zip(expected, x.reshape(len(expected), -1), strict=True)) for x in moments.mean_variance(counted.ravel())
     )  # (λ,)
     drawn = cfg.data is None  # in a world of one's own neither has to hold
-    rises = noise["half_learnt"][1:] / noise["half_learnt"][:-1]
-    run.judge("bias_falls", (bias[1:] / bias[:-1]).max(), target=1.0 if drawn else None, higher=False)
+    falls, rises = growth(bias), growth(noise["half_learnt"])
+    run.judge("bias_falls", falls.max(), target=1.0 if drawn else None, higher=False)
     run.judge("variance_rises", rises.min(), target=1.0 if drawn else None)
     for which, k in (("first", 0), ("last", -1)):
         run.judge(f"bias_at_the_{which}_lambda", bias[k])
         run.judge(f"variance_at_the_{which}_lambda", noise["half_learnt"][k], error=noise_error["half_learnt"][k])
     plots.bias_variance(run, cfg.lambdas, bias, measured, noise)
+
+
+def growth(values: np.ndarray) -> np.ndarray:
+    """Each over the one before it; 1 where that is 0, as in a world without chance."""
+    return np.divide(values[1:], values[:-1], out=np.ones(len(values) - 1), where=values[:-1] > 0)
 
 
 def judge_ways(cfg: Config, run) -> None:
