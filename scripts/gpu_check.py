@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WHEELS, SITE, LOGS = (ROOT / "build" / name for name in ("gpu_wheels", "gpu_site", "gpu_check"))
 TESTS = ("smoke", "values", "gradients", "rest")  # stages that pytest runs; the others are benches and tools
 STAGES = (*TESTS, "bench", "memcheck", "racecheck")
-SECONDS = {"smoke": 60, "values": 150, "gradients": 150, "rest": 150, "bench": 60, "memcheck": 100, "racecheck": 100}
+SECONDS = {"smoke": 60, "values": 150, "gradients": 150, "rest": 150, "bench": 90, "memcheck": 100, "racecheck": 100}
 # No row of these stages starts after this share of the time: the later stages get the rest.
 UNTIL = {"smoke": 0.6, "values": 0.6, "gradients": 0.6, "rest": 0.6, "bench": 0.82, "memcheck": 0.99, "racecheck": 0.99}
 OTHER = "other"  # the row of tests that belong to no op
@@ -87,8 +87,9 @@ def pack(folder: Path = WHEELS, python: str = "3.12") -> int:
     return 0
 
 
-def install(folder: Path = WHEELS, site: Path = SITE) -> list[str]:
-    """Puts those wheels whose package this Python lacks into `site`, which children have on their path; their names."""
+def install(folder: Path | None = None, site: Path | None = None) -> Row:
+    """Puts those wheels whose package this Python lacks into `site`, which children have on their path."""
+    folder, site = folder or WHEELS, site or SITE
     missing = []
     for wheel in sorted(folder.glob("*.whl")):
         try:
@@ -99,7 +100,7 @@ def install(folder: Path = WHEELS, site: Path = SITE) -> list[str]:
     if missing:
         how = ["install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(site)]
         subprocess.run([sys.executable, "-m", "pip", *how, *map(str, missing)], check=True)
-    return [wheel.name for wheel in missing]
+    return {"status": "passed", "wheels": [wheel.name for wheel in missing], "errors": []}
 
 
 # --- children
@@ -185,7 +186,7 @@ def run_script(op: str, stage: str, seconds: float, env: dict[str, str]) -> Row:
     if stage != "bench" and env["FINETUNE_GPU_CHECK"] == "cuda":
         if not sanitizer:
             return {"status": "none", "errors": [{"test": "", "text": "no compute-sanitizer here"}]}
-        command = [sanitizer, "--tool", stage, "--error-exitcode", "99", *command]
+        command = [sanitizer, "--tool", stage, "--report-api-errors", "no", "--error-exitcode", "99", *command]
         env = env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     status = child(command, log, seconds, env)
     row: Row = {"status": "passed" if status == 0 else "failed", "errors": []}
@@ -201,7 +202,8 @@ def run_script(op: str, stage: str, seconds: float, env: dict[str, str]) -> Row:
         ]
         row["errors"] = [{"test": "", "text": text} for text in report["refused"]]
     if status != 0 and not row["errors"]:
-        row["errors"] = [{"test": "", "text": f"{how_it_ended(status)}: {tail(log)}"}]
+        found = re.findall(r"^========= (?!COMPUTE-SANITIZER)\S.*", tail(log, 10**6), re.MULTILINE)
+        row["errors"] = [{"test": "", "text": f"{how_it_ended(status)}: {' '.join(found[:6]) or tail(log)}"}]
     return row
 
 
@@ -393,14 +395,22 @@ def table(report: Row) -> str:
     rows += [[op, *(cell(stages.get(stage)) for stage in STAGES)] for op, stages in report["ops"].items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    failures = [("build", report["build"])] if report["build"] else []
+    failures = [(name, report[name]) for name in ("machine", "installed", "build")]
     failures += [(f"{op} {stage}", row) for op, stages in report["ops"].items() for stage, row in stages.items()]
     for name, row in failures:
-        if row["status"] == "failed":
+        if row.get("status") == "failed":
             first = row["errors"][0]
             text = " ".join(first["text"].split())
             lines.append(f"{name}: {first['test'].rpartition('::')[2]} {text[-300:]}")
     return "\n".join(lines)
+
+
+def guarded(function: Callable[..., Row], *args: Any) -> Row:
+    """A row, whatever happens: the others follow."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return {"status": "failed", "errors": [{"test": "", "text": f"{type(error).__name__}: {error}"}]}
 
 
 def check(
@@ -437,30 +447,23 @@ def check(
             note(op, stage, {"status": "left out", "errors": []})
             return
         run: Callable[..., Row] = run_tests if stage in TESTS else run_script
-        try:
-            row = run(op, stage, left, env)
-        except Exception as error:  # whatever happens in one row, the others follow
-            row = {"status": "failed", "errors": [{"test": "", "text": f"{type(error).__name__}: {error}"}]}
-        note(op, stage, row | {"seconds": round(time.monotonic() - at, 1)})
+        note(op, stage, guarded(run, op, stage, left, env) | {"seconds": round(time.monotonic() - at, 1)})
 
     shutil.rmtree(LOGS, ignore_errors=True)
     env = environment(device, jobs)
-    note(None, "machine", describe())
-    try:
-        note(None, "installed", {"wheels": install()})
-    except (OSError, subprocess.CalledProcessError) as error:
-        note(None, "installed", {"status": "failed", "error": str(error)})
-    note(None, "build", build(device, report["machine"]["gpu"].get("compute_cap", ""), 0.45 * budget, env))
+    note(None, "machine", guarded(describe))
+    note(None, "installed", guarded(install))
+    capability = report["machine"].get("gpu", {}).get("compute_cap", "")
+    note(None, "build", guarded(build, device, capability, 0.45 * budget, env))
     for group in (TESTS, ("bench",), ("memcheck", "racecheck")):
         chosen = [stage for stage in group if stage in stages and not (device == "emulated" and stage == "racecheck")]
-        with ThreadPoolExecutor(3 if group == ("bench",) else jobs) as pool:
+        with ThreadPoolExecutor(2 if group == ("bench",) else jobs) as pool:  # one imports while the other measures
             for stage in chosen:
                 for op in names + ([OTHER] if stage == "rest" and names == op_names() else []):
                     pool.submit(one, op, stage)
     rows = [(op, stage, row) for op, stages in report["ops"].items() for stage, row in stages.items()]
-    failed = [row for *_, row in rows if row["status"] == "failed"] + [report["build"]] * (
-        report["build"]["status"] == "failed"
-    )
+    ends = [row for *_, row in rows] + [report[name] for name in ("machine", "installed", "build")]
+    failed = [row for row in ends if row.get("status") == "failed"]
     report["left_out"] = [f"{op} {stage}" for op, stage, row in rows if row["status"] == "left out"]
     report["ok"] = not failed and not report["left_out"]
     report["seconds"] = round(time.monotonic() - begin, 1)
@@ -468,7 +471,7 @@ def check(
     print(f"\n{table(report)}\n")
     if report["left_out"]:
         print(f"left out for want of time: {', '.join(report['left_out'])}")
-    print(f"{len(failed)} failed of {len(rows) + 1} rows, {report['seconds']} s, {out}")
+    print(f"{len(failed)} failed of {len(ends)} rows, {report['seconds']} s, {out}")
     return 1 if failed else 3 if report["left_out"] else 0
 
 

@@ -97,13 +97,29 @@ def test_what_the_time_does_not_allow_is_left_out(logs, monkeypatch):
     assert not report["ok"]
 
 
-def test_a_failed_build_is_a_row_and_the_rest_is_tried(logs, monkeypatch):
+@pytest.mark.parametrize("part", ["describe", "install", "build"])
+def test_a_failed_part_is_a_row_and_the_rest_is_tried(logs, monkeypatch, part):
+    def fails(*args):
+        raise OSError("no such program")
+
     monkeypatch.setattr(gpu_check, "test_command", lambda op, stage: [sys.executable, "-c", CHILD])
-    failed = {"status": "failed", "errors": [{"test": "", "text": "no such header"}]}
-    monkeypatch.setattr(gpu_check, "build", lambda *a: failed)
+    monkeypatch.setattr(gpu_check, "build", lambda *a: {"status": "passed", "errors": []})
+    monkeypatch.setattr(gpu_check, part, fails)
     status, report = rehearse(logs, ["cast"], stages=("smoke",))
     assert (status, report["ops"]["cast"]["smoke"]["passed"]) == (1, 2)
-    assert "build:  no such header" in gpu_check.table(report)
+    assert ":  OSError: no such program" in gpu_check.table(report)
+
+
+def test_what_a_tool_found_is_told(logs, monkeypatch):
+    """compute-sanitizer's own words, not the end of a long log."""
+    said = "========= COMPUTE-SANITIZER\n========= Invalid __global__ write of size 16 bytes\nmuch else\n"
+    script = logs / "compute-sanitizer"
+    script.write_text(f"#!/bin/sh\nprintf '{said}'\nexit 99\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(gpu_check, "tool", lambda name: str(script))
+    row = gpu_check.run_script("gelu", "memcheck", 60, gpu_check.environment("cuda", 1))
+    assert row["status"] == "failed"
+    assert row["errors"][0]["text"] == "exit status 99: ========= Invalid __global__ write of size 16 bytes"
 
 
 def test_the_plugin_stops_where_the_device_answers_no_more(tmp_path):
@@ -136,7 +152,8 @@ def test_only_missing_wheels_are_installed(tmp_path):
             )
             wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
     before = importlib.metadata.version("torch")
-    assert gpu_check.install(tmp_path, tmp_path / "site") == ["finetune_test_wheel-1.0-py3-none-any.whl"]
+    row = gpu_check.install(tmp_path, tmp_path / "site")
+    assert row["wheels"] == ["finetune_test_wheel-1.0-py3-none-any.whl"]
     assert (tmp_path / "site/finetune_test_wheel.py").exists()
     assert not (tmp_path / "site/torch.py").exists()
     assert importlib.metadata.version("torch") == before
