@@ -28,12 +28,12 @@ def run(command: list[str], folder: Path) -> None:
     assert out.returncode == 0, (out.stdout + out.stderr)[-3000:]
 
 
-def build(op: str) -> Path:
-    """The folder of <op>.ptx and <op>.so; known sources are not built again."""
+def build(op: str, bug: str = "") -> Path:
+    """The folder of <op>.ptx and <op>.so, perhaps with a deliberate fault. Known sources are not built again."""
     sources = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp"))
     wanted = [p for p in sources if p.stem.startswith(op) or p.suffix in (".cuh", ".h")]
     wanted += [ROOT / "csrc/cpu/dispatch.cpp", ROOT / "tests/fixtures/ptx/runtime.cpp"]
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in wanted) + torch.__version__.encode())
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in wanted) + (torch.__version__ + bug).encode())
     folder = ROOT / "build/ptx" / f"{op}-{digest.hexdigest()[:16]}"
     if (folder / f"{op}.so").exists():
         return folder
@@ -44,6 +44,7 @@ def build(op: str) -> Path:
     for path in kernels:
         arch = "90a" if path.stem.endswith("_hopper") else "80"
         how = ["-std=c++20", "-O3", "-lineinfo", f"-gencode=arch=compute_{arch},code=compute_{arch}", "--keep"]
+        how += ["-include", ROOT / "tests/fixtures/ptx/bug.h", f'-DPTX_BUG="{bug}"'] if bug else []
         how += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
         run([cuda_toolkit.tool("nvcc"), *how, includes[0], "-c", path, "-o", f"{path.stem}.o"], folder)
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-DFINETUNE_EMULATED", f"-DFINETUNE_LIBRARY={LIBRARY}"]
@@ -85,10 +86,10 @@ class Loaded:
 
 
 @functools.cache
-def load(op: str) -> Loaded:
-    """Builds the op's library and makes it the op's backend "ptx"."""
-    loaded = Loaded(op, build(op))
+def load(op: str, bug: str = "") -> Loaded:
+    """Builds the op's library and makes it the op's backend "ptx"; a process can hold one of an op's."""
+    loaded = Loaded(op, build(op, bug))
     ops._op.LIBRARIES["ptx"] = LIBRARY
     ops.REGISTRY[op].add_backend("ptx")
-    ops.REGISTRY[op].native.register(LIBRARY)
+    ops.REGISTRY[op].register(LIBRARY)
     return loaded

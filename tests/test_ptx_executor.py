@@ -1,7 +1,11 @@
 """The compiled PTX of every CUDA kernel against the float64 references, by an executor that knows nothing of the
 emulator (tests/ptx_executor.py); and that executor's own faults and roundings, on PTX written by hand."""
 
+import os
+import re
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -34,6 +38,29 @@ def test_compiled_kernels(op):
                 ran += 1
     assert ran >= 9
     assert loaded.launches
+
+
+FAULTY = """
+import ptx_library
+from finetune import ops
+from finetune.ops._check import run
+import torch
+ptx_library.load("linear_cross_entropy", "linear_cross_entropy.global_store")
+sample = next(s for s in ops.REGISTRY["linear_cross_entropy"].samples() if s.name == "small")
+run("linear_cross_entropy", sample, torch.bfloat16, "ptx")
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not cuda_toolkit.tool("nvcc"), reason="needs nvcc")
+def test_a_global_store_to_shared_memory_is_named_with_its_source():
+    """What every GPU would stop at, and C++ cannot see: a deliberate fault, compiled in."""
+    path = os.pathsep.join([str(ptx_library.ROOT), str(ptx_library.ROOT / "tests")])
+    command = [sys.executable, "-c", FAULTY]  # a process may register an op's library once
+    out = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert "a generic address of shared memory given to an access of global memory" in out.stderr, out.stderr[-2000:]
+    assert re.search(r"`st\.global\.wb\.v4.*vector\.cuh:\d+ < linear_cross_entropy\.cu:\d+", out.stderr)
 
 
 HEAD = ".version 9.0\n.target sm_80\n.address_size 64\n.visible .entry k(\n\t.param .u64 k_param_0\n)\n{\n"
