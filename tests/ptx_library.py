@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,6 +22,12 @@ LAUNCH = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t
 )
 LIBRARY = "finetune_ptx"
+COMPILED_IN = """__host__ __device__ constexpr bool compiled_in(const char* name) {
+  const char* wanted = "FAULT";
+  while (*name && *name == *wanted) ++name, ++wanted;
+  return *name == *wanted;
+}
+#define BUG(name) compiled_in(name)"""
 
 
 def run(command: list[str], folder: Path) -> None:
@@ -40,11 +47,14 @@ def build(op: str, bug: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     csrc, torch_folder = ROOT / "csrc", Path(torch.__path__[0])
     includes = [f"-I{csrc / 'include'}", f"-I{csrc / 'emulator'}", f"-I{csrc / 'cuda'}"]
-    kernels = [path for path in (csrc / "cuda").glob(f"{op}*.cu") if path.stem in (op, f"{op}_hopper")]
+    cuda = shutil.copytree(csrc / "cuda", folder / "cuda", dirs_exist_ok=True) if bug else csrc / "cuda"
+    if bug:
+        head = cuda / "launch.cuh"
+        head.write_text(head.read_text().replace("#define BUG(name) false", COMPILED_IN.replace("FAULT", bug)))
+    kernels = [path for path in cuda.glob(f"{op}*.cu") if path.stem in (op, f"{op}_hopper")]
     for path in kernels:
         arch = "90a" if path.stem.endswith("_hopper") else "80"
         how = ["-std=c++20", "-O3", "-lineinfo", f"-gencode=arch=compute_{arch},code=compute_{arch}", "--keep"]
-        how += ["-include", ROOT / "tests/fixtures/ptx/bug.h", f'-DPTX_BUG="{bug}"'] if bug else []
         how += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
         run([cuda_toolkit.tool("nvcc"), *how, includes[0], "-c", path, "-o", f"{path.stem}.o"], folder)
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-DFINETUNE_EMULATED", f"-DFINETUNE_LIBRARY={LIBRARY}"]

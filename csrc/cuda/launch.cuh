@@ -13,9 +13,7 @@
 #define DYN_SHARED(T, name)                                                \
   extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[]; \
   T* const name = reinterpret_cast<T*>(dynamic_shared_memory)
-#if !defined(BUG)  // a test that compiles one in defines it before
 #define BUG(name) false
-#endif
 #else
 #define SHARED(T, name, dims)      \
   T(&name)                         \
