@@ -62,6 +62,8 @@ def build(op: str, bug: str = "") -> Path:
     code = [csrc / f"bindings/{op}.cpp", csrc / "cpu/dispatch.cpp", ROOT / "tests/fixtures/ptx/runtime.cpp"]
     objects = [f"{path.stem}.o" for path in kernels]
     run(["g++", *flags, *code, *objects, "-o", f"{op}.tmp", "-ltorch", "-ltorch_cpu"], folder)
+    for left in folder.glob("*.ii"):
+        left.unlink()
     (folder / f"{op}.tmp").rename(folder / f"{op}.so")
     return folder
 

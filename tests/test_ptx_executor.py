@@ -41,26 +41,41 @@ def test_compiled_kernels(op):
 
 
 FAULTY = """
-import ptx_library
+import sys, ptx_library, torch
 from finetune import ops
 from finetune.ops._check import run
-import torch
-ptx_library.load("linear_cross_entropy", "linear_cross_entropy.global_store")
-sample = next(s for s in ops.REGISTRY["linear_cross_entropy"].samples() if s.name == "small")
-run("linear_cross_entropy", sample, torch.bfloat16, "ptx")
+op, _, _ = sys.argv[1].partition(".")
+ptx_library.load(op, sys.argv[1])
+for sample in ops.REGISTRY[op].samples():
+    if sample.name in ("small", "odd"):
+        run(op, sample, torch.bfloat16, "ptx")
 """
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not cuda_toolkit.tool("nvcc"), reason="needs nvcc")
-def test_a_global_store_to_shared_memory_is_named_with_its_source():
-    """What every GPU would stop at, and C++ cannot see: a deliberate fault, compiled in."""
+@pytest.mark.parametrize(
+    ("fault", "what", "where"),
+    [
+        (
+            "linear_cross_entropy.global_store",  # what every GPU would stop at
+            "a generic address of shared memory given to an access of global memory",
+            r"`st\.global\.wb\.v4.*vector\.cuh:\d+ < linear_cross_entropy\.cu:\d+",
+        ),
+        (
+            "rms_norm.past_the_end",
+            "reads global memory that it was not given for that",
+            r"`ld\.global.*rms_norm\.cu:\d+",
+        ),
+    ],
+)
+def test_a_deliberate_fault_is_named_with_its_source(fault, what, where):
     path = os.pathsep.join([str(ptx_library.ROOT), str(ptx_library.ROOT / "tests")])
-    command = [sys.executable, "-c", FAULTY]  # a process may register an op's library once
+    command = [sys.executable, "-c", FAULTY, fault]  # a process may register an op's library once
     out = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    assert "a generic address of shared memory given to an access of global memory" in out.stderr, out.stderr[-2000:]
-    assert re.search(r"`st\.global\.wb\.v4.*vector\.cuh:\d+ < linear_cross_entropy\.cu:\d+", out.stderr)
+    assert what in out.stderr, out.stderr[-2000:]
+    assert re.search(where, out.stderr)
 
 
 HEAD = ".version 9.0\n.target sm_80\n.address_size 64\n.visible .entry k(\n\t.param .u64 k_param_0\n)\n{\n"
