@@ -339,12 +339,12 @@ def wrong_device(backend: str, *tensors: torch.Tensor) -> str | None:
 
 
 def table() -> list[dict[str, Any]]:
-    """op × backend × ok | reason, for small CPU samples (`python -m finetune ops`)."""
+    """op × backend × ok | reason, for small samples where each backend wants them (`python -m finetune ops`)."""
     rows = []
     for op in REGISTRY.values():
         sample = next(s for s in op.samples() if not s.bench)
-        args = sample.cast(torch.float32)
         for backend in BACKENDS:
-            reason = op.why_not(backend, *args, **sample.kwargs)
+            device = device_for(backend) if torch.cuda.is_available() else "cpu"
+            reason = op.why_not(backend, *sample.cast(torch.float32, device), **sample.options(device))
             rows.append({"op": op.name, "backend": backend, "ok": reason is None, "reason": reason or ""})
     return rows

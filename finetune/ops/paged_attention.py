@@ -5,7 +5,8 @@ with split keys (Dao et al. 2023, Flash-Decoding). Query i of Tq is token length
     k[j], v[j]: token j of kv head h // (H / Hkv), in block table[b, j // block_size], times its scale if it has 8 bits
     visible(i, j) = j <= i + lengths[b] − Tq and, with a window, j > i + lengths[b] − Tq − window
 
-A query that sees nothing gives 0 and a log-sum-exp of −inf. Arithmetic in fp32; the result is rounded once. The native
+A query that sees nothing gives 0 and a log-sum-exp of −inf. What lies behind lengths[b] in a block, and blocks of no
+sequence, may hold anything, NaN too. Arithmetic in fp32; the result is rounded once. The native
 kernels cut a sequence into pieces of 256 tokens, attend to each alone, and join the pieces by their log-sum-exps, so a
 result depends on its own sequence only: not on the rest of the batch, the width of the table, or the threads.
 """
