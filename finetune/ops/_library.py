@@ -86,37 +86,40 @@ class Library:
         backward: Callable[..., Any],
         *,
         again: Callable[..., Any] | None,
-        keep: Callable[..., Sequence[Tensor]] = lambda ctx, inputs, output: (),
+        keep: Callable[..., Sequence[Tensor]] | None = None,
     ) -> None:
         """Makes an operator differentiable.
 
         backward(ctx, *grads): a gradient for each input, or None; not all of `grads` are None.
         again(*inputs): the operator's outputs by differentiable torch operations, None where an output has no
         gradient. None in its place promises that `backward` itself is made of differentiable operations.
+        The inputs that are no tensors are in `ctx.rest`, by position.
         keep(ctx, inputs, output): the tensors that `backward` needs in addition to the operator's own tensor inputs,
         which `ctx.saved_tensors` holds first, in their order (None for an optional one that is not given).
         """
 
         is_tensor = ["Tensor" in str(argument.type) for argument in self.arguments(operator)]
+        count, tensors = len(is_tensor), [i for i, tensor in enumerate(is_tensor) if tensor]
+        others = [i for i, tensor in enumerate(is_tensor) if not tensor]
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.rest = [None if tensor else t for t, tensor in zip(inputs, is_tensor, strict=True)]
+            ctx.rest = {i: inputs[i] for i in others}
             ctx.set_materialize_grads(False)
-            extra = keep(ctx, inputs, output)
-            ctx.save_for_backward(*(t for t, tensor in zip(inputs, is_tensor, strict=True) if tensor), *extra)
+            extra = keep(ctx, inputs, output) if keep else ()
+            ctx.save_for_backward(*[inputs[i] for i in tensors], *extra)
 
         def first_or_again(ctx: Any, *grads: Tensor | None) -> Any:
-            if all(g is None for g in grads):
-                return (None,) * len(ctx.rest)
-            if again is None or not torch.is_grad_enabled():
-                return backward(ctx, *grads)
-            return through(ctx, grads)
+            for g in grads:
+                if g is not None:
+                    recorded = again is not None and torch.is_grad_enabled()
+                    return through(ctx, grads) if recorded else backward(ctx, *grads)
+            return (None,) * count
 
         def through(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
             """The backward pass by the reference, recorded."""
             warn_once(self.name, operator)
-            saved = iter(ctx.saved_tensors)
-            inputs = [next(saved) if tensor else t for t, tensor in zip(ctx.rest, is_tensor, strict=True)]
+            saved = dict(zip(tensors, ctx.saved_tensors, strict=False))
+            inputs = [saved[i] if i in saved else ctx.rest[i] for i in range(count)]
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
             for i in wanted:  # names of their own: two inputs may be one tensor
                 inputs[i] = inputs[i].view_as(inputs[i])

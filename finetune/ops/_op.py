@@ -112,7 +112,7 @@ class Sample:
     def at_odd_addresses(self) -> Iterator[Sample]:
         """This sample with one of its tensors after another, then with all of them, one element off the aligned start
         of their memory: a kernel must not take the alignment of one for that of another."""
-        given = [*enumerate(self.args), *self.kwargs.items()]
+        given: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         tensors = [at for at, arg in given if isinstance(arg, torch.Tensor) or (arg and isinstance(arg, list))]
         if self.grad:
             tensors.append("incoming gradient")

@@ -177,7 +177,7 @@ def register(library: Library) -> None:
 
     def backward(ctx, grad_o, *_):
         q, k, v, lengths, cu_seqlens, o, top, total = ctx.saved_tensors
-        options = (*ctx.rest[3:5], lengths, cu_seqlens)  # causal and scale first
+        options = (ctx.rest[3], ctx.rest[4], lengths, cu_seqlens)  # causal and scale first
         return *operators.attention_backward(grad_o, q, k, v, o, top, total, *options), None, None, None, None
 
     def again(q, k, v, causal, scale, lengths, cu_seqlens):

@@ -260,11 +260,13 @@ def samples() -> Iterator[Sample]:
         kind = "" if dtype is None else " int8"
         yield from appended("append aligned" + kind, 5, 3, 4, 2, 32, dtype).at_odd_addresses()
         yield from gathered("gather aligned" + kind, [5, 8], 4, 4, 2, 32, dtype).at_odd_addresses()
-        scales = () if dtype is None else ((6, 0), (7, 0))
+        scale_places = () if dtype is None else ((6, 0), (7, 0))
         tokens = [(1, 0), (1, 1), (2, 0), (2, 1)]
-        yield from appended("append blocks" + kind, 5, 3, 4, 2, 16, dtype).far_apart(*tokens, (3, 0), (4, 0), *scales)
-        scale = () if dtype is None else ((4, 0),)
-        yield from gathered("gather blocks" + kind, [5, 8], 4, 4, 2, 16, dtype).far_apart((1, 0), *scale)
+        yield from appended("append blocks" + kind, 5, 3, 4, 2, 16, dtype).far_apart(
+            *tokens, (3, 0), (4, 0), *scale_places
+        )
+        scale_place = () if dtype is None else ((4, 0),)
+        yield from gathered("gather blocks" + kind, [5, 8], 4, 4, 2, 16, dtype).far_apart((1, 0), *scale_place)
     yield from copied("copy aligned", [(0, 2)], random(4, 2, 2, 16), random(4, 2, 2, 16)).at_odd_addresses()
     yield from copied("copy blocks", [(0, 2), (1, 3)], random(4, 2, 2, 16)).far_apart((1, 0))
 

@@ -76,9 +76,9 @@ def register(library: Library) -> None:
         # graph (retain_graph) makes them anew.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            grads = operators.linear_cross_entropy(*ctx.saved_tensors, *ctx.rest[3:])[1:]
+            grads = operators.linear_cross_entropy(*ctx.saved_tensors, *ctx.rest.values())[1:]
         scaled = (grad.mul_(dloss) if type(grad) is Tensor else grad * dloss for grad in grads)
-        wanted = ctx.rest[6:8]  # x_grad and weight_grad
+        wanted = ctx.rest[6], ctx.rest[7]  # x_grad and weight_grad
         return *(grad if want else None for grad, want in zip(scaled, wanted, strict=True)), *(None,) * 7
 
     def again(x, weight, targets, ignore_index, z_loss, mean, *_):

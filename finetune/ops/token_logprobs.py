@@ -77,8 +77,8 @@ def register(library: Library) -> None:
         return output[1:]
 
     def backward(ctx, dlogprobs, dentropy, _):
-        temperature, ignore_index = ctx.rest[2:4]
-        dlogits = operators.token_logprobs_backward(dlogprobs, dentropy, *ctx.saved_tensors, temperature, ignore_index)
+        options = ctx.rest[2], ctx.rest[3]  # temperature and ignore_index
+        dlogits = operators.token_logprobs_backward(dlogprobs, dentropy, *ctx.saved_tensors, *options)
         return dlogits, *(None,) * 4
 
     def again(logits, targets, temperature, ignore_index, entropy):
