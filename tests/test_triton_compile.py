@@ -83,6 +83,26 @@ def test_kernels_over_lists_move_16_bytes_a_thread(for_hopper):
     assert all(row["ld"].get("8", 0) >= 2 and row["st"].get("8", 0) >= 1 for row in eight_bit)
 
 
+def test_tensor_core_products_of_attention_are_wide(for_hopper):
+    """In columns; before Hopper had tiles of its own, D = 128 had 32 forward and 16 backward."""
+    found = {}
+    for row in for_hopper:
+        if (
+            row["op"] == "attention"
+            and row["kernel"] != "delta_kernel"
+            and (dim := row["constants"][-1]) >= 64
+            and row["wgmma"]
+        ):
+            found.setdefault((row["kernel"], dim), set()).add(min(row["wgmma"]))
+    queries, keys = (f"attention_backward_{side}_kernel" for side in ("queries", "keys"))
+    assert found == {
+        **{("attention_kernel", dim): {64} for dim in (64, 128, 256)},
+        **{(queries, dim): {64} for dim in (64, 128)},
+        (keys, 64): {64},
+        (keys, 128): {32},
+    }
+
+
 def test_every_kernel_is_compiled(for_hopper):
     """`typical` must launch all of a file's kernels, or the tests above say nothing of the others."""
     launched = {(row["op"], row["kernel"]) for row in for_hopper}

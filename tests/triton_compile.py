@@ -4,8 +4,8 @@ lines.
 TARGET is cuda:80, cuda:90, cuda:100, cuda:120 or hip:gfx942, DTYPES like float32,bfloat16. The launchers run as they
 are, with a driver that only names the target, on the calls that each file's `typical` yields: so what is compiled has
 the signatures, specialisations, block sizes and warps of real launches. A line a kernel: op, kernel, what tells the
-variants apart, and shared, registers, spilled bytes and accesses by their width where the tools tell. TRITON_INTERPRET
-must not be 1.
+variants apart, and shared, registers, spilled bytes, accesses by their width and columns of Hopper's tensor core
+products where the tools tell. TRITON_INTERPRET must not be 1.
 """
 
 import json
@@ -94,6 +94,8 @@ def main(name: str, dtypes: str, *wanted: str) -> None:
                 row["shared"] = compiled.metadata.shared
                 if backend == "cuda":
                     row |= usage(compiled.asm["cubin"]) | {"accesses": accesses(compiled.asm["ptx"])}
+                    columns = re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k", compiled.asm["ptx"])
+                    row["wgmma"] = sorted(set(map(int, columns)))
                 print(json.dumps(row), flush=True)
 
 

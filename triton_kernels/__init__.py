@@ -2,6 +2,7 @@
 
 `OPERATORS`: the operators of the op's page (finetune/ops/<op>.py) by name, called with the native operators' arguments.
 `typical(dtype)`: calls of them of the sizes that models have; what they launch is compiled ahead of time in the tests.
-Any size and stride is taken: every load and store has a mask, every offset is 64 bits wide. Block sizes depend on sizes
-and dtypes alone, so a result does not depend on the device's number of processors, nor on a tuner's mood.
+Any size and stride is taken: every load and store has a mask or a block that is known to be whole, every offset is 64
+bits wide. Block sizes depend on sizes, dtypes and in attention on the generation of tensor cores, so a result does not
+depend on the device's number of processors, nor on a tuner's mood.
 """

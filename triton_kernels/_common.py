@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,14 @@ from torch import Tensor
 def check(holds: bool, op: str, what: str) -> None:
     if not holds:
         raise RuntimeError(f"{op}: {what}")
+
+
+def capability() -> int:
+    """The compute capability that kernels are compiled for, 90 for 9.0; 0 in the interpreter and for AMD's GPUs."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
 
 
 def warps(elements: int) -> int:

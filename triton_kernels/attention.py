@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check, empty_f32
+from triton_kernels._common import capability, check, empty_f32
 
 
 @triton.jit
@@ -218,25 +218,36 @@ def attention_backward_queries_kernel(
     store_rows(dq + (b * queries * heads + h) * dim, dq_rows * scale, first, stop, heads * dim, dim, BM, BD)
 
 
-# (bits of the dtype, padded D at most) → own × stream tile, warps and stages, forward and backward: without spills and
-# with at most 100 KB of shared memory on every target (tests/test_triton_compile.py). fp32 products occupy registers.
+# (bits of the dtype, padded D at most) → own × stream tile, warps and stages, of the forward pass, of that for queries
+# and of that for keys: without spills and with at most 100 KB of shared memory on every target
+# (tests/test_triton_compile.py). fp32 products occupy registers.
 TILES = {
-    (16, 64): ((128, 64, 8, 2), (64, 32, 4, 2)),
-    (16, 128): ((64, 32, 4, 2), (64, 32, 8, 2)),
-    (16, 256): ((64, 32, 8, 1), (32, 32, 8, 1)),
-    (32, 64): ((32, 16, 4, 1), (32, 16, 4, 1)),
-    (32, 128): ((32, 16, 8, 2), (32, 16, 8, 2)),
-    (32, 256): ((16, 16, 8, 2), (16, 16, 8, 2)),
+    (16, 64): ((128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    (16, 128): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    (16, 256): ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    (32, 64): ((32, 16, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1)),
+    (32, 128): ((32, 16, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+    (32, 256): ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
 }
+# Compute capability 9.0, up to 227 KB: a warp group's product has 64 rows and as many columns as the stream tile has
+# rows, or as D is divided among the groups. Those above give it 16 and 32, and every operand is read the more often.
+# The backward passes have no registers for more: keys' holds dK and dV, and D = 256 spills with any tile that is wider.
+HOPPER = {
+    (16, 64): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1)),
+    (16, 128): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+    (16, 256): ((128, 64, 8, 1), *TILES[16, 256][1:]),
+}
+FORWARD, QUERIES, KEYS = range(3)
 
 
-def tiles(t: Tensor, own: str, rows: int, backward: bool = False) -> dict[str, int]:
-    """BM, BN, BD, warps and stages for a kernel whose programs own `own` (BM queries or BN keys) of `rows`."""
+def tiles(t: Tensor, kernel: int, rows: int) -> dict[str, int]:
+    """BM, BN, BD, warps and stages for a kernel whose programs own BM queries or (KEYS) BN keys of `rows`."""
     wide, bits = max(triton.next_power_of_2(t.shape[3]), 16), 8 * t.element_size()
-    kind = TILES[bits, min(max(wide, 64), 256)]
-    mine, stream, warps, stages = kind[backward] if wide <= 256 else (16, 16, 8, 1)
+    key = bits, min(max(wide, 64), 256)
+    kind = HOPPER.get(key, TILES[key]) if capability() == 90 else TILES[key]
+    mine, stream, warps, stages = kind[kernel] if wide <= 256 else (16, 16, 8, 1)
     mine = min(mine, max(triton.next_power_of_2(rows), 16))
-    sizes = {"BM": mine, "BN": stream} if own == "BM" else {"BM": stream, "BN": mine}
+    sizes = {"BM": stream, "BN": mine} if kernel == KEYS else {"BM": mine, "BN": stream}
     return {**sizes, "BD": wide, "num_warps": warps, "num_stages": stages}
 
 
@@ -286,7 +297,7 @@ def attention(
     if ends is not None:  # tokens of no document, if cu_seqlens is wrong
         o.zero_()
     if top.numel():
-        chosen = tiles(q, "BM", queries)
+        chosen = tiles(q, FORWARD, queries)
         table, blocks = blocks_of(queries, chosen["BM"], ends, none)
         attention_kernel[(blocks * batch * heads,)](
             q, k, v, o, top, total, real, table, blocks, queries, keys, heads, heads // kv_heads, dim,
@@ -315,12 +326,12 @@ def attention_backward(
         o, grad_o, delta, queries, heads, dim, *o.stride()[:3], *grad_o.stride()[:3], BM=32, BD=wide, num_warps=8
     )
     if keys:
-        chosen = tiles(q, "BN", keys, backward=True)
+        chosen = tiles(q, KEYS, keys)
         table, blocks = blocks_of(keys, chosen["BN"], ends, none)
         attention_backward_keys_kernel[(blocks * batch * kv_heads,)](
             q, k, v, grad_o, dk, dv, top, total, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
         )
-    chosen = tiles(q, "BM", queries, backward=True)
+    chosen = tiles(q, QUERIES, queries)
     table, blocks = blocks_of(queries, chosen["BM"], ends, none)
     attention_backward_queries_kernel[(blocks * batch * heads,)](
         q, k, v, grad_o, dq, top, total, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
