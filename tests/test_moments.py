@@ -52,6 +52,14 @@ def test_the_error_of_a_variance_is_how_far_it_scatters():
     assert np.median(errors) > 1.5 * normal
 
 
+def test_a_variance_survives_a_large_mean():
+    moments, x = Moments(1, 1), torch.tensor([[1e9, 1e9 + 1, 1e9 + 2, 1e9 + 5]], dtype=torch.float64)
+    for part in x.split(2, 1):
+        moments.add(torch.zeros(2, dtype=torch.long), part)
+    assert moments.mean()[0, 0] == 1e9 + 2
+    assert moments.variance()[0, 0] == pytest.approx(14 / 3)
+
+
 def test_the_error_of_a_share_of_variance_knows_that_the_samples_are_the_same():
     draw = np.random.default_rng(0)
     found, errors, apart = [], [], []

@@ -14,30 +14,36 @@ from torch import Tensor
 Array = NDArray[np.float64]
 
 
+POWERS = ("sums", "squares", "cubes", "fourths")  # of what a sample is more than one of the first of its cell
+
+
 class Moments:
-    """Of several estimators (K) in each of a number of cells; a run's checkpoints hold it."""
+    """Of several estimators (K) in each of a number of cells; a run's checkpoints hold it. Powers are summed about a
+    sample of each cell: about 0 the variance of 1e8 ± 1 would be the rounding of 1e16."""
 
     def __init__(self, estimators: int, cells: int) -> None:
-        self.sums, self.squares, self.cubes, self.fourths = (
-            torch.zeros(estimators, cells, dtype=torch.float64) for _ in range(4)
+        self.sums, self.squares, self.cubes, self.fourths, self.first = (
+            torch.zeros(estimators, cells, dtype=torch.float64) for _ in range(5)
         )
         self.counts = torch.zeros(cells, dtype=torch.float64)
 
     def add(self, cells: Tensor, values: Tensor) -> None:
         """values (K, N) of the samples that belong to cells (N,)."""
+        x, fresh = values.double(), self.counts[cells] == 0
+        if fresh.any():
+            self.first.numpy()[:, cells[fresh].numpy()] = x[:, fresh].numpy()  # of several the last one stays
         self.counts.index_add_(0, cells, torch.ones(len(cells), dtype=torch.float64))
-        x = values.double()
-        for power, kept in enumerate((self.sums, self.squares, self.cubes, self.fourths), 1):
-            kept.index_add_(1, cells, x**power)
+        x = x - self.first[:, cells]
+        for power, name in enumerate(POWERS, 1):
+            getattr(self, name).index_add_(1, cells, x**power)
 
     def mean(self) -> Array:
         """(K, cells); 0 where nothing was added."""
-        return (self.sums / self.counts.clamp(min=1)).numpy()
+        return self.first.numpy() + self._about(self.sums)
 
     def variance(self) -> Array:
         """(K, cells) of one sample, unbiased; infinite where fewer than two were added."""
-        spread = (self.squares / self.counts.clamp(min=1)).numpy() - self.mean() ** 2
-        n = self.counts.numpy()
+        spread, n = self._about(self.squares) - self._about(self.sums) ** 2, self.counts.numpy()
         return np.where(n > 1, spread.clip(min=0) * n / (n - 1).clip(min=1), np.inf)
 
     def of_mean(self) -> Array:
@@ -47,14 +53,17 @@ class Moments:
     def mean_variance(self, cells: NDArray[np.bool_]) -> tuple[Array, Array]:
         """(K,) the variance averaged over these cells, and its standard error: √((μ₄ − σ⁴) / n) of a cell's."""
         some = cells & (self.counts.numpy() > 1)
-        n, m, v = self.counts.numpy()[some], self.mean()[:, some], self.variance()[:, some]
-        squares, cubes, fourths = (x.numpy()[:, some] / n for x in (self.squares, self.cubes, self.fourths))
+        n, v = self.counts.numpy()[some], self.variance()[:, some]
+        m, squares, cubes, fourths = (self._about(getattr(self, name))[:, some] for name in POWERS)
         central = fourths - 4 * m * cubes + 6 * m**2 * squares - 3 * m**4
         error = np.sqrt(((central - v**2).clip(min=0) / n).sum(-1)) / max(1, some.sum())
         return v.sum(-1) / max(1, some.sum()), error
 
+    def _about(self, sums: Tensor) -> Array:
+        return (sums / self.counts.clamp(min=1)).numpy()
+
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("sums", "squares", "cubes", "fourths", "counts")}
+        return {name: getattr(self, name) for name in (*POWERS, "first", "counts")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         vars(self).update(state)
