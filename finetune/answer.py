@@ -28,10 +28,10 @@ def answer(
     """
     import torch
 
-    from finetune import adapters, lora
+    from finetune import adapters, gpt, lora, memory
     from finetune.generate import check_sampling, generate, said, stop_ids
     from finetune.gpt import GPT
-    from finetune.llama import Llama, read_raw
+    from finetune.llama import Llama, config_of, read_raw
     from finetune.tokenizer import Tokenizer
 
     check_sampling(**sampling)
@@ -57,6 +57,11 @@ def answer(
             tokenizer.render_text([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts
         ]
     rows = [tokenizer.encode(text, add_special_tokens=not chat) for text in texts]
+    shape = config_of(origin) if kind == "llama" else gpt.read_config(read_raw(origin), origin / "config.json")
+    longest = max(map(len, rows), default=1) + sampling.get("max_new_tokens", 0)
+    if longest <= shape.max_length:  # `generate` has words for the other case
+        room = memory.Setup(batch=max(len(rows), 1), seq=max(longest, 1), optimizer="none")
+        memory.check_memory(shape, room, "--max-new-tokens, or fewer prompts at once")
     model = kinds[kind].from_pretrained(origin).eval()
     if adapter:
         adapters.load_adapter(model, path)

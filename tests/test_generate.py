@@ -1,15 +1,23 @@
 """Generation: the cache, batches and sampling on small random models; SmolLM2 token for token with transformers."""
 
 import copy
+import json
+import re
 
 import pytest
 import torch
+from small_gguf import TEXT, tiny
 
+from finetune.adapters import save_adapter
+from finetune.answer import answer
+from finetune.cli import main as command
 from finetune.errors import UserError
 from finetune.generate import KVCache, generate, sample, warp
 from finetune.gpt import GPT, GPTConfig
 from finetune.llama import Llama, LlamaConfig
+from finetune.lora import apply_lora
 from finetune.ops import use_backend
+from finetune.tokenizer import Tokenizer
 
 PROMPTS = [[5, 17, 3], [42], [9, 8, 7, 6, 5, 4, 3, 2, 1], [11] * 6]
 
@@ -197,3 +205,76 @@ def test_smollm2_greedy_equals_transformers(smollm2_model, smollm2_peer, smollm2
     assert generate(smollm2_model, prompts, 64) == theirs
     assert generate(smollm2_model, prompts[:1], 64) == theirs[:1]
     assert recompute(smollm2_model, prompts[1], 4) == theirs[1][:4]
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--temperature", "nan"], "temperature 0 or"),
+        (["--temperature", "1e-45"], "temperature 0 or"),
+        (["--temperature", "inf"], "temperature 0 or"),
+        (["--top-p", "nan"], "top_p"),
+        (["--seed", str(1 << 64)], "seed"),
+        (["--threads", "99999999999"], "threads"),
+        (["--max-new-tokens", str(1 << 40)], "max-new-tokens"),
+        (["--max-new-tokens", "1000"], "with 1000 new ones it does not fit the model"),
+        (["--base", "x"], "is no adapter, so it has no base model"),
+        (["--top-k", "-1"], "top-k"),
+    ],
+)
+def test_settings_that_cannot_be_generated_with(tmp_path, capsys, words, match):
+    folder = tmp_path / "model"
+    tiny().save_pretrained(folder, Tokenizer.train([TEXT], 300))
+    assert command(["generate", "--model", str(folder), "--prompt", "hi", "--threads", "1", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(match, error)
+
+
+def test_an_adapter_whose_base_has_moved(tmp_path, capsys):
+    model = tiny()
+    model.save_pretrained(tmp_path / "base", Tokenizer.train([TEXT], 300))
+    apply_lora(model, rank=2, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
+    words = ["generate", "--model", str(tmp_path / "adapter"), "--prompt", "def f(x)", "--threads", "1"]
+    words += ["--max-new-tokens", "4"]
+    assert command(words) == 0
+    wanted = capsys.readouterr().out
+    (tmp_path / "base").rename(tmp_path / "moved")
+    assert command(words) == 2
+    assert re.search("base model of the adapter .* is not found .*: give it with --base", capsys.readouterr().err)
+    assert command([*words, "--base", str(tmp_path / "moved")]) == 0
+    assert capsys.readouterr().out == wanted
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    assert command(words) == 2
+    assert "does not name its base model" in capsys.readouterr().err
+
+
+def test_what_ends_an_answer_is_neither_passed_nor_said(tmp_path):
+    """Lists of both files, an added token that is not special; the model writes one token for ever."""
+    from tokenizers import AddedToken
+
+    tokenizer = Tokenizer.train([TEXT], 300)
+    tokenizer.backend.add_tokens([AddedToken("<stop>", special=False, normalized=False)])
+    model = tiny(vocab_size=310)
+    with torch.no_grad():  # every state is the same, and so is the token that follows
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.norm.weight.fill_(1)
+        model.embed.weight[:, 0] = 1
+        model.embed.weight[301:, 0] = 2
+        model.embed.weight[300, 0] = 3  # "<stop>"
+    model.save_pretrained(tmp_path, tokenizer)
+    given = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 5, "threads": 1}
+    assert answer(str(tmp_path), ["hi"], False, **given) == ["<stop>" * 5]
+    for name, ids in (("config.json", 300), ("config.json", [2, 300]), ("generation_config.json", [300])):
+        file = tmp_path / name
+        whole = file.read_text()
+        file.write_text(json.dumps(json.loads(whole) | {"eos_token_id": ids}))
+        assert answer(str(tmp_path), ["hi"], False, **given) == [""]
+        file.write_text(whole)
+    with torch.no_grad():
+        model.embed.weight[305, 0] = 4  # a row of the table without a token
+    model.save_pretrained(tmp_path, tokenizer)
+    assert answer(str(tmp_path), ["hi", "f(x)"], False, **given) == ["", ""]

@@ -218,6 +218,23 @@ def test_the_model_is_saved_before_what_can_fail(tmp_path, monkeypatch):
     assert (tmp_path / "run/model/model.safetensors").exists()
 
 
+def test_the_last_act_repeated_gives_the_same(tmp_path, monkeypatch):
+    given = {"steps": 2, "layers": 1, "dim": 32, "eval_every": 1}
+    whole = run(tmp_path / "whole", **given)
+    monkeypatch.setattr(MODULE, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "again", **given)
+    monkeypatch.undo()
+    cfg = dataclasses.replace(MODULE.Config.toy(), sample_tokens=20, **given)
+    again = execute(INFO, cfg, tmp_path / "again/run", toy=True, resume=True)
+    timed = ("tokens_per_second", "share_of_matmul_rate")
+    assert all(again["metrics"][name] > 0 for name in timed)
+    kept = [{k: v for k, v in s["metrics"].items() if k not in timed} for s in (again, whole)]
+    assert kept[0] == kept[1]
+    for name in ("metrics.csv", "samples.json", "model/model.safetensors"):
+        assert (tmp_path / "again/run" / name).read_bytes() == (tmp_path / "whole/run" / name).read_bytes(), name
+
+
 def test_bpe_reads_any_text():
     tokenizer = bpe.train("aaaa bbbb aaaa", 260)
     for text in ("", "żółć 日本 🙂\x00", "aaaa bbbb", "\u2028\n\t"):

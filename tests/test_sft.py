@@ -452,6 +452,26 @@ def test_the_model_is_saved_before_what_can_fail(tmp_path, own_model, monkeypatc
     assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
 
 
+def test_the_last_act_repeated_gives_the_same(tmp_path, own_model, monkeypatch):
+    """A run that failed behind its last step, resumed: the same metrics, samples and bytes as one that did not."""
+    rows, given = [pair(i) for i in range(40)], {"method": "lora", "eval_every": 1, "steps": 3, "dropout": 0.1}
+    whole, first = tuned(tmp_path, own_model[0], rows, **given)
+    measure = sft.measure_memory
+    monkeypatch.setattr(sft, "measure_memory", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tuned(tmp_path, own_model[0], rows, **given)
+    monkeypatch.setattr(sft, "measure_memory", measure)
+    (second,) = set(tmp_path.glob("run*")) - {first}
+    config = sft.Config(**given | {"model": str(own_model[0]), "data": tmp_path / "rows.jsonl", "batch": 2,
+                                   "max_length": 96, "eval_rows": 4, "threads": 1, "samples": 2})  # fmt: skip
+    again = execute(registry.find("sft"), config, second, resume=True)
+    speeds = [summary["metrics"].pop("tokens_per_second") for summary in (whole, again)]
+    assert min(speeds) > 0
+    assert again["metrics"] == whole["metrics"]
+    for name in ("metrics.csv", "samples.json", "model/adapter_model.safetensors", "model/tokenizer.json"):
+        assert (second / name).read_bytes() == (first / name).read_bytes(), name
+
+
 def test_what_cannot_fit_is_refused_before_the_model_is_read(tmp_path, own_model, monkeypatch):
     monkeypatch.setattr(sft, "load_model", None)
     with pytest.raises(UserError, match=r"needs .* of memory by the formulas, .* are free"):
