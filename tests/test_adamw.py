@@ -70,6 +70,23 @@ def test_a_graph_notices_that_a_parameter_changed():
         y.backward()
 
 
+class OnTheGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_a_cuda_graph_never_gets_a_step_that_it_would_repeat(monkeypatch):
+    """lr and the bias corrections go by value: a replay would be the captured step again, without a word."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    given, codes, maxima = [torch.ones(3)], [torch.zeros(3, dtype=torch.uint8)], [torch.ones(1)]
+    mine = [torch.ones(3).as_subclass(OnTheGpu)]
+    for name, states in (("adamw_", [given, given]), ("adamw8bit_", [codes, maxima, codes, maxima])):
+        with pytest.raises(RuntimeError, match=rf"{name}: every replay of the CUDA graph would take this step's lr"):
+            getattr(ops, name)(mine, given, *states, **HYPER, step=1)
+    params = [torch.ones(3)]  # on the CPU there is no graph
+    ops.adamw_(params, given, [torch.zeros(3)], [torch.zeros(3)], **HYPER, step=1)
+    assert params[0][0] < 1
+
+
 def test_empty_lists():
     ops.adamw_([], [], [], [], **HYPER, step=1)
     assert ops.clip_grad_norm_([], 1.0) == 0

@@ -2,8 +2,9 @@
 
 The table has a row a tensor: the number of its first block, its elements, those in whole blocks (0 where an address is
 not a multiple of 16 bytes), its address in each list of tensors (0 where a list is empty). `owner` names each block's
-row. A kernel does its work in a function with a constant WHOLE, called in the two branches of a condition that is the
-same for all of a block's threads: whole blocks move 16 bytes a thread, the last one of a tensor goes under a mask.
+row. The table comes from pageable memory: torch refuses to capture its copy in a CUDA graph, so none of these ops may
+be captured. A kernel does its work in a function with a constant WHOLE, called in the two branches of a condition that
+is the same for all of a block's threads: whole blocks move 16 bytes a thread, a tensor's last one goes under a mask.
 """
 
 from __future__ import annotations

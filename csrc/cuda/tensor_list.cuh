@@ -1,6 +1,11 @@
 // Many tensors in one launch. Their table travels by value among the kernel's parameters (4 KB at most), so nothing is
-// copied to the device first and nobody waits; it may be captured in a graph. What does not fit goes with a further
-// launch. A block takes `kElements` elements of one tensor; `first` says which blocks are whose.
+// copied to the device first and nobody waits. What does not fit goes with a further launch. A block takes `kElements`
+// elements of one tensor; `first` says which blocks are whose.
+//
+// A CUDA graph replays what a launch had by value. For global_norm, clip_grad_norm and unscale_check_finite those are
+// addresses and a constant bound, and everything that changes from step to step is in device memory: they may be
+// captured if their tensors stay where they are. adamw and adamw8bit have the learning rate, the decay and the bias
+// corrections by value: a replay would repeat the captured step's, so ops refuses them in a capture (_lists.py).
 #pragma once
 
 #include "finetune/pieces.h"

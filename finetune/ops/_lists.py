@@ -48,13 +48,22 @@ def gradients_of(op: str, given: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return items
 
 
+def refuse_capture(op: str, tensors: list[Tensor]) -> None:
+    """RuntimeError if a CUDA graph is being captured. An optimizer's step has its learning rate and bias corrections by
+    value: every replay would take the captured step's."""
+    if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
+        what = "every replay of the CUDA graph would take this step's lr and bias corrections"
+        raise RuntimeError(f"{op}: {what}: leave the optimizer's step out of the capture")
+
+
 def optimizer_lists(
     op: str, params: Iterable[Tensor], masters: Iterable[Tensor] | None, **others: Iterable[Tensor]
 ) -> list[list[Tensor] | None]:
     """params, the others (gradients and states) and masters as lists of equal lengths. ValueError if one is shorter, or
-    if a gradient or state is a parameter."""
+    if a gradient or state is a parameter; RuntimeError in the capture of a CUDA graph."""
     lists = {name: tensors_of(op, name, given) for name, given in {"params": params, **others}.items()}
     masters = None if masters is None else tensors_of(op, "masters", masters)
+    refuse_capture(op, lists["params"])
     for name, tensors in {**lists, **({"masters": masters} if masters else {})}.items():
         if len(tensors) != len(lists["params"]):
             raise ValueError(f"{op}: {name} has {len(tensors)} tensors for {len(lists['params'])} params")
