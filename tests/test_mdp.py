@@ -54,13 +54,17 @@ def test_the_performance_difference_lemma():
     assert gain == pytest.approx(mdps.performance(mdp, new) - mdps.performance(mdp, old), abs=1e-12)
 
 
-def test_sampling_follows_the_table():
+def test_sampling_follows_the_table(monkeypatch):
     mdp = random_mdp(states=5)
     draw = np.random.default_rng(0)
     count = 40_000
     states, actions = np.full(count, 2), np.full(count, 1)
     found = np.bincount(mdps.sample_next(mdp, states, actions, draw.random(count)), minlength=5) / count
     assert (abs(found - mdp.P[2, 1]) < 4 * np.sqrt(mdp.P[2, 1] * (1 - mdp.P[2, 1]) / count) + 1e-12).all()
+    whole = mdps.sample_next(mdp, states, actions, uniforms := draw.random(count))
+    monkeypatch.setattr(mdps, "PART", 5 * 999)  # in pieces
+    assert np.array_equal(mdps.sample_next(mdp, states, actions, uniforms), whole)
+    assert mdps.sample_next(mdp, states[:0], actions[:0], uniforms[:0]).shape == (0,)
     certain = mdps.make(np.eye(3)[None].repeat(3, 0), np.ones((3, 3)), 0.5)
     for u in (0.0, 0.5, np.nextafter(1, 0)):
         got = mdps.sample_next(certain, np.zeros(3, int), np.arange(3), np.full(3, u))

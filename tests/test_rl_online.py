@@ -149,6 +149,11 @@ def test_a_ring_that_was_saved_goes_on_alike():
         assert torch.equal(a, b)
 
 
+def test_a_ring_that_does_not_fit_is_refused_before_it_is_made():
+    with pytest.raises(UserError, match=r"a replay of 1,000,000,000,000 transitions takes .* GiB, .* are free"):
+        Replay(10**12).add(rows(0, 3))
+
+
 @pytest.mark.parametrize("n", [1, 3, 40])
 def test_transitions_of_n_steps_stop_at_ends_and_where_the_rollout_stops(counting, n):
     r, gamma = Vector(counting(3), 0).collect(acting(3), 20), 0.9

@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 SUM = 1e-9  # how far the sum of a row of probabilities may be from 1, if it was not rounded
 ROUNDED = 1e-3  # and however it was rounded
 LARGEST = 1 << 26  # numbers of P: half a gigabyte
+PART = 1 << 23  # numbers of P that are looked at together
 HUGE = 1e100  # of a reward: sums and products of larger ones leave float64
 
 
@@ -142,7 +143,9 @@ def check_ends(mdp: MDP, P: Array) -> None:
 
 def sample_next(mdp: MDP, states: NDArray[Any], actions: NDArray[Any], uniforms: Array) -> NDArray[np.intp]:
     """Next states (N,), one for each state, action and number from [0, 1) (the cumulative probability, inverted)."""
-    return pick(mdp.P[states, actions].cumsum(1), uniforms)
+    rows = max(1, PART // len(mdp.P))  # at a time: each needs all probabilities of its pair
+    parts = [slice(i, i + rows) for i in range(0, max(1, len(states)), rows)]
+    return np.concatenate([pick(mdp.P[states[p], actions[p]].cumsum(1), uniforms[p]) for p in parts])
 
 
 def pick(cumulative: Array, uniforms: Array) -> NDArray[np.intp]:

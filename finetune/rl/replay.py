@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finetune import machine
+from finetune.errors import UserError
 from finetune.rl.rollout import Rollout
 
 
@@ -71,7 +74,7 @@ class Replay:
     def add(self, new: Transitions) -> Tensor:
         """Puts them behind the newest, over the oldest; the rows in which they lie now."""
         if self.rows is None:
-            self.rows = Transitions(*(c.new_zeros(self.capacity, *c.shape[1:]) for c in new.columns()))
+            self.rows = self._empty(new)
         first = max(0, len(new) - self.capacity)  # earlier ones would be overwritten by this very call
         to = torch.arange(self.added + first, self.added + len(new)) % self.capacity
         for column, values in zip(self.rows.columns(), new.columns(), strict=True):
@@ -93,9 +96,20 @@ class Replay:
         self.added, self.rows = state["added"], None
         if state["rows"] is not None:
             held = Transitions(**state["rows"])
-            self.rows = Transitions(*(c.new_zeros(self.capacity, *c.shape[1:]) for c in held.columns()))
+            self.rows = self._empty(held)
             for column, values in zip(self.rows.columns(), held.columns(), strict=True):
                 column[: len(held)] = values
+
+    def _empty(self, like: Transitions) -> Transitions:
+        """UserError if there is not so much memory."""
+        needed = self.capacity * sum(c.element_size() * math.prod(c.shape[1:]) for c in like.columns())
+        room = machine.available_memory_bytes()
+        if room is not None and needed > room:
+            raise UserError(
+                f"a replay of {self.capacity:,} transitions takes {needed / 2**30:,.1f} GiB, {room / 2**30:,.1f} GiB "
+                "are free: choose a smaller capacity"
+            )
+        return Transitions(*(c.new_zeros(self.capacity, *c.shape[1:]) for c in like.columns()))
 
     @staticmethod
     def _named(rows: Transitions) -> list[tuple[Any, Tensor]]:
