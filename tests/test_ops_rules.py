@@ -250,6 +250,24 @@ def test_index_tensors_of_another_dtype_or_shape_are_refused():
         own.token_logprobs_backward(rstd, None, x, torch.tensor([0, 9, 1]), rstd, stats, 1.0, -100)
 
 
+def test_indices_are_not_wrapped_or_truncated():
+    cache, lengths = torch.randn(4, 2, 1, 8), torch.tensor([2])
+    for table in (torch.tensor([[2**32 + 1]]), torch.tensor([[-(2**32) + 1]])):
+        with pytest.raises(RuntimeError, match="a block outside of the cache"):
+            ops.kv_cache_gather(cache, table, lengths, backend="cpp")
+        with pytest.raises(RuntimeError, match="a block outside of the cache"):
+            ops.paged_attention(torch.randn(1, 1, 8), cache, cache, table, lengths, backend="cpp")
+    table, x = torch.tensor([[1]]), torch.randn(2, 1, 8)
+    with pytest.raises(TypeError, match="table must be integers, got float32"):
+        ops.paged_attention(torch.randn(1, 1, 8), cache, cache, table.float(), lengths, backend="cpp")
+    with pytest.raises(TypeError, match="lengths must be integers, got float32"):
+        ops.kv_cache_gather(cache, table, lengths + 0.5, backend="cpp")
+    with pytest.raises(TypeError, match="slots must be integers"):
+        ops.kv_cache_append_(x, x, cache, cache.clone(), torch.tensor([0.7, 1.9]), backend="cpp")
+    with pytest.raises(TypeError, match="pairs must be integers"):
+        ops.kv_cache_copy_([cache], torch.tensor([[0.0, 1.0]]), backend="cpp")
+
+
 # --- lists
 
 

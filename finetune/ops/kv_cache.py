@@ -54,6 +54,14 @@ def raw(cache: Tensor) -> Tensor:
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
+def as_integers(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Indices in the dtype that the kernels take. What does not fit stays out of every range; TypeError for floats."""
+    if t.is_floating_point() or t.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {str(t.dtype).removeprefix('torch.')}")
+    limits = torch.iinfo(dtype)
+    return t if t.dtype == dtype else t.clamp(limits.min, limits.max).to(dtype) if t.itemsize > 4 else t.to(dtype)
+
+
 # --- the definitions
 
 
@@ -130,16 +138,27 @@ def append_call(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
         )
     check_scale("kv_cache", k_cache, k_scale)
     check_scale("kv_cache", v_cache, v_scale)
-    return "kv_cache_", (k, v, raw(k_cache), raw(v_cache), slots.long(), k_scale, v_scale)
+    return "kv_cache_", (
+        k,
+        v,
+        raw(k_cache),
+        raw(v_cache),
+        as_integers("kv_cache: slots", slots, torch.int64),
+        k_scale,
+        v_scale,
+    )
 
 
 def gather_call(cache, table, lengths, scale=None, dtype=None):
     check_scale("kv_cache", cache, scale)
-    return "kv_cache_gather", (raw(cache), table.int(), lengths.int(), scale, dtype or result_dtype(cache))
+    table, lengths = (
+        as_integers(f"kv_cache: {n}", t, torch.int32) for n, t in (("table", table), ("lengths", lengths))
+    )
+    return "kv_cache_gather", (raw(cache), table, lengths, scale, dtype or result_dtype(cache))
 
 
 def copy_call(caches, pairs):
-    return "kv_cache_copy_", ([raw(cache) for cache in caches], pairs.long())
+    return "kv_cache_copy_", ([raw(cache) for cache in caches], as_integers("kv_cache: pairs", pairs, torch.int64))
 
 
 @torch.no_grad()

@@ -104,7 +104,9 @@ def overload(
         raise ValueError("paged_attention: a window must hold at least one token")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     caches = kv_cache.raw(k_cache), kv_cache.raw(v_cache)
-    args = (q if q.dim() == 4 else q[:, None], *caches, table.int(), lengths.int(), k_scale, v_scale)
+    named = (("table", table), ("lengths", lengths))
+    indices = (kv_cache.as_integers(f"paged_attention: {name}", t, torch.int32) for name, t in named)
+    args = (q if q.dim() == 4 else q[:, None], *caches, *indices, k_scale, v_scale)
     return "paged_attention", (*args, scale, window or 0)
 
 
