@@ -30,7 +30,7 @@ STATES, FORKS = 30, 16  # that a critic is asked about, and how often each is pl
 # Returns of random actions and of a good policy. A target is a part of the way from the one to the other.
 SCALE = {"CartPole-v1": (22.0, 500.0), "Pendulum-v1": (-1200.0, -150.0)}
 TARGETS = {"one_step": 0.25, "lambda": 0.25, "vtrace": 0.25, "a2c": 0.5, "sac": 0.6}
-TOY_TARGETS = {"a2c": 0.15, "sac": 0.35}  # one training, and a short one
+TOY_TARGETS = {"a2c": 0.2, "sac": 0.35}  # one training, and a short one
 KNOWS = 0.5  # correlation of what a critic says with what comes
 
 
