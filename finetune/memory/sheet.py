@@ -142,7 +142,7 @@ ENTRIES = (
         ("arXiv:2205.05198", "arXiv:2307.08691"),
     ),
     Entry(
-        ("activations, T×T attention", "激活，T×T 注意力"),
+        ("activations, T×T attention", "激活值，T×T 注意力"),
         {"attention": "naive"},
         ("activations of a block", "activations"),
         (
@@ -150,7 +150,7 @@ ENTRIES = (
             "twice and in fp32, beside the mask, and k and v for every query head. This is what flash attention does "
             "not keep.",
             "没有在线 softmax 时，每一对位置的概率都要保存：每个头、每个 token T 个数，这里以 fp32 存两份，另有 mask，"
-            "k、v 扩展到每个查询头。"
+            "k、v 扩展到每个 query 头。"
             "这正是 flash attention 不保存的部分。",
         ),
         ("arXiv:2205.14135",),

@@ -87,6 +87,7 @@ class Library:
         *,
         again: Callable[..., Any] | None,
         keep: Callable[..., Sequence[Tensor]] | None = None,
+        without: Sequence[str] = (),
     ) -> None:
         """Makes an operator differentiable.
 
@@ -96,17 +97,20 @@ class Library:
         The inputs that are no tensors are in `ctx.rest`, by position.
         keep(ctx, inputs, output): the tensors that `backward` needs in addition to the operator's own tensor inputs,
         which `ctx.saved_tensors` holds first, in their order (None for an optional one that is not given).
+        without: inputs whose values no derivative needs: they are not kept, and `ctx.saved_tensors` has None for them.
         """
 
         is_tensor = ["Tensor" in str(argument.type) for argument in self.arguments(operator)]
         count, tensors = len(is_tensor), [i for i, tensor in enumerate(is_tensor) if tensor]
         others = [i for i, tensor in enumerate(is_tensor) if not tensor]
 
+        dropped = [i for i, argument in enumerate(self.arguments(operator)) if argument.name in without]
+
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.rest = {i: inputs[i] for i in others}
             ctx.set_materialize_grads(False)
             extra = keep(ctx, inputs, output) if keep else ()
-            ctx.save_for_backward(*[inputs[i] for i in tensors], *extra)
+            ctx.save_for_backward(*[None if i in dropped else inputs[i] for i in tensors], *extra)
 
         def first_or_again(ctx: Any, *grads: Tensor | None) -> Any:
             for g in grads:

@@ -58,7 +58,8 @@ def register(library: Library) -> None:
         _, cos, sin, positions = ctx.saved_tensors
         return operators.rope(dy, cos, sin, positions, not ctx.rest[4]), None, None, None, None
 
-    library.derivative("rope", backward, again=None)  # linear, and its backward is the operator itself
+    # linear: its backward is the operator itself, and x need not be kept
+    library.derivative("rope", backward, again=None, without=("x",))
 
 
 def tables(length: int, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
