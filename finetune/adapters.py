@@ -38,10 +38,10 @@ class LoRAConfig(msgspec.Struct):
     """What is read of adapter_config.json, beside what must have one value (`UNSUPPORTED`)."""
 
     r: Rank
-    lora_alpha: float
+    lora_alpha: reading.Positive
     lora_dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = 0.0
     rank_pattern: dict[str, Rank] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    alpha_pattern: dict[str, reading.Positive] | None = None
     use_rslora: bool | None = False
     use_dora: bool | None = False
 
@@ -210,6 +210,10 @@ def load_prompt(model: Llama, folder: str | Path) -> Prompt | Prefix:
     if vectors is None or vectors.dim() != 2 or vectors.shape[1] != width:
         got = "missing" if vectors is None else f"{tuple(vectors.shape)} instead of (virtual tokens, {width})"
         raise UserError(f"{folder}: {VECTORS} is {got}: is it an adapter of this model?")
+    if config.get("num_virtual_tokens", len(vectors)) != len(vectors):
+        raise UserError(
+            f"{folder}: num_virtual_tokens is {config['num_virtual_tokens']!r}, {VECTORS} has {len(vectors)}"
+        )
     return (Prefix if prefix else Prompt)(vectors.float().clone())
 
 

@@ -164,14 +164,14 @@ class GGUFModel:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.metadata, self.tensor_infos = read_header(self.path)
-        self.architecture = self.get("general.architecture")
-        if self.architecture != "llama":
-            raise UserError(f"{path}: architecture {self.architecture!r} is not supported (only 'llama')")
         if self.get("split.count", 0) not in (0, 1):
             raise UserError(
                 f"{path} is one of {self.get('split.count')} parts of a split model: join them with llama-gguf-split "
                 "--merge, and give the whole file"
             )
+        self.architecture = self.get("general.architecture")
+        if self.architecture != "llama":
+            raise UserError(f"{path}: architecture {self.architecture!r} is not supported (only 'llama')")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key (numbers, strings and lists as Python's own)."""

@@ -50,9 +50,13 @@ def resolve(path: str | Path, console: Console | None = None) -> Path:
     UserError if it does not exist, or if it cannot be fetched.
     """
     local = Path(path).expanduser()
-    if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
+    try:
+        folder, file = local.is_dir(), local.is_file()
+    except OSError as error:  # too long a name, a folder that may not be read
+        raise UserError(f"the model {str(path)[:80]} cannot be read: {error.strerror}") from None
+    if folder or (file and local.suffix == ".gguf"):
         return local
-    if local.is_file():
+    if file:
         raise UserError(f"{path} is neither a model folder nor a .gguf file")
     if str(path) == "smollm2":
         return fetch_smollm2(console)
@@ -67,7 +71,7 @@ def resolve(path: str | Path, console: Console | None = None) -> Path:
 def local(setting: str, path: str) -> dict[str, Path]:
     """{setting: path} of a model that is a folder or file here: what a run with it depends on (`Config.inputs`)."""
     place = Path(path).expanduser()
-    return {setting: place} if place.exists() else {}
+    return {setting: place} if os.path.exists(place) else {}
 
 
 def fetch_hub(name: str) -> Path:

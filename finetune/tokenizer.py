@@ -157,6 +157,12 @@ class Tokenizer:
         text, spans = self.render_text(messages, add_generation_prompt)
         if not add_generation_prompt:
             self.check_written(messages, text)
+            if (
+                self.template.marked
+                and not spans
+                and any(m["role"] == "assistant" and m.get("content") for m in messages)
+            ):
+                raise UserError("nothing of the answers stands between the chat template's {% generation %} markers")
             if not self.template.marked or any(message.get("weight") == 0 for message in messages):
                 turns = self.turns(messages, text)
                 kept = [span for i, span in turns.items() if messages[i].get("weight") != 0]

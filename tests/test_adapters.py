@@ -58,6 +58,7 @@ def test_round_trip_of_prompts(model, tmp_path, kind):
     [
         ({"init_lora_weights": "olora"}, "'olora' changed the base weights"),
         ({"lora_alpha": "16"}, "lora_alpha is '16': expected `float`"),
+        ({"lora_alpha": -16.0}, "lora_alpha is -16.0"),
         ({"lora_alpha": 1e999}, "lora_alpha is .*not a finite|not JSON|out of range"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"r": -1}, "r is -1"),

@@ -167,6 +167,9 @@ def test_bad_files(tmp_path):
     path.write_bytes(broken_version)
     broken("damaged or cut short.*99")
     path.unlink()
+    write(path, tiny(), arch="none", extra={"split.count": 2})  # a later part names no architecture
+    broken("m.gguf is one of 2 parts of a split model")
+    path.unlink()
     write(path, tiny(), arch="gpt2")
     broken("architecture 'gpt2' is not supported")
 

@@ -236,3 +236,11 @@ def test_the_real_one(smollm2):
     assert hub.intact(smollm2)
     config = Llama.from_pretrained(smollm2, dtype=torch.bfloat16).config
     assert (config.layers, config.dim, config.heads, config.kv_heads, config.rope_theta) == (30, 576, 9, 3, 1e5)
+
+
+def test_names_that_no_system_has():
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(UserError) as caught:
+            hub.resolve(name)
+        assert "\n" not in str(caught.value)
+        assert hub.local("model", name) == {}

@@ -117,6 +117,13 @@ def test_text_that_is_computed_with_is_refused(backend, wrap):
     assert "\n" not in str(caught.value)
 
 
+def test_markers_around_nothing_are_refused(backend):
+    empty = LOOP.replace("{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}",
+                         "{% generation %}{% endgeneration %}{{ m['content'] }}")  # fmt: skip
+    with pytest.raises(UserError, match="nothing of the answers stands between"):
+        using(backend, empty).render(CHAT)
+
+
 def test_marks_are_pairs_or_nothing():
     assert unmarked("a(b)c((d)e)()", ("(", ")")) == ("abcde", [(1, 2), (3, 5)])
     for broken in ("a)b(", "(a", "a)"):
