@@ -59,8 +59,9 @@ def left(folder):
     metrics = {k: v for k, v in summary["metrics"].items() if not any(word in k for word in TIMED)}
     names = ["metrics.csv", *sorted(str(p.relative_to(folder)) for p in folder.rglob("*.safetensors"))]
     files = {name: (folder / name).read_bytes() for name in names}
-    samples = (folder / "samples.json").read_text() if (folder / "samples.json").exists() else ""
-    return metrics, samples, sorted(p.name for p in folder.rglob("*") if p.is_file()), files
+    tables = json.loads((folder / "samples.json").read_text()) if (folder / "samples.json").exists() else []
+    rows = [{k: v for k, v in row.items() if k != "time"} for table in tables for row in table["rows"]]
+    return metrics, rows, sorted(p.name for p in folder.rglob("*") if p.is_file()), files
 
 
 def killed(module, folder, kills, seed):
