@@ -48,10 +48,13 @@ if __name__ == "__main__":
     import matplotlib
 
     matplotlib.use("agg")
-    import torch  # noqa: F401
+    import matplotlib.pyplot
 
-    from finetune import cli, registry, run  # noqa: F401
+    from finetune import cli, registry
+    from finetune.run import torch_settings
 
+    with torch_settings(threads=1):  # imports much, which no child has to do again then
+        pass
     for module in sys.argv[1:]:
         registry.load(registry.find(module))
     serve()
