@@ -41,7 +41,15 @@ def load(cfg, run) -> Task:
                 f"--max-length {cfg.max_length}: with {longest(cfg)} virtual tokens the model has room for {room}"
             )
         tokenizer, base = Tokenizer.from_pretrained(source), Llama.from_pretrained(source)
-    documents = {name: data.fitting(rows, tokenizer.render, cfg.max_length)[0] for name, rows in sets.items()}
+    documents = {}
+    for name, rows in sets.items():
+        documents[name], cut, dropped = data.fitting(rows, tokenizer.render, cfg.max_length)
+        if cut or dropped:
+            run.say(
+                f"{name}: of {len(rows)} conversations {cut} were cut to {cfg.max_length} tokens and {dropped} left out"
+            )
+    if tokenizer.unwritten:
+        run.say(f"the chat template does not write these keys of messages: {', '.join(sorted(tokenizer.unwritten))}")
     for name in ("first", "second"):
         if documents.get(name) and not documents[f"{name}_held_out"]:
             documents[name], documents[f"{name}_held_out"] = data.held_out_of(documents[name], cfg.max_length)

@@ -115,7 +115,11 @@ def main(cfg: Config, run):
     )
     seen = text.pieces(max(0, text.cut - NGRAM), text.cut), text.pieces(text.cut, text.cut + NGRAM // 9)
     baselines = ngram_bits(*map("".join, seen))
-    run.say("held-out bits per character of n-gram models: " + ", ".join(f"{n} {b:.3f}" for n, b in baselines.items()))
+    part = f" (of {NGRAM:,} characters)" if text.cut > NGRAM else ""
+    run.say(
+        f"held-out bits per character of n-gram models{part}: "
+        + ", ".join(f"{n} {b:.3f}" for n, b in baselines.items())
+    )
     # from nats a token to bits a character
     per_char = len(held_out) / (text.characters - text.cut) / math.log(2)
 
