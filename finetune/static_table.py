@@ -9,6 +9,9 @@ A kernel's row:
                 (dynamic shared memory is the launch's, and not in the binary)
     code        counts of the instructions of `COUNTED`, by the mnemonic's first word
     load, store counts of global accesses by bytes a lane: {"16": 4, "2": 8}
+    around      of kernels with tensor core products: counts of the words of `AROUND` in the straight lines of code that
+                hold products or exponentials: what a step of the main loop costs in addition to them. Lines that only
+                some steps take, such as masks, have neither and are not counted
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from finetune.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "assets/kernels_static.json"
-FORMAT = "1"  # of a row: another number forgets the rows in build/static
+FORMAT = "2"  # of a row: another number forgets the rows in build/static
 ARCHS = ("80", "90a", "100a", "120")
 # tensor cores · shared memory and copies into it · other memory · warps, barriers, special functions
 COUNTED = (
@@ -38,6 +41,7 @@ COUNTED = (
     *("LDG", "STG", "LDL", "STL", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"),
     *("SHFL", "REDUX", "BAR", "WARPSYNC", "MUFU"),
 )
+AROUND = ("HMMA", "HGMMA", "MUFU", "FFMA", "FMUL", "FADD", "FMNMX", "FSEL", "ISETP", "IMAD", "LOP3", "LDSM")
 # warps, registers, shared bytes (and those the system keeps of each block) and blocks of a multiprocessor
 LIMITS = {
     "80": (64, 65536, 164 * 1024, 1024, 32),
@@ -183,7 +187,26 @@ def instructions(sass: str) -> Row:
             bits = next((w for w in words[1:] if w in ("64", "128", "256", "U8", "S8", "U16", "S16")), "32")
             widths[words[0]][str(int(bits.strip("US")) // 8)] += 1
     counted = {name: code[name] for name in COUNTED if code[name]}
-    return {"code": counted, "load": dict(sorted(widths["LDG"].items())), "store": dict(sorted(widths["STG"].items()))}
+    row: Row = {"code": counted}
+    row |= {"load": dict(sorted(widths["LDG"].items())), "store": dict(sorted(widths["STG"].items()))}
+    return row | {"around": around(sass)} if code["HMMA"] + code["HGMMA"] else row
+
+
+def around(sass: str) -> dict[str, int]:
+    """Counts of AROUND in the straight lines with tensor core products, or with four exponentials and more."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\S+\s+)?([A-Z][A-Z0-9_]+)([^;]*);", sass)
+    targets = {int(to, 16) for *_, word, rest in found if word == "BRA" for to in re.findall(r"\b0x([0-9a-f]+)", rest)}
+    total: Counter[str] = Counter()
+    line: Counter[str] = Counter()
+    for address, never, word, _ in [*found, ("0", "", "EXIT", "")]:
+        ends = word in ("BRA", "EXIT", "RET")
+        if ends or int(address, 16) in targets:
+            if line["HMMA"] + line["HGMMA"] or line["MUFU"] >= 4:
+                total += line
+            line = Counter()
+        if not ends and not never.startswith(("@!PT", "@!UPT")):
+            line[word] += 1
+    return {word: total[word] for word in AROUND if total[word]}
 
 
 def readable(entries: list[str]) -> dict[str, str]:
@@ -251,12 +274,14 @@ def differences(now: Table, before: Table, same_toolkit: bool) -> list[str]:
                 for what in ("threads", "shared"):
                     if row[what] != old[what]:
                         found.append(f"{where}: {what} {row[what]}, was {old[what]}")
-                for what in ("code", "load", "store"):
-                    if row[what] == old[what]:
-                        continue
-                    for word in row[what].keys() | old[what].keys():
-                        mine, was = row[what].get(word, 0), old[what].get(word, 0)
+                for what in ("code", "load", "store", "around"):
+                    now_, then = row.get(what, {}), old.get(what, {})
+                    for word in now_.keys() | then.keys():
+                        mine, was = now_.get(word, 0), then.get(word, 0)
+                        if mine == was:
+                            continue
                         if mine != was if same_toolkit else bool(mine) != bool(was) or abs(mine - was) > was / 4 + 2:
-                            label = word if what == "code" else f"{what}s of {word} bytes"
+                            label = {"code": word, "around": f"{word} around the products"}.get(what)
+                            label = label or f"{what}s of {word} bytes"
                             found.append(f"{where}: {mine} {label}, were {was}")
     return sorted(found)

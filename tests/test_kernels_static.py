@@ -112,6 +112,27 @@ def test_tiles_in_shared_memory_are_not_stored_as_global_ones():
             assert row["code"].get("STS", 0) >= 8, f"sm_{arch} {name}"
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_attention_has_one_fma_for_each_exponential_and_no_mask_in_the_main_loop(kind, dim):
+    """A lane has 32 scores of a tile. Beside products and exponentials it had 64 FMUL, 66 FADD, 34 FSEL and 34 ISETP
+    a tile, masks and scale included; 32 of the FMUL were the scale, 32 of the FADD the maximum."""
+    _, rows = static_table.golden()
+    for arch, found in rows["attention"].items():
+        around = found[f"attention::forward<{kind}, {dim}>"]["around"]
+        assert around["FFMA"] == 32, (arch, around)  # the usual branch; the one of large scores has 32 FMUL and FADD
+        assert around["MUFU"] == 64
+        assert around["FMUL"] <= 32
+        assert around.get("FSEL", 0) <= 2
+        assert around["ISETP"] <= 4
+
+
+def test_around_counts_straight_lines_with_products():
+    code = ["FMUL R1", "ISETP P0", "@P0 BRA 0x50", "HMMA.16816 R1", "FFMA R1", "MUFU.EX2 R1", "@!PT HMMA R1", "EXIT"]
+    sass = "".join(f"        /*{16 * i:04x}*/ {line} ;\n" for i, line in enumerate(code))
+    assert static_table.around(sass) == {"HMMA": 1, "FFMA": 1}, "0x50 starts another line, which has one exponential"
+
+
 # --- the reader itself
 
 REPORT = """ptxas info    : Compiling entry function '_Z1kPf' for 'sm_80'

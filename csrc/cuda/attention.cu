@@ -27,7 +27,8 @@
 //   attention.no_second_warp_barrier attention.wrong_kv_head attention.no_tail_mask attention.row_maximum_of_a_lane
 //   attention.no_rescale attention.total_not_rescaled attention.past_the_end attention.no_delta
 //   attention.no_barrier_after_delta attention.first_head_of_the_group attention.no_causal_mask_for_dk
-//   attention.no_share attention.dk_not_scaled attention.no_mask_for_dq attention.offsets_of_32_bits
+//   attention.sign_of_the_scale attention.always_fused attention.no_share attention.dk_not_scaled
+//   attention.no_mask_for_dq attention.offsets_of_32_bits
 // Slow: attention.no_swizzle
 #include "attention_backward.cuh"
 #include "attention_forward.cuh"

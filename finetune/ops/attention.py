@@ -244,6 +244,8 @@ def samples() -> Iterator[Sample]:
     yield make("packed full", 1, 90, 90, 2, 2, 10, causal=False, cu_seqlens=ints(0, 70, 90, dtype=torch.int32))
     yield make("wide", 1, 19, 19, 2, 1, 256)
     yield make("scaled", 1, 24, 24, 1, 1, 17, scale=0.05)
+    yield make("negative scale", 1, 41, 41, 2, 1, 16, scale=-0.3)
+    yield make("no scale", 1, 20, 23, 1, 1, 8, scale=0.0)
     yield make("large logits", 1, 50, 50, 1, 1, 16, size=70.0)
     yield make("no queries", 1, 0, 5, 2, 1, 8)
     yield make("no batch", 0, 4, 4, 2, 1, 8)
