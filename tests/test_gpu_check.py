@@ -44,14 +44,14 @@ def test_tests_find_their_row():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_one_op_rehearsed(logs):
-    """Every stage, by real processes."""
-    status, report = rehearse(logs, ["loss_scale_update"])
+    """By real processes; the stages left out differ in the choice of tests."""
+    stages = ("smoke", "values", "bench", "memcheck")
+    status, report = rehearse(logs, ["loss_scale_update"], stages=stages)
     assert status == 0, report
     rows = report["ops"]["loss_scale_update"]
-    assert set(rows) == set(gpu_check.STAGES) - {"racecheck"}
+    assert set(rows) == set(stages)
     assert rows["smoke"]["passed"] == 1
     assert rows["values"]["passed"] == 2 * 3  # samples × dtypes
-    assert rows["gradients"]["status"] == "none"
     assert rows["bench"]["cells"][0]["ratio"] > 0
     assert report["ok"]
     assert report["machine"]["torch"]
