@@ -218,6 +218,21 @@ def test_a_fault_that_comes_late_is_seen_and_what_is_huge_is_none():
             vector.collect(drawing(envs), 1)
 
 
+def test_an_environment_without_spaces_or_seeds_is_refused():
+    class Bare(gymnasium.Env):
+        def reset(self):
+            return 0, {}
+
+    gymnasium.register("finetune/Bare-v0", Bare)
+    with pytest.raises(UserError, match="'finetune/Bare-v0' has no observation_space: gymnasium asks for one"):
+        environments.make("finetune/Bare-v0", 1)
+    Bare.observation_space = Bare.action_space = Discrete(2)
+    (env,) = environments.make("finetune/Bare-v0", 1)
+    with pytest.raises(UserError, match=r"raised TypeError: .*unexpected keyword argument 'seed'.* in its reset"):
+        env.reset(seed=0)
+    del gymnasium.registry["finetune/Bare-v0"]
+
+
 def test_states_outside_of_their_space_are_refused():
     for state in (3, -1, 1.0, None, np.array([1])):
         message = r"gave the observation .*one integer of its space, 0 … 2"

@@ -63,6 +63,8 @@ class Env:
         self.limit: int = limit if limit is not None and self.own else cut.limit
         for what in ("observation_space", "action_space"):
             space: Any = getattr(env, what, None)
+            if space is None:
+                raise UserError(f"'{name}' has no {what}: gymnasium asks for one")
             fits = isinstance(space, Discrete) or (isinstance(space, Box) and len(space.shape) == 1)
             if not fits:
                 raise UserError(

@@ -219,4 +219,6 @@ def world(name: str, gamma: float | None = None) -> MDP:
     try:
         return from_gymnasium(name, 0.99 if gamma is None else gamma)
     except UserError as e:
+        if ":" in name or not str(e).startswith("gymnasium has no"):
+            raise
         raise UserError(f"{e}; the worlds here are {', '.join(WORLDS)}{nearest(name, WORLDS)}") from None
