@@ -184,7 +184,7 @@ inline int64_t extent(const Tensor& t) {  // bytes from the first element's to t
   for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
   return (last + 1) * t.element_size();
 }
-// A tensor that spans a great deal of memory is allowed part by part along its widest dimension, without the gaps.
+// A tensor that spans a great deal of memory is allowed part by part along its widest dimension, without gaps.
 inline void allow(const Tensor& t, const void* data, emulator::Use use) {
   const int64_t bytes = extent(t);
   int64_t widest = 0, span = 0;
@@ -193,8 +193,10 @@ inline void allow(const Tensor& t, const void* data, emulator::Use use) {
     if (here > span) widest = i, span = here;
   }
   if (bytes < int64_t{1} << 30) return emulator::allow(data, bytes, use);
+  const int64_t step = t.stride(widest) * static_cast<int64_t>(t.element_size()), part = bytes - span;
+  if (part >= step) return emulator::allow(data, bytes, use);  // there are no gaps
   for (int64_t i = 0; i < t.size(widest); ++i) {
-    emulator::allow(static_cast<const char*>(data) + i * t.stride(widest) * t.element_size(), bytes - span, use);
+    emulator::allow(static_cast<const char*>(data) + i * step, part, use);
   }
 }
 inline const void* in(const Tensor& t) {
