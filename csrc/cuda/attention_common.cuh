@@ -85,7 +85,7 @@ __device__ __forceinline__ Place place(const AttentionCudaShape& a, int index, b
 template <class T>
 __device__ __forceinline__ T* at(const AttentionView& x, const Sequence& s, int token, int head) {
   const int64_t offset = s.batch * x.batch + (int64_t{s.begin} + token) * x.token + head * x.head;
-  return static_cast<T*>(x.data) + (BUG("attention.offsets_of_32_bits") ? static_cast<int>(offset) : offset);
+  return static_cast<T*>(x.data) + (BUG("attention.offsets_of_32_bits") ? static_cast<unsigned>(offset) : offset);
 }
 __device__ __forceinline__ int64_t row_index(const AttentionSizes& a, const Sequence& s, int head, int query) {
   return (s.batch * a.heads + head) * a.queries + s.begin + query;

@@ -65,7 +65,7 @@ __device__ __forceinline__ void fetch(T* tile, const Operand<T>& m, int64_t oute
     const T* from = m.data;
     if (row < rows) {
       const int64_t offset = (m.rows ? m.rows[row] : row) * m.stride + column;
-      from += BUG("linear_cross_entropy.offsets_of_32_bits") ? static_cast<int>(offset) : offset;
+      from += BUG("linear_cross_entropy.offsets_of_32_bits") ? static_cast<unsigned>(offset) : offset;
     }
     if (row >= rows || column >= columns) {
       if (BUG("linear_cross_entropy.global_store")) {

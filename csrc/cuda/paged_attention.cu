@@ -69,7 +69,7 @@ template <class C>
 __device__ __forceinline__ const C* token_of(const KvPool& pool, int64_t block, int64_t at, int64_t dim) {
   const int64_t offset = block * pool.block + at * dim;
   return static_cast<const C*>(pool.data) +
-         (BUG("paged_attention.offsets_of_32_bits") ? static_cast<int>(offset) : offset);
+         (BUG("paged_attention.offsets_of_32_bits") ? static_cast<unsigned>(offset) : offset);
 }
 
 // Joins nothing: writes the result of a row whose pieces are all in `sum` (of element d) and {top, total}.
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend(PagedAttention a) {
   for (int i = own; i < n; i += kWarps * per_warp) {
     const int64_t block = where[i].x, at = where[i].y * a.kv_heads + kv_head;
     float v[kElements];
-    const KvPool pool{a.v.data, a.v.scale, BUG("paged_attention.v_strides_of_k") ? a.k.block : a.v.block,
-                      a.v.scale_block};
+    const KvPool pool{a.v.data, a.v.scale,
+                      BUG("paged_attention.v_strides_of_k") ? min(a.k.block, a.v.block) : a.v.block, a.v.scale_block};
     deal.load_token(token_of<C>(pool, block, at, a.dim), v);
     const KvPool& scaled = BUG("paged_attention.key_scale_for_value") ? a.k : a.v;
     const float scale = scaled.scale ? scaled.scale[block * scaled.scale_block + at] : 1.0f;
