@@ -128,14 +128,14 @@ def finish(run_folder: str, accept_changes: bool, json: bool) -> int:
 
 
 def _folder(out: str | None) -> Path | None:
-    from finetune import folders
+    from finetune import folders, reading
 
     if out is None:
         return None
     if not out:
         raise UserError("--out '' names no folder: give one, or omit --out")
     folders.check_name(Path(out))
-    return Path(out).expanduser()
+    return reading.home_path(out)
 
 
 def _execute(info: Any, cfg: Any, folder: Path | None, json: bool, **how: bool) -> int:

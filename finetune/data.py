@@ -45,7 +45,7 @@ def read_jsonl(path: str | Path) -> list[Conversation]:
 
     Other keys of a row are left alone, blank lines are skipped. UserError names the file, the line and what is wrong.
     """
-    path = Path(path).expanduser()
+    path = reading.home_path(path)
     raw = reading.file_bytes(path, LIMIT)
     rows = []
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):

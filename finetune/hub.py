@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from finetune import reading
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ CONVERSION = 1  # raise it when the files made from the same GGUF change
 def cache_dir() -> Path:
     """$FINETUNE_CACHE, else the user's cache folder of this platform."""
     if chosen := os.environ.get("FINETUNE_CACHE"):
-        return Path(chosen).expanduser()
-    home = Path.home()
+        return reading.home_path(chosen)
+    home = reading.home_path("~")
     if sys.platform == "darwin":
         return home / "Library" / "Caches" / "finetune"
     if sys.platform == "win32":
@@ -49,7 +50,7 @@ def resolve(path: str | Path, console: Console | None = None) -> Path:
 
     UserError if it does not exist, or if it cannot be fetched.
     """
-    local = Path(path).expanduser()
+    local = reading.home_path(path)
     try:
         folder, file = local.is_dir(), local.is_file()
     except OSError as error:  # too long a name, a folder that may not be read
@@ -70,7 +71,7 @@ def resolve(path: str | Path, console: Console | None = None) -> Path:
 
 def local(setting: str, path: str) -> dict[str, Path]:
     """{setting: path} of a model that is a folder or file here: what a run with it depends on (`Config.inputs`)."""
-    place = Path(path).expanduser()
+    place = reading.home_path(path)
     return {setting: place} if os.path.exists(place) else {}
 
 

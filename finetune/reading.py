@@ -59,6 +59,14 @@ def file_bytes(path: str | Path, limit: int = LIMIT, fix: str = "") -> bytes:
         raise UserError(f"{str(path)!r} is no file name: {e}{end}") from None
 
 
+def home_path(path: str | Path) -> Path:
+    """The path with `~` and `~user` replaced. UserError if there is no such user, or no home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: no home folder is known for it: set HOME, or write the whole path") from None
+
+
 def text_file(path: str | Path, limit: int = LIMIT, fix: str = "save it as UTF-8") -> str:
     """The text of a UTF-8 file; a byte order mark is dropped. UserError names the first byte that is not UTF-8."""
     return decode(file_bytes(path, limit), path, fix)

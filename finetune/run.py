@@ -87,7 +87,7 @@ class Run:
         """
         if self.saved is None:
             return
-        path, before = Path(path).expanduser(), self.saved.inputs.get(name)
+        path, before = reading.home_path(path), self.saved.inputs.get(name)
         if before and before.path == str(path) and path.exists() and folders.changed_at(path) == before.changed:
             return
         now = folders.described(path)

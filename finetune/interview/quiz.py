@@ -52,7 +52,7 @@ def data_folder() -> Path:
     """$FINETUNE_DATA, or the user's data folder."""
     import platformdirs
 
-    return Path(os.environ.get("FINETUNE_DATA") or platformdirs.user_data_dir("finetune"))
+    return reading.home_path(os.environ.get("FINETUNE_DATA") or platformdirs.user_data_dir("finetune"))
 
 
 class Answer(msgspec.Struct):

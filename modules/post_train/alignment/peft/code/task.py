@@ -35,6 +35,8 @@ def load(cfg, run) -> Task:
         base = small_llama(small_config(tokenizer.vocab_size, cfg.max_length + longest(cfg)))
     else:
         source = hub.resolve(cfg.model, run.console)
+        if cfg.model != "smollm2":  # whose files are known by their hash already
+            run.depends_on("model", source)
         room = config_of(source).max_length
         if cfg.max_length + longest(cfg) > room:
             raise UserError(

@@ -242,6 +242,8 @@ def load_model(cfg: Config, sets: dict[str, list[Conversation]], run) -> tuple[L
         model = small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(dtype)
     else:
         source = hub.resolve(cfg.model, run.console)
+        if cfg.model != "smollm2":  # whose files are known by their hash already
+            run.depends_on("model", source)
         tokenizer, model = Tokenizer.from_pretrained(source), Llama.from_pretrained(source, dtype)
     return model, tokenizer
 
