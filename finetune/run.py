@@ -71,7 +71,7 @@ class Run:
         self.sample_tables: list[dict[str, Any]] = []
         self.finished_steps = 0
         self._latest: dict[str, float] = {}
-        self._signal, self._busy = 0, False
+        self._signal, self.busy = 0, False  # busy: within a step
         self._began, self._earlier_seconds, self._earlier_peak = time.monotonic(), 0.0, 0
         with checkpoint.writing(self.dir):
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class Run:
         try:
             with display.progress(self.console, phase, start, total) as show:
                 for step in range(start, total):
-                    self._busy = True
+                    self.busy = True
                     self.seed(phase, step)
                     yield step
                     self.finished_steps = step + 1
@@ -138,9 +138,9 @@ class Run:
                     show(step + 1, self._latest)
                     if self._signal:
                         raise Stopped(self._signal)
-                    self._busy = False
+                    self.busy = False
         finally:
-            self._busy = False
+            self.busy = False
         self.seed(phase, total)
 
     def log(self, step: int, **metrics: Any) -> None:
@@ -245,7 +245,7 @@ class Run:
         """Here Ctrl-C and SIGTERM let a step finish and save; a second one, or one between loops, stops at once."""
 
         def stop(number: int, frame: Any) -> None:
-            if self._signal or not self._busy:
+            if self._signal or not self.busy:
                 raise Stopped(number)
             self._signal = number
             os.write(2, b"\nstopping after this step (once more: at once)\n")  # a print here could meet itself
@@ -395,11 +395,11 @@ def execute(
                 run.curves()
             elif not (resume or run.metrics.rows or (folder / "checkpoints").exists()):
                 folders.withdraw(folder)
-            if run.finished_steps:
-                e.args = (f"{e}\n{kept(folder)}",)
+            if run.finished_steps and not run.busy:
+                e.args = (f"{e}; {kept(folder)}",)
             raise
         except Exception:
-            if run.finished_steps:
+            if run.finished_steps and not run.busy:
                 print(kept(folder), file=sys.stderr)
             raise
         display.closing(run.console, summary, run.judged, folder)

@@ -325,7 +325,7 @@ def test_what_follows_the_last_step_can_be_repeated(whole, tmp_path, monkeypatch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("finetune.run.Run.samples", fails)
-        with pytest.raises(UserError, match=r"no room for samples\nwhat was trained is kept in .* finetune finish"):
+        with pytest.raises(UserError, match=r"no room for samples; what was trained is kept in .* finetune finish"):
             run(folder)
     assert not (folder / "summary.json").exists()
     for _ in range(2):
