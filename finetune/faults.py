@@ -114,9 +114,10 @@ def told(op: str, error: RuntimeError) -> str:
 
 
 def judge(op: str, fault: str) -> Verdict:
-    """Runs the fault's case in `beyond`, if it has one, and the op's samples with this fault, on the plain and on the
-    checked build, until something notices."""
-    builds = {name: emulator.load(name) for name in ("emulated", "checked")}
+    """Runs the fault's case in `beyond`, if it has one, and the op's samples with this fault, on the checked and on the
+    plain build, until something notices. The checked build goes first: where a fault reads a wild address it says so,
+    and the plain one ends the process."""
+    builds = {name: emulator.load(name) for name in ("checked", "emulated")}
     reached = False
     try:
         for build in builds.values():
