@@ -227,7 +227,7 @@ def test_nothing_climbed_is_nothing_gained(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"topics": "matmull"}, "--topics: 'matmull'"), ({"size": "huge"}, "--size huge")]
+    ("change", "message"), [({"topics": "matmull"}, "--topics: 'matmull'"), ({"size": "huge"}, "--size 'huge'")]
 )
 def test_bad_settings(change, message):
     with pytest.raises(UserError, match=message):

@@ -78,10 +78,13 @@ def repair() -> None:
         return through_float32(ternary)(self, lhs, rhs, other, op)
 
     def create_dot(self, a, b, d, *options):
-        if a.dtype.scalar == tl.float16 == b.dtype.scalar:
-            a, b = (TensorHandle(x.data.astype(np.float32), tl.float32) for x in (a, b))
-        result = dot(self, wide(a), wide(b), wide(d), *options)
-        return rounded(result) if is_bf16(d) else result
+        if not {a.dtype.scalar, b.dtype.scalar} <= {tl.float16, tl.bfloat16, tl.float32}:
+            return dot(self, a, b, d, *options)
+        # A BLAS adds in an order that depends on the shapes and the processor, so that q·k and k·q would differ in a bit;
+        # the device has one order for both. In float64 and rounded once, they are the same number.
+        exact = np.matmul(*(wide(x).data.astype(np.float64) for x in (a, b))) + wide(d).data
+        result = TensorHandle(exact.astype(np.float32), tl.float32)
+        return rounded(result) if is_bf16(d) else TensorHandle(result.data.astype(d.data.dtype), d.dtype.scalar)
 
     def create_atomic_rmw(self, operation, ptr, val, mask, sem, scope):
         if not is_bf16(val):
