@@ -80,8 +80,8 @@ def repair() -> None:
     def create_dot(self, a, b, d, *options):
         if not {a.dtype.scalar, b.dtype.scalar} <= {tl.float16, tl.bfloat16, tl.float32}:
             return dot(self, a, b, d, *options)
-        # A BLAS adds in an order that depends on the shapes and the processor, so that q·k and k·q would differ in a bit;
-        # the device has one order for both. In float64 and rounded once, they are the same number.
+        # A BLAS adds in an order that depends on the shapes and the processor, so that q·k and k·q would differ in a
+        # bit; the device has one order for both. In float64 and rounded once, they are the same number.
         exact = np.matmul(*(wide(x).data.astype(np.float64) for x in (a, b))) + wide(d).data
         result = TensorHandle(exact.astype(np.float32), tl.float32)
         return rounded(result) if is_bf16(d) else TensorHandle(result.data.astype(d.data.dtype), d.dtype.scalar)
