@@ -116,8 +116,8 @@ def generate(
     return new
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, max_new_tokens: int) -> None:
-    """UserError for settings that cannot be sampled with."""
+def check_sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, max_new_tokens: int = 0) -> None:
+    """UserError for settings that cannot be sampled with; the defaults are `generate`'s."""
     warm = temperature == 0 or (math.isfinite(temperature) and temperature >= LEAST_TEMPERATURE)
     if not warm or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
         raise UserError(
