@@ -209,7 +209,7 @@ def test_generate_with_an_adapter(tmp_path, smollm2, smollm2_model):
     config = tmp_path / "adapter" / adapters.CONFIG
     config.write_text(config.read_text().replace(str(smollm2), ""))
     done = finetune("generate", "--model", tmp_path / "adapter", "--prompt", "x")
-    assert (done.returncode, "fill in base_model_name_or_path" in done.stderr) == (2, True)
+    assert (done.returncode, "--base" in done.stderr) == (2, True)
 
 
 # --- the learning path's short commands
