@@ -81,6 +81,7 @@ def test_what_does_not_fit_is_not_tried(monkeypatch):
 
 def test_the_command_shows_and_draws(rows, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "110")
     monkeypatch.setattr(lab, "measure", lambda *args: rows)
     assert main(["memory", "gpt2", "--measure"]) == 0
     out = capsys.readouterr().out

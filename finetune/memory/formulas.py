@@ -477,9 +477,7 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
         saved["attention: q, k, v"] = (heads + 2 * kv) * shape.head_dim * e, "(H + 2·K)·D·e"
         saved["attention: maxima, sums"] = 8 * heads, "8·H"
     elif flowing:  # the reference widens all three to fp32 and k, v to all heads
-        # a lone fp32 row's q needs no copy for the product: it keeps what it is a view of, GPT-2's q, k, v in one
-        wide = 20 if not llama and e == 4 and setup.batch == 1 else 12
-        saved["attention: q, k, v"] = wide * heads * shape.head_dim, f"{wide}·H·D"
+        saved["attention: q, k, v"] = 12 * heads * shape.head_dim, "12·H·D"
         saved["attention: T×T probabilities, twice; masks"] = (8 * heads + 1) * setup.seq + 1, "(8·H + 1)·T + 1"
     if any_of("o") or (flowing and setup.attention == "flash"):
         saved["attention: output"] = heads * shape.head_dim * e, "H·D·e"
