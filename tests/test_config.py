@@ -189,3 +189,11 @@ def test_an_infinite_setting_survives_json_and_a_path_may_be_text():
     assert config.from_json(Bounded, json.loads(text)) == cfg
     assert cfg.inputs() == {"data": Path("rows.jsonl")}
     assert [str(f.bound) for f in config.describe(Bounded) if f.name in ("lr", "dropout")] == ["> 0", "≥ 0, < 1"]
+
+
+@pytest.mark.parametrize("info", registry.modules(), ids=lambda info: info.name)
+def test_every_number_of_every_module_is_bounded(info):
+    fields = [f for f in config.describe(registry.load(info).Config) if f.type in (int, float)]
+    assert fields
+    assert not [f.name for f in fields if f.bound == config.Bound()]
+    assert not [f.name for f in fields if f.type is int and f.bound.at_most is None and f.bound.below is None]

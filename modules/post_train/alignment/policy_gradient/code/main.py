@@ -38,7 +38,8 @@ class Config(config.Config):
     env: str = "CartPole-v1"  # a gymnasium id with vectors for observations
     methods: str = ",".join(METHODS)  # which to train, separated by commas
     episodes: int = config.bounded(16, at_least=2, at_most=10_000)  # of an update
-    max_episode_steps: int = 1000  # an episode is cut off there if its environment has no time limit of its own
+    # an episode is cut off there if its environment has no time limit of its own
+    max_episode_steps: int = config.bounded(1000, at_least=1, at_most=10**6)
     baseline: Literal["none", "mean", "leave_one_out", "learned"] = "learned"
     gamma: float = config.bounded(0.99, at_least=0, at_most=1)
     discount_correction: bool = False  # the factor γ^t of the theorem, which is usually left out
