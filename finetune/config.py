@@ -31,6 +31,9 @@ from finetune.errors import UserError, nearest
 RESERVED = {"toy", "out", "resume", "json", "help", "accept_changes"}  # options of `run` itself
 
 
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
 @dataclass(frozen=True)
 class Bound:
     """The values that a number may take. Without `infinite` it must be finite."""
@@ -147,7 +150,8 @@ def describe(cls: type[Config]) -> list[Field]:
 
 
 def given(cls: type[Config], argv: list[str], also: Iterable[str] = ()) -> dict[str, Any]:
-    """The values that `--key value`, `--key=value`, `--flag` and `--no-flag` name, converted to their fields' types.
+    """The values that `--key value`, `--key=value`, `--flag`, `--no-flag` and `--flag true` name, converted to their
+    fields' types.
 
     UserError names an unknown key (and the nearest known one, of the settings or of `also`, the command's own options),
     a missing value, or a value of the wrong type.
@@ -165,7 +169,7 @@ def given(cls: type[Config], argv: list[str], also: Iterable[str] = ()) -> dict[
         field = fields.get(name[3:] if negated else name)
         if field is None or (negated and field.type is not bool):
             raise UserError(f"unknown option --{key}{nearest(dashed(name), [*map(dashed, fields), *also])}")
-        if field.type is bool and not equals:
+        if field.type is bool and not equals and (negated or not words or words[0].lower() not in BOOLEANS):
             values[field.name] = not negated
             continue
         if negated:
@@ -246,7 +250,7 @@ def _convert(field: Field, text: str) -> Any:
         return None
     try:
         if field.type is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+            return BOOLEANS[text.lower()]
         if typing.get_origin(field.type) is Literal:
             return {str(choice): choice for choice in typing.get_args(field.type)}[text]
         return field.type(text)

@@ -35,6 +35,8 @@ def test_values_get_their_fields_types():
     assert cfg == Config(lr=2e-4, data=Path("rows.jsonl"), kind="beta", packing=False, steps=0, name="a b")
     assert parse("--packing", "--data", "none", "--checkpoint_every", "3") == Config(checkpoint_every=3)
     assert parse("--packing=false").packing is False
+    assert parse("--packing", "false", "--steps", "3") == Config(packing=False, steps=3)
+    assert parse("--packing", "true").packing is True
 
 
 def test_comments_are_the_help():
