@@ -13,11 +13,9 @@ from typing import Annotated, Any
 
 import msgspec
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finetune import reading, weights
-from finetune.checkpoint import atomic_write
+from finetune import checkpoint, reading, weights
 from finetune.errors import UserError
 from finetune.llama import Llama, from_hf, to_hf
 from finetune.lora import LoRA, LoRALinear, adapters, apply_lora, first_fit, linear_layers
@@ -35,7 +33,7 @@ class Named(msgspec.Struct):
 
 
 class LoRAConfig(msgspec.Struct):
-    """What is read of adapter_config.json, beside what must have one value (`UNSUPPORTED`)."""
+    """What is read of adapter_config.json, in addition to what must have one value (`UNSUPPORTED`)."""
 
     r: Rank
     lora_alpha: reading.Positive
@@ -122,13 +120,10 @@ def save_prompt(model: Llama, part: Prompt | Prefix, folder: str | Path, base: s
 def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], base: str) -> None:
     config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, **config}
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with checkpoint.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / TENSORS) as temporary:
-            save_file(own, temporary, metadata={"format": "pt"})
-        weights.write_json(folder / CONFIG, config)
-    except OSError as error:
-        raise UserError(f"cannot write the adapter to {folder}: {error}") from None
+    checkpoint.write_tensors(folder / TENSORS, own, {"format": "pt"})
+    checkpoint.write_json(folder / CONFIG, config)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:

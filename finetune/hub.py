@@ -213,9 +213,9 @@ def convert(gguf: Path, folder: Path, report: Callable[[int], Any]) -> None:
     2⁻⁹ of their size, far below the 4-bit steps that they already have."""
     import torch
 
+    from finetune.checkpoint import write_json
     from finetune.gguf import GGUFModel
     from finetune.llama import Llama
-    from finetune.weights import write_json
 
     part = folder.with_suffix(".part")
     file = GGUFModel(gguf)
@@ -249,7 +249,8 @@ def describe(folder: Path) -> dict[str, list[Any]]:
 
 def intact(folder: Path) -> bool:
     """Whether the folder is the finished work of `convert`. A file whose time changed is read again and compared."""
-    from finetune.weights import read_json, write_json
+    from finetune.checkpoint import write_json
+    from finetune.weights import read_json
 
     try:
         manifest = read_json(folder / "manifest.json")

@@ -14,8 +14,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from finetune import reading
+from finetune.checkpoint import write_json
 from finetune.errors import UserError
-from finetune.weights import write_json
 
 if TYPE_CHECKING:
     from finetune.gguf import GGUFModel
@@ -204,17 +204,17 @@ class Tokenizer:
                 continue
             before = self._render(plain[:i], context, True)[0]
             after = text if i + 1 == len(plain) else self._render(plain[: i + 1], context, False)[0]
-            mend = "give a template with {% generation %} markers"
+            fix = "give a template with {% generation %} markers"
             if not after.startswith(before):
                 same = next(i for i, letter in enumerate(before) if after[i : i + 1] != letter)
                 raise UserError(
                     f"which tokens of message {i} are the assistant's cannot be told: the chat template asks for an "
-                    f"answer with {before[same:][:40]!r}, but writes {after[same:][:40]!r} where there is one; {mend}"
+                    f"answer with {before[same:][:40]!r}, but writes {after[same:][:40]!r} where there is one; {fix}"
                 )
             if not text.startswith(after):
                 raise UserError(
                     f"which tokens of message {i} are the assistant's cannot be told: the chat template writes it "
-                    f"otherwise once other messages follow; {mend}, or rows that end with their first answer"
+                    f"otherwise once other messages follow; {fix}, or rows that end with their first answer"
                 )
             trimmed = after.rstrip()
             found[i] = len(before), len(trimmed) if trimmed.endswith(ends) else len(after)

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finetune import checkpoint, reading
-from finetune.checkpoint import write_json  # noqa: F401
 from finetune.errors import UserError
 
 REOPEN_BYTES = 64 << 20
@@ -141,11 +140,3 @@ def require(config: dict[str, Any], source: object, allowed: dict[str, tuple[Any
     for key, values in allowed.items():
         if key in config and config[key] not in values:
             raise UserError(f"{source}: {key} = {config[key]!r} is not supported (only {values[0]!r})")
-
-
-def take(config: dict[str, Any], source: object, key: str, kind: type) -> Any:
-    """The value of a key that must be there, as `kind`."""
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{source}: {key} should be a number, found {value!r}")
-    return kind(value)
