@@ -17,6 +17,7 @@ import dataclasses
 import inspect
 import io
 import math
+import operator
 import textwrap
 import tokenize
 import types
@@ -48,12 +49,14 @@ class Bound:
         """What is wrong with a value, to be put behind its name; an empty string if nothing is."""
         if math.isnan(value) or (math.isinf(value) and not self.infinite):
             return "is not a finite number"
-        for low, words in ((self.at_least, "at least"), (self.above, "above")):
-            if low is not None and not (value >= low if words == "at least" else value > low):
-                return f"is too small: it must be {words} {_written(low)}"
-        for high, words in ((self.at_most, "at most"), (self.below, "below")):
-            if high is not None and not (value <= high if words == "at most" else value < high):
-                return f"is too large: it must be {words} {_written(high)}"
+        for limit, holds, words in (
+            (self.at_least, operator.ge, "small: it must be at least"),
+            (self.above, operator.gt, "small: it must be above"),
+            (self.at_most, operator.le, "large: it must be at most"),
+            (self.below, operator.lt, "large: it must be below"),
+        ):
+            if limit is not None and not holds(value, limit):
+                return f"is too {words} {_written(limit)}"
         return ""
 
     def __str__(self) -> str:

@@ -61,8 +61,8 @@ class Summary(msgspec.Struct):
 def summary(folder: Path) -> dict[str, Any]:
     """summary.json of a finished run. UserError if it is damaged."""
     fix = f"`python -m finetune finish {folder}` writes it again"
-    known = reading.json_file(folder / SUMMARY, Summary, fix)
-    return msgspec.to_builtins(known) | reading.json_file(folder / SUMMARY, dict[str, Any], fix)
+    found = reading.json_file(folder / SUMMARY, dict[str, Any], fix)
+    return msgspec.to_builtins(reading.convert(found, Summary, folder / SUMMARY, fix)) | found
 
 
 def begin(info: ModuleInfo, cfg: config.Config, toy: bool) -> Saved:

@@ -88,8 +88,8 @@ class Schedule:
         self.entries: dict[str, dict[str, Any]] = {}
         if path.exists():
             fix = "it is the quiz's schedule; fix it or move it away"
-            reading.json_file(path, dict[str, Entry], fix)
             self.entries = reading.json_file(path, dict[str, dict[str, Any]], fix)
+            reading.convert(self.entries, dict[str, Entry], path, fix)
 
     def new(self, question: Question) -> bool:
         return question.id not in self.entries

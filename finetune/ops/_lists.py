@@ -18,8 +18,8 @@ def tensors_of(op: str, name: str, given: Tensor | Iterable[Tensor]) -> list[Ten
     items: list[Any] = list(given)
     for i, item in enumerate(items):
         if not isinstance(item, Tensor):
-            mend = ": leave out parameters without a gradient" if item is None else ""
-            raise TypeError(f"{op}: {name}[{i}] is {type(item).__name__}, not a tensor{mend}")
+            fix = ": leave out parameters without a gradient" if item is None else ""
+            raise TypeError(f"{op}: {name}[{i}] is {type(item).__name__}, not a tensor{fix}")
     return items
 
 

@@ -259,8 +259,8 @@ def chosen(env: Env, actions: Tensor) -> Any:
         return actions.tolist()
     if not actions.isfinite().all():
         bad = actions[~actions.isfinite()][0].item()
-        mend = "try a smaller learning rate or another --seed"
-        raise UserError(f"the policy's action for '{env.name}' became {bad}: {mend}")
+        fix = "try a smaller learning rate or another --seed"
+        raise UserError(f"the policy's action for '{env.name}' became {bad}: {fix}")
     return actions.numpy().copy()
 
 

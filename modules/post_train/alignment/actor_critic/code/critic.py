@@ -38,7 +38,7 @@ def said_and_came(
 
     One return is chance; V is a mean. So an episode is played to its end, and one of its first `latest` steps is drawn,
     step t as γᵗ (the discounted distribution of states). The state before it is reached again len(envs) / K times, by
-    the same seed and actions, and from there on `act` draws anew. A soft critic's values count what `bonus` (the
+    the same seed and actions, and from there on `act` draws again. A soft critic's values count what `bonus` (the
     entropy's worth in a state) adds to each reward, so the returns do too. UserError if an environment comes to
     another state.
     """
