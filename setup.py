@@ -44,7 +44,7 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
         build = ROOT / "build" / ("ninja" if ninja else "make")
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        nvcc = runpy.run_path(str(ROOT / "finetune/cuda_toolkit.py"))["tool"]("nvcc")
+        nvcc = runpy.run_path(str(ROOT / "finetune/kernels/cuda_toolkit.py"))["tool"]("nvcc")
         configure = [cmake, "-S", ROOT, "-B", build, *generator, f"-DTORCH_DIR={torch.__path__[0]}"]
         configure += [f"-DNVCC={nvcc or 'NVCC-NOTFOUND'}"]
         with_cuda = nvcc and os.environ.get("FINETUNE_CUDA", "1") != "0"

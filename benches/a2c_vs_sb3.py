@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from timing import Times
 
-from finetune import machine, registry
 from finetune.errors import UserError
-from finetune.rl import environments
-from finetune.rl.vector import Vector
+from finetune.rl.envs import environments
+from finetune.rl.envs.vector import Vector
+from finetune.runs import machine, registry
 
 ENVS, WIDTH, LR, CLIP = 8, 64, 1e-3, 1000.0
 

@@ -25,15 +25,15 @@ from pathlib import Path
 import torch
 from timing import Times
 
-from finetune import machine, registry
 from finetune.errors import UserError
-from finetune.rl import datasets
-from finetune.rl.discrete import QNetwork
+from finetune.rl.agents.discrete import QNetwork
+from finetune.rl.envs import logged_data
+from finetune.runs import machine, registry
 
 BATCH, HIDDEN, ALPHA, GAMMA, LR = 64, 64, 1.0, 0.99, 1e-3
 
 
-def sides(data: datasets.Dataset) -> tuple[dict[str, Callable[[], None]], float]:
+def sides(data: logged_data.Dataset) -> tuple[dict[str, Callable[[], None]], float]:
     """name → one update, and how far the two losses on the same first batch are apart, relative."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # old gym's notice
@@ -78,7 +78,7 @@ def sides(data: datasets.Dataset) -> tuple[dict[str, Callable[[], None]], float]
 
 def measure(rounds: int, updates: int) -> dict:
     torch.set_num_threads(1)
-    calls, apart = sides(datasets.generate("CartPole-v1", "random", 10_000, 0))
+    calls, apart = sides(logged_data.generate("CartPole-v1", "random", 10_000, 0))
     if not apart <= 1e-5:
         raise UserError(f"the losses of the first batch differ by {apart:.1e}: nothing was timed")
     times: dict[str, list[float]] = {name: [] for name in calls}

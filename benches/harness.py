@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from timing import Times, alternate, roofs, sides
 
-from finetune import display, machine, ops
+from finetune import ops
 from finetune.errors import UserError, nearest
 from finetune.ops._check import WrongResult, check, flat
 from finetune.ops._op import device_for
+from finetune.runs import display, machine
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 ALLOWANCE = 0.95  # of the median ratio: what is left of the noise

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from timing import Times
 from torch import nn
 
-from finetune import machine, ops, optim, registry
+from finetune import ops, optim
+from finetune.runs import machine, registry
 
 SAME = 5  # first steps, whose losses must agree; later the runs may part, as two runs of different rounding do
 

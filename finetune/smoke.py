@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from finetune import checkpoint, config, display, machine, registry
 from finetune.errors import UserError
+from finetune.runs import checkpoint, config, display, machine, registry
 
 LIMIT = 600  # seconds a command may take
 KEPT = (  # of a summary

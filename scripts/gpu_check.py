@@ -54,7 +54,7 @@ def op_names() -> list[str]:
 def tool(name: str) -> str | None:
     """Path of a program of the CUDA toolkit, or of one beside this Python."""
     beside = shutil.which(name, path=sysconfig.get_path("scripts"))
-    return runpy.run_path(str(ROOT / "finetune/cuda_toolkit.py"))["tool"](name) or beside
+    return runpy.run_path(str(ROOT / "finetune/kernels/cuda_toolkit.py"))["tool"](name) or beside
 
 
 # --- wheels
@@ -279,7 +279,7 @@ def run_child(stage: str, op: str, results: str) -> int:
             how += ["--dtype", "bf16", "f32"] if real else ["--dtype", "f32"]
             return harness.main([op, *how, "--seconds", "0.15" if real else "0.01", "--json", results])
     if not real:
-        from finetune import emulator
+        from finetune.kernels import emulator
 
         emulator.load("checked")
     backend = "cuda" if real else "checked"

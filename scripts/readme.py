@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finetune import display, registry
+from finetune.runs import display, registry
 
 ROOT = Path(__file__).parents[1]
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"

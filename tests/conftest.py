@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def smollm2():
     """Folder of SmolLM2-135M-Instruct, fetched into the user's cache the first time."""
-    from finetune.hub import fetch_smollm2
+    from finetune.lm.io.hub import fetch_smollm2
 
     return fetch_smollm2()
 
@@ -33,14 +33,14 @@ def smollm2():
 @pytest.fixture(scope="session")
 def smollm2_model(smollm2):
     """Our Llama with its weights in fp32; shared, so tests must leave it as it is."""
-    from finetune.llama import Llama
+    from finetune.lm.llama import Llama
 
     return Llama.from_pretrained(smollm2)
 
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2):
-    from finetune.tokenizer import Tokenizer
+    from finetune.lm.tokenizer import Tokenizer
 
     return Tokenizer.from_pretrained(smollm2)
 
@@ -59,7 +59,7 @@ LEVELS = ("portable", "avx2", "avx512")
 @pytest.fixture(params=["reference", *LEVELS, "emulated", "triton"])
 def backend(request):
     """Every backend of an op that runs on CPU tensors; the levels of the CPU one by one."""
-    from finetune import emulator
+    from finetune.kernels import emulator
 
     before = torch.ops.finetune.cpu_level()
     if request.param == "emulated":

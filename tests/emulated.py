@@ -3,7 +3,7 @@
 import functools
 import re
 
-from finetune import emulator
+from finetune.kernels import emulator
 
 FIXTURES = emulator.ROOT / "tests" / "fixtures" / "emulator"
 

@@ -50,8 +50,9 @@ if __name__ == "__main__":
     matplotlib.use("agg")
     import matplotlib.pyplot
 
-    from finetune import cli, registry
-    from finetune.run import torch_settings
+    from finetune import cli
+    from finetune.runs import registry
+    from finetune.runs.run import torch_settings
 
     with torch_settings(threads=1):  # imports much, which no child has to do again then
         pass

@@ -15,7 +15,8 @@ import ptx_executor
 import ptx_machine
 import torch
 
-from finetune import cuda_toolkit, emulator, ops
+from finetune import ops
+from finetune.kernels import cuda_toolkit, emulator
 
 ROOT = emulator.ROOT
 LAUNCH = ctypes.CFUNCTYPE(
@@ -49,7 +50,7 @@ def build(op: str, bug: str = "") -> Path:
     includes = [f"-I{csrc / 'include'}", f"-I{csrc / 'emulator'}", f"-I{csrc / 'cuda'}"]
     cuda = shutil.copytree(csrc / "cuda", folder / "cuda", dirs_exist_ok=True) if bug else csrc / "cuda"
     if bug:
-        head = cuda / "launch.cuh"
+        head = cuda / "device/launch.cuh"
         head.write_text(head.read_text().replace("#define BUG(name) false", COMPILED_IN.replace("FAULT", bug)))
     kernels = [path for path in cuda.glob(f"{op}*.cu") if path.stem in (op, f"{op}_hopper")]
     for path in kernels:

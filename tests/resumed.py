@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from finetune.run import Run, execute
+from finetune.runs.run import Run, execute
 
 
 class Cut(Exception):

@@ -1,9 +1,10 @@
-"""Run by tests/test_cuda.py in a process that was started with libasan: each kernel's smallest samples, or one op's
+"""Run by tests/kernels/test_cuda.py in a process that was started with libasan: each kernel's smallest samples, or one op's
 with a deliberate fault, under AddressSanitizer and UndefinedBehaviorSanitizer. A line per op; a finding ends it."""
 
 import sys
 
-from finetune import emulator, faults, ops
+from finetune import ops
+from finetune.kernels import emulator, faults
 from finetune.ops._check import run
 
 controls = emulator.load("sanitized")

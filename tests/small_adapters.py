@@ -2,8 +2,8 @@
 
 import torch
 
-from finetune.llama import Llama, LlamaConfig
-from finetune.lora import adapters
+from finetune.lm.llama import Llama, LlamaConfig
+from finetune.peft.lora import adapters
 
 CONFIG = LlamaConfig(vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, hidden=48, max_length=64)
 TOKENS = torch.arange(40).view(2, 20) % 50

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import torch
 
-from finetune.llama import Llama, LlamaConfig
+from finetune.lm.llama import Llama, LlamaConfig
 
 TEXT = "def f(x):\n    return 12 + x  # hello\n\n1. naïve 日本語 🙂\n" * 20
 

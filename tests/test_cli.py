@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from finetune import cli, config, registry, smoke
+from finetune import cli, smoke
+from finetune.runs import config, registry
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures" / "modules"
@@ -188,9 +189,9 @@ def test_generate_with_an_adapter(tmp_path, smollm2, smollm2_model):
 
     import torch
 
-    from finetune import adapters, lora
-    from finetune.answer import answer
-    from finetune.tokenizer import Tokenizer
+    from finetune.chat import answer
+    from finetune.lm.tokenizer import Tokenizer
+    from finetune.peft import adapters, lora
 
     model = copy.deepcopy(smollm2_model)
     lora.apply_lora(model, 4, generator=torch.Generator().manual_seed(0))

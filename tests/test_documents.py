@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune import registry
 from finetune.cli import main
+from finetune.runs import registry
 
 ROOT = Path(__file__).parents[1]
 specification = importlib.util.spec_from_file_location("run_page", ROOT / "scripts/run_page.py")
@@ -32,7 +32,7 @@ NEVER = {
     "source .venv/bin/activate": "it changes a shell",
     "pre-commit install": "it changes the checkout",
     "pytest -m gpu": "needs a GPU; without one its tests are skipped",
-    ".venv/bin/python -m pytest tests/test_ops.py -k <op>": "the tests are run by themselves",
+    ".venv/bin/python -m pytest tests/ops/test_ops.py -k <op>": "the tests are run by themselves",
 }
 # What the default tests run in place of a command that takes longer; a run becomes a `small` one.
 SMALLER = {
@@ -132,9 +132,9 @@ def data_file(path):
         rows = [{"prompt": f"What is {i} + {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.name == "steps.npz":
-        from finetune.rl import datasets
+        from finetune.rl.envs import logged_data
 
-        datasets.generate("CartPole-v1", "medium", 300, 0).save(path)
+        logged_data.generate("CartPole-v1", "medium", 300, 0).save(path)
     elif path.suffix == ".npz":
         import numpy as np
 

@@ -220,7 +220,7 @@ def attention_backward_queries_kernel(
 
 # (bits of the dtype, padded D at most) → own × stream tile, warps and stages, of the forward pass, of that for queries
 # and of that for keys: without spills and with at most 100 KB of shared memory on every target
-# (tests/test_triton_compile.py). fp32 products occupy registers.
+# (tests/ops/test_triton_compile.py). fp32 products occupy registers.
 TILES = {
     (16, 64): ((128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
     (16, 128): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),

@@ -9,8 +9,8 @@
 // Faults: adamw.tail_left_out adamw.scale_ignored adamw.no_bias_correction adamw.decay_of_the_rounded
 //         adamw.gradient_of_the_first_block
 #include "finetune/adamw.h"
-#include "tensor_list.cuh"
-#include "vector.cuh"
+#include "device/tensor_list.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

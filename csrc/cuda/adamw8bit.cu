@@ -10,8 +10,8 @@
 // Faults: adamw8bit.no_barrier adamw8bit.absmax_of_a_lane adamw8bit.signed_map_for_both adamw8bit.rounds_down
 //         adamw8bit.old_absmax adamw8bit.absmax_of_the_first_blocks adamw8bit.zero_block adamw8bit.half_a_table
 #include "finetune/adamw8bit.h"
-#include "tensor_list.cuh"
-#include "vector.cuh"
+#include "device/tensor_list.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

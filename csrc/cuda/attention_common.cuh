@@ -2,9 +2,9 @@
 #pragma once
 
 #include "finetune/attention.h"
-#include "launch.cuh"
-#include "ptx.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/ptx.cuh"
+#include "device/vector.cuh"
 
 namespace finetune::attention {
 

@@ -24,7 +24,7 @@
 //   attention_hopper.probabilities_after_the_fence attention_hopper.v_strides_of_k
 #include "attention_common.cuh"
 #include "finetune/attention_hopper.h"
-#include "ptx_hopper.cuh"
+#include "device/ptx_hopper.cuh"
 
 namespace finetune {
 namespace {

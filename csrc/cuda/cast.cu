@@ -7,8 +7,8 @@
 // Faults: cast.ties_away cast.no_subnormals cast.nine_rounds cast.same_words cast.nan_is_infinite cast.tail_left_out
 #include "finetune/cast.h"
 #include "finetune/philox.h"
-#include "launch.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

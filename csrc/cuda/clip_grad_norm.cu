@@ -7,8 +7,8 @@
 // Faults: block_sum.no_barrier join.half_the_sums join.no_barrier tensor_list.first_blocks squares.no_tail
 //         squares.absolute clip_grad_norm.never_one clip_grad_norm.no_tail
 #include "finetune/clip_grad_norm.h"
-#include "join.cuh"
-#include "squares.cuh"
+#include "device/join.cuh"
+#include "device/squares.cuh"
 
 namespace finetune {
 namespace {

@@ -13,7 +13,7 @@
 // Faults: gae.no_barrier gae.no_second_barrier gae.no_last_barrier gae.short_scan gae.no_carry gae.across_truncation
 //         gae.bootstrap gae.past_the_end
 #include "finetune/gae.h"
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

@@ -6,8 +6,8 @@
 // as five), 1.5 to 3.5 FLOPs a byte: the roof is memory bandwidth.
 // Faults: gelu.no_tail gelu.no_cube gelu.slope_of_square
 #include "finetune/gelu.h"
-#include "launch.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

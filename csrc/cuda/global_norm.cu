@@ -6,8 +6,8 @@
 // Faults: block_sum.no_barrier join.half_the_sums join.no_barrier tensor_list.first_blocks squares.no_tail
 //         squares.absolute global_norm.no_root
 #include "finetune/global_norm.h"
-#include "join.cuh"
-#include "squares.cuh"
+#include "device/join.cuh"
+#include "device/squares.cuh"
 
 namespace finetune {
 namespace {

@@ -9,8 +9,8 @@
 // At most 3 FLOPs an element, below 1 FLOP a byte: the roof is memory bandwidth.
 // Faults: kv_cache.skipped_is_slot_0 kv_cache.scale_without_head kv_cache.maximum_of_one_lane kv_cache.truncated
 //         kv_cache.one_token_more kv_cache.value_scale kv_cache.copy_without_tail
-#include "kv_types.cuh"
-#include "vector.cuh"
+#include "device/kv_types.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

@@ -23,9 +23,9 @@
 //         linear_cross_entropy.mean_of_all linear_cross_entropy.offsets_of_32_bits linear_cross_entropy.odd_base
 //         linear_cross_entropy.no_nan
 #include "finetune/linear_cross_entropy.h"
-#include "launch.cuh"
-#include "ptx.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/ptx.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

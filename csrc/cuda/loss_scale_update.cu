@@ -4,7 +4,7 @@
 // Memory: reads and writes four numbers; the launch is all it costs.
 // Faults: loss_scale_update.flag_ignored loss_scale_update.always_overflow loss_scale_update.other_policy
 #include "finetune/loss_scale_update.h"
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

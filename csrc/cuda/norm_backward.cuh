@@ -4,8 +4,8 @@
 #pragma once
 
 #include "finetune/norm_split.h"
-#include "launch.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 

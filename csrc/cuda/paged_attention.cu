@@ -17,9 +17,9 @@
 //         paged_attention.no_rescale paged_attention.last_piece_left_out paged_attention.warp_left_out
 //         paged_attention.offsets_of_32_bits paged_attention.v_strides_of_k paged_attention.odd_block_stride
 #include "finetune/paged_attention.h"
-#include "kv_types.cuh"
-#include "ptx.cuh"
-#include "vector.cuh"
+#include "device/kv_types.cuh"
+#include "device/ptx.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

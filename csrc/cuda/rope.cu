@@ -9,8 +9,8 @@
 // have to wait.
 // Faults: rope.no_inverse rope.no_tail rope.next_head rope.odd_tables
 #include "finetune/rope.h"
-#include "launch.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

@@ -6,8 +6,8 @@
 // 10 and 15 FLOPs an element (exp counted as five), 1 to 2 FLOPs a byte: the roof is memory bandwidth.
 // Faults: swiglu.no_tail swiglu.stride_of_gate swiglu.derivative
 #include "finetune/swiglu.h"
-#include "launch.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

@@ -12,8 +12,8 @@
 // Faults: block_sum.no_barrier block_sum.no_second_barrier token_logprobs.no_barrier token_logprobs.no_tail
 //         token_logprobs.no_rescale token_logprobs.no_shift token_logprobs.temperature token_logprobs.ignored
 #include "finetune/token_logprobs.h"
-#include "launch.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

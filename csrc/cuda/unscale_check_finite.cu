@@ -8,9 +8,9 @@
 //         unscale_check_finite.not_scaled unscale_check_finite.nan_is_finite tensor_list.first_blocks
 //         unscale_check_finite.square_of_the_scaled
 #include "finetune/unscale_check_finite.h"
-#include "join.cuh"
-#include "tensor_list.cuh"
-#include "vector.cuh"
+#include "device/join.cuh"
+#include "device/tensor_list.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

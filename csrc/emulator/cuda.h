@@ -1,4 +1,4 @@
-// CUDA C++ for g++: what nvcc gives the kernels of csrc/cuda, in terms of the emulator. csrc/cuda/cuda.cuh includes it
+// CUDA C++ for g++: what nvcc gives the kernels of csrc/cuda, in terms of the emulator. csrc/cuda/device/cuda.cuh includes it
 // where there is no nvcc.
 #pragma once
 
@@ -26,7 +26,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
-// g++ would make a private variable of it: SHARED and DYN_SHARED (csrc/cuda/launch.cuh) are shared on both sides.
+// g++ would make a private variable of it: SHARED and DYN_SHARED (csrc/cuda/device/launch.cuh) are shared on both sides.
 #define __shared__ static_assert(false, "use SHARED or DYN_SHARED instead of __shared__");
 
 #define threadIdx (emulator::thread_index())

@@ -3,7 +3,7 @@
 // fast, and nothing here is timed: it finds wrong numbers, and, in the checked build, wrong memory accesses, races and
 // missing barriers, by source line.
 //
-// The faces: `allow` and `take_fault` for the bindings, `launch` for csrc/cuda/launch.cuh, the rest for cuda.h and
+// The faces: `allow` and `take_fault` for the bindings, `launch` for csrc/cuda/device/launch.cuh, the rest for cuda.h and
 // ptx.cuh, which give the kernels their CUDA.
 #pragma once
 
@@ -87,7 +87,7 @@ void count(const char* what, Site site);                      // one more of the
 // The compiler's instrumentation leaves this function out.
 #define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread")))
 
-// A deliberate fault of a kernel, chosen by name at run time: BUG(name) in csrc/cuda/launch.cuh.
+// A deliberate fault of a kernel, chosen by name at run time: BUG(name) in csrc/cuda/device/launch.cuh.
 bool bug(const char* name);
 bool bug_reached();  // has a kernel asked for the active one?
 

@@ -1,5 +1,5 @@
 // What sm_90 adds, for the emulator: mbarriers, bulk copies by the Tensor Memory Accelerator (TMA), and wgmma, the
-// asynchronous product by a warpgroup of four warps. csrc/cuda/ptx_hopper.cuh is their face to the kernels.
+// asynchronous product by a warpgroup of four warps. csrc/cuda/device/ptx_hopper.cuh is their face to the kernels.
 //
 // All three are asynchronous, and a kernel that does not wait gets away with it on some runs of a GPU and not on
 // others. Here it never does: copies land and products are made as late as can be (when no thread can go on without

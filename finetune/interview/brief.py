@@ -22,12 +22,12 @@ from typing import Any
 
 import msgspec
 
-from finetune import folders, reading
-from finetune.display import uncertain
 from finetune.errors import UserError, nearest
 from finetune.interview import content
-from finetune.metrics import MAIN
-from finetune.registry import ModuleInfo
+from finetune.runs import reading, run_folder
+from finetune.runs.display import uncertain
+from finetune.runs.metrics import MAIN
+from finetune.runs.registry import ModuleInfo
 
 FIELD = re.compile(r"\{([a-z_0-9.]+)\}")
 OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt,
@@ -47,7 +47,7 @@ def last_run(info: ModuleInfo) -> Path:
     """The newest finished run; default settings go before toy ones. UserError says which command makes one."""
     found = sorted(
         (info.folder / "output").glob("*/summary.json"),
-        key=lambda path: (not folders.summary(path.parent)["toy"], path.stat().st_mtime),
+        key=lambda path: (not run_folder.summary(path.parent)["toy"], path.stat().st_mtime),
     )
     if not found:
         raise UserError(
@@ -59,8 +59,8 @@ def last_run(info: ModuleInfo) -> Path:
 
 def facts(folder: Path) -> Facts:
     """Everything that a brief may name, of the run in this folder: numbers, words, true and false."""
-    settings = reading.json_file(folder / folders.SETTINGS, Settings).config
-    return gather(folders.summary(folder), settings) | lowest(folder / "metrics.csv")
+    settings = reading.json_file(folder / run_folder.SETTINGS, Settings).config
+    return gather(run_folder.summary(folder), settings) | lowest(folder / "metrics.csv")
 
 
 def gather(summary: dict[str, Any], settings: dict[str, Any]) -> Facts:

@@ -8,12 +8,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from finetune import registry
 from finetune.interview.compare import HEADS
 from finetune.interview.content import LANGUAGES
 from finetune.memory import cli
 from finetune.memory.formulas import MEANING, Setup, shape_of
 from finetune.memory.sheet import ENTRIES
+from finetune.runs import registry
 
 MODEL, TOKENS = "llama-7b", Setup(batch=1, seq=2048)
 SHAPE = shape_of(cli.MODELS[MODEL])

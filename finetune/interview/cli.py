@@ -41,9 +41,9 @@ SAID = {
 @LANG
 def brief(module: str | None, all_: bool, run: Path | None, out: Path | None, lang: str) -> int:
     """What to say about a module in two or three minutes, with your own run's numbers."""
-    from finetune import display, registry
-    from finetune.checkpoint import atomic_write, writing
     from finetune.interview import brief as engine
+    from finetune.runs import display, registry
+    from finetune.runs.checkpoint import atomic_write, writing
 
     if all_ == bool(module):
         raise UserError("brief MODULE, or brief --all --out DIR")
@@ -94,9 +94,9 @@ def quiz(
     lang: str,
 ) -> int:
     """Be questioned: quiz [MODULE | --day N] [--due] [--new N]. Your grades decide when a question comes again."""
-    from finetune import display, registry
     from finetune.interview import content
     from finetune.interview import quiz as engine
+    from finetune.runs import display, registry
 
     if module and day:
         raise UserError("quiz MODULE or quiz --day N, not both")
@@ -136,8 +136,8 @@ def quiz(
 @click.option("--json", is_flag=True, help="Print JSON on stdout.")
 def compare(modules: tuple[str, ...], lang: str, json: bool) -> int:
     """Modules side by side: data, models in memory, memory and result of the last runs, where used."""
-    from finetune import display, registry
     from finetune.interview import compare as engine
+    from finetune.runs import display, registry
 
     infos = [registry.find(name) for name in modules] if modules else registry.modules()
     rows = engine.matrix(infos, lang)
@@ -157,9 +157,9 @@ def progress(lang: str, json: bool) -> int:
     """Your level and day on the 14-day path, and what is missing, from your runs and quiz results."""
     from dataclasses import asdict
 
-    from finetune import display
     from finetune.interview import path
     from finetune.interview import quiz as engine
+    from finetune.runs import display
 
     found = path.progress(engine.Schedule(engine.data_folder() / "quiz.json").entries)
     if json:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune import folders
 from finetune.errors import UserError
 from finetune.interview.brief import last_run
-from finetune.registry import ModuleInfo
+from finetune.runs import run_folder
+from finetune.runs.registry import ModuleInfo
 
 HEADS = {
     "en": {"data": "data needed", "models": "models in memory", "memory": "peak memory", "result": "result / baseline",
@@ -22,7 +22,7 @@ SHOWN = 2  # results of a module; its run shows the others
 def measured(info: ModuleInfo) -> dict[str, Any] | None:
     """The summary of the module's last run; None without one."""
     try:
-        return folders.summary(last_run(info))
+        return run_folder.summary(last_run(info))
     except UserError:
         return None
 

@@ -19,8 +19,8 @@ from typing import Annotated
 
 import msgspec
 
-from finetune import reading, registry
-from finetune.registry import ModuleInfo
+from finetune.runs import reading, registry
+from finetune.runs.registry import ModuleInfo
 
 LANGUAGES = ("en", "zh")
 

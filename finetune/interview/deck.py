@@ -7,8 +7,8 @@ import html
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetune.checkpoint import atomic_write
 from finetune.interview.content import Question
+from finetune.runs.checkpoint import atomic_write
 
 DECK, MODEL = 1_730_000_001, 1_730_000_002
 TITLE = {"en": "finetune", "zh": "finetune（中文）"}

@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
-from finetune import folders, reading, registry
 from finetune.interview import content
-from finetune.registry import ModuleInfo
+from finetune.runs import reading, registry, run_folder
+from finetune.runs.registry import ModuleInfo
 
 MASTERED = 0.7
 FOLDER = Path(__file__).resolve().parents[2] / "learning"
@@ -91,7 +91,7 @@ def standing(name: str, known: dict[str, ModuleInfo], entries: dict[str, dict[st
     if name not in known:
         return Standing(name, exists=False)
     info = known[name]
-    summaries = (folders.summary(p.parent) for p in (info.folder / "output").glob(f"*/{folders.SUMMARY}"))
+    summaries = (run_folder.summary(p.parent) for p in (info.folder / "output").glob(f"*/{run_folder.SUMMARY}"))
     questions = content.read(info).questions
     last = [entries[q.id]["history"][-1]["share"] for q in questions if q.id in entries]
     share = sum(last) / len(last) if last else 0.0

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import msgspec
 
-from finetune import reading
-from finetune.checkpoint import write_json
 from finetune.interview.content import Question
+from finetune.runs import reading
+from finetune.runs.checkpoint import write_json
 
 WORDS = {
     "en": {

@@ -10,15 +10,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import shapes
 from finetune.errors import UserError, nearest
+from finetune.lm import presets
 from finetune.memory.formulas import MEANING, Setup, Shape, Term, block_saved, parameters, predict, shape_of, symbols
 from finetune.memory.room import size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-MODELS: dict[str, dict[str, Any]] = {**shapes.LLAMA, **shapes.GPT}
+MODELS: dict[str, dict[str, Any]] = {**presets.LLAMA, **presets.GPT}
 MODES = ("--measure", "--simulate")
 PICTURES = Path("output/memory")
 
@@ -52,8 +52,8 @@ def main(argv: list[str], json: bool = False) -> int:
 
 def measured(name: str, config: Any, setup: Setup) -> list[dict[str, Any]]:
     """The setup and the cheat sheet's settings, on live tensors of models of this shape."""
-    from finetune import display, machine
     from finetune.memory import lab
+    from finetune.runs import display, machine
 
     if setup.ranks > 1:
         raise UserError("--measure is for one rank: --simulate is for several")
@@ -89,7 +89,7 @@ def simulated(name: str, config: Any, setup: Setup) -> list[dict[str, Any]]:
 
 def plan(name: str, argv: list[str]) -> tuple[Any, Setup]:
     """Model config and setup of a module under the settings in argv, or of a well-known model."""
-    from finetune import config, registry
+    from finetune.runs import config, registry
 
     modules = {info.name: info for info in registry.modules()}
     if name in modules:
@@ -166,7 +166,7 @@ def headline(name: str, shape: Shape, setup: Setup) -> str:
 
 
 def show(name: str, shape: Shape, setup: Setup) -> None:
-    from finetune import display, machine
+    from finetune.runs import display, machine
 
     console = display.console()
     terms = predict(shape, setup)
@@ -193,8 +193,8 @@ def show(name: str, shape: Shape, setup: Setup) -> None:
 
 def show_rows(name: str, rows: list[dict[str, Any]]) -> None:
     """The table predicted | measured | error, and its picture."""
-    from finetune import display, plots
-    from finetune.checkpoint import writing
+    from finetune.runs import display, plots
+    from finetune.runs.checkpoint import writing
 
     only_simulated = all(row["simulated"] for row in rows)
     shown_rows: list[Any] = []
@@ -220,7 +220,7 @@ def show_rows(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def listing(console: Console, terms: list[Term]) -> None:
-    from finetune import display
+    from finetune.runs import display
 
     heads = ("what", ">bytes", "formula", "source")[: 4 if any(term.source for term in terms) else 3]
     rows: list[Any] = []
@@ -232,7 +232,7 @@ def listing(console: Console, terms: list[Term]) -> None:
 
 
 def usage() -> None:
-    from finetune import config, display, registry
+    from finetune.runs import config, display, registry
 
     console = display.console()
     ways = (

@@ -60,7 +60,7 @@ class Shape:
 
 
 def shape_of(config: Any) -> Shape:
-    """Shape of a LlamaConfig or GPTConfig, or of a dict with their fields (finetune/shapes.py)."""
+    """Shape of a LlamaConfig or GPTConfig, or of a dict with their fields (finetune/lm/presets.py)."""
     get: Callable[..., Any] = (
         config.get if isinstance(config, dict) else lambda key, default=None: getattr(config, key, default)
     )
@@ -243,7 +243,7 @@ def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
 def parameters(shape: Shape) -> int:
     """Number of parameters. Llama: V·C [twice if untied] + L·(2C + 2·C·H·D + 2·C·K·D + 3·C·F) + C;
     GPT-2: (V + max_length)·C + L·(4C + 4C² + 4C + 2·C·F + F + C) + 2C, biases included (Radford et al. 2019).
-    From the layers of finetune/llama.py and finetune/gpt.py."""
+    From the layers of finetune/lm/llama.py and finetune/lm/gpt.py."""
     linears = sum(a * b for a, b in shape.linears.values())
     if shape.family == "gpt":
         biases = sum(out for _, out in shape.linears.values())
@@ -272,7 +272,7 @@ def linear_weights(shape: Shape) -> int:
     return sum(a * b for a, b in shape.linears.values())
 
 
-# Bytes of a block's linear layers in few bits (finetune/quantize.py): codes of 4 bits and the absmax of 64 weights, or
+# Bytes of a block's linear layers in few bits (peft/quantize.py): codes of 4 bits and the absmax of 64 weights, or
 # that again as codes of 8 bits with an absmax for 256 and a mean a layer (Dettmers et al. 2023, arXiv:2305.14314,
 # §3); codes of 8 bits and the absmax of a row (Dettmers et al. 2022, arXiv:2208.07339).
 QUANTIZED = {"nf4": "I/2 + X·4", "nf4_double": "I/2 + X + Y·4", "int8": "I + Z·4"}
@@ -288,7 +288,7 @@ def quantized_bytes(shape: Shape, setup: Setup) -> int:
 
 def weights(shape: Shape, setup: Setup) -> Term:
     """Parameters in their dtype, or the linear layers in few bits; adapters beside them are fp32 whatever the dtype
-    (finetune/lora.py). PiSSA keeps the A and B that it started from, DoRA the squares of the rows of W, summed."""
+    (finetune/peft/lora.py). PiSSA keeps the A and B that it started from, DoRA the squares of the rows of W, summed."""
     base = setup.share(parameters(shape), 3) * setup.element
     kept = {"lora": 1, "pissa": 2, "dora": 1}[setup.adapter] * block_adapters(shape, setup)
     kept += outputs(shape, setup) if setup.adapter == "dora" else 0
@@ -435,14 +435,14 @@ def companions(shape: Shape, setup: Setup) -> list[Term]:
 
 def kv_cache(shape: Shape, setup: Setup) -> Term:
     """2 (keys, values) · L · K · D · e a token: with grouped queries the KV heads count, not the query heads
-    (Ainslie et al. 2023, arXiv:2305.13245); finetune/generate.py, KVCache. A paged one (ops.kv_cache) rounds a row up
+    (Ainslie et al. 2023, arXiv:2305.13245); lm/generate.py, KVCache. A paged one (ops.kv_cache) rounds a row up
     to whole blocks, and in 8 bits has D + 4 bytes for D · e."""
     same, blocks = setup.kv_dtype == "same", -(-setup.seq // setup.kv_block)
     head = shape.head_dim * setup.element if same else shape.head_dim + 4
     tokens = setup.batch * blocks * setup.kv_block
     text = "2·L·K·D·e" if same else "2·L·K·(D + 4)"
     text += "·N" if setup.kv_block == 1 else "·B·⌈T/b⌉·b"
-    source = "KVCache of finetune/generate.py" if same and setup.kv_block == 1 else "pools of ops.kv_cache"
+    source = "KVCache of finetune/lm/generate.py" if same and setup.kv_block == 1 else "pools of ops.kv_cache"
     return Term("KV cache", 2 * shape.layers * shape.kv_heads * head * tokens, text, source)
 
 

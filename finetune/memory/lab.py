@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune import machine, ops, optim
-from finetune.generate import KVCache
+from finetune import ops, optim
+from finetune.lm.generate import KVCache
 from finetune.memory import meters, simulate
 from finetune.memory.formulas import Setup, Shape, Term, predict, shape_of
 from finetune.memory.sheet import entries_for
 from finetune.ops.kv_cache import pool
+from finetune.runs import machine
 
 ROOM = 0.7  # the share of the free memory that a measurement may be predicted to take
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune import machine
 from finetune.memory.formulas import Setup, Shape, predict, shape_of
+from finetune.runs import machine
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -222,9 +222,9 @@ class Peak:
 def build(config: Any, setup: Setup) -> Any:
     """The model of a config (as `shape_of` takes it) with random weights, as `setup` wants it, a prompt or prefix in
     its attribute `virtual`."""
-    from finetune import lora, prompt, quantize
-    from finetune.gpt import GPT, GPTConfig
-    from finetune.llama import Llama, LlamaConfig
+    from finetune.lm.gpt import GPT, GPTConfig
+    from finetune.lm.llama import Llama, LlamaConfig
+    from finetune.peft import lora, quantize, virtual_tokens
 
     settings = config if isinstance(config, dict) else asdict(config)
     kinds: tuple[Any, Any] = (Llama, LlamaConfig) if "rope_theta" in settings else (GPT, GPTConfig)
@@ -240,7 +240,7 @@ def build(config: Any, setup: Setup) -> Any:
         targets, kind = setup.targets(shape_of(config)), setup.adapter
         lora.apply_lora(model, setup.lora_rank, targets=targets, dora=kind == "dora", pissa=kind == "pissa")
     if count := setup.prompt or setup.prefix:
-        part = prompt.Prompt if setup.prompt else prompt.Prefix
+        part = virtual_tokens.Prompt if setup.prompt else virtual_tokens.Prefix
         model.virtual = part.from_tokens(model.requires_grad_(False), torch.arange(count))
     model.gradient_checkpointing = setup.checkpointing
     return model

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune import machine
 from finetune.errors import UserError
 from finetune.memory.formulas import Setup, predict, shape_of
+from finetune.runs import machine
 
 
 def size(count: int) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.rl.advantages import returns_to_go
-from finetune.rl.environments import Act, Env, play
-from finetune.rl.evaluation import true_returns
-from finetune.rl.moments import standard_error
+from finetune.rl.envs.environments import Act, Env, play
+from finetune.rl.envs.evaluation import true_returns
+from finetune.rl.statistics import standard_error
 
 LEFT = 0.05  # part of a return that may be missing where a time limit cuts its episode off
 

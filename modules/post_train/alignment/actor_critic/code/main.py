@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from finetune import config, optim
+from finetune import optim
 from finetune.errors import UserError
-from finetune.rl import continuous, environments
-from finetune.rl.evaluation import returns
-from finetune.rl.moments import mean_and_error
-from finetune.rl.rollout import episode_seeds
-from finetune.rl.vector import Vector
+from finetune.rl.agents import continuous
+from finetune.rl.envs import environments
+from finetune.rl.envs.evaluation import returns
+from finetune.rl.envs.rollout import episode_seeds
+from finetune.rl.envs.vector import Vector
+from finetune.rl.statistics import mean_and_error
+from finetune.runs import config
 
 from . import critic, offpolicy, onpolicy, plots
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from finetune.rl import policies
+from finetune.rl.agents import policies
 
 
 class ActorCritic(nn.Module):

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from finetune.display import uncertain
-from finetune.plots import GOOD, GREY, INK, figure, moving_average, save
-from finetune.rl.evaluation import interval
+from finetune.rl.envs.evaluation import interval
+from finetune.runs.display import uncertain
+from finetune.runs.plots import GOOD, GREY, INK, figure, moving_average, save
 
 from . import offpolicy
 

@@ -6,7 +6,7 @@
     nf4_R, int8_R                                           LoRA over frozen weights of 4 or 8 bits
     prompt_P    P trained vectors before every row          prefix_P: P trained keys and values in every layer
 
-The mechanisms are in finetune/lora.py, prompt.py and quantize.py; what is compared, and why it is fair, in the README.
+The mechanisms are in finetune/peft (lora, virtual_tokens, quantize); what is compared, and why it is fair: the README.
 """
 
 import copy
@@ -16,12 +16,15 @@ from pathlib import Path
 
 import torch
 
-from finetune import adapters, config, hub, lora, memory
-from finetune.config import bounded
-from finetune.directory import small_config
+from finetune import memory
+from finetune.data.toy_directory import small_config
 from finetune.errors import UserError
-from finetune.llama import Llama, LlamaConfig, config_of
+from finetune.lm.io import hub
+from finetune.lm.llama import Llama, LlamaConfig, config_of
 from finetune.memory import meters
+from finetune.peft import adapters, lora
+from finetune.runs import config
+from finetune.runs.config import bounded
 
 from . import plots, task, toy
 from .methods import ADAPTERS, QUANTIZED, VIRTUAL, Adapted, Method, adapt, parse, plain, setup

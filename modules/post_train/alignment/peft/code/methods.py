@@ -1,5 +1,5 @@
 """The methods that are compared: `KIND_SIZE`, such as lora_8 or prefix_16, or `full`. Each is a few lines over
-finetune/lora.py, finetune/prompt.py and finetune/quantize.py."""
+finetune/peft/lora.py, finetune/peft/virtual_tokens.py and finetune/peft/quantize.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from finetune import lora, memory
-from finetune.data import Batch
+from finetune import memory
+from finetune.data.packing import Batch
 from finetune.errors import UserError, nearest
-from finetune.llama import Llama
-from finetune.prompt import Prefix, Prompt
-from finetune.quantize import quantize_linears
+from finetune.lm.llama import Llama
+from finetune.peft import lora
+from finetune.peft.quantize import quantize_linears
+from finetune.peft.virtual_tokens import Prefix, Prompt
 
 ADAPTERS = ("lora", "rslora", "dora", "pissa")
 QUANTIZED = {"nf4": "nf4_double", "int8": "int8"}  # LoRA over weights in this form

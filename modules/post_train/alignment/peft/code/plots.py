@@ -1,6 +1,6 @@
 """comparison.png: held-out loss against the number of trained parameters, and the training loss of each method."""
 
-from finetune.plots import FAINT, GREY, INK, figure, moving_average, save
+from finetune.runs.plots import FAINT, GREY, INK, figure, moving_average, save
 
 COLOURS = {"full": "#1f2933", "lora": "#1769aa", "rslora": "#63b3ed", "dora": "#2e7d32", "pissa": "#b7791f",
            "nf4": "#805ad5", "int8": "#c06c9b", "prompt": "#c53030", "prefix": "#dd6b20"}  # fmt: skip

@@ -6,12 +6,15 @@ from time import perf_counter
 
 import torch
 
-from finetune import data, hub, ops, optim
-from finetune.data import Conversation, Document
-from finetune.directory import small_config, small_llama
+from finetune import ops, optim
+from finetune.data import conversations, packing, python_docs
+from finetune.data.conversations import Conversation
+from finetune.data.packing import Document
+from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.llama import Llama, config_of
-from finetune.tokenizer import Tokenizer
+from finetune.lm.io import hub
+from finetune.lm.llama import Llama, config_of
+from finetune.lm.tokenizer import Tokenizer
 
 from . import toy
 from .methods import Adapted, Method, adapt
@@ -28,7 +31,7 @@ class Task:
 
 
 def load(cfg, run) -> Task:
-    sets = conversations(cfg)
+    sets = task_conversations(cfg)
     if cfg.model == "scratch":
         tokenizer = small_tokenizer(sets)
         run.seed("base")
@@ -45,7 +48,7 @@ def load(cfg, run) -> Task:
         tokenizer, base = Tokenizer.from_pretrained(source), Llama.from_pretrained(source)
     documents = {}
     for name, rows in sets.items():
-        documents[name], cut, dropped = data.fitting(rows, tokenizer.render, cfg.max_length)
+        documents[name], cut, dropped = packing.fitting(rows, tokenizer.render, cfg.max_length)
         if cut or dropped:
             run.say(
                 f"{name}: of {len(rows)} conversations {cut} were cut to {cfg.max_length} tokens and {dropped} left out"
@@ -54,11 +57,11 @@ def load(cfg, run) -> Task:
         run.say(f"the chat template does not write these keys of messages: {', '.join(sorted(tokenizer.unwritten))}")
     for name in ("first", "second"):
         if documents.get(name) and not documents[f"{name}_held_out"]:
-            documents[name], documents[f"{name}_held_out"] = data.held_out_of(documents[name], cfg.max_length)
+            documents[name], documents[f"{name}_held_out"] = packing.held_out_of(documents[name], cfg.max_length)
     if not documents["first"]:
         raise UserError(f"no row has an answer within {cfg.max_length} tokens: raise --max-length")
     for part in documents.values():
-        data.check_vocabulary(part, base.config.vocab_size)
+        packing.check_vocabulary(part, base.config.vocab_size)
     count = sum(len(document) for document in documents["first"][:64])
     if longest(cfg) > count:
         raise UserError(f"--methods: {longest(cfg)} virtual tokens begin as tokens of the rows, which have {count}")
@@ -74,17 +77,17 @@ def small_tokenizer(sets: dict[str, list[Conversation]]) -> Tokenizer:
     )
 
 
-def conversations(cfg) -> dict[str, list[Conversation]]:
+def task_conversations(cfg) -> dict[str, list[Conversation]]:
     """first, first_held_out and, unless there is --data, the same of a second task; base for a model from scratch."""
     if cfg.model == "scratch":
         sets = toy.directories(cfg.seed)
     else:
-        pairs = data.python_pairs() if cfg.data is None else []
-        train, held_out, _ = data.split_pairs([p for p in pairs if not p.topic.startswith("reference")])
+        pairs = python_docs.python_pairs() if cfg.data is None else []
+        train, held_out, _ = python_docs.split_pairs([p for p in pairs if not p.topic.startswith("reference")])
         sets = {"first": [p.conversation() for p in train], "first_held_out": [p.conversation() for p in held_out]}
         sets |= {"second": [backwards(p) for p in train], "second_held_out": [backwards(p) for p in held_out]}
     if cfg.data is not None:
-        rows = random.Random(0).sample(read := data.read_jsonl(cfg.data), len(read))
+        rows = random.Random(0).sample(read := conversations.read_jsonl(cfg.data), len(read))
         if len(rows) < 2:
             raise UserError(f"{cfg.data} has one row only: a second one is needed to evaluate on")
         count = max(1, len(rows) // 10)
@@ -95,11 +98,12 @@ def conversations(cfg) -> dict[str, list[Conversation]]:
             sets[name] = random.Random(0).sample(sets[name], min(cfg.eval_rows, len(sets[name])))
     if cfg.shuffle_answers:
         dealt = random.Random(cfg.seed).sample(sets["first"], len(sets["first"]))
-        sets["first"] = [data.with_answer_of(row, other) for row, other in zip(sets["first"], dealt, strict=True)]
+        pairs = zip(sets["first"], dealt, strict=True)
+        sets["first"] = [conversations.with_answer_of(row, other) for row, other in pairs]
     return sets
 
 
-def backwards(pair: data.Pair) -> Conversation:
+def backwards(pair: python_docs.Pair) -> Conversation:
     """The documentation as the question, what it is about as the answer."""
     question = f"What in Python is documented so: {pair.answer}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": pair.name}]
@@ -111,22 +115,22 @@ def longest(cfg) -> int:
 
 
 def tokenized(cfg, rows: list[Conversation], tokenizer: Tokenizer) -> list[Document]:
-    return data.tokenize(rows, tokenizer.render, cfg.max_length)[0]
+    return packing.tokenize(rows, tokenizer.render, cfg.max_length)[0]
 
 
 # --- Training and evaluation, the same for all methods
 
 
-def batch_of(cfg, run, documents: list[Document], rows: list[list[int]], step: int, phase: str) -> data.Batch:
-    chosen = data.batch_indices(len(rows), cfg.batch, step, lambda epoch: run.generator(phase, epoch))
-    return data.collate([documents[i] for row in chosen for i in rows[row]])
+def batch_of(cfg, run, documents: list[Document], rows: list[list[int]], step: int, phase: str) -> packing.Batch:
+    chosen = packing.batch_indices(len(rows), cfg.batch, step, lambda epoch: run.generator(phase, epoch))
+    return packing.collate([documents[i] for row in chosen for i in rows[row]])
 
 
 def packed(cfg, documents: list[Document]) -> list[list[int]]:
-    return data.pack([len(d) for d in documents], cfg.max_length)
+    return packing.pack([len(d) for d in documents], cfg.max_length)
 
 
-def loss_of(adapted: Adapted, batch: data.Batch, reduction: str = "mean") -> torch.Tensor:
+def loss_of(adapted: Adapted, batch: packing.Batch, reduction: str = "mean") -> torch.Tensor:
     """Cross entropy (nats) of the learnt tokens; scalar fp32. The logits never exist at once."""
     return ops.linear_cross_entropy(
         adapted.forward(batch), adapted.model.head_weight, batch.targets[0], reduction=reduction
@@ -154,7 +158,7 @@ def train(cfg, run, adapted: Adapted, documents: list[Document], lr: float, phas
 def evaluate(cfg, adapted: Adapted, documents: list[Document]) -> float:
     """Mean loss (nats) of the learnt tokens."""
     adapted.model.eval()
-    batches = [data.collate([documents[i] for i in row]) for row in packed(cfg, documents)]
+    batches = [packing.collate([documents[i] for i in row]) for row in packed(cfg, documents)]
     total = sum(loss_of(adapted, batch, "sum").item() for batch in batches)
     adapted.model.train()
     return total / sum(batch.learnt for batch in batches)

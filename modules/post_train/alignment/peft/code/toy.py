@@ -7,8 +7,8 @@ a held-out question was learnt under others only.
 import math
 import random
 
-from finetune.data import Conversation
-from finetune.directory import asked, deal
+from finetune.data.conversations import Conversation
+from finetune.data.toy_directory import asked, deal
 
 HELD_OUT = 80  # of 40 · 8 questions of a task
 CHANCE = math.log(10) / 2  # nats a token: the number can only be guessed, the end of the answer is certain

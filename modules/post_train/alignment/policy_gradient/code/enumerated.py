@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.rl import mdp as tables
 from finetune.rl.advantages import returns_to_go
-from finetune.rl.mdp import MDP
-from finetune.rl.moments import chi_correlated
-from finetune.rl.rollout import Rollout, sample_tabular
+from finetune.rl.envs.rollout import Rollout
+from finetune.rl.statistics import chi_correlated
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular.mdp import MDP
+from finetune.rl.tabular.sample import sample_tabular
 
 STEPS = 2  # of a trajectory
 

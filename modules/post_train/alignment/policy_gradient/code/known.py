@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from finetune.rl import mdp as tables
-from finetune.rl.evaluation import interval
-from finetune.rl.moments import beyond_chance, mean_and_error
-from finetune.rl.rollout import numpy_generator
+from finetune.rl.envs.evaluation import interval
+from finetune.rl.envs.rollout import numpy_generator
+from finetune.rl.statistics import beyond_chance, mean_and_error
+from finetune.rl.tabular import mdp as tables
 
 from . import enumerated, offpolicy, plots, tabular, variance
 from .enumerated import batch_means, by_episode, discounts, z_score

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from finetune import ops
 from finetune.rl.advantages import leave_one_out
-from finetune.rl.rollout import Rollout
+from finetune.rl.envs.rollout import Rollout
 
 BASELINES = ("none", "mean", "leave_one_out", "learned")
 

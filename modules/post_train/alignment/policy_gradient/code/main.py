@@ -12,13 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from finetune import config, ops, optim
-from finetune.display import uncertain
+from finetune import ops, optim
 from finetune.errors import UserError
-from finetune.rl import environments, policies
-from finetune.rl.evaluation import returns
-from finetune.rl.moments import RewardSize, beyond_chance, mean_and_error
-from finetune.rl.rollout import Rollout, episode_seeds
+from finetune.rl.agents import policies
+from finetune.rl.envs import environments
+from finetune.rl.envs.evaluation import returns
+from finetune.rl.envs.rollout import Rollout, episode_seeds
+from finetune.rl.statistics import RewardSize, beyond_chance, mean_and_error
+from finetune.runs import config
+from finetune.runs.display import uncertain
 
 from . import known, plots, variance
 from .enumerated import discounts

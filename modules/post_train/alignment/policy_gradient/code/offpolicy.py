@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from finetune.rl.advantages import returns_to_go
-from finetune.rl.moments import standard_error, variance_share
-from finetune.rl.rollout import Rollout
+from finetune.rl.envs.rollout import Rollout
+from finetune.rl.statistics import standard_error, variance_share
 
 from . import enumerated
 from .enumerated import batch_means, by_episode, discounts, total_variance, z_score

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.display import uncertain
-from finetune.plots import GOOD, GREY, INK, figure, moving_average, save
+from finetune.runs.display import uncertain
+from finetune.runs.plots import GOOD, GREY, INK, figure, moving_average, save
 
 from .offpolicy import WAYS
 

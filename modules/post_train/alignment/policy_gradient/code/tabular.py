@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.rl import mdp as tables
-from finetune.rl.mdp import MDP
-from finetune.rl.policies import Categorical
-from finetune.rl.rollout import Rollout, sample_tabular
+from finetune.rl.agents.policies import Categorical
+from finetune.rl.envs.rollout import Rollout
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular.mdp import MDP
+from finetune.rl.tabular.sample import sample_tabular
 
 from .losses import advantages, policy_loss
 from .natural import natural_direction

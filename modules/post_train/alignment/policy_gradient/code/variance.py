@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.rl.moments import chi_correlated, variance_share
-from finetune.rl.rollout import Rollout
+from finetune.rl.envs.rollout import Rollout
+from finetune.rl.statistics import chi_correlated, variance_share
 
 from . import enumerated
 from .enumerated import batch_means, by_episode, discounts, to_go, z_score

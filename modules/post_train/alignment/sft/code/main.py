@@ -17,14 +17,19 @@ from typing import Literal
 
 import torch
 
-from finetune import adapters, config, data, hub, lora, memory, ops, optim
-from finetune.config import bounded
-from finetune.data import Batch, Conversation, Document
-from finetune.directory import small_config, small_llama
+from finetune import memory, ops, optim
+from finetune.data import conversations, packing, python_docs
+from finetune.data.conversations import Conversation
+from finetune.data.packing import Batch, Document
+from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.generate import generate, said, stop_ids
-from finetune.llama import Llama, LlamaConfig, config_of
-from finetune.tokenizer import Tokenizer
+from finetune.lm.generate import generate, said, stop_ids
+from finetune.lm.io import hub
+from finetune.lm.llama import Llama, LlamaConfig, config_of
+from finetune.lm.tokenizer import Tokenizer
+from finetune.peft import adapters, lora
+from finetune.runs import config
+from finetune.runs.config import bounded
 
 from .toy import CHANCE, directory, small_tokenizer
 
@@ -35,7 +40,7 @@ class Config(config.Config):
     checkpoint_every: int = 20
     model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small new Llama
     # JSONL with messages, or prompt and completion; none: Python's own documentation (scratch: a toy directory)
-    data: Path | None = None
+    conversations: Path | None = None
     method: Literal["lora", "full"] = "lora"  # train adapters on frozen weights, or all weights
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; adapters and optimizer stay in float32
     rank: int = bounded(8, at_least=1, at_most=1 << 16)  # LoRA: rank of the update
@@ -113,7 +118,7 @@ def main(cfg: Config, run):
     model, tokenizer = load_model(cfg, sets, run)
     documents = tokenized(cfg, sets, tokenizer, run)
     for part in documents.values():
-        data.check_vocabulary(part, shape.vocab_size)
+        packing.check_vocabulary(part, shape.vocab_size)
     train = documents.pop("train")
     if cfg.method == "lora":
         targets, start = cfg.targets.split(","), run.generator("lora")
@@ -122,7 +127,7 @@ def main(cfg: Config, run):
     optimizer = optim.AdamW(optim.decay_groups(trained.values(), cfg.weight_decay), lr=cfg.lr)
     check_disk(cfg, run, model, trained)
     model.gradient_checkpointing = cfg.checkpointing
-    rows = data.pack([len(d) for d in train], cfg.max_length) if cfg.packing else [[i] for i in range(len(train))]
+    rows = packing.pack([len(d) for d in train], cfg.max_length) if cfg.packing else [[i] for i in range(len(train))]
     tokens, learnt = sum(map(len, train)), sum(d.learnt for d in train)
     run.say(
         f"{len(train)} conversations in {len(rows)} rows, {tokens:,} tokens of which {learnt:,} are learnt; "
@@ -137,10 +142,10 @@ def main(cfg: Config, run):
         run.log(0, **before)
 
     def micro_batches(step: int) -> list[Batch]:
-        chosen = data.batch_indices(len(rows), cfg.batch, step, lambda epoch: run.generator("epoch", epoch))
+        chosen = packing.batch_indices(len(rows), cfg.batch, step, lambda epoch: run.generator("epoch", epoch))
         bounds = [i * cfg.batch // cfg.accumulate for i in range(cfg.accumulate + 1)]
         parts = [[train[i] for row in chosen[a:b] for i in rows[row]] for a, b in pairwise(bounds)]
-        return [data.collate(part) for part in parts]
+        return [packing.collate(part) for part in parts]
 
     clock = {"speeds": torch.zeros(min(cfg.steps, 1000))}  # tokens a second of the last steps
     for step in run.steps(cfg.steps, {"trained": trained, "optimizer": optimizer, "clock": clock}):
@@ -181,14 +186,14 @@ def main(cfg: Config, run):
 def load_data(cfg: Config) -> dict[str, list[Conversation]]:
     """train, held_out and, of Python's documentation, unseen_topics; the latter two no larger than cfg.eval_rows."""
     if cfg.data is not None:
-        train, held_out = split(data.read_jsonl(cfg.data), cfg.data)
+        train, held_out = split(conversations.read_jsonl(cfg.data), cfg.data)
         sets = {"train": train, "held_out": held_out}
     elif cfg.model == "scratch":
         train, held_out = directory(cfg.seed)
         sets = {"train": train, "held_out": held_out}
     else:
         names = ("train", "held_out", "unseen_topics")
-        parts = data.split_pairs(data.python_pairs())
+        parts = python_docs.split_pairs(python_docs.python_pairs())
         sets = {name: [pair.conversation() for pair in part] for name, part in zip(names, parts, strict=True)}
     for name in sets:
         if name != "train":  # the same for every seed, so that seeds can be compared
@@ -211,14 +216,14 @@ def split(rows: list[Conversation], source: Path) -> tuple[list[Conversation], l
 def shuffled(rows: list[Conversation], seed: int) -> list[Conversation]:
     """The rows with their last answers dealt out anew."""
     dealt = random.Random(seed).sample(rows, len(rows))
-    return [data.with_answer_of(row, other) for row, other in zip(rows, dealt, strict=True)]
+    return [conversations.with_answer_of(row, other) for row, other in zip(rows, dealt, strict=True)]
 
 
 def tokenized(cfg: Config, sets: dict[str, list[Conversation]], tokenizer: Tokenizer, run) -> dict[str, list[Document]]:
     """The sets' rows that have an answer within the length. Where no held-out row has, others are held out instead."""
     found = {}
     for name, rows in sets.items():
-        fit = data.tokenize if name == "train" else data.fitting
+        fit = packing.tokenize if name == "train" else packing.fitting
         found[name], cut, dropped = fit(rows, tokenizer.render, cfg.max_length)
         if cut or dropped:
             run.say(
@@ -227,7 +232,7 @@ def tokenized(cfg: Config, sets: dict[str, list[Conversation]], tokenizer: Token
     if tokenizer.unwritten:
         run.say(f"the chat template does not write these keys of messages: {', '.join(sorted(tokenizer.unwritten))}")
     if not found["held_out"]:
-        found["train"], found["held_out"] = data.held_out_of(found["train"], cfg.max_length)
+        found["train"], found["held_out"] = packing.held_out_of(found["train"], cfg.max_length)
         run.say(f"no held-out row has an answer within {cfg.max_length} tokens: {len(found['held_out'])} others are")
     return {name: part for name, part in found.items() if part}
 
@@ -279,7 +284,8 @@ def evaluate(model: Llama, documents: dict[str, list[Document]], cfg: Config) ->
     model.eval()
     found = {}
     for name, part in documents.items():
-        batches = [data.collate([part[i] for i in row]) for row in data.pack([len(d) for d in part], cfg.max_length)]
+        rows = packing.pack([len(d) for d in part], cfg.max_length)
+        batches = [packing.collate([part[i] for i in row]) for row in rows]
         found[f"{name}_loss"] = sum(sft_loss(model, b, "sum").item() for b in batches) / sum(b.learnt for b in batches)
         if cfg.model == "scratch":
             right = [r for batch in batches for r in answered(model, batch)]
@@ -291,7 +297,7 @@ def evaluate(model: Llama, documents: dict[str, list[Document]], cfg: Config) ->
 def answered(model: Llama, batch: Batch) -> list[bool]:
     """For each document: is every learnt token the likeliest one?"""
     logits = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens)[0]  # (T, V)
-    right = (logits.argmax(-1) == batch.targets[0]) | (batch.targets[0] == data.IGNORE)
+    right = (logits.argmax(-1) == batch.targets[0]) | (batch.targets[0] == packing.IGNORE)
     return [bool(part.all()) for part in right.tensor_split(batch.cu_seqlens[1:-1].long())]
 
 
@@ -311,7 +317,7 @@ def choose(
         if len(found) == cfg.samples:
             break
         row = document.row or []
-        for i in data.exchanges(row):
+        for i in conversations.exchanges(row):
             prompt = tokenizer.encode(tokenizer.render_text(row[:i], add_generation_prompt=True)[0], False)
             if len(prompt) < model.config.max_length:
                 asked = next((m["content"] for m in reversed(row[:i]) if m["role"] == "user"), "")

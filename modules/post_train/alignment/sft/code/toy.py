@@ -7,9 +7,9 @@ reaches 0.1.
 import random
 from collections.abc import Sequence
 
-from finetune.data import Conversation
-from finetune.directory import asked, deal
-from finetune.tokenizer import Tokenizer
+from finetune.data.conversations import Conversation
+from finetune.data.toy_directory import asked, deal
+from finetune.lm.tokenizer import Tokenizer
 
 CHANCE = 0.1
 HELD_OUT = 128  # of 40 · 2 · 8 questions

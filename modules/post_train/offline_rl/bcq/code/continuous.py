@@ -7,10 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from finetune.optim import descend
-from finetune.rl.continuous import Deterministic, TwinQ, critic_loss, polyak_, smoothed, td3_policy_loss, td_target
-from finetune.rl.offline import cloning_loss
-from finetune.rl.policies import Gaussian, Value
-from finetune.rl.replay import Transitions
+from finetune.rl.agents.continuous import (
+    Deterministic,
+    TwinQ,
+    critic_loss,
+    polyak_,
+    smoothed,
+    td3_policy_loss,
+    td_target,
+)
+from finetune.rl.agents.offline import cloning_loss
+from finetune.rl.agents.policies import Gaussian, Value
+from finetune.rl.envs.replay import Transitions
 
 from . import losses
 from .generator import CVAE, Perturbation, candidates

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.optim import descend
-from finetune.rl.discrete import QNetwork, double_dqn_target, picked, td_loss
-from finetune.rl.policies import Categorical
-from finetune.rl.replay import Transitions
+from finetune.rl.agents.discrete import QNetwork, double_dqn_target, picked, td_loss
+from finetune.rl.agents.policies import Categorical
+from finetune.rl.envs.replay import Transitions
 
 from . import losses
 

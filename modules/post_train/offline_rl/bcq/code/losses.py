@@ -5,7 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.rl.offline import cloning_loss
+from finetune.rl.agents.offline import cloning_loss
 
 # --- Discrete
 

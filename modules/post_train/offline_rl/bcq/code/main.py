@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from finetune import config
-from finetune.config import bounded
 from finetune.errors import UserError
-from finetune.rl import datasets, environments
-from finetune.rl.continuous import bounds
-from finetune.rl.datasets import Dataset
-from finetune.rl.moments import standard_error
-from finetune.rl.offline import paid
-from finetune.rl.replay import Transitions
-from finetune.rl.rollout import episode_seeds
+from finetune.rl.agents.continuous import bounds
+from finetune.rl.agents.offline import paid
+from finetune.rl.envs import environments, logged_data
+from finetune.rl.envs.logged_data import Dataset
+from finetune.rl.envs.replay import Transitions
+from finetune.rl.envs.rollout import episode_seeds
+from finetune.rl.statistics import standard_error
+from finetune.runs import config
+from finetune.runs.config import bounded
 
 from . import continuous, discrete, plots
 from .trial import Found, Scale, a_batch, evaluate, logged, train
@@ -140,11 +140,11 @@ def main(cfg: Config, run) -> dict[str, Any]:
 
 def made(cfg: Config, run, env: str, quality: str) -> Dataset:
     seed = run.generator("data", env, quality).initial_seed() % 2**31
-    return named(datasets.generate(env, quality, cfg.rows, seed), env)
+    return named(logged_data.generate(env, quality, cfg.rows, seed), env)
 
 
 def given(cfg: Config, run, name: str, envs: list[Any]) -> Dataset:
-    data = datasets.load(cfg.data).fit(envs[0])
+    data = logged_data.load(cfg.data).fit(envs[0])
     if differ := paid(data.transitions(), envs[:5], episode_seeds(run, len(envs[:5]), "paid")):
         run.say(f"{cfg.data.name}: {name} pays {differ[0]:.3g} a step where the logs say {differ[1]:.3g}: returns are "
                 "the environment's, believed values the logs', and the two are not compared")  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.plots import GOOD, GREY, INK, figure, save
+from finetune.runs.plots import GOOD, GREY, INK, figure, save
 
 COLOURS = {"dqn": "#c53030", "td3": "#c53030", "bc": "#8a6d3b", "bcq": "#1769aa", "td3_bc": "#2e7d32",
            "iql": "#805ad5", "awac": "#d97706"}  # fmt: skip

@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.rl import environments
-from finetune.rl.continuous import TwinQ
-from finetune.rl.datasets import Dataset
-from finetune.rl.discrete import QNetwork
-from finetune.rl.evaluation import true_returns
-from finetune.rl.moments import standard_error
-from finetune.rl.offline import FQE
-from finetune.rl.replay import Transitions
-from finetune.rl.rollout import episode_seeds
+from finetune.rl.agents.continuous import TwinQ
+from finetune.rl.agents.discrete import QNetwork
+from finetune.rl.agents.offline import FQE
+from finetune.rl.envs import environments
+from finetune.rl.envs.evaluation import true_returns
+from finetune.rl.envs.logged_data import Dataset
+from finetune.rl.envs.replay import Transitions
+from finetune.rl.envs.rollout import episode_seeds
+from finetune.rl.statistics import standard_error
 
 LOG_EVERY = 10
 LOGGED = ("return", "true", "believed")  # of what `evaluate` finds

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finetune.optim import descend
-from finetune.rl.continuous import (
+from finetune.rl.agents.continuous import (
     Deterministic,
     SquashedGaussian,
     TwinQ,
@@ -18,9 +18,9 @@ from finetune.rl.continuous import (
     td_target,
     temperature_loss,
 )
-from finetune.rl.environments import Act
-from finetune.rl.offline import cloning_loss
-from finetune.rl.replay import Transitions
+from finetune.rl.agents.offline import cloning_loss
+from finetune.rl.envs.environments import Act
+from finetune.rl.envs.replay import Transitions
 
 from .losses import conservative_gap, dual_loss, max_backup, sampled_actions, weight
 

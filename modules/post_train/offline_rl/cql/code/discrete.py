@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.optim import descend
-from finetune.rl.continuous import polyak_
-from finetune.rl.discrete import QNetwork, double_dqn_target, greedy, picked, td_loss
-from finetune.rl.environments import Act
-from finetune.rl.offline import cloning_loss
-from finetune.rl.policies import Categorical
-from finetune.rl.replay import Transitions
+from finetune.rl.agents.continuous import polyak_
+from finetune.rl.agents.discrete import QNetwork, double_dqn_target, greedy, picked, td_loss
+from finetune.rl.agents.offline import cloning_loss
+from finetune.rl.agents.policies import Categorical
+from finetune.rl.envs.environments import Act
+from finetune.rl.envs.replay import Transitions
 
 from .losses import cql_h, cql_rho, dual_loss, weight
 

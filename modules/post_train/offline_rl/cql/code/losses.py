@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from finetune.rl.continuous import SquashedGaussian, TwinQ
-from finetune.rl.discrete import picked
+from finetune.rl.agents.continuous import SquashedGaussian, TwinQ
+from finetune.rl.agents.discrete import picked
 
 # --- Discrete actions
 

@@ -15,19 +15,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from finetune import config
-from finetune.config import bounded
-from finetune.display import uncertain
 from finetune.errors import UserError, nearest
-from finetune.rl import datasets, environments
-from finetune.rl.continuous import Deterministic, SquashedGaussian, TwinQ, bounds
-from finetune.rl.datasets import Dataset
-from finetune.rl.discrete import QNetwork
-from finetune.rl.evaluation import returns, true_returns
-from finetune.rl.moments import mean_and_error, standard_error
-from finetune.rl.offline import FQE, normalised, paid, possible_returns
-from finetune.rl.replay import Transitions
-from finetune.rl.rollout import episode_seeds
+from finetune.rl.agents.continuous import Deterministic, SquashedGaussian, TwinQ, bounds
+from finetune.rl.agents.discrete import QNetwork
+from finetune.rl.agents.offline import FQE, normalised, paid, possible_returns
+from finetune.rl.envs import environments, logged_data
+from finetune.rl.envs.evaluation import returns, true_returns
+from finetune.rl.envs.logged_data import Dataset
+from finetune.rl.envs.replay import Transitions
+from finetune.rl.envs.rollout import episode_seeds
+from finetune.rl.statistics import mean_and_error, standard_error
+from finetune.runs import config
+from finetune.runs.config import bounded
+from finetune.runs.display import uncertain
 
 from . import continuous, discrete, plots
 
@@ -50,7 +50,7 @@ class Config(config.Config):
     threads: int = 1  # networks so small are fastest on one
     updates: int = bounded(100, at_least=1, at_most=10**6)  # of a step
     sets: str = "expert,random,mixed,pendulum_mixed"  # to learn from, separated by commas
-    data: Path | None = None  # an npz of your own steps in their place (finetune/rl/datasets.py has the fields)
+    data: Path | None = None  # an npz of your own steps in their place (finetune/rl/envs/logged_data.py has the fields)
     env: str = "CartPole-v1"  # with --data: where they come from, and where what was learnt is judged
     data_steps: int = bounded(50_000, at_least=100, at_most=10**7)  # of a set made here; of an expert's a twenty-fifth
     hidden: int = bounded(64, at_least=1, at_most=8192)  # width of the two hidden layers of every network
@@ -135,10 +135,10 @@ def prepare(cfg: Config, run, name: str, cut: environments.Cut) -> Task:
     env, quality = (cfg.env, "") if name == "data" else SETS[name]
     envs = environments.make(env, cfg.eval_episodes, cut=cut)
     if cfg.data:
-        data = datasets.load(cfg.data)
+        data = logged_data.load(cfg.data)
     else:
         count = max(cfg.data_steps // (25 if quality == "expert" else 1), 100)
-        data = datasets.generate(env, quality, count, run.generator("data", name).initial_seed())
+        data = logged_data.generate(env, quality, count, run.generator("data", name).initial_seed())
     data = data.fit(envs[0])
     if cfg.shuffle_actions:
         data.actions = data.actions[torch.randperm(len(data), generator=run.generator("shuffle", name))]

@@ -9,9 +9,9 @@ mean of Q: with the policy's own mean it is V^π, and Q − V is A^π; with the 
 import numpy as np
 import torch
 
-from finetune.rl import mdp as tables
-from finetune.rl.mdp import MDP
-from finetune.rl.rollout import numpy_generator
+from finetune.rl.envs.rollout import numpy_generator
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular.mdp import MDP
 
 FORMS = ("none", "mean", "policy_mean")
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from finetune import ops
-from finetune.rl import mdp as tables
 from finetune.rl.advantages import group_normalised, leave_one_out, returns_to_go, whitened
-from finetune.rl.mdp import MDP
-from finetune.rl.moments import RewardScale, chi_correlated
-from finetune.rl.rollout import Rollout
+from finetune.rl.envs.rollout import Rollout
+from finetune.rl.statistics import RewardScale, chi_correlated
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular.mdp import MDP
 
 UNBIASED_GRADIENTS = (
     "total_return", "reward_to_go", "value_baseline", "optimal_baseline", "leave_one_out", "gae", "advantage",

@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune import config, ops
-from finetune.display import uncertain
-from finetune.rl import mdp as tables
+from finetune import ops
 from finetune.rl.advantages import group_normalised, leave_one_out, n_step, retrace, tree_backup, upgo, vtrace
-from finetune.rl.mdp import MDP
-from finetune.rl.moments import Moments, RewardScale, beyond_chance, bias_interval, chi, seen_by_the_gradient
-from finetune.rl.planning import evaluate
-from finetune.rl.rollout import Rollout, numpy_generator, sample_tabular
+from finetune.rl.envs.rollout import Rollout, numpy_generator
+from finetune.rl.statistics import Moments, RewardScale, beyond_chance, bias_interval, chi, seen_by_the_gradient
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular.mdp import MDP
+from finetune.rl.tabular.planning import evaluate
+from finetune.rl.tabular.sample import sample_tabular
+from finetune.runs import config
+from finetune.runs.display import uncertain
 
 from . import dueling, plots, scaling, tokens
 from .gradients import GRADIENTS, RESCALED_GRADIENTS, UNBIASED_GRADIENTS, Slopes, exact_gradient, gradients

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from finetune.display import uncertain
-from finetune.plots import INK, figure, save
+from finetune.runs.display import uncertain
+from finetune.runs.plots import INK, figure, save
 
 COLOURS = (
     "#1769aa",

@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from finetune.rl.rollout import numpy_generator
+from finetune.rl.envs.rollout import numpy_generator
 
 from . import plots
 

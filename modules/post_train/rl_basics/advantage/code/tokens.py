@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from finetune import ops
-from finetune.display import uncertain
 from finetune.rl.advantages import group_normalised, last_token, leave_one_out, returns_to_go, token_rewards
-from finetune.rl.rollout import numpy_generator
+from finetune.rl.envs.rollout import numpy_generator
+from finetune.runs.display import uncertain
 
 from . import plots
 

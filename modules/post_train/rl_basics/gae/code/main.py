@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune import config, ops, optim
+from finetune import ops, optim
 from finetune.errors import UserError
-from finetune.rl import environments
-from finetune.rl import mdp as tables
-from finetune.rl.mdp import MDP
-from finetune.rl.moments import Moments, beyond_chance, bias_interval, chi, seen_by_the_gradient
-from finetune.rl.planning import evaluate
-from finetune.rl.rollout import Rollout, numpy_generator, sample_tabular
+from finetune.rl.envs import environments
+from finetune.rl.envs.rollout import Rollout, numpy_generator
+from finetune.rl.statistics import Moments, beyond_chance, bias_interval, chi, seen_by_the_gradient
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular.mdp import MDP
+from finetune.rl.tabular.planning import evaluate
+from finetune.rl.tabular.sample import sample_tabular
+from finetune.runs import config
 
 from . import plots, ppo
 from .variants import VARIANTS

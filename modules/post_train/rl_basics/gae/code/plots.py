@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.plots import INK, figure, save
+from finetune.runs.plots import INK, figure, save
 
 COLOURS = {"exact": "#1769aa", "half_learnt": "#c53030"}
 NAMES = {"exact": "exact V", "half_learnt": "half-learnt V"}

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune import config
-from finetune.checkpoint import atomic_write
-from finetune.config import bounded
-from finetune.rl import mdp as mdps
-from finetune.rl import planning, worlds
-from finetune.rl.mdp import MDP, Array
-from finetune.rl.moments import beyond_chance, standard_error
-from finetune.rl.rollout import numpy_generator
+from finetune.rl.envs.rollout import numpy_generator
+from finetune.rl.statistics import beyond_chance, standard_error
+from finetune.rl.tabular import mdp as mdps
+from finetune.rl.tabular import planning, worlds
+from finetune.rl.tabular.mdp import MDP, Array
+from finetune.runs import config
+from finetune.runs.checkpoint import atomic_write
+from finetune.runs.config import bounded
 
 from . import plots, pomdp
 
@@ -38,7 +38,7 @@ class Config(config.Config):
     threads: int = 1  # the tables are small
     steps: int = 20_000  # sweeps at most; as many are made as γ needs
     checkpoint_every: int = 500
-    world: str = "frozen_lake_8x8"  # whose sweeps are recorded: a name in finetune/rl/worlds.py, or a gymnasium id
+    world: str = "frozen_lake_8x8"  # whose sweeps are recorded: a name in rl/tabular/worlds.py, or a gymnasium id
     data: Path | None = None  # an npz with P (states, actions, states) and R, in place of a world
     gamma: float | None = bounded(None, at_least=0, at_most=1)  # discount; none: the world's own
     # of modified policy iteration, between two improvements

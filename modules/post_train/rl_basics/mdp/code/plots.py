@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 
-from finetune.plots import FAINT, INK, figure, save
-from finetune.rl import mdp as mdps
-from finetune.rl import planning, worlds
-from finetune.rl.mdp import MDP, Array
-from finetune.rl.plots import best_actions, value_map
+from finetune.rl.tabular import mdp as mdps
+from finetune.rl.tabular import planning, worlds
+from finetune.rl.tabular.mdp import MDP, Array
+from finetune.rl.tabular.plots import best_actions, value_map
+from finetune.runs.plots import FAINT, INK, figure, save
 
 from . import pomdp as partial
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.rl import mdp as mdps
-from finetune.rl.mdp import MDP, Array
+from finetune.rl.tabular import mdp as mdps
+from finetune.rl.tabular.mdp import MDP, Array
 
 
 @dataclass(frozen=True)

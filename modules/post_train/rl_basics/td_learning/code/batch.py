@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from finetune.rl import mdp as mdps
-from finetune.rl.mdp import Array
+from finetune.rl.tabular import mdp as mdps
+from finetune.rl.tabular.mdp import Array
 
 from .prediction import Stream
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetune.rl.mdp import MDP, Array, pick
+from finetune.rl.tabular.mdp import MDP, Array, pick
 
 Kind = Literal["sarsa", "expected_sarsa", "q_learning", "double_q"]
 KINDS: tuple[Kind, ...] = ("sarsa", "expected_sarsa", "q_learning", "double_q")

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from finetune.optim import descend
-from finetune.rl.discrete import QNetworks, double_dqn_target, dqn_target, picked, td_loss
-from finetune.rl.environments import sizes
-from finetune.rl.evaluation import returns
-from finetune.rl.replay import Priorities, Replay, Transitions
-from finetune.rl.rollout import Rollout
-from finetune.rl.vector import Vector
+from finetune.rl.agents.discrete import QNetworks, double_dqn_target, dqn_target, picked, td_loss
+from finetune.rl.envs.environments import sizes
+from finetune.rl.envs.evaluation import returns
+from finetune.rl.envs.replay import Priorities, Replay, Transitions
+from finetune.rl.envs.rollout import Rollout
+from finetune.rl.envs.vector import Vector
 
 
 @dataclass(frozen=True)

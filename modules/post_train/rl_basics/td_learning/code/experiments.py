@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.rl import mdp as mdps
-from finetune.rl import planning, worlds
-from finetune.rl.mdp import MDP, Array
+from finetune.rl.tabular import mdp as mdps
+from finetune.rl.tabular import planning, worlds
+from finetune.rl.tabular.mdp import MDP, Array
 
 from . import batch, control, linear, off_policy, prediction
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.rl.mdp import Array
+from finetune.rl.tabular.mdp import Array
 
 # --- Tile coding
 

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune import config
-from finetune.config import bounded
-from finetune.display import uncertain
 from finetune.errors import UserError, nearest
-from finetune.rl import environments, planning, worlds
-from finetune.rl import mdp as mdps
-from finetune.rl.evaluation import returns
-from finetune.rl.moments import standard_error
-from finetune.rl.rollout import episode_seeds, numpy_generator
-from finetune.rl.vector import Vector
+from finetune.rl.envs import environments
+from finetune.rl.envs.evaluation import returns
+from finetune.rl.envs.rollout import episode_seeds, numpy_generator
+from finetune.rl.envs.vector import Vector
+from finetune.rl.statistics import standard_error
+from finetune.rl.tabular import mdp as mdps
+from finetune.rl.tabular import planning, worlds
+from finetune.runs import config
+from finetune.runs.config import bounded
+from finetune.runs.display import uncertain
 
 from . import control, dqn, experiments, off_policy, plots
 from .dqn import VARIANTS

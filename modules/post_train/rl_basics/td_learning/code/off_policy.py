@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from finetune.rl.mdp import MDP, Array, pick
+from finetune.rl.tabular.mdp import MDP, Array, pick
 
 from .control import Walkers
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from finetune.plots import INK, figure, save
-from finetune.rl import worlds
-from finetune.rl.mdp import Array, one_hot
-from finetune.rl.plots import value_map
-from finetune.rl.rollout import numpy_generator
+from finetune.rl.envs.rollout import numpy_generator
+from finetune.rl.tabular import worlds
+from finetune.rl.tabular.mdp import Array, one_hot
+from finetune.rl.tabular.plots import value_map
+from finetune.runs.plots import INK, figure, save
 
 from . import control, dqn, experiments, linear
 from .experiments import (

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.rl.mdp import MDP, Array, pick, uniform
-from finetune.rl.rollout import sample_tabular
+from finetune.rl.tabular.mdp import MDP, Array, pick, uniform
+from finetune.rl.tabular.sample import sample_tabular
 
 Trace = Literal["accumulating", "replacing", "dutch", "true_online"]
 

@@ -6,7 +6,7 @@ steps. V and Q are changed in place.
 
 from __future__ import annotations
 
-from finetune.rl.mdp import Array
+from finetune.rl.tabular.mdp import Array
 
 
 def monte_carlo(V: Array, states: list[int], rewards: list[float], alpha: float, gamma: float, first: bool) -> None:

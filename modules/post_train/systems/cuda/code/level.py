@@ -24,8 +24,8 @@ from types import ModuleType
 import torch
 from filelock import FileLock
 
-from finetune.emulator import ROOT
 from finetune.errors import UserError
+from finetune.kernels.emulator import ROOT
 
 CODE = Path(__file__).parent
 COMMON = ["-std=c++20", "-fPIC", "-fno-gnu-unique", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra",
@@ -121,7 +121,7 @@ def run(*words: str | Path, target: Path) -> None:
 @functools.cache
 def headers() -> str:
     """A digest of every header that a level or the emulator may include."""
-    folders = ("csrc/cuda", "csrc/emulator", "csrc/include/finetune")
+    folders = ("csrc/cuda", "csrc/cuda/device", "csrc/emulator", "csrc/include/finetune")
     return digest(*sorted(p for f in folders for p in (ROOT / f).iterdir() if p.suffix in (".h", ".cuh")))
 
 

@@ -7,9 +7,9 @@ counts what it does to memory. No time is measured: an emulator has none that me
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finetune import config
 from finetune.errors import UserError
-from finetune.machine import physical_cores
+from finetune.runs import config
+from finetune.runs.machine import physical_cores
 
 from . import plots
 from .level import Level, build_all, levels, load

@@ -3,8 +3,8 @@
 import math
 from typing import TYPE_CHECKING
 
-from finetune.checkpoint import atomic_write
-from finetune.plots import FAINT, INK, LINE
+from finetune.runs.checkpoint import atomic_write
+from finetune.runs.plots import FAINT, INK, LINE
 
 if TYPE_CHECKING:
     from .measure import Count

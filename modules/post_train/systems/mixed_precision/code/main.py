@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from finetune import config, memory, ops, optim
-from finetune.config import bounded
+from finetune import memory, ops, optim
 from finetune.errors import UserError
-from finetune.gpt import GPT, GPTConfig
+from finetune.lm.gpt import GPT, GPTConfig
 from finetune.memory import formulas, meters
+from finetune.runs import config
+from finetune.runs.config import bounded
 
 from . import plots
 from .formats import FORMATS, Format, StochasticAdamW, use_fp8

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from finetune.plots import GOOD, INK, figure, moving_average, save
+from finetune.runs.plots import GOOD, INK, figure, moving_average, save
 
 COLOURS = {"fp32": "#1f2933", "bf16": "#1769aa", "bf16_no_master": "#b7791f", "bf16_stochastic": "#63b3ed",
            "fp16": "#c53030", "fp16_scaled": "#2e7d32", "fp8": "#805ad5"}  # fmt: skip

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune import reading
 from finetune.errors import UserError
+from finetune.runs import reading
 
 LIMIT = 1 << 30  # bytes of a text
 

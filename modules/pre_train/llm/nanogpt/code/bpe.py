@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from tokenizers import models, pre_tokenizers
 
 from finetune.errors import UserError
-from finetune.tokenizer import CUT, GPT2, Tokenizer, byte_level, pieces
+from finetune.lm.tokenizer import CUT, GPT2, Tokenizer, byte_level, pieces
 
 END = "<|endoftext|>"
 Pair = tuple[int, int]

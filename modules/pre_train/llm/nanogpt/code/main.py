@@ -19,13 +19,14 @@ import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from finetune import config, memory, ops, optim
-from finetune.config import bounded
+from finetune import memory, ops, optim
 from finetune.errors import UserError
-from finetune.generate import check_sampling, generate
-from finetune.gpt import GPT, GPTConfig
-from finetune.llama import Llama, LlamaConfig
-from finetune.tokenizer import Tokenizer
+from finetune.lm.generate import check_sampling, generate
+from finetune.lm.gpt import GPT, GPTConfig
+from finetune.lm.llama import Llama, LlamaConfig
+from finetune.lm.tokenizer import Tokenizer
+from finetune.runs import config
+from finetune.runs.config import bounded
 
 from . import bpe, ngram
 from .text import encoded, open_text

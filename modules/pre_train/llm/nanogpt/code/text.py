@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.checkpoint import writing
 from finetune.errors import UserError
-from finetune.tokenizer import PIECE, Tokenizer, pieces
+from finetune.lm.tokenizer import PIECE, Tokenizer, pieces
+from finetune.runs.checkpoint import writing
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 // sequences nearly all of the traffic, and memory that grows with the square of the length.
 //
 // Faults: attention.no_scale attention.last_key_missing attention.row_past_the_end
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

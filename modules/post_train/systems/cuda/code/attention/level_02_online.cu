@@ -6,7 +6,7 @@
 // (Rabe & Staats 2021, arXiv:2112.05682; Dao et al. 2022, arXiv:2205.14135, algorithm 1.)
 //
 // Faults: attention.no_rescale attention.no_barrier attention.no_second_barrier attention.keys_unmasked
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

@@ -7,9 +7,9 @@
 //
 // Faults: attention.no_rescale attention.no_second_barrier attention.keys_unmasked attention.p_registers_swapped
 // attention.quad_half_reduced
-#include "launch.cuh"
-#include "ptx.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/ptx.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

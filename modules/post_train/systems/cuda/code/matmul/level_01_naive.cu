@@ -4,7 +4,7 @@
 // a warp read A at addresses a row apart, 32 sectors for 64 bytes, and write C likewise.
 //
 // Faults: matmul.past_the_end matmul.last_product_missing
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

@@ -4,7 +4,7 @@
 // of B, and write neighbouring elements of C. Nothing else has changed.
 //
 // Faults: matmul.rows_and_columns_exchanged matmul.last_product_missing
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

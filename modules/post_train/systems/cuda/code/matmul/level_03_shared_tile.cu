@@ -4,7 +4,7 @@
 // request shared it) and from one request in a row. What takes over is shared memory: two reads for one multiply-add.
 //
 // Faults: matmul.no_barrier matmul.no_second_barrier matmul.tile_past_the_end
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

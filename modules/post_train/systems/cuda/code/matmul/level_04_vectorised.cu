@@ -4,8 +4,8 @@
 // were, requests fall by eight. Where rows do not begin on 16 bytes the eight elements are read one by one.
 //
 // Faults: matmul.no_barrier matmul.group_past_the_end
-#include "launch.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

@@ -6,8 +6,8 @@
 // stores.
 //
 // Faults: matmul.no_barrier matmul.no_second_barrier matmul.wrong_row
-#include "launch.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

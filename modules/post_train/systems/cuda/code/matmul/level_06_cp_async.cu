@@ -5,9 +5,9 @@
 // it visible to all. Traffic is as before: what this buys is time, which an emulator cannot show.
 //
 // Faults: matmul.wait_one_too_few matmul.no_barrier matmul.no_second_barrier matmul.one_buffer
-#include "launch.cuh"
-#include "ptx.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/ptx.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

@@ -5,9 +5,9 @@
 // conflict, no padding. B is stored as it comes, (k, n), and .trans turns it on the way to the registers.
 //
 // Faults: matmul.no_swizzle_on_read matmul.b_registers_swapped matmul.wait_one_too_few matmul.no_second_barrier
-#include "launch.cuh"
-#include "ptx.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/ptx.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

@@ -4,7 +4,7 @@
 // so that a floating sum is not reproducible. `partial` (1024,) is scratch of the later levels.
 //
 // Faults: reduction.plain_add reduction.past_the_end
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

@@ -5,7 +5,7 @@
 // (Harris 2007, Optimizing parallel reduction in CUDA, kernel 2.)
 //
 // Faults: reduction.no_barrier reduction.last_step_missing
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

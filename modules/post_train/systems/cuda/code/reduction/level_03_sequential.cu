@@ -4,7 +4,7 @@
 // the first ones, so whole warps are done early instead of half of every warp. (Harris 2007, kernel 3.)
 //
 // Faults: reduction.no_barrier reduction.half_too_far
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

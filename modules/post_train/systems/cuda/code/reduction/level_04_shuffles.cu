@@ -4,7 +4,7 @@
 // themselves. One barrier is left, where the warps meet.
 //
 // Faults: reduction.no_barrier reduction.four_exchanges
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

@@ -5,8 +5,8 @@
 // time.
 //
 // Faults: reduction.no_tail reduction.partial_unread
-#include "launch.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

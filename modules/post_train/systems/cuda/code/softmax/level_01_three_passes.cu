@@ -5,7 +5,7 @@
 // touches 32 sectors of 32 bytes and uses 4 bytes of each.
 //
 // Faults: softmax.one_row_too_many softmax.first_left_out
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

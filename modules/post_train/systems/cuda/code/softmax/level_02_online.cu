@@ -5,7 +5,7 @@
 // the row instead of three; the addresses are as bad as before.
 //
 // Faults: softmax.no_rescale
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

@@ -5,7 +5,7 @@
 // without shared memory and without a barrier.
 //
 // Faults: softmax.four_exchanges softmax.no_rescale
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

@@ -4,8 +4,8 @@
 // and with it the instructions that a scheduler has to issue. Rows that do not begin on 16 bytes are read one by one.
 //
 // Faults: softmax.no_tail
-#include "launch.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

@@ -4,8 +4,8 @@
 // all of the row at hand there is no need for the online sum: one exchange for the maximum, one for the sum.
 //
 // Faults: softmax.group_lost softmax.no_tail
-#include "launch.cuh"
-#include "vector.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
 
 namespace finetune {
 namespace {

@@ -4,7 +4,7 @@
 // warp's store touches 32 sectors and fills 4 bytes of each.
 //
 // Faults: transpose.past_the_end
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

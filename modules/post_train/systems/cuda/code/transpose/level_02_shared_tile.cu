@@ -5,7 +5,7 @@
 // where one would do.
 //
 // Faults: transpose.no_barrier transpose.tile_not_turned
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

@@ -4,7 +4,7 @@
 // costs 128 bytes of shared memory a tile.
 //
 // Faults: transpose.no_barrier transpose.read_unpadded
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

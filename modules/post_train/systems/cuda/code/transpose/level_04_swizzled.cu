@@ -5,7 +5,7 @@
 // ldmatrix and TMA need, which is why the tensor-core levels swizzle.
 //
 // Faults: transpose.no_barrier transpose.read_unswizzled
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 namespace finetune {
 namespace {

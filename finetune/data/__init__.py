@@ -1,0 +1,1 @@
+"""Training data: conversations and their packing, Python's documentation, a toy directory."""

@@ -1,0 +1,173 @@
+"""Conversations in tokens with a loss mask, packed into rows, and the batches of a step."""
+
+from __future__ import annotations
+
+import zlib
+from bisect import bisect_left, insort
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from finetune.data.conversations import Conversation
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Render = Callable[[Conversation], tuple[Sequence[int], Sequence[int]]]  # as Tokenizer.render: ids and loss mask
+
+IGNORE = -100  # a target that carries no loss
+
+
+@dataclass(frozen=True)
+class Document:
+    """One conversation in tokens; mask[i] is 1 if token i is to be learnt (answers and their end tokens). `row`: the
+    conversation itself."""
+
+    ids: Sequence[int]
+    mask: Sequence[int]
+    row: Conversation | None = field(default=None, compare=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def learnt(self) -> int:
+        """Number of tokens that carry loss; the first token of a document is never predicted."""
+        return sum(self.mask[1:])
+
+
+def tokenize(rows: Sequence[Conversation], render: Render, max_length: int) -> tuple[list[Document], int, int]:
+    """`fitting`; UserError if no row remains."""
+    found = fitting(rows, render, max_length)
+    if not found[0]:
+        raise UserError(f"no row has an answer within {max_length} tokens: raise --max-length or shorten the prompts")
+    return found
+
+
+def fitting(rows: Sequence[Conversation], render: Render, max_length: int) -> tuple[list[Document], int, int]:
+    """(documents, number cut, number left out): a conversation longer than `max_length` tokens loses its end, and one
+    with no token to learn within them is left out. UserError names the row that the template refuses."""
+    documents, cut, dropped = [], 0, 0
+    for row in rows:
+        try:
+            ids, mask = render(row)
+        except UserError as error:
+            text = next((m["content"] for m in row if m.get("content")), "")
+            raise UserError(f"the row that begins {text[:40]!r}: {error}") from None
+        document = Document(ids[:max_length], mask[:max_length], row)
+        if not document.learnt:
+            dropped += 1
+            continue
+        cut += len(ids) > max_length
+        documents.append(document)
+    return documents, cut, dropped
+
+
+def held_out_of(documents: Sequence[Document], max_length: int) -> tuple[list[Document], list[Document]]:
+    """(training, held-out): a twentieth of the different documents is held out, where none of the rows that were meant
+    to be fits. UserError if all are the same."""
+    kinds = sorted({tuple(document.ids) for document in documents}, key=lambda ids: zlib.crc32(repr(ids).encode()))
+    if len(kinds) < 2:
+        raise UserError(
+            f"one row only has an answer within {max_length} tokens: a second, different one is needed to evaluate on"
+        )
+    chosen = set(kinds[: max(1, len(kinds) // 20)])
+    parts: tuple[list[Document], list[Document]] = [], []
+    for document in documents:
+        parts[tuple(document.ids) in chosen].append(document)
+    return parts
+
+
+def check_vocabulary(documents: Iterable[Document], vocab_size: int) -> None:
+    """UserError if the tokenizer knows tokens that the model's table lacks, and the rows have one."""
+    largest = max((max(document.ids) for document in documents), default=0)
+    if largest >= vocab_size:
+        raise UserError(f"the rows have token {largest}, the model has {vocab_size}: its tokenizer is another model's")
+
+
+def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Bins of indices whose lengths add up to at most `max_length`: best-fit decreasing (Ding et al. 2024,
+    arXiv:2404.10830, §3), bin for bin as trl's pack_dataset(…, strategy="bfd").
+
+    Longest first (ties in order); each goes to the fullest bin that still holds it (ties: the one that has been waiting
+    longest), else to a new one.
+    """
+    if any(not 0 < n <= max_length for n in lengths):
+        raise ValueError(f"lengths must be between 1 and {max_length}")
+    bins: list[list[int]] = []
+    waiting: dict[int, deque[list[int]]] = defaultdict(deque)  # space left → bins with that much, oldest first
+    spaces: list[int] = []  # the keys of `waiting` that have bins, rising
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(spaces, lengths[i])
+        if place == len(spaces):
+            space = max_length
+            chosen: list[int] = []
+            bins.append(chosen)
+        else:
+            space = spaces[place]
+            chosen = waiting[space].popleft()
+            if not waiting[space]:
+                del spaces[place]
+        chosen.append(i)
+        space -= lengths[i]
+        if not waiting[space]:
+            insort(spaces, space)
+        waiting[space].append(chosen)
+    return bins
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents end to end in one row, with no padding: token t belongs to document n if cu_seqlens[n] ≤ t <
+    cu_seqlens[n+1]. targets[t] is the next token of the same document if that one is learnt, else IGNORE."""
+
+    tokens: Tensor  # (1, T) int64
+    targets: Tensor  # (1, T) int64
+    positions: Tensor  # (1, T) int64, from 0 in each document
+    cu_seqlens: Tensor  # (N+1,) int32
+
+    @property
+    def learnt(self) -> int:
+        return int((self.targets != IGNORE).sum())
+
+
+def collate(documents: Sequence[Document]) -> Batch:
+    """The documents as one packed batch."""
+    import torch
+
+    tokens: list[int] = []
+    targets: list[int] = []
+    positions: list[int] = []
+    ends = [0]
+    for document in documents:
+        ids, mask = list(document.ids), document.mask
+        tokens += ids
+        targets += [token if learn else IGNORE for token, learn in zip(ids[1:], mask[1:], strict=True)] + [IGNORE]
+        positions += range(len(ids))
+        ends.append(len(tokens))
+    return Batch(
+        torch.tensor([tokens], dtype=torch.int64),
+        torch.tensor([targets], dtype=torch.int64),
+        torch.tensor([positions], dtype=torch.int64),
+        torch.tensor(ends, dtype=torch.int32),
+    )
+
+
+def batch_indices(count: int, size: int, step: int, generator: Callable[[int], torch.Generator]) -> list[int]:
+    """Which of `count` rows step `step` (from 0) takes: `size` at a time through a new permutation each epoch.
+
+    A function of its arguments only, so a resumed run needs no stored position; `generator(epoch)` seeds an epoch.
+    """
+    import torch
+
+    orders: dict[int, list[int]] = {}
+    chosen = []
+    for i in range(step * size, (step + 1) * size):
+        epoch, place = divmod(i, count)
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(count, generator=generator(epoch)).tolist()
+        chosen.append(orders[epoch][place])
+    return chosen

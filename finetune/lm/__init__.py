@@ -1,0 +1,1 @@
+"""Language models: Llama and GPT-2, layers, generation, tokenizer, chat template."""

@@ -1,0 +1,497 @@
+"""Tokenizers over the `tokenizers` library: Hugging Face folders, GGUF metadata, training, and chat templates."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+
+from finetune.errors import UserError
+from finetune.runs import reading
+from finetune.runs.checkpoint import write_json
+
+if TYPE_CHECKING:
+    from finetune.lm.io.gguf import GGUFModel
+
+SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad (and unknown), begin, end
+
+
+def chatml(default_system: str = "") -> str:
+    """The project's ChatML template (Jinja), with generation markers around what the assistant has to learn: each
+    answer and the `<|im_end|>` behind it. `default_system` is put first where the messages begin with no system one."""
+    first = ""
+    if default_system:
+        turn = json.dumps(f"<|im_start|>system\n{default_system}<|im_end|>\n", ensure_ascii=False)
+        first = "{% if loop.first and messages[0]['role'] != 'system' %}{{ " + turn + " }}{% endif %}"
+    return (
+        "{% for message in messages %}" + first + "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
+NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+CONTEXT = ("tools", "documents", "chat_template_kwargs")  # of a whole conversation: its first message holds them
+REASONING = ("reasoning_content", "thinking", "reasoning")  # three names for the same
+# What is to be learned, or what it is learned from: a template that does not write it would teach something else.
+MEANT = ("tool_calls", *REASONING)
+PIECE = 1 << 16  # characters that are encoded at once where a text may be cut
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+
+class TokenText(msgspec.Struct):
+    content: str
+
+
+class NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
+
+
+Special = str | TokenText | None
+
+
+class Settings(msgspec.Struct):
+    """What is read of tokenizer_config.json and special_tokens_map.json."""
+
+    bos_token: Special = None
+    eos_token: Special = None
+    pad_token: Special = None
+    unk_token: Special = None
+    sep_token: Special = None
+    cls_token: Special = None
+    mask_token: Special = None
+    chat_template: str | list[NamedTemplate] | None = None
+
+    def updated(self, other: Settings) -> Settings:
+        found = {key: value for key in self.__struct_fields__ if (value := getattr(other, key)) is not None}
+        return msgspec.structs.replace(self, **found)
+
+    def tokens(self) -> dict[str, str]:
+        found = {name: getattr(self, name) for name in NAMES}
+        return {k: v.content if isinstance(v, TokenText) else v for k, v in found.items() if v is not None}
+
+    def template(self) -> str | None:
+        if isinstance(self.chat_template, list):
+            return next((entry.template for entry in self.chat_template if entry.name == "default"), None)
+        return self.chat_template
+
+
+class Tokenizer:
+    """Text ↔ ids. `bos_id`, `eos_id`, `pad_id` are None where the model has no such token.
+
+    `backend` is the `tokenizers.Tokenizer`; `chat_template` a Jinja template, or None; `others` further special tokens
+    that templates name (`unk_token`, …). `cut`: an expression behind whose matches a text may be cut without another id
+    (`CUT` for GPT-2's pre-tokenizer), so that a long one is encoded in pieces, for a tenth of the memory.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        pad: str | None = None,
+        chat_template: str | None = None,
+        others: Mapping[str, str] | None = None,
+        cut: re.Pattern[str] | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend, self.bos, self.eos, self.pad = backend, bos, eos, pad
+        self.chat_template, self.others, self.cut = chat_template, dict(others or {}), cut
+        self.bos_id, self.eos_id, self.pad_id = (
+            backend.token_to_id(name) if name else None for name in (bos, eos, pad)
+        )
+        self.unwritten: set[str] = set()  # keys of rendered messages that the template does not write
+        self._checked: set[tuple[str, str]] = set()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """By the names that templates and tokenizer_config.json use."""
+        found = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.pad, **self.others}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def token_ids(self) -> dict[str, int]:
+        """The special ids under the names that config.json uses."""
+        found = {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text; special tokens written out in it become their ids. `add_special_tokens` adds what the model
+        wants around a text (Llama 2 and 3: the begin token; SmolLM2 and GPT-2: nothing)."""
+        if self.cut and len(text) > PIECE:
+            return [i for piece in pieces([text], self.cut) for i in self.backend.encode(piece).ids]
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of ids. One without a token (a model's table often has more rows than there are tokens) writes
+        nothing; UserError for what is no id at all."""
+        for token in ids:
+            if not 0 <= token < 1 << 32:
+                raise UserError(f"{token} is no token's number: they are 0 or more")
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+        """(ids, mask) of a conversation [{"role": …, "content": …}, …]; mask[i] is 1 for the tokens that the assistant
+        has to produce: its answers and the end token of each, but for those whose message has the weight 0.
+
+        Which they are, the template's generation markers say. Without markers an answer is what the text with it has
+        more than the text that asks for it. UserError if that is not so, or if the template omits part of a message.
+        """
+        text, spans = self.render_text(messages, add_generation_prompt)
+        if not add_generation_prompt:
+            self.check_written(messages, text)
+            if (
+                self.template.marked
+                and not spans
+                and any(m["role"] == "assistant" and m.get("content") for m in messages)
+            ):
+                raise UserError("nothing of the answers stands between the chat template's {% generation %} markers")
+            if not self.template.marked or any(message.get("weight") == 0 for message in messages):
+                turns = self.turns(messages, text)
+                kept = [span for i, span in turns.items() if messages[i].get("weight") != 0]
+                spans = [s for s in spans if any(overlap(s, turn) for turn in kept)] if self.template.marked else kept
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        mask = [0] * len(encoding.ids)
+        for i, span in enumerate(encoding.offsets):
+            mask[i] = int(any(overlap(span, other) for other in spans))
+        return encoding.ids, mask
+
+    def render_text(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as text, and the character spans between generation markers."""
+        return self._render(*parted(messages), add_generation_prompt)
+
+    def _render(self, messages: list[Message], context: dict[str, Any], prompt: bool) -> tuple[str, list[Span]]:
+        if self.template is None:
+            raise UserError("the model has no chat template: set tokenizer.chat_template, or use its instruct version")
+        for i, message in enumerate(messages):
+            content = message.get("content")
+            fine = isinstance(content, str) or (content is None and message.get("tool_calls"))
+            if not isinstance(message.get("role"), str) or not fine:
+                raise UserError(f"message {i} needs a text for 'role' and for 'content', found {message!r}")
+        values = {"tools": None, "documents": None} | context
+        return self.template.render(
+            messages=[named(message) for message in messages],
+            add_generation_prompt=prompt,
+            **self.special_tokens | values.pop("chat_template_kwargs", {}) | values,
+        )
+
+    def turns(self, messages: Sequence[Message], text: str) -> dict[int, Span]:
+        """For each message of the assistant the characters that it adds to the text that asks for it."""
+        plain, context = parted(messages)
+        ends = tuple(token.content for token in self.backend.get_added_tokens_decoder().values())
+        found = {}
+        for i, message in enumerate(plain):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(plain[:i], context, True)[0]
+            after = text if i + 1 == len(plain) else self._render(plain[: i + 1], context, False)[0]
+            fix = "give a template with {% generation %} markers"
+            if not after.startswith(before):
+                same = next(i for i, letter in enumerate(before) if after[i : i + 1] != letter)
+                raise UserError(
+                    f"which tokens of message {i} are the assistant's cannot be told: the chat template asks for an "
+                    f"answer with {before[same:][:40]!r}, but writes {after[same:][:40]!r} where there is one; {fix}"
+                )
+            if not text.startswith(after):
+                raise UserError(
+                    f"which tokens of message {i} are the assistant's cannot be told: the chat template writes it "
+                    f"otherwise once other messages follow; {fix}, or rows that end with their first answer"
+                )
+            trimmed = after.rstrip()
+            found[i] = len(before), len(trimmed) if trimmed.endswith(ends) else len(after)
+        return found
+
+    def check_written(self, messages: Sequence[Message], text: str) -> None:
+        """UserError if the template omits what is to be learned, or what that is learned from; other keys that it does
+        not write are added to `unwritten`."""
+        plain, context = parted(messages)
+
+        def writes(changed: list[Message], values: dict[str, Any]) -> bool:
+            try:
+                return self._render(changed, values, False)[0] != text
+            except UserError:  # it cannot do without
+                return True
+
+        for key in ("tools", "documents"):
+            if context.get(key) and not writes(plain, {k: v for k, v in context.items() if k != key}):
+                raise UserError(f"the chat template does not write the row's {key!r}: use another, or remove them")
+        for i, message in enumerate(plain):
+            role = message["role"]
+            for key in message:
+                gone = {k: v for k, v in message.items() if k != key and not (key in REASONING and k in REASONING)}
+                if key in MEANT:
+                    if message[key] and not writes([*plain[:i], gone, *plain[i + 1 :]], context):
+                        raise UserError(f"the chat template does not write {key!r} of message {i} ({role})")
+                elif key not in ("role", "content", "weight") and (role, key) not in self._checked:
+                    self._checked.add((role, key))
+                    if not writes([*plain[:i], gone, *plain[i + 1 :]], context):
+                        self.unwritten.add(key)
+            if role not in ("user", "assistant") and (role, "content") not in self._checked:
+                self._checked.add((role, "content"))
+                if not writes(
+                    [*plain[:i], message | {"content": f"{message.get('content')}."}, *plain[i + 1 :]], context
+                ):
+                    raise UserError(f"the chat template does not write message {i}, whose role is {role!r}")
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, source: str | None) -> None:
+        self._chat_template = source
+        self._checked = set()
+        self.__dict__.pop("template", None)
+
+    @cached_property
+    def template(self) -> Any:
+        from finetune.lm.chat_template import ChatTemplate
+
+        return None if self._chat_template is None else ChatTemplate(self._chat_template)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder (tokenizer.json), of a .gguf file, of `smollm2`, or of a hub id.
+
+        UserError if there is none. SmolLM's own chat template is replaced by ours, which renders the same text and has
+        the generation markers.
+        """
+        from finetune.lm.io import hub
+
+        source = hub.resolve(path)
+        if source.suffix == ".gguf":
+            from finetune.lm.io.gguf import GGUFModel
+
+            return from_gguf(GGUFModel(source))
+        file = source / "tokenizer.json"
+        if not file.exists():
+            raise UserError(f"{source} holds no tokenizer.json: save the tokenizer in its fast form")
+        text = reading.text_file(file)
+        check_prefix(text, file)
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except UserError:
+            raise
+        except BaseException as error:  # the library raises plain Exception, and panics of Rust are no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"{file} is damaged ({why}): fetch or save the tokenizer again") from None
+        settings = Settings()
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (source / name).exists():
+                settings = settings.updated(reading.json_file(source / name, Settings, "save the tokenizer again"))
+        own = source / "chat_template.jinja"
+        template = reading.text_file(own, limit=4 << 20) if own.exists() else settings.template()
+        found = settings.tokens()
+        bos, eos, pad = (found.pop(key, None) for key in NAMES[:3])
+        return cls(backend, bos=bos, eos=eos, pad=pad, chat_template=with_markers(template), others=found)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json (with the chat template), which transformers opens too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "tokenizer.json", json.loads(self.backend.to_str()))
+        settings: dict[str, Any] = dict(self.special_tokens)
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        write_json(folder / "tokenizer_config.json", settings)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
+        """A byte-level BPE with the ChatML tokens, trained on `texts` (Sennrich et al. 2016, arXiv:1508.07909).
+
+        vocab_size ≥ 259: 256 bytes, 3 special tokens, the rest merges. No text is unknown to it.
+        """
+        if vocab_size < 256 + len(SPECIALS):
+            raise UserError(
+                f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIALS)} special tokens need 259"
+            )
+        backend = byte_level(models.BPE(), GPT2)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIALS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        pad, bos, eos = SPECIALS
+        return cls(backend, bos=bos, eos=eos, pad=pad, chat_template=chatml())
+
+
+class Subwords(msgspec.Struct):
+    continuing_subword_prefix: str | None = None
+    merges: list[Any] | None = None
+
+
+class HasModel(msgspec.Struct):
+    model: Subwords
+
+
+def check_prefix(text: str, file: Path) -> None:
+    """UserError for merges without the prefix that their model gives: the library cuts it off unseen, which can end the
+    whole process."""
+    if '"continuing_subword_prefix":null' in text.replace(" ", ""):
+        return
+    model = reading.json_value(text.encode(), HasModel, file, "fetch or save the tokenizer again").model
+    prefix = model.continuing_subword_prefix or ""
+    for merge in model.merges or []:
+        second = merge.partition(" ")[2] if isinstance(merge, str) else str(merge[-1]) if merge else ""
+        if not second.startswith(prefix):
+            raise UserError(f"{file} is damaged: the merge {merge!r} lacks the prefix {prefix!r} of its model")
+
+
+def parted(messages: Sequence[Message]) -> tuple[list[Message], dict[str, Any]]:
+    """The messages by themselves, and what the first one holds for all of them."""
+    context = {key: messages[0][key] for key in CONTEXT if messages and key in messages[0]}
+    return [{k: v for k, v in message.items() if k not in context} for message in messages], context
+
+
+def named(message: Message) -> Message:
+    """A message as transformers shows it to a template: without empty keys, its reasoning under the usual names."""
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def overlap(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def pieces(texts: Iterable[str], cut: re.Pattern[str]) -> Iterator[str]:
+    """The same text in parts of about PIECE characters, each of which ends with a match of `cut`."""
+    rest = ""
+    for text in texts:
+        rest, begin = rest + text, 0
+        while len(rest) - begin > PIECE and (found := cut.search(rest, begin + PIECE)):
+            yield rest[begin : found.end()]
+            begin = found.end()
+        rest = rest[begin:]
+    if rest:
+        yield rest
+
+
+CUT = re.compile(r"\S(?=\s)")  # in front of white space behind something else, GPT-2's expression cuts too
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
+
+
+def split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+LLAMA3 = split(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How a text is cut before the merges, by GGUF's tokenizer.ggml.pre. `smollm` sets every digit apart first, as the model
+# was trained and as llama.cpp does (transformers' GGUF reader leaves that step out and splits "\n\n1." otherwise).
+PRE_TOKENIZERS = {
+    "smollm": DIGITS,
+    "starcoder": DIGITS,
+    "refact": DIGITS,
+    "command-r": DIGITS,
+    "default": GPT2,
+    "gpt-2": GPT2,
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+}
+CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
+
+
+def byte_level(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
+    return backend
+
+
+class Vocabulary(msgspec.Struct, rename=lambda name: f"tokenizer.ggml.{name}"):
+    """What is read of a GGUF's metadata."""
+
+    tokens: list[str]
+    merges: list[str]
+    token_type: list[int] = []
+    add_bos_token: bool | None = None
+    add_eos_token: bool = False
+
+
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+
+def from_gguf(file: GGUFModel) -> Tokenizer:
+    """Byte-level BPE from the metadata of a GGUF; UserError for any other kind of tokenizer."""
+    kind, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        raise UserError(f"{file.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported")
+    read = file.struct(Vocabulary)
+    tokens, vocabulary = read.tokens, {token: i for i, token in enumerate(read.tokens)}
+    llama3 = pre in LLAMA3_NAMES  # as in llama.cpp: a word of the vocabulary is one token, and bos comes first
+    merges = [(first, second) for first, _, second in (merge.partition(" ") for merge in read.merges)]
+    try:
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3)
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{file.path}: tokenizer.ggml.merges is not of this vocabulary ({why})") from None
+    backend = byte_level(model, PRE_TOKENIZERS[pre])
+    for token, kind in zip(tokens, read.token_type, strict=False):
+        if kind == CONTROL:
+            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        elif kind == USER_DEFINED:
+            backend.add_tokens([AddedToken(token, normalized=False, special=False)])
+    ids = file.token_ids()
+    bos, eos, pad, unk = (name_of(tokens, ids.get(f"{key}_token_id")) for key in ("bos", "eos", "pad", "unk"))
+    if pad is None and "<|endoftext|>" in vocabulary and eos != "<|endoftext|>":
+        pad = "<|endoftext|>"
+    around = [bos if (llama3 if read.add_bos_token is None else read.add_bos_token) else None]
+    around += [eos if read.add_eos_token else None]
+    if any(around):
+        known = [token for token in dict.fromkeys(around) if token is not None]
+        backend.post_processor = processors.TemplateProcessing(
+            single=" ".join(
+                [f"{around[0]}:0" if around[0] else "", "$A:0", f"{around[1]}:0" if around[1] else ""]
+            ).strip(),
+            special_tokens=[(token, vocabulary[token]) for token in known],
+        )
+    others = {} if unk is None else {"unk_token": unk}
+    template = reading.convert(file.get("tokenizer.chat_template"), str | None, f"{file.path}: tokenizer.chat_template")  # type: ignore[arg-type]
+    return Tokenizer(backend, bos=bos, eos=eos, pad=pad, chat_template=with_markers(template), others=others)
+
+
+def name_of(tokens: list[str], at: int | None) -> str | None:
+    return None if at is None else tokens[at]
+
+
+def with_markers(template: str | None) -> str | None:
+    """Our template in place of SmolLM's own, which is recognised by its default system message and its ChatML."""
+    if template is None or SMOLLM_SYSTEM not in template:
+        return template
+    from finetune.lm.chat_template import ChatTemplate, same_text
+
+    ours = chatml(SMOLLM_SYSTEM)
+    return ours if not ChatTemplate(template).marked and same_text(template, ours) else template

@@ -1,0 +1,247 @@
+"""Adapter folders in peft's format, both ways: LoRA, rsLoRA, DoRA, PiSSA (finetune/peft/lora.py), prompts and prefixes
+(finetune/peft/virtual_tokens.py). A folder holds adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import UserError
+from finetune.lm.io import weights
+from finetune.lm.llama import Llama, from_hf, to_hf
+from finetune.peft.lora import LoRA, LoRALinear, adapters, apply_lora, first_fit, linear_layers
+from finetune.peft.virtual_tokens import Prefix, Prompt
+from finetune.runs import checkpoint, reading
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what peft puts before a Hugging Face name
+PARTS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "magnitude"}
+VECTORS = "prompt_embeddings"
+Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+
+
+class Named(msgspec.Struct):
+    base_model_name_or_path: str | None = None
+
+
+class LoRAConfig(msgspec.Struct):
+    """What is read of adapter_config.json, in addition to what must have one value (`UNSUPPORTED`)."""
+
+    r: Rank
+    lora_alpha: reading.Positive
+    lora_dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = 0.0
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, reading.Positive] | None = None
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+
+
+def base_of(folder: str | Path) -> str:
+    """The name of the base model in an adapter's folder; an empty string if there is none."""
+    return reading.json_file(Path(folder) / CONFIG, Named).base_model_name_or_path or ""
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str = "default") -> None:
+    """Writes a Llama's adapter as peft.PeftModel.from_pretrained opens it. `base`: where the base model is found.
+
+    PiSSA is written as LoRA of twice the rank, B A − B₀ A₀. peft can also have the folder say "pissa" and take the base
+    apart again, but where two singular values are close the parts depend on the last bit of the weights.
+    """
+    layers = {at: plain_lora(layer.part(name)) for at, layer in adapters(model) if name in layer.parts}
+    if not layers:
+        raise UserError(f"the model has no adapter '{name}' to save")
+    first = next(iter(layers.values()))
+    ranks = Counter(part.rank for part in layers.values())
+    alphas = Counter(part.alpha for part in layers.values())
+    (rank, _), (alpha, _) = ranks.most_common(1)[0], alphas.most_common(1)[0]
+    plain = {at for at, m in linear_layers(model).items() if not (isinstance(m, LoRALinear) and name in m.parts)}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {hf_module(at): part.rank for at, part in layers.items() if part.rank != rank},
+        "alpha_pattern": {hf_module(at): part.alpha for at, part in layers.items() if part.alpha != alpha},
+        "lora_dropout": first.dropout,
+        "target_modules": sorted(shortest(set(layers), plain)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": first.rslora,
+        "use_dora": first.magnitude is not None,
+    }
+    tensors = {
+        f"{PREFIX}{hf_module(at)}.{theirs}": tensor
+        for at, part in layers.items()
+        for theirs, mine in PARTS.items()
+        if (tensor := getattr(part, mine)) is not None
+    }
+    write(Path(folder), config, tensors, base)
+
+
+@torch.no_grad()
+def plain_lora(part: LoRA) -> LoRA:
+    """The same change of W without what PiSSA started from: the part itself, or a copy of twice the rank."""
+    if part.start_A is None or part.start_B is None:
+        return part
+    made = copy.copy(part)
+    made.rank = 2 * part.rank
+    made.alpha = part.scale * (math.sqrt(made.rank) if made.rslora else made.rank)
+    made._parameters = {
+        "lora_A": nn.Parameter(torch.cat([part.lora_A, part.start_A])),
+        "lora_B": nn.Parameter(torch.cat([part.lora_B, -part.start_B], 1)),
+        "magnitude": part.magnitude,
+    }
+    return made
+
+
+def save_prompt(model: Llama, part: Prompt | Prefix, folder: str | Path, base: str = "") -> None:
+    """Writes a trained prompt or prefix as peft.PeftModel.from_pretrained opens it."""
+    shape, prefix = model.config, isinstance(part, Prefix)
+    config = {
+        "peft_type": "PREFIX_TUNING" if prefix else "PROMPT_TUNING",
+        "num_virtual_tokens": len(part.vectors),
+        "token_dim": shape.kv_heads * shape.head_dim if prefix else shape.dim,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": shape.kv_heads if prefix else shape.heads,
+        "num_layers": shape.layers,
+        **({"encoder_hidden_size": shape.dim, "prefix_projection": False} if prefix else {}),
+    }
+    write(Path(folder), config, {VECTORS: part.vectors}, base)
+
+
+def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], base: str) -> None:
+    config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, **config}
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with checkpoint.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_tensors(folder / TENSORS, own, {"format": "pt"})
+    checkpoint.write_json(folder / CONFIG, config)
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
+    """Puts the LoRA adapter of a peft folder on a Llama, frozen otherwise. UserError names what is missing, damaged,
+    of another model, or a variant that is not supported."""
+    folder = Path(folder)
+    raw = weights.read_json(folder / CONFIG)
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init not in UNSUPPORTED["init_lora_weights"]:
+        raise UserError(
+            f"{folder / CONFIG}: init_lora_weights = {init!r} changed the base weights when training began, and the "
+            "folder does not hold them: save the adapter as plain LoRA (peft: path_initial_model_for_weight_conversion)"
+        )
+    weights.require(raw, folder / CONFIG, UNSUPPORTED)
+    config = reading.convert(raw, LoRAConfig, folder / CONFIG)
+    rank, alpha = config.r, config.lora_alpha
+    found = dict(weights.read_safetensors(folder, TENSORS))
+    for key, tensor in found.items():
+        if key.endswith((".embed_tokens.weight", ".lm_head.weight", "lora_embedding_A", "lora_embedding_B")):
+            raise UserError(
+                f"{folder}: the adapter holds {key} {tuple(tensor.shape)} too, so its vocabulary was resized or its "
+                "embedding trained: merge it with peft, and use the merged model"
+            )
+    tensors = {adapted(key, folder): tensor for key, tensor in found.items()}
+    if not tensors:
+        raise UserError(f"{folder / TENSORS} holds no tensors")
+    targets = sorted({at for at, _ in tensors})
+    known = linear_layers(model)
+    for at in targets:
+        if at not in known:
+            raise UserError(f"{folder}: the adapter is for a layer {at}, which this model has not")
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    ranks = {at: first_fit(ranks, hf_module(at), rank) for at in targets}
+    for at in targets:  # before anything of that size is made
+        down = tensors.get((at, "lora_A"))
+        if down is None or down.dim() != 2 or len(down) != ranks[at]:
+            got = "missing" if down is None else f"{tuple(down.shape)} instead of ({ranks[at]}, …)"
+            raise UserError(f"{folder}: lora_A of {at} is {got}: is it an adapter of this model?")
+    apply_lora(
+        model,
+        rank,
+        alpha,
+        config.lora_dropout or 0.0,
+        [re.escape(at) for at in targets],
+        name=name,
+        rslora=bool(config.use_rslora),
+        dora=bool(config.use_dora),
+        pissa=init == "pissa",
+        rank_pattern={re.escape(at): ranks[at] for at in targets},
+        alpha_pattern={re.escape(at): first_fit(alphas, hf_module(at), alpha) for at in targets},
+    )
+    for at, layer in adapters(model):
+        if at in targets:
+            fill(layer.part(name), at, tensors, folder)
+
+
+def fill(part: LoRA, at: str, tensors: Mapping[tuple[str, str], Tensor], folder: Path) -> None:
+    for key in PARTS.values():
+        mine, given = getattr(part, key), tensors.get((at, key))
+        if mine is not None:
+            if given is None or given.shape != mine.shape:
+                shape = "missing" if given is None else f"{tuple(given.shape)} instead of {tuple(mine.shape)}"
+                raise UserError(f"{folder}: {key} of {at} is {shape}: is it an adapter of this model?")
+            mine.data.copy_(given)
+
+
+def load_prompt(model: Llama, folder: str | Path) -> Prompt | Prefix:
+    """The prompt or prefix of a peft folder, for this Llama."""
+    folder, shape = Path(folder), model.config
+    config = weights.read_json(folder / CONFIG)
+    kinds = ("PROMPT_TUNING", "PREFIX_TUNING")
+    if config.get("peft_type") not in kinds:
+        raise UserError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, not {' or '.join(kinds)}")
+    weights.require(config, folder / CONFIG, {"prefix_projection": (False,), "num_transformer_submodules": (1, None)})
+    found = dict(weights.read_safetensors(folder, TENSORS))
+    prefix = config["peft_type"] == "PREFIX_TUNING"
+    width = 2 * shape.layers * shape.kv_heads * shape.head_dim if prefix else shape.dim
+    vectors = found.get(VECTORS)
+    if vectors is None or vectors.dim() != 2 or vectors.shape[1] != width:
+        got = "missing" if vectors is None else f"{tuple(vectors.shape)} instead of (virtual tokens, {width})"
+        raise UserError(f"{folder}: {VECTORS} is {got}: is it an adapter of this model?")
+    if config.get("num_virtual_tokens", len(vectors)) != len(vectors):
+        raise UserError(
+            f"{folder}: num_virtual_tokens is {config['num_virtual_tokens']!r}, {VECTORS} has {len(vectors)}"
+        )
+    return (Prefix if prefix else Prompt)(vectors.float().clone())
+
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    # Others change the base weights when they begin, in ways that the folder does not tell.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "pissa"),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+}
+
+
+def shortest(chosen: set[str], plain: set[str]) -> set[str]:
+    """Hugging Face names of the adapted layers: `q_proj` if every layer of that name is adapted, else whole names."""
+    partly = {at.rsplit(".", 1)[1] for at in plain}
+    return {
+        whole if at.rsplit(".", 1)[1] in partly else whole.rsplit(".", 1)[1]
+        for at, whole in ((at, hf_module(at)) for at in chosen)
+    }
+
+
+def hf_module(name: str) -> str:
+    """`blocks.3.attn.q` → `model.layers.3.self_attn.q_proj`."""
+    return to_hf(f"{name}.weight").removesuffix(".weight")
+
+
+def adapted(key: str, folder: Path) -> tuple[str, str]:
+    """`base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight` → (`blocks.3.attn.q`, `lora_A`)."""
+    match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)", key)
+    if not match:
+        raise UserError(f"{folder}: tensor {key} is not one of a LoRA adapter")
+    return from_hf(f"{match[1]}.weight").removesuffix(".weight"), PARTS[match[2]]

@@ -1,0 +1,1 @@
+"""What deep reinforcement learning agents share: networks, targets, losses, off-policy evaluation."""

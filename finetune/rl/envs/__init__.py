@@ -1,0 +1,1 @@
+"""Environments and their data: vectors of environments, rollouts, replay, logged data, evaluation."""

@@ -1,0 +1,1 @@
+"""Finite Markov decision processes: the tables, exact planning, known worlds, sampling."""

@@ -1,0 +1,455 @@
+"""The cql module: losses and targets beside d3rlpy and torchrl, what α = 0 and the variants are, runs."""
+
+import copy
+import dataclasses
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from resumed import resumes_to_the_same_bytes
+
+from finetune.errors import UserError
+from finetune.rl.agents.continuous import SquashedGaussian, TwinQ, polyak_
+from finetune.rl.agents.discrete import QNetwork, double_dqn_target, picked
+from finetune.rl.envs import logged_data
+from finetune.rl.envs.replay import Transitions
+from finetune.runs import registry
+from finetune.runs.run import Run, execute
+
+INFO = registry.find("cql")
+cql = registry.load(INFO)
+losses, discrete, continuous, plots = (
+    sys.modules[f"finetune_modules.cql.{n}"] for n in ("losses", "discrete", "continuous", "plots")
+)
+
+
+def toy(**changes):
+    return dataclasses.replace(cql.Config.toy(), **changes)
+
+
+def small(**changes):
+    """Runs that are only to run."""
+    fast = {"steps": 4, "updates": 5, "data_steps": 400, "fqe_steps": 2, "eval_every": 2, "eval_episodes": 2}
+    return toy(**{**fast, "checkpoint_every": 2, "hidden": 8, "sets": "random"} | changes)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take longer than these runs."""
+    monkeypatch.setattr(Run, "curves", lambda self: None)
+    monkeypatch.setattr(plots, "save", lambda made, path: None)
+
+
+def steps_of(count, actions=None, seed=0):
+    """Transitions of 4 numbers; `actions` of so many kinds, or two continuous numbers."""
+    g = torch.Generator().manual_seed(seed)
+    taken = torch.randint(actions, (count,), generator=g) if actions else torch.rand(count, 2, generator=g) * 2 - 1
+    seen, after = (torch.randn(count, 4, generator=g) for _ in range(2))
+    return Transitions(seen, taken, torch.randn(count, generator=g), after, torch.rand(count, generator=g) < 0.2)
+
+
+def learner(alpha, seed=0, actions=3, **changes):
+    torch.manual_seed(seed)
+    network = QNetwork(4, actions, [16, 16])
+    return discrete.QLearner(network, **{"alpha": alpha, "gamma": 0.9, "lr": 1e-2, "tau": 0.1} | changes)
+
+
+def actor_critic(alpha, seed=0, **changes):
+    torch.manual_seed(seed)
+    policy = SquashedGaussian(4, [16, 16], torch.full((2,), -1.0), torch.full((2,), 1.0))
+    settings = {"alpha": alpha, "gamma": 0.9, "lr": 1e-3, "tau": 0.1, "samples": 6}
+    return continuous.ActorCritic(policy, TwinQ(4, 2, [16, 16]), **settings | changes)
+
+
+# --- Discrete
+
+
+def test_alpha_zero_is_double_dqn_bit_for_bit():
+    mine, batches = learner(0.0), [steps_of(32, 3, seed) for seed in range(20)]
+    network = copy.deepcopy(mine.q)
+    target, optimizer = copy.deepcopy(network), torch.optim.Adam(network.parameters(), lr=1e-2, fused=True)
+    conservative = learner(0.5)
+    for b in batches:
+        mine.update(b)
+        conservative.update(b)
+        with torch.no_grad():
+            best = network(b.next_observations).argmax(1)
+            after = target(b.next_observations)[torch.arange(32), best]
+            wanted = b.rewards + 0.9 * torch.where(b.terminated, 0.0, after)
+        loss = torch.nn.functional.smooth_l1_loss(network(b.observations).gather(1, b.actions[:, None])[:, 0], wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        polyak_(target, network, 0.1)
+    for a, b, c in zip(mine.q.parameters(), network.parameters(), conservative.q.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+def test_the_gap_is_not_negative_and_its_gradient_is_the_policy_less_the_data():
+    values = torch.randn(50, 3, dtype=torch.float64, requires_grad=True)
+    actions = torch.randint(3, (50,))
+    gap = losses.cql_h(values, actions)
+    assert bool((gap > 0).all())
+    (gradient,) = torch.autograd.grad(gap.sum(), values)
+    wanted = values.softmax(-1) - torch.nn.functional.one_hot(actions, 3)
+    assert torch.allclose(gradient, wanted, atol=1e-12)
+
+
+def test_cql_rho_is_the_maximum_over_policies_near_rho_and_cql_h_less_a_constant_for_the_uniform():
+    g = torch.Generator().manual_seed(0)
+    values, prior = (torch.randn(20, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    log_prior, actions = prior.log_softmax(-1), torch.zeros(20, dtype=torch.long)
+
+    def objective(log_mu):
+        return (log_mu.exp() * (values - (log_mu - log_prior))).sum(-1)
+
+    soft = losses.cql_rho(values, actions, log_prior) + values[:, 0]
+    assert torch.allclose(objective((values + log_prior).log_softmax(-1)), soft, atol=1e-12)
+    for _ in range(20):
+        assert (objective(torch.randn(20, 4, generator=g, dtype=torch.float64).log_softmax(-1)) <= soft).all()
+    uniform = torch.full((20, 4), -math.log(4), dtype=torch.float64)
+    assert torch.allclose(
+        losses.cql_rho(values, actions, uniform), losses.cql_h(values, actions) - math.log(4), atol=1e-12
+    )
+
+
+def test_lagrange_raises_alpha_above_the_threshold_and_lowers_it_below():
+    batch = steps_of(64, 3)
+    for threshold, direction in ((0.1, 1), (3.0, -1)):
+        one = learner(1.0, threshold=threshold)
+        for _ in range(5):
+            one.update(batch)
+        assert direction * (one.alpha - 1) > 0.01
+    log_alpha = torch.zeros(2, requires_grad=True)
+    losses.dual_loss(log_alpha, torch.tensor([3.0, 1.0]), 2.0).backward()
+    assert log_alpha.grad.tolist() == [-0.5, 0.5]
+
+
+def test_a_clone_draws_its_actions_as_often_as_the_behaviour_took_them():
+    torch.manual_seed(0)
+    clone, batch = discrete.Clone(QNetwork(4, 2, [16]), 1e-2), steps_of(4000, 2)
+    batch.actions = (torch.rand(4000, generator=torch.Generator().manual_seed(1)) < 0.7).long()
+    for _ in range(200):
+        clone.update(batch)
+    drawn = clone.acting(torch.Generator().manual_seed(0))(torch.randn(4000, 4))
+    assert drawn.float().mean().item() == pytest.approx(0.7, abs=0.05)
+
+
+# --- Continuous
+
+
+def test_the_sampled_logsumexp_finds_the_integral():
+    """∫ exp Q da over a bounded interval, by samples of the uniform, of π(s) and of π(s')."""
+    torch.manual_seed(0)
+    policy = SquashedGaussian(3, [8], torch.tensor([-2.0]), torch.tensor([2.0]))
+    params, after = torch.tensor([[0.3, -0.5]]), torch.tensor([[-0.8, 0.1]])
+    n = 40_000
+    uniform, noise = torch.rand(n, 1, 1), torch.randn(2, n, 1, 1)
+    actions, density = losses.sampled_actions(policy, params, after, uniform, noise)
+    assert actions.shape == (3 * n, 1, 1)
+    grid = torch.linspace(-2, 2, 20_001)
+
+    def q(a):
+        return torch.sin(3 * a) + a
+
+    exact = math.log(float(q(grid).exp().mean() * 4))
+    for part in range(3):
+        rows = slice(part * n, part * n + n)
+        found = losses.importance_logsumexp(q(actions[None, rows, :, 0]), density[rows]) - math.log(n)
+        assert found.item() == pytest.approx(exact, abs=0.05)
+    found = losses.importance_logsumexp(q(actions[None, :, :, 0]), density) - math.log(3 * n)
+    assert found.item() == pytest.approx(exact, abs=0.03)
+
+
+def test_cal_ql_pushes_the_policys_actions_down_no_further_than_the_returns():
+    one, batch = actor_critic(1.0), steps_of(16)
+    candidates, density = torch.rand(9, 16, 2) * 2 - 1, torch.zeros(9, 16)
+    low, high = torch.full((16,), -100.0), torch.full((16,), 100.0)
+
+    def gap(**more):
+        return losses.conservative_gap(one.q, batch.observations, batch.actions, candidates, density, **more)[0]
+
+    assert torch.equal(gap(returns_to_go=low), gap())
+    calibrated = gap(returns_to_go=high)
+    (gradient,) = torch.autograd.grad(calibrated.sum(), one.q.biases[-1])
+    assert calibrated.min() > 90
+    assert torch.allclose(gradient, torch.full_like(gradient, -1.0)), "only the data's actions have a gradient left"
+
+
+def test_alpha_zero_is_an_update_of_sac():
+    one, batch = actor_critic(0.0), steps_of(16)
+    policy, q, target = (copy.deepcopy(part) for part in (one.policy, one.q, one.target))
+    noise = torch.randn(20, 16, 2, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        after, log_after = policy.sample(policy(batch.next_observations), noise[0])
+        soft = target(batch.next_observations, after).min(0).values - 0.1 * log_after
+        wanted = batch.rewards + 0.9 * (1 - batch.terminated.float()) * soft
+
+    def descend(module, loss):
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, fused=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    descend(q, sum(((values - wanted) ** 2).mean() for values in q(batch.observations, batch.actions)))
+    actions, log_probs = policy.sample(policy(batch.observations), noise[7])
+    descend(policy, (0.1 * log_probs - q(batch.observations, actions).min(0).values).mean())
+    one.update(batch, torch.zeros(16), torch.Generator().manual_seed(0))
+    for mine, theirs in ((one.q, q), (one.policy, policy)):
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+    assert not torch.allclose(one.policy.net[0].weight, actor_critic(0.0).policy.net[0].weight, atol=1e-4)
+
+
+def test_the_variants_differ_and_none_matters_at_alpha_zero():
+    batches = [(steps_of(16, seed=seed), torch.zeros(16)) for seed in range(3)]
+
+    def trained(**changes):
+        one = actor_critic(**{"alpha": 0.0} | changes)
+        for i, (batch, to_go) in enumerate(batches):
+            one.update(batch, to_go, torch.Generator().manual_seed(i))
+        return torch.cat([p.detach().flatten() for p in (*one.q.parameters(), *one.policy.parameters())])
+
+    sac = trained()
+    assert torch.equal(sac, trained(calibrated=True, rho=True))
+    variants = [trained(alpha=1.0, **more) for more in (
+        {}, {"rho": True}, {"calibrated": True}, {"backup": "plain"}, {"backup": "max"}, {"threshold": 1.0},
+        {"warm_start": 3},
+    )]  # fmt: skip
+    for i, one in enumerate([sac, *variants]):
+        assert one.isfinite().all()
+        assert not any(torch.equal(one, other) for other in variants[i:])
+
+
+def test_the_backups_are_their_definitions():
+    batch, noise = steps_of(8), torch.randn(7, 8, 2)
+    for backup in ("soft", "plain", "max"):
+        one = actor_critic(1.0, backup=backup)
+        params = one.policy(batch.next_observations)
+        actions, log_probs = one.policy.sample(params, noise)
+        values = one.target(batch.next_observations, actions).amin(0)
+        wanted = {"max": values.amax(0), "plain": values[0], "soft": values[0] - 0.1 * log_probs[0]}[backup]
+        target = batch.rewards + torch.where(batch.terminated, 0.0, 0.9 * wanted)
+        assert torch.allclose(one.wanted(batch, params, noise), target, atol=1e-6)
+
+
+def test_a_warm_start_clones():
+    torch.manual_seed(0)
+    batch = dataclasses.replace(steps_of(64), actions=torch.full((64, 2), 0.5))
+    cloned, other = (actor_critic(1.0, lr=1e-2, warm_start=n) for n in (60, 0))
+    for i in range(60):
+        for one in (cloned, other):
+            one.update(batch, torch.zeros(64), torch.Generator().manual_seed(i))
+    error = [(one.act(batch.observations) - 0.5).abs().mean().item() for one in (cloned, other)]
+    assert error[0] < 0.1 < error[1]
+
+
+# --- Peers
+
+
+def d3(config, actions, kind):
+    """A d3rlpy learner of 4 observations with networks of [16, 16]."""
+    pytest.importorskip("d3rlpy")
+    import d3rlpy
+
+    encoder = d3rlpy.models.VectorEncoderFactory([16, 16])
+    made = config(encoder).create(device="cpu:0")
+    made.create_impl((4,), actions)
+    assert type(made.impl).__name__ == kind
+    return made.impl
+
+
+def d3_batch(batch, to_go=None):
+    from d3rlpy.torch_utility import TorchMiniBatch
+
+    n = len(batch)
+    actions = batch.actions if batch.actions.is_floating_point() else batch.actions[:, None]
+    return TorchMiniBatch(
+        batch.observations, actions, batch.rewards[:, None], batch.next_observations, actions,
+        torch.zeros(n, 1) if to_go is None else to_go[:, None], batch.terminated.float()[:, None], torch.ones(n, 1),
+        "cpu:0",
+    )  # fmt: skip
+
+
+def linears(module):
+    return [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+def test_discrete_losses_targets_and_gradients_are_d3rlpys():
+    """fp32 on both sides: sums of some 16 terms of size 1, so a few units in the last place (1e-6) apart."""
+    d3rlpy = pytest.importorskip("d3rlpy")
+    impl = d3(lambda e: d3rlpy.algos.DiscreteCQLConfig(encoder_factory=e, alpha=0.7, gamma=0.9), 3, "DiscreteCQLImpl")
+    one, batch = learner(0.7), steps_of(256, 3)
+    for network, theirs in ((one.q, impl._modules.q_funcs[0]), (one.target, impl._modules.targ_q_funcs[0])):
+        torch.nn.init.normal_(network.net[-1].weight)
+        for a, b in zip(linears(network), linears(theirs), strict=True):
+            b.load_state_dict(a.state_dict())
+    given = d3_batch(batch)
+    target = impl.compute_target(given)
+    found = impl.compute_loss(given, target)
+    td, gap, _ = one.loss(batch)
+    assert abs(td - found.td_loss) < 1e-5 * td
+    assert abs(gap - found.conservative_loss) < 1e-5 * gap
+    found.loss.backward()
+    mine = torch.autograd.grad(td + 0.7 * gap, list(one.q.parameters()))
+    theirs = [p.grad for layer in linears(impl._modules.q_funcs[0]) for p in (layer.weight, layer.bias)]
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+def test_the_discrete_gap_is_torchrls():
+    pytest.importorskip("torchrl")
+    from tensordict import TensorDict
+    from torchrl.data import OneHot
+    from torchrl.modules import QValueActor
+    from torchrl.objectives import DiscreteCQLLoss
+
+    one, batch = learner(1.0), steps_of(64, 3)
+    actor = QValueActor(module=copy.deepcopy(one.q), in_keys=["observation"], spec=OneHot(3))
+    loss = DiscreteCQLLoss(actor, loss_function="l2", delay_value=True)
+    loss.make_value_estimator(gamma=0.9)
+    data = TensorDict(
+        {"observation": batch.observations, "action": torch.nn.functional.one_hot(batch.actions, 3),
+         "next": {"observation": batch.next_observations, "reward": batch.rewards[:, None],
+                  "done": batch.terminated[:, None], "terminated": batch.terminated[:, None]}}, [64],
+    )  # fmt: skip
+    found = {name: float(value.detach()) for name, value in loss(data).items() if "loss" in name}
+    values = one.q(batch.observations)
+    after = one.q(batch.next_observations)
+    wanted = double_dqn_target(after, after, batch.rewards, batch.terminated, 0.9)
+    taken = picked(values, batch.actions)
+    assert found["loss_cql"] == pytest.approx(losses.cql_h(values, batch.actions).mean().item(), rel=1e-5)
+    assert found["loss_qvalue"] == pytest.approx(0.5 * (taken - wanted).square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_continuous_gap_is_d3rlpys_on_the_same_noise(calibrated, monkeypatch):
+    """fp32; a logsumexp over 18 samples and the mean over 32 rows, so 1e-5 of values of size 1."""
+    d3rlpy = pytest.importorskip("d3rlpy")
+    kind = d3rlpy.algos.CalQLConfig if calibrated else d3rlpy.algos.CQLConfig
+    impl = d3(
+        lambda e: kind(actor_encoder_factory=e, critic_encoder_factory=e, n_action_samples=6, conservative_weight=1.0,
+                       alpha_threshold=0.0, gamma=0.9), 2, "CalQLImpl" if calibrated else "CQLImpl",
+    )  # fmt: skip
+    one, batch, to_go = actor_critic(1.0), steps_of(32), 0.2 * torch.randn(32)
+    with torch.no_grad():
+        ours, theirs = linears(one.policy), linears(impl._modules.policy)
+        for a, b in zip(ours[:2], theirs[:2], strict=True):
+            b.load_state_dict(a.state_dict())
+        for rows, b in zip((slice(0, 2), slice(2, 4)), (impl._modules.policy._mu, impl._modules.policy._logstd),
+                           strict=True):  # fmt: skip
+            b.weight.copy_(ours[2].weight[rows])
+            b.bias.copy_(ours[2].bias[rows])
+        for i, q in enumerate(impl._modules.q_funcs):
+            for layer, weight, bias in zip(linears(q), one.q.weights, one.q.biases, strict=True):
+                layer.weight.copy_(weight[i].T)
+                layer.bias.copy_(bias[i, 0])
+    noise, uniform = torch.randn(2, 6, 32, 2), torch.rand(6, 32, 2)
+    draws = iter(noise)
+    monkeypatch.setattr("torch.distributions.normal._standard_normal", lambda *_, **__: next(draws))
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high: self.copy_(
+        low + (high - low) * uniform.transpose(0, 1).reshape(self.shape)))  # fmt: skip
+    given = d3_batch(batch, to_go)
+    wanted = impl._compute_conservative_loss(given.observations, given.actions, given.next_observations,
+                                             given.returns_to_go)  # fmt: skip
+    params = one.policy(batch.observations), one.policy(batch.next_observations)
+    parts = losses.sampled_actions(one.policy, *params, uniform, noise)
+    found, _ = losses.conservative_gap(
+        one.q, batch.observations, batch.actions, *parts, returns_to_go=to_go if calibrated else None
+    )
+    assert torch.allclose(found, wanted, atol=1e-5)
+    mine = torch.autograd.grad(found.sum(), list(one.q.weights))
+    wanted.sum().backward()
+    for i, q in enumerate(impl._modules.q_funcs):
+        for layer, gradient in zip(linears(q), mine, strict=True):
+            assert torch.allclose(layer.weight.grad, gradient[i].T, atol=1e-5)
+
+
+# --- Runs
+
+
+@pytest.mark.slow
+def test_the_toy_reaches_its_targets(tmp_path):
+    summary = execute(INFO, toy(), tmp_path / "run", toy=True)
+    assert summary["passed"], summary["reached"]
+    for name in ("returns", "gaps", "values"):
+        assert (tmp_path / f"run/{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"lr": 0.0}, {"shuffle_actions": True}])
+@pytest.mark.usefixtures("no_pictures")
+def test_without_steps_rate_or_the_data_nothing_is_learnt(change, tmp_path):
+    config = small(**{"sets": "expert", "steps": 10, "updates": 50, "data_steps": 20_000, "eval_episodes": 5,
+                      "eval_every": 10} | change)  # fmt: skip
+    summary = execute(INFO, config, tmp_path / "run", toy=True)
+    assert summary["metrics"]["return_expert_cql"] < 120
+    assert not summary["reached"]["return_expert_cql"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_cut_run_resumes(tmp_path):
+    """In the second set, behind its checkpoint: 4 steps and 2 of evaluation, then 3 more."""
+    resumes_to_the_same_bytes(INFO, small(sets="random,pendulum_mixed", threshold=1.0), tmp_path, 9)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_own_data_is_learnt_from(tmp_path):
+    logged_data.generate("Pendulum-v1", "medium", 200, 0).save(tmp_path / "own.npz")
+    config = small(data=tmp_path / "own.npz", env="Pendulum-v1")
+    found = execute(INFO, config, tmp_path / "run", toy=True)["metrics"]
+    assert math.isfinite(found["return_data_cql"])
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_the_unit_of_rewards_changes_nothing_that_is_learned(env, tmp_path, capsys):
+    """A power of two to the last bit; and what is believed of such rewards is not compared with what came."""
+    made, found = logged_data.generate(env, "medium", 600, 0), {}
+    for factor in (1.0, 2.0**-7):
+        dataclasses.replace(made, rewards=made.rewards * factor).save(tmp_path / f"{factor}.npz")
+        config = small(data=tmp_path / f"{factor}.npz", env=env)
+        found[factor] = execute(INFO, config, tmp_path / f"run{factor}", toy=True)["metrics"]
+        assert ("the two are not compared" in capsys.readouterr().out) == (factor != 1)
+        assert ("overestimate_data_cql" in found[factor]) == (factor == 1)
+    for name, value in found[2.0**-7].items():
+        assert value == found[1.0][name], name
+
+
+def test_bad_settings_and_data_are_refused(tmp_path):
+    for change, message in (
+        ({"sets": "expret"}, "--sets: 'expret' is not one of .*did you mean 'expert'"),
+        ({"gamma": 1.5}, "--gamma 1.5 is too large: it must be below 1"),
+        ({"gamma_continuous": 1.0}, "--gamma-continuous 1 is too large: it must be below 1"),
+        ({"batch": 1}, "--batch 1 is too small"),
+        ({"sets": "expert,expert"}, "'expert' is there twice"),
+        ({"updates": 10**12}, "--updates .* is too large"),
+        ({"threshold": 1.0, "alpha": 0.0}, "--threshold learns"),
+        ({"env": "Acrobot-v1"}, "--env Acrobot-v1 says where the steps of --data come from"),
+    ):
+        with pytest.raises(UserError, match=message):
+            toy(**change)
+    np.savez(tmp_path / "bad.npz", observations=np.zeros((3, 4)))
+    logged_data.generate("Pendulum-v1", "random", 200, 0).save(tmp_path / "other.npz")
+    for name, message in (
+        ("bad", "bad.npz has no actions, rewards, terminations, truncations"),
+        ("other", "other: actions are continuous, those of CartPole-v1 discrete"),
+        ("none", "none.npz: there is no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            execute(INFO, small(data=tmp_path / f"{name}.npz"), tmp_path / f"run_{name}", toy=True)
+
+
+def test_scores_are_measured_by_the_sets_themselves():
+    for env, (random, expert) in cql.SCALE.items():
+        for quality, wanted in (("random", random), ("expert", expert)):
+            found = np.mean(logged_data.generate(env, quality, 6000, 7).returns())
+            assert found == pytest.approx(wanted, abs=0.12 * abs(expert - random))

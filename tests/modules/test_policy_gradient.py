@@ -1,0 +1,384 @@
+"""The policy_gradient module: the loss by definition and beside torchrl, natural steps, the corridor, runs."""
+
+import dataclasses
+import math
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from resumed import resumes_to_the_same_bytes
+
+from finetune.errors import UserError
+from finetune.rl.agents.policies import Categorical
+from finetune.rl.envs.rollout import Rollout
+from finetune.rl.tabular import mdp as tables
+from finetune.runs import registry
+from finetune.runs.run import execute
+
+INFO = registry.find("policy_gradient")
+pg = registry.load(INFO)
+losses, natural, tabular, enumerated, offpolicy, variance = (
+    sys.modules[f"finetune_modules.policy_gradient.{n}"]
+    for n in ("losses", "natural", "tabular", "enumerated", "offpolicy", "variance")
+)
+
+
+def toy(**changes):
+    return dataclasses.replace(pg.Config.toy(), threads=1, **changes)
+
+
+def two_episodes():
+    """Rewards 1, 2, 4, cut off; and 8, terminated, then padding."""
+    rewards = torch.tensor([[1.0, 8.0], [2.0, 0.0], [4.0, 0.0]])
+    no = torch.zeros(3, 2, dtype=torch.bool)
+    terminated, truncated = no.clone(), no.clone()
+    terminated[0, 1] = truncated[2, 0] = True
+    blank = torch.zeros(3, 2)
+    return Rollout(blank, blank, rewards, blank, terminated, truncated)
+
+
+# --- The estimate
+
+
+def test_returns_and_baselines():
+    rollout = two_episodes()
+    psi, returns = losses.advantages(rollout, 0.5, "none", None)
+    assert returns.tolist() == [[3.0, 8.0], [4.0, 0.0], [4.0, 0.0]]
+    assert torch.equal(psi, returns)
+    psi, _ = losses.advantages(rollout, 0.5, "leave_one_out", None)
+    assert psi.tolist() == [[-5.0, 5.0], [4.0, 0.0], [4.0, 0.0]]
+    psi, _ = losses.advantages(rollout, 0.5, "mean", None)
+    assert psi.tolist() == [[-2.5, 2.5], [2.0, 0.0], [2.0, 0.0]]
+
+
+def test_a_learned_baseline_bootstraps_once_and_only_where_a_limit_cut():
+    values, after = torch.full((3, 2), 10.0), torch.full((3, 2), 16.0)
+    psi, returns = losses.advantages(two_episodes(), 0.5, "learned", values, after)
+    assert returns.tolist() == [[5.0, 8.0], [8.0, 0.0], [12.0, 0.0]]
+    assert psi.tolist() == [[-5.0, -2.0], [-2.0, 0.0], [2.0, 0.0]]
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+def test_the_gradient_is_that_of_torchrls_reinforce_loss():
+    pytest.importorskip("torchrl")
+    from tensordict import TensorDict
+    from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+    from torchrl.modules import ValueOperator
+    from torchrl.objectives import ReinforceLoss
+
+    torch.manual_seed(0)
+    policy = Categorical(3, 4, [8])
+    net = TensorDictModule(policy.net, in_keys=["observation"], out_keys=["logits"])
+    draw = ProbabilisticTensorDictModule(
+        in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical,
+        return_log_prob=True,
+    )  # fmt: skip
+    critic = ValueOperator(torch.nn.Linear(3, 1), in_keys=["observation"])
+    loss = ReinforceLoss(ProbabilisticTensorDictSequential(net, draw), critic)
+    observations, actions, psi = torch.randn(50, 3), torch.randint(4, (50,)), torch.randn(50)
+    data = TensorDict(
+        {"observation": observations, "action": actions, "advantage": psi[:, None],
+         "value_target": torch.zeros(50, 1), "next": {"reward": torch.zeros(50, 1)}}, [50]
+    )  # fmt: skip
+    loss(data)["loss_actor"].backward()
+    theirs = [p.grad.clone() for p in policy.parameters()]
+    mine = losses.policy_loss(policy.log_prob(policy(observations), actions), psi, torch.ones(50)) / 50
+    for a, b in zip(torch.autograd.grad(mine, list(policy.parameters())), theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
+
+
+def listed(seed):
+    """A two-step process, its logits, all its trajectories with the world's probability, and ∇J."""
+    mdp, logits = enumerated.process(np.random.default_rng(seed))
+    rollout, world = enumerated.trajectories(mdp)
+    return mdp, logits, rollout, world, enumerated.gradient(rollout, world, logits, mdp.gamma)
+
+
+def performance(mdp, logits, steps=2):
+    """J of so many steps, by dynamic programming."""
+    policy, V = tabular.probabilities(mdp, logits), np.zeros(len(mdp.start))
+    for _ in range(steps):
+        V = (policy * (mdp.R + mdp.gamma * mdp.P @ V)).sum(1)
+    return float(mdp.start @ V)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_enumerated_gradient_is_that_of_dynamic_programming(seed):
+    mdp, logits, rollout, world, gradient = listed(seed)
+    assert float(enumerated.probabilities(rollout, world, logits).sum()) == pytest.approx(1, abs=1e-12)
+    steps = 1e-5 * torch.eye(logits.numel(), dtype=torch.float64).view(-1, *logits.shape)
+    differences = [(performance(mdp, logits + e) - performance(mdp, logits - e)) / 2e-5 for e in steps]
+    assert np.allclose(gradient, differences, atol=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_baseline_leaves_the_mean_and_only_that_of_the_batch_shrinks_it(seed):
+    _, logits, rollout, world, _ = listed(seed)
+    found = variance.listed(np.random.default_rng(seed), 20_000, 16)
+    assert max(f.z for name, f in found.items() if name != "mean") < 4 < found["mean"].z
+    assert found["mean"].share == pytest.approx((15 / 16) ** 2 * found["leave_one_out"].share)
+    alone = variance.exact_variance(rollout, world, logits, 0.9, None)
+    known = variance.exact_baselines(rollout, world, logits, 0.9)
+    for name, baseline in {"none": None, **known}.items():
+        exact = variance.exact_variance(rollout, world, logits, 0.9, baseline) / alone
+        assert abs(found[name].share - exact) < 4 * found[name].error + 1e-9  # the error is what it says
+        assert found[name].error < 0.1 * exact  # 1250 estimates of six numbers
+    assert found["optimal"].share < min(found[name].share for name in ("none", "learned", "leave_one_out"))
+
+
+def test_the_optimal_baseline_cannot_be_bettered():
+    _, logits, rollout, world, _ = listed(0)
+    best = variance.exact_baselines(rollout, world, logits, 0.9)["optimal"]
+    least = variance.exact_variance(rollout, world, logits, 0.9, best)
+    for t, s in np.ndindex(*best.shape):
+        for change in (-0.1, 0.1):
+            other = best.clone()
+            other[t, s] += change
+            assert variance.exact_variance(rollout, world, logits, 0.9, other) > least
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gradient_has_the_discount_and_the_usual_form_is_no_gradient(seed):
+    mdp, logits, rollout, world, gradient = listed(seed)
+    p, psi = enumerated.probabilities(rollout, world, logits), enumerated.to_go(rollout, mdp.gamma)
+    corrected = p @ enumerated.by_episode(rollout, logits, enumerated.discounts(mdp.gamma, psi) * psi)
+    assert torch.allclose(corrected, gradient, atol=1e-12)
+    assert (enumerated.usual(rollout, world, logits, mdp.gamma) - gradient).norm() > 0.02 * gradient.norm()
+    assert torch.allclose(enumerated.usual(rollout, world, logits, 1.0),
+                          enumerated.gradient(rollout, world, logits, 1.0), atol=1e-12)  # fmt: skip
+
+    def undiscounted(at):  # of γ = 1 the two are one
+        return enumerated.usual(rollout, world, at, 1.0)
+
+    assert enumerated.asymmetry(undiscounted, logits) < 1e-12
+    assert enumerated.asymmetry(lambda at: enumerated.usual(rollout, world, at, mdp.gamma), logits) > 1e-3
+
+
+def test_by_episode_is_what_autograd_finds():
+    _, logits, rollout, _, _ = listed(0)
+    psi = torch.randn(rollout.rewards.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = logits.clone().requires_grad_()
+    loss = losses.policy_loss(enumerated.log_probs(rollout, theta), psi, rollout.first_episode)
+    assert torch.allclose(-torch.autograd.grad(loss, theta)[0].flatten(),
+                          enumerated.by_episode(rollout, logits, psi).sum(0), atol=1e-12)  # fmt: skip
+
+
+# --- Off policy
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_importance_sampling_is_unbiased_by_trajectory_and_by_decision_only(seed):
+    """Exactly: the expectation over all trajectories of μ."""
+    mdp, logits, rollout, world, gradient = listed(seed)
+    behaviour = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    off = {}
+    for way in ("uncorrected", "step", "truncated", "trajectory", "decision"):
+        found = offpolicy.expected(rollout, world, logits, behaviour, mdp.gamma, way, bound=1.2)
+        off[way] = float((found - gradient).norm() / gradient.norm())
+    assert max(off["trajectory"], off["decision"]) < 1e-12
+    assert min(off["uncorrected"], off["step"], off["truncated"]) > 0.01
+    assert off["step"] < off["uncorrected"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_estimates_from_other_policies(seed):
+    found = offpolicy.compare(np.random.default_rng(seed), 30_000)
+    assert max(b for way in offpolicy.UNBIASED for b in found[way]["bias"]) < 1e-10
+    assert max(z for way in offpolicy.UNBIASED for z in found[way]["z"]) < 6
+    assert min(found[way]["z"][-1] for way in ("uncorrected", "truncated", "weighted")) > 10
+    for way in offpolicy.UNBIASED:
+        assert found[way]["variance"][-1] > 3 * found[way]["variance"][0]
+    effective = found["sample"]["effective"]
+    assert effective[0] == pytest.approx(1)
+    assert effective[-1] < effective[1] < 1
+
+
+def test_weighted_sampling_divides_by_the_mean_ratio_and_bounds_cut():
+    rewards, no = torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)
+    log_ratios = torch.tensor([[4.0, 0.25], [2.0, 1.0]]).log()
+    given = {way: offpolicy.weighed(rewards, no, log_ratios, 0.5, way) for way in offpolicy.WAYS}
+    assert torch.allclose(given["trajectory"], torch.tensor([[12.0, 0.375], [8.0, 0.25]]))
+    assert torch.allclose(given["weighted"], given["trajectory"] / 4.125)
+    assert torch.allclose(given["truncated"], torch.tensor([[3.0, 0.375], [2.0, 0.25]]))
+    assert torch.allclose(given["decision"], torch.tensor([[8.0, 0.375], [8.0, 0.25]]))
+    assert torch.allclose(given["step"], torch.tensor([[6.0, 0.375], [2.0, 1.0]]))
+    assert offpolicy.effective_size(torch.tensor([[1.0, 1, 1, 1], [2, 0, 0, 0]])).tolist() == [4.0, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_batch_used_again_needs_the_ratios(seed):
+    ends = {way: offpolicy.reuse(np.random.default_rng(seed), way)[-1] for way in ("uncorrected", "decision")}
+    assert ends["decision"] > ends["uncorrected"] + 0.05
+
+
+def test_a_constant_on_the_rewards_moves_nothing_under_a_baseline():
+    def learnt(baseline, shift):
+        return tabular.shifted(baseline, shift, [np.random.default_rng(i) for i in range(2)], 20)[0]
+
+    for baseline in ("mean", "leave_one_out"):
+        assert abs(learnt(baseline, 0.0) - learnt(baseline, 100.0)).max() < 1e-10
+    assert abs(learnt("none", 0.0) - learnt("none", 100.0)).max() > 0.01
+
+
+# --- Natural steps
+
+
+def test_conjugate_gradients_solve_and_the_fisher_product_is_the_fisher_matrix():
+    torch.manual_seed(0)
+    observations = torch.randn(40, 3, dtype=torch.float64)
+
+    def distribution(theta):
+        return (observations @ theta.view(3, 2)).log_softmax(-1)
+
+    theta = torch.randn(6, dtype=torch.float64)
+    product = natural.fisher_product(distribution, Categorical.kl, theta, damping=0.1)
+    F = torch.zeros(6, 6, dtype=torch.float64)
+    probabilities = distribution(theta).exp()
+    for a in range(2):
+        scores = torch.autograd.functional.jacobian(lambda t, a=a: distribution(t)[:, a], theta)
+        F += torch.einsum("n,ni,nj->ij", probabilities[:, a], scores, scores) / 40
+    v = torch.randn(6, dtype=torch.float64)
+    assert torch.allclose(product(v), F @ v + 0.1 * v, atol=1e-12)
+    assert torch.allclose(product(natural.conjugate_gradient(product, v, 20)), v, atol=1e-8)
+
+
+def test_the_natural_gradient_does_not_depend_on_the_coordinates():
+    for seed in range(3):
+        invariant, plain = tabular.reparametrised(torch.Generator().manual_seed(seed))
+        assert invariant < 1e-4
+        assert plain > 0.1
+
+
+def test_trpo_keeps_within_delta_and_raises_the_surrogate_or_stays():
+    theta = torch.zeros(1)
+    step = torch.ones(1)
+    new, taken = natural.line_search(lambda t: t.sum(), lambda t: t.square().sum(), theta, step, delta=0.3)
+    assert taken == pytest.approx(0.8**3)
+    assert new.square() <= 0.3
+    new, taken = natural.line_search(lambda t: -t.sum(), lambda t: t.square().sum(), theta, step, delta=0.3)
+    assert (new.item(), taken) == (0.0, 0.0)
+
+
+# --- The corridor
+
+
+def test_the_corridor_is_the_books():
+    mdp = tabular.corridor()
+
+    def value(p):
+        return tables.performance(mdp, np.tile([1 - p, p], (4, 1)))
+
+    assert value(0.05) == pytest.approx(-82.1, abs=0.1)
+    assert value(0.95) == pytest.approx(-44.2, abs=0.1)
+    assert value(tabular.BEST_RIGHT) == pytest.approx(-11.657, abs=1e-3)
+    assert abs(tabular.BEST_RIGHT - 0.586) < 1e-3
+    assert all(value(tabular.BEST_RIGHT) > value(tabular.BEST_RIGHT + d) for d in (-0.01, 0.01))
+
+
+# --- Runs
+
+
+@pytest.mark.slow
+def test_the_toy_reaches_its_targets(tmp_path):
+    summary = execute(INFO, toy(), tmp_path / "run", toy=True)
+    assert summary["passed"], summary["reached"]
+    for name in ("returns", "corridor", "off_policy", "variance"):
+        assert (tmp_path / f"run/{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"steps": 12, "shuffle_advantages": True}, {"steps": 12, "lr": 0.0}])
+def test_without_steps_advantages_or_rate_nothing_is_learnt(change, tmp_path):
+    config = toy(
+        **{"corridor_steps": 0, "methods": "reinforce", "episodes": 8, "score_episodes": 1000, "variance_groups": 0}
+        | change
+    )
+    summary = execute(INFO, config, tmp_path / "run", toy=True)
+    assert not summary["reached"]["return_reinforce"]
+    assert summary["metrics"]["return_reinforce"] < 60
+
+
+def test_a_cut_run_resumes(tmp_path):
+    config = toy(steps=4, methods="reinforce,trpo", episodes=3, checkpoint_every=2, corridor_steps=0, eval_episodes=2,
+                 score_episodes=1000, reuse=2, discount_correction=True, variance_groups=10)  # fmt: skip
+    resumes_to_the_same_bytes(INFO, config, tmp_path, 7)
+
+
+def test_continuous_actions_train_too(tmp_path):
+    config = toy(steps=2, env="Pendulum-v1", methods="reinforce,trpo", episodes=2, corridor_steps=0, eval_episodes=2,
+                 score_episodes=1000, variance_groups=0)  # fmt: skip
+    found = execute(INFO, config, tmp_path / "run", toy=True)["metrics"]
+    assert math.isfinite(found["return_trpo"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [31, 32, 33])
+def test_trpo_swings_the_pendulum_up(seed, tmp_path):
+    """Gaussian actions. Untrained it earns about −1300."""
+    config = dataclasses.replace(pg.Config(), seed=seed, threads=1, steps=60, env="Pendulum-v1", methods="trpo",
+                                 gamma=0.95, corridor_steps=0, score_episodes=1000, variance_groups=0)  # fmt: skip
+    summary = execute(INFO, config, tmp_path / "run")
+    assert summary["baseline"]["return_trpo"] < -900
+    assert summary["metrics"]["return_trpo"] > -400
+
+
+@pytest.mark.long
+def test_a_batch_used_four_times_is_worth_more(tmp_path):
+    found = {}
+    for reuse in (1, 4):
+        config = dataclasses.replace(pg.Config(), seed=31, threads=1, steps=20, methods="reinforce", reuse=reuse,
+                                     corridor_steps=0, score_episodes=1000, variance_groups=0)  # fmt: skip
+        found[reuse] = execute(INFO, config, tmp_path / f"{reuse}")["metrics"]["return_reinforce"]
+    assert found[4] > 1.5 * found[1]
+
+
+class Broken(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), math.nan, True, False, {}
+
+
+class Picture(Broken):
+    observation_space = gymnasium.spaces.Box(0, 1, (3, 4, 4))
+
+
+class Needy(Broken):
+    def __init__(self):
+        raise gymnasium.error.DependencyNotInstalled("it needs more\nthan is installed")
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ("CartPole-v9", "no environment 'CartPole-v9'; did you mean 'CartPole-v"),
+        ("finetune/Needy-v0", "'finetune/Needy-v0' cannot be made: .*it needs more"),
+        ("finetune/Picture-v0", "has observations of Box"),
+        ("finetune/Broken-v0", "gave the reward nan"),
+    ],
+)
+def test_environments_that_do_not_serve_are_refused(env, message, tmp_path):
+    for kind in (Broken, Picture, Needy):
+        gymnasium.register(f"finetune/{kind.__name__}-v0", kind)
+    with pytest.raises(UserError, match=message):
+        execute(INFO, toy(env=env, corridor_steps=0), tmp_path / "run", toy=True)
+    for kind in (Broken, Picture, Needy):
+        del gymnasium.registry[f"finetune/{kind.__name__}-v0"]
+
+
+def test_bad_settings_are_refused():
+    for change, message in (
+        ({"methods": "ppo"}, "--methods: 'ppo' is not one of"),
+        ({"episodes": 1}, "--episodes 1 is too small"),
+        ({"delta": 0.0}, "--delta 0 is too small: it must be above"),
+        ({"ratio_bound": 0.0}, "--ratio-bound 0 is too small: it must be above"),
+        ({"variance_groups": 5}, "--variance-groups 5 is too small"),
+    ):
+        with pytest.raises(UserError, match=message):
+            toy(**change)

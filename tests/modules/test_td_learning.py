@@ -1,0 +1,617 @@
+"""The td_learning module: its vectorised algorithms against the textbook's loops, and what a run claims."""
+
+import csv
+import dataclasses
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from resumed import cut_off
+
+from finetune.errors import UserError
+from finetune.rl.tabular import mdp as mdps
+from finetune.rl.tabular import worlds
+from finetune.runs import registry
+from finetune.runs.run import execute
+
+INFO = registry.find("td_learning")
+main = registry.load(INFO)
+prediction, control, linear, textbook, experiments, batch, off_policy = (
+    importlib.import_module(f"finetune_modules.td_learning.{name}")
+    for name in ("prediction", "control", "linear", "textbook", "experiments", "batch", "off_policy")
+)
+GAMMA = 0.9
+
+
+def run(folder, resume=False, **changes):
+    return execute(INFO, dataclasses.replace(main.Config.toy(), threads=1, **changes), folder, toy=True, resume=resume)
+
+
+def tiny(**changes):
+    """For what does not depend on how well is learnt."""
+    return {"steps": 3, "runs": 3, "cliff_runs": 2, "cliff_episodes": 4, "bias_runs": 3, "bias_episodes": 30,
+            "car_runs": 1, "car_episodes": 2, "taxi_runs": 2, "taxi_steps": 300, "dqn_steps": 64,
+            "dqn_runs": 2} | changes  # fmt: skip
+
+
+# --- Prediction against the textbook
+
+
+@pytest.fixture(scope="module")
+def walk():
+    return worlds.random_walk(5, 0.0, 1.0, GAMMA)
+
+
+@pytest.fixture(scope="module")
+def stream(walk):
+    return prediction.sample(walk, 3, 4, np.random.default_rng(0))
+
+
+def episodes(stream, row):
+    found, states, rewards = [], [], []
+    for t in np.flatnonzero(stream.live[:, row]):
+        states.append(int(stream.states[t, row]))
+        rewards.append(float(stream.rewards[t, row]))
+        if stream.ends[t, row]:
+            found.append(([*states, int(stream.after[t, row])], rewards))
+            states, rewards = [], []
+    assert len(found) == 4
+    assert not states
+    return found
+
+
+def check(walk, stream, tables, errors, learn):
+    """Each of the tables (K, R, S) is what `learn(k, V, states, rewards)` makes of the same episodes."""
+    truth = mdps.solve(walk, mdps.uniform(walk))[1:-1]
+    for k, rows in enumerate(tables):
+        for r, got in enumerate(rows):
+            V = first_values(walk)
+            for i, (states, rewards) in enumerate(episodes(stream, r)):
+                learn(k, V, states, rewards)
+                assert errors[k, r, i] == pytest.approx(np.sqrt(((V[1:-1] - truth) ** 2).mean()), abs=1e-12)
+            assert np.allclose(got, V, rtol=0, atol=1e-12)
+
+
+def first_values(walk):
+    return np.where(walk.terminal, 0.0, 0.5)
+
+
+def test_n_step_td_is_the_textbooks(walk, stream):
+    n, alphas = np.array([1, 2, 5, 300]), np.array([0.1, 0.5, 0.3, 0.2])
+    truth = mdps.solve(walk, mdps.uniform(walk))
+    found = prediction.n_step(walk, stream, first_values(walk), n, alphas, truth)
+    check(walk, stream, *found, lambda k, V, s, r: textbook.n_step_td(V, s, r, int(n[k]), alphas[k], GAMMA))
+    ones = prediction.n_step(walk, stream, first_values(walk), np.ones(4, int), alphas, truth)
+    check(walk, stream, *ones, lambda k, V, s, r: textbook.td0(V, s, r, alphas[k], GAMMA))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_monte_carlo_is_the_textbooks(walk, stream, first):
+    alphas = np.array([0.1, 0.5])
+    truth = mdps.solve(walk, mdps.uniform(walk))
+    found = prediction.monte_carlo(walk, stream, first_values(walk), alphas, truth, first_visit=first)
+    check(walk, stream, *found, lambda k, V, s, r: textbook.monte_carlo(V, s, r, alphas[k], GAMMA, first))
+    V, _ = prediction.monte_carlo(walk, stream, first_values(walk), None, truth, first_visit=first)
+    for row in range(3):  # without a rate: the mean of the returns that count
+        seen = {}
+        for states, rewards in episodes(stream, row):
+            for t, s in enumerate(states[:-1]):
+                if not first or s not in states[:t]:
+                    seen.setdefault(s, []).append(sum(GAMMA**i * r for i, r in enumerate(rewards[t:])))
+        for s, returns in seen.items():
+            assert V[0, row, s] == pytest.approx(np.mean(returns), abs=1e-12)
+
+
+@pytest.mark.parametrize("trace", ["accumulating", "replacing", "dutch", "true_online"])
+def test_td_lambda_is_the_textbooks(walk, stream, trace):
+    lambdas, alphas = np.array([0.0, 0.5, 0.9, 1.0]), np.array([0.1, 0.5, 0.3, 0.2])
+    truth = mdps.solve(walk, mdps.uniform(walk))
+    found = prediction.td_lambda(walk, stream, first_values(walk), lambdas, alphas, truth, trace)
+    if trace == "true_online":
+        check(walk, stream, *found, lambda k, V, s, r: textbook.true_online_td_lambda(V, s, r, lambdas[k], alphas[k],
+                                                                                      GAMMA))  # fmt: skip
+        check(walk, stream, *found, lambda k, V, s, r: textbook.online_lambda_return(V, s, r, lambdas[k], alphas[k],
+                                                                                     GAMMA))  # fmt: skip
+    else:
+        check(walk, stream, *found, lambda k, V, s, r: textbook.td_lambda(V, s, r, lambdas[k], alphas[k], GAMMA,
+                                                                          trace))  # fmt: skip
+
+
+def test_traces_without_decay_of_the_values_are_td0(walk, stream):
+    truth, alphas = mdps.solve(walk, mdps.uniform(walk)), np.array([0.2])
+    one, _ = prediction.n_step(walk, stream, first_values(walk), np.ones(1, int), alphas, truth)
+    for trace in experiments.TRACES:
+        V, _ = prediction.td_lambda(walk, stream, first_values(walk), np.zeros(1), alphas, truth, trace)
+        assert np.allclose(V, one, rtol=0, atol=1e-12), "λ = 0"
+
+
+def test_forward_and_backward_view_agree_for_small_steps(walk, stream):
+    """TD(λ) is the offline λ-return to first order in α: the difference falls with α²."""
+    truth, lam = mdps.solve(walk, mdps.uniform(walk)), 0.8
+    apart = []
+    for alpha in (1e-3, 1e-4):
+        V, _ = prediction.td_lambda(walk, stream, first_values(walk), np.array([lam]), np.array([alpha]), truth)
+        exact, _ = prediction.td_lambda(
+            walk, stream, first_values(walk), np.array([lam]), np.array([alpha]), truth, "true_online"
+        )
+        apart.append(abs(V - exact).max())
+    assert apart[1] < apart[0] / 50
+    assert apart[1] < 1e-6
+
+
+def test_td_lambda_is_the_offline_lambda_return_as_the_rate_goes_to_zero(walk, stream):
+    """What they learn from one episode, over α: the difference falls with α, here to below a millionth."""
+    lam, truth, first = 0.8, np.zeros(7), np.random.default_rng(0).standard_normal(7) * ~walk.terminal
+    live = stream.live & (stream.episode == 0)
+    once = dataclasses.replace(stream, live=live, ends=stream.ends & live)
+    apart = []
+    for alpha in (1e-3, 1e-8):
+        V, _ = prediction.td_lambda(walk, once, first, np.array([lam]), np.array([alpha]), truth)
+        for row in range(3):
+            mine = first.copy()
+            textbook.offline_lambda_return(mine, *episodes(stream, row)[0], lam, alpha, GAMMA)
+            assert abs(mine - first).max() > alpha / 10
+            apart.append(abs((V[0, row] - mine) / alpha).max())
+    assert max(apart[3:]) < 1e-6
+    assert max(apart[:3]) > 1e-5, "at a larger rate they are not the same"
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+def test_lambda_returns_are_torchrls(walk, stream, lam):
+    functional = pytest.importorskip("torchrl.objectives.value.functional")
+    V = np.random.default_rng(0).standard_normal(7) * ~walk.terminal
+    for states, rewards in episodes(stream, 0):
+        column = [torch.tensor(x, dtype=torch.float64)[:, None] for x in (V[states[1:]], rewards)]
+        done = torch.zeros(len(rewards), 1, dtype=torch.bool)
+        done[-1] = True
+        theirs = functional.td_lambda_return_estimate(GAMMA, lam, *column, done, done)
+        mine = [textbook.lambda_return(V, states, rewards, t, lam, GAMMA) for t in range(len(rewards))]
+        assert np.allclose(theirs[:, 0], mine, rtol=0, atol=1e-12)
+
+
+# --- A batch of episodes, again and again
+
+
+@pytest.fixture(scope="module")
+def counts(walk, stream):
+    made = batch.Counts.none(3, 7)
+    for episode in range(4):
+        made.add(stream, prediction.returns(stream, GAMMA)[0], episode)
+    return made
+
+
+@pytest.mark.parametrize("method", batch.METHODS)
+def test_sweeps_over_counts_are_sweeps_over_the_episodes(walk, stream, counts, method):
+    V = batch.converge(counts, np.tile(first_values(walk), (3, 1)), GAMMA, 0.7, method, tolerance=0, most=5)
+    for row in range(3):
+        mine = first_values(walk)
+        textbook.batch(mine, episodes(stream, row), 0.7 / counts.visits[row].max(), GAMMA, method, 5)
+        assert np.allclose(V[row], mine, rtol=0, atol=1e-12)
+
+
+def test_batch_td_is_certainty_equivalence_and_batch_monte_carlo_the_mean_return(walk, stream, counts):
+    start = np.tile(first_values(walk), (3, 1))
+    td, mc = (batch.converge(counts, start, GAMMA, 1.0, method, tolerance=1e-14) for method in batch.METHODS)
+    for row in range(3):
+        steps, seen = {}, {}
+        for states, rewards in episodes(stream, row):
+            for t, s in enumerate(states[:-1]):
+                steps.setdefault(s, []).append((states[t + 1], rewards[t]))
+                seen.setdefault(s, []).append(sum(GAMMA**i * r for i, r in enumerate(rewards[t:])))
+        A, b = np.eye(7), np.zeros(7)  # the most likely reward process, from the steps
+        for s, found in steps.items():
+            for after, reward in found:
+                A[s, after] -= GAMMA / len(found)
+                b[s] += reward / len(found)
+        exact = np.linalg.solve(A, b)
+        assert set(steps) == set(seen) <= set(range(1, 6))
+        for s in steps:
+            assert td[row, s] == pytest.approx(exact[s], abs=1e-8)
+            assert mc[row, s] == pytest.approx(np.mean(seen[s]), abs=1e-8)
+        assert np.allclose(batch.certainty_equivalence(counts, row, GAMMA)[list(steps)], exact[list(steps)], atol=1e-12)
+        assert abs(td[row] - mc[row]).max() > 1e-3, "they are not the same"
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_figure_6_2_and_you_are_the_predictor(seed):
+    totals = experiments.Totals()
+    experiments.batch_updating(totals, 100, 1.0, np.random.default_rng(seed))
+    td, mc = (totals.mean(f"6.2 batch {method}") for method in batch.METHODS)
+    assert (td[1:] < mc[1:]).all(), "with every number of episodes but one"
+    assert td.mean() < 0.8 * mc.mean()
+    assert totals.mean("6.2 batch gap") < 1e-8
+    assert np.allclose(totals.mean("6.4 td"), [0.75, 0.75, 0], rtol=0, atol=1e-10)
+    assert np.allclose(totals.mean("6.4 mc"), [0, 0.75, 0], rtol=0, atol=1e-10)
+
+
+# --- Importance sampling
+
+
+def test_blackjack():
+    """The book's value of Example 5.4 is itself a mean, of a hundred million episodes; gymnasium's episodes agree."""
+    world, _, value = experiments.blackjack_state()
+    assert value == pytest.approx(-0.27726, abs=2e-4)
+    gymnasium = pytest.importorskip("gymnasium")
+    env = gymnasium.make("Blackjack-v1", sab=True).unwrapped
+    env.reset(seed=0)
+    draw, found = np.random.default_rng(0), []
+    for _ in range(4000):
+        env.player, (second,) = [1, 2], [int(draw.integers(1, 14))]
+        env.dealer, over = [2, min(second, 10)], False
+        while not over:
+            _, reward, over, _, _ = env.step(int(draw.integers(2)))
+        found.append(reward)
+    exact = mdps.performance(world, mdps.uniform(world))
+    assert np.mean(found) == pytest.approx(exact, abs=4 * np.std(found) / np.sqrt(len(found)))
+    states = np.arange(200)
+    sums, ace = states // 10 % 10 + 12, states >= 100
+    best = mdps.greedy(world, _best(world))[:200, 0] == 1  # sticks
+    assert best[(sums >= 19) | (~ace & (sums >= 17))].all()
+    assert not best[(ace & (sums <= 17))].any()
+
+
+def _best(world):
+    from finetune.rl.tabular import planning
+
+    return planning.policy_iteration(world)[0]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_importance_sampling_is_unbiased_and_ratios_of_decisions_vary_less(seed):
+    world, target, value = experiments.paying_world()
+    G, rho, each = off_policy.sample(world, target, mdps.uniform(world), 100, 1000, np.random.default_rng(seed))
+    count = G.size
+    for values, exact in ((rho * G, value), (each, value), (rho, 1.0)):
+        assert values.mean() == pytest.approx(exact, abs=5 * values.std() / np.sqrt(count))
+    assert each.var() < (rho * G).var()
+    behaviour = mdps.performance(world, mdps.uniform(world))
+    assert abs(G.mean() - behaviour) < 5 * G.std() / np.sqrt(count)
+    assert abs(value - behaviour) > 20 * G.std() / np.sqrt(count), "what is seen is not what is asked for"
+
+
+def test_weighted_importance_sampling_is_the_textbooks():
+    world, target, _ = experiments.paying_world()
+    target = mdps.one_hot(world, np.zeros(len(world.terminal), int))  # many ratios are 0
+    G, rho, each = off_policy.sample(world, target, mdps.uniform(world), 3, 200, np.random.default_rng(0), piece=100)
+    assert (rho == 0).any()
+    for row, got in enumerate(off_policy.weighted(G, rho)):
+        assert np.allclose(got, textbook.weighted_importance(G[row], rho[row]), rtol=0, atol=1e-10)
+    assert np.allclose(each[rho == 2], (G * rho)[rho == 2]), "episodes of one step"
+
+
+@pytest.mark.parametrize("seed", [4, 5, 6])
+def test_figure_5_3_and_infinite_variance(seed):
+    totals = experiments.Totals()
+    experiments.importance(totals, 100, 1.0, np.random.default_rng(seed))
+    assert totals.mean("5.3 weighted early") < totals.mean("5.3 ordinary early") / 2
+    for name in off_policy.ESTIMATORS:
+        assert totals.mean(f"5.3 {name}")[-1] < 0.005
+    paths = experiments.loop_paths(np.random.default_rng(seed))
+    assert set(np.unique(paths["weighted"])) <= {0.0, 1.0}
+    assert (paths["weighted"][:, -1] == 1).all()
+    assert abs(paths["ordinary"][:, -1] - 1).mean() > 0.05, "after 100 000 episodes"
+
+
+# --- Control
+
+
+def random_world(seed=0):
+    return mdps.garnet(6, 3, 3, np.random.default_rng(seed), 0.9, ending=0.2)
+
+
+@pytest.mark.parametrize("kind", control.KINDS)
+def test_one_step_updates_are_their_definitions(kind):
+    """Every update of 200 steps, with the learner's own draws, from the tables before it."""
+    mdp, epsilon, alpha, runs = random_world(), 0.3, 0.4, 4
+    draw = np.random.default_rng(1)
+    learners = control.Learners(mdp, (kind,), runs, alpha, epsilon, draw)
+    rows = np.arange(runs)
+    both = set()
+    for _ in range(200):
+        before = learners.Q.copy()
+        state, action, reward, over = learners.step(draw)
+        changed = (before != learners.Q).reshape(2, runs, -1)
+        assert (changed.sum((0, 2)) <= 1).all()
+        after = np.where(over, -1, learners.world.state)
+        for r in rows[~over]:
+            table = int(changed[1, r].any())
+            both.add(table)
+            q, other = before[table, r, after[r]], before[1 - table, r, after[r]]
+            sums = before[:, r, after[r]].sum(0)
+            if kind == "sarsa":
+                value = q[learners.action[r]]
+            elif kind == "expected_sarsa":
+                probabilities = (
+                    np.full(3, epsilon / 3) + (1 - epsilon) * (sums == sums.max()) / (sums == sums.max()).sum()
+                )
+                value = probabilities @ q
+            elif kind == "q_learning":
+                value = q.max()
+            else:
+                value = other[q.argmax()]
+            old = before[table, r, state[r], action[r]]
+            want = old + alpha * (reward[r] + mdp.gamma * value - old)
+            assert learners.Q[table, r, state[r], action[r]] == pytest.approx(want, abs=1e-12)
+        for r in rows[over]:
+            table = int(changed[1, r].any())
+            old = before[table, r, state[r], action[r]]
+            assert learners.Q[table, r, state[r], action[r]] == pytest.approx(
+                old + alpha * (reward[r] - old), abs=1e-12
+            )
+    assert both == ({0, 1} if kind == "double_q" else {0})
+
+
+def test_behaviour_is_epsilon_greedy():
+    q = np.array([[1.0, 1.0, 0.0, 5.0], [0.0, 2.0, 1.0, 9.0]])
+    allowed = np.array([[True, True, True, False]] * 2)
+    got = control.epsilon_greedy(q, allowed, 0.3)
+    assert np.allclose(got, [[0.45, 0.45, 0.1, 0], [0.1, 0.8, 0.1, 0]], rtol=0, atol=1e-15)
+    draw = np.random.default_rng(0)
+    counts = np.bincount(mdps.pick(got[:1].cumsum(1), draw.random(20_000)), minlength=4) / 20_000
+    assert abs(counts - got[0]).max() < 4 * np.sqrt(0.25 / 20_000)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Every step of the walkers: states, actions, what came of them, and π/b of the actions where there is one."""
+    steps, ratios = [], [None]
+    step, act = control.Walkers.step, control.act
+
+    def watched_step(self, action, draw):
+        state = self.state.copy()
+        out = step(self, action, draw)
+        steps.append((state, action, out, ratios[-1]))
+        return out
+
+    def watched_act(q, allowed, epsilon, target, draw):
+        action, ratio = act(q, allowed, epsilon, target, draw)
+        pi, b = (control.epsilon_greedy(q, allowed, e)[np.arange(len(q)), action] for e in (target, epsilon))
+        assert np.array_equal(ratio, pi / b)
+        ratios.append(ratio)
+        return action, ratio
+
+    monkeypatch.setattr(control.Walkers, "step", watched_step)
+    monkeypatch.setattr(control, "act", watched_act)
+    return steps
+
+
+@pytest.mark.parametrize(("n", "greedy"), [(1, False), (3, False), (1, True), (4, True)])
+def test_q_0_is_the_textbooks_tree_backup(watched, n, greedy):
+    """Section 7.5 on the very episodes that the vectorised one saw."""
+    mdp, alpha, epsilon = random_world(), 0.3, 0.4
+    target = 0.0 if greedy else epsilon
+    Q, sums = control.q_sigma(
+        mdp, n, 0.0, 3, 12, alpha, epsilon, np.random.default_rng(2), target_epsilon=0.0 if greedy else None
+    )
+    for r in range(3):
+        mine, episode, totals = np.zeros(mdp.size), [], []
+        for state, action, (after, reward, terminated, _), _ in watched:
+            episode.append((state[r], action[r], reward[r], after[r]))
+            if terminated[r]:
+                textbook.tree_backup(mine, episode, n, alpha, mdp.gamma, target)
+                totals.append(sum(x[2] for x in episode))
+                episode = []
+        textbook.tree_backup(mine, episode, n, alpha, mdp.gamma, target, ended=False)
+        assert np.allclose(Q[r], mine, rtol=0, atol=1e-12)
+        assert np.allclose(sums[r], totals[:12], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", [None, 0.1])
+@pytest.mark.parametrize(("n", "sigma"), [(1, 1.0), (3, 1.0), (1, 0.5), (4, 0.3)])
+def test_q_sigma_is_the_sum_of_td_errors_and_q_1_n_step_sarsa(watched, n, sigma, target):
+    """One run, so that every episode is whole."""
+    mdp, alpha, epsilon = random_world(), 0.2, 0.4
+    Q, _ = control.q_sigma(mdp, n, sigma, 1, 40, alpha, epsilon, np.random.default_rng(3), target_epsilon=target)
+    sarsa, td_errors, episode, ratios = np.zeros(mdp.size), np.zeros(mdp.size), [], []
+    for (state,), (action,), ((after,), (reward,), (terminated,), _), (ratio,) in watched:
+        episode.append((state, action, reward, after))
+        ratios.append(ratio)
+        if terminated:
+            textbook.n_step_sarsa(sarsa, episode, ratios, n, alpha, mdp.gamma)
+            textbook.q_sigma(
+                td_errors, episode, ratios, n, sigma, alpha, mdp.gamma, epsilon if target is None else target
+            )
+            episode, ratios = [], []
+    assert np.allclose(Q[0], td_errors, rtol=0, atol=1e-11)
+    assert np.allclose(Q[0], sarsa, rtol=0, atol=1e-11) == (sigma == 1)
+
+
+def test_without_lambda_traces_change_nothing():
+    mdp, kinds = random_world(), ("sarsa", "expected_sarsa", "q_learning")
+    made = []
+    for lam in (None, 0.0, 0.5):
+        draw = np.random.default_rng(4)
+        learners = control.Learners(mdp, kinds, 3, 0.4, 0.3, draw, lam=lam)
+        for _ in range(200):
+            learners.step(draw)
+        made.append(learners.Q)
+    assert np.array_equal(made[0], made[1])
+    assert not np.allclose(made[0], made[2])
+
+
+@pytest.mark.parametrize("kind", ["sarsa", "q_learning"])
+def test_traces_are_the_textbooks(watched, kind):
+    """SARSA(λ), and Watkins' Q(λ), whose traces are cut: both often enough."""
+    mdp, alpha, lam, draw = random_world(), 0.3, 0.8, np.random.default_rng(5)
+    learners = control.Learners(mdp, (kind,), 2, alpha, 0.4, draw, lam=lam)
+    for _ in range(300):
+        learners.step(draw)
+    for r in range(2):
+        mine, episode = np.zeros(mdp.size), []
+        for state, action, (after, reward, terminated, _), _ in watched:
+            episode.append((state[r], action[r], reward[r], after[r]))
+            if terminated[r]:
+                textbook.traces(mine, episode, None, lam, alpha, mdp.gamma, kind == "q_learning")
+                episode = []
+        textbook.traces(mine, episode, learners.action[r], lam, alpha, mdp.gamma, kind == "q_learning")
+        assert np.allclose(learners.Q[0, r], mine, rtol=0, atol=1e-12)
+
+
+def test_q_learning_finds_the_best_values():
+    """With a rate that falls, on a world small enough to know: max Q within noise of V*."""
+    from finetune.rl.tabular import planning
+
+    mdp = random_world(3)
+    best, _, _ = planning.policy_iteration(mdp)
+    draw = np.random.default_rng(0)
+    learners = control.Learners(mdp, ("q_learning", "double_q"), 8, 0.0, 1.0, draw)
+    for t in range(6000):
+        learners.alpha = 0.1 if t < 4000 else 0.01
+        learners.step(draw)
+    learnt = learners.Q[0].max(2).reshape(2, 8, -1).mean(1)
+    assert abs(learnt - best)[:, ~mdp.terminal].max() < 0.1 * abs(best).max()
+
+
+# --- Linear features
+
+
+def test_tiles():
+    """Every point has one tile of each tiling; near points share most; 2 · tilings shifts of a tile none."""
+    tiles = linear.Tiles(np.array([0.0, -1.0]), np.array([1.0, 1.0]), 4, 8)
+    draw = np.random.default_rng(0)
+    points = draw.uniform([0, -1], [1, 1], (500, 2))
+    active = tiles(points)
+    assert active.shape == (500, 8)
+    assert (active // tiles.each == np.arange(8)).all(), "one of each tiling"
+    assert active.max() < tiles.size
+    near = tiles(points + np.array([0.25 / 8, 0]))
+    assert (near != active).sum(1).max() <= 2, "an eighth of a tile away"
+    assert (near == active).mean() > 0.8
+    inside = points[points[:, 0] < 0.7]
+    assert (tiles(inside + np.array([0.25, 0])) != tiles(inside)).all(), "a whole tile away"
+    assert (tiles(np.array([[9.0, 9.0]])) == tiles(np.array([[1.0, 1.0]]))).all(), "beyond is the edge"
+
+
+def test_mountain_car_is_gymnasiums():
+    gymnasium = pytest.importorskip("gymnasium")
+    env = gymnasium.make("MountainCar-v0").unwrapped
+    state, _ = env.reset(seed=0)
+    state = np.array(state, float)
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        action = int(draw.integers(3))
+        env.state = tuple(state)
+        theirs, _, goal, _, _ = env.step(action)
+        state, reached = linear.mountain_car(state, np.array(action))
+        if goal or reached:  # theirs lies at 0.5, and goes on to 0.6
+            break
+        assert np.allclose(state, theirs, rtol=0, atol=1e-6)
+
+
+def test_baird():
+    """The expected steps over one round of states: TD's matrix has an eigenvalue with a positive real part."""
+    x, after = linear.FEATURES, linear.FEATURES[6]
+    steps = np.mean([np.outer(row, 0.99 * after - row) for row in x], axis=0)
+    assert np.linalg.eigvals(steps).real.max() > 0.1
+    draw = np.random.default_rng(0)
+    td, *gradient = (linear.baird(m, 30, 1000, a, b, draw)
+                     for m, a, b in (("td", 0.01, 0), ("tdc", 0.005, 0.05), ("gtd2", 0.005, 0.05)))  # fmt: skip
+    length = np.linalg.norm(td, axis=2)
+    assert (length[-1] > 5 * length[0]).all()
+    for w in gradient:
+        error = linear.bellman_error(w)
+        assert (np.linalg.norm(w[-1], axis=1) < np.linalg.norm(w[0], axis=1)).all()
+        assert (error[-1] < error[0] / 10).all()
+    one = {m: linear.baird(m, 500, 1, 0.01, 0.05, np.random.default_rng(1)) for m in experiments.METHODS}
+    assert np.array_equal(one["td"], one["tdc"]), "with h = 0 TDC is TD"
+    assert np.array_equal(one["gtd2"][1], one["gtd2"][0]), "and GTD2 stands still"
+    best = np.array([1, 1, 1, 1, 1, 1, 4, -2.0])
+    assert np.allclose(linear.FEATURES @ best, 0), "the values can all be 0"
+
+
+# --- A run
+
+
+def test_three_experiments_and_taxi(tmp_path):
+    """Each result against its baseline; what the quick experiments show, and Taxi."""
+    summary = run(tmp_path / "run", steps=3, taxi_steps=24_000, dqn_steps=1000)
+    metrics, missed = summary["metrics"], [n for n, reached in summary["reached"].items() if reached is False]
+    assert set(missed) <= {"experiments", "cartpole_all"}, "three of them, and a fifth of DQN's steps"
+    assert "experiments" in missed
+    assert metrics["cartpole_all"] > 1.5 * summary["baseline"]["cartpole_all"] > 30
+    assert metrics["taxi"] >= 7.5 > 0 > summary["baseline"]["taxi"]
+    assert metrics["five_states_td"] < 0.7 * summary["baseline"]["five_states_td"], "TD before Monte Carlo"
+    assert metrics["left_double_q"] < 0.08 < metrics["left_q_learning"]
+    assert metrics["baird_td_growth"] > 5 > 1 > metrics["baird_tdc_growth"]
+    for name in ("random_walk", "bias", "baird", "dqn", "training_curves"):
+        assert (tmp_path / f"run/{name}.png").stat().st_size > 25_000, name
+
+
+def test_figures_7_2_and_12_6():
+    totals = experiments.Totals()
+    experiments.nineteen_states(totals, 40, 1.0, np.random.default_rng(5))
+    by_n = totals.mean("7.2").min(1)
+    expected = {value: main.EXPECTED[f"Figure 7.2: n = {value}, best α"] for value in (1, 2, 4, 8, 16)}
+    for n, error in zip(experiments.STEPS, by_n, strict=True):
+        assert n not in expected or error == pytest.approx(expected[n], rel=main.WITHIN)
+    assert by_n.argmin() in (1, 2, 3)
+    assert by_n[-1] > by_n[0] > by_n[2] < by_n[4], "a U"
+    by_lambda = totals.mean("12.6 accumulating").min(1)
+    for value, error in zip(experiments.LAMBDAS[:4], by_lambda, strict=False):
+        assert error == pytest.approx(main.EXPECTED[f"Figure 12.6: λ = {value:g}, best α"], rel=main.WITHIN)
+    assert by_lambda[0] == pytest.approx(by_n[0], abs=1e-12), "both are TD(0)"
+    assert totals.mean("12.6 true_online").min() < by_lambda.min() < by_lambda[0]
+
+
+def test_example_6_6():
+    totals = experiments.Totals()
+    experiments.cliff(totals, 10, 250, 1.0, np.random.default_rng(5))
+    last, first = (dict(zip(experiments.ACTING, totals.mean(f"6.6 {part}"), strict=True)) for part in ("last", "first"))
+    assert last["expected_sarsa"] > last["sarsa"] > last["q_learning"]
+    assert last["tree_backup"] > last["q_sigma"] > last["n_step_sarsa"], "what is not drawn adds no variance"
+    assert first["sarsa_lambda"] > first["sarsa"]
+    assert first["q_lambda"] > first["q_learning"]
+    assert totals.mean("6.6 path") == -13, "and yet its greedy path is the shortest"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_toy(tmp_path, seed):
+    summary = run(tmp_path / "run", seed=seed)
+    assert summary["passed"], {name for name, reached in summary["reached"].items() if reached is False}
+    assert summary["metrics"]["left_q_learning"] > 0.08
+    for name in ("n_step", "lambda", "cliff", "mountain_car", "batch", "importance"):
+        assert (tmp_path / f"run/{name}.png").stat().st_size > 25_000, name
+
+
+def test_without_learning_there_is_no_gain(tmp_path):
+    summary = run(tmp_path / "none", **tiny(steps=0))
+    assert summary["passed"] is False
+    assert summary["metrics"]["experiments"] == 0
+    still = run(tmp_path / "still", **tiny(rate=0.0, steps=2))
+    assert still["metrics"]["taxi"] == summary["metrics"]["taxi"] < 0
+    assert still["metrics"]["baird_td_growth"] == 1
+    missed = {name for name, reached in still["reached"].items() if reached is False}
+    assert missed >= {"taxi", "five_states_td", "baird_td_growth", "baird_tdc_error"}
+
+
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    """In the second round of the two experiments that are quick."""
+    monkeypatch.setattr(main, "EXPERIMENTS", main.EXPERIMENTS[:2])
+    monkeypatch.setattr(main, "compare", lambda run, totals: None)
+    steps = 4
+    poles = {"dqn_steps": 400}  # so that DQN has learnt before the cut
+
+    run(tmp_path / "whole", **tiny(steps=steps, **poles))
+    with cut_off(4):
+        run(tmp_path / "cut", **tiny(steps=steps, **poles))
+    run(tmp_path / "cut", resume=True, **tiny(steps=steps, **poles))
+    assert (tmp_path / "cut/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text())["metrics"] for name in ("whole", "cut"))
+    assert one == two
+    assert len(list(csv.DictReader((tmp_path / "cut/metrics.csv").open()))) == steps
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runs": 0}, "--runs 0 is too small"),
+        ({"rate": 1.5}, "--rate 1.5 is too large: it must be at most 1"),
+        ({"variants": "dqn,duelling"}, "'duelling' is not one of dqn, .*dueling"),
+    ],
+)
+def test_bad_settings(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", **change)

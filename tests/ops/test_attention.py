@@ -1,0 +1,303 @@
+"""Attention by its meaning: packing, padding, decoding, heads, memory, accesses; its numbers are tested in test_ops.py
+and test_cuda.py."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from finetune import ops
+from finetune.kernels import emulator
+from finetune.memory.meters import peak_allocated
+from finetune.ops import attention
+from finetune.ops._check import check
+from finetune.ops._op import Sample
+
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp", "emulated"])
+KERNELS = pytest.mark.parametrize("backend", ["cpp", "emulated"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated():
+    return emulator.load("emulated")
+
+
+def qkv(b=1, tq=40, tk=None, heads=4, kv_heads=2, dim=16, seed=0, grad=False):
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((tq, heads), (tk or tq, kv_heads), (tk or tq, kv_heads))
+    return [torch.randn(b, t, h, dim, generator=g).requires_grad_(grad) for t, h in shapes]
+
+
+def gradients(out, inputs, seed=9):
+    return torch.autograd.grad(out, inputs, torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def close(a, b):
+    return (a - b).abs().max() <= 2e-6 * b.abs().max().clamp(min=1)
+
+
+@BACKENDS
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_documents_are_as_each_alone(backend, causal):
+    q, k, v = qkv(tq=130, grad=True)
+    ends = [0, 1, 1, 64, 65, 130]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    packed = attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens, backend=backend)
+    alone = torch.cat(
+        [attention(*(x[:, a:b] for x in (q, k, v)), causal=causal, backend=backend) for a, b in pairwise(ends)],
+        dim=1,
+    )
+    same = torch.equal if backend == "emulated" else close  # its tiles begin where documents do
+    assert same(packed, alone)
+    assert all(map(same, gradients(packed, (q, k, v)), gradients(alone, (q, k, v))))
+
+
+@BACKENDS
+def test_a_document_does_not_see_another(backend):
+    q, k, v = qkv(tq=50)
+    cu_seqlens = torch.tensor([0, 20, 50], dtype=torch.int32)
+    before = attention(q, k, v, cu_seqlens=cu_seqlens, backend=backend)
+    k[:, :20], v[:, :20] = torch.nan, torch.nan
+    after = attention(q, k, v, cu_seqlens=cu_seqlens, backend=backend)
+    if backend == "reference":  # 0 · NaN is NaN in a full product
+        assert after[:, :20].isnan().all()
+    else:
+        assert torch.equal(after[:, 20:], before[:, 20:])
+
+
+@KERNELS
+def test_padding_is_never_read(backend):
+    """NaN behind the lengths changes no bit of the result or the gradients, and gets the gradient 0."""
+    lengths = torch.tensor([40, 7, 0])
+    clean, dirty = qkv(b=3), qkv(b=3)
+    for i, n in enumerate(lengths.tolist()):
+        for x in dirty[1:]:
+            x[i, n:] = torch.nan
+    found = []
+    for inputs in (clean, dirty):
+        inputs = [x.requires_grad_() for x in inputs]
+        out = attention(*inputs, lengths=lengths, backend=backend)
+        found.append([out, *gradients(out, inputs)])
+    assert all(map(torch.equal, *found))
+    assert not found[0][0][2].any()
+    for grad in found[0][2:]:
+        assert not grad[1, 7:].any()
+        assert not grad[2].any()
+
+
+@BACKENDS
+def test_lengths_beyond_the_keys_change_nothing(backend):
+    q, k, v = qkv(b=2)
+    got = attention(q, k, v, lengths=torch.tensor([10**9, -1]), backend=backend)
+    assert torch.equal(got[:1], attention(q[:1], k[:1], v[:1], backend=backend))
+    assert not got[1].any()
+
+
+@BACKENDS
+@pytest.mark.parametrize("tq", [1, 3, 17])
+def test_decoding_gives_the_last_rows(backend, tq):
+    q, k, v = qkv(tq=90)
+    whole = attention(q, k, v, backend=backend)
+    assert close(attention(q[:, -tq:], k, v, backend=backend), whole[:, -tq:])
+
+
+@BACKENDS
+def test_grouped_heads_are_repeated_ones(backend):
+    q, k, v = qkv(heads=6, kv_heads=2, grad=True)
+    got = attention(q, k, v, backend=backend)
+    wide = [x.detach().repeat_interleave(3, dim=2).requires_grad_() for x in (k, v)]
+    want = attention(q, *wide, backend=backend)
+    assert close(got, want)
+    theirs = gradients(want, (q, *wide))
+    folded = [theirs[0], *(g.unflatten(2, (2, 3)).sum(3) for g in theirs[1:])]
+    assert all(map(close, gradients(got, (q, k, v)), folded))
+
+
+@BACKENDS
+def test_the_future_is_not_seen(backend):
+    q, k, v = qkv(tq=70)
+    before = attention(q, k, v, backend=backend)
+    k[:, 33:] += 1
+    v[:, 33:] += 1
+    after = attention(q, k, v, backend=backend)
+    assert torch.equal(before[:, :33], after[:, :33])
+    assert not torch.equal(before[:, 33], after[:, 33])
+
+
+def test_memory_is_linear_in_the_length():
+    """Never a T×T matrix: what a forward and backward pass allocates doubles with T, the reference's quadruples."""
+
+    def peak(t, backend):
+        q, k, v = qkv(tq=t, heads=2, kv_heads=1, grad=True)
+        return peak_allocated(lambda: gradients(attention(q, k, v, backend=backend), (q, k, v)))
+
+    peak(256, "cpp")
+    assert peak(4096, "cpp") <= 2.2 * peak(2048, "cpp")
+    assert peak(4096, "cpp") < 4096 * 4096
+    assert peak(1024, "reference") > 3.5 * peak(512, "reference")
+
+
+@KERNELS
+def test_wrong_arguments_are_refused(backend):
+    q, k, v = qkv()
+    cases = [
+        ((q[0], k, v), {}, "q must be .B, Tq, H, D."),
+        ((q, k, v[:, :-1]), {}, "k and v"),
+        ((q, k[..., :-1], v[..., :-1]), {}, "k and v"),
+        ((q[:, :, :3], k, v), {}, "3 query heads are not a multiple of 2"),
+        ((q, k, v), {"lengths": torch.tensor([1, 2])}, "lengths must be"),
+        ((q, k, v), {"lengths": torch.tensor([1]), "cu_seqlens": torch.tensor([0, 40])}, "excludes cu_seqlens"),
+        ((q[:, :9], k, v), {"cu_seqlens": torch.tensor([0, 9])}, "as many queries as keys"),
+        ((q, k, v), {"cu_seqlens": torch.tensor([0, 30, 20, 40])}, "cu_seqlens"),
+        ((q, k, v), {"cu_seqlens": torch.tensor([0, 39])}, "cu_seqlens"),
+        ((q, k, v), {"cu_seqlens": torch.tensor([1, 40])}, "cu_seqlens"),
+        ((q, k, v), {"lengths": torch.tensor([4.0])}, "int32 or int64"),
+        ((q, k, v.bfloat16()), {}, "one dtype"),
+    ]
+    for inputs, options, message in cases:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            attention(*inputs, backend=backend, **options)
+
+
+@KERNELS
+@pytest.mark.parametrize("causal", [True, False])
+def test_statistics_are_the_log_sum_exp_of_torch(backend, causal):
+    q, k, v = qkv(b=2, tq=100, heads=3, kv_heads=3, dim=64)
+    library = {"cpp": torch.ops.finetune, "emulated": torch.ops.finetune_emulated}[backend]
+    _, top, total = library.attention(q, k, v, causal, 1 / 8, None, None)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    _, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal)
+    assert ((top + total.log2()) * math.log(2) - lse).abs().max() <= 1e-5
+
+
+@KERNELS
+def test_statistics_keep_what_large_logits_would_drown(backend):
+    """Scores of 10^6: their log-sum-exp in one fp32 number could not tell one key from three."""
+    q, k, v = qkv(tq=3, heads=1, kv_heads=1, dim=4)
+    k[:] = k[:, :1]
+    q *= 1e6 / (q * k).sum(-1, keepdim=True)
+    library = {"cpp": torch.ops.finetune, "emulated": torch.ops.finetune_emulated}[backend]
+    _, _, total = library.attention(q, k, v, True, 1.0, None, None)
+    assert torch.equal(total.flatten(), torch.tensor([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("f32", "bf16"))
+@pytest.mark.parametrize("dim", [2, 31, 32, 56, 65, 128, 200, 255, 256])
+def test_any_head_dim(dim, dtype):
+    sample = Sample(f"dim {dim}", tuple(x.double() for x in qkv(tq=21, tk=45, dim=dim)), grad=(0, 1, 2))
+    check("attention", sample, dtype, "emulated")
+
+
+def test_head_dims_past_256_are_refused():
+    with pytest.raises(ops.BackendUnavailable, match="up to 256, got 257"):
+        attention(*qkv(tq=2, dim=257), backend="emulated")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=("f32", "f16"))
+def test_any_alignment_and_stride(dtype):
+    """Rows that begin anywhere give the bits that aligned ones give: only how they are copied differs."""
+    aligned = [x.to(dtype).requires_grad_() for x in qkv(tq=70, dim=40)]
+    whole = [torch.zeros(1, 70, x.shape[2] + 1, 43, dtype=dtype) for x in aligned]
+    odd = [w[:, :, 1:, 3:].copy_(x.detach()).requires_grad_() for w, x in zip(whole, aligned, strict=True)]
+    found = []
+    for inputs in (aligned, odd):
+        out = attention(*inputs, backend="emulated")
+        found.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_batch_gives_the_bits_of_its_parts():
+    """The work is cut by shape alone and nothing is summed by atomics."""
+    whole = [x.bfloat16().requires_grad_() for x in qkv(b=3, tq=90)]
+    out = attention(*whole, backend="emulated")
+    found = [out, *torch.autograd.grad(out, whole, torch.ones_like(out))]
+    for i in range(3):
+        part = [x[i : i + 1].detach().requires_grad_() for x in whole]
+        out = attention(*part, backend="emulated")
+        alone = [out, *torch.autograd.grad(out, part, torch.ones_like(out))]
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(found, alone, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "forward", "backward"), [(torch.bfloat16, 1e-2, 2e-2), (torch.float16, 1.5e-3, 3e-3)], ids=("bf16", "f16")
+)
+def test_error_of_tensor_cores(dtype, forward, backward):
+    """Normal q, k, v and dO, 192 causal tokens: absolute errors against float64, of numbers up to 4.6."""
+    inputs = [x.to(dtype).requires_grad_() for x in qkv(tq=192, heads=2, kv_heads=1, dim=64)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    out, exact = attention(*inputs, backend="emulated"), attention(*wide, backend="reference")
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    grads = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(exact, wide, grad.double())
+    assert (out - exact).abs().max() <= forward
+    assert all((a - b).abs().max() <= backward for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("f32", "bf16"))
+def test_several_tiles_are_checked_in_every_order_and_copy_mode(dtype):
+    """Three steps of each pipeline, so that both stages are overwritten: no race, the same bits."""
+    checked = emulator.load("checked")
+    first = None
+    try:
+        for order, eager in ((0, False), (1, True), (5, False), (6, True)):
+            checked.set_order(order)
+            checked.set_eager(eager)
+            inputs = [x.to(dtype).requires_grad_() for x in qkv(tq=150, heads=2, kv_heads=1, dim=64)]
+            out = attention(*inputs, backend="checked")
+            got = [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+            first = first or got
+            assert all(map(torch.equal, got, first))
+    finally:
+        checked.set_order(0)
+        checked.set_eager(False)
+
+
+def accesses(dtype, dim, bug=""):
+    inputs = [x.to(dtype) for x in qkv(tq=128, heads=2, kv_heads=1, dim=dim)]
+    inputs = [x.as_strided(x.shape, (1, *x.stride()[1:])).requires_grad_() for x in inputs]  # of one batch
+
+    def call():
+        out = attention(*inputs, backend="checked")
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+    checked = emulator.load("checked")
+    checked.set_bug(bug)
+    try:
+        return emulator.trace(call)
+    finally:
+        checked.set_bug("")
+
+
+def units(rows, kind):
+    return sum(row["units"] for row in rows if row["kind"] == kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("f32", "bf16"))
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_no_access_takes_longer_than_it_must(dim, dtype):
+    """No bank conflict, not a sector too many, and tensors move 16 bytes a lane; the statistics are the exception."""
+    rows = accesses(dtype, dim)
+    assert not emulator.excess(rows)
+    assert {row["kind"] for row in rows} >= {"cp.async to shared", "cp.async from global", "global store"}
+    assert ("ldmatrix" in {row["kind"] for row in rows}) == (dtype == torch.bfloat16)
+    narrow = [row for row in rows if "global" in row["kind"] and row["width"] < 16]
+    assert narrow
+    assert all("total[" in row["source"] or "top[" in row["source"] for row in narrow)
+
+
+def test_work_is_what_the_algorithm_asks_for():
+    """128 causal tokens, two heads, D = 64: three of four 64×64 tiles of scores, each 4·4·8 mma a product."""
+    rows = accesses(torch.bfloat16, 64)
+    mma = sum(row["requests"] for row in rows if row["kind"] == "mma")
+    tile, diagonal = 4 * 4 * 8, 4 * 4 * 2  # one product of 64×64×64; delta's
+    assert mma == 2 * (3 * (2 + 7) * tile + 2 * diagonal)
+    own, diagonal = 4 * 4, 2 * 4 * 4  # the left operands, read once for each warp and 16 columns; of two tiles' deltas
+    assert units(rows, "ldmatrix") == 4 * (mma // 2 + 2 * (3 * (1 + 4) * own + diagonal))  # a right one makes two mma
+
+
+@pytest.mark.parametrize(("dim", "times"), [(32, 4), (64, 8), (128, 8)])
+def test_without_the_swizzle_ldmatrix_takes_so_many_times_as_long(dim, times):
+    plain, swizzled = accesses(torch.bfloat16, dim, "attention.no_swizzle"), accesses(torch.bfloat16, dim)
+    assert units(plain, "ldmatrix") == times * units(swizzled, "ldmatrix")
+    assert emulator.excess(plain, "shared store")
+    assert units(plain, "cp.async to shared") == units(swizzled, "cp.async to shared")  # whole rows, either way
