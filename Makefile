@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
-NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard cmake/*.cmake csrc/*.txt csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/include/finetune/*.h)
+NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard cmake/*.cmake csrc/*.txt csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/cuda/device/*.cuh csrc/include/finetune/*.h)
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'

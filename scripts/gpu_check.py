@@ -338,7 +338,7 @@ def build(device: str, capability: str, seconds: float, env: dict[str, str]) -> 
     begin, log = time.monotonic(), LOGS / "build.log"
     env = env | {"MAX_JOBS": str(os.cpu_count() or 1)}
     if device == "emulated":
-        code = "from finetune import emulator; emulator.build('emulated'); emulator.build('checked')"
+        code = "from finetune.kernels import emulator; emulator.build('emulated'); emulator.build('checked')"
         steps = [[sys.executable, "-c", code]]
     else:
         env |= {"FINETUNE_CUDA_ARCHS": architecture(capability)} if capability else {}

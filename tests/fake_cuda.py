@@ -1,4 +1,4 @@
-"""Run by tests/kernels/test_gpu_check.py: torch's compositions in benches/ on CUDA tensors without a GPU. A line per fault.
+"""Run by kernels/test_gpu_check.py: torch's compositions in benches/ on CUDA tensors without a GPU. A line per fault.
 
 torch's fake tensors have a device and no data, so what would mix CPU and CUDA tensors on a GPU is an error here too.
 They ask for a device guard, which a CPU build of torch lacks: argv[1] is a library with one that does nothing.

@@ -1,4 +1,4 @@
-"""Run by tests/kernels/test_cuda.py in a process that was started with libasan: each kernel's smallest samples, or one op's
+"""Run by kernels/test_cuda.py in a process that was started with libasan: each kernel's smallest samples, or one op's
 with a deliberate fault, under AddressSanitizer and UndefinedBehaviorSanitizer. A line per op; a finding ends it."""
 
 import sys

@@ -18,7 +18,7 @@ SECONDS = 5.0  # of CPU time, for one rendering
 MEMORY = 1 << 30  # bytes of address space
 SERVE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from finetune import sandbox; sandbox.serve(*map(json.loads, sys.argv[2:]))"
+    "from finetune.lm import sandbox; sandbox.serve(*map(json.loads, sys.argv[2:]))"
 )
 MOST_SOURCE = 1 << 20
 

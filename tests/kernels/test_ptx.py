@@ -1,4 +1,4 @@
-"""The emulated instructions of csrc/cuda/device/ptx.cuh against the PTX ISA manual's fragment tables, written out here once
+"""The emulated instructions of device/ptx.cuh against the PTX ISA manual's fragment tables, written out here once
 more from the manual: sections "Matrix load instruction: ldmatrix", "Matrix fragments for mma.m16n8k16 with floating
 point type" and "cp.async"."""
 

@@ -164,7 +164,8 @@ def test_a_text_in_pieces_has_the_same_tokens(tmp_path, tokenizer, spaced):
 def test_memory_of_a_long_text(tmp_path, tokenizer):
     """A hundred million characters have to fit: less than 6 bytes a character in addition to what any text takes."""
     program = (
-        "import sys, resource, pathlib; from finetune import registry; m = registry.load(registry.find('nanogpt'));"
+        "import sys, resource, pathlib; from finetune.runs import registry;"
+        "m = registry.load(registry.find('nanogpt'));"
         "import torch; from finetune.runs.machine import peak_rss_bytes, reset_peak_rss;"
         f"cfg = m.Config(tokenizer={tokenizer!r}, vocab=300, data=pathlib.Path(sys.argv[1]));"
         "folder = pathlib.Path(sys.argv[1]).parent;"

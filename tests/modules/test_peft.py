@@ -139,7 +139,7 @@ def test_the_brief_speaks_this_run(finished):
 def test_saved_adapters_give_the_losses_back(finished, tmp_path):
     """On the base that was saved; those over few bits are left out, since their base is another."""
     folder, summary = finished
-    sets = task.conversations(toy())
+    sets = task.task_conversations(toy())
     documents = task.tokenized(toy(), sets["first_held_out"], task.small_tokenizer(sets))
     for method in toy().chosen:
         model, part = Llama.from_pretrained(folder / "base"), None

@@ -322,7 +322,7 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
 def shape_of(cfg: Config) -> LlamaConfig:
     if cfg.model != "scratch":
         return config_of(cfg.model)
-    vocabulary = task.small_tokenizer(task.conversations(cfg)).vocab_size
+    vocabulary = task.small_tokenizer(task.task_conversations(cfg)).vocab_size
     return small_config(vocabulary, cfg.max_length + task.longest(cfg))
 
 

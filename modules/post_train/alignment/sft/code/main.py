@@ -40,7 +40,7 @@ class Config(config.Config):
     checkpoint_every: int = 20
     model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small new Llama
     # JSONL with messages, or prompt and completion; none: Python's own documentation (scratch: a toy directory)
-    conversations: Path | None = None
+    data: Path | None = None
     method: Literal["lora", "full"] = "lora"  # train adapters on frozen weights, or all weights
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; adapters and optimizer stay in float32
     rank: int = bounded(8, at_least=1, at_most=1 << 16)  # LoRA: rank of the update
