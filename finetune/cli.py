@@ -284,7 +284,11 @@ def _settings(info: Any) -> None:
     display.say(console, f"\n{info.name} — {info.title}: {info.summary}\n", "bold")
     display.say(console, f"python -m finetune run {info.name} [--toy] [--key value …]\n")
     rows: list[Any] = []
+    group = ""
     for f in config.describe(cls):
+        if f.group != group:
+            group = f.group
+            rows.append(f"\n{group or 'all'}")
         toy, key = getattr(small, f.name), config.dashed(f.name)
         names = f"--{key} / --no-{key}" if f.type is bool else f"--{key}"
         same = ("same", "dim") if toy == f.default else _plain(toy)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,17 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("peer") and not peers:
             item.add_marker(pytest.mark.skip(reason="needs the peers extra: pip install -e '.[peers]'"))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw nothing: their picture files are empty, and there are no training curves."""
+    from matplotlib.figure import Figure
+
+    from finetune.runs.run import Run
+
+    monkeypatch.setattr(Run, "curves", lambda self: None)
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b""))
 
 
 @pytest.fixture(scope="session")

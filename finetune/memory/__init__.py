@@ -8,7 +8,7 @@ for `python -m finetune memory NAME`, and ends its run with
 
     config, setup = memory_plan(cfg)
     setup = replace(setup, batch=B, seq=T)                          # of the real micro-batch below
-    run.memory(memory.for_training(config, setup, model=model, optimizer=optimizer, loss=lambda: loss_of(batch)))
+    run.record_memory(memory.for_training(config, setup, model=model, optimizer=optimizer, loss=lambda: loss_of(batch)))
 
 `loss` runs one real forward of one micro-batch and returns the scalar to call backward on. `for_training` drops the
 gradients, runs forward and backward twice (once to walk the saved tensors, once for the resident set), drops the

@@ -124,6 +124,7 @@ class Field:
     default: Any
     help: str
     bound: Bound
+    group: str  # the `# --- …` line above it: an algorithm's name, or empty
 
     @property
     def type_name(self) -> str:
@@ -135,11 +136,13 @@ def dashed(name: str) -> str:
 
 
 def describe(cls: type[Config]) -> list[Field]:
-    """The fields of a Config in order, each with the comment behind it or on the lines above it."""
-    comments: dict[str, str] = {}
+    """The fields of a Config in order, each with the comment behind it or on the lines above it. A line `# --- NAME`
+    in the class opens a group of settings, `# ---` closes it."""
+    comments: dict[str, tuple[str, str]] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
-            comments.update(_comments(base))
+            for name, (text, group) in _comments(base).items():
+                comments[name] = (text or comments.get(name, ("", ""))[0], group)
     fields = []
     for f in dataclasses.fields(cls):
         kind, optional, bound = _rules(cls)[f.name]
@@ -148,7 +151,8 @@ def describe(cls: type[Config]) -> list[Field]:
         if f.name in RESERVED:
             raise TypeError(f"{cls.__qualname__}.{f.name}: the name is taken by an option of `run`")
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        fields.append(Field(f.name, kind, optional, default, comments.get(f.name, ""), bound))
+        text, group = comments.get(f.name, ("", ""))
+        fields.append(Field(f.name, kind, optional, default, text, bound, group))
     return fields
 
 
@@ -262,8 +266,8 @@ def _convert(field: Field, text: str) -> Any:
         raise UserError(f"--{dashed(field.name)} {text!r}: expected {field.type_name}{hint}") from None
 
 
-def _comments(cls: type) -> dict[str, str]:
-    """Comment of each annotated field in the class's own source."""
+def _comments(cls: type) -> dict[str, tuple[str, str]]:
+    """(comment, group) of each annotated field in the class's own source."""
     source = textwrap.dedent(inspect.getsource(cls))
     comment: dict[int, str] = {}
     code: set[int] = set()
@@ -272,17 +276,18 @@ def _comments(cls: type) -> dict[str, str]:
             comment[token.start[0]] = token.string.lstrip("#").strip()
         elif token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
             code.update(range(token.start[0], token.end[0] + 1))
-    found: dict[str, str] = {}
+    groups = {line: text.lstrip("- ") for line, text in comment.items() if text.startswith("---")}
+    found: dict[str, tuple[str, str]] = {}
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
         lines: list[str] = []
         above = node.lineno - 1
-        while above in comment and above not in code:
+        while above in comment and above not in code and above not in groups:
             lines.insert(0, comment[above])
             above -= 1
         if node.end_lineno in comment:
             lines.append(comment[node.end_lineno])
-        if lines:
-            found[node.target.id] = " ".join(lines)
+        group = groups.get(max((line for line in groups if line < node.lineno), default=0), "")
+        found[node.target.id] = (" ".join(lines), group)
     return found

@@ -307,6 +307,15 @@ def closing(con: Console, summary: dict[str, Any], judged: dict[str, dict[str, A
     said = verdict.get(summary["passed"], ("no target set", ""))
     rest = f" · {duration(summary['seconds'])} · peak memory {size(summary['peak_rss_bytes'])}"
     con.print(Text.assemble(said, rest), soft_wrap=True)
+    bounded = {name: row for name, row in summary.get("checks", {}).items() if {"at_least", "at_most"} & set(row)}
+    for name, row in bounded.items():
+        if not row["passed"]:
+            low = row["value"] < row.get("at_least", row["value"])
+            limit = f"at least {number(row['at_least'])}" if low else f"at most {number(row['at_most'])}"
+            say(con, f"check failed: {name} is {number(row['value'])}, must be {limit}", "red", indent="  ")
+    if bounded:
+        holding = sum(row["passed"] for row in bounded.values())
+        say(con, f"{holding} of {len(bounded)} checks hold (`checks` in summary.json)", indent="  ")
     if pictures := sorted(path.name for path in folder.glob("*.png")):
         say(con, f"pictures: {', '.join(pictures)}", indent="  ")
     con.print(Text(short(folder)), soft_wrap=True)

@@ -133,6 +133,12 @@ def load(info: ModuleInfo) -> types.ModuleType:
         raise UserError(f"module '{info.name}' needs the package '{e.name}': pip install {e.name}") from e
 
 
+def part(module: str, name: str) -> types.ModuleType:
+    """code/<name>.py of a module: `part("actor_critic", "sac")`."""
+    load(find(module))
+    return importlib.import_module(f"finetune_modules.{module}.{name}")
+
+
 def _package(name: str, path: list[str]) -> None:
     if name not in sys.modules or path:
         package = types.ModuleType(name)

@@ -67,6 +67,7 @@ class Run:
         self.phase = MAIN
         self.metrics = Metrics(self.dir / "metrics.csv", resume)
         self.judged: dict[str, dict[str, Any]] = {}
+        self.checks: dict[str, dict[str, Any]] = {}
         self.memory_rows: list[dict[str, Any]] = []
         self.sample_tables: list[dict[str, Any]] = []
         self.finished_steps = 0
@@ -76,7 +77,7 @@ class Run:
         with checkpoint.writing(self.dir):
             self.dir.mkdir(parents=True, exist_ok=True)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """One line to the terminal, above the progress bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -107,7 +108,7 @@ class Run:
             )
         self.saved.changes += what
         self.saved.write(self.dir)
-        self.say(f"going on although {'; '.join(what)}")
+        self.print(f"going on although {'; '.join(what)}")
 
     def generator(self, *key: Any) -> "torch.Generator":
         """A CPU generator that depends on (seed, *key) only: `run.generator("batch", step)`."""
@@ -156,7 +157,7 @@ class Run:
         self.metrics.log(self.phase, step, {name: repr(value) for name, value in values.items()})
         self._latest |= values
 
-    def judge(
+    def result(
         self,
         name: str,
         value: float,
@@ -166,9 +167,9 @@ class Run:
         target: float | None = None,
         higher: bool = True,
     ) -> None:
-        """Records a result with its standard error, its baseline and the target it must reach (`higher=False`: must
-        not exceed; equal to the baseline: must surpass). Without a target it is shown and not judged. NotFinite for
-        NaN and infinities, which are no results.
+        """Records a headline result: its standard error, its baseline and the target it must reach (`higher=False`:
+        must not exceed; if baseline equals target: must surpass). Without a target it is shown and not judged. A run
+        has three to six; everything else is a `check`. NotFinite for NaN and infinities.
         """
         value = float(value)
         if not math.isfinite(value):
@@ -183,7 +184,32 @@ class Run:
         self.judged[name] = {"value": value, "error": error, "baseline": baseline, "target": target, "higher": higher,
                              "passed": passed}  # fmt: skip
 
-    def memory(self, rows: list[dict[str, Any]]) -> None:
+    def check(
+        self,
+        name: str,
+        value: float,
+        *,
+        error: float | None = None,
+        at_least: float | None = None,
+        at_most: float | None = None,
+    ) -> None:
+        """Records a number behind the results (an equality, a z-score, a control) in `checks` of summary.json.
+
+        It is not in the table of results, unless it breaks its bound: then `passed` is false. Without a bound it is
+        recorded only. NotFinite for NaN and infinities.
+        """
+        value = float(value)
+        if not math.isfinite(value):
+            raise NotFinite(f"{name} is {value}, which is no result: look at the data, or try a smaller learning rate")
+        row = {"value": value} | {
+            key: float(bound)
+            for key, bound in (("error", error), ("at_least", at_least), ("at_most", at_most))
+            if bound is not None and math.isfinite(bound)
+        }
+        row["passed"] = row.get("at_least", value) <= value <= row.get("at_most", value)
+        self.checks[name] = row
+
+    def record_memory(self, rows: list[dict[str, Any]]) -> None:
         """Shows, records and draws (memory.png) rows of {name, predicted, measured}, in bytes; either may be None."""
         from finetune.runs import plots
 
@@ -191,7 +217,7 @@ class Run:
         display.memory(self.console, rows)
         plots.memory(self.dir / "memory.png", f"{self._title()} · memory", self.memory_rows)
 
-    def samples(self, title: str, rows: list[dict[str, Any]]) -> None:
+    def table(self, title: str, rows: list[dict[str, Any]]) -> None:
         """Shows rows of text with the same keys, such as {prompt, before, after}, and writes them to samples.json."""
         self.sample_tables.append({"title": title, "rows": rows})
         checkpoint.write_json(self.dir / "samples.json", self.sample_tables)
@@ -214,6 +240,7 @@ class Run:
     def summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """What summary.json holds. `passed` is null if nothing was judged."""
         results = [j["passed"] for j in self.judged.values() if j["passed"] is not None]
+        results += [row["passed"] for row in self.checks.values() if {"at_least", "at_most"} & set(row)]
         return {
             "metrics": {**{n: j["value"] for n, j in self.judged.items()}, **metrics},
             "standard_error": {n: j["error"] for n, j in self.judged.items() if j["error"] is not None},
@@ -221,6 +248,7 @@ class Run:
             "target": {n: j["target"] for n, j in self.judged.items() if j["target"] is not None},
             "higher_is_better": {n: j["higher"] for n, j in self.judged.items()},
             "reached": {n: j["passed"] for n, j in self.judged.items()},
+            "checks": self.checks,
             "passed": all(results) if results else None,
             "seconds": round(self._seconds(), 3),
             "peak_rss_bytes": self._peak(),
@@ -248,7 +276,7 @@ class Run:
             if self._signal or not self.busy:
                 raise Stopped(number)
             self._signal = number
-            os.write(2, b"\nstopping after this step (once more: at once)\n")  # a print here could meet itself
+            os.write(2, b"\nstopping after this step (once more: at once)\n")  # print() is not re-entrant, os.write is
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -300,7 +328,7 @@ class Run:
                 reason = str(e) if isinstance(e, UserError) else f"checkpoint {path} cannot be read: {e}"
                 if i + 1 == len(found):
                     raise UserError(f"{reason}; no earlier one is left: {run_folder.STALE}") from None
-                self.say(f"{reason}; falling back to {found[i + 1].name}")
+                self.print(f"{reason}; falling back to {found[i + 1].name}")
                 continue
             if not self.metrics.holds(msgspec.to_builtins(meta.metrics), phase, meta.step):
                 self.changed(["the rows of metrics.csv were altered"])

@@ -35,7 +35,7 @@ def run(tmp_path):
 def test_only_a_target_is_reached_or_missed(run, given, passed):
     """Better or worse than a baseline, or equal to it, is for the reader to see; equal to a target that is the
     baseline is no gain."""
-    run.judge("x", **given)
+    run.result("x", **given)
     assert run.judged["x"]["passed"] is passed
     summary = run.summary({})
     assert summary["reached"] == {"x": passed}
@@ -45,14 +45,14 @@ def test_only_a_target_is_reached_or_missed(run, given, passed):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_is_no_result(run, value):
     with pytest.raises(NotFinite, match=f"x is {value}"):
-        run.judge("x", value, target=2.0)
+        run.result("x", value, target=2.0)
 
 
 def test_the_table_says_neither_reached_nor_missed_without_a_target(run):
-    run.judge("as_before", 0.0, baseline=0.0)
-    run.judge("better", 2.0, baseline=1.0, error=0.25)
-    run.judge("good", 2.0, target=1.0)
-    run.judge("bad", 0.5, target=1.0)
+    run.result("as_before", 0.0, baseline=0.0)
+    run.result("better", 2.0, baseline=1.0, error=0.25)
+    run.result("good", 2.0, target=1.0)
+    run.result("bad", 0.5, target=1.0)
     text = shown(run)
     assert text["as_before"] == ["0", "0", "–", "equal"]
     assert text["better"] == ["2.00", "±", "0.25", "1", "–", "–"]
@@ -68,9 +68,9 @@ def shown(run):
 
 
 def test_a_standard_error_is_kept_and_an_unknown_one_is_not(run):
-    run.judge("mean", 3.0, error=0.5)
-    run.judge("one sample", 3.0, error=math.nan)
-    run.judge("exact", 3.0)
+    run.result("mean", 3.0, error=0.5)
+    run.result("one sample", 3.0, error=math.nan)
+    run.result("exact", 3.0)
     assert run.summary({})["standard_error"] == {"mean": 0.5}
 
 

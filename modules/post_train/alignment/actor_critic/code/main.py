@@ -108,7 +108,7 @@ class Config(config.Config):
 def main(cfg: Config, run) -> dict[str, Any]:
     names = cfg.methods.split(",")
     kinds = {name: name in offpolicy.LEARNERS for name in names}
-    cut = environments.Cut(cfg.max_episode_steps, run.say)
+    cut = environments.Cut(cfg.max_episode_steps, run.print)
     places = {kind: Place(cfg, kind, cut) for kind in set(kinds.values())}  # refused now, if at all
     trained: dict[str, list[dict[str, Any]]] = {}
     for name in names:
@@ -154,7 +154,7 @@ def train(cfg: Config, run, method: str, repeat: int, place: Place) -> dict[str,
     for step in run.steps(total, learner.state() | {"cut": place.cut}, phase=f"{method}_{repeat}"):
         learn(run, step, learner, optim.cosine(step, total, 0, 1.0, 0.1), method, repeat)
     after = evaluate(cfg, run, learner, repeat, place, "after")
-    run.say(
+    run.print(
         f"{method}, training {repeat}: {fmean(before):.1f} before, {fmean(after):.1f} after "
         f"({cfg.eval_episodes} episodes)"
     )
@@ -206,17 +206,17 @@ def judge(cfg: Config, run, method: str, env: str, trained: list[dict[str, Any]]
     share = (TOY_TARGETS if run.toy else TARGETS).get(method)
     low, high = SCALE.get(env, (0.0, 0.0))
     target = None if share is None or env not in SCALE else low + share * (high - low)
-    run.judge(f"return_{method}", after, error=error, baseline=before, target=target)
+    run.result(f"return_{method}", after, error=error, baseline=before, target=target)
     if not cfg.steps:
         return
     if cfg.hold_steps and (told := critic.Told.of(torch.cat([t["pairs"] for t in trained]))):
         known = KNOWS if method in FAITHFUL and not run.toy else None
-        run.judge(f"critic_correlation_{method}", told.correlation, error=told.correlation_error, target=known)
-        run.judge(f"critic_bias_{method}", told.bias, error=told.bias_error)
-        run.judge(f"critic_slope_{method}", told.slope, error=told.slope_error)
+        run.result(f"critic_correlation_{method}", told.correlation, error=told.correlation_error, target=known)
+        run.result(f"critic_bias_{method}", told.bias, error=told.bias_error)
+        run.result(f"critic_slope_{method}", told.slope, error=told.slope_error)
     if method == "sac" and cfg.alpha is None:
         series, target = run.metrics.series(), trained[0]["learner"].policy.target_entropy
         found = [series[f"sac_{i}: entropy"][1] for i in range(cfg.repeats) if f"sac_{i}: entropy" in series]
         if found:
             last, error = mean_and_error([ys[-max(1, len(ys) // 10) :] for ys in found])
-            run.judge("entropy_gap_sac", abs(last - target), error=error, target=0.3, higher=False)
+            run.result("entropy_gap_sac", abs(last - target), error=error, target=0.3, higher=False)

@@ -104,13 +104,13 @@ def main(cfg: Config, run):
     found = task.load(cfg, run)
     total = sum(p.numel() for p in found.base.parameters())
     before = evaluate(cfg, base_of(found), found.held_out)
-    run.say(f"{len(found.train)} conversations to learn, {total:,} parameters, held-out loss {before:.4f}")
+    run.print(f"{len(found.train)} conversations to learn, {total:,} parameters, held-out loss {before:.4f}")
     results = []
     for method in cfg.chosen:
         results.append(compared(cfg, run, found, method, before))
         report(run, results[-1], before, total)
-    run.memory([row | {"name": f"{r.method.name}: {row['name']}"} for r in results for row in r.memory])
-    run.samples("the same task, base and batches, by method", [line(r, results, before, total) for r in results])
+    run.record_memory([row | {"name": f"{r.method.name}: {row['name']}"} for r in results for row in r.memory])
+    run.table("the same task, base and batches, by method", [line(r, results, before, total) for r in results])
     metrics = judge(cfg, run, results, before, total)
     plots.comparison(run, results, before)
     return metrics | mixing(cfg, run, found, before)
@@ -241,7 +241,7 @@ def mixing(cfg: Config, run, found: Task, before: float) -> dict[str, float]:
     for name, weights in mixes.items():
         lora.activate(model, weights)
         losses[name] = [evaluate(cfg, adapted, part) for part in (found.held_out, found.second_held_out)]
-    run.samples("two adapters on one base, held-out loss", [
+    run.table("two adapters on one base, held-out loss", [
         {"active": " + ".join(f"{w:g} · {n}" for n, w in mixes[name].items()) or "none", "first task": f"{a:.3f}",
          "second task": f"{b:.3f}"} for name, (a, b) in losses.items()
     ])  # fmt: skip
@@ -267,7 +267,7 @@ def share_of_gain(result: Result, results: list[Result], before: float) -> float
 
 
 def report(run, result: Result, before: float, total: int) -> None:
-    run.say(f"{result.method.name}: {result.trained:,} parameters ({result.trained / total:.3%}), "
+    run.print(f"{result.method.name}: {result.trained:,} parameters ({result.trained / total:.3%}), "
             f"held-out loss {before:.4f} → {result.loss:.4f}")  # fmt: skip
 
 
@@ -299,10 +299,10 @@ def judge(cfg: Config, run, results: list[Result], before: float, total: int) ->
             targets.append(guessing / 2)
         bar = min(before, r.start)
         target = min([bar, *targets])
-        run.judge(f"{r.method.name}_loss", r.loss, baseline=bar, target=target, higher=False)
+        run.result(f"{r.method.name}_loss", r.loss, baseline=bar, target=target, higher=False)
     if "full" in by_name and "lora_8" in by_name:
         share = share_of_gain(by_name["lora_8"], results, before)
-        run.judge("lora_8_of_full_gain", share or 0.0, baseline=0.0, target=0.9)
+        run.result("lora_8_of_full_gain", share or 0.0, baseline=0.0, target=0.9)
     metrics = {"loss_before": before, "parameters": total, **({"loss_of_guessing": guessing} if guessing else {})}
     for r in results:
         metrics |= {f"{r.method.name}_trained": r.trained, f"{r.method.name}_share": r.trained / total,

@@ -50,11 +50,11 @@ def load(cfg, run) -> Task:
     for name, rows in sets.items():
         documents[name], cut, dropped = packing.fitting(rows, tokenizer.render, cfg.max_length)
         if cut or dropped:
-            run.say(
+            run.print(
                 f"{name}: of {len(rows)} conversations {cut} were cut to {cfg.max_length} tokens and {dropped} left out"
             )
     if tokenizer.unwritten:
-        run.say(f"the chat template does not write these keys of messages: {', '.join(sorted(tokenizer.unwritten))}")
+        run.print(f"the chat template does not write these keys of messages: {', '.join(sorted(tokenizer.unwritten))}")
     for name in ("first", "second"):
         if documents.get(name) and not documents[f"{name}_held_out"]:
             documents[name], documents[f"{name}_held_out"] = packing.held_out_of(documents[name], cfg.max_length)

@@ -41,14 +41,14 @@ def walk(cfg: Any, run, baseline: str) -> None:
     greedy = tables.performance(mdp, tabular.probabilities(mdp, start))
     best, epsilon = tabular.corridor_value(tabular.BEST_RIGHT), tabular.corridor_value(0.95)
     target = best + FAR * (epsilon - best)
-    run.judge(f"corridor_value_{baseline}", value, error=value_error, baseline=greedy, target=target)
-    run.judge(f"corridor_right_{baseline}", right, error=right_error)
+    run.result(f"corridor_value_{baseline}", value, error=value_error, baseline=greedy, target=target)
+    run.result(f"corridor_right_{baseline}", right, error=right_error)
 
 
 def judge_corridor(cfg: Any, run) -> None:
     """The book's two ε-greedy policies, ε = 0.1: what a method of action values would end with."""
     for name, right in (("left", 0.05), ("right", 0.95)):
-        run.judge(f"corridor_epsilon_greedy_{name}", tabular.corridor_value(right))
+        run.result(f"corridor_epsilon_greedy_{name}", tabular.corridor_value(right))
     if cfg.steps:
         plots.corridor(run, BASELINES, tabular.BEST_RIGHT, tabular.corridor_value)
 
@@ -59,7 +59,7 @@ def judge_gradient(run, episodes: int, rows: int) -> dict[str, variance.Share]:
     listed = variance.listed(numpy_generator(run, "score"), episodes, rows)
     right = [found.z for name, found in listed.items() if name != "mean"]
     bar = beyond_chance(len(right))
-    run.judge("score_function_z", max(right), baseline=listed["mean"].z, target=bar, higher=False)
+    run.result("score_function_z", max(right), baseline=listed["mean"].z, target=bar, higher=False)
     return listed
 
 
@@ -74,7 +74,7 @@ def judge_discount(run, episodes: int) -> None:
     psi = enumerated.to_go(rollout, mdp.gamma)
     usual, right = (batch_means(by_episode(rollout, logits, p), 16) for p in (psi, discounts(mdp.gamma, psi) * psi))
     z, other = z_score(right, wanted), z_score(usual, wanted)
-    run.judge("discount_correction_z", z, baseline=other, target=beyond_chance(), higher=False)
+    run.result("discount_correction_z", z, baseline=other, target=beyond_chance(), higher=False)
 
     def field(x: torch.Tensor) -> torch.Tensor:
         return enumerated.usual(everything, world, x, mdp.gamma)
@@ -84,7 +84,7 @@ def judge_discount(run, episodes: int) -> None:
         return torch.autograd.grad(J, x, create_graph=True)[0].flatten()
 
     twisted, straight = (enumerated.asymmetry(f, logits) for f in (field, gradient))
-    run.judge("usual_form_asymmetry", twisted, baseline=straight, target=1e-3)
+    run.result("usual_form_asymmetry", twisted, baseline=straight, target=1e-3)
 
 
 def judge_off_policy(run, episodes: int) -> None:
@@ -93,15 +93,15 @@ def judge_off_policy(run, episodes: int) -> None:
     turned, right = offpolicy.DISTANCES.index(2.0), offpolicy.UNBIASED
     bias = max(b for way in right for b in found[way]["bias"])
     wrong, sample = found["uncorrected"], found["sample"]
-    run.judge("off_policy_bias", bias, baseline=wrong["bias"][turned], target=1e-10, higher=False)
+    run.result("off_policy_bias", bias, baseline=wrong["bias"][turned], target=1e-10, higher=False)
     z, bar = max(found[way]["z"][turned] for way in right), beyond_chance(len(right))
-    run.judge("off_policy_z", z, baseline=wrong["z"][turned], target=bar, higher=False)
+    run.result("off_policy_z", z, baseline=wrong["z"][turned], target=bar, higher=False)
     share, error = (found["decision"][part][turned] for part in ("share", "share_error"))
-    run.judge("per_decision_variance", share, error=error, baseline=1.0, higher=False)
+    run.result("per_decision_variance", share, error=error, baseline=1.0, higher=False)
     part, error = sample["effective"][turned], sample["effective_error"][turned]
-    run.judge("effective_part", part, error=error, baseline=1.0, higher=False)
+    run.result("effective_part", part, error=error, baseline=1.0, higher=False)
     paths = {w: offpolicy.reuse(numpy_generator(run, "reuse"), w) for w in ("uncorrected", "step", "decision")}
-    run.judge("reuse_corrected", paths["decision"][-1], baseline=paths["uncorrected"][-1])
+    run.result("reuse_corrected", paths["decision"][-1], baseline=paths["uncorrected"][-1])
     plots.off_policy(run, offpolicy.DISTANCES, found, paths)
 
 
@@ -114,8 +114,8 @@ def judge_invariance(run) -> None:
         )
         moved = float(abs(after - before).max())
         if baseline == "mean":
-            run.judge("shift_moves_policy_with_baseline", moved, target=1e-6, higher=False)
+            run.result("shift_moves_policy_with_baseline", moved, target=1e-6, higher=False)
         else:
-            run.judge("shift_moves_policy_without", moved, target=0.01)
+            run.result("shift_moves_policy_without", moved, target=0.01)
     natural, vanilla = tabular.reparametrised(run.generator("coordinates"))
-    run.judge("natural_gradient_invariance", natural, baseline=vanilla, target=1e-4, higher=False)
+    run.result("natural_gradient_invariance", natural, baseline=vanilla, target=1e-4, higher=False)

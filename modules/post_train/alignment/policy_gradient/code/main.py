@@ -86,7 +86,7 @@ class Config(config.Config):
 
 
 def main(cfg: Config, run) -> dict[str, Any]:
-    cut = environments.Cut(cfg.max_episode_steps, run.say)
+    cut = environments.Cut(cfg.max_episode_steps, run.print)
     envs = environments.make(cfg.env, cfg.episodes, cut=cut)
     for name in cfg.methods.split(","):
         train(cfg, run, name, envs)
@@ -134,11 +134,11 @@ def train(cfg: Config, run, method: str, envs: list[Any]) -> None:
             found["value_loss"] = fit(cfg, value, value_optimizer, batch.observations, targets[rollout.first_episode])
         run.log(step, **{"return": sum(earned) / len(earned)}, **found)
     after = evaluate(cfg, run, policy, envs, "after")
-    run.say(f"{method}: {after[0]:.1f} ± {after[1]:.1f} (standard error, {cfg.eval_episodes} episodes)")
+    run.print(f"{method}: {after[0]:.1f} ± {after[1]:.1f} (standard error, {cfg.eval_episodes} episodes)")
     target = None
     if cfg.env == "CartPole-v1":  # a part of the way from the untrained policy to the best possible
         target = before[0] + (0.25 if run.toy else 0.5) * (BEST - before[0])
-    run.judge(f"return_{method}", after[0], error=after[1], baseline=before[0], target=target)
+    run.result(f"return_{method}", after[0], error=after[1], baseline=before[0], target=target)
 
 
 class Batch:
@@ -287,10 +287,10 @@ def judge_variance(cfg: Config, run, envs: list[Any], listed: dict[str, variance
     learned = found["learned"]
     target = 1 - 3 * learned.error if cfg.env == "CartPole-v1" else None  # less, by more than its noise
     name = "variance_with_learned_baseline"
-    run.judge(name, learned.share, error=learned.error, baseline=1.0, target=target, higher=False)
+    run.result(name, learned.share, error=learned.error, baseline=1.0, target=target, higher=False)
     z = max(found[b].z for b in ("leave_one_out", "learned"))
-    run.judge("variance_means_z", z, target=beyond_chance(2), higher=False)
-    run.samples(
+    run.result("variance_means_z", z, target=beyond_chance(2), higher=False)
+    run.table(
         "variance of the gradient estimate ± its standard error, of that without a baseline; z of its mean",
         [
             {

@@ -129,12 +129,12 @@ def main(cfg: Config, run):
     model.gradient_checkpointing = cfg.checkpointing
     rows = packing.pack([len(d) for d in train], cfg.max_length) if cfg.packing else [[i] for i in range(len(train))]
     tokens, learnt = sum(map(len, train)), sum(d.learnt for d in train)
-    run.say(
+    run.print(
         f"{len(train)} conversations in {len(rows)} rows, {tokens:,} tokens of which {learnt:,} are learnt; "
         f"{sum(p.numel() for p in trained.values()):,} parameters are trained"
     )
 
-    run.say(f"evaluating the model as it is on {', '.join(f'{len(d)} {name}' for name, d in documents.items())} …")
+    run.print(f"evaluating the model as it is on {', '.join(f'{len(d)} {name}' for name, d in documents.items())} …")
     before = evaluate(model, documents, cfg)
     questions = choose(cfg, documents, tokenizer, model, run)
     answers_before = answers(model, tokenizer, questions)
@@ -167,7 +167,7 @@ def main(cfg: Config, run):
         run.log(cfg.steps - 1, **after)
     if questions:
         compared = zip(questions, answers_before, answers(model, tokenizer, questions), strict=True)
-        run.samples(
+        run.table(
             f"answers of the model to {'unseen topics' if 'unseen_topics' in documents else 'held-out questions'}",
             [{"question": q.text, "before": old, "after": new, "wanted": q.wanted} for q, old, new in compared],
         )
@@ -226,14 +226,14 @@ def tokenized(cfg: Config, sets: dict[str, list[Conversation]], tokenizer: Token
         fit = packing.tokenize if name == "train" else packing.fitting
         found[name], cut, dropped = fit(rows, tokenizer.render, cfg.max_length)
         if cut or dropped:
-            run.say(
+            run.print(
                 f"{name}: of {len(rows)} conversations {cut} were cut to {cfg.max_length} tokens and {dropped} left out"
             )
     if tokenizer.unwritten:
-        run.say(f"the chat template does not write these keys of messages: {', '.join(sorted(tokenizer.unwritten))}")
+        run.print(f"the chat template does not write these keys of messages: {', '.join(sorted(tokenizer.unwritten))}")
     if not found["held_out"]:
         found["train"], found["held_out"] = packing.held_out_of(found["train"], cfg.max_length)
-        run.say(f"no held-out row has an answer within {cfg.max_length} tokens: {len(found['held_out'])} others are")
+        run.print(f"no held-out row has an answer within {cfg.max_length} tokens: {len(found['held_out'])} others are")
     return {name: part for name, part in found.items() if part}
 
 
@@ -324,7 +324,7 @@ def choose(
                 found.append(Question(asked, prompt, row[i]["content"]))
                 break
     if len(found) < cfg.samples:
-        run.say(f"{len(found)} held-out rows have an answer to a question that fits: so many samples are shown")
+        run.print(f"{len(found)} held-out rows have an answer to a question that fits: so many samples are shown")
     return found
 
 
@@ -346,10 +346,10 @@ def judge(cfg: Config, run, before: dict[str, float], after: dict[str, float]) -
     falls = {} if cfg.data or cfg.model != "smollm2" else {"held_out_loss": 0.25, "unseen_topics_loss": 0.10}
     for name, value in after.items():
         if name.endswith("_accuracy"):
-            run.judge(name, value, baseline=CHANCE, target=None if cfg.data else 0.9)
+            run.result(name, value, baseline=CHANCE, target=None if cfg.data else 0.9)
         else:
             target = before[name] * (1 - falls.get(name, 0.0))
-            run.judge(name, value, baseline=before[name], target=target, higher=False)
+            run.result(name, value, baseline=before[name], target=target, higher=False)
 
 
 # --- Memory
@@ -374,7 +374,7 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
 def measure_memory(cfg: Config, run, model: Llama, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     _, setup = memory_plan(cfg)
     setup = replace(setup, seq=batch.tokens.numel())
-    run.say("measuring the memory of a step …")
-    run.memory(
+    run.print("measuring the memory of a step …")
+    run.record_memory(
         memory.for_training(model.config, setup, model=model, optimizer=optimizer, loss=lambda: sft_loss(model, batch))
     )

@@ -119,7 +119,7 @@ def parts(text: str) -> list[str]:
 
 def main(cfg: Config, run) -> dict[str, Any]:
     found: dict[str, Found] = {}
-    cut = environments.Cut(cfg.max_episode_steps, run.say)
+    cut = environments.Cut(cfg.max_episode_steps, run.print)
     for name in parts(cfg.envs):
         envs = environments.make(name, cfg.eval_episodes, cut=cut)
         is_continuous = environments.sizes(envs[0])[2]
@@ -146,8 +146,10 @@ def made(cfg: Config, run, env: str, quality: str) -> Dataset:
 def given(cfg: Config, run, name: str, envs: list[Any]) -> Dataset:
     data = logged_data.load(cfg.data).fit(envs[0])
     if differ := paid(data.transitions(), envs[:5], episode_seeds(run, len(envs[:5]), "paid")):
-        run.say(f"{cfg.data.name}: {name} pays {differ[0]:.3g} a step where the logs say {differ[1]:.3g}: returns are "
-                "the environment's, believed values the logs', and the two are not compared")  # fmt: skip
+        run.print(
+            f"{cfg.data.name}: {name} pays {differ[0]:.3g} a step where the logs say {differ[1]:.3g}: returns are "
+            "the environment's, believed values the logs', and the two are not compared"
+        )
         data = dataclasses.replace(data, comparable=False)
     return named(data, name)
 
@@ -214,7 +216,7 @@ def sweep(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
             apart[f"{taus[i]:g}"] = difference.abs().max().item()
     for tau, other in (("0", "dqn"), ("1", "bc")):
         if tau in apart:
-            run.judge(f"tau_{tau}_from_{other}_{data.name}", apart[tau], target=0, higher=False)
+            run.result(f"tau_{tau}_from_{other}_{data.name}", apart[tau], target=0, higher=False)
 
 
 # --- Continuous actions
@@ -243,7 +245,7 @@ def proposals(cfg: Config, run, learner: continuous.BCQ, steps: Transitions, dat
         proposed = learner.cvae.propose(some.observations, 1, generator)[:, 0]
     uniform = 2 * torch.rand(proposed.shape, generator=generator) - 1
     near, far = ((actions - some.actions).abs().flatten().tolist() for actions in (proposed, uniform))
-    run.judge(f"proposal_distance_{data.name}", fmean(near), error=standard_error(near), baseline=fmean(far),
+    run.result(f"proposal_distance_{data.name}", fmean(near), error=standard_error(near), baseline=fmean(far),
               higher=False)  # fmt: skip
     if cfg.steps:
         chosen = learner.act(some.observations, generator)
@@ -275,7 +277,7 @@ def judge(
     cfg: Config, run, data: Dataset, method: str, found: Found, behaviour: float | None, baseline: float | None = None
 ) -> None:
     f, (target, higher) = found[method], bar(cfg, data.name, method, behaviour)
-    run.judge(f"return_{method}_{data.name}", f["return"], error=f["return_error"], baseline=baseline, target=target,
+    run.result(f"return_{method}_{data.name}", f["return"], error=f["return_error"], baseline=baseline, target=target,
               higher=higher)  # fmt: skip
 
 
@@ -288,12 +290,12 @@ def judge_values(cfg: Config, run, data: Dataset, found: Found, naive: str) -> N
     ours, theirs = found["bcq"], found.get(naive)
     if theirs:
         least = 3 * theirs["excess_error"] if narrow else None
-        run.judge(f"excess_{naive}_{data.name}", theirs["excess"], error=theirs["excess_error"], target=least)
+        run.result(f"excess_{naive}_{data.name}", theirs["excess"], error=theirs["excess_error"], target=least)
     most = (
         theirs["excess"] - 3 * math.hypot(theirs["excess_error"], ours["excess_error"]) if theirs and narrow else None
     )
-    run.judge(f"excess_bcq_{data.name}", ours["excess"], error=ours["excess_error"],
+    run.result(f"excess_bcq_{data.name}", ours["excess"], error=ours["excess_error"],
               baseline=theirs["excess"] if theirs else None, target=most, higher=False)  # fmt: skip
-    run.judge(f"true_bcq_{data.name}", ours["true"], error=ours["true_error"])
+    run.result(f"true_bcq_{data.name}", ours["true"], error=ours["true_error"])
     if "fqe" in ours:
-        run.judge(f"fqe_bcq_{data.name}", ours["fqe"])
+        run.result(f"fqe_bcq_{data.name}", ours["fqe"])

@@ -75,7 +75,7 @@ def train(
     """(mean return of the data's whole episodes, name → what `evaluate` finds after training, and `fqe`)"""
     steps, returns = logged(cfg, run, data, scale), data.returns()
     behaviour = sum(returns) / len(returns) if returns else None
-    run.say(f"{data.name}: {len(data):,} steps" + ("" if behaviour is None else f", mean return {behaviour:.1f}"))
+    run.print(f"{data.name}: {len(data):,} steps" + ("" if behaviour is None else f", mean return {behaviour:.1f}"))
     found: Found = {}
     for name, learner in learners.items():
         last: dict[str, float] = {}
@@ -88,7 +88,7 @@ def train(
             elif (step + 1) % LOG_EVERY == 0:
                 run.log(step, **seen)
         found[name] = last or evaluate(cfg, run, envs, learner, scale)
-        run.say(f"{data.name}_{name}: {found[name]['return']:.1f}")
+        run.print(f"{data.name}_{name}: {found[name]['return']:.1f}")
     estimates: dict[str, float] = {}
     names = [name for name in EVALUATED if name in learners] if cfg.steps and cfg.fqe_steps else []
     for i in run.steps(len(names), {"estimates": estimates}, phase=f"{data.name}_fqe"):

@@ -105,7 +105,7 @@ class Config(config.Config):
 def main(cfg: Config, run) -> dict[str, Any]:
     names = ["data"] if cfg.data else cfg.sets.split(",")
     found: dict[str, dict[str, Estimate]] = {}
-    cut = environments.Cut(cfg.max_episode_steps, run.say)
+    cut = environments.Cut(cfg.max_episode_steps, run.print)
     for name in names:
         task = prepare(cfg, run, name, cut)
         learners = learn(cfg, run, task)
@@ -150,7 +150,7 @@ def prepare(cfg: Config, run, name: str, cut: environments.Cut) -> Task:
     seeds = episode_seeds(run, cfg.eval_episodes, "evaluation", name)
     differ = paid(data.transitions(), envs[:5], seeds[:5]) if cfg.data else None
     if differ:
-        run.say(f"{cfg.data.name}: {env} pays {differ[0]:.3g} a step where the logs say {differ[1]:.3g}: returns are "
+        run.print(f"{cfg.data.name}: {env} pays {differ[0]:.3g} a step where the logs say {differ[1]:.3g}: returns are "
                 "the environment's, believed values the logs', and the two are not compared")  # fmt: skip
     return Task(name, data, steps, scale, gamma, batch, envs, differ is None, seeds)
 
@@ -315,7 +315,7 @@ def judge(cfg: Config, run, task: Task, found: dict[str, Estimate]) -> None:
         rows.append({"learner": key, "return": uncertain(value, error), **shown, "true": true})
     told = "no whole episode" if behaviour is None else f"return {behaviour:.1f}"
     title = f"{name}: {len(task.data)} steps of {told}; values are discounted, of one without an end "
-    run.samples(f"{title}{passed_on(cfg, task.gamma):.0%} can have been handed on to the starts", rows)
+    run.table(f"{title}{passed_on(cfg, task.gamma):.0%} can have been handed on to the starts", rows)
 
     # Bars are relative to what the data earn and to how wrong the naive learner is. Data of one's own have none.
     part = {"expert": 0.5, "random": 3.0 if run.toy else 5.0}.get(name)
@@ -326,23 +326,23 @@ def judge(cfg: Config, run, task: Task, found: dict[str, Estimate]) -> None:
     bars = {"naive": {"target": behaviour / 4 if name == "expert" else None, "higher": name != "expert"},
             "cql": {"target": target, "baseline": mean[beside][0] if beside else None}}  # fmt: skip
     for key, (value, error) in mean.items():
-        run.judge(f"return_{name}_{key}", value, error=error, **bars.get(key, {}))
+        run.result(f"return_{name}_{key}", value, error=error, **bars.get(key, {}))
     if name == "random":
         (ours, error), (theirs, other) = mean["cql"], mean["bc"]
         ratio = ours / theirs
         error = abs(ratio) * math.hypot(error / ours, other / theirs)
-        run.judge("cql_over_bc_random", ratio, error=error, target=3.0 if run.toy else 5.0)
+        run.result("cql_over_bc_random", ratio, error=error, target=3.0 if run.toy else 5.0)
     if not task.comparable:
         return
     naive, error = found["naive"].overestimate()
     certain = 3 * error if name == "expert" else None
-    run.judge(f"overestimate_{name}_naive", naive, error=error, target=certain)
+    run.result(f"overestimate_{name}_naive", naive, error=error, target=certain)
     value, error = found["cql"].overestimate()
     least = None
     if name in ("expert", "random", "mixed"):  # below the naive learner's, by more than the noise of the difference
         least = naive - 3 * found["cql"].overestimate(found["naive"])[1]
-    run.judge(f"overestimate_{name}_cql", value, error=error, baseline=naive, target=least, higher=False)
+    run.result(f"overestimate_{name}_cql", value, error=error, baseline=naive, target=least, higher=False)
     for key, e in found.items():
         if e.fqe_each is not None:
             off = e.fqe_each - e.true_each
-            run.judge(f"fqe_error_{name}_{key}", float(off.mean()), error=standard_error(off.tolist()))
+            run.result(f"fqe_error_{name}_{key}", float(off.mean()), error=standard_error(off.tolist()))

@@ -43,5 +43,5 @@ def judge(run, mdp: MDP, policy: np.ndarray) -> None:
         names = ("Q", "V, from V^π", "V, from mean_a Q", "A, from A^π")
         rows.append({"taken from A": form.replace("_", " ")} | {n: f"{x:.1e}" for n, x in zip(names, off, strict=True)})
     size = max(1.0, float(abs(Q).max()))  # the fit begins at numbers near 1
-    run.judge("dueling_error", errors["policy_mean"], baseline=errors["none"], target=1e-8 * size, higher=False)
-    run.samples("the dueling decomposition fitted to the exact Q: largest errors", rows)
+    run.result("dueling_error", errors["policy_mean"], baseline=errors["none"], target=1e-8 * size, higher=False)
+    run.table("the dueling decomposition fitted to the exact Q: largest errors", rows)

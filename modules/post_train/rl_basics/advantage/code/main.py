@@ -103,7 +103,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
     scaling.judge(run)
     tokens.judge(run, cfg.tokens, cfg.beta, cfg.lam, cfg.gamma)
     if not cfg.steps:
-        run.judge("gain_gae", 0.0, baseline=0.0, target=0.8)
+        run.result("gain_gae", 0.0, baseline=0.0, target=0.8)
         return {}
     judge_unbiased(run, truth, moments, magnitude(V))
     judge_gradients(run, slopes, drawn=cfg.data is None)
@@ -189,12 +189,12 @@ def judge_exact(run, mdp: MDP, policy: np.ndarray, counted: np.ndarray) -> None:
     any state (the policy improvement theorem)."""
     A = np.where(counted, tables.advantages(mdp, policy), 0.0)
     size = magnitude(A)
-    run.judge("advantages_mean", abs((policy * A).sum(1)).max() / size, target=1e-8, higher=False)
+    run.result("advantages_mean", abs((policy * A).sum(1)).max() / size, target=1e-8, higher=False)
     kept = policy * (A >= -1e-12)  # never empty, as the mean is 0
     better = kept / kept.sum(1, keepdims=True)
     gained = tables.solve(mdp, better) - tables.solve(mdp, policy)
-    run.judge("improvement_in_the_worst_state", gained[~mdp.terminal].min(), target=-1e-9 * size)
-    run.judge("improvement", float(mdp.start @ gained), baseline=0.0)
+    run.result("improvement_in_the_worst_state", gained[~mdp.terminal].min(), target=-1e-9 * size)
+    run.result("improvement", float(mdp.start @ gained), baseline=0.0)
 
 
 def judge_shaping(run, mdp: MDP, policy: np.ndarray) -> None:
@@ -206,9 +206,9 @@ def judge_shaping(run, mdp: MDP, policy: np.ndarray) -> None:
         mdp.P, rewards, mdp.gamma, terminal=mdp.terminal, start=mdp.start, allowed=mdp.allowed, actions=mdp.actions
     )
     before, after = (tables.advantages(m, policy)[mdp.allowed] for m in (mdp, shaped))
-    run.judge("shaping_changes_advantages_by", abs(after - before).max() / magnitude(V), target=1e-8, higher=False)
+    run.result("shaping_changes_advantages_by", abs(after - before).max() / magnitude(V), target=1e-8, higher=False)
     moved = tables.solve(shaped, policy) - V + potential
-    run.judge("shaping_moves_values_by_more", abs(moved).max() / magnitude(V), target=1e-8, higher=False)
+    run.result("shaping_moves_values_by_more", abs(moved).max() / magnitude(V), target=1e-8, higher=False)
 
 
 def magnitude(x: np.ndarray) -> float:
@@ -223,7 +223,7 @@ def judge_unbiased(run, truth: np.ndarray, moments: dict[str, Moments], size: fl
         z[critic] = dict(zip(ESTIMATORS, off, strict=True))
     worst = max(z["exact"][name] for name in UNBIASED)
     bar = beyond_chance(len(UNBIASED))
-    run.judge("exact_critic_z", worst, baseline=z["half_learnt"]["td"], target=bar, higher=False)
+    run.result("exact_critic_z", worst, baseline=z["half_learnt"]["td"], target=bar, higher=False)
 
 
 def judge_gradients(run, slopes: Slopes, drawn: bool) -> None:
@@ -237,10 +237,10 @@ def judge_gradients(run, slopes: Slopes, drawn: bool) -> None:
     cosine = dict(zip(GRADIENTS, mean @ wanted / np.maximum(lengths, 1e-300), strict=True))
     worst = max(z[name] for name in UNBIASED_GRADIENTS)
     bar = beyond_chance(len(UNBIASED_GRADIENTS))
-    run.judge("gradient_z", worst, baseline=z["group_normalised"], target=bar, higher=False)
+    run.result("gradient_z", worst, baseline=z["group_normalised"], target=bar, higher=False)
     name, bar = "optimal_baseline", 0.5 if drawn else None
-    run.judge(f"variance_with_{name}", spread[name], error=error[name], baseline=1.0, target=bar, higher=False)
-    run.samples(
+    run.result(f"variance_with_{name}", spread[name], error=error[name], baseline=1.0, target=bar, higher=False)
+    run.table(
         "the policy gradient by its factor: z of the mean, variance (of reward-to-go = 1), cosine with ∇J",
         [
             {
@@ -283,21 +283,21 @@ def show_estimators(
             if critic == "half_learnt":
                 row |= {"gain": f"{share:.0%}"}
                 found[name] = {"bias": b, "low": low, "high": high, "deviation": d}
-                run.judge(f"bias_{name}", b, error=(high - low) / 2)
-                run.judge(f"deviation_{name}", d, error=e)
+                run.result(f"bias_{name}", b, error=(high - low) / 2)
+                run.result(f"deviation_{name}", d, error=e)
                 if name == "gae":
                     draw = numpy_generator(run, "gain").standard_normal((32, len(m)))
                     noise = np.sqrt(np.where(known.ravel(), chance[ESTIMATORS.index(name)], 0.0))
                     around = float(np.std([gain(m + d * noise) for d in draw])) / abs(best) if best else None
                     target = 0.8 if cfg.data is None else None
-                    run.judge("gain_gae", share, error=around, baseline=0.0, target=target)
-    run.samples(
+                    run.result("gain_gae", share, error=around, baseline=0.0, target=target)
+    run.table(
         "estimates of A^π by critic, bias ± its standard error; gain: of J, by following them once, of what A^π itself "
         "gains",
         rows,
     )
     series = run.metrics.series()
-    run.samples(
+    run.table(
         "mean square error of the mean of n estimates from each state, half-learnt V",
         [{"estimator": name} | mse_at(series[f"error_{name}"], cfg.groups * cfg.group) for name in ESTIMATORS],
     )
@@ -328,7 +328,7 @@ def softmax(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
 
 def load(cfg: Config, run) -> MDP:
     if cfg.data is not None:
-        return tables.load(cfg.data, cfg.gamma, run.say)
+        return tables.load(cfg.data, cfg.gamma, run.print)
     draw = numpy_generator(run, "mdp")
     return tables.garnet(
         cfg.states, cfg.actions, cfg.branching, draw, cfg.gamma, reach=cfg.reach, mean=1.0, ending=cfg.ending

@@ -89,11 +89,11 @@ def judge(run) -> None:
     angles = {name: [angle(g, wanted) for g in gs] for name, gs in found.items()}
     lengths = {name: [np.linalg.norm(g) / np.linalg.norm(wanted) for g in gs] for name, gs in found.items()}
     off = max(abs(g - (1 - 1 / n) * wanted).max() for n, g in zip(SIZES, found["centred"], strict=True))
-    run.judge("centring_shortens_otherwise_by", off, target=1e-10, higher=False)
+    run.result("centring_shortens_otherwise_by", off, target=1e-10, higher=False)
     for name in ("whitened", "scaled_rewards"):
-        run.judge(f"angle_{name}", angles[name][-1], baseline=angles[name][-2], higher=False)
-    run.judge("angle_group_normalised", angles["group_normalised"][-1])
-    run.samples(
+        run.result(f"angle_{name}", angles[name][-1], baseline=angles[name][-2], higher=False)
+    run.result("angle_group_normalised", angles["group_normalised"][-1])
+    run.table(
         "the mean gradient of every batch of n: degrees off ∇J, and its length (∇J = 1)",
         [
             {"method": name}

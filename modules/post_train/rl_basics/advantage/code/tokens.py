@@ -145,11 +145,11 @@ def judge(run, length: int, beta: float, lam: float, gamma: float) -> None:
     error = {name: rms(drawn[name] - truth, mask, alone) for name in ESTIMATORS}
     around = {name: rms_error(drawn[name] - truth, mask) for name in ESTIMATORS}
     close = 1e-8 * max(1.0, float(found.rewards.abs().max()))
-    run.judge("token_error_td", error["td"], baseline=error["leave_one_out"], target=close, higher=False)
-    run.judge("token_error_gae", error["gae"], error=around["gae"], baseline=error["leave_one_out"], higher=False)
+    run.result("token_error_td", error["td"], baseline=error["leave_one_out"], target=close, higher=False)
+    run.result("token_error_gae", error["gae"], error=around["gae"], baseline=error["leave_one_out"], higher=False)
     unbiased = max(bias[name] for name in ("td", "gae", "mc", "leave_one_out"))
-    run.judge("token_bias", unbiased, baseline=bias["discounted"], target=close, higher=False)
-    run.samples(
+    run.result("token_bias", unbiased, baseline=bias["discounted"], target=close, higher=False)
+    run.table(
         "credit by token: error against the exact A^π of a token, and what of it a gradient sees on average",
         [
             {

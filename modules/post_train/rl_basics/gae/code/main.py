@@ -153,15 +153,15 @@ def main(cfg: Config, run) -> dict[str, Any]:
     spread, reached = float(exact[~mdp.terminal].std()), error(learnt["value_error"])
     wrong, drawn = error(learnt["value_error_limits_as_ends"]), cfg.data is None
     once = one_batch_error(cfg, mdp, policy, exact, numpy_generator(run, "visits")) if drawn else None
-    run.judge("value_error", reached, baseline=spread, target=once, higher=False)
-    run.judge("value_error_limits_as_ends", wrong, baseline=reached, target=3 * reached if drawn else None)
+    run.result("value_error", reached, baseline=spread, target=once, higher=False)
+    run.result("value_error_limits_as_ends", wrong, baseline=reached, target=3 * reached if drawn else None)
     found: dict[str, Any] = {}
     if cfg.steps:
         judge_lambda(cfg, run, policy, counted, moments, expected, float(abs(exact).max()))
         plots.time_limits(run, exact[~mdp.terminal], {n: V[inner].numpy() for n, V in learnt.items()})
     judge_ways(cfg, run)
     if cfg.ppo_repeats:
-        cut = environments.Cut(cfg.max_episode_steps, run.say)
+        cut = environments.Cut(cfg.max_episode_steps, run.print)
         trained = ppo.race(cfg, run, cut)
         found |= cut.found()
         if min(cfg.steps, cfg.ppo_updates):
@@ -239,8 +239,8 @@ def judge_lambda(
     z = {name: chi(mean[name] - expected[name], chance[name], size).max() for name in expected}
     confused = chi(mean["half_learnt"] - truth, chance["half_learnt"], size).max()
     bar = beyond_chance(2 * len(cfg.lambdas))  # two critics at every λ
-    run.judge("exact_v_bias_z", z["exact"], baseline=confused, target=bar, higher=False)
-    run.judge("half_learnt_v_expectation_z", z["half_learnt"], target=bar, higher=False)
+    run.result("exact_v_bias_z", z["exact"], baseline=confused, target=bar, higher=False)
+    run.result("half_learnt_v_expectation_z", z["half_learnt"], target=bar, higher=False)
     bias = seen_by_the_gradient(expected["half_learnt"] - truth, policy, counted)  # (λ,)
     measured = {n: bias_interval(mean[n] - truth, policy, counted, chance[n]) for n in expected}
     noise, noise_error = (
@@ -248,11 +248,11 @@ def judge_lambda(
     )  # (λ,)
     drawn = cfg.data is None  # in a world of one's own neither has to hold
     falls, rises = growth(bias), growth(noise["half_learnt"])
-    run.judge("bias_falls", falls.max(), target=1.0 if drawn else None, higher=False)
-    run.judge("variance_rises", rises.min(), target=1.0 if drawn else None)
+    run.result("bias_falls", falls.max(), target=1.0 if drawn else None, higher=False)
+    run.result("variance_rises", rises.min(), target=1.0 if drawn else None)
     for which, k in (("first", 0), ("last", -1)):
-        run.judge(f"bias_at_the_{which}_lambda", bias[k])
-        run.judge(f"variance_at_the_{which}_lambda", noise["half_learnt"][k], error=noise_error["half_learnt"][k])
+        run.result(f"bias_at_the_{which}_lambda", bias[k])
+        run.result(f"variance_at_the_{which}_lambda", noise["half_learnt"][k], error=noise_error["half_learnt"][k])
     plots.bias_variance(run, cfg.lambdas, bias, measured, noise)
 
 
@@ -273,7 +273,7 @@ def judge_ways(cfg: Config, run) -> None:
     want, _ = ops.gae(*given, gamma=cfg.gamma, lam=cfg.lam)
     differences = {name: float((way(*given, cfg.gamma, cfg.lam) - want).abs().max()) for name, way in VARIANTS.items()}
     scale = max(1.0, float(want.abs().max()))
-    run.judge("largest_difference", max(differences.values()) / scale, target=1e-12, higher=False)
+    run.result("largest_difference", max(differences.values()) / scale, target=1e-12, higher=False)
     given = numbers(cfg.bench_steps, cfg.bench_rows, torch.float32)
     ways = {
         "op": lambda: ops.gae(*given, gamma=cfg.gamma, lam=cfg.lam),
@@ -286,8 +286,8 @@ def judge_ways(cfg: Config, run) -> None:
             began = perf_counter()
             way()
             took[name] = min(took[name], perf_counter() - began)
-    run.judge("op_faster_than_recursion", took["recursion"] / took["op"], baseline=1.0)
-    run.samples(
+    run.result("op_faster_than_recursion", took["recursion"] / took["op"], baseline=1.0)
+    run.table(
         f"the same sum, five ways; times at {cfg.bench_steps} × {cfg.bench_rows} in fp32, of the op's",
         [
             {
@@ -302,7 +302,7 @@ def judge_ways(cfg: Config, run) -> None:
 
 def load(cfg: Config, run) -> MDP:
     if cfg.data is not None:
-        return tables.load(cfg.data, cfg.gamma, run.say)
+        return tables.load(cfg.data, cfg.gamma, run.print)
     draw = np.random.default_rng(run.generator("mdp").initial_seed())
     return tables.garnet(
         cfg.states, cfg.actions, cfg.branching, draw, cfg.gamma, reach=cfg.reach, mean=1.0, ending=cfg.ending

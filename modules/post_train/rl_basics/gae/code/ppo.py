@@ -44,8 +44,8 @@ def race(cfg: Any, run, cut: environments.Cut) -> dict[float, list[dict[str, Any
         target = (195.0 if run.toy else 400.0) if aimed else None
         untrained, _ = mean_and_error([r["before"] for r in runs])
         after, error = mean_and_error([r["after"] for r in runs])
-        run.judge(f"ppo_return_{name}", after, error=error, baseline=untrained, target=target)
-        run.judge(f"ppo_steps_{name}", steps[lam], baseline=steps.get(0.0) if aimed else None, higher=False)
+        run.result(f"ppo_return_{name}", after, error=error, baseline=untrained, target=target)
+        run.result(f"ppo_steps_{name}", steps[lam], baseline=steps.get(0.0) if aimed else None, higher=False)
     return trained
 
 
@@ -74,7 +74,7 @@ def train(cfg: Any, run, lam: float, repeat: int, envs: list[Any]) -> dict[str, 
             past["steps"] = (step + 1) * size
         run.log(step, **{"return": mean}, **found)
     after = evaluate(cfg, run, learner, "after", repeat, envs[0].cut)
-    run.say(f"PPO, λ = {lam:g}, training {repeat}: {fmean(before):.0f} before, {fmean(after):.0f} after")
+    run.print(f"PPO, λ = {lam:g}, training {repeat}: {fmean(before):.0f} before, {fmean(after):.0f} after")
     return {"before": before, "after": after, "curve": past["curve"], "steps": past["steps"] or updates * size,
             "solved": past["steps"] > 0}  # fmt: skip
 

@@ -56,9 +56,9 @@ class Config(config.Config):
 
 
 def main(cfg: Config, run) -> dict[str, Any]:
-    mdp = mdps.load(cfg.data, cfg.gamma, run.say) if cfg.data else worlds.world(cfg.world, cfg.gamma)
+    mdp = mdps.load(cfg.data, cfg.gamma, run.print) if cfg.data else worlds.world(cfg.world, cfg.gamma)
     best, _, improvements = planning.policy_iteration(mdp)
-    run.say(
+    run.print(
         f"{mdp.name}: {mdp.size[0]} states, {mdp.size[1]} actions, γ = {mdp.gamma:g}; policy iteration took "
         f"{improvements} improvements, its values miss Bellman's equation by {bellman_error(mdp, best):.1e}"
     )
@@ -66,7 +66,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
     first = solvers.errors(best)
     sweeps = min(cfg.steps, needed(mdp.gamma))
     if mdp.gamma < 1 and mdp.gamma**sweeps > CLOSE:
-        run.say(
+        run.print(
             f"γ = {mdp.gamma:.12g} needs {needed(mdp.gamma):,} sweeps to be sure of an error below {CLOSE:g} of the "
             f"first; {sweeps:,} are made (--steps), which leave {mdp.gamma**sweeps:.1e} of it at most"
         )
@@ -178,15 +178,15 @@ def judge(run, mdp: MDP, solvers: Solvers, best: Array, first: dict[str, float],
                 promised = bellman_error(mdp, solvers.values[name]) / (1 - mdp.gamma)
             target = max(close, promised * (1 + 1e-9))
         least = max(least, target)
-        run.judge(f"error_{name}", error, baseline=first[name], target=target, higher=False)
+        run.result(f"error_{name}", error, baseline=first[name], target=target, higher=False)
     by_program, _, pivots = planning.linear_program(mdp)
-    run.judge("error_linear_program", abs(by_program - best).max(), target=close, higher=False)
-    run.say(f"linear programming took {pivots} pivots")
-    run.judge("share_of_bound", solvers.share, target=1 + 1e-9, higher=False)
+    run.result("error_linear_program", abs(by_program - best).max(), target=close, higher=False)
+    run.print(f"linear programming took {pivots} pivots")
+    run.result("share_of_bound", solvers.share, target=1 + 1e-9, higher=False)
     worth = mdps.performance(mdp, mdps.uniform(mdp))
     reached = float(mdp.start @ solvers.values["synchronous"])
     target = float(mdp.start @ best) - least
-    run.judge("start_value", reached, baseline=worth, target=target if target > worth or not sweeps else None)
+    run.result("start_value", reached, baseline=worth, target=target if target > worth or not sweeps else None)
 
 
 def judge_rollouts(cfg: Config, run, mdp: MDP, solvers: Solvers) -> None:
@@ -198,7 +198,7 @@ def judge_rollouts(cfg: Config, run, mdp: MDP, solvers: Solvers) -> None:
     value, scale = float(mdp.start @ V), float(abs(V).max())
     left = abs(mdps.performance(mdp, solvers.policy) - value)
     if left > 1e-6 * scale:
-        run.say(f"rollouts stop after {cfg.rollout_steps:,} steps, as V does here: what follows is worth {left:.3g} "
+        run.print(f"rollouts stop after {cfg.rollout_steps:,} steps, as V does here: what follows is worth {left:.3g} "
                 f"(--rollout-steps; V is {value:.6g})")  # fmt: skip
     error = returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.inf
     away = abs(returns.mean() - value)
@@ -206,7 +206,7 @@ def judge_rollouts(cfg: Config, run, mdp: MDP, solvers: Solvers) -> None:
         away = 0.0
     else:
         away = away / error if error else math.inf
-    run.judge("rollout_deviation", away, target=beyond_chance(2), higher=False)  # to either side
+    run.result("rollout_deviation", away, target=beyond_chance(2), higher=False)  # to either side
 
 
 def save_values(run, mdp: MDP, solvers: Solvers) -> None:
@@ -259,10 +259,10 @@ def judge_gallery(cfg: Config, run) -> None:
         })  # fmt: skip
         shown.append((mdp, solvers.values["synchronous"]))
         if name in ("frozen_lake", "taxi"):
-            run.judge(f"{name}_start", mdp.start @ solvers.values["synchronous"], baseline=0.0,
+            run.result(f"{name}_start", mdp.start @ solvers.values["synchronous"], baseline=0.0,
                       target={"frozen_lake": 0.542026, "taxi": 7.93}[name] - 5e-7)  # fmt: skip
-    run.samples(f"improvements, pivots and sweeps until every value is within {CLOSE:g} of the largest", rows)
-    run.judge("gallery_error", apart, target=CLOSE, higher=False)
+    run.table(f"improvements, pivots and sweeps until every value is within {CLOSE:g} of the largest", rows)
+    run.result("gallery_error", apart, target=CLOSE, higher=False)
     plots.gallery(run, shown)
 
 
@@ -280,7 +280,7 @@ def judge_book(cfg: Config, run) -> None:
     for k, table in worlds.FIGURE_4_1.items():
         sweeps[k] = planning.evaluate(small, mdps.uniform(small), np.zeros(16), int(min(k, most)))
         apart.append(abs(sweeps[k] - table.ravel()).max())
-    run.judge("book_tables_error", max(apart), target=0.0501, higher=False)
+    run.result("book_tables_error", max(apart), target=0.0501, higher=False)
     plots.evaluation(run, small, sweeps)
     plots.car_rental(run)
     plots.gambler(run)
@@ -308,7 +308,7 @@ def contractions(mdp: MDP, policy: Array, pairs: int, draw: np.random.Generator)
 def judge_contraction(cfg: Config, run, mdp: MDP) -> None:
     draw = numpy_generator(run, "contraction")
     ratios = contractions(mdp, mdps.uniform(mdp), cfg.pairs, draw)
-    run.judge("contraction", ratios.max(), target=mdp.gamma + 1e-9, higher=False)
+    run.result("contraction", ratios.max(), target=mdp.gamma + 1e-9, higher=False)
     if cfg.gallery and not cfg.data:
         plots.contraction(run, worlds.world("frozen_lake"), worlds.access_control(), contractions, draw)
 
@@ -325,12 +325,12 @@ def judge_average(cfg: Config, run) -> None:
         if upper - lower < CLOSE / 10:
             break
     outside = max(max(lower - gain, gain - upper) for lower, upper in bounds)
-    run.judge("gain", gain, baseline=planning.gain_and_bias(mdp, always)[0])
-    run.judge("gain_outside_bounds", outside, target=1e-9, higher=False)
-    run.judge("gain_bounds_apart", upper - lower, target=CLOSE, higher=False)
+    run.result("gain", gain, baseline=planning.gain_and_bias(mdp, always)[0])
+    run.result("gain_outside_bounds", outside, target=1e-9, higher=False)
+    run.result("gain_bounds_apart", upper - lower, target=CLOSE, higher=False)
     limit = {gamma: planning.policy_iteration(mdp.discounted(gamma))[0] for gamma in (0.9, 0.99, 0.999, 0.9999)}
     apart = {gamma: float(abs((1 - gamma) * V - gain).max()) for gamma, V in limit.items()}
-    run.judge("gain_from_discounted", apart[0.9999], baseline=apart[0.9], target=apart[0.9] / 100, higher=False)
+    run.result("gain_from_discounted", apart[0.9999], baseline=apart[0.9], target=apart[0.9] / 100, higher=False)
     plots.average_reward(run, mdp, policy, gain, bias, bounds, limit)
 
 
@@ -339,14 +339,14 @@ def judge_tiger(cfg: Config, run) -> None:
     tiger, start = pomdp.tiger(), np.array([0.5, 0.5])
     stages = pomdp.solve(tiger, cfg.horizon, MARGIN)
     worth = float(pomdp.value(start, stages[-1]))
-    run.judge("tiger_value", worth)
+    run.result("tiger_value", worth)
     grid = np.linspace(0, 1, 1001)
     beliefs = np.stack([grid, 1 - grid], 1)
     bound = pomdp.value(beliefs, pomdp.qmdp(tiger, cfg.horizon))
-    run.judge("tiger_above_qmdp", (pomdp.value(beliefs, stages[-1]) - bound).max(), target=1e-9, higher=False)
+    run.result("tiger_above_qmdp", (pomdp.value(beliefs, stages[-1]) - bound).max(), target=1e-9, higher=False)
     returns, _ = pomdp.simulate(tiger, stages, cfg.rollouts, numpy_generator(run, "tiger"))
     error = returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.inf
-    run.judge("tiger_deviation", abs(returns.mean() - worth) / error, target=beyond_chance(2), higher=False)
+    run.result("tiger_deviation", abs(returns.mean() - worth) / error, target=beyond_chance(2), higher=False)
 
     mild = pomdp.tiger(penalty=-10.0)  # to open blindly costs nothing on average, to listen does
     fearless = [pomdp.qmdp(mild, h + 1) for h in range(cfg.horizon)]
@@ -356,6 +356,6 @@ def judge_tiger(cfg: Config, run) -> None:
     blind, taken = pomdp.simulate(mild, fearless, cfg.rollouts, draws[1])
     error = standard_error(listening.tolist())
     target = 0.9 * pomdp.value(start, best[-1])
-    run.judge("mild_tiger", listening.mean(), error=error, baseline=blind.mean(), target=target)
-    run.judge("qmdp_listens", (taken == 0).mean(), target=0.0, higher=False)
+    run.result("mild_tiger", listening.mean(), error=error, baseline=blind.mean(), target=target)
+    run.result("qmdp_listens", (taken == 0).mean(), target=0.0, higher=False)
     plots.tiger(run, tiger, stages, mild, best)

@@ -116,14 +116,14 @@ def main(cfg: Config, run) -> dict[str, Any]:
     judge_taxi(run, drivers)
     judge_poles(run, poles)
     done = EXPERIMENTS[: cfg.steps]
-    run.judge("experiments", len(done), target=every)
+    run.result("experiments", len(done), target=every)
     for name, judge in JUDGES.items():
         if name in done:
             judge(run, totals)
     if len(done) == every:
         compare(run, totals)
     else:
-        run.say(f"not run: {', '.join(EXPERIMENTS[len(done) :])}; --steps {every} runs each experiment once")
+        run.print(f"not run: {', '.join(EXPERIMENTS[len(done) :])}; --steps {every} runs each experiment once")
     plots.draw(run, totals, done)
     if done:
         plots.poles(run, {kind: torch.stack(pole.curve) for kind, pole in poles.items()}, cfg.dqn_steps)
@@ -186,7 +186,9 @@ def judge_taxi(run, drivers: control.Learners) -> None:
     random = float(taxi.start @ planning.evaluate(taxi, mdps.uniform(taxi), np.zeros(taxi.size[0]), 200))
     best = float(taxi.start @ planning.policy_iteration(taxi)[0])
     values = driven(drivers)
-    run.judge("taxi", fmean(values), error=standard_error(values), baseline=random, target=best + (random - best) / 100)
+    run.result(
+        "taxi", fmean(values), error=standard_error(values), baseline=random, target=best + (random - best) / 100
+    )
 
 
 def judge_poles(run, poles: dict[str, dqn.DQN]) -> None:
@@ -202,8 +204,8 @@ def judge_poles(run, poles: dict[str, dqn.DQN]) -> None:
     for kind, values in worth.items():
         target = random + (0.25 if run.toy else 0.5) * (LONGEST - random) if kind == last else None
         error = standard_error(values.tolist())
-        run.judge(f"cartpole_{kind}", values.mean(), error=error, baseline=random, target=target)
-    run.judge("cartpole_worst", worth[last].min(), baseline=random)
+        run.result(f"cartpole_{kind}", values.mean(), error=error, baseline=random, target=target)
+    run.result("cartpole_worst", worth[last].min(), baseline=random)
 
 
 def driven(drivers: control.Learners) -> list[float]:
@@ -248,9 +250,9 @@ def compare(run, totals: Totals) -> None:
          "here ± s.e.": uncertain(*found[name]), "elsewhere": f"{value:g}", "off": f"{off[name]:.1%}"}
         for name, value in EXPECTED.items()
     ]  # fmt: skip
-    run.samples("the book's experiments, here and simulated by others", rows)
+    run.table("the book's experiments, here and simulated by others", rows)
     beyond = max(off[name] - noise[name] for name in EXPECTED)
-    run.judge("largest_deviation", max(beyond, 0.0), target=WITHIN, higher=False)
+    run.result("largest_deviation", max(beyond, 0.0), target=WITHIN, higher=False)
 
 
 def at(totals: Totals, name: str, *index: int) -> tuple[float, float]:
@@ -265,7 +267,7 @@ def least(totals: Totals, name: str, rows: slice | int = slice(None)) -> tuple[f
 
 
 def put(run, name: str, found: tuple[float, float], **more: Any) -> None:
-    run.judge(name, found[0], error=found[1], **more)
+    run.result(name, found[0], error=found[1], **more)
 
 
 def judge_five_states(run, totals: Totals) -> None:
@@ -276,11 +278,11 @@ def judge_five_states(run, totals: Totals) -> None:
 def judge_nineteen_states(run, totals: Totals) -> None:
     best = {int(n): least(totals, "7.2", k) for k, n in enumerate(STEPS)}
     put(run, "n_step_error", best[4], baseline=best[1][0], target=EXPECTED[N_4] * (1 + WITHIN), higher=False)
-    run.judge("best_n", min(best, key=lambda n: best[n][0]))
+    run.result("best_n", min(best, key=lambda n: best[n][0]))
     side = min(best[1], best[16])
     ratio = side[0] / best[4][0]
     error = ratio * math.hypot(side[1] / side[0], best[4][1] / best[4][0])
-    run.judge("n_step_u_shape", ratio, error=error, baseline=1.0, target=1 + 2 * error)
+    run.result("n_step_u_shape", ratio, error=error, baseline=1.0, target=1 + 2 * error)
     traces = {trace: least(totals, f"12.6 {trace}") for trace in experiments.TRACES}
     td = least(totals, FIGURE_12_6, 0)[0]
     put(run, "td_lambda_error", traces["accumulating"], baseline=td, higher=False)
@@ -327,9 +329,9 @@ def judge_baird(run, totals: Totals) -> None:
 def judge_batch(run, totals: Totals) -> None:
     td, mc = (at(totals, f"6.2 batch {method} mean") for method in ("td", "mc"))
     put(run, "batch_td", td, baseline=mc[0], higher=False)
-    run.judge("certainty_gap", totals.mean("6.2 batch gap"), target=1e-8, higher=False)
+    run.result("certainty_gap", totals.mean("6.2 batch gap"), target=1e-8, higher=False)
     td, mc = (totals.mean(f"6.4 {method}")[0] for method in ("td", "mc"))
-    run.judge("predictor_td", td, baseline=mc, target=0.75 - 1e-8)
+    run.result("predictor_td", td, baseline=mc, target=0.75 - 1e-8)
 
 
 def judge_importance(run, totals: Totals) -> None:

@@ -46,7 +46,7 @@ def climb(topic: str, size: str = "small") -> list[Count]:
 def main(cfg: Config, run) -> dict[str, Any]:
     topics = cfg.topics.split(",")
     chosen = {topic: [level for level in levels(topic) if level.number <= cfg.steps] for topic in topics}
-    run.say("compiling the levels for the emulator …")
+    run.print("compiling the levels for the emulator …")
     build_all([level for part in chosen.values() for level in part], "checked", cfg.threads or physical_cores())
     found: dict[str, list[Count]] = {}
     for topic, part in chosen.items():
@@ -59,7 +59,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
             run.log(step, sectors=count.sectors, wavefronts=count.wavefronts, requests=count.requests)
         found[topic] = [Count(**rows[str(i)]) for i in range(len(part))]
         if found[topic]:
-            run.samples(f"{topic} {' × '.join(map(str, sizes))}", table(found[topic]))
+            run.table(f"{topic} {' × '.join(map(str, sizes))}", table(found[topic]))
     judge(run, found)
     plots.roofline(run, found)
     plots.bars(run, found)
@@ -118,7 +118,7 @@ def judge(run, found: dict[str, list[Count]]) -> None:
         if topic in found:
             counts = found[topic]
             value = counts[0].sectors / counts[-1].sectors if counts else 1.0
-            run.judge(f"{topic}_fewer_sectors", value, baseline=1.0, target=target)
+            run.result(f"{topic}_fewer_sectors", value, baseline=1.0, target=target)
 
     gain("transpose", 4.0)
     gain("softmax", 10.0)
@@ -127,12 +127,12 @@ def judge(run, found: dict[str, list[Count]]) -> None:
     by_name = {(topic, c.name): c for topic, counts in found.items() for c in counts}
     for name in ("padded", "swizzled"):
         if (c := by_name.get(("transpose", name))) and (before := by_name.get(("transpose", "shared_tile"))):
-            run.judge(f"transpose_{name}_conflicts", c.excess, baseline=before.excess, target=0, higher=False)
+            run.result(f"transpose_{name}_conflicts", c.excess, baseline=before.excess, target=0, higher=False)
     for topic, name in (("matmul", "mma"), ("attention", "flash_mma")):
         if c := by_name.get((topic, name)):
-            run.judge(f"{topic}_{name}_conflicts", c.excess, target=0, higher=False)
+            run.result(f"{topic}_{name}_conflicts", c.excess, target=0, higher=False)
     if (c := by_name.get(("softmax", "registers"))) and (before := by_name.get(("softmax", "three_passes"))):
         least = c.least_bytes
-        run.judge("softmax_bytes_over_least", c.bytes / least, baseline=before.bytes / least, target=1.0, higher=False)
+        run.result("softmax_bytes_over_least", c.bytes / least, baseline=before.bytes / least, target=1.0, higher=False)
     if (c := by_name.get(("reduction", "grid_stride"))) and (before := by_name.get(("reduction", "atomics"))):
-        run.judge("reduction_atomics", c.atomics, baseline=before.atomics, target=0, higher=False)
+        run.result("reduction_atomics", c.atomics, baseline=before.atomics, target=0, higher=False)

@@ -79,21 +79,21 @@ def main(cfg: Config, run) -> dict[str, Any]:
     if not run.resume:
         needed = 3 * 16 * memory.parameters(memory.shape_of(shape)) * len(names)
         memory.check_disk(run.dir, needed, "the checkpoints of these formats")
-    run.say(
+    run.print(
         f"{len(text.train):,} characters to train on, {len(text.vocabulary)} different; formats: {', '.join(names)}"
     )
     losses, found, rows = {}, {}, []
     for name in names:
         model, optimizer, skipped = train(cfg, run, name, text)
         losses[name] = evaluate(cfg, model, text, FORMATS[name])
-        run.say(f"{name}: held-out loss {losses[name]:.4f}")
+        run.print(f"{name}: held-out loss {losses[name]:.4f}")
         if name == "fp16_scaled":
             found["skipped_steps"] = skipped
         if name == "fp32":
             found |= lost_gradients(cfg, run, model, text)
         rows += memory_rows(cfg, name, model, optimizer, text) if cfg.steps else []
     before = evaluate(cfg, new_model(cfg, run, FORMATS["fp32"], text), text, FORMATS["fp32"])
-    run.memory(rows)
+    run.record_memory(rows)
     judge(run, losses, before, found)
     judge_sums(run)
     plots.losses(run, losses)
@@ -216,16 +216,16 @@ def judge(run, losses: dict[str, float], before: float, found: dict[str, float])
     reference = losses.get("fp32")
     for name, loss in losses.items():
         if name == "fp32" or reference is None:
-            run.judge(f"loss_{name}", loss, baseline=before, target=before, higher=False)
+            run.result(f"loss_{name}", loss, baseline=before, target=before, higher=False)
         elif name in ("bf16", "fp16_scaled", "fp8", "bf16_stochastic"):
-            run.judge(f"loss_{name}", loss, baseline=before, target=reference + 0.05, higher=False)
+            run.result(f"loss_{name}", loss, baseline=before, target=reference + 0.05, higher=False)
         else:
-            run.judge(f"loss_{name}", loss)
+            run.result(f"loss_{name}", loss)
     if reference is not None and "fp16" in losses:
-        run.judge("fp16_is_worse_by", losses["fp16"] - reference, baseline=0.0, target=0.1)
+        run.result("fp16_is_worse_by", losses["fp16"] - reference, baseline=0.0, target=0.1)
     for name in ("lost_weights", "lost_activations"):
         if name in found:
-            run.judge(name, found[name], baseline=found[f"{name}_scaled"], target=0.3)
+            run.result(name, found[name], baseline=found[f"{name}_scaled"], target=0.3)
 
 
 def judge_sums(run) -> None:
@@ -239,9 +239,9 @@ def judge_sums(run) -> None:
         master = wide.bfloat16()
         many = ops.cast(many.float() + 1e-4, many.dtype, rounding="stochastic", seed=step)
     stochastic = many.float().mean()
-    run.judge("sum_bf16", float(plain), target=1.0, higher=False)
-    run.judge("sum_master", float(master), baseline=float(plain), target=1.095)
-    run.judge("sum_stochastic_error", abs(float(stochastic) - 1.1), baseline=abs(float(plain) - 1.1), target=0.01,
+    run.result("sum_bf16", float(plain), target=1.0, higher=False)
+    run.result("sum_master", float(master), baseline=float(plain), target=1.095)
+    run.result("sum_stochastic_error", abs(float(stochastic) - 1.1), baseline=abs(float(plain) - 1.1), target=0.01,
               higher=False)  # fmt: skip
 
 

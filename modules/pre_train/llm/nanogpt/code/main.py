@@ -110,14 +110,14 @@ def main(cfg: Config, run):
     size = sum(p.numel() for p in trained.values())
     if not run.resume:
         memory.check_disk(run.dir, 16 * 4 * size, "three checkpoints and the model")
-    run.say(
+    run.print(
         f"{text.characters:,} characters (sha256 {text.digest}), {len(train):,} tokens of {tokenizer.vocab_size} kinds "
         f"to train on; {size:,} parameters"
     )
     seen = text.pieces(max(0, text.cut - NGRAM), text.cut), text.pieces(text.cut, text.cut + NGRAM // 9)
     baselines = ngram_bits(*map("".join, seen))
     part = f" (of {NGRAM:,} characters)" if text.cut > NGRAM else ""
-    run.say(
+    run.print(
         f"held-out bits per character of n-gram models{part}: "
         + ", ".join(f"{n} {b:.3f}" for n, b in baselines.items())
     )
@@ -149,8 +149,8 @@ def main(cfg: Config, run):
     if cfg.steps:
         run.log(cfg.steps - 1, held_out_bits=bits)
     written = write(model, tokenizer, prompt, cfg, run)
-    run.samples("what the model writes", [{"prompt": repr(cfg.prompt), "text": written}])
-    run.judge("held_out_bits", bits, baseline=baselines["bigram"], target=baselines["bigram"], higher=False)
+    run.table("what the model writes", [{"prompt": repr(cfg.prompt), "text": written}])
+    run.result("held_out_bits", bits, baseline=baselines["bigram"], target=baselines["bigram"], higher=False)
     speed = clock["speeds"].median().item() if cfg.steps else None
     measure_memory(cfg, run, model, optimizer, train)
     return {
@@ -268,7 +268,7 @@ def measure_memory(cfg: Config, run, model: GPT | Llama, optimizer: optim.AdamW,
         return  # the optimizer has no states yet
     setup = memory_setup(cfg)
     batch = taken(train, torch.zeros(setup.batch, dtype=torch.int64), cfg.length)
-    run.memory(
+    run.record_memory(
         memory.for_training(
             model.config, setup, model=model, optimizer=optimizer, loss=lambda: language_loss(model, batch)
         )
