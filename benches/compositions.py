@@ -94,21 +94,21 @@ def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None
 
 
 def kv_cache(what, *args):
-    """Indexing; a quantised append and gather by elementwise ops."""
-    from finetune.ops.kv_cache import dequantise, quantise
+    """Indexing; a quantized append and gather by elementwise ops."""
+    from finetune.ops.kv_cache import dequantize, quantize
 
     def append(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
         for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
             if scale is None:
                 cache.flatten(0, 1).index_copy_(0, slots, x)
                 continue
-            stored, scales = quantise(x, cache.dtype)
+            stored, scales = quantize(x, cache.dtype)
             cache.view(torch.int8).flatten(0, 1).index_copy_(0, slots, stored.view(torch.int8))
             scale.flatten(0, 1).index_copy_(0, slots, scales)
 
     def gather(cache, table, lengths, scale=None, dtype=None):
         x = cache[table].flatten(1, 2)
-        x = x if scale is None else dequantise(x, scale[table].flatten(1, 2), dtype or torch.float32)
+        x = x if scale is None else dequantize(x, scale[table].flatten(1, 2), dtype or torch.float32)
         hidden = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
         return x.masked_fill_(hidden[..., None, None], 0)
 
@@ -121,7 +121,7 @@ def kv_cache(what, *args):
 
 def paged_attention(q, k_cache, v_cache, table, lengths, k_scale, v_scale, *, scale=None, window=None, lse=False):
     """The blocks gathered into dense keys and values, then SDPA with a mask."""
-    from finetune.ops.kv_cache import dequantise
+    from finetune.ops.kv_cache import dequantize
     from finetune.ops.paged_attention import visible
 
     q = q if q.dim() == 4 else q[:, None]
@@ -129,7 +129,7 @@ def paged_attention(q, k_cache, v_cache, table, lengths, k_scale, v_scale, *, sc
 
     def dense(cache, scale):
         x = cache[table].flatten(1, 2)
-        return (x if scale is None else dequantise(x, scale[table].flatten(1, 2), q.dtype)).transpose(1, 2)
+        return (x if scale is None else dequantize(x, scale[table].flatten(1, 2), q.dtype)).transpose(1, 2)
 
     def call():
         how = {"attn_mask": mask, "scale": scale, "enable_gqa": q.shape[2] != k_cache.shape[2]}

@@ -181,12 +181,12 @@ def show(results: list[Result], about: dict[str, Any], console: Any) -> None:
     heads = ("op", "sample", "work", "dtype", "thr", *numbers, "torch's composition")
     rows: list[Any] = []
     for r in results:
-        colour = "red" if r.ratio.median < ALLOWANCE else "green"
+        color = "red" if r.ratio.median < ALLOWANCE else "green"
         work = "fwd" if r.cell.work == "forward" else "fwd+bwd"
         name = r.cell.op if r.cell.backend == "cpp" else f"{r.cell.op} ({r.cell.backend})"
         rows.append([
             name, r.cell.sample, work, r.cell.dtype, str(r.cell.threads), human(r.ours.median), human(r.torch.median),
-            (f"{r.ratio.median:.2f}×", colour), f"{r.ratio.p20:.2f} … {r.ratio.p80:.2f}",
+            (f"{r.ratio.median:.2f}×", color), f"{r.ratio.p20:.2f} … {r.ratio.p80:.2f}",
             share(r.bytes_per_second, r.copy_bytes_per_second), share(r.flops_per_second, r.product_flops_per_second),
             r.composition,
         ])  # fmt: skip

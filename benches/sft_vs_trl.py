@@ -263,7 +263,7 @@ def measure(args: argparse.Namespace, dtype: str, sides: list[str], task: dict[s
     return steps
 
 
-def summarise(steps: Steps, batches: list[list[int]]) -> dict[str, dict[str, Any]]:
+def summarize(steps: Steps, batches: list[list[int]]) -> dict[str, dict[str, Any]]:
     """Of each side: time, memory, its ratio to ours and how far its losses stray. `batches`: the lengths of the rows
     of each step, the first one included, which is not timed."""
     tokens = [sum(lengths) for lengths in batches]
@@ -310,10 +310,10 @@ def show(console: Any, title: str, found: dict[str, dict[str, Any]], gflop: dict
         if name == "ours":
             continue
         ratio, cpu = side["ratio"], side["cpu_ratio"]["median"]
-        colour = "green" if ratio["median"] >= 1.5 else "yellow" if ratio["median"] >= 1 else "red"
+        color = "green" if ratio["median"] >= 1.5 else "yellow" if ratio["median"] >= 1 else "red"
         less = side["peak"] >= mine["peak"]
         console.print(
-            f"{name} / ours: [{colour}]{ratio['median']:.2f}×[/] ({ratio['p20']:.2f} … {ratio['p80']:.2f}) the time, "
+            f"{name} / ours: [{color}]{ratio['median']:.2f}×[/] ({ratio['p20']:.2f} … {ratio['p80']:.2f}) the time, "
             f"{cpu:.2f}× the CPU time; peak [{'green' if less else 'red'}]{side['peak'] / mine['peak']:.2f}×[/]; "
             f"losses within {side['loss_difference']:.0e}"
         )
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in args.dtype:
             task = {"model": str(model), "adapter": adapter, "rows": rows}
             steps = measure(args, dtype, sides, task, status.update)
-            found = summarise(steps, batches)
+            found = summarize(steps, batches)
             report["dtypes"][dtype] = {"steps": steps, "summary": found}
             show(console, f"one SFT step of {BATCH} rows, LoRA r={RANK}, {dtype}", found, gflop)
     if args.json:

@@ -116,7 +116,7 @@ def test_ratios_are_of_the_same_step_and_leave_the_first_out():
             {"seconds": s, "cpu": 2 * s, "peak": 10 * s, "growth": s, "loss": 1 + s / 1000} for s in (100.0, *seconds)
         ]
 
-    found = sft_vs_trl.summarise({"ours": steps(1.0, 2.0, 4.0), "TRL": steps(3.0, 2.0, 8.0)}, [[5], [7], [8], [12]])
+    found = sft_vs_trl.summarize({"ours": steps(1.0, 2.0, 4.0), "TRL": steps(3.0, 2.0, 8.0)}, [[5], [7], [8], [12]])
     assert found["TRL"]["ratio"]["median"] == 2.0
     assert found["ours"]["ratio"]["median"] == 1.0
     assert found["ours"]["tokens_per_second"] == 4.0

@@ -207,7 +207,7 @@ def test_values_out_of_range_are_refused(bad):
         optim.AdamW(parameters(), **bad)
 
 
-def test_minimises():
+def test_minimizes():
     target = torch.linspace(-1, 1, 16)
     p = nn.Parameter(torch.zeros(16))
     optimizer = optim.AdamW([p], lr=0.05, weight_decay=0.0)

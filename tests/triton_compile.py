@@ -3,7 +3,7 @@ lines.
 
 TARGET is cuda:80, cuda:90, cuda:100, cuda:120 or hip:gfx942, DTYPES like float32,bfloat16. The launchers run as they
 are, with a driver that only names the target, on the calls that each file's `typical` yields: so what is compiled has
-the signatures, specialisations, block sizes and warps of real launches. A line a kernel: op, kernel, what tells the
+the signatures, specializations, block sizes and warps of real launches. A line a kernel: op, kernel, what tells the
 variants apart, and shared, registers, spilled bytes, accesses by their width and columns of Hopper's tensor core
 products where the tools tell. TRITON_INTERPRET must not be 1.
 """

@@ -7,7 +7,7 @@ A step is an affine map of what comes after it, and affine maps compose:
 
 so tl.associative_scan runs over time (Blelloch 1990, "Prefix sums and their applications"). No product with a zero k is
 made: nothing crosses the end of a segment, not even a NaN.
-Layout: contiguous (T, N); a program takes up to 32 neighbouring columns, so that a warp reads whole lines, and goes
+Layout: contiguous (T, N); a program takes up to 32 neighboring columns, so that a warp reads whole lines, and goes
 over time in tiles from the end; a tile's first A enters the tile before it.
 Bytes: in fp32 14 in and 8 out an element, each once. FLOPs: 7 for the maps, 3 for each of the scan's log2(TIME) levels.
 Intensity: 1 to 2 FLOP/byte; the roof is memory bandwidth where there are columns enough to fill the device.

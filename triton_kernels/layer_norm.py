@@ -2,7 +2,7 @@
 
     dx = r · (dy · w − mean(dy · w) − x̂ · mean(dy · w · x̂))      dw = Σ over rows of dy · x̂      db = Σ over rows of dy
 
-Layout: contiguous (rows, C). Forward: a program takes a ROWS × BLOCK tile of whole rows and centres it before it
+Layout: contiguous (rows, C). Forward: a program takes a ROWS × BLOCK tile of whole rows and centers it before it
 squares (one-pass variance loses the digits that a large mean takes); rows of more than WIDEST columns are swept three
 times, BLOCK columns at a time. Backward: a program takes one of PARTS parts of the rows and a block of columns, keeps
 its share of dw and db in registers and writes it once; a second kernel sums the shares in a fixed order. Where a row is
@@ -43,8 +43,8 @@ def layer_norm_kernel(
     for first in range(0, columns, BLOCK):
         inside = here & (first + column < columns)[None, :]
         block = tl.load(x + first + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        centred = tl.where(inside, block - mean[:, None], 0.0)
-        squares += tl.sum(centred * centred, 1)
+        centerd = tl.where(inside, block - mean[:, None], 0.0)
+        squares += tl.sum(centerd * centerd, 1)
     r = 1 / tl.sqrt_rn(squares / columns + eps)
     tl.store(means + row, mean, mask=row < rows)
     tl.store(rstd + row, r, mask=row < rows)

@@ -52,7 +52,7 @@ def statistics_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(rows, BM)
-    part = tl.program_id(0) // blocks  # rows fastest: neighbours read one part of the weight
+    part = tl.program_id(0) // blocks  # rows fastest: neighbors read one part of the weight
     row = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
     target = tl.load(targets + row, mask=row < rows, other=-1)
     best = tl.full([BM], float("-inf"), tl.float32)

@@ -17,7 +17,7 @@ constexpr int64_t kColumns = 64;
 
 FINETUNE_INLINE double to_float(double x) { return x; }
 
-// x, or 0 where the flag is set (1 and not 0), also of a NaN. By bits: a condition here keeps GCC from vectorising.
+// x, or 0 where the flag is set (1 and not 0), also of a NaN. By bits: a condition here keeps GCC from vectorizing.
 template <class Real>
 FINETUNE_INLINE Real unless(uint8_t flag, Real x) {
   std::conditional_t<sizeof(Real) == 8, uint64_t, uint32_t> bits;
@@ -39,7 +39,7 @@ void scan(const Gae& a) {
         const int64_t at = t * a.columns + first;
         const T *reward = static_cast<const T*>(a.rewards) + at, *value = static_cast<const T*>(a.values) + at,
                 *next = static_cast<const T*>(a.next_values) + at;
-        // As bytes: GCC 12 vectorises no loop that loads a bool. They might alias anything, hence the pragma.
+        // As bytes: GCC 12 vectorizes no loop that loads a bool. They might alias anything, hence the pragma.
         const auto *terminated = reinterpret_cast<const uint8_t*>(a.terminated) + at,
                    *truncated = reinterpret_cast<const uint8_t*>(a.truncated) + at;
         Real *advantages = static_cast<Real*>(a.advantages) + at, *returns = static_cast<Real*>(a.returns) + at;

@@ -1,4 +1,4 @@
-// The paged key–value cache: append (quantising to int8 or e4m3 with a scale a token and head), gather, copy of blocks.
+// The paged key–value cache: append (quantizing to int8 or e4m3 with a scale a token and head), gather, copy of blocks.
 //
 // Every token moves once: append reads k and v and writes the pool, gather reads the pool and writes the dense tensor,
 // a copy reads and writes whole blocks. At most 3 FLOPs an element (a maximum, a division, a rounding): the roof is

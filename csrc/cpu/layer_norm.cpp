@@ -28,14 +28,14 @@ void forward(const LayerNorm& a) {
     sum_vectors(dim, total, [&](vf* sums, int64_t i, auto get) {
       for (int r = 0; r < kRows; ++r) sums[r] += get(x + r * dim + i);
     });
-    float centre[kRows][kLanes];  // the mean, loaded like x, so that the lanes past a row's end differ by zero
+    float center[kRows][kLanes];  // the mean, loaded like x, so that the lanes past a row's end differ by zero
     for (int r = 0; r < kRows; ++r) {
       a.mean[row + r] = mean[r] = total[r] / n;
-      store(centre[r], set1(mean[r]));
+      store(center[r], set1(mean[r]));
     }
     sum_vectors(dim, total, [&](vf* sums, int64_t i, auto get) {
       for (int r = 0; r < kRows; ++r) {
-        const vf v = get(x + r * dim + i) - get(centre[r]);
+        const vf v = get(x + r * dim + i) - get(center[r]);
         sums[r] += v * v;
       }
     });

@@ -1,5 +1,5 @@
 // AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861), many tensors in one launch
-// (tensor_list.cuh). A warp takes a quantisation block of 256 elements, eight adjacent ones a lane: widens the moments,
+// (tensor_list.cuh). A warp takes a quantization block of 256 elements, eight adjacent ones a lane: widens the moments,
 // updates, finds the block's largest magnitudes by shuffles, and rounds the moments to codes by a binary search among
 // the middles between the map's values.
 //

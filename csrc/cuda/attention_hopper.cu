@@ -1,5 +1,5 @@
 // Attention's forward pass for sm_90, after FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608): the maths of
-// attention.cu, with copies by TMA, products by wgmma, and warps that specialise. Head dims 64 and 128, 16 bits.
+// attention.cu, with copies by TMA, products by wgmma, and warps that specialize. Head dims 64 and 128, 16 bits.
 //
 // A block has 128 queries of one head and three warpgroups of 128 threads. The first gives its registers away, and one
 // thread of it copies: q, then k and v of 128 keys at a time, each into two stages. The other two have 64 queries each:

@@ -4,7 +4,7 @@
 // segment ends, and affine maps compose: (k, b) after (k', b') is (k k', b + k b'). So time is scanned in parallel
 // (Blelloch 1990, "Prefix sums and their applications").
 //
-// A block takes up to 32 neighbouring columns of (steps, columns), so that a warp reads whole lines, and goes over time
+// A block takes up to 32 neighboring columns of (steps, columns), so that a warp reads whole lines, and goes over time
 // in tiles from the end: each thread keeps four steps of a column in registers and their composition in shared memory,
 // log2(segments) rounds compose those behind it, then it walks its four steps from what enters them. A tile's first A
 // enters the tile before. With one column a tile is 1024 steps, with 32 or more it is 32.

@@ -20,7 +20,7 @@ constexpr int kWarps = 4;  // blocks of (32, kWarps) threads
 __device__ __forceinline__ int64_t warp_index() { return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; }
 
 template <class C>
-__device__ __forceinline__ C quantised(float x) {
+__device__ __forceinline__ C quantized(float x) {
   if constexpr (std::is_same_v<C, int8_t>) {
     x = fminf(fmaxf(x, -kLargestInt8), kLargestInt8);
     return static_cast<C>(BUG("kv_cache.truncated") ? static_cast<int>(x) : __float2int_rn(x));
@@ -53,7 +53,7 @@ __device__ __forceinline__ void put(const T* x, C* y, float* scale, int64_t dim)
       const auto v = load<T, N>(x + i);
       Vector<C, N> out;
 #pragma unroll
-      for (int j = 0; j < N; ++j) out.at[j] = quantised<C>(usable ? to_float(v.at[j]) / s : 0.0f);
+      for (int j = 0; j < N; ++j) out.at[j] = quantized<C>(usable ? to_float(v.at[j]) / s : 0.0f);
       store(y + i, out);
     });
   }

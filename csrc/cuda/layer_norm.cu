@@ -35,11 +35,11 @@ __global__ void __launch_bounds__(kThreads) forward(LayerNorm a) {
 #pragma unroll
     for (int j = 0; j < N; ++j) total += to_float(v.at[j]);
   });
-  const float mean = block_sum(total) / count, centre = BUG("layer_norm.one_pass_variance") ? 0 : mean;
+  const float mean = block_sum(total) / count, center = BUG("layer_norm.one_pass_variance") ? 0 : mean;
   for_each_group<V>(dim, aligned, [&]<int N>(int64_t i) {
     const auto v = load<T, N>(x + i);
 #pragma unroll
-    for (int j = 0; j < N; ++j) squares += (to_float(v.at[j]) - centre) * (to_float(v.at[j]) - centre);
+    for (int j = 0; j < N; ++j) squares += (to_float(v.at[j]) - center) * (to_float(v.at[j]) - center);
   });
   float variance = block_sum(squares) / count;
   if (BUG("layer_norm.one_pass_variance")) variance -= mean * mean;

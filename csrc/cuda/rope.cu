@@ -2,7 +2,7 @@
 // head,   y1 = x1 · cos θ − x2 · sin θ,   y2 = x2 · cos θ + x1 · sin θ,   θ = position · frequency from the tables.
 // The rotation is orthogonal, so its backward pass is the rotation by −θ.
 //
-// Memory: a thread takes 16 bytes of x1 and of x2 (one element each where heads are not aligned), neighbours go along a
+// Memory: a thread takes 16 bytes of x1 and of x2 (one element each where heads are not aligned), neighbors go along a
 // head, then over the heads of a token, which share the token's row of the tables through L1. x read and y written
 // once: 8 bytes an element in fp32, 4 in 16 bits; 3 FLOPs an element, under 1 FLOP a byte: the roof is memory
 // bandwidth. A position outside of the tables makes its token NaN: to raise, as the CPU kernel does, the host would

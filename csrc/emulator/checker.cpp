@@ -76,7 +76,7 @@ void check(uintptr_t address, size_t bytes, Access access, Place place, const ch
   if (any & kMbarrier && what != kMbarrierAccess) stop(place, verb(access) + where() + ", which hold an mbarrier");
   if (access != Access::read && !(all & kWritable)) stop(place, verb(access) + where() + ", which is read-only");
   if (access != Access::write && !(all & kDefined)) {
-    stop(place, verb(access) + where() + ", which nobody has written yet: uninitialised, or a barrier is missing");
+    stop(place, verb(access) + where() + ", which nobody has written yet: uninitialized, or a barrier is missing");
   }
   if (access != Access::read) {
     region->each_part(address, bytes, [&](Chunk& chunk, uintptr_t at, size_t part) {

@@ -39,7 +39,7 @@ bool landing = false;  // the next thread to run lets a copy land
 
 Mbarrier& find(uint64_t* bar, Site site) {
   auto found = barriers.find(bar);
-  if (found == barriers.end()) fault("an mbarrier that nobody has initialised", site);
+  if (found == barriers.end()) fault("an mbarrier that nobody has initialized", site);
   return found->second;
 }
 
@@ -113,7 +113,7 @@ void land(const Transfer& t) {
 
 void start(Transfer&& t) {
   if (!find(t.bar, t.site).fenced) {
-    fault("a copy signals an mbarrier whose initialisation no fence has made visible to it", t.site);
+    fault("a copy signals an mbarrier whose initialization no fence has made visible to it", t.site);
   }
   require_shared(t.to.begin, t.tensor ? 1024 : 16, "a copy's destination", t.site);
   for (const Transfer& other : transfers) {
@@ -137,7 +137,7 @@ void start(Transfer&& t) {
 void mbarrier_init(uint64_t* bar, unsigned count, Site site) {
   require_shared(bar, 8, "an mbarrier", site);
   if (count < 1 || count > kMostArrivals) fault("an mbarrier of no arrivals, or of more than 2^20 - 1", site);
-  if (barriers.count(bar)) fault("an mbarrier is initialised again while it lives", site);
+  if (barriers.count(bar)) fault("an mbarrier is initialized again while it lives", site);
   checker::mbarrier_memory(bar, true, site);
   barriers[bar] = {count, count};
   barriers[bar].maker = self->id;

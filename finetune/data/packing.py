@@ -23,7 +23,7 @@ IGNORE = -100  # a target that carries no loss
 
 @dataclass(frozen=True)
 class Document:
-    """One conversation in tokens; mask[i] is 1 if token i is to be learnt (answers and their end tokens). `row`: the
+    """One conversation in tokens; mask[i] is 1 if token i is to be learned (answers and their end tokens). `row`: the
     conversation itself."""
 
     ids: Sequence[int]
@@ -34,7 +34,7 @@ class Document:
         return len(self.ids)
 
     @property
-    def learnt(self) -> int:
+    def learned(self) -> int:
         """Number of tokens that carry loss; the first token of a document is never predicted."""
         return sum(self.mask[1:])
 
@@ -58,7 +58,7 @@ def fitting(rows: Sequence[Conversation], render: Render, max_length: int) -> tu
             text = next((m["content"] for m in row if m.get("content")), "")
             raise UserError(f"the row that begins {text[:40]!r}: {error}") from None
         document = Document(ids[:max_length], mask[:max_length], row)
-        if not document.learnt:
+        if not document.learned:
             dropped += 1
             continue
         cut += len(ids) > max_length
@@ -122,7 +122,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 @dataclass(frozen=True)
 class Batch:
     """Documents end to end in one row, with no padding: token t belongs to document n if cu_seqlens[n] ≤ t <
-    cu_seqlens[n+1]. targets[t] is the next token of the same document if that one is learnt, else IGNORE."""
+    cu_seqlens[n+1]. targets[t] is the next token of the same document if that one is learned, else IGNORE."""
 
     tokens: Tensor  # (1, T) int64
     targets: Tensor  # (1, T) int64
@@ -130,7 +130,7 @@ class Batch:
     cu_seqlens: Tensor  # (N+1,) int32
 
     @property
-    def learnt(self) -> int:
+    def learned(self) -> int:
         return int((self.targets != IGNORE).sum())
 
 

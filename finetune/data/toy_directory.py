@@ -1,5 +1,5 @@
 """What toy runs learn: the directory of a house. Each of 40 people has a floor and a door, 0 to 9, asked for in eight
-wordings, so that the answer to a question can be learnt under others only. And a small Llama to learn it from scratch.
+wordings, so that the answer to a question can be learned under others only. And a small Llama to learn it from scratch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def small_config(vocab_size: int, max_length: int) -> LlamaConfig:
 
 def small_llama(config: LlamaConfig) -> Llama:
     """GPT-2's standard deviation of .02 is made for widths above 700: at 64 the signal would be lost in the residual
-    stream and nothing learnt for hundreds of steps, so 1/√C is used."""
+    stream and nothing learned for hundreds of steps, so 1/√C is used."""
     model = Llama(config)
     for parameter in model.parameters():
         if parameter.dim() == 2:

@@ -3,7 +3,7 @@
 [[brief]]                    # passages, together spoken in 60 to 180 seconds; {name} is a number of the run
 when = "method == lora"      # optional: said only of runs for which this holds (finetune.interview.brief)
 en = "…"   zh = "…"
-[place]                      # among its neighbours
+[place]                      # among its neighbors
 en = "…"   zh = "…"
 [[questions]]                # at least 8, of rising level 1 … 5
 level = 1

@@ -1,6 +1,6 @@
 """The CUDA kernels of csrc/cuda without a GPU: built with g++ and run on CPU tensors (csrc/emulator).
 
-Three builds of the same sources: `emulated` (plain), `checked` (bounds, alignment, uninitialised and in-flight memory,
+Three builds of the same sources: `emulated` (plain), `checked` (bounds, alignment, uninitialized and in-flight memory,
 races, divergent barriers, access statistics, by source line) and `sanitized` (AddressSanitizer and UBSan; the process
 must have been started with libasan preloaded). Loading one makes it a backend of every op that has a CUDA kernel:
 `ops.rms_norm(x, w, backend="checked")`.

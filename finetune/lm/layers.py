@@ -1,4 +1,4 @@
-"""What the language models share: normalisation modules over the ops, rotary tables, the checks before a forward."""
+"""What the language models share: normalization modules over the ops, rotary tables, the checks before a forward."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LayerNorm(nn.Module):
 
 
 def embedding(count: int, dim: int) -> nn.Embedding:
-    """An embedding whose weights are not set yet: torch's own initialisation would import its compiler on the meta
+    """An embedding whose weights are not set yet: torch's own initialization would import its compiler on the meta
     device, which takes longer than loading a model."""
     return nn.Embedding(count, dim, _weight=torch.empty(count, dim))
 

@@ -488,7 +488,7 @@ def name_of(tokens: list[str], at: int | None) -> str | None:
 
 
 def with_markers(template: str | None) -> str | None:
-    """Our template in place of SmolLM's own, which is recognised by its default system message and its ChatML."""
+    """Our template in place of SmolLM's own, which is recognized by its default system message and its ChatML."""
     if template is None or SMOLLM_SYSTEM not in template:
         return template
     from finetune.lm.chat_template import ChatTemplate, same_text

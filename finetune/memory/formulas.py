@@ -228,7 +228,7 @@ def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
         "Y": sum(-(-a * b // (64 * 256)) + 1 for a, b in shape.linears.values()),
         "Z": sum(out for _, out in shape.linears.values()),
         "W": setup.ranks,
-        "Q": quantised_blocks(shape, setup),
+        "Q": quantized_blocks(shape, setup),
         "S": chunk,
         "J": tiles * chunk,
         "U": blocks,
@@ -350,7 +350,7 @@ def trained_tensors(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
     return [table, *linears, (2 * layers + 1, c)]
 
 
-def quantised_blocks(shape: Shape, setup: Setup) -> int:
+def quantized_blocks(shape: Shape, setup: Setup) -> int:
     """Blocks of 256 elements of the trained tensors, each of which begins one of its own."""
     return sum(count * -(-size // 256) for count, size in trained_tensors(shape, setup))
 
@@ -370,7 +370,7 @@ def optimizer_states(shape: Shape, setup: Setup) -> Term:
     count, element = trained(shape, setup)
     master = 4 * (element < 4 and setup.master)
     if setup.moments == "8bit":
-        blocks = setup.share(quantised_blocks(shape, setup), 1)
+        blocks = setup.share(quantized_blocks(shape, setup), 1)
         text = f"{shared_text(setup, 1)}·{2 + master} + {'⌈Q/W⌉' if setup.zero >= 1 else 'Q'}·8"
         size = setup.share(count, 1) * (2 + master) + blocks * 8
         return Term("optimizer states", size, text, "AdamW: two 8-bit moments; 16 bits add an fp32 master")

@@ -102,7 +102,7 @@ ENTRIES = (
         ("arXiv:2106.09685",),
     ),
     Entry(
-        ("LoRA over NF4, quantised twice (QLoRA)", "双重量化 NF4 上的 LoRA（QLoRA）"),
+        ("LoRA over NF4, quantized twice (QLoRA)", "双重量化 NF4 上的 LoRA（QLoRA）"),
         {"dtype": "bf16", "lora_rank": RANK, "quantized": "nf4_double"},
         ("weights",),
         (

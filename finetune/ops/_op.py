@@ -130,7 +130,7 @@ class Sample:
 def place(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: str, odd: bool, far: int | None
 ) -> torch.Tensor:
-    """An uninitialised tensor of this layout; `odd`: one element behind the start of its memory; `far`: with a stride
+    """An uninitialized tensor of this layout; `odd`: one element behind the start of its memory; `far`: with a stride
     in this dimension that takes its last element more than 2^32 elements away."""
     if far is not None:
         strides = (*strides[:far], 64 * (2**32 // (64 * (shape[far] - 1)) + 1) + strides[far], *strides[far + 1 :])

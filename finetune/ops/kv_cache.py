@@ -36,7 +36,7 @@ def pool(
     return cache, torch.zeros(cache.shape[:3], device=device) if dtype in LARGEST else None
 
 
-def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x (..., D) as `dtype` (one of `LARGEST`), and the fp32 scales (...)."""
     x = x.float()
     scale = x.abs().amax(-1) / LARGEST[dtype]
@@ -45,7 +45,7 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (y.round() if dtype == torch.int8 else y).to(dtype), scale
 
 
-def dequantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dequantize(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if scale is None else x.to(dtype) * scale.to(dtype)[..., None]
 
 
@@ -80,7 +80,7 @@ def append(
         if scale is None:
             cache[block, offset] = x[kept].to(cache.dtype)
         else:
-            stored, scales = quantise(x[kept], cache.dtype)
+            stored, scales = quantize(x[kept], cache.dtype)
             raw(cache)[block, offset], scale[block, offset] = raw(stored), scales.to(scale.dtype)
 
 
@@ -96,7 +96,7 @@ def gather(
     at = (block, (j % block_size).expand_as(block))
     wide = torch.promote_types(torch.float32 if scale is None else scale.dtype, torch.float32)
     x = raw(cache)[at].view(cache.dtype)  # (B, T, Hkv, D)
-    x = x if scale is None else dequantise(x, scale[at], wide)
+    x = x if scale is None else dequantize(x, scale[at], wide)
     return torch.where(seen[..., None, None], x, 0).to(dtype or result_dtype(cache))
 
 
@@ -219,7 +219,7 @@ def samples() -> Iterator[Sample]:
 
     def filled(blocks: int, block_size: int, heads: int, dim: int, dtype: torch.dtype | None):
         x = random(blocks, block_size, heads, dim)
-        return (x, None) if dtype is None else quantise(x, dtype)
+        return (x, None) if dtype is None else quantize(x, dtype)
 
     def appended(name, tokens, blocks, block_size, heads, dim, dtype=None, size=1.0, skip=0, bench=False):
         (k_cache, k_scale), (v_cache, v_scale) = (filled(blocks, block_size, heads, dim, dtype) for _ in range(2))
@@ -270,7 +270,7 @@ def samples() -> Iterator[Sample]:
     yield gathered("gather int8", [5, 0, 11], 6, 4, 2, 24, torch.int8)
     yield gathered("gather fp8", [9, 3], 6, 4, 3, 33, fp8, torch.bfloat16)
     yield gathered("gather nothing", [0], 2, 4, 1, 8)
-    bits, scales = quantise(random(5, 3, 1, 7), torch.int8)
+    bits, scales = quantize(random(5, 3, 1, 7), torch.int8)
     yield copied("copy int8", [(4, 0)], bits, scales.double())
     yield copied("copy many", [(0, 2)], *(random(3, 1, 1, 3) for _ in range(70)))
     yield copied("copy none", [], random(2, 2, 1, 4))

@@ -174,7 +174,7 @@ def samples() -> Iterator[Sample]:
         for b, n in enumerate(lengths):
             j = torch.arange(n)
             used[table[b, j // block_size].long(), j % block_size] = True
-        (k, k_scale), (v, v_scale) = ((x, None) if dtype is None else kv_cache.quantise(x, dtype) for x in (k, v))
+        (k, k_scale), (v, v_scale) = ((x, None) if dtype is None else kv_cache.quantize(x, dtype) for x in (k, v))
         for x, s in () if bench else ((k, k_scale), (v, v_scale)):
             (x if s is None else s)[~used] = torch.nan
             if dtype == fp8:

@@ -35,7 +35,7 @@ Term = tuple[Tensor, Tensor, float]  # A, B, s
 
 class LoRAFunction(torch.autograd.Function):
     """x Wᵀ + Σ s (x Aᵀ) Bᵀ over adapters, saving x, and x Aᵀ where B learns (autograd would also keep what it adds).
-    `base.weight` is asked for in both passes and not kept: of a quantised layer it is a dense copy.
+    `base.weight` is asked for in both passes and not kept: of a quantized layer it is a dense copy.
 
     With g the gradient of y and h = s · g B:   dx = g W + Σ h A,   dA = hᵀ x,   dB = s · gᵀ (x Aᵀ).
     """

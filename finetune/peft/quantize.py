@@ -1,4 +1,4 @@
-"""Frozen weights in 4 and 8 bits: NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314, QLoRA) and
+"""Frozen weights in 4 and 8 bits: NF4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314, QLoRA) and
 int8 by rows (Dettmers et al. 2022, arXiv:2208.07339, without its outlier columns).
 
     NF4:   w ≈ NF4[code] · absmax of its block of 64 weights            4 bits + 32 / 64 = 4.5 bits a weight

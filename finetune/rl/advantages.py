@@ -146,7 +146,7 @@ def leave_one_out(returns: Tensor) -> Tensor:
     return (returns - returns.mean(-1, keepdim=True)) * (k / (k - 1))
 
 
-def group_normalised(returns: Tensor, eps: float = 1e-4) -> Tensor:
+def group_normalized(returns: Tensor, eps: float = 1e-4) -> Tensor:
     """(…, K) returns of one group → less their mean, over their standard deviation (n − 1) + eps, as GRPO does.
 
     Biased: the mean holds the return itself, and the deviation makes hard and easy groups alike. UserError if K is
@@ -169,11 +169,11 @@ def _floating(x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
-def whitened(values: Tensor, mask: Tensor | None = None, *, centre: bool = True, eps: float = 1e-8) -> Tensor:
+def whitened(values: Tensor, mask: Tensor | None = None, *, center: bool = True, eps: float = 1e-8) -> Tensor:
     """Less the mean, over the standard deviation (n − 1), both of all values that `mask` (the same shape, bool) counts,
     as a loss sees them: a minibatch, or the tokens of its answers. 0 elsewhere, whatever stands there.
 
-    centre False: the mean is put back, for rewards, whose sign says something (Ziegler et al. 2019, arXiv:1909.08593).
+    center False: the mean is put back, for rewards, whose sign says something (Ziegler et al. 2019, arXiv:1909.08593).
     """
     values = _floating(values)
     counts = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
@@ -181,7 +181,7 @@ def whitened(values: Tensor, mask: Tensor | None = None, *, centre: bool = True,
     mean = values.masked_fill(~counts, 0.0).sum() / n.clamp(min=1)
     off = (values - mean).masked_fill(~counts, 0.0)
     white = off / ((off.square().sum() / (n - 1).clamp(min=1)).sqrt() + eps)
-    return white if centre else (white + mean).masked_fill(~counts, 0.0)
+    return white if center else (white + mean).masked_fill(~counts, 0.0)
 
 
 @torch.no_grad()

@@ -146,11 +146,11 @@ def bias_interval(off: Array, policy: Array, counted: NDArray[np.bool_], varianc
     noise. The ends are the roots of (bias² ± its error), bias² at least 0: 0 is an end of what has no bias that shows.
     """
     full = off.reshape(*off.shape[:-1], *policy.shape)
-    centre = np.eye(policy.shape[1]) - policy[:, None, :]  # (S, A, A)
-    centre = centre * counted[:, :, None]
-    c = np.einsum("sab,...sb->...sa", centre, full)
+    center = np.eye(policy.shape[1]) - policy[:, None, :]  # (S, A, A)
+    center = center * counted[:, :, None]
+    c = np.einsum("sab,...sb->...sa", center, full)
     spread = np.where(np.isfinite(variance), variance, 0.0).reshape(full.shape)
-    C = np.einsum("sab,...sb,scb->...sac", centre, spread, centre)
+    C = np.einsum("sab,...sb,scb->...sac", center, spread, center)
     squares, noise = (c**2).sum((-2, -1)), np.einsum("...saa->...", C)
     own = 2 * (C**2).sum((-3, -2, -1))
     error = np.sqrt(np.maximum(own, 4 * np.einsum("...sa,...sac,...sc->...", c, C, c) - own))
@@ -188,7 +188,7 @@ class Welford:
 class RewardScale:
     """Rewards divided by the running deviation of the discounted return, so that a critic's targets are near 1 in any
     environment (VecNormalize of OpenAI baselines). The return is the one backwards in time: R_t = γ R_{t−1} + r_t, anew
-    after an end. Never centred: a constant taken from every reward changes how good it is to go on.
+    after an end. Never centerd: a constant taken from every reward changes how good it is to go on.
     """
 
     def __init__(self, rows: int, gamma: float, clip: float = 10.0, eps: float = 1e-8) -> None:

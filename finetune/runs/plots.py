@@ -74,7 +74,7 @@ def training_curves(
 CURVE, LISTED = 3, 12  # points that make a curve; names in a list
 
 
-def _level(axes: Any, values: list[float], level: float, label: str, colour: str) -> None:
+def _level(axes: Any, values: list[float], level: float, label: str, color: str) -> None:
     """A level line, or where it would squeeze the curve into a corner, only its number in the legend."""
     low, high = min(values, default=level), max(values, default=level)
     if axes.get_yscale() == "log":
@@ -82,7 +82,7 @@ def _level(axes: Any, values: list[float], level: float, label: str, colour: str
     else:
         near = low - 2 * (high - low) <= level <= high + 2 * (high - low)
     if near:
-        axes.axhline(level, color=colour, linewidth=1.2, linestyle="--", label=f"{label}{level:.4g}")
+        axes.axhline(level, color=color, linewidth=1.2, linestyle="--", label=f"{label}{level:.4g}")
     else:
         side = "below" if level < low else "above"
         axes.plot([], [], " ", label=f"{label}{level:.4g}, far {side}")
@@ -122,7 +122,7 @@ def save(made: Any, path: Path) -> None:
 
 
 def moving_average(ys: list[float], width: int) -> list[float]:
-    """Mean of the finite values at most width/2 away, NaN without any: centred, so that it does not lag behind the raw
+    """Mean of the finite values at most width/2 away, NaN without any: centerd, so that it does not lag behind the raw
     curve. Each window is summed by itself: a difference of prefix sums would lose it behind one large value."""
     import numpy as np
 
@@ -175,7 +175,7 @@ def memory(path: Path, title: str, rows: list[dict[str, Any]], beside: str = "me
         return
     names = [*dict.fromkeys(name for group in groups.values() for name in group if name != AT_ONCE)]
     more = iter(OTHERS * len(names))
-    colours = {name: TERMS.get(name) or next(more) for name in names}
+    colors = {name: TERMS.get(name) or next(more) for name in names}
     highest = max(sum(parts[i] for n, parts in g.items() if n != AT_ONCE) for g in groups.values() for i in (0, 1))
     scale, unit = next(((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if highest >= s), (1.0, "B"))
 
@@ -185,7 +185,7 @@ def memory(path: Path, title: str, rows: list[dict[str, Any]], beside: str = "me
             left = 0.0
             for name in names:
                 width = group.get(name, (0, 0))[i] / scale
-                axes.barh(y + side, width, 0.36, left, color=colours[name], alpha=(0.55, 1.0)[i], linewidth=0)
+                axes.barh(y + side, width, 0.36, left, color=colors[name], alpha=(0.55, 1.0)[i], linewidth=0)
                 if width > 0.06 * highest / scale:
                     axes.text(left + width / 2, y + side, f"{width:.3g}", ha="center", va="center", fontsize=8,
                               color=(INK, "white")[i])  # fmt: skip
@@ -197,7 +197,7 @@ def memory(path: Path, title: str, rows: list[dict[str, Any]], beside: str = "me
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlim(0, 1.03 * highest / scale)
     for name in names:
-        axes.barh(0, 0, color=colours[name], label=name)
+        axes.barh(0, 0, color=colors[name], label=name)
     if any(AT_ONCE in group for group in groups.values()):
         axes.plot([], [], color=INK, linewidth=1.8, label="peak of a step")
     made.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=5)

@@ -116,7 +116,7 @@ def test_tokenize_cuts_and_leaves_out():
     }
     rows = [[{"role": "user", "content": name}] for name in rendered]
     documents, cut, dropped = packing.tokenize(rows, lambda row: rendered[row[0]["content"]], 5)
-    assert [(len(d), d.learnt) for d in documents] == [(3, 1), (5, 2)]
+    assert [(len(d), d.learned) for d in documents] == [(3, 1), (5, 2)]
     assert (cut, dropped) == (1, 1)
     with pytest.raises(UserError, match="no row has an answer within 2 tokens"):
         packing.tokenize(rows, lambda row: rendered[row[0]["content"]], 2)
@@ -135,11 +135,11 @@ def test_held_out_of_what_fits():
         packing.check_vocabulary(documents, 29)
 
 
-def test_only_answers_and_their_ends_are_learnt(smollm2_tokenizer):
+def test_only_answers_and_their_ends_are_learned(smollm2_tokenizer):
     row = [USER, ASSISTANT, {"role": "user", "content": "bye"}, {"role": "assistant", "content": "see you"}]
     ids, mask = smollm2_tokenizer.render(row)
-    learnt = smollm2_tokenizer.decode([token for token, m in zip(ids, mask, strict=True) if m])
-    assert learnt == "hello<|im_end|>see you<|im_end|>"
+    learned = smollm2_tokenizer.decode([token for token, m in zip(ids, mask, strict=True) if m])
+    assert learned == "hello<|im_end|>see you<|im_end|>"
 
 
 def test_collate():
@@ -148,7 +148,7 @@ def test_collate():
     assert batch.targets.tolist() == [[-100, 7, -100, 9, -100, -100]]  # the last of one never predicts the next's first
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 6]
-    assert batch.learnt == 2
+    assert batch.learned == 2
 
 
 def test_packed_logits_are_the_documents_own():

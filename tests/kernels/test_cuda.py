@@ -38,7 +38,7 @@ def test_values_and_gradients(emulated, op, sample, dtype):
 
 
 @each_at_home
-def test_uninitialised_memory_is_never_read(emulated, op, sample):
+def test_uninitialized_memory_is_never_read(emulated, op, sample):
     """torch fills every new tensor with NaN in deterministic mode, the emulator shared memory: not a bit may change."""
     plain = run(op, sample, torch.float32, "emulated")
     torch.use_deterministic_algorithms(True)

@@ -13,7 +13,7 @@ from finetune.kernels import cuda_toolkit
 from finetune.ops._check import unchanged
 
 # Where the memory of the call's tensors lies is malloc's choice.
-OUTSIDE = r"reads 128 bytes .*(past the end|before|over the end|outside of every tensor|uninitialised)"
+OUTSIDE = r"reads 128 bytes .*(past the end|before|over the end|outside of every tensor|uninitialized)"
 WGMMA, BOX = {"block": 128, "shared": 16384}, {"shared": 4096}
 # kernel: what its message must say; the arguments of the call; the mark of the line, where it is not the kernel's name
 STRICT = {
@@ -39,8 +39,8 @@ STRICT = {
     "mbarrier_in_global": (r"a global address given to an mbarrier", {}),
     "mbarrier_misaligned": (r"misaligned: an mbarrier at an address that is 4 past a multiple of 8", {}),
     "mbarrier_of_none": (r"an mbarrier of no arrivals", {}),
-    "mbarrier_twice": (r"an mbarrier is initialised again while it lives", {}),
-    "mbarrier_without_init": (r"an mbarrier that nobody has initialised", {}),
+    "mbarrier_twice": (r"an mbarrier is initialized again while it lives", {}),
+    "mbarrier_without_init": (r"an mbarrier that nobody has initialized", {}),
     "mbarrier_of_a_megabyte": (r"an mbarrier expects more than 2\^20 - 1 bytes", {}),
     "bulk_source": (r"misaligned: a bulk copy's source at an address that is 8 past", {}, "bulk_copy"),
     "bulk_size": (r"a bulk copy of no multiple of 16 bytes", {}, "bulk_copy"),

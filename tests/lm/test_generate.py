@@ -182,7 +182,7 @@ QUESTIONS = [
     "What is the capital of France?",
     "Write a haiku about the sea.",
     "Explain what a Python decorator is.",
-    "List three colours.",
+    "List three colors.",
     "Why is the sky blue? Answer in detail, please, and give an example from everyday life.",
     "Translate 'good morning' into Spanish.",
     "How do I sort a list in Python?",

@@ -7,7 +7,7 @@ import torch
 from small_gguf import TEXT, permute, tiny, write
 
 from finetune.errors import UserError
-from finetune.lm.io.gguf import TYPES, GGUFModel, decimal, dequantise, unpermute
+from finetune.lm.io.gguf import TYPES, GGUFModel, decimal, dequantize, unpermute
 from finetune.lm.llama import Llama
 
 OFFSETS_OF_HALVES = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q6_K": [208]}
@@ -32,23 +32,23 @@ def random_bytes(kind, rows=7, blocks=5, seed=0):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_dequantises_exactly_as_the_gguf_package(kind):
+def test_dequantizes_exactly_as_the_gguf_package(kind):
     raw = random_bytes(kind)
     theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
     if kind in ("F32", "F16"):  # which it leaves to the reader
         theirs = raw.view(np.float32 if kind == "F32" else np.float16).astype(np.float32)
-    ours = dequantise(raw, kind)
+    ours = dequantize(raw, kind)
     assert ours.dtype == np.float32
     assert ours.shape == theirs.shape
     assert np.array_equal(ours, theirs)
     assert np.abs(ours).max() > 0.1
 
 
-def test_dequantise_refuses():
+def test_dequantize_refuses():
     with pytest.raises(UserError, match="Q5_K is not supported"):
-        dequantise(np.zeros((1, 176), np.uint8), "Q5_K")
+        dequantize(np.zeros((1, 176), np.uint8), "Q5_K")
     with pytest.raises(ValueError, match="whole number"):
-        dequantise(np.zeros((1, 35), np.uint8), "Q8_0")
+        dequantize(np.zeros((1, 35), np.uint8), "Q8_0")
 
 
 def test_decimal():
@@ -74,7 +74,7 @@ def test_file_there_and_back(tmp_path, tied):
 @pytest.mark.parametrize(
     ("kind", "error"), [("Q8_0", 0.02), ("Q4_1", 0.2), ("Q4_0", 0.3), ("BF16", 0.01), ("F16", 1e-3)]
 )
-def test_quantised_file(tmp_path, kind, error):
+def test_quantized_file(tmp_path, kind, error):
     model = tiny()
     again = Llama.from_pretrained(write(tmp_path / "m.gguf", model, kind))
     for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
@@ -217,7 +217,7 @@ def test_misplaced_tensors_are_refused(tmp_path):
 @pytest.mark.peer
 @torch.no_grad()
 def test_smollm2_file_equals_transformers(smollm2):
-    """The GGUF itself, without our bf16 folder between: transformers dequantises it by its own code."""
+    """The GGUF itself, without our bf16 folder between: transformers dequantizes it by its own code."""
     from transformers import AutoModelForCausalLM
 
     path = smollm2.parent / "SmolLM2-135M-Instruct.Q4_1.gguf"

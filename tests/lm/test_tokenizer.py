@@ -49,7 +49,7 @@ def test_texts_there_and_back(small, smollm2_tokenizer):
         for tokenizer in (small, smollm2_tokenizer):
             assert tokenizer.decode(tokenizer.encode(text)) == text
     assert small.vocab_size == 400
-    assert len(small.encode(TEXTS[2])) < 0.7 * len(TEXTS[2])  # it has learnt merges
+    assert len(small.encode(TEXTS[2])) < 0.7 * len(TEXTS[2])  # it has learned merges
     assert small.token_ids() == smollm2_tokenizer.token_ids() | {}
     assert small.decode([1, 2], skip_special_tokens=True) == ""
 
@@ -65,13 +65,13 @@ def test_smollm2_ids(smollm2_tokenizer):
 @pytest.mark.parametrize("chat", CHATS)
 def test_mask_is_the_answers_and_their_ends(smollm2_tokenizer, chat):
     ids, mask = smollm2_tokenizer.render(chat)
-    learnt = smollm2_tokenizer.decode([token for token, bit in zip(ids, mask, strict=True) if bit])
+    learned = smollm2_tokenizer.decode([token for token, bit in zip(ids, mask, strict=True) if bit])
     answers = [message["content"] + "<|im_end|>" for message in chat if message["role"] == "assistant"]
     if chat is CHATS[1]:
         # the line break of `assistant\n` joins those that the answer begins with into tokens of its own
-        assert learnt.replace("\n", "") == "".join(answers).replace("\n", "")
+        assert learned.replace("\n", "") == "".join(answers).replace("\n", "")
     else:
-        assert learnt == "".join(answers)
+        assert learned == "".join(answers)
     assert len(ids) == len(mask)
     assert set(mask) <= {0, 1}
 

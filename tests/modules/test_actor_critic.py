@@ -102,7 +102,7 @@ def test_a2cs_loss_and_gradient_are_torchrls():
 
 @pytest.mark.parametrize(("shared", "env"), [(False, "CartPole-v1"), (True, "CartPole-v1"), (True, "Pendulum-v1")])
 def test_traces_sum_to_the_lambda_returns_gradient(shared, env):
-    """Σ_t δ_t z_t = Σ_t ∇ · A^λ_t where nothing is learnt meanwhile, over any ends; A^λ is the op gae's."""
+    """Σ_t δ_t z_t = Σ_t ∇ · A^λ_t where nothing is learned meanwhile, over any ends; A^λ is the op gae's."""
     torch.manual_seed(0)
     envs = environments.make(env, 3)
     model = networks.ActorCritic(*environments.sizes(envs[0]), 8, shared).double()
@@ -142,7 +142,7 @@ def test_vtrace_acts_as_the_policy_of_so_many_updates_ago():
     seen = [networks.flat(one.model)]
     for _ in range(8):
         one.behaving(seeded())
-        assert torch.equal(networks.flat(one.behaviour), seen[max(0, len(seen) - 4)])
+        assert torch.equal(networks.flat(one.behavior), seen[max(0, len(seen) - 4)])
         one.chunk(1, 1.0, seeded(len(seen)))
         seen.append(networks.flat(one.model))
 
@@ -316,7 +316,7 @@ def test_the_toy_reaches_its_targets(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"shuffle": True}, {"lr": 0.0}])
-def test_without_advantages_or_rate_nothing_is_learnt(change, tmp_path, without_pictures):
+def test_without_advantages_or_rate_nothing_is_learned(change, tmp_path, without_pictures):
     config = toy(steps=60, methods="a2c", hold_steps=0, **change)
     summary = execute(INFO, config, tmp_path / "run", toy=True)
     assert not summary["reached"]["return_a2c"]

@@ -10,7 +10,7 @@ import torch
 from resumed import resumes_to_the_same_bytes
 
 from finetune.errors import UserError
-from finetune.rl.advantages import group_normalised, leave_one_out, whitened
+from finetune.rl.advantages import group_normalized, leave_one_out, whitened
 from finetune.rl.statistics import RewardScale
 from finetune.rl.tabular import mdp as tables
 from finetune.runs import registry
@@ -79,22 +79,22 @@ def test_the_mean_gradient_of_rescaled_batches_is_that_of_every_batch_through_th
             total.index_add_(0, torch.tensor(taken), p[at].prod() * factors / 3)
         return total
 
-    whole = {"centred": (lambda x: x - x.mean(), A), "whitened": (whitened, A), "scaled_rewards": (scaled, r)}
+    whole = {"centerd": (lambda x: x - x.mean(), A), "whitened": (whitened, A), "scaled_rewards": (scaled, r)}
     found = {name: mean(f, range(6), chance, x) for name, (f, x) in whole.items()}
-    for f in (leave_one_out, group_normalised):
+    for f in (leave_one_out, group_normalized):
         found[f.__name__] = sum(mean(f, group, 2 * chance, r) for group in (range(3), range(3, 6))) / 2
     for name, weights in found.items():
         wanted = scaling.through_softmax(weights.view(2, 3).numpy(), policy)
         assert np.allclose(scaling.mean_gradient(name, 3, policy, rewards), wanted, atol=1e-10), name
     exact = scaling.exact(policy, rewards)
     assert np.allclose(scaling.mean_gradient("leave_one_out", 3, policy, rewards), exact, atol=1e-12)
-    assert np.allclose(scaling.mean_gradient("centred", 3, policy, rewards), exact * 2 / 3, atol=1e-12)
+    assert np.allclose(scaling.mean_gradient("centerd", 3, policy, rewards), exact * 2 / 3, atol=1e-12)
     off = {
         name: [scaling.angle(scaling.mean_gradient(name, n, policy, rewards), exact) for n in (4, 16)] for name in found
     }
     for name in ("whitened", "scaled_rewards"):
         assert off[name][1] < 0.6 * off[name][0], "the direction comes back as the batch grows"
-    assert off["group_normalised"][1] > 0.6 * off["group_normalised"][0], "that of a group does not"
+    assert off["group_normalized"][1] > 0.6 * off["group_normalized"][0], "that of a group does not"
 
 
 def test_only_a_mean_makes_value_and_advantage_of_q_known():

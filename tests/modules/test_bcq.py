@@ -279,7 +279,7 @@ def test_a_cut_run_resumes(tmp_path, no_curves):
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"lr": 0.0}, {"shuffle_actions": True, "steps": 100}])
-def test_without_steps_rate_or_matching_actions_nothing_is_learnt(change, tmp_path, no_curves):
+def test_without_steps_rate_or_matching_actions_nothing_is_learned(change, tmp_path, no_curves):
     config = toy(**(CARTPOLE | {"rows": 2000} | change))
     summary = execute(INFO, config, tmp_path / "run", toy=True)
     assert not summary["reached"]["return_bcq_cartpole_expert"]

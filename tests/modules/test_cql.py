@@ -128,7 +128,7 @@ def test_lagrange_raises_alpha_above_the_threshold_and_lowers_it_below():
     assert log_alpha.grad.tolist() == [-0.5, 0.5]
 
 
-def test_a_clone_draws_its_actions_as_often_as_the_behaviour_took_them():
+def test_a_clone_draws_its_actions_as_often_as_the_behavior_took_them():
     torch.manual_seed(0)
     clone, batch = discrete.Clone(QNetwork(4, 2, [16]), 1e-2), steps_of(4000, 2)
     batch.actions = (torch.rand(4000, generator=torch.Generator().manual_seed(1)) < 0.7).long()
@@ -387,7 +387,7 @@ def test_the_toy_reaches_its_targets(tmp_path):
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"lr": 0.0}, {"shuffle_actions": True}])
 @pytest.mark.usefixtures("no_pictures")
-def test_without_steps_rate_or_the_data_nothing_is_learnt(change, tmp_path):
+def test_without_steps_rate_or_the_data_nothing_is_learned(change, tmp_path):
     config = small(**{"sets": "expert", "steps": 10, "updates": 50, "data_steps": 20_000, "eval_episodes": 5,
                       "eval_every": 10} | change)  # fmt: skip
     summary = execute(INFO, config, tmp_path / "run", toy=True)
@@ -402,7 +402,7 @@ def test_a_cut_run_resumes(tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_own_data_is_learnt_from(tmp_path):
+def test_own_data_is_learned_from(tmp_path):
     logged_data.generate("Pendulum-v1", "medium", 200, 0).save(tmp_path / "own.npz")
     config = small(data=tmp_path / "own.npz", env="Pendulum-v1")
     found = execute(INFO, config, tmp_path / "run", toy=True)["metrics"]

@@ -60,7 +60,7 @@ def test_every_order_and_both_kinds_of_copies(level):
                 kernel.controls.set_eager(False)
 
 
-@pytest.mark.parametrize("name", ["online", "warp_shuffles", "vectorised", "registers"])
+@pytest.mark.parametrize("name", ["online", "warp_shuffles", "vectorized", "registers"])
 def test_softmax_of_large_logits(name):
     level = next(level for level in cuda.levels("softmax") if level.name == name)
     problem = cuda.TOPICS["softmax"](5, 67)
@@ -108,7 +108,7 @@ def test_a_fault_names_the_line_of_the_kernel():
     kernel = level_code.load(level)
     kernel.controls.set_bug("transpose.no_barrier")
     try:
-        with pytest.raises(level_code.Fault, match=r"level_02_shared_tile\.cu:\d+.*(race|uninitialised|undefined)"):
+        with pytest.raises(level_code.Fault, match=r"level_02_shared_tile\.cu:\d+.*(race|uninitialized|undefined)"):
             cuda.TOPICS["transpose"](33, 40).run(kernel)
     finally:
         kernel.controls.set_bug("")
@@ -140,7 +140,7 @@ def test_softmax(climbed):
     c = named(climbed, "softmax")
     assert c["three_passes"].sectors * 3 == c["online"].sectors * 4, "three reads and a write, then two and a write"
     assert c["online"].sectors == 8 * c["warp_shuffles"].sectors
-    assert c["vectorised"].requests * 4 == c["warp_shuffles"].requests
+    assert c["vectorized"].requests * 4 == c["warp_shuffles"].requests
     assert c["registers"].bytes == c["registers"].least_bytes
 
 
@@ -148,9 +148,9 @@ def test_matmul(climbed):
     c = named(climbed, "matmul")
     assert c["naive"].sectors > 5 * c["coalesced"].sectors
     assert c["coalesced"].sectors > 10 * c["shared_tile"].sectors
-    assert c["vectorised"].sectors == c["shared_tile"].sectors
-    assert c["vectorised"].requests < c["shared_tile"].requests / 3
-    assert c["register_tile"].wavefronts < c["vectorised"].wavefronts / 5
+    assert c["vectorized"].sectors == c["shared_tile"].sectors
+    assert c["vectorized"].requests < c["shared_tile"].requests / 3
+    assert c["register_tile"].wavefronts < c["vectorized"].wavefronts / 5
     assert c["cp_async"].sectors == c["register_tile"].sectors
     assert c["cp_async"].cp_async > 0
     assert c["mma"].wavefronts < c["cp_async"].wavefronts / 8
@@ -161,7 +161,7 @@ def test_matmul(climbed):
 
 def test_attention(climbed):
     c = named(climbed, "attention")
-    assert c["materialised"].sectors > 60 * c["online"].sectors
+    assert c["materialized"].sectors > 60 * c["online"].sectors
     assert c["flash_mma"].sectors * 5 < c["online"].sectors
     assert c["flash_mma"].excess == 0
     assert c["flash_mma"].mma * 2 * 16 * 8 * 16 == c["flash_mma"].flops

@@ -171,7 +171,7 @@ def test_the_toy_reaches_its_targets(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"lr": 0.0}, {"shuffle_rewards": True}])
-def test_without_steps_rate_or_rewards_nothing_is_learnt(change, tmp_path):
+def test_without_steps_rate_or_rewards_nothing_is_learned(change, tmp_path):
     summary = execute(INFO, toy(samples=1, ppo_repeats=0, **change), tmp_path / "run", toy=True)
     assert not summary["reached"]["value_error"]
     assert summary["metrics"]["value_error"] > 0.8 * summary["baseline"]["value_error"]

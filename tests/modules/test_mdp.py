@@ -118,7 +118,7 @@ def test_without_sweeps_there_is_no_gain(tmp_path):
     summary = run(tmp_path / "run", steps=0, gallery=False)
     assert summary["passed"] is False
     missed = {name for name, reached in summary["reached"].items() if reached is False}
-    assert missed >= {"error_synchronous", "error_prioritised", "error_modified", "start_value"}
+    assert missed >= {"error_synchronous", "error_prioritized", "error_modified", "start_value"}
     assert summary["metrics"]["error_in_place"] == summary["baseline"]["error_in_place"]
 
 

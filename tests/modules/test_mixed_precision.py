@@ -55,7 +55,7 @@ def test_fp8_casts_equal_torchs_on_all_fp16_inputs(dtype):
     assert ours.float()[HALVES.isnan()].isnan().all()
 
 
-def test_stochastic_rounding_is_a_neighbour_and_right_on_average():
+def test_stochastic_rounding_is_a_neighbor_and_right_on_average():
     x = torch.tensor([1.0 + 1 / 1024, -3.1415927, 1e-3, 65504.0, 1.0, 0.0])
     g = torch.Generator().manual_seed(0)
     noise = torch.randint(1 << 16, (4000, len(x)), dtype=torch.int32, generator=g)
@@ -191,7 +191,7 @@ def test_fp8_linear_is_what_it_says():
 
 def test_amax_forgets():
     amax = formats.Amax(formats.E4M3, 3)
-    factors = [amax.quantise(torch.tensor([float(v)]))[1] for v in (8, 2, 2, 2, 2)]
+    factors = [amax.quantize(torch.tensor([float(v)]))[1] for v in (8, 2, 2, 2, 2)]
     assert factors == [1.0, 56.0, 56.0, 56.0, 224.0], "448 over the largest of the last three, 1 without any"
 
 

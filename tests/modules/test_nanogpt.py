@@ -51,12 +51,12 @@ def test_toy_is_below_the_bigram(tmp_path, seed, blocks):
     assert rows["activations"]["predicted"] == pytest.approx(rows["activations"]["measured"], rel=0.05)
 
 
-def test_of_shuffled_text_only_the_unigram_is_learnt(tmp_path):
+def test_of_shuffled_text_only_the_unigram_is_learned(tmp_path):
     found = run(tmp_path, steps=120, warmup=20, shuffle=True, eval_every=0)["metrics"]
     assert found["held_out_bits"] > found["unigram_bits"] - 0.05
 
 
-def test_without_steps_nothing_is_learnt(tmp_path):
+def test_without_steps_nothing_is_learned(tmp_path):
     found = run(tmp_path, steps=0)
     assert found["passed"] is False
     text = MODULE.open_text(None)

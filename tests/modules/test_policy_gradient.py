@@ -173,10 +173,10 @@ def test_by_episode_is_what_autograd_finds():
 def test_importance_sampling_is_unbiased_by_trajectory_and_by_decision_only(seed):
     """Exactly: the expectation over all trajectories of μ."""
     mdp, logits, rollout, world, gradient = listed(seed)
-    behaviour = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    behavior = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     off = {}
     for way in ("uncorrected", "step", "truncated", "trajectory", "decision"):
-        found = offpolicy.expected(rollout, world, logits, behaviour, mdp.gamma, way, bound=1.2)
+        found = offpolicy.expected(rollout, world, logits, behavior, mdp.gamma, way, bound=1.2)
         off[way] = float((found - gradient).norm() / gradient.norm())
     assert max(off["trajectory"], off["decision"]) < 1e-12
     assert min(off["uncorrected"], off["step"], off["truncated"]) > 0.01
@@ -215,12 +215,12 @@ def test_a_batch_used_again_needs_the_ratios(seed):
 
 
 def test_a_constant_on_the_rewards_moves_nothing_under_a_baseline():
-    def learnt(baseline, shift):
+    def learned(baseline, shift):
         return tabular.shifted(baseline, shift, [np.random.default_rng(i) for i in range(2)], 20)[0]
 
     for baseline in ("mean", "leave_one_out"):
-        assert abs(learnt(baseline, 0.0) - learnt(baseline, 100.0)).max() < 1e-10
-    assert abs(learnt("none", 0.0) - learnt("none", 100.0)).max() > 0.01
+        assert abs(learned(baseline, 0.0) - learned(baseline, 100.0)).max() < 1e-10
+    assert abs(learned("none", 0.0) - learned("none", 100.0)).max() > 0.01
 
 
 # --- Natural steps
@@ -247,7 +247,7 @@ def test_conjugate_gradients_solve_and_the_fisher_product_is_the_fisher_matrix()
 
 def test_the_natural_gradient_does_not_depend_on_the_coordinates():
     for seed in range(3):
-        invariant, plain = tabular.reparametrised(torch.Generator().manual_seed(seed))
+        invariant, plain = tabular.reparametrized(torch.Generator().manual_seed(seed))
         assert invariant < 1e-4
         assert plain > 0.1
 
@@ -290,7 +290,7 @@ def test_the_toy_reaches_its_targets(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"steps": 12, "shuffle_advantages": True}, {"steps": 12, "lr": 0.0}])
-def test_without_steps_advantages_or_rate_nothing_is_learnt(change, tmp_path):
+def test_without_steps_advantages_or_rate_nothing_is_learned(change, tmp_path):
     config = toy(
         **{"corridor_steps": 0, "methods": "reinforce", "episodes": 8, "score_episodes": 1000, "variance_groups": 0}
         | change

@@ -54,12 +54,12 @@ def small(seed=0, **changes):
     return Llama(LlamaConfig(60, dim=32, layers=2, heads=4, kv_heads=2, hidden=48, max_length=64, **changes))
 
 
-def documents(lengths, learnt, seed=0):
-    """Random tokens; the last `learnt[i]` of document i carry loss."""
+def documents(lengths, learned, seed=0):
+    """Random tokens; the last `learned[i]` of document i carry loss."""
     draw = random.Random(seed)
     return [
         packing.Document([draw.randrange(60) for _ in range(n)], [0] * (n - k) + [1] * k)
-        for n, k in zip(lengths, learnt, strict=True)
+        for n, k in zip(lengths, learned, strict=True)
     ]
 
 
@@ -87,7 +87,7 @@ def test_loss_is_that_of_each_document_alone():
 def test_questions_carry_no_loss():
     model, (d,) = small(), documents([12], [4])
     batch = packing.collate([d])
-    assert batch.learnt == 4
+    assert batch.learned == 4
     unread = batch.targets[0] == packing.IGNORE
     hidden = model(batch.tokens, hidden=True).detach().requires_grad_()
     ops.linear_cross_entropy(hidden[0], model.head_weight, batch.targets[0]).backward()
@@ -97,7 +97,7 @@ def test_questions_carry_no_loss():
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_equals_one_large_batch(parts):
-    """Unequal lengths and unequal numbers of learnt tokens: the mean must be over tokens, not over parts."""
+    """Unequal lengths and unequal numbers of learned tokens: the mean must be over tokens, not over parts."""
     docs = documents([9, 14, 5, 20, 7, 11, 30, 6], [1, 9, 2, 3, 5, 1, 20, 2])
     whole, split = small().double(), small().double()
     with ops.use_backend("reference"):

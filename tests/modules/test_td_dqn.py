@@ -1,4 +1,4 @@
-"""DQN of the td_learning module: its losses beside torchrl's and d3rlpy's, learners that do not mix, what is learnt."""
+"""DQN of the td_learning module: its losses against torchrl's and d3rlpy's, learners that do not mix, what is learned."""
 
 import copy
 import importlib

@@ -1,4 +1,4 @@
-"""The td_learning module: its vectorised algorithms against the textbook's loops, and what a run claims."""
+"""The td_learning module: its vectorized algorithms against the textbook's loops, and what a run claims."""
 
 import csv
 import dataclasses
@@ -30,7 +30,7 @@ def run(folder, resume=False, **changes):
 
 
 def tiny(**changes):
-    """For what does not depend on how well is learnt."""
+    """For what does not depend on how well is learned."""
     return {"steps": 3, "runs": 3, "cliff_runs": 2, "cliff_episodes": 4, "bias_runs": 3, "bias_episodes": 30,
             "car_runs": 1, "car_episodes": 2, "taxi_runs": 2, "taxi_steps": 300, "dqn_steps": 64,
             "dqn_runs": 2} | changes  # fmt: skip
@@ -266,9 +266,9 @@ def test_importance_sampling_is_unbiased_and_ratios_of_decisions_vary_less(seed)
     for values, exact in ((rho * G, value), (each, value), (rho, 1.0)):
         assert values.mean() == pytest.approx(exact, abs=5 * values.std() / np.sqrt(count))
     assert each.var() < (rho * G).var()
-    behaviour = mdps.performance(world, mdps.uniform(world))
-    assert abs(G.mean() - behaviour) < 5 * G.std() / np.sqrt(count)
-    assert abs(value - behaviour) > 20 * G.std() / np.sqrt(count), "what is seen is not what is asked for"
+    behavior = mdps.performance(world, mdps.uniform(world))
+    assert abs(G.mean() - behavior) < 5 * G.std() / np.sqrt(count)
+    assert abs(value - behavior) > 20 * G.std() / np.sqrt(count), "what is seen is not what is asked for"
 
 
 def test_weighted_importance_sampling_is_the_textbooks():
@@ -343,7 +343,7 @@ def test_one_step_updates_are_their_definitions(kind):
     assert both == ({0, 1} if kind == "double_q" else {0})
 
 
-def test_behaviour_is_epsilon_greedy():
+def test_behavior_is_epsilon_greedy():
     q = np.array([[1.0, 1.0, 0.0, 5.0], [0.0, 2.0, 1.0, 9.0]])
     allowed = np.array([[True, True, True, False]] * 2)
     got = control.epsilon_greedy(q, allowed, 0.3)
@@ -379,7 +379,7 @@ def watched(monkeypatch):
 
 @pytest.mark.parametrize(("n", "greedy"), [(1, False), (3, False), (1, True), (4, True)])
 def test_q_0_is_the_textbooks_tree_backup(watched, n, greedy):
-    """Section 7.5 on the very episodes that the vectorised one saw."""
+    """Section 7.5 on the very episodes that the vectorized one saw."""
     mdp, alpha, epsilon = random_world(), 0.3, 0.4
     target = 0.0 if greedy else epsilon
     Q, sums = control.q_sigma(
@@ -460,8 +460,8 @@ def test_q_learning_finds_the_best_values():
     for t in range(6000):
         learners.alpha = 0.1 if t < 4000 else 0.01
         learners.step(draw)
-    learnt = learners.Q[0].max(2).reshape(2, 8, -1).mean(1)
-    assert abs(learnt - best)[:, ~mdp.terminal].max() < 0.1 * abs(best).max()
+    learned = learners.Q[0].max(2).reshape(2, 8, -1).mean(1)
+    assert abs(learned - best)[:, ~mdp.terminal].max() < 0.1 * abs(best).max()
 
 
 # --- Linear features
@@ -592,7 +592,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(main, "EXPERIMENTS", main.EXPERIMENTS[:2])
     monkeypatch.setattr(main, "compare", lambda run, totals: None)
     steps = 4
-    poles = {"dqn_steps": 400}  # so that DQN has learnt before the cut
+    poles = {"dqn_steps": 400}  # so that DQN has learned before the cut
 
     run(tmp_path / "whole", **tiny(steps=steps, **poles))
     with cut_off(4):

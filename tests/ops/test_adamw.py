@@ -51,7 +51,7 @@ def test_bf16_gradients_for_fp32_parameters_and_the_other_way_round(backend):
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
 def test_unaligned_tensors_in_cuda(offset):
-    """Only tensors whose addresses all allow it are read in 16-byte pieces; the neighbours stay as they are."""
+    """Only tensors whose addresses all allow it are read in 16-byte pieces; the neighbors stay as they are."""
     emulator.load("emulated")
     results = []
     for backend in ("emulated", "reference"):

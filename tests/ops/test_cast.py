@@ -64,7 +64,7 @@ def test_8_bit_inputs(given, backend):
 @each_backend
 @pytest.mark.parametrize("to", FORMATS[1:], ids=str)
 def test_float32_inputs_near_every_boundary(to, backend):
-    """Each number of the format, each middle between two, and their neighbours in fp32."""
+    """Each number of the format, each middle between two, and their neighbors in fp32."""
     if to.itemsize == 2:
         every = ALL_16_BITS.view(to).float()
     else:
@@ -118,8 +118,8 @@ def test_stochastic_bits_are_the_same_everywhere(to):
 
 
 @pytest.mark.parametrize("to", FORMATS[1:], ids=str)
-def test_stochastic_is_unbiased_between_two_neighbours(to):
-    """50 000 draws of each of 24 numbers: only the two neighbours occur, the mean within 4 standard errors."""
+def test_stochastic_is_unbiased_between_two_neighbors(to):
+    """50 000 draws of each of 24 numbers: only the two neighbors occur, the mean within 4 standard errors."""
     tiny = torch.finfo(to).smallest_normal
     fractions = torch.tensor([1.0, 1.01, 1.37, 1.9, 1.999, 1.03125])
     values = torch.cat([fractions, -3 * fractions, fractions * tiny / 4, fractions * tiny * 2**-16])
@@ -132,7 +132,7 @@ def test_stochastic_is_unbiased_between_two_neighbours(to):
         assert len(found) <= 2
         step = (found.max() - found.min()).item()
         assert found.min() <= exact <= found.max() or len(found) == 1
-        if len(found) == 2:  # they are neighbours: nothing of the format is between them
+        if len(found) == 2:  # they are neighbors: nothing of the format is between them
             middle = torch.tensor((found.min() + found.max()).item() / 2)
             assert middle.to(to).double() in found
             share = (exact - found.min().item()) / step

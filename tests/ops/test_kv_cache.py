@@ -5,7 +5,7 @@ import torch
 
 from finetune import ops
 from finetune.kernels import emulator
-from finetune.ops.kv_cache import LARGEST, dequantise, kv_cache_append_, kv_cache_copy_, kv_cache_gather, pool, quantise
+from finetune.ops.kv_cache import LARGEST, dequantize, kv_cache_append_, kv_cache_copy_, kv_cache_gather, pool, quantize
 
 EACH_8_BIT = pytest.mark.parametrize("dtype", LARGEST, ids=("int8", "fp8"))
 
@@ -26,14 +26,14 @@ def test_every_rounding_is_torchs(backend, dtype):
     (k, k_scale), (v, v_scale) = (pool(1, 3, 1, rows.shape[1], dtype) for _ in range(2))
     kv_cache_append_(rows[:, None], -rows[:, None], k, v, torch.tensor([2, 0, 1]), k_scale, v_scale, backend=backend)
     for x, cache, scale in ((rows, k, k_scale), (-rows, v, v_scale)):
-        want, scales = quantise(x, dtype)
+        want, scales = quantize(x, dtype)
         assert torch.equal(bits(cache[0, [2, 0, 1], 0]), bits(want))
         assert torch.equal(scale[0, [2, 0, 1], 0], scales)
     everything = torch.arange(256, dtype=torch.uint8).view(dtype).reshape(1, 1, 1, 256)
     got = kv_cache_gather(
         everything, torch.tensor([[0]]), torch.tensor([1]), torch.full((1, 1, 1), 0.3), backend=backend
     )
-    want = dequantise(everything[:, 0], torch.full((1, 1), 0.3), torch.float32)
+    want = dequantize(everything[:, 0], torch.full((1, 1), 0.3), torch.float32)
     assert torch.equal(got[:, 0].nan_to_num(7), want.nan_to_num(7))
 
 
@@ -67,7 +67,7 @@ def test_a_token_that_is_not_finite_comes_back_as_nan(backend, dtype):
 @pytest.mark.parametrize("dtype_out", [torch.float16, torch.bfloat16])
 def test_gather_into_16_bits(dtype, dtype_out):
     emulator.load("emulated")
-    cache, scale = quantise(torch.randn(3, 4, 2, 21, generator=torch.Generator().manual_seed(2)), dtype)
+    cache, scale = quantize(torch.randn(3, 4, 2, 21, generator=torch.Generator().manual_seed(2)), dtype)
     args = (cache, torch.tensor([[2, 0], [1, 1]]), torch.tensor([6, 8]), scale, dtype_out)
     want = kv_cache_gather(*args, backend="reference")
     assert want.dtype == dtype_out
@@ -110,7 +110,7 @@ def test_appended_tokens_are_gathered(backend):
 def test_copy_on_write(backend):
     """The copies are equal, the sources and all other blocks as they were; dtypes and sizes of a block differ."""
     caches = [torch.randn(6, 3, 2, 5), torch.randn(6, 3, 2, 5).bfloat16(), torch.randn(6, 3, 2)]
-    caches.append(quantise(torch.randn(6, 3, 1, 7), torch.float8_e4m3fn)[0])
+    caches.append(quantize(torch.randn(6, 3, 1, 7), torch.float8_e4m3fn)[0])
     caches.append(torch.randn(6, 2, 3, 4)[:, 1])  # blocks that lie apart
     before = [cache.clone() for cache in caches]
     kv_cache_copy_(caches, torch.tensor([[0, 5], [2, 1]]), backend=backend)

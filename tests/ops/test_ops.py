@@ -49,7 +49,7 @@ def test_values_and_gradients(op, level, sample, dtype):
 
 @each_dtype
 @each_at_home
-def test_uninitialised_memory_is_never_read(op, level, sample, dtype, monkeypatch):
+def test_uninitialized_memory_is_never_read(op, level, sample, dtype, monkeypatch):
     """torch fills every new tensor with NaN in deterministic mode: the result must not change by a bit."""
     torch.ops.finetune.set_cpu_level(level)
     plain = run(op, sample, dtype, "cpp")

@@ -6,7 +6,7 @@ import torch
 from finetune import ops
 from finetune.memory.meters import peak_allocated
 from finetune.ops.attention import reference as dense_attention
-from finetune.ops.kv_cache import LARGEST, kv_cache_append_, kv_cache_gather, pool, quantise
+from finetune.ops.kv_cache import LARGEST, kv_cache_append_, kv_cache_gather, pool, quantize
 from finetune.ops.paged_attention import paged_attention
 
 BLOCK = 16
@@ -112,7 +112,7 @@ def test_what_8_bits_cost(backend, dtype):
     at most d = scale · Σ |q| · dk / 2, so probabilities by a factor within e^±2d, and
     |error| <= (e^2d − 1) Σ p |v| + max dv / 2."""
     q, k, v, table, lengths = case([90, 31, 300], heads=6, dim=64)
-    (k8, k_scale), (v8, v_scale) = (quantise(x, dtype) for x in (k, v))
+    (k8, k_scale), (v8, v_scale) = (quantize(x, dtype) for x in (k, v))
     got = paged_attention(q, k8, v8, table, lengths, k_scale, v_scale, backend=backend)
     exact = paged_attention(q, k, v, table, lengths, backend="reference")
     sizes = paged_attention(q, k, v.abs(), table, lengths, backend="reference")  # Σ p |v|

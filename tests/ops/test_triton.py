@@ -58,7 +58,7 @@ def test_values_and_gradients(op, sample, dtype, large_tiles):
 
 
 @pytest.mark.parametrize(("op", "sample", "dtype"), [*cases({"f32": torch.float32})])
-def test_uninitialised_memory_is_never_read(op, sample, dtype, large_tiles):
+def test_uninitialized_memory_is_never_read(op, sample, dtype, large_tiles):
     """torch fills every new tensor with NaN in deterministic mode: the result must not change by a bit."""
     plain = run(op, sample, dtype, "triton")
     torch.use_deterministic_algorithms(True)

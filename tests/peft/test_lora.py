@@ -195,7 +195,7 @@ def test_patterns(model):
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("format", ["nf4_double", "int8"])
-def test_adapters_over_quantised_weights(model, format, dora):
+def test_adapters_over_quantized_weights(model, format, dora):
     """The same outputs, gradients and merged weights as over the dense weights that the codes stand for."""
     quantize_linears(model, format)
     dense = copy.deepcopy(model)

@@ -98,7 +98,7 @@ def test_int8_equals_bitsandbytes(shape):
 
 @pytest.mark.peer
 def test_nf4_equals_bitsandbytes_on_smollm2(smollm2_model):
-    """The layers of three blocks; double quantisation too."""
+    """The layers of three blocks; double quantization too."""
     functional = pytest.importorskip("bitsandbytes.functional")
     for name, m in smollm2_model.named_modules():
         if isinstance(m, nn.Linear) and name.split(".")[1] in ("0", "15", "29"):

@@ -169,7 +169,7 @@ def one_hot(states):
 
 
 def test_fqe_finds_the_exact_values_of_another_policy():
-    """A tabular Q-network (no hidden layer, one-hot states), stochastic policy; behaviour is uniform."""
+    """A tabular Q-network (no hidden layer, one-hot states), stochastic policy; behavior is uniform."""
     draw = np.random.default_rng(0)
     mdp = tables.garnet(5, 2, 2, draw, 0.8, ending=0.2)
     policy = draw.dirichlet(np.ones(2), 6)
@@ -190,7 +190,7 @@ def test_fqe_finds_the_exact_values_of_another_policy():
     scale = np.abs(exact).max()
     assert np.abs(found - exact)[:5].max() < 0.05 * scale
     wrong = tables.solve(mdp, tables.uniform(mdp))
-    assert np.abs(wrong - exact)[:5].max() > 0.1 * scale, "the behaviour's own values would pass"
+    assert np.abs(wrong - exact)[:5].max() > 0.1 * scale, "the behavior's own values would pass"
 
 
 def test_fqe_of_continuous_actions_takes_the_policys_action():
@@ -245,7 +245,7 @@ def test_cloning_and_scores():
     wanted = -picked(logits.log_softmax(-1), actions).mean()
     assert torch.equal(offline.cloning_loss(logits, actions), wanted)
     assert offline.cloning_loss(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [0.0]])) == 4.5
-    assert [offline.normalised(x, 20.0, 500.0) for x in (20.0, 500.0, 260.0)] == [0, 100, 50]
+    assert [offline.normalized(x, 20.0, 500.0) for x in (20.0, 500.0, 260.0)] == [0, 100, 50]
 
 
 def test_true_returns_are_discounted_and_end_with_the_episode():

@@ -42,7 +42,7 @@ def test_every_solver_finds_the_best_of_all_policies(seed):
     for sweep in (planning.synchronous, planning.in_place, planning.modified):
         V, _ = planning.solve_by(sweep, mdp, 1e-10)
         assert abs(V - best).max() <= 1e-10 * abs(best).max(), "the tolerance is a promise"
-    work = planning.Prioritised(mdp, np.zeros(5))
+    work = planning.Prioritized(mdp, np.zeros(5))
     work.backups(3000)
     assert np.allclose(work.V, best, rtol=0, atol=1e-10)
 
@@ -95,7 +95,7 @@ def test_the_size_of_rewards_changes_no_policy(c, gamma):
                 V, mine = planning.solve_by(sweep, other)
                 assert abs(V / c - best).max() <= 1e-10 * size
                 assert mine == planning.solve_by(sweep, mdp)[1]
-            work = planning.Prioritised(other, np.zeros(len(best)))
+            work = planning.Prioritized(other, np.zeros(len(best)))
             work.backups(5000)
             assert abs(work.V / c - best).max() <= 1e-10 * size
 
@@ -136,7 +136,7 @@ def test_sweeps_contract(name):
 
 def test_priorities_bound_the_bellman_error():
     mdp = random_mdp(20, 3, 0.95, 3)
-    work = planning.Prioritised(mdp, np.zeros(20))
+    work = planning.Prioritized(mdp, np.zeros(20))
     for _ in range(200):
         work.backups(1)
         assert (abs(planning.synchronous(mdp, work.V) - work.V) <= work.priority + 1e-12).all()

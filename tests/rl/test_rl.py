@@ -161,11 +161,11 @@ def test_group_forms_are_those_of_rloo_and_grpo():
     others = (returns.sum(1, keepdim=True) - returns) / 3
     assert torch.allclose(advantages.leave_one_out(returns), returns - others)
     spread = returns.std(1, keepdim=True) + 1e-4
-    assert torch.allclose(advantages.group_normalised(returns), (returns - returns.mean(1, keepdim=True)) / spread)
-    assert torch.equal(advantages.group_normalised(torch.ones(2, 3)), torch.zeros(2, 3))
+    assert torch.allclose(advantages.group_normalized(returns), (returns - returns.mean(1, keepdim=True)) / spread)
+    assert torch.equal(advantages.group_normalized(torch.ones(2, 3)), torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("form", [advantages.leave_one_out, advantages.group_normalised])
+@pytest.mark.parametrize("form", [advantages.leave_one_out, advantages.group_normalized])
 def test_a_group_has_at_least_two_returns_of_any_number_type(form):
     for returns in (torch.ones(3, 1), torch.ones(2, 0), torch.tensor(1.0), torch.tensor([5])):
         with pytest.raises(UserError, match=r"a group of [01] has no other return .* at least 2"):
@@ -194,7 +194,7 @@ def test_whitening_is_of_what_the_mask_counts():
     padded = values.masked_fill(~mask, torch.nan)
     assert torch.allclose(advantages.whitened(padded, mask)[mask], wanted, atol=1e-7)
     assert torch.equal(advantages.whitened(padded, mask)[~mask], torch.zeros(int((~mask).sum())).double())
-    assert torch.allclose(advantages.whitened(padded, mask, centre=False)[mask], wanted + alone.mean(), atol=1e-7)
+    assert torch.allclose(advantages.whitened(padded, mask, center=False)[mask], wanted + alone.mean(), atol=1e-7)
     assert torch.equal(advantages.whitened(alone), advantages.whitened(alone, torch.ones_like(alone, dtype=torch.bool)))
     assert advantages.whitened(torch.tensor([3.0])).tolist() == [0.0]
 
@@ -228,7 +228,7 @@ def test_group_forms_are_what_trls_trainers_compute():
         "rloo_trainer.py", "grouped_rewards = rewards.view(-1, num_generations)", "advantages = rewards - baselines",
         **given,
     )  # fmt: skip
-    assert torch.allclose(advantages.group_normalised(returns).flatten(), grpo["advantages"], atol=1e-12)
+    assert torch.allclose(advantages.group_normalized(returns).flatten(), grpo["advantages"], atol=1e-12)
     assert torch.allclose(advantages.leave_one_out(returns).flatten(), rloo["advantages"], atol=1e-12)
 
 

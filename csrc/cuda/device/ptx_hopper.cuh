@@ -26,7 +26,7 @@ __device__ __forceinline__ void mbarrier_init(Mbarrier* bar, unsigned count CALL
 #endif
 }
 
-// By the thread that has initialised them, before a barrier of the block: copies see them too.
+// By the thread that has initialized them, before a barrier of the block: copies see them too.
 __device__ __forceinline__ void mbarrier_init_fence() {
 #if defined(__CUDACC__)
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

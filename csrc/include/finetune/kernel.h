@@ -79,7 +79,7 @@ Status launch(const Args& args) {
 }
 
 // The CUDA kernel of `Args`, on pointers to device memory, queued on `stream` (a cudaStream_t); csrc/cuda/<op>.cu
-// specialises it. The emulator runs the same source on the CPU.
+// specializes it. The emulator runs the same source on the CPU.
 template <class Args>
 Status launch_cuda(const Args& args, void* stream);
 

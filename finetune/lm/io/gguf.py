@@ -1,4 +1,4 @@
-"""GGUF files (the llama.cpp container): weights dequantised in numpy, configuration, tokenizer.
+"""GGUF files (the llama.cpp container): weights dequantized in numpy, configuration, tokenizer.
 
 The container is read here too: gguf's own reader trusts the counts and offsets that a file gives. Layouts: ggml's
 `ggml-common.h` (block_q4_0, block_q4_1, block_q8_0, block_q6_K).
@@ -96,7 +96,7 @@ TYPES: dict[str, tuple[int, int, Callable[[Array], Array]]] = {
 }
 
 
-def dequantise(data: Array, kind: str) -> Array:
+def dequantize(data: Array, kind: str) -> Array:
     """The weights, fp32, of `data` (…, bytes of a row) of a ggml type: (…, weights of a row).
 
     UserError if the type is not one of TYPES; ValueError if a row is not a whole number of blocks.
@@ -215,7 +215,7 @@ class GGUFModel:
         return len(self.tensor_infos)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in finetune.llama, fp32 tensor) of each weight, dequantised one at a time."""
+        """(name in finetune.llama, fp32 tensor) of each weight, dequantized one at a time."""
         for name, info in self.tensor_infos.items():
             if info.kind not in TYPES:
                 known = ", ".join(TYPES)
@@ -227,7 +227,7 @@ class GGUFModel:
         for theirs, info in self.tensor_infos.items():
             name = own_name(theirs)
             rows = raw[info.start : info.start + info.nbytes].reshape(*info.shape[:-1], -1)
-            values = dequantise(rows, info.kind)
+            values = dequantize(rows, info.kind)
             part = ".".join(name.split(".")[-3:])
             if part in heads:
                 if values.ndim != 2 or values.shape[0] % (2 * heads[part]):

@@ -37,20 +37,20 @@ def relu_mlp(widths: list[int]) -> nn.Sequential:
 
 
 class Bounded(nn.Module):
-    """A policy whose actions lie within bounds: centre + scale · tanh(·)."""
+    """A policy whose actions lie within bounds: center + scale · tanh(·)."""
 
-    centre: Tensor  # (A,)
+    center: Tensor  # (A,)
     scale: Tensor  # (A,)
 
     def __init__(self, observations: int, outputs: int, hidden: list[int], low: Tensor, high: Tensor) -> None:
         super().__init__()
         self.net = relu_mlp([observations, *hidden, outputs])
-        self.register_buffer("centre", (high + low) / 2, persistent=False)
+        self.register_buffer("center", (high + low) / 2, persistent=False)
         self.register_buffer("scale", (high - low) / 2, persistent=False)
 
 
 class SquashedGaussian(Bounded):
-    """a = centre + scale · tanh(u), u normal. Its distribution is (mean, log deviation) of u side by side (…, 2 A).
+    """a = center + scale · tanh(u), u normal. Its distribution is (mean, log deviation) of u side by side (…, 2 A).
 
     log π is the density of the action itself: log N(u) − Σ log(scale · (1 − tanh² u)).
     """
@@ -73,16 +73,16 @@ class SquashedGaussian(Bounded):
         """noise (…, A) standard normal → actions (…, A) and log π (…); differentiable in params."""
         mean, log_deviation = params.chunk(2, -1)
         u = mean + log_deviation.exp() * noise
-        return self.centre + self.scale * u.tanh(), self._log_prob(u, noise, log_deviation)
+        return self.center + self.scale * u.tanh(), self._log_prob(u, noise, log_deviation)
 
     def best(self, params: Tensor) -> Tensor:
         """The action of the mean of u, which is the median."""
-        return self.centre + self.scale * params.chunk(2, -1)[0].tanh()
+        return self.center + self.scale * params.chunk(2, -1)[0].tanh()
 
     def log_prob(self, params: Tensor, actions: Tensor, within: float = 1e-6) -> Tensor:
         """log π (…) of given actions; those on a bound, of density 0, count as `within` of the scale inside."""
         mean, log_deviation = params.chunk(2, -1)
-        u = ((actions - self.centre) / self.scale).clamp(within - 1, 1 - within).atanh()
+        u = ((actions - self.center) / self.scale).clamp(within - 1, 1 - within).atanh()
         return self._log_prob(u, (u - mean) * torch.exp(-log_deviation), log_deviation)
 
     def _log_prob(self, u: Tensor, z: Tensor, log_deviation: Tensor) -> Tensor:
@@ -92,13 +92,13 @@ class SquashedGaussian(Bounded):
 
 
 class Deterministic(Bounded):
-    """a = centre + scale · tanh(net)."""
+    """a = center + scale · tanh(net)."""
 
     def __init__(self, observations: int, hidden: list[int], low: Tensor, high: Tensor) -> None:
         super().__init__(observations, len(low), hidden, low, high)
 
     def forward(self, observations: Tensor) -> Tensor:
-        return self.centre + self.scale * self.net(observations).tanh()
+        return self.center + self.scale * self.net(observations).tanh()
 
 
 class TwinQ(Ensemble):

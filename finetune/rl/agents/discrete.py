@@ -84,7 +84,7 @@ def double_dqn_target(
 
 
 def td_loss(q: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Huber's with threshold 1, as DQN's clipped errors. weights: of prioritised replay."""
+    """Huber's with threshold 1, as DQN's clipped errors. weights: of prioritized replay."""
     if weights is None:
         return F.smooth_l1_loss(q, target)
     return (weights * F.smooth_l1_loss(q, target, reduction="none")).mean()

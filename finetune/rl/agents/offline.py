@@ -1,4 +1,4 @@
-"""What learning from logged steps shares: behaviour cloning, fitted Q evaluation, and the score of a return."""
+"""What learning from logged steps shares: behavior cloning, fitted Q evaluation, and the score of a return."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.rl.envs.replay import Transitions
 
 
 def cloning_loss(output: Tensor, actions: Tensor) -> Tensor:
-    """Behaviour cloning: − log softmax of the logits (N, A) at discrete actions; the squared distance of continuous."""
+    """Behavior cloning: − log softmax of the logits (N, A) at discrete actions; the squared distance of continuous."""
     if actions.is_floating_point():
         return (output - actions).square().mean()
     return F.cross_entropy(output, actions)
@@ -133,6 +133,6 @@ def paid(data: Transitions, envs: Sequence[Env], seeds: Sequence[int], rows: int
     return float(came.mean()), float(wrote.mean())
 
 
-def normalised(value: float, random: float, expert: float) -> float:
+def normalized(value: float, random: float, expert: float) -> float:
     """D4RL's score: 0 is a random policy, 100 the expert (Fu et al. 2020, arXiv:2004.07219)."""
     return 100 * (value - random) / (expert - random)

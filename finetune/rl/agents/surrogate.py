@@ -1,7 +1,7 @@
 """PPO's losses (Schulman et al. 2017, arXiv:1707.06347), and what is watched while one batch makes several updates.
 
 `log_ratios` are log π(a|s) − log π_old(a|s) of the actions that π_old took. Losses are element by element, to be
-minimised: whoever calls takes the mean over what counts (all steps, or the tokens of the answers).
+minimized: whoever calls takes the mean over what counts (all steps, or the tokens of the answers).
 """
 
 from __future__ import annotations

@@ -118,13 +118,13 @@ class Replay:
 
 class Priorities:
     """Which rows of a Replay to learn from: with probability p / Σ p, p = (|TD error| + floor)^α (Schaul et al. 2016,
-    arXiv:1511.05952), for `count` learners alike. A draw sums up all rows, which in one vectorised pass is quicker than
+    arXiv:1511.05952), for `count` learners alike. A draw sums up all rows, which in one vectorized pass is quicker than
     a tree of sums up to some hundred thousand of them."""
 
     def __init__(self, count: int, capacity: int, alpha: float = 0.6, floor: float = 1e-2) -> None:
         self.alpha, self.floor = alpha, floor
         self.p = torch.zeros(count, capacity, dtype=torch.float64)
-        self.largest = torch.ones(count, dtype=torch.float64)  # p of a row that was not learnt from yet
+        self.largest = torch.ones(count, dtype=torch.float64)  # p of a row that was not learned from yet
 
     def add(self, rows: Tensor) -> None:
         """These rows of the Replay are new."""

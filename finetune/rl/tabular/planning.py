@@ -53,8 +53,8 @@ def in_place(mdp: MDP, V: Array, order: NDArray[np.intp] | None = None) -> Array
     return V
 
 
-class Prioritised:
-    """Prioritised value iteration (Moore & Atkeson 1993): always the state whose value may be wrong the most.
+class Prioritized:
+    """Prioritized value iteration (Moore & Atkeson 1993): always the state whose value may be wrong the most.
 
     `priority[s]` bounds |(T V)(s) − V(s)|: a change δ of V(s) adds γ max_a P(s|p,a) |δ| to that of each p.
     """

@@ -20,7 +20,7 @@ def best_actions(mdp: MDP, V: Array, tie: float = 1e-6) -> Array:
 def value_map(
     axes: Any, mdp: MDP, V: Array, policy: Array | None = None, title: str = "", digits: int = 2, cmap: str = "YlGnBu"
 ) -> Any:
-    """The states of a grid coloured by V, with the value and an arrow for each action that `policy` takes.
+    """The states of a grid colored by V, with the value and an arrow for each action that `policy` takes.
 
     ★ marks the end that pays most, × the other ends; hatched cells are those that no other leads to.
     """
@@ -51,15 +51,15 @@ def value_map(
                           color="#b7791f" if ending[s] else "#c53030", in_layout=False)  # fmt: skip
             continue
         bright = (V[s] - low) / (high - low or 1.0)
-        colour = "white" if bright > 0.6 else INK
+        color = "white" if bright > 0.6 else INK
         axes.text(x, y + (0.36 if policy is not None else 0), f"{V[s]:{text}}", ha="center", va="center",
-                  fontsize=size * (0.78 if policy is not None else 1), color=colour, in_layout=False)  # fmt: skip
+                  fontsize=size * (0.78 if policy is not None else 1), color=color, in_layout=False)  # fmt: skip
         if policy is not None:
             taken = [SHIFT[a] for a, p in zip(mdp.actions, policy[s], strict=True) if p > 0 and a in SHIFT]
-            arrows += [(x, y - 0.08, 0.32 * dx, 0.32 * dy, colour) for dx, dy in taken]
+            arrows += [(x, y - 0.08, 0.32 * dx, 0.32 * dy, color) for dx, dy in taken]
     if arrows:
-        px, py, dx, dy, colours = zip(*arrows, strict=True)
-        axes.quiver(px, py, dx, dy, color=colours, angles="xy", scale_units="xy", scale=1, units="inches",
+        px, py, dx, dy, colors = zip(*arrows, strict=True)
+        axes.quiver(px, py, dx, dy, color=colors, angles="xy", scale_units="xy", scale=1, units="inches",
                     width=0.03 * min(1.0, cell), headwidth=4.5, headlength=5, headaxislength=4.5)  # fmt: skip
     axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)

@@ -110,7 +110,7 @@ def random_walk(states: int = 5, left: float = 0.0, right: float = 1.0, gamma: f
     return make(P, R, gamma, terminal=ends, start=start, actions=("step",), shape=(1, n), name=f"random_walk_{states}")
 
 
-def maximisation_bias(gamma: float = 1.0, actions: int = 10) -> MDP:
+def maximization_bias(gamma: float = 1.0, actions: int = 10) -> MDP:
     """Example 6.7: from A, right (action 1) ends for nothing and left leads to B, of which every action ends with a
     reward of −0.1 on average; whoever runs it adds the noise."""
     P, R = np.zeros((3, actions, 3)), np.zeros((3, actions))
@@ -119,7 +119,7 @@ def maximisation_bias(gamma: float = 1.0, actions: int = 10) -> MDP:
     R[1] = -0.1
     allowed = np.ones((3, actions), bool)
     allowed[0, 2:] = False
-    return make(P, R, gamma, allowed=allowed, start=[1, 0, 0], terminal=[False, False, True], name="maximisation_bias")
+    return make(P, R, gamma, allowed=allowed, start=[1, 0, 0], terminal=[False, False, True], name="maximization_bias")
 
 
 def blackjack(gamma: float = 1.0) -> MDP:

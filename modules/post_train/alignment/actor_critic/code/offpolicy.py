@@ -118,7 +118,7 @@ class OffPolicy:
 
 
 class SAC(OffPolicy):
-    """Maximises E[Σ γ^t (r + α H)], with α such that the entropy H meets its target."""
+    """Maximizes E[Σ γ^t (r + α H)], with α such that the entropy H meets its target."""
 
     def __init__(self, cfg: Any, method: str, vector: Vector) -> None:
         super().__init__(cfg, method, vector)
@@ -173,7 +173,7 @@ class SAC(OffPolicy):
 
 
 class TD3(OffPolicy):
-    """Maximises Q₁(s, π(s)). With one critic, no delay and no target noise it is DDPG."""
+    """Maximizes Q₁(s, π(s)). With one critic, no delay and no target noise it is DDPG."""
 
     def __init__(self, cfg: Any, method: str, vector: Vector) -> None:
         super().__init__(cfg, method, vector)

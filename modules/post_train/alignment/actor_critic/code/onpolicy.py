@@ -59,14 +59,14 @@ class Learner:
         self.rates = (0.0, self.rates[1])
 
     def acting(self, generator: torch.Generator) -> environments.Act:
-        """As the policy that is learnt."""
+        """As the policy that is learned."""
         return drawn(self.model, generator)
 
     valued = tried = acting  # the policy that the critic is the value of, and the one that is evaluated
     bonus = None  # to the rewards, in the critic's values
 
     def behaving(self, generator: torch.Generator) -> environments.Act:
-        """As whoever gathers what is learnt from."""
+        """As whoever gathers what is learned from."""
         return self.acting(generator)
 
     @torch.no_grad()
@@ -143,22 +143,22 @@ class LaggingLearner(Learner):
         super().__init__(*args)
         # A ring: row k mod lag holds the parameters from before update k until update k + lag.
         self.past = {"parameters": flat(self.model).repeat(self.cfg.lag, 1), "updates": 0}
-        self.behaviour = copy.deepcopy(self.model) if self.cfg.lag else self.model
+        self.behavior = copy.deepcopy(self.model) if self.cfg.lag else self.model
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"past": self.past}
 
     def behaving(self, generator: torch.Generator) -> environments.Act:
         if self.cfg.lag:
-            assign(self.behaviour, self.past["parameters"][self.past["updates"] % self.cfg.lag])
-        return drawn(self.behaviour, generator)
+            assign(self.behavior, self.past["parameters"][self.past["updates"] % self.cfg.lag])
+        return drawn(self.behavior, generator)
 
     def update(self, rollout: Rollout, generator: torch.Generator) -> dict[str, Tensor]:
         cfg = self.cfg
         params, values = self.model(rollout.observations)
         with torch.no_grad():
-            old = self.behaviour.distribution(rollout.observations)
-            log_mu = self.behaviour.policy.log_prob(old, rollout.actions)
+            old = self.behavior.distribution(rollout.observations)
+            log_mu = self.behavior.policy.log_prob(old, rollout.actions)
             log_ratios = self.model.policy.log_prob(params, rollout.actions) - log_mu
         bounds = {"rho_bar": cfg.rho_bar, "c_bar": cfg.c_bar}
         given = self.bootstrapped(rollout, values)

@@ -27,14 +27,14 @@ def across(run: Any, cfg: Any, method: str, name: str, chunk: int) -> tuple[Any,
     return chunk * (grid + 1), mean, half
 
 
-def draw(axes: Any, found: tuple[Any, Any, Any] | None, colour: str, label: str, least: Any, most: Any) -> None:
+def draw(axes: Any, found: tuple[Any, Any, Any] | None, color: str, label: str, least: Any, most: Any) -> None:
     if found is None:
         return
     steps, mean, half = found
-    axes.plot(steps, mean, color=colour, linewidth=1.8, label=label)
+    axes.plot(steps, mean, color=color, linewidth=1.8, label=label)
     if np.isfinite(half).all():
         low, high = np.maximum(mean - half, least), np.minimum(mean + half, most)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def learning(run: Any, cfg: Any, methods: list[str], chunk: int) -> None:

@@ -89,7 +89,7 @@ class Result:
     """What one method came to."""
 
     method: Method
-    start: float  # held-out loss before training: the base's, but for quantised weights and text before the row
+    start: float  # held-out loss before training: the base's, but for quantized weights and text before the row
     loss: float  # and after
     trained: int
     seconds: float | None  # a step, median
@@ -287,7 +287,7 @@ def line(result: Result, results: list[Result], before: float, total: int) -> di
 
 
 def judge(cfg: Config, run, results: list[Result], before: float, total: int) -> dict[str, float | int | None]:
-    """Every method has to beat the base, and what it was before it learnt anything. Rank 8 has to reach nine tenths of
+    """Every method has to beat the base, and what it was before it learned anything. Rank 8 has to reach nine tenths of
     full fine-tuning's gain, and in few bits to stay within a tenth of a nat of that over dense weights."""
     by_name = {r.method.name: r for r in results}
     guessing = toy.CHANCE if cfg.model == "scratch" and cfg.data is None else None

@@ -9,7 +9,7 @@ COLOURS = {"full": "#1f2933", "lora": "#1769aa", "rslora": "#63b3ed", "dora": "#
 def comparison(run, results: list, before: float) -> None:
     made, (left, right) = figure(13, 5, 1, 2)
     ordered = sorted(results, key=lambda r: r.trained)
-    for group in neighbours(ordered):
+    for group in neighbors(ordered):
         place = group[0].trained, max(r.loss for r in group)
         for i, r in enumerate(sorted(group, key=lambda r: r.loss)):
             left.scatter(r.trained, r.loss, s=46, color=COLOURS[r.method.kind], zorder=3)
@@ -24,7 +24,7 @@ def comparison(run, results: list, before: float) -> None:
     left.set_xscale("log")
     left.margins(x=0.1)
     left.set_xlabel("trained parameters", color=INK)
-    left.set_ylabel("nats a learnt token", color=INK)
+    left.set_ylabel("nats a learned token", color=INK)
     left.set_title("held-out loss after the same steps", loc="left", fontsize=11, color=INK)
     left.legend(fontsize=8.5, frameon=False)
     series, largest = run.metrics.series(), max((r.method.size for r in results), default=0) or 1
@@ -42,7 +42,7 @@ def comparison(run, results: list, before: float) -> None:
     save(made, run.dir / "comparison.png")
 
 
-def neighbours(ordered: list) -> list[list]:
+def neighbors(ordered: list) -> list[list]:
     """Results whose points lie so near to each other that their names have to be stacked."""
     groups: list[list] = []
     for r in ordered:

@@ -1,4 +1,4 @@
-"""What is learnt: two tasks in conversations, for a model that is loaded, or made in the run."""
+"""What is learned: two tasks in conversations, for a model that is loaded, or made in the run."""
 
 import random
 from dataclasses import dataclass
@@ -131,7 +131,7 @@ def packed(cfg, documents: list[Document]) -> list[list[int]]:
 
 
 def loss_of(adapted: Adapted, batch: packing.Batch, reduction: str = "mean") -> torch.Tensor:
-    """Cross entropy (nats) of the learnt tokens; scalar fp32. The logits never exist at once."""
+    """Cross entropy (nats) of the learned tokens; scalar fp32. The logits never exist at once."""
     return ops.linear_cross_entropy(
         adapted.forward(batch), adapted.model.head_weight, batch.targets[0], reduction=reduction
     )
@@ -156,12 +156,12 @@ def train(cfg, run, adapted: Adapted, documents: list[Document], lr: float, phas
 
 @torch.no_grad()
 def evaluate(cfg, adapted: Adapted, documents: list[Document]) -> float:
-    """Mean loss (nats) of the learnt tokens."""
+    """Mean loss (nats) of the learned tokens."""
     adapted.model.eval()
     batches = [packing.collate([documents[i] for i in row]) for row in packed(cfg, documents)]
     total = sum(loss_of(adapted, batch, "sum").item() for batch in batches)
     adapted.model.train()
-    return total / sum(batch.learnt for batch in batches)
+    return total / sum(batch.learned for batch in batches)
 
 
 def pretrain(cfg, run, base: Llama, documents: list[Document]) -> None:

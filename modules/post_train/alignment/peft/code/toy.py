@@ -1,7 +1,7 @@
 """The toy setting: a small Llama learns a house's directory in the run; then all people move, and it has to adapt.
 
 The first task is the new floors, the second the new doors. Some wordings of a fact are held out, so that the answer to
-a held-out question was learnt under others only.
+a held-out question was learned under others only.
 """
 
 import math

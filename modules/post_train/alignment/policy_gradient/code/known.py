@@ -117,5 +117,5 @@ def judge_invariance(run) -> None:
             run.result("shift_moves_policy_with_baseline", moved, target=1e-6, higher=False)
         else:
             run.result("shift_moves_policy_without", moved, target=0.01)
-    natural, vanilla = tabular.reparametrised(run.generator("coordinates"))
+    natural, vanilla = tabular.reparametrized(run.generator("coordinates"))
     run.result("natural_gradient_invariance", natural, baseline=vanilla, target=1e-4, higher=False)

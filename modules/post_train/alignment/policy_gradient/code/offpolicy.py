@@ -64,9 +64,9 @@ def compare(draw: np.random.Generator, episodes: int) -> dict[str, dict[str, lis
     found: dict[str, dict[str, list[float]]] = {way: {name: [] for name in columns_} for way in WAYS}
     found["sample"] = {"effective": [], "effective_error": [], "kl": []}
     for distance in DISTANCES:
-        behaviour = (1 - distance) * logits
-        rollout = enumerated.sample(mdp, behaviour, episodes // ROWS * ROWS, draw)
-        log_ratios = enumerated.log_probs(rollout, logits) - enumerated.log_probs(rollout, behaviour)
+        behavior = (1 - distance) * logits
+        rollout = enumerated.sample(mdp, behavior, episodes // ROWS * ROWS, draw)
+        log_ratios = enumerated.log_probs(rollout, logits) - enumerated.log_probs(rollout, behavior)
         estimates = {}
         for way in WAYS:
             rows = ROWS if way == "weighted" else rollout.rewards.shape[1]  # it divides by the mean of the batch
@@ -76,7 +76,7 @@ def compare(draw: np.random.Generator, episodes: int) -> dict[str, dict[str, lis
             if way == "weighted":
                 off = torch.from_numpy(means.mean(0)) - wanted
             else:
-                off = expected(everything, world, logits, behaviour, mdp.gamma, way) - wanted
+                off = expected(everything, world, logits, behavior, mdp.gamma, way) - wanted
             found[way]["bias"].append(float(off.norm() / wanted.norm()))
             found[way]["z"].append(z_score(means, wanted))
             found[way]["variance"].append(total_variance(means))
@@ -94,14 +94,12 @@ def compare(draw: np.random.Generator, episodes: int) -> dict[str, dict[str, lis
 
 
 def expected(
-    rollout: Rollout, world: Tensor, logits: Tensor, behaviour: Tensor, gamma: float, way: str, bound: float = 2.0
+    rollout: Rollout, world: Tensor, logits: Tensor, behavior: Tensor, gamma: float, way: str, bound: float = 2.0
 ) -> Tensor:
     """What the estimate is on average over the episodes of μ (S·A,); the rollout lists all trajectories."""
-    log_ratios = enumerated.log_probs(rollout, logits) - enumerated.log_probs(rollout, behaviour)
+    log_ratios = enumerated.log_probs(rollout, logits) - enumerated.log_probs(rollout, behavior)
     psi = weighed(rollout.rewards, rollout.ends, log_ratios, gamma, way, bound)
-    return enumerated.probabilities(rollout, world, behaviour) @ by_episode(
-        rollout, logits, discounts(gamma, psi) * psi
-    )
+    return enumerated.probabilities(rollout, world, behavior) @ by_episode(rollout, logits, discounts(gamma, psi) * psi)
 
 
 def reuse(draw: np.random.Generator, way: str, updates: int = 100, rows: int = 2000, lr: float = 1.0) -> list[float]:
@@ -110,10 +108,10 @@ def reuse(draw: np.random.Generator, way: str, updates: int = 100, rows: int = 2
     everything, world = enumerated.trajectories(mdp)
     logits = torch.zeros(mdp.size, dtype=torch.float64)
     rollout = enumerated.sample(mdp, logits, rows, draw)
-    behaviour, path = enumerated.log_probs(rollout, logits), []
+    behavior, path = enumerated.log_probs(rollout, logits), []
     for _ in range(updates):
         path.append(float(enumerated.objective(everything, world, logits, mdp.gamma)))
-        log_ratios = enumerated.log_probs(rollout, logits) - behaviour
-        psi = discounts(mdp.gamma, behaviour) * weighed(rollout.rewards, rollout.ends, log_ratios, mdp.gamma, way)
+        log_ratios = enumerated.log_probs(rollout, logits) - behavior
+        psi = discounts(mdp.gamma, behavior) * weighed(rollout.rewards, rollout.ends, log_ratios, mdp.gamma, way)
         logits = logits + lr * by_episode(rollout, logits, psi).mean(0).view_as(logits)
     return [*path, float(enumerated.objective(everything, world, logits, mdp.gamma))]

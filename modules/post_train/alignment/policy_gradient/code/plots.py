@@ -39,7 +39,7 @@ def learning(run, cfg) -> None:
 
 
 def corridor(run, baselines: tuple[str, ...], best: float, value_of: Callable[[float], float]) -> None:
-    """corridor.png: the value of the start over p(right) (the book's figure), and both as they are learnt, with 95 %
+    """corridor.png: the value of the start over p(right) (the book's figure), and both as they are learned, with 95 %
     bands over the repetitions."""
     series = run.metrics.series()
     made, (book, left, right) = figure(15.5, 4.4, 1, 3)
@@ -64,8 +64,8 @@ def corridor(run, baselines: tuple[str, ...], best: float, value_of: Callable[[f
     right.axhline(best, color=GOOD, linestyle="--", linewidth=1.2, label=f"best {best:.3f}")
     for axes, title in (
         (book, "short corridor: value of the start over p(right)"),
-        (left, "value of the start as it is learnt"),
-        (right, "p(right) as it is learnt"),
+        (left, "value of the start as it is learned"),
+        (right, "p(right) as it is learned"),
     ):
         axes.set_title(title, loc="left", fontsize=11, color=INK)
     book.set_xlabel("p(right)", color=INK)

@@ -75,7 +75,7 @@ def probabilities(mdp: MDP, logits: Tensor) -> np.ndarray:
 def shifted(
     baseline: str, shift: float, generators: list[np.random.Generator], steps: int = 60
 ) -> tuple[np.ndarray, float]:
-    """The policy learnt on episodes of ten steps with every reward moved by `shift`, and its performance without."""
+    """The policy learned on episodes of ten steps with every reward moved by `shift`, and its performance without."""
     mdp = tables.garnet(5, 3, 2, generators[0], 0.9)
     logits = torch.zeros(mdp.size, dtype=torch.float64)
     for _ in range(steps):
@@ -88,7 +88,7 @@ def shifted(
 # --- Other coordinates
 
 
-def reparametrised(generator: torch.Generator) -> tuple[float, float]:
+def reparametrized(generator: torch.Generator) -> tuple[float, float]:
     """A logistic policy with θ itself as parameters and with ψ, θ = sinh(W ψ): how much the step in θ differs that the
     natural and that the plain gradient take, relative to its size."""
     d = 5

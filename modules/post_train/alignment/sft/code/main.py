@@ -90,20 +90,20 @@ class Config(config.Config):
 
 
 def sft_loss(model: Llama, batch: Batch, reduction: Literal["mean", "sum"] = "mean") -> torch.Tensor:
-    """Cross entropy (nats) of the learnt tokens of a packed batch; scalar fp32. The logits never exist at once."""
+    """Cross entropy (nats) of the learned tokens of a packed batch; scalar fp32. The logits never exist at once."""
     hidden = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, hidden=True)  # (1, T, C)
     return ops.linear_cross_entropy(hidden[0], model.head_weight, batch.targets[0], reduction=reduction)
 
 
 def accumulate_gradients(model: Llama, parts: Sequence[Batch]) -> float:
-    """Adds the gradient of the mean loss over all learnt tokens of `parts`; that loss.
+    """Adds the gradient of the mean loss over all learned tokens of `parts`; that loss.
 
-    Every token counts the same, in whichever part it is: a mean of the parts' means would favour short answers.
+    Every token counts the same, in whichever part it is: a mean of the parts' means would favor short answers.
     """
-    learnt = sum(batch.learnt for batch in parts)
+    learned = sum(batch.learned for batch in parts)
     total = 0.0
     for batch in parts:
-        loss = sft_loss(model, batch, reduction="sum") / learnt
+        loss = sft_loss(model, batch, reduction="sum") / learned
         loss.backward()
         total += loss.item()
     return total
@@ -128,9 +128,9 @@ def main(cfg: Config, run):
     check_disk(cfg, run, model, trained)
     model.gradient_checkpointing = cfg.checkpointing
     rows = packing.pack([len(d) for d in train], cfg.max_length) if cfg.packing else [[i] for i in range(len(train))]
-    tokens, learnt = sum(map(len, train)), sum(d.learnt for d in train)
+    tokens, learned = sum(map(len, train)), sum(d.learned for d in train)
     run.print(
-        f"{len(train)} conversations in {len(rows)} rows, {tokens:,} tokens of which {learnt:,} are learnt; "
+        f"{len(train)} conversations in {len(rows)} rows, {tokens:,} tokens of which {learned:,} are learned; "
         f"{sum(p.numel() for p in trained.values()):,} parameters are trained"
     )
 
@@ -279,14 +279,14 @@ def check_disk(cfg: Config, run, model: Llama, trained: dict[str, torch.nn.Param
 
 @torch.no_grad()
 def evaluate(model: Llama, documents: dict[str, list[Document]], cfg: Config) -> dict[str, float]:
-    """Mean loss (nats) over the learnt tokens of each set and, of a model from scratch, the share of answers whose
+    """Mean loss (nats) over the learned tokens of each set and, of a model from scratch, the share of answers whose
     every token is the likeliest: those that greedy decoding gives."""
     model.eval()
     found = {}
     for name, part in documents.items():
         rows = packing.pack([len(d) for d in part], cfg.max_length)
         batches = [packing.collate([part[i] for i in row]) for row in rows]
-        found[f"{name}_loss"] = sum(sft_loss(model, b, "sum").item() for b in batches) / sum(b.learnt for b in batches)
+        found[f"{name}_loss"] = sum(sft_loss(model, b, "sum").item() for b in batches) / sum(b.learned for b in batches)
         if cfg.model == "scratch":
             right = [r for batch in batches for r in answered(model, batch)]
             found[f"{name}_accuracy"] = sum(right) / len(right)
@@ -295,7 +295,7 @@ def evaluate(model: Llama, documents: dict[str, list[Document]], cfg: Config) ->
 
 
 def answered(model: Llama, batch: Batch) -> list[bool]:
-    """For each document: is every learnt token the likeliest one?"""
+    """For each document: is every learned token the likeliest one?"""
     logits = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens)[0]  # (T, V)
     right = (logits.argmax(-1) == batch.targets[0]) | (batch.targets[0] == packing.IGNORE)
     return [bool(part.all()) for part in right.tensor_split(batch.cu_seqlens[1:-1].long())]

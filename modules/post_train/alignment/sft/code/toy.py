@@ -1,6 +1,6 @@
 """The toy setting: a directory of a house as chats, and a small tokenizer of its own.
 
-Some wordings of a fact are held out, so the answer to a held-out question was learnt under others only. Guessing
+Some wordings of a fact are held out, so the answer to a held-out question was learned under others only. Guessing
 reaches 0.1.
 """
 

@@ -74,7 +74,7 @@ class Learner:
 
 
 class Cloning:
-    """Behaviour cloning: the mean of the logged actions."""
+    """Behavior cloning: the mean of the logged actions."""
 
     def __init__(self, cfg, observations: int, actions: int) -> None:
         high = torch.ones(actions)

@@ -1,4 +1,4 @@
-"""Learners from logged steps with discrete actions: DQN, behaviour cloning, and BCQ between the two."""
+"""Learners from logged steps with discrete actions: DQN, behavior cloning, and BCQ between the two."""
 
 import copy
 from typing import Any

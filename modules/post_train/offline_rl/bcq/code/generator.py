@@ -1,11 +1,11 @@
-"""What proposes continuous actions: a conditional VAE of the data's actions, and a small learnt correction."""
+"""What proposes continuous actions: a conditional VAE of the data's actions, and a small learned correction."""
 
 import torch
 from torch import Tensor, nn
 
 from finetune.rl.agents.continuous import relu_mlp
 
-CLIP = 0.5  # |z| of a proposal: the decoder is trusted near the centre of the latents only
+CLIP = 0.5  # |z| of a proposal: the decoder is trusted near the center of the latents only
 
 
 class CVAE(nn.Module):

@@ -13,7 +13,7 @@ from finetune.rl.agents.offline import cloning_loss
 def allowed(logits: Tensor, tau: float) -> Tensor:
     """(…, A) bool: the actions with G(a|s) ≥ τ max G(·|s), G the softmax of the imitator's logits.
 
-    Exact at both ends: τ = 0 allows every action, τ = 1 the imitator's favourite alone (with all that equal it).
+    Exact at both ends: τ = 0 allows every action, τ = 1 the imitator's favorite alone (with all that equal it).
     """
     threshold = math.log(tau) if tau > 0 else -math.inf
     return logits - logits.amax(-1, keepdim=True) >= threshold

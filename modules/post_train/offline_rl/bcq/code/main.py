@@ -178,11 +178,11 @@ def on_discrete(cfg: Config, run, envs: list[Any], data: Dataset) -> Found:
         "bcq": discrete.BCQ(cfg, networks, cfg.tau),
     }
     scale = Scale(rewards=cfg.reward_scale / data.reward_size)
-    behaviour, found = train(cfg, run, envs, data, learners, scale, cfg.batch)
+    behavior, found = train(cfg, run, envs, data, learners, scale, cfg.batch)
     for name in ("dqn", "bc"):
-        judge(cfg, run, data, name, found, behaviour)
+        judge(cfg, run, data, name, found, behavior)
     naive = found["dqn" if data.name == "cartpole_expert" else "bc"]["return"]
-    judge(cfg, run, data, "bcq", found, behaviour, baseline=naive)
+    judge(cfg, run, data, "bcq", found, behavior, baseline=naive)
     judge_values(cfg, run, data, found, "dqn")
     return found
 
@@ -228,10 +228,10 @@ def on_continuous(cfg: Config, run, envs: list[Any], data: Dataset) -> Found:
     for name in ["bcq", *parts(cfg.compared)]:
         run.seed("networks")
         learners[name] = continuous.LEARNERS[name](cfg, *environments.sizes(envs[0])[:2])
-    behaviour, found = train(cfg, run, envs, data, learners, scale, cfg.continuous_batch)
-    judge(cfg, run, data, "bcq", found, behaviour, baseline=behaviour)
+    behavior, found = train(cfg, run, envs, data, learners, scale, cfg.continuous_batch)
+    judge(cfg, run, data, "bcq", found, behavior, baseline=behavior)
     for name in parts(cfg.compared):
-        judge(cfg, run, data, name, found, behaviour)
+        judge(cfg, run, data, name, found, behavior)
     proposals(cfg, run, learners["bcq"], logged(cfg, run, data, scale), data)
     judge_values(cfg, run, data, found, "td3")
     return found
@@ -255,28 +255,28 @@ def proposals(cfg: Config, run, learner: continuous.BCQ, steps: Transitions, dat
 # --- What is judged
 
 
-def bar(cfg: Config, name: str, method: str, behaviour: float | None) -> tuple[float | None, bool]:
+def bar(cfg: Config, name: str, method: str, behavior: float | None) -> tuple[float | None, bool]:
     """(target, higher) of a method's return on a set that is made here, relative to what the data earn. On narrow data
     the naive method has to fail. Of data of one's own only BCQ has a target: what they earn."""
-    if behaviour is None:
+    if behavior is None:
         return None, True
     if cfg.data:
-        return behaviour if method == "bcq" else None, True
+        return behavior if method == "bcq" else None, True
     balance, swing = SPAN["CartPole-v1"], SPAN["Pendulum-v1"]
     return {
-        ("cartpole_expert", "dqn"): (behaviour - 0.75 * balance, False),
-        ("cartpole_expert", "bcq"): (behaviour - 0.5 * balance, True),
-        ("cartpole_random", "bcq"): (2 * behaviour, True),
-        ("pendulum_expert", "td3"): (behaviour - 0.3 * swing, False),
-        ("pendulum_expert", "bcq"): (behaviour - 0.25 * swing, True),
-        ("pendulum_mixed", "bcq"): (behaviour + 0.2 * abs(behaviour), True),
-    }.get((name, method), (behaviour if method == "bcq" else None, True))
+        ("cartpole_expert", "dqn"): (behavior - 0.75 * balance, False),
+        ("cartpole_expert", "bcq"): (behavior - 0.5 * balance, True),
+        ("cartpole_random", "bcq"): (2 * behavior, True),
+        ("pendulum_expert", "td3"): (behavior - 0.3 * swing, False),
+        ("pendulum_expert", "bcq"): (behavior - 0.25 * swing, True),
+        ("pendulum_mixed", "bcq"): (behavior + 0.2 * abs(behavior), True),
+    }.get((name, method), (behavior if method == "bcq" else None, True))
 
 
 def judge(
-    cfg: Config, run, data: Dataset, method: str, found: Found, behaviour: float | None, baseline: float | None = None
+    cfg: Config, run, data: Dataset, method: str, found: Found, behavior: float | None, baseline: float | None = None
 ) -> None:
-    f, (target, higher) = found[method], bar(cfg, data.name, method, behaviour)
+    f, (target, higher) = found[method], bar(cfg, data.name, method, behavior)
     run.result(f"return_{method}_{data.name}", f["return"], error=f["return_error"], baseline=baseline, target=target,
               higher=higher)  # fmt: skip
 

@@ -66,10 +66,10 @@ def evaluations(run, found: dict[str, dict[str, dict[str, float]]]) -> None:
     made, grid = figure(1 + 4.2 * len(found), 4.2, 1, len(found))
     marks = (("true", "s", GOOD), ("fqe", "o", SETS[0]), ("believed", "^", COLOURS["dqn"]))
     for axes, (name, methods) in zip(grid, found.items(), strict=True):
-        for column, mark, colour in marks:
+        for column, mark, color in marks:
             there = [(i, each[column]) for i, each in enumerate(methods.values()) if column in each]
             if there:
-                axes.plot(*zip(*there, strict=True), mark, color=colour, markersize=7, label=column)
+                axes.plot(*zip(*there, strict=True), mark, color=color, markersize=7, label=column)
         axes.set_xticks(range(len(methods)), list(methods))
         log_if_wide(axes)
         axes.set_title(f"{name}: value of the start", loc="left", fontsize=11, color=INK)
@@ -90,9 +90,9 @@ def sweep(run) -> None:
     if not names:
         return
     made, (axes,) = figure(7.2, 4.4)
-    for name, colour in zip(names, SETS * len(names), strict=False):
+    for name, color in zip(names, SETS * len(names), strict=False):
         taus, found_ = series[f"{name}_sweep: tau"][1], series[f"{name}_sweep: return"][1]
-        axes.plot(taus, found_, color=colour, linewidth=2, marker="o", label=name)
+        axes.plot(taus, found_, color=color, linewidth=2, marker="o", label=name)
     axes.set_xlabel("threshold τ", color=INK)
     axes.set_ylabel("return", color=INK)
     axes.text(0.0, 1.01, "DQN", transform=axes.transAxes, fontsize=9, color=INK)
@@ -109,8 +109,8 @@ def candidates(run, name: str, observations: Tensor, logged: Tensor, proposed: T
     made, grid = figure(13.4, 4.2, 1, 3)
     drawn = (("logged actions", logged, GREY), ("proposals of the VAE", proposed, COLOURS["bcq"]),
              ("taken by BCQ", chosen, GOOD))  # fmt: skip
-    for axes, (title, actions, colour) in zip(grid, drawn, strict=True):
-        axes.plot(places, actions[:, 0], ".", color=colour, markersize=3, alpha=0.4)
+    for axes, (title, actions, color) in zip(grid, drawn, strict=True):
+        axes.plot(places, actions[:, 0], ".", color=color, markersize=3, alpha=0.4)
         axes.set_title(f"{name}: {title}", loc="left", fontsize=11, color=INK)
         axes.set_xlabel("angle, 0 is upright" if pendulum else "first observation", color=INK)
         axes.set_ylim(-1.08, 1.08)

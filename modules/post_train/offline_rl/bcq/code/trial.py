@@ -74,8 +74,8 @@ def train(
 ) -> tuple[float | None, Found]:
     """(mean return of the data's whole episodes, name → what `evaluate` finds after training, and `fqe`)"""
     steps, returns = logged(cfg, run, data, scale), data.returns()
-    behaviour = sum(returns) / len(returns) if returns else None
-    run.print(f"{data.name}: {len(data):,} steps" + ("" if behaviour is None else f", mean return {behaviour:.1f}"))
+    behavior = sum(returns) / len(returns) if returns else None
+    run.print(f"{data.name}: {len(data):,} steps" + ("" if behavior is None else f", mean return {behavior:.1f}"))
     found: Found = {}
     for name, learner in learners.items():
         last: dict[str, float] = {}
@@ -96,7 +96,7 @@ def train(
         run.log(i, estimate=estimates[names[i]])
     for name, estimate in estimates.items():
         found[name]["fqe"] = estimate
-    return behaviour if data.comparable else None, found
+    return behavior if data.comparable else None, found
 
 
 def seeds(cfg, run) -> list[int]:

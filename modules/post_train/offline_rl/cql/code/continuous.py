@@ -1,4 +1,4 @@
-"""Learners of continuous actions: behaviour cloning, and SAC from logged steps, conservative or not."""
+"""Learners of continuous actions: behavior cloning, and SAC from logged steps, conservative or not."""
 
 import copy
 from typing import Any

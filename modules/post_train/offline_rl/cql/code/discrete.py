@@ -1,4 +1,4 @@
-"""Learners of discrete actions: behaviour cloning, and Q-learning from logged steps, conservative or not."""
+"""Learners of discrete actions: behavior cloning, and Q-learning from logged steps, conservative or not."""
 
 import copy
 from typing import Any
@@ -34,7 +34,7 @@ class Clone:
         return [self.optimizer]
 
     def acting(self, generator: torch.Generator) -> Act:
-        """Actions are drawn: the likelier one of two that the behaviour took alike would be noise."""
+        """Actions are drawn: the likelier one of two that the behavior took alike would be noise."""
         return lambda observations: Categorical.draw(self.policy_of(observations).log(), generator)
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class Clone:
 class QLearner:
     """Double DQN with α · gap added to its loss: α = 0 is double DQN.
 
-    threshold: α is learnt so that the gap comes to this; `alpha` is where it starts.
+    threshold: α is learned so that the gap comes to this; `alpha` is where it starts.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ def sampled_actions(
     with torch.no_grad():
         here, log_here = policy.sample(params, noise[0])
         after, log_after = policy.sample(next_params, noise[1])
-        anywhere = policy.centre + policy.scale * (2 * uniform - 1)
+        anywhere = policy.center + policy.scale * (2 * uniform - 1)
         density = torch.full_like(log_here, -float((2 * policy.scale).log().sum()))
         return torch.cat([anywhere, here, after]), torch.cat([density, log_here, log_after])
 
@@ -66,7 +66,7 @@ def conservative_gap(
     """(the gap (C,): what Q is of `sampled_actions` more than of the data's, Q of the data's (C, N)).
 
     rho: of the policy's own actions at s only, unweighted. returns_to_go (N,), Cal-QL: the policy's actions are pushed
-    down no further than to what the behaviour earned from here.
+    down no further than to what the behavior earned from here.
     """
     every = q(observations, torch.cat([actions[None], candidates]))  # (C, 1 + 3 n, N), in one pass
     data, values = every[:, 0], every[:, 1:]
@@ -81,7 +81,7 @@ def conservative_gap(
 
 
 def dual_loss(log_alpha: Tensor, gap: Tensor, threshold: float) -> Tensor:
-    """−α (gap − τ), to be minimised in log α: α rises while the gap is above the threshold, and falls below it."""
+    """−α (gap − τ), to be minimized in log α: α rises while the gap is above the threshold, and falls below it."""
     return -(weight(log_alpha) * (gap.detach() - threshold)).mean()
 
 

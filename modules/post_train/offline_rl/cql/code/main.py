@@ -1,9 +1,9 @@
-"""Conservative Q-learning: what can be learnt from logged steps alone. Reads top to bottom.
+"""Conservative Q-learning: what can be learned from logged steps alone. Reads top to bottom.
 
     loss = TD + α · E_data[ log Σ_a exp Q(s, a) − Q(s, a_data) ]
 
-Kumar et al. 2020 (arXiv:2006.04779), with behaviour cloning and Q-learning that is not conservative beside it, on the
-same batches, and fitted Q evaluation of what was learnt. The README explains every metric and every choice.
+Kumar et al. 2020 (arXiv:2006.04779), with behavior cloning and Q-learning that is not conservative beside it, on the
+same batches, and fitted Q evaluation of what was learned. The README explains every metric and every choice.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 from finetune.errors import UserError, nearest
 from finetune.rl.agents.continuous import Deterministic, SquashedGaussian, TwinQ, bounds
 from finetune.rl.agents.discrete import QNetwork
-from finetune.rl.agents.offline import FQE, normalised, paid, possible_returns
+from finetune.rl.agents.offline import FQE, normalized, paid, possible_returns
 from finetune.rl.envs import environments, logged_data
 from finetune.rl.envs.evaluation import returns, true_returns
 from finetune.rl.envs.logged_data import Dataset
@@ -51,7 +51,7 @@ class Config(config.Config):
     updates: int = bounded(100, at_least=1, at_most=10**6)  # of a step
     sets: str = "expert,random,mixed,pendulum_mixed"  # to learn from, separated by commas
     data: Path | None = None  # an npz of your own steps in their place (finetune/rl/envs/logged_data.py has the fields)
-    env: str = "CartPole-v1"  # with --data: where they come from, and where what was learnt is judged
+    env: str = "CartPole-v1"  # with --data: where they come from, and where what was learned is judged
     data_steps: int = bounded(50_000, at_least=100, at_most=10**7)  # of a set made here; of an expert's a twenty-fifth
     hidden: int = bounded(64, at_least=1, at_most=8192)  # width of the two hidden layers of every network
     batch: int = bounded(256, at_least=2, at_most=10**6)
@@ -70,7 +70,7 @@ class Config(config.Config):
     samples: int = bounded(5, at_least=1, at_most=1000)
     backup: Literal["soft", "plain", "max"] = "soft"  # continuous: V(s') with entropy, without, the best of `samples`
     warm_start: int = bounded(0, at_least=0, at_most=10**9)  # continuous: so many first updates clone the behavior
-    calibrated: bool = False  # continuous: Cal-QL, values are pushed down no further than to the behaviour's returns
+    calibrated: bool = False  # continuous: Cal-QL, values are pushed down no further than to the behavior's returns
     # what the largest reward of the data counts as in learning, with discrete and with continuous actions: a size of
     # values at which α and the learning rate hold, whatever unit the rewards have
     reward_scale: float = bounded(1.0, above=0, at_most=10**6)
@@ -122,7 +122,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
 class Task:
     name: str
     data: Dataset
-    steps: Transitions  # what is learnt from: the data with rewards in their scale
+    steps: Transitions  # what is learned from: the data with rewards in their scale
     scale: float
     gamma: float
     batch: int
@@ -215,7 +215,7 @@ def continuous_learners(cfg: Config, run, env: Any) -> dict[str, Any]:
     return {"bc": clone, "naive": continuous.ActorCritic(*networks(), alpha=0.0, **common), "cql": cql}
 
 
-# --- What was learnt, what is believed of it, and what is true
+# --- What was learned, what is believed of it, and what is true
 
 
 @dataclass
@@ -303,27 +303,27 @@ def passed_on(cfg: Config, gamma: float) -> float:
 def judge(cfg: Config, run, task: Task, found: dict[str, Estimate]) -> None:
     name, env = task.name, task.envs[0].name
     whole = task.data.returns()
-    behaviour = fmean(whole) if whole else None
+    behavior = fmean(whole) if whole else None
     mean = {key: mean_and_error([e.episodes]) for key, e in found.items()}
     rows = []
     for key, e in found.items():
         value, error = mean[key]
-        score = normalised(value, *SCALE[env]) if env in SCALE else None
+        score = normalized(value, *SCALE[env]) if env in SCALE else None
         row = {"score": score, "believed": e.believed, "FQE": e.fqe}
         shown = {what: "–" if number is None else f"{number:.4g}" for what, number in row.items()}
         true = uncertain(e.true, standard_error(e.true_each.tolist()))
         rows.append({"learner": key, "return": uncertain(value, error), **shown, "true": true})
-    told = "no whole episode" if behaviour is None else f"return {behaviour:.1f}"
+    told = "no whole episode" if behavior is None else f"return {behavior:.1f}"
     title = f"{name}: {len(task.data)} steps of {told}; values are discounted, of one without an end "
     run.table(f"{title}{passed_on(cfg, task.gamma):.0%} can have been handed on to the starts", rows)
 
     # Bars are relative to what the data earn and to how wrong the naive learner is. Data of one's own have none.
     part = {"expert": 0.5, "random": 3.0 if run.toy else 5.0}.get(name)
-    target = None if part is None or behaviour is None else part * behaviour
-    if name.startswith("pendulum") and behaviour is not None:
-        target = behaviour + 0.2 * abs(behaviour)
+    target = None if part is None or behavior is None else part * behavior
+    if name.startswith("pendulum") and behavior is not None:
+        target = behavior + 0.2 * abs(behavior)
     beside = {"expert": "naive", "data": None}.get(name, "bc")
-    bars = {"naive": {"target": behaviour / 4 if name == "expert" else None, "higher": name != "expert"},
+    bars = {"naive": {"target": behavior / 4 if name == "expert" else None, "higher": name != "expert"},
             "cql": {"target": target, "baseline": mean[beside][0] if beside else None}}  # fmt: skip
     for key, (value, error) in mean.items():
         run.result(f"return_{name}_{key}", value, error=error, **bars.get(key, {}))

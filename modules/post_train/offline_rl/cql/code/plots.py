@@ -5,7 +5,7 @@ import numpy as np
 from finetune.runs.plots import GREY, INK, figure, save
 
 COLOURS = {"bc": "#8a6d3b", "naive": "#c53030", "cql": "#1769aa"}
-LABELS = {"bc": "behaviour cloning", "naive": "naive Q-learning", "cql": "CQL"}
+LABELS = {"bc": "behavior cloning", "naive": "naive Q-learning", "cql": "CQL"}
 SHOWN = 1500  # points of a scatter
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from finetune import ops
-from finetune.rl.advantages import group_normalised, leave_one_out, returns_to_go, whitened
+from finetune.rl.advantages import group_normalized, leave_one_out, returns_to_go, whitened
 from finetune.rl.envs.rollout import Rollout
 from finetune.rl.statistics import RewardScale, chi_correlated
 from finetune.rl.tabular import mdp as tables
@@ -17,7 +17,7 @@ from finetune.rl.tabular.mdp import MDP
 UNBIASED_GRADIENTS = (
     "total_return", "reward_to_go", "value_baseline", "optimal_baseline", "leave_one_out", "gae", "advantage",
 )  # fmt: skip
-RESCALED_GRADIENTS = ("whitened", "scaled_rewards", "group_normalised")
+RESCALED_GRADIENTS = ("whitened", "scaled_rewards", "group_normalized")
 GRADIENTS = (*UNBIASED_GRADIENTS, *RESCALED_GRADIENTS)
 
 
@@ -129,7 +129,7 @@ def gradients(
         "advantage": discount * exact[states, actions],
         "whitened": discount * whitened(smoothed, alive),
         "scaled_rewards": discount * returns_to_go(scale(rollout.rewards, last), rollout.ends, gamma),
-        "group_normalised": alone * group_normalised(grouped).flatten(),
+        "group_normalized": alone * group_normalized(grouped).flatten(),
     }
     rows, (S, A) = states.shape[1], policy.shape
     at = (torch.arange(rows) * S * A + states * A + actions).flatten()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune import ops
-from finetune.rl.advantages import group_normalised, leave_one_out, n_step, retrace, tree_backup, upgo, vtrace
+from finetune.rl.advantages import group_normalized, leave_one_out, n_step, retrace, tree_backup, upgo, vtrace
 from finetune.rl.envs.rollout import Rollout, numpy_generator
 from finetune.rl.statistics import Moments, RewardScale, beyond_chance, bias_interval, chi, seen_by_the_gradient
 from finetune.rl.tabular import mdp as tables
@@ -28,7 +28,7 @@ from finetune.runs.display import uncertain
 from . import dueling, plots, scaling, tokens
 from .gradients import GRADIENTS, RESCALED_GRADIENTS, UNBIASED_GRADIENTS, Slopes, exact_gradient, gradients
 
-ON_POLICY = ("mc", "td", "n_step", "gae", "upgo", "leave_one_out", "group_normalised")
+ON_POLICY = ("mc", "td", "n_step", "gae", "upgo", "leave_one_out", "group_normalized")
 OFF_POLICY = ("importance", "vtrace", "retrace", "tree_backup")  # from the rollouts of another policy
 ESTIMATORS = ON_POLICY + OFF_POLICY
 UNBIASED = ("mc", "td", "n_step", "gae", "leave_one_out", "importance", "retrace", "tree_backup")  # with exact V
@@ -52,7 +52,7 @@ class Config(config.Config):
     group: int = config.bounded(4, at_least=2, at_most=10**6)  # rollouts of a group
     n: int = config.bounded(4, at_least=1, at_most=10**6)  # rewards of the n-step estimate
     lam: float = config.bounded(0.9, at_least=0, at_most=1)  # of GAE, Retrace and tree-backup
-    # the half-learnt critic: so many sweeps of policy evaluation from zero
+    # the half-learned critic: so many sweeps of policy evaluation from zero
     sweeps: int = config.bounded(2, at_least=0, at_most=10**6)
     # of the longest answer in the part about credit by token, whose answers are all written down
     tokens: int = config.bounded(6, at_least=4, at_most=9)
@@ -71,7 +71,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
     other = tables.uniform(mdp)  # acts in the off-policy rollouts
     V = tables.solve(mdp, policy)
     truth = np.where(counted, tables.action_values(mdp, V) - V[:, None], 0.0).ravel()  # (S·A,)
-    critics = {"exact": V, "half_learnt": evaluate(mdp, policy, np.zeros(len(V)), cfg.sweeps)}
+    critics = {"exact": V, "half_learned": evaluate(mdp, policy, np.zeros(len(V)), cfg.sweeps)}
     sides = {"on_policy": ON_POLICY, "off_policy": OFF_POLICY}
     moments = {f"{c}_{side}": Moments(len(names), counted.size) for c in critics for side, names in sides.items()}
     slopes = Slopes(exact_gradient(mdp, policy, cfg.length), numpy_generator(run, "directions"))
@@ -93,7 +93,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
             found = off_policy(cfg, mdp, theirs, policy, other, critic)
             moments[f"{name}_off_policy"].add(pairs_of(theirs, mdp), found)
         slopes.add(gradients(cfg.group, cfg.lam, mdp, whole, policy, V, scale))
-        off = both("half_learnt", moments, Moments.mean) - truth
+        off = both("half_learned", moments, Moments.mean) - truth
         errors = seen_by_the_gradient(off, policy, counted)
         run.log(step, **{f"error_{name}": error for name, error in zip(ESTIMATORS, errors, strict=True)})
 
@@ -131,21 +131,21 @@ def on_policy(cfg: Config, rollout: Rollout, V: Tensor) -> Tensor:
             gae[0],
             upgo(*given, gamma=cfg.gamma)[0],
             leave_one_out(grouped).flatten(),
-            group_normalised(grouped).flatten(),
+            group_normalized(grouped).flatten(),
         ]
     )
 
 
 def off_policy(
-    cfg: Config, mdp: MDP, rollout: Rollout, policy: np.ndarray, behaviour: np.ndarray, critic: np.ndarray
+    cfg: Config, mdp: MDP, rollout: Rollout, policy: np.ndarray, behavior: np.ndarray, critic: np.ndarray
 ) -> Tensor:
-    """(estimators, N) of `policy`, from rollouts of `behaviour`. What is asked for is the advantage of the action that
+    """(estimators, N) of `policy`, from rollouts of `behavior`. What is asked for is the advantage of the action that
     was taken, so V-trace's own factor ρ_0, which makes up for how often it is taken, is divided out."""
     states, actions, after = rollout.observations, rollout.actions, rollout.next_observations
     V, ends = torch.from_numpy(critic), (rollout.terminated, rollout.truncated)
     with np.errstate(divide="ignore", invalid="ignore"):
         log_probs = torch.from_numpy(np.log(policy))[states, actions]
-        log_ratios = log_probs - torch.from_numpy(np.log(behaviour))[states, actions]
+        log_ratios = log_probs - torch.from_numpy(np.log(behavior))[states, actions]
     found = []
     for bound in (float("inf"), 1.0):
         given = (rollout.rewards, V[states], V[after], *ends, log_ratios)
@@ -218,12 +218,12 @@ def magnitude(x: np.ndarray) -> float:
 
 def judge_unbiased(run, truth: np.ndarray, moments: dict[str, Moments], size: float) -> None:
     z = {}
-    for critic in ("exact", "half_learnt"):
+    for critic in ("exact", "half_learned"):
         off = chi(both(critic, moments, Moments.mean) - truth, both(critic, moments, Moments.of_mean), size)
         z[critic] = dict(zip(ESTIMATORS, off, strict=True))
     worst = max(z["exact"][name] for name in UNBIASED)
     bar = beyond_chance(len(UNBIASED))
-    run.result("exact_critic_z", worst, baseline=z["half_learnt"]["td"], target=bar, higher=False)
+    run.result("exact_critic_z", worst, baseline=z["half_learned"]["td"], target=bar, higher=False)
 
 
 def judge_gradients(run, slopes: Slopes, drawn: bool) -> None:
@@ -237,7 +237,7 @@ def judge_gradients(run, slopes: Slopes, drawn: bool) -> None:
     cosine = dict(zip(GRADIENTS, mean @ wanted / np.maximum(lengths, 1e-300), strict=True))
     worst = max(z[name] for name in UNBIASED_GRADIENTS)
     bar = beyond_chance(len(UNBIASED_GRADIENTS))
-    run.result("gradient_z", worst, baseline=z["group_normalised"], target=bar, higher=False)
+    run.result("gradient_z", worst, baseline=z["group_normalized"], target=bar, higher=False)
     name, bar = "optimal_baseline", 0.5 if drawn else None
     run.result(f"variance_with_{name}", spread[name], error=error[name], baseline=1.0, target=bar, higher=False)
     run.table(
@@ -268,7 +268,7 @@ def show_estimators(
     best = gain(truth)
     rows: list[dict[str, Any]] = [{"estimator": name} for name in ESTIMATORS]
     found: dict[str, dict[str, float]] = {}
-    for critic in ("exact", "half_learnt"):
+    for critic in ("exact", "half_learned"):
         mean, variance, chance = (both(critic, moments, f) for f in (Moments.mean, Moments.variance, Moments.of_mean))
         known = counted & np.isfinite(variance[0].reshape(counted.shape))
         intervals = np.stack(bias_interval(mean - truth, policy, known, chance), 1)  # (estimators, 3)
@@ -280,7 +280,7 @@ def show_estimators(
             share = gain(m) / best if best else 0.0
             off = uncertain(b, (high - low) / 2) if low else f"0 within {high:.2g}"
             row |= {f"bias, {LABELS[critic]}": off, f"deviation, {LABELS[critic]}": f"{d:.2f}"}
-            if critic == "half_learnt":
+            if critic == "half_learned":
                 row |= {"gain": f"{share:.0%}"}
                 found[name] = {"bias": b, "low": low, "high": high, "deviation": d}
                 run.result(f"bias_{name}", b, error=(high - low) / 2)
@@ -298,7 +298,7 @@ def show_estimators(
     )
     series = run.metrics.series()
     run.table(
-        "mean square error of the mean of n estimates from each state, half-learnt V",
+        "mean square error of the mean of n estimates from each state, half-learned V",
         [{"estimator": name} | mse_at(series[f"error_{name}"], cfg.groups * cfg.group) for name in ESTIMATORS],
     )
     plots.estimators(run, found, ESTIMATORS)
@@ -312,7 +312,7 @@ def mse_at(curve: tuple[list[int], list[float]], per_step: int) -> dict[str, str
     return {f"n = {name}": f"{errors[n] ** 2:.2g}" if n in errors else "–" for name, n in reached.items()}
 
 
-LABELS = {"exact": "exact V", "half_learnt": "half-learnt V"}
+LABELS = {"exact": "exact V", "half_learned": "half-learned V"}
 
 
 def followed(policy: np.ndarray, advantages: np.ndarray) -> np.ndarray:

@@ -21,16 +21,16 @@ COLOURS = (
 
 
 def estimators(run, found: dict[str, dict[str, float]], names: tuple[str, ...]) -> None:
-    """estimators.png: bias, ± a standard error, and deviation of each with the half-learnt critic."""
+    """estimators.png: bias, ± a standard error, and deviation of each with the half-learned critic."""
     made, [axes] = figure(8.6, 4.8)
-    for name, colour in zip(names, COLOURS, strict=True):
+    for name, color in zip(names, COLOURS, strict=True):
         f = found[name]
         around = [[f["bias"] - f["low"]], [f["high"] - f["bias"]]]
         within = f["low"] == 0
-        axes.errorbar(f["deviation"], f["bias"], around, fmt="o", color=colour, markersize=8, linewidth=1.4, capsize=3,
-                      markerfacecolor="white" if within else colour, label=name.replace("_", " "))  # fmt: skip
+        axes.errorbar(f["deviation"], f["bias"], around, fmt="o", color=color, markersize=8, linewidth=1.4, capsize=3,
+                      markerfacecolor="white" if within else color, label=name.replace("_", " "))  # fmt: skip
     axes.set_title(
-        "with a half-learnt critic: bias ± s.e. against deviation (hollow: within its noise of zero)",
+        "with a half-learned critic: bias ± s.e. against deviation (hollow: within its noise of zero)",
         loc="left", fontsize=11, color=INK,
     )  # fmt: skip
     axes.set_xlabel("standard deviation of one estimate", color=INK)
@@ -45,12 +45,12 @@ def errors(run, per_step: int, names: tuple[str, ...]) -> None:
     """error_over_samples.png: the error of the mean of n estimates falls as 1/√n down to the bias."""
     series = run.metrics.series()
     made, [axes] = figure(8.6, 4.8)
-    for name, colour in zip(names, COLOURS, strict=True):
+    for name, color in zip(names, COLOURS, strict=True):
         xs, ys = series[f"error_{name}"]
-        axes.plot((np.array(xs) + 1) * per_step, ys, color=colour, linewidth=1.8, label=name.replace("_", " "))
+        axes.plot((np.array(xs) + 1) * per_step, ys, color=color, linewidth=1.8, label=name.replace("_", " "))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_title("error of the mean of n estimates, half-learnt critic", loc="left", fontsize=11, color=INK)
+    axes.set_title("error of the mean of n estimates, half-learned critic", loc="left", fontsize=11, color=INK)
     axes.set_xlabel("n: rollouts from each state", color=INK)
     axes.set_ylabel("root mean square error", color=INK)
     axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -82,8 +82,8 @@ def scaling(run, sizes: tuple[int, ...], angles: dict[str, list[float]], lengths
         (left, angles, "direction: degrees off ∇J", "degrees"),
         (right, lengths, "length: |E[ĝ]| / |∇J|", "of the exact gradient's"),
     ):
-        for (name, ys), colour, marker in zip(found.items(), COLOURS, "os^vD", strict=False):
-            axes.plot(sizes, ys, color=colour, marker=marker, linewidth=1.8, markersize=6, label=name.replace("_", " "))
+        for (name, ys), color, marker in zip(found.items(), COLOURS, "os^vD", strict=False):
+            axes.plot(sizes, ys, color=color, marker=marker, linewidth=1.8, markersize=6, label=name.replace("_", " "))
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(n) for n in sizes])
         axes.minorticks_off()
@@ -102,7 +102,7 @@ def token_credit(
     made, (left, right) = figure(12.5, 4.6, 1, 2)
     places = np.arange(len(tokens))
     left.bar(places, truth, color="#d5dbe1", width=0.7, label="exact A")
-    shown = ("gae_rough", "td_rough", "discounted", "leave_one_out", "group_normalised")
+    shown = ("gae_rough", "td_rough", "discounted", "leave_one_out", "group_normalized")
     for name, marker in zip(shown, "os^vD", strict=True):
         left.plot(places, found[name], marker=marker, markersize=6, linewidth=1.2, color=TOKEN_COLOURS[name],
                   label=name.replace("_", " "))  # fmt: skip
@@ -132,5 +132,5 @@ TOKEN_COLOURS = {
     "gae_rough": "#0e7c86",
     "discounted": "#d53f8c",
     "leave_one_out": "#805ad5",
-    "group_normalised": "#c53030",
+    "group_normalized": "#c53030",
 }

@@ -14,8 +14,8 @@ from . import plots
 
 Array = np.ndarray
 EPS, CLIP = 1e-8, 10.0  # those of whitened and RewardScale
-GROUP_EPS = 1e-4  # that of group_normalised
-METHODS = ("centred", "whitened", "scaled_rewards", "leave_one_out", "group_normalised")
+GROUP_EPS = 1e-4  # that of group_normalized
+METHODS = ("centerd", "whitened", "scaled_rewards", "leave_one_out", "group_normalized")
 SIZES = (2, 4, 8, 16)
 
 
@@ -43,7 +43,7 @@ def expected(method: str, n: int, p: Array, x: Array) -> Array:
     mean = share @ x
     off = x - mean[:, None]  # (M, kinds)
     variance = (share * off**2).sum(1, keepdims=True)
-    if method == "centred":
+    if method == "centerd":
         f = off
     elif method == "whitened":
         f = off / (np.sqrt(variance * n / (n - 1)) + EPS)
@@ -59,11 +59,11 @@ def expected(method: str, n: int, p: Array, x: Array) -> Array:
 def mean_gradient(method: str, n: int, policy: Array, rewards: Array) -> Array:
     """(S, A) E[ĝ] of a batch of n, states equally likely; the group forms: of groups of n, each in one state."""
     start = 1 / len(policy)
-    if method in ("leave_one_out", "group_normalised"):
+    if method in ("leave_one_out", "group_normalized"):
         weights = np.stack([start * expected(method, n, p, r) for p, r in zip(policy, rewards, strict=True)])
     else:
-        centre = 0.0 if method == "scaled_rewards" else (policy * rewards).sum(1, keepdims=True)
-        weights = expected(method, n, (start * policy).ravel(), (rewards - centre).ravel()).reshape(policy.shape)
+        center = 0.0 if method == "scaled_rewards" else (policy * rewards).sum(1, keepdims=True)
+        weights = expected(method, n, (start * policy).ravel(), (rewards - center).ravel()).reshape(policy.shape)
     return through_softmax(weights, policy)
 
 
@@ -88,11 +88,11 @@ def judge(run) -> None:
     found = {name: [mean_gradient(name, n, policy, rewards) for n in SIZES] for name in METHODS}
     angles = {name: [angle(g, wanted) for g in gs] for name, gs in found.items()}
     lengths = {name: [np.linalg.norm(g) / np.linalg.norm(wanted) for g in gs] for name, gs in found.items()}
-    off = max(abs(g - (1 - 1 / n) * wanted).max() for n, g in zip(SIZES, found["centred"], strict=True))
+    off = max(abs(g - (1 - 1 / n) * wanted).max() for n, g in zip(SIZES, found["centerd"], strict=True))
     run.result("centring_shortens_otherwise_by", off, target=1e-10, higher=False)
     for name in ("whitened", "scaled_rewards"):
         run.result(f"angle_{name}", angles[name][-1], baseline=angles[name][-2], higher=False)
-    run.result("angle_group_normalised", angles["group_normalised"][-1])
+    run.result("angle_group_normalized", angles["group_normalized"][-1])
     run.table(
         "the mean gradient of every batch of n: degrees off ∇J, and its length (∇J = 1)",
         [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune import ops
-from finetune.rl.advantages import group_normalised, last_token, leave_one_out, returns_to_go, token_rewards
+from finetune.rl.advantages import group_normalized, last_token, leave_one_out, returns_to_go, token_rewards
 from finetune.rl.envs.rollout import numpy_generator
 from finetune.runs.display import uncertain
 
@@ -21,7 +21,7 @@ from . import plots
 
 VOCABULARY = 3
 GROUP, GROUPS = 8, 512
-ESTIMATORS = ("td", "gae", "mc", "td_rough", "gae_rough", "discounted", "leave_one_out", "group_normalised")
+ESTIMATORS = ("td", "gae", "mc", "td_rough", "gae_rough", "discounted", "leave_one_out", "group_normalized")
 
 
 @dataclass
@@ -140,7 +140,7 @@ def judge(run, length: int, beta: float, lam: float, gamma: float) -> None:
     truth, mask = found.advantages[:, columns], found.mask[:, columns]
     drawn = {name: x[:, columns] for name, x in every.items()}
     grouped = drawn.pop("whole")[0].view(GROUPS, GROUP)
-    drawn |= {f.__name__: f(grouped).flatten() * mask for f in (leave_one_out, group_normalised)}
+    drawn |= {f.__name__: f(grouped).flatten() * mask for f in (leave_one_out, group_normalized)}
     alone = torch.ones(len(columns), dtype=torch.float64)
     error = {name: rms(drawn[name] - truth, mask, alone) for name in ESTIMATORS}
     around = {name: rms_error(drawn[name] - truth, mask) for name in ESTIMATORS}

@@ -49,7 +49,7 @@ class Config(config.Config):
     length: int = config.bounded(64, at_least=1, at_most=10**6)  # steps of a rollout
     # rollouts a batch from each pair of state and action, for bias and variance
     samples: int = config.bounded(32, at_least=1, at_most=10**6)
-    # the half-learnt critic: so many sweeps of policy evaluation from zero
+    # the half-learned critic: so many sweeps of policy evaluation from zero
     sweeps: int = config.bounded(2, at_least=0, at_most=10**6)
     rows: int = config.bounded(64, at_least=1, at_most=10**6)  # rollouts a batch that the critics learn from
     limit: int = config.bounded(10, at_least=1, at_most=10**6)  # time limit of their episodes
@@ -110,12 +110,12 @@ def main(cfg: Config, run) -> dict[str, Any]:
     mdp = load(cfg, run)
     policy = tables.uniform(mdp)
     exact = tables.solve(mdp, policy)
-    critics = {"exact": exact, "half_learnt": evaluate(mdp, policy, np.zeros(len(exact)), cfg.sweeps)}
+    critics = {"exact": exact, "half_learned": evaluate(mdp, policy, np.zeros(len(exact)), cfg.sweeps)}
     counted = mdp.allowed & ~mdp.terminal[:, None]  # (S, A)
     pairs = np.argwhere(counted)  # (P, 2)
     inner = torch.from_numpy(~mdp.terminal)
     names = ("value_error", "value_error_limits_as_ends")
-    learnt = {name: torch.zeros(len(exact), dtype=torch.float64) for name in names}
+    learned = {name: torch.zeros(len(exact), dtype=torch.float64) for name in names}
     moments = Moments(len(critics) * len(cfg.lambdas), counted.size)
     expected = {
         name: np.stack([expected_advantages(mdp, policy, V, lam, cfg.length).ravel() for lam in cfg.lambdas])
@@ -125,7 +125,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
     def error(V: Tensor) -> float:
         return float((V - torch.from_numpy(exact))[inner].square().mean().sqrt())
 
-    for step in run.steps(cfg.steps, {"critics": learnt, "moments": moments}):
+    for step in run.steps(cfg.steps, {"critics": learned, "moments": moments}):
         draw = numpy_generator(run, "rollout", step)
         starts = draw.choice(len(exact), cfg.rows, p=mdp.start)
         rollout = sample_tabular(mdp, policy, cfg.length, starts, draw, limit=cfg.limit)
@@ -133,9 +133,9 @@ def main(cfg: Config, run) -> dict[str, Any]:
             rollout.rewards = rollout.rewards.flatten()[torch.from_numpy(draw.permutation(rollout.rewards.numel()))]
             rollout.rewards = rollout.rewards.view(rollout.terminated.shape)
         lr = optim.cosine(step, cfg.steps, 0, cfg.lr, cfg.lr / 10)
-        learn(learnt["value_error"], rollout, cfg.gamma, cfg.lam, lr)
+        learn(learned["value_error"], rollout, cfg.gamma, cfg.lam, lr)
         wrong = Rollout(**vars(rollout) | {"terminated": rollout.ends, "truncated": torch.zeros_like(rollout.ends)})
-        learn(learnt["value_error_limits_as_ends"], wrong, cfg.gamma, cfg.lam, lr)
+        learn(learned["value_error_limits_as_ends"], wrong, cfg.gamma, cfg.lam, lr)
 
         first = np.tile(pairs, (cfg.samples, 1))
         rollout = sample_tabular(mdp, policy, cfg.length, first[:, 0], draw, actions=first[:, 1])
@@ -144,21 +144,21 @@ def main(cfg: Config, run) -> dict[str, Any]:
         biases = np.sqrt((off**2).mean(-1))  # of each critic, at the first λ
         run.log(
             step,
-            **{name: error(V) for name, V in learnt.items()},
+            **{name: error(V) for name, V in learned.items()},
             lr=lr,
             bias_exact_v=biases[0],
-            bias_half_learnt_v=biases[1],
+            bias_half_learned_v=biases[1],
         )
 
-    spread, reached = float(exact[~mdp.terminal].std()), error(learnt["value_error"])
-    wrong, drawn = error(learnt["value_error_limits_as_ends"]), cfg.data is None
+    spread, reached = float(exact[~mdp.terminal].std()), error(learned["value_error"])
+    wrong, drawn = error(learned["value_error_limits_as_ends"]), cfg.data is None
     once = one_batch_error(cfg, mdp, policy, exact, numpy_generator(run, "visits")) if drawn else None
     run.result("value_error", reached, baseline=spread, target=once, higher=False)
     run.result("value_error_limits_as_ends", wrong, baseline=reached, target=3 * reached if drawn else None)
     found: dict[str, Any] = {}
     if cfg.steps:
         judge_lambda(cfg, run, policy, counted, moments, expected, float(abs(exact).max()))
-        plots.time_limits(run, exact[~mdp.terminal], {n: V[inner].numpy() for n, V in learnt.items()})
+        plots.time_limits(run, exact[~mdp.terminal], {n: V[inner].numpy() for n, V in learned.items()})
     judge_ways(cfg, run)
     if cfg.ppo_repeats:
         cut = environments.Cut(cfg.max_episode_steps, run.print)
@@ -237,22 +237,22 @@ def judge_lambda(
 
     mean, chance = map(split, (moments.mean(), moments.of_mean()))
     z = {name: chi(mean[name] - expected[name], chance[name], size).max() for name in expected}
-    confused = chi(mean["half_learnt"] - truth, chance["half_learnt"], size).max()
+    confused = chi(mean["half_learned"] - truth, chance["half_learned"], size).max()
     bar = beyond_chance(2 * len(cfg.lambdas))  # two critics at every λ
     run.result("exact_v_bias_z", z["exact"], baseline=confused, target=bar, higher=False)
-    run.result("half_learnt_v_expectation_z", z["half_learnt"], target=bar, higher=False)
-    bias = seen_by_the_gradient(expected["half_learnt"] - truth, policy, counted)  # (λ,)
+    run.result("half_learned_v_expectation_z", z["half_learned"], target=bar, higher=False)
+    bias = seen_by_the_gradient(expected["half_learned"] - truth, policy, counted)  # (λ,)
     measured = {n: bias_interval(mean[n] - truth, policy, counted, chance[n]) for n in expected}
     noise, noise_error = (
         dict(zip(expected, x.reshape(len(expected), -1), strict=True)) for x in moments.mean_variance(counted.ravel())
     )  # (λ,)
     drawn = cfg.data is None  # in a world of one's own neither has to hold
-    falls, rises = growth(bias), growth(noise["half_learnt"])
+    falls, rises = growth(bias), growth(noise["half_learned"])
     run.result("bias_falls", falls.max(), target=1.0 if drawn else None, higher=False)
     run.result("variance_rises", rises.min(), target=1.0 if drawn else None)
     for which, k in (("first", 0), ("last", -1)):
         run.result(f"bias_at_the_{which}_lambda", bias[k])
-        run.result(f"variance_at_the_{which}_lambda", noise["half_learnt"][k], error=noise_error["half_learnt"][k])
+        run.result(f"variance_at_the_{which}_lambda", noise["half_learned"][k], error=noise_error["half_learned"][k])
     plots.bias_variance(run, cfg.lambdas, bias, measured, noise)
 
 

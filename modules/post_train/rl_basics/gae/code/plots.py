@@ -7,8 +7,8 @@ import numpy as np
 
 from finetune.runs.plots import INK, figure, save
 
-COLOURS = {"exact": "#1769aa", "half_learnt": "#c53030"}
-NAMES = {"exact": "exact V", "half_learnt": "half-learnt V"}
+COLOURS = {"exact": "#1769aa", "half_learned": "#c53030"}
+NAMES = {"exact": "exact V", "half_learned": "half-learned V"}
 
 
 def bias_variance(
@@ -18,19 +18,19 @@ def bias_variance(
     measured: dict[str, tuple[np.ndarray, ...]],
     noise: dict[str, np.ndarray],
 ) -> None:
-    """bias_variance.png: three panels over λ. `bias` is the half-learnt critic's, by dynamic programming; `measured`
+    """bias_variance.png: three panels over λ. `bias` is the half-learned critic's, by dynamic programming; `measured`
     holds the estimates and a standard error to either side."""
     made, (left, middle, right) = figure(13.2, 4.2, 1, 3)
     at = np.arange(len(lambdas))
     for axes, title in (
         (left, "bias: the part that the gradient sees"),
         (middle, "standard deviation of one estimate"),
-        (right, "error of the mean of n estimates, half-learnt V"),
+        (right, "error of the mean of n estimates, half-learned V"),
     ):
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel("λ", color=INK)
         axes.set_xticks(at, [f"{lam:g}" for lam in lambdas])
-    left.plot(at, bias, color=COLOURS["half_learnt"], linewidth=1.8, label="half-learnt V, by dynamic programming")
+    left.plot(at, bias, color=COLOURS["half_learned"], linewidth=1.8, label="half-learned V, by dynamic programming")
     for aside, (name, (values, low, high)) in zip((-0.06, 0.06), measured.items(), strict=True):
         around = np.stack([values - low, high - values])
         left.errorbar(at + aside, values, around, fmt="o", color=COLOURS[name], markersize=5, linewidth=1.2, capsize=2,
@@ -39,19 +39,19 @@ def bias_variance(
     left.set_ylim(bottom=0)
     middle.set_ylim(bottom=0)
     shades = ("#f3c3c3", "#e48f8f", "#c53030", "#7a1c1c")
-    for n, colour in zip((1, 10, 100, 1000), shades, strict=True):
-        error = np.sqrt(bias**2 + noise["half_learnt"] / n)
-        right.plot(at, error, color=colour, linewidth=1.8, label=f"n = {n}")
+    for n, color in zip((1, 10, 100, 1000), shades, strict=True):
+        error = np.sqrt(bias**2 + noise["half_learned"] / n)
+        right.plot(at, error, color=color, linewidth=1.8, label=f"n = {n}")
         best = int(error.argmin())
-        right.plot(at[best], error[best], "*", color=colour, markersize=12)
+        right.plot(at[best], error[best], "*", color=color, markersize=12)
     right.set_yscale("log")
     for axes in (left, middle, right):
         axes.legend(fontsize=8.5, frameon=False)
     save(made, run.dir / "bias_variance.png")
 
 
-def time_limits(run, exact: np.ndarray, learnt: dict[str, np.ndarray]) -> None:
-    """time_limits.png: learnt against exact values, a point a state."""
+def time_limits(run, exact: np.ndarray, learned: dict[str, np.ndarray]) -> None:
+    """time_limits.png: learned against exact values, a point a state."""
     made, [axes] = figure(5.6, 5.2)
     low, high = exact.min(), exact.max()
     axes.plot([low, high], [low, high], color=INK, linewidth=1, linestyle="--", label="exact")
@@ -59,12 +59,12 @@ def time_limits(run, exact: np.ndarray, learnt: dict[str, np.ndarray]) -> None:
         "value_error": ("#1769aa", "o", "time limits bootstrap from the state reached"),
         "value_error_limits_as_ends": ("#c53030", "X", "time limits taken for endings"),
     }
-    for name, values in learnt.items():
-        colour, marker, label = looks[name]
-        axes.plot(exact, values, marker, color=colour, markersize=6, label=label)
+    for name, values in learned.items():
+        color, marker, label = looks[name]
+        axes.plot(exact, values, marker, color=color, markersize=6, label=label)
     axes.set_title(f"two critics, the same episodes of {run.cfg.limit} steps", loc="left", fontsize=11, color=INK)
     axes.set_xlabel("exact value of a state", color=INK)
-    axes.set_ylabel("learnt", color=INK)
+    axes.set_ylabel("learned", color=INK)
     axes.legend(fontsize=8.5, frameon=False)
     save(made, run.dir / "time_limits.png")
 
@@ -74,15 +74,15 @@ def ppo_lambda(run, trained: dict[float, list[dict[str, Any]]], size: int, solve
     made, (left, right) = figure(12.0, 4.4, 1, 2)
     shades = ("#c53030", "#b7791f", "#1769aa", "#805ad5", "#2e7d32", "#8a6d3b")
     for i, (lam, runs) in enumerate(trained.items()):
-        colour, curves = shades[i % len(shades)], np.array([r["curve"] for r in runs])  # (repetitions, updates)
+        color, curves = shades[i % len(shades)], np.array([r["curve"] for r in runs])  # (repetitions, updates)
         at = size * np.arange(1, curves.shape[1] + 1)
-        left.plot(at, np.median(curves, 0), color=colour, linewidth=1.8, label=f"λ = {lam:g}")
-        left.fill_between(at, curves.min(0), curves.max(0), color=colour, alpha=0.08, linewidth=0)
+        left.plot(at, np.median(curves, 0), color=color, linewidth=1.8, label=f"λ = {lam:g}")
+        left.fill_between(at, curves.min(0), curves.max(0), color=color, alpha=0.08, linewidth=0)
         for r, x in zip(runs, i + np.linspace(-0.12, 0.12, len(runs)), strict=True):
-            marker, face = ("o", colour) if r["solved"] else ("^", "white")
-            right.plot(x, r["steps"], marker, color=colour, markerfacecolor=face, markersize=7)
+            marker, face = ("o", color) if r["solved"] else ("^", "white")
+            right.plot(x, r["steps"], marker, color=color, markerfacecolor=face, markersize=7)
         middle = float(np.median([r["steps"] for r in runs]))
-        right.plot([i - 0.3, i + 0.3], [middle, middle], color=colour, linewidth=2.2)
+        right.plot([i - 0.3, i + 0.3], [middle, middle], color=color, linewidth=2.2)
     if run.cfg.ppo_env == "CartPole-v1":
         left.axhline(solved, color=INK, linestyle="--", linewidth=1)
         left.set_ylim(0, 1.15 * solved)

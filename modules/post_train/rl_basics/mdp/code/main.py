@@ -101,7 +101,7 @@ def needed(gamma: float) -> int:
 
 # --- The solvers, sweep by sweep
 
-ITERATED = ("synchronous", "in_place", "prioritised", "modified", "policy_iteration")
+ITERATED = ("synchronous", "in_place", "prioritized", "modified", "policy_iteration")
 HEADS = ("sync.", "in place", "priority", "modified")
 BOUNDED = (
     "synchronous",
@@ -122,7 +122,7 @@ class Solvers:
         self.policy = mdps.uniform(mdp)
         self.values: dict[str, Array] = {name: np.zeros(mdp.size[0]) for name in ITERATED}
         self.values["policy_iteration"] = mdps.solve(mdp, self.policy)
-        self.queue = planning.Prioritised(mdp, self.values["prioritised"])
+        self.queue = planning.Prioritized(mdp, self.values["prioritized"])
         self.share = 0.0  # the largest error over its bound so far
 
     def sweep(self) -> None:
@@ -130,7 +130,7 @@ class Solvers:
         V["synchronous"] = planning.synchronous(mdp, V["synchronous"])
         V["in_place"] = planning.in_place(mdp, V["in_place"])
         self.queue.backups(mdp.size[0])
-        V["prioritised"] = self.queue.V
+        V["prioritized"] = self.queue.V
         V["modified"] = planning.modified(mdp, V["modified"], self.evaluation_sweeps)
         better = planning.improve(mdp, self.policy, V["policy_iteration"])
         if (better != self.policy).any():
@@ -155,7 +155,7 @@ class Solvers:
         arrays = {name: value.numpy().copy() for name, value in state.items() if name != "share"}
         self.share, self.policy, self.queue.priority = state["share"], arrays["policy"], arrays["priority"]
         self.values = {name: arrays[name] for name in ITERATED}
-        self.queue.V = arrays["prioritised"]
+        self.queue.V = arrays["prioritized"]
 
 
 def bellman_error(mdp: MDP, V: Array) -> float:

@@ -12,7 +12,7 @@ from finetune.runs.plots import FAINT, INK, figure, save
 
 from . import pomdp as partial
 
-COLOURS = {"synchronous": "#1769aa", "in_place": "#2e7d32", "prioritised": "#b7791f", "modified": "#805ad5",
+COLOURS = {"synchronous": "#1769aa", "in_place": "#2e7d32", "prioritized": "#b7791f", "modified": "#805ad5",
            "policy_iteration": "#c53030"}  # fmt: skip
 
 
@@ -26,16 +26,16 @@ def convergence(run, mdp: MDP, evaluation_sweeps: int) -> None:
     pairs["modified"] += states * evaluation_sweeps
     made, axes = figure(11.5, 4.6, 1, 2)
     floor = 1e-12 * max(max(series[f"error_{name}"][1]) for name in COLOURS)
-    for name, colour in COLOURS.items():
+    for name, color in COLOURS.items():
         errors = series[f"error_{name}"][1]
         y = np.maximum(errors, floor)
         until = int(np.argmax(y <= floor)) + 1 if (y <= floor).any() else len(y)
         x = np.arange(1, len(y) + 1)
         label = name.replace("_", " ")
         mark = {"marker": "o", "markersize": 4} if until < 30 else {}
-        axes[0].plot(x[:until], y[:until], color=colour, linewidth=1.9, label=label, **mark)
+        axes[0].plot(x[:until], y[:until], color=color, linewidth=1.9, label=label, **mark)
         if name != "policy_iteration":
-            axes[1].plot(x[:until] * pairs[name], y[:until], color=colour, linewidth=1.9, label=label, **mark)
+            axes[1].plot(x[:until] * pairs[name], y[:until], color=color, linewidth=1.9, label=label, **mark)
     axes[0].plot(np.array(series["bound"][0]) + 1, np.maximum(series["bound"][1], floor), color=INK, linestyle="--",
                  linewidth=1.3, label="γᵏ ‖V₀ − V*‖")  # fmt: skip
     for ax, label in zip(axes, ("sweeps", "state–action pairs looked at"), strict=True):
@@ -52,7 +52,7 @@ def convergence(run, mdp: MDP, evaluation_sweeps: int) -> None:
 
 
 def values(run, mdp: MDP, V: Array, name: str = "values") -> None:
-    """values.png: a grid as a heat map with every best action; what is no grid as bars coloured by the best action."""
+    """values.png: a grid as a heat map with every best action; what is no grid as bars colored by the best action."""
     if mdp.shape:
         rows, columns = mdp.shape
         width = 12.0 if columns > 2 * rows else 6.8
@@ -92,7 +92,7 @@ def bars(run, mdp: MDP, V: Array) -> None:
     ax.set_xlabel("state", color=INK)
     ax.set_ylabel("value", color=INK)
     ax.set_title(
-        f"{mdp.name}, γ = {mdp.gamma:g}: values, coloured by the best action", loc="left", fontsize=12, color=INK
+        f"{mdp.name}, γ = {mdp.gamma:g}: values, colored by the best action", loc="left", fontsize=12, color=INK
     )
     ax.legend(
         title="action", fontsize=9, title_fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5)
@@ -174,16 +174,16 @@ def contraction(run, ending: MDP, endless: MDP, measure, draw: np.random.Generat
     """contraction.png: one sweep's ratio for many pairs by γ; and the distance of two value functions over sweeps."""
     made, axes = figure(11.5, 4.4, 1, 2)
     gammas = np.linspace(0.05, 1, 20)
-    for column, (name, colour) in enumerate((("optimality operator", "#1769aa"), ("uniform policy's", "#b7791f"))):
+    for column, (name, color) in enumerate((("optimality operator", "#1769aa"), ("uniform policy's", "#b7791f"))):
         ratios = np.array([measure(ending.discounted(g), mdps.uniform(ending), 40, draw)[:, column] for g in gammas])
         x = np.repeat(gammas, 40) + (0.008 if column else -0.008)
-        axes[0].plot(x, ratios.ravel(), ".", color=colour, markersize=3, alpha=0.6, label=name)
+        axes[0].plot(x, ratios.ravel(), ".", color=color, markersize=3, alpha=0.6, label=name)
     axes[0].plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1.3, label="γ")
     axes[0].set_xlabel("γ", color=INK)
     axes[0].set_ylabel("‖TV − TW‖ / ‖V − W‖", color=INK)
     axes[0].set_title(f"one sweep of {ending.name}, random pairs", loc="left", fontsize=12, color=INK)
     cases = ((ending, 0.9, "#2e7d32"), (ending, 0.99, "#1769aa"), (ending, 1.0, "#805ad5"), (endless, 1.0, "#c53030"))
-    for mdp, gamma, colour in cases:
+    for mdp, gamma, color in cases:
         mdp = mdp.discounted(gamma)
         V, W = np.where(mdp.terminal, 0, draw.standard_normal((2, mdp.size[0])))
         distance = []
@@ -191,7 +191,7 @@ def contraction(run, ending: MDP, endless: MDP, measure, draw: np.random.Generat
             distance.append(abs(V - W).max())
             V, W = planning.synchronous(mdp, V), planning.synchronous(mdp, W)
         label = f"γ {gamma:g}, {'with' if mdp.terminal.any() else 'without'} an end"
-        axes[1].plot(np.array(distance) / distance[0], color=colour, linewidth=1.9, label=label)
+        axes[1].plot(np.array(distance) / distance[0], color=color, linewidth=1.9, label=label)
     axes[1].set_yscale("log")
     axes[1].set_ylim(1e-6, 2)
     axes[1].set_xlabel("sweeps k", color=INK)
@@ -214,10 +214,10 @@ def average_reward(run, mdp: MDP, policy: Array, gain: float, bias: Array, bound
     axes[0].set_ylabel("reward a step", color=INK)
     axes[0].set_title("the gain lies between two bounds", loc="left", fontsize=12, color=INK)
     rest = np.array([1 - gamma for gamma in limit])
-    for s, label, colour in ((3, "no server free", "#b7791f"), (mdp.size[0] - 1, "all free", "#1769aa")):
+    for s, label, color in ((3, "no server free", "#b7791f"), (mdp.size[0] - 1, "all free", "#1769aa")):
         values = np.array([r * V[s] for r, V in zip(rest, limit.values(), strict=True)])
-        axes[1].plot(rest, values, "o", color=colour, label=f"(1 − γ) V, {label}")
-        axes[1].plot(rest, gain + rest * bias[s], "--", color=colour, linewidth=1.2, label="g + (1 − γ) h")
+        axes[1].plot(rest, values, "o", color=color, label=f"(1 − γ) V, {label}")
+        axes[1].plot(rest, gain + rest * bias[s], "--", color=color, linewidth=1.2, label="g + (1 − γ) h")
     axes[1].axhline(gain, color="#c53030", linewidth=1.3)
     axes[1].set_xscale("log")
     axes[1].invert_xaxis()
@@ -244,7 +244,7 @@ def tiger(run, world: partial.POMDP, stages, mild: partial.POMDP, best) -> None:
     made, axes = figure(15.0, 4.6, 1, 3)
     right = np.linspace(0, 1, 1001)
     beliefs = np.stack([1 - right, right], 1)
-    colours = ("#1769aa", "#2e7d32", "#c53030")
+    colors = ("#1769aa", "#2e7d32", "#c53030")
     cases = ((world, stages[min(2, len(stages) - 1)], min(3, len(stages))), (world, stages[-1], len(stages)))
     for ax, (problem, stage, steps) in zip(axes, (*cases, (mild, best[-1], len(best))), strict=True):
         V, actions = partial.value(beliefs, stage), partial.best_action(beliefs, stage)
@@ -252,9 +252,9 @@ def tiger(run, world: partial.POMDP, stages, mild: partial.POMDP, best) -> None:
         for alpha in stage[0]:
             ax.plot(right, beliefs @ alpha, color=FAINT, linewidth=0.8)
         for a, name in enumerate(problem.mdp.actions):
-            ax.plot(right, np.where(actions == a, V, np.nan), color=colours[a], linewidth=3, label=name)
+            ax.plot(right, np.where(actions == a, V, np.nan), color=colors[a], linewidth=3, label=name)
             ax.fill_between(
-                right, 0, 1, where=actions == a, color=colours[a], alpha=0.12, transform=ax.get_xaxis_transform()
+                right, 0, 1, where=actions == a, color=colors[a], alpha=0.12, transform=ax.get_xaxis_transform()
             )
         if problem is mild:
             promised = partial.value(beliefs, partial.qmdp(problem, steps))

@@ -11,7 +11,7 @@ Each moves Q(S,A) by α towards R + γ · (what it expects of S'):
                       estimated (Precup et al. 2000)
     Q(σ)              σ of the one and 1 − σ of the other
 
-SARSA(λ) and Watkins' Q(λ) move all pairs that have been visited, by traces that decay by γλ. Behaviour is ε-greedy,
+SARSA(λ) and Watkins' Q(λ) move all pairs that have been visited, by traces that decay by γλ. Behavior is ε-greedy,
 ties broken evenly; in double Q by the sum of the two tables.
 """
 
@@ -151,7 +151,7 @@ class Learners:
 
         world.begin(over, draw)
         chosen = pick(self.policy(world.state).cumsum(1), uniforms)
-        if "sarsa" in self.kinds:  # it does what it has just learnt from, unless an episode has begun
+        if "sarsa" in self.kinds:  # it does what it has just learned from, unless an episode has begun
             chosen = np.where(of["sarsa"] & ~over, follows, chosen)
         self.action = chosen
         if self.E is not None:
@@ -194,10 +194,10 @@ def act(
     q: Array, allowed: NDArray[np.bool_], epsilon: float, target: float, draw: np.random.Generator
 ) -> tuple[NDArray[np.intp], Array]:
     """ε-greedy actions (N,), and π/b of each: how much likelier the target-greedy policy takes it."""
-    behaviour = epsilon_greedy(q, allowed, epsilon)
-    action = pick(behaviour.cumsum(1), draw.random(len(q)))
+    behavior = epsilon_greedy(q, allowed, epsilon)
+    action = pick(behavior.cumsum(1), draw.random(len(q)))
     rows = np.arange(len(q))
-    return action, epsilon_greedy(q, allowed, target)[rows, action] / behaviour[rows, action]
+    return action, epsilon_greedy(q, allowed, target)[rows, action] / behavior[rows, action]
 
 
 def q_sigma(
@@ -219,7 +219,7 @@ def q_sigma(
 
     Each A' of the n steps weights the update by 1 − σ + σ π/b. σ = 1 is n-step SARSA, off-policy with the ratios of
     section 7.3; σ = 0 is tree backup; with n = 1 they are SARSA and expected SARSA. The target policy π is
-    target_epsilon-greedy, by default the behaviour b itself; with 0, one step of tree backup is Q-learning.
+    target_epsilon-greedy, by default the behavior b itself; with 0, one step of tree backup is Q-learning.
     """
     target = epsilon if target_epsilon is None else target_epsilon
     world, Q, rows = Walkers(mdp, runs, limit=limit), np.zeros((runs, *mdp.size)), np.arange(runs)

@@ -7,7 +7,7 @@ A reward r stands for the n discounted ones. Every part can be switched on by it
     double        the network chooses a', the target network values it (van Hasselt et al. 2015)
     dueling       Q = V + A − mean A (Wang et al. 2016)
     n_step        several rewards before the estimate (Sutton 1988); without correction for what has changed since
-    prioritised   steps are drawn by their TD error, and weighted by how much too often (Schaul et al. 2016)
+    prioritized   steps are drawn by their TD error, and weighted by how much too often (Schaul et al. 2016)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from finetune.rl.envs.vector import Vector
 class Variant:
     double: bool = False
     dueling: bool = False
-    prioritised: bool = False
+    prioritized: bool = False
     n: int = 1
 
 
@@ -41,9 +41,9 @@ VARIANTS = {
     "dqn": Variant(),
     "double": Variant(double=True),
     "dueling": Variant(dueling=True),
-    "prioritised": Variant(prioritised=True),
+    "prioritized": Variant(prioritized=True),
     "n_step": Variant(n=5),
-    "all": Variant(double=True, dueling=True, prioritised=True, n=5),
+    "all": Variant(double=True, dueling=True, prioritized=True, n=5),
 }
 # CartPole's numbers are divided by about their size while the pole stands: where an episode ends, and two a second.
 SIZE = [2.4, 2.0, 0.2, 2.0]
@@ -60,11 +60,11 @@ class Settings:
     gamma: float = 0.99
     reward_scale: float = 0.1  # rewards are multiplied by it: Huber's threshold is for values of about one
     capacity: int = 50_000  # steps that are kept: by default all, as what is forgotten is exploration
-    warmup: int = 1000  # before anything is learnt
+    warmup: int = 1000  # before anything is learned
     exploration: float = 0.2  # share of all steps in which ε falls from 1 to `epsilon`
     epsilon: float = 0.05
     target_every: int = 25  # updates between two copies to the target network
-    beta: float = 0.4  # of prioritised replay, rising to 1
+    beta: float = 0.4  # of prioritized replay, rising to 1
 
 
 class DQN:
@@ -78,7 +78,7 @@ class DQN:
         self.target = copy.deepcopy(self.q)
         self.optimizer = torch.optim.Adam(self.q.parameters(), lr=settings.lr, fused=True)
         self.replay = Replay(settings.capacity)
-        self.priorities = Priorities(count, settings.capacity) if variant.prioritised else None
+        self.priorities = Priorities(count, settings.capacity) if variant.prioritized else None
         self.updates = 0
         self.curve: list[Tensor] = []
 

@@ -139,7 +139,7 @@ def truncated_value(mdp: MDP, actions: Array, steps: int) -> float:
 
 def bias(totals: Totals, runs: int, episodes: int, rate: float, draw: np.random.Generator) -> None:
     """Example 6.7: how often each goes left, for rewards from N(−0.1, 1), where right pays 0."""
-    mdp = worlds.maximisation_bias()
+    mdp = worlds.maximization_bias()
     learners = control.Learners(mdp, BIAS_KINDS, runs, 0.1 * rate, 0.1, draw, noise=np.array([0.0, 1.0, 0.0]))
     left = np.zeros((len(learners.rows), episodes))
     while (learners.world.episode < episodes).any():

@@ -16,7 +16,7 @@ class Tiles:
     """`tilings` grids over a box of D dimensions, each shifted by a part of a tile; of each, one tile holds a point.
 
     The shifts go by the odd numbers 1, 3, 5, … from dimension to dimension (Miller & Glanz 1996): even ones would
-    favour the diagonal.
+    favor the diagonal.
     """
 
     def __init__(self, low: Array, high: Array, bins: int, tilings: int) -> None:
@@ -108,7 +108,7 @@ FEATURES = np.zeros((7, 8))  # v(s) = 2 w_s + w_8 in the first six states, w_7 +
 FEATURES[range(6), range(6)], FEATURES[:6, 7], FEATURES[6, 6], FEATURES[6, 7] = 2, 1, 1, 2
 FIRST = np.array([1, 1, 1, 1, 1, 1, 10, 1.0])
 Method = Literal["td", "tdc", "gtd2"]
-SOLID = 1 / 7  # how often the behaviour does what the target policy always does
+SOLID = 1 / 7  # how often the behavior does what the target policy always does
 
 
 def baird(
@@ -123,7 +123,7 @@ def baird(
     """Off-policy learning by semi-gradient TD, TDC or GTD2: weights (steps + 1, runs, 8).
 
     TDC and GTD2 (Sutton et al. 2009) follow the gradient of the projected Bellman error, E[(x − γ x') xᵀ] h, where
-    h = E[x xᵀ]⁻¹ E[δ x] is learnt by least squares: h += β ρ (δ − hᵀx) x. GTD2 steps along it as it stands,
+    h = E[x xᵀ]⁻¹ E[δ x] is learned by least squares: h += β ρ (δ − hᵀx) x. GTD2 steps along it as it stands,
     w += α ρ (x − γ x') (hᵀx); TDC has put δ x, of which it is the mean, in the place of x (hᵀx).
     """
     w, h = np.tile(FIRST, (runs, 1)), np.zeros((runs, 8))
@@ -149,7 +149,7 @@ def baird(
 
 
 def bellman_error(w: Array, gamma: float = 0.99) -> Array:
-    """Root mean square over the seven states, which the behaviour visits alike. The features can express every value
+    """Root mean square over the seven states, which the behavior visits alike. The features can express every value
     function of them, so that projecting the error onto the features would not change it."""
     error = (
         gamma * (w @ FEATURES[6])[..., None] - w @ FEATURES.T

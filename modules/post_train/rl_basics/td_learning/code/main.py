@@ -62,7 +62,7 @@ class Config(config.Config):
     threads: int = 1  # networks so small are fastest on one
     steps: int = 40  # each is a batch of runs of one of the eight experiments, in turn; Taxi and DQN learn in all
     checkpoint_every: int = 1
-    # multiplies every learning rate; with 0 nothing is learnt
+    # multiplies every learning rate; with 0 nothing is learned
     rate: float = bounded(1.0, at_least=0, at_most=1)
     # of a batch: the random walks, Baird's counterexample, importance sampling
     runs: int = bounded(100, at_least=1, at_most=100_000)
@@ -74,7 +74,7 @@ class Config(config.Config):
     car_episodes: int = bounded(150, at_least=1, at_most=10**6)
     taxi_runs: int = bounded(8, at_least=1, at_most=10_000)
     taxi_steps: int = bounded(6000, at_least=1, at_most=10**9)  # of each Taxi run in a step
-    variants: str = "dqn,double,dueling,prioritised,n_step,all"  # of DQN, separated by commas; the last is judged
+    variants: str = "dqn,double,dueling,prioritized,n_step,all"  # of DQN, separated by commas; the last is judged
     dqn_runs: int = bounded(3, at_least=1, at_most=1000)  # learners of each, side by side
     dqn_steps: int = bounded(1250, at_least=1, at_most=10**9)  # of each learner in a step
     dqn_every: int = bounded(8, at_least=1, at_most=10**6)  # of these steps for one update

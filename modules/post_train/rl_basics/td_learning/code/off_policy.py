@@ -1,4 +1,4 @@
-"""Off-policy prediction by importance sampling (sections 5.5 to 5.9): returns of a behaviour b, weighted so that they
+"""Off-policy prediction by importance sampling (sections 5.5 to 5.9): returns of a behavior b, weighted so that they
 stand for a target policy π.
 
     ρ_{t:T−1} = Π_k π(A_k|S_k) / b(A_k|S_k)       ordinary Σ ρ G / n       weighted Σ ρ G / Σ ρ
@@ -15,12 +15,12 @@ from .control import Walkers
 
 
 def returns_and_ratios(
-    mdp: MDP, target: Array, behaviour: Array, count: int, draw: np.random.Generator, limit: int = 10_000
+    mdp: MDP, target: Array, behavior: Array, count: int, draw: np.random.Generator, limit: int = 10_000
 ) -> tuple[Array, Array, Array]:
-    """Of `count` episodes under `behaviour` (S, A), from `mdp.start`: the return, the ratio of the whole episode, and
+    """Of `count` episodes under `behavior` (S, A), from `mdp.start`: the return, the ratio of the whole episode, and
     the return with each reward weighted by the ratio up to it; all (count,)."""
-    ratios = np.divide(target, behaviour, out=np.zeros_like(target), where=behaviour > 0)
-    cumulative = behaviour.cumsum(1)
+    ratios = np.divide(target, behavior, out=np.zeros_like(target), where=behavior > 0)
+    cumulative = behavior.cumsum(1)
     world = Walkers(mdp, count)
     world.begin(np.ones(count, bool), draw)
     G, each, ratio = np.zeros(count), np.zeros(count), np.ones(count)
@@ -40,14 +40,14 @@ def returns_and_ratios(
 
 
 def sample(
-    mdp: MDP, target: Array, behaviour: Array, runs: int, episodes: int, draw: np.random.Generator, piece: int = 100_000
+    mdp: MDP, target: Array, behavior: Array, runs: int, episodes: int, draw: np.random.Generator, piece: int = 100_000
 ) -> tuple[Array, Array, Array]:
     """The same of runs × episodes, (runs, episodes), about `piece` of them at a time."""
     columns = max(1, piece // runs)
     parts = []
     for first in range(0, episodes, columns):
         width = min(columns, episodes - first)
-        found = returns_and_ratios(mdp, target, behaviour, runs * width, draw)
+        found = returns_and_ratios(mdp, target, behavior, runs * width, draw)
         parts.append([x.reshape(runs, width) for x in found])
     G, ratios, each = (np.concatenate(columns, 1) for columns in zip(*parts, strict=True))
     return G, ratios, each

@@ -47,9 +47,9 @@ def draw(run, totals: Totals, done: Sequence[str]) -> None:
         every[name](run, totals)
 
 
-def band(ax: Any, x: Array, mean: Array, error: Array, colour: Any, label: str, **style: Any) -> None:
-    ax.plot(x, mean, color=colour, label=label, **{"linewidth": 1.7, **style})
-    ax.fill_between(x, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.18, linewidth=0)
+def band(ax: Any, x: Array, mean: Array, error: Array, color: Any, label: str, **style: Any) -> None:
+    ax.plot(x, mean, color=color, label=label, **{"linewidth": 1.7, **style})
+    ax.fill_between(x, mean - 2 * error, mean + 2 * error, color=color, alpha=0.18, linewidth=0)
 
 
 def shades(name: str, count: int) -> list[Any]:
@@ -71,18 +71,18 @@ def five_states(run, totals: Totals) -> None:
     x = np.arange(1, 101)
     for name, alphas, cmap in (("td", TD_ALPHAS, "Blues"), ("mc", MC_ALPHAS, "Oranges")):
         mean, error = totals.mean(f"6.2 {name}"), totals.error(f"6.2 {name}")
-        for k, colour in enumerate(shades(cmap, len(alphas))):
-            band(left, x, mean[k], error[k], colour, f"{name.upper()}  α = {alphas[k]:g}")
+        for k, color in enumerate(shades(cmap, len(alphas))):
+            band(left, x, mean[k], error[k], color, f"{name.upper()}  α = {alphas[k]:g}")
     titled(left, "Example 6.2: TD(0) against constant-α Monte Carlo", "episodes", "RMS error over the five states")
     left.legend(fontsize=8.5, frameon=False, ncols=2)
     left.set_ylim(0, None)
     k = MC_ALPHAS.index(0.02)
-    for name, colour, label in (("mc", AMBER, "α = 0.02"), ("average", RED, "α = 1/visits")):
+    for name, color, label in (("mc", AMBER, "α = 0.02"), ("average", RED, "α = 1/visits")):
         for kind, text, style in (("", "every visit", "-"), ("_first", "first visit", "--")):
             if f"6.2 {name}{kind}" in totals.parts:
                 mean, error = totals.mean(f"6.2 {name}{kind}"), totals.error(f"6.2 {name}{kind}")
                 row = k if name == "mc" else 0
-                band(right, x, mean[row], error[row], colour, f"{label}, {text}", linestyle=style)
+                band(right, x, mean[row], error[row], color, f"{label}, {text}", linestyle=style)
     titled(right, "Monte Carlo: every visit or the first", "episodes", "RMS error over the five states")
     right.legend(fontsize=9, frameon=False)
     save(made, run.dir / "random_walk.png")
@@ -92,8 +92,8 @@ def by_rate(run, totals: Totals) -> None:
     """n_step.png, Figure 7.2; lambda.png, Figure 12.6 with the other traces."""
     made, (left, right) = figure(12, 4.8, 1, 2)
     mean, error = totals.mean("7.2"), totals.error("7.2")
-    for k, colour in enumerate(shades("viridis", len(STEPS))):
-        band(left, ALPHAS, mean[k], np.nan_to_num(error[k]), colour, f"n = {STEPS[k]}")
+    for k, color in enumerate(shades("viridis", len(STEPS))):
+        band(left, ALPHAS, mean[k], np.nan_to_num(error[k]), color, f"n = {STEPS[k]}")
     left.set_ylim(0.2, 0.6)
     left.legend(fontsize=8.5, frameon=False, ncols=2)
     titled(left, "Figure 7.2: n-step TD, 19 states, first 10 episodes", "α", "RMS error")
@@ -111,9 +111,9 @@ def by_rate(run, totals: Totals) -> None:
     titles = ("accumulating (Figure 12.6)", "replacing", "dutch", "true online TD(λ)")
     for ax, trace, title in zip(axes, experiments.TRACES, titles, strict=True):
         mean, error = totals.mean(f"12.6 {trace}"), totals.error(f"12.6 {trace}")
-        for k, colour in enumerate(shades("viridis", len(LAMBDAS))):
+        for k, color in enumerate(shades("viridis", len(LAMBDAS))):
             shown = mean[k] < 1.5
-            band(ax, ALPHAS[shown], mean[k][shown], np.nan_to_num(error[k][shown]), colour, f"λ = {LAMBDAS[k]:g}")
+            band(ax, ALPHAS[shown], mean[k][shown], np.nan_to_num(error[k][shown]), color, f"λ = {LAMBDAS[k]:g}")
         ax.set_ylim(0.2, 0.6)
         titled(ax, title, "α", "RMS error" if ax is axes[0] else "")
     axes[-1].legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -150,7 +150,7 @@ def cliff(run, totals: Totals) -> None:
 
 
 def smooth(like: Array, values: Array | None = None, width: int = 10) -> Array:
-    """Means of `width` neighbours; without values, of the episode numbers 1, 2, …"""
+    """Means of `width` neighbors; without values, of the episode numbers 1, 2, …"""
     values = np.arange(1, len(like) + 1) if values is None else values
     width = min(width, len(values))
     return np.convolve(values, np.ones(width) / width, mode="valid")
@@ -184,8 +184,8 @@ def car(run, totals: Totals) -> None:
     """mountain_car.png: Figures 10.1 and 10.2."""
     made, (left, right) = figure(12, 4.8, 1, 2)
     mean, error = totals.mean("car"), totals.error("car")
-    for k, colour in enumerate((RED, AMBER, BLUE)):
-        band(left, np.arange(1, mean.shape[1] + 1), mean[k], error[k], colour, f"α = {CAR_ALPHAS[k]:g}/8")
+    for k, color in enumerate((RED, AMBER, BLUE)):
+        band(left, np.arange(1, mean.shape[1] + 1), mean[k], error[k], color, f"α = {CAR_ALPHAS[k]:g}/8")
     left.set_yscale("log")
     left.legend(fontsize=9, frameon=False)
     titled(left, "Mountain Car: semi-gradient SARSA, 8 tilings", "episodes", "steps to the goal")
@@ -209,38 +209,38 @@ def baird(run, totals: Totals) -> None:
     titles = {"td": "semi-gradient TD, α = 0.01: diverges", "tdc": "TDC, α = 0.005, β = 0.05", "gtd2": "GTD2, the same"}
     for ax, (method, title) in zip(axes, titles.items(), strict=False):
         mean, error = totals.mean(f"baird {method} weights"), totals.error(f"baird {method} weights")
-        for i, colour in enumerate([*shades("Blues", 6), AMBER, RED]):
+        for i, color in enumerate([*shades("Blues", 6), AMBER, RED]):
             name = {0: "w₁ … w₆", 6: "w₇", 7: "w₈"}.get(i, "")
-            band(ax, x, mean[:, i], error[:, i], colour, name, linewidth=1.4)
+            band(ax, x, mean[:, i], error[:, i], color, name, linewidth=1.4)
         titled(ax, title, "steps", "weights")
         ax.legend(fontsize=9, frameon=False)
-    for method, colour in zip(METHODS, (RED, BLUE, GREEN), strict=True):
+    for method, color in zip(METHODS, (RED, BLUE, GREEN), strict=True):
         mean, error = totals.mean(f"baird {method} error"), totals.error(f"baird {method} error")
-        positive(axes[3], x, mean, error, colour, method.upper())
+        positive(axes[3], x, mean, error, color, method.upper())
     axes[3].legend(fontsize=9, frameon=False)
     titled(axes[3], "Baird's counterexample", "steps", "RMS Bellman error")
     save(made, run.dir / "baird.png")
 
 
-def positive(ax: Any, x: Array, mean: Array, error: Array, colour: Any, label: str) -> None:
+def positive(ax: Any, x: Array, mean: Array, error: Array, color: Any, label: str) -> None:
     """A band on a logarithmic axis, which cannot show where it would reach below 0."""
     ax.set_yscale("log")
-    ax.plot(x, mean, color=colour, linewidth=1.7, label=label)
-    ax.fill_between(x, (mean - 2 * error).clip(mean / 20), mean + 2 * error, color=colour, alpha=0.18, linewidth=0)
+    ax.plot(x, mean, color=color, linewidth=1.7, label=label)
+    ax.fill_between(x, (mean - 2 * error).clip(mean / 20), mean + 2 * error, color=color, alpha=0.18, linewidth=0)
 
 
 def batch(run, totals: Totals) -> None:
     """batch.png: Figure 6.2 and Example 6.4."""
     made, (left, right) = figure(12, 4.6, 1, 2)
     x = np.arange(1, 101)
-    for method, colour, label in (("td", BLUE, "batch TD(0)"), ("mc", AMBER, "batch Monte Carlo")):
-        band(left, x, totals.mean(f"6.2 batch {method}"), totals.error(f"6.2 batch {method}"), colour, label)
+    for method, color, label in (("td", BLUE, "batch TD(0)"), ("mc", AMBER, "batch Monte Carlo")):
+        band(left, x, totals.mean(f"6.2 batch {method}"), totals.error(f"6.2 batch {method}"), color, label)
     left.set_ylim(0, None)
     left.legend(fontsize=9, frameon=False)
     titled(left, "Figure 6.2: batch training on the random walk", "episodes in the batch", "RMS error")
-    for shift, (method, colour, label) in ((-0.19, ("td", BLUE, "batch TD(0)")), (0.19, ("mc", AMBER, "Monte Carlo"))):
+    for shift, (method, color, label) in ((-0.19, ("td", BLUE, "batch TD(0)")), (0.19, ("mc", AMBER, "Monte Carlo"))):
         values = totals.mean(f"6.4 {method}")[:2]
-        bars = right.bar(np.arange(2) + shift, values, 0.36, color=colour, label=label)
+        bars = right.bar(np.arange(2) + shift, values, 0.36, color=color, label=label)
         right.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=9)
     right.set_xticks([0, 1], ["V(A)", "V(B)"])
     right.set_ylim(0, 1)
@@ -255,10 +255,10 @@ def importance(run, totals: Totals) -> None:
     made, (left, middle, right) = figure(16, 4.6, 1, 3)
     shown = {"ordinary": GREEN, "weighted": RED, "per_decision": BLUE}
     for ax, key in ((left, "5.3"), (right, "5.9")):
-        for name, colour in shown.items():
+        for name, color in shown.items():
             if f"{key} {name}" in totals.parts:
                 mean, error = totals.mean(f"{key} {name}"), totals.error(f"{key} {name}")
-                positive(ax, EPISODES[: len(mean)], mean, error, colour, name.replace("_", " "))
+                positive(ax, EPISODES[: len(mean)], mean, error, color, name.replace("_", " "))
         ax.set_xscale("log")
         ax.legend(fontsize=9, frameon=False)
     titled(left, "Figure 5.3: the value of a blackjack state", "episodes", "mean squared error")
@@ -277,7 +277,7 @@ def poles(run, curves: dict[str, Tensor], each: int) -> None:
     """dqn.png: what the greedy policies were worth, (times, learners) each: of every learner, and the mean with a band;
     beside it that of the first, plain DQN."""
     names = {"dqn": "DQN", "n_step": f"{dqn.VARIANTS['n_step'].n}-step", "all": "all four"}
-    colours = dict(zip(dqn.VARIANTS, (RED, AMBER, VIOLET, "#4a5568", BLUE, GREEN), strict=True))
+    colors = dict(zip(dqn.VARIANTS, (RED, AMBER, VIOLET, "#4a5568", BLUE, GREEN), strict=True))
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     made, axes = figure(1 + 4.4 * columns, 0.6 + 3.5 * rows, rows, columns)
@@ -285,8 +285,8 @@ def poles(run, curves: dict[str, Tensor], each: int) -> None:
     for ax, (kind, curve) in zip(axes, curves.items(), strict=False):
         steps, values, label = each * np.arange(1, len(curve) + 1), curve.double().numpy(), names.get(kind, kind)
         error = values.std(1, ddof=1) / np.sqrt(values.shape[1]) if values.shape[1] > 1 else np.zeros(len(values))
-        ax.plot(steps, values, color=colours[kind], linewidth=0.8, alpha=0.45)
-        band(ax, steps, values.mean(1), error, colours[kind], f"{label}, mean of {values.shape[1]}", linewidth=2.2)
+        ax.plot(steps, values, color=colors[kind], linewidth=0.8, alpha=0.45)
+        band(ax, steps, values.mean(1), error, colors[kind], f"{label}, mean of {values.shape[1]}", linewidth=2.2)
         if kind != first == "dqn":
             ax.plot(
                 steps, curves[first].mean(1), color=RED, linewidth=1.2, linestyle="--", label=names.get(first, first)

@@ -56,7 +56,7 @@ def roofline(run, found: dict[str, list["Count"]]) -> None:
         figure.savefig(temporary, format="png")
 
 
-def label(axes, counts: list["Count"], points: list[tuple[float, float]], colour: str, below: bool) -> None:
+def label(axes, counts: list["Count"], points: list[tuple[float, float]], color: str, below: bool) -> None:
     """The levels' numbers beside their points; levels at one place share a label."""
     groups: list[tuple[tuple[float, float], list[int]]] = []
     for c, point in zip(counts, points, strict=True):
@@ -65,7 +65,7 @@ def label(axes, counts: list["Count"], points: list[tuple[float, float]], colour
     for point, numbers in groups:
         text = f"{numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
         axes.annotate(text, point, textcoords="offset points", xytext=(7, -14) if below else (-5, 5),
-                      ha="center" if below else "right", fontsize=8.5, color=colour)  # fmt: skip
+                      ha="center" if below else "right", fontsize=8.5, color=color)  # fmt: skip
 
 
 def bars(run, found: dict[str, list["Count"]]) -> None:

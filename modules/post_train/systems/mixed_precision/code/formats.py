@@ -107,7 +107,7 @@ class Amax(nn.Module):
         self.dtype = dtype
         self.register_buffer("history", torch.zeros(length, dtype=torch.float32))
 
-    def quantise(self, x: Tensor) -> tuple[Tensor, float]:
+    def quantize(self, x: Tensor) -> tuple[Tensor, float]:
         """x · factor in fp8, and the factor. x's own maximum is for the next call."""
         most, limit = float(self.history.max()), LARGEST[self.dtype]
         factor = limit / most if most > 0 else 1.0
@@ -140,8 +140,8 @@ class Fp8Linear(nn.Module):
 class Fp8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, layer: Fp8Linear) -> Tensor:
-        x8, x_factor = layer.x_amax.quantise(x.detach())
-        w8, w_factor = layer.w_amax.quantise(w.detach())
+        x8, x_factor = layer.x_amax.quantize(x.detach())
+        w8, w_factor = layer.w_amax.quantize(w.detach())
         ctx.save_for_backward(x8, w8)
         ctx.factors, ctx.layer, ctx.dtype = (x_factor, w_factor), layer, x.dtype
         return (F.linear(x8.float(), w8.float()) / (x_factor * w_factor)).to(x.dtype)
@@ -150,7 +150,7 @@ class Fp8Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x8, w8 = ctx.saved_tensors
         x_factor, w_factor = ctx.factors
-        g8, g_factor = ctx.layer.g_amax.quantise(grads[0])
+        g8, g_factor = ctx.layer.g_amax.quantize(grads[0])
         g = g8.float()
         dx = (g @ w8.float()) / (g_factor * w_factor)
         dw = g.flatten(0, -2).t() @ x8.float().flatten(0, -2) / (g_factor * x_factor)

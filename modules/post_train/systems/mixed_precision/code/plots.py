@@ -37,17 +37,17 @@ def exponents(run, gradients: dict[str, Tensor]) -> None:
     kept = {name: g[g != 0].abs().double().log2().floor() for name, g in gradients.items()}
     low = min(-44, *(int(x.quantile(0.001)) for x in map(sample, kept.values()))) - 1
     high = 4
-    for (left, right), colour, text in (
+    for (left, right), color, text in (
         ((low, -25), "#fde8e8", "fp16: 0"),
         ((-25, -14), "#fdf6e3", "subnormal:\nfewer bits"),
         ((-14, high), "#e9f5ec", "normal: 11 bits"),
     ):
-        axes.axvspan(left, right, color=colour, zorder=0, linewidth=0)
+        axes.axvspan(left, right, color=color, zorder=0, linewidth=0)
         axes.text((left + right) / 2, 0.985, text, ha="center", va="top", fontsize=9.5, color=INK,
                   transform=axes.get_xaxis_transform())  # fmt: skip
-    for (name, x), colour in zip(kept.items(), ("#1769aa", "#b7791f"), strict=True):
+    for (name, x), color in zip(kept.items(), ("#1769aa", "#b7791f"), strict=True):
         counts = torch.histc(x.clamp(low, high - 1).float(), high - low, low, high) / len(x) * 100
-        axes.stairs(counts.tolist(), range(low, high + 1), color=colour, linewidth=2, label=f"gradients of {name}")
+        axes.stairs(counts.tolist(), range(low, high + 1), color=color, linewidth=2, label=f"gradients of {name}")
     axes.set_xlim(low, high)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.22)
     axes.set_xlabel("exponent: ⌊log₂ |g|⌋ of the fp32 gradient of the unscaled loss", color=INK)

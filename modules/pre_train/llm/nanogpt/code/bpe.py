@@ -1,7 +1,7 @@
 """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909), on bytes as in GPT-2: the training of it.
 
 A text is cut into words (GPT-2's pattern), each a sequence of bytes. Again and again the most frequent pair of
-neighbours, counted over all words, becomes a new token. Equally frequent: the pair of the smaller ids.
+neighbors, counted over all words, becomes a new token. Equally frequent: the pair of the smaller ids.
 """
 
 from collections import Counter, defaultdict

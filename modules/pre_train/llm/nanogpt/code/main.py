@@ -67,7 +67,7 @@ class Config(config.Config):
     top_k: int = bounded(0, at_least=0, at_most=1 << 22)
     top_p: float = bounded(0.95, above=0, at_most=1)
     shuffle: bool = (
-        False  # control: the training text's characters in random order, so that only their shares are learnt
+        False  # control: the training text's characters in random order, so that only their shares are learned
     )
 
     @classmethod

@@ -1,4 +1,4 @@
-// One thread computes one element of C; neighbouring threads take neighbouring rows.
+// One thread computes one element of C; neighboring threads take neighboring rows.
 //
 // C (M, N) fp32 = A (M, K) · B (K, N), both bf16; all row-major. 2·M·N·K FLOPs. In every step of the loop the lanes of
 // a warp read A at addresses a row apart, 32 sectors for 64 bytes, and write C likewise.

@@ -1,7 +1,7 @@
-// The same with x and y exchanged: neighbouring threads take neighbouring columns.
+// The same with x and y exchanged: neighboring threads take neighboring columns.
 //
-// Now the lanes of a warp read one element of A (the same address for 16 of them: one sector) and neighbouring elements
-// of B, and write neighbouring elements of C. Nothing else has changed.
+// Now the lanes of a warp read one element of A (the same address for 16 of them: one sector) and neighboring elements
+// of B, and write neighboring elements of C. Nothing else has changed.
 //
 // Faults: matmul.rows_and_columns_exchanged matmul.last_product_missing
 #include "device/launch.cuh"

@@ -2,7 +2,7 @@
 //
 // The block's tile grows to 64 × 64, which halves the traffic of A and B, with a quarter of the threads. Shared reads
 // for a multiply-add fall from 2 to 1/2, and B's four come in one 8-byte load. A thread's rows lie 16 apart, so that
-// the two rows which a warp reads at once are neighbours, in different banks; its columns are neighbours, for 16-byte
+// the two rows which a warp reads at once are neighbors, in different banks; its columns are neighbors, for 16-byte
 // stores.
 //
 // Faults: matmul.no_barrier matmul.no_second_barrier matmul.wrong_row

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int p = 0; p < 2; ++p) {
     for (int q = 0; q < 4; ++q) {
-      for (int half = 0; half < 2; ++half) {  // row lane / 4, then row lane / 4 + 8: two neighbours each
+      for (int half = 0; half < 2; ++half) {  // row lane / 4, then row lane / 4 + 8: two neighbors each
         const int64_t row = top + y + 16 * p + lane / 4 + 8 * half, column = left + x + 8 * q + lane % 4 * 2;
         float* to = c + row * n + column;
         if (row < m && column + 1 < n && reinterpret_cast<uintptr_t>(to) % 8 == 0) {

@@ -1,6 +1,6 @@
 // Every thread adds its element to the result with an atomic: all of them queue for one address.
 //
-// sum = Σ x[i]; x (n,) fp32. The hardware serialises atomics on one address, and their order changes from run to run,
+// sum = Σ x[i]; x (n,) fp32. The hardware serializes atomics on one address, and their order changes from run to run,
 // so that a floating sum is not reproducible. `partial` (1024,) is scratch of the later levels.
 //
 // Faults: reduction.plain_add reduction.past_the_end

@@ -1,4 +1,4 @@
-// The same tree the other way round: the upper half is added to the lower, so the lanes read neighbouring words.
+// The same tree the other way round: the upper half is added to the lower, so the lanes read neighboring words.
 //
 // Step s (128, 64, … 1) adds element t + s to element t: no bank is asked twice, and the threads that still work are
 // the first ones, so whole warps are done early instead of half of every warp. (Harris 2007, kernel 3.)

@@ -1,7 +1,7 @@
 // One thread takes one row and reads it three times: for the maximum, for the sum, for the result.
 //
 // y[r][c] = exp(x[r][c] − max_r) / Σ_c exp(x[r][c] − max_r); x and y (rows, columns) fp32, row-major. Without the
-// maximum exp overflows at 89. Neighbouring lanes read addresses that lie a whole row apart: a request of a warp
+// maximum exp overflows at 89. Neighboring lanes read addresses that lie a whole row apart: a request of a warp
 // touches 32 sectors of 32 bytes and uses 4 bytes of each.
 //
 // Faults: softmax.one_row_too_many softmax.first_left_out

@@ -1,4 +1,4 @@
-// A warp takes a row: its lanes read neighbouring elements, and shuffles join their maxima and sums.
+// A warp takes a row: its lanes read neighboring elements, and shuffles join their maxima and sums.
 //
 // One request of 32 lanes is now 128 bytes in a row: 4 sectors, all of them used, where the levels before touched 32.
 // Each lane keeps (m, s) of its own elements; five exchanges (lane ^ 16, 8, 4, 2, 1) join the pairs of all lanes,
