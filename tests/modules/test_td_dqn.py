@@ -1,4 +1,4 @@
-"""DQN of the td_learning module: its losses against torchrl's and d3rlpy's, learners that do not mix, what is learned."""
+"""DQN of the td_learning module: losses equal to torchrl's and d3rlpy's, learners that do not mix, what is learned."""
 
 import copy
 import importlib
