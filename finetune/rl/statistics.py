@@ -69,7 +69,7 @@ class Moments:
         vars(self).update(state)
 
 
-def beyond_chance(comparisons: int = 1) -> float:
+def critical_z(comparisons: int = 1) -> float:
     """The bar for the worst of so many z: right results pass it once in ten thousand runs."""
     return NormalDist().inv_cdf(1 - 1e-4 / comparisons)
 
@@ -183,55 +183,3 @@ class Welford:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.mean, self.squares, self.count = state["mean"], state["squares"], state["count"]
-
-
-class RewardScale:
-    """Rewards divided by the running deviation of the discounted return, so that a critic's targets are near 1 in any
-    environment (VecNormalize of OpenAI baselines). The return is the one backwards in time: R_t = γ R_{t−1} + r_t, anew
-    after an end. Never centerd: a constant taken from every reward changes how good it is to go on.
-    """
-
-    def __init__(self, rows: int, gamma: float, clip: float = 10.0, eps: float = 1e-8) -> None:
-        self.gamma, self.clip, self.eps = gamma, clip, eps
-        self.returns, self.seen = torch.zeros(rows, dtype=torch.float64), Welford()
-
-    def __call__(self, rewards: Tensor, ends: Tensor) -> Tensor:
-        """(T, N) of the rows that the last call left off in, each step with the deviation as of then."""
-        found = torch.empty_like(rewards)
-        for t in range(len(rewards)):
-            self.returns = self.gamma * self.returns + rewards[t]
-            self.seen.add(self.returns)
-            scaled = rewards[t] / (self.seen.variance() + self.eps).sqrt()
-            found[t] = scaled.clamp(-self.clip, self.clip)
-            self.returns = self.returns.masked_fill(ends[t], 0.0)
-        return found
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"returns": self.returns} | self.seen.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.returns = state["returns"]
-        self.seen.load_state_dict(state)
-
-
-class RewardSize:
-    """The largest reward so far, of either sign. What is learned from is divided by it, so that a learning rate, an
-    entropy bonus, a clip or the scale of a value mean the same in any unit of reward. A run's checkpoints hold it."""
-
-    def __init__(self) -> None:
-        self.largest = 0.0
-
-    def see(self, rewards: Tensor) -> float:
-        """The size, with these rewards seen too; 1 as long as all were 0."""
-        self.largest = max(self.largest, float(rewards.abs().max()))
-        return self.size
-
-    @property
-    def size(self) -> float:
-        return self.largest or 1.0
-
-    def state_dict(self) -> dict[str, float]:
-        return {"largest": self.largest}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.largest = state["largest"]

@@ -11,7 +11,7 @@ from resumed import resumes_to_the_same_bytes
 
 from finetune.errors import UserError
 from finetune.rl.advantages import group_normalized, leave_one_out, whitened
-from finetune.rl.statistics import RewardScale
+from finetune.rl.agents.reward_scale import RewardScale
 from finetune.rl.tabular import mdp as tables
 from finetune.runs import registry
 from finetune.runs.run import execute

@@ -7,7 +7,7 @@ import gymnasium
 import pytest
 import torch
 
-from finetune.rl.statistics import RewardSize
+from finetune.rl.agents.reward_scale import RewardSize
 from finetune.runs import registry
 from finetune.runs.run import Run, execute
 

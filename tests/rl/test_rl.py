@@ -13,9 +13,10 @@ from finetune import ops
 from finetune.errors import UserError
 from finetune.rl import advantages
 from finetune.rl.agents import policies, surrogate
+from finetune.rl.agents.reward_scale import RewardScale
 from finetune.rl.envs import environments
 from finetune.rl.envs.evaluation import interval
-from finetune.rl.statistics import Moments, RewardScale, Welford, chi, chi_correlated
+from finetune.rl.statistics import Moments, Welford, chi, chi_correlated
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.sample import sample_tabular
 

@@ -8,9 +8,9 @@ import torch
 
 from finetune.rl.statistics import (
     Moments,
-    beyond_chance,
     bias_interval,
     chi,
+    critical_z,
     mean_and_error,
     seen_by_the_gradient,
     standard_error,
@@ -77,9 +77,9 @@ def test_the_error_of_a_share_of_variance_knows_that_the_samples_are_the_same():
 
 def test_right_results_pass_the_bar_of_the_worst_of_several():
     """… but for one run in ten thousand."""
-    assert beyond_chance() == pytest.approx(3.719, abs=1e-3)
+    assert critical_z() == pytest.approx(3.719, abs=1e-3)
     for n in (1, 8, 100):
-        missed = 1 - (0.5 * (1 + math.erf(beyond_chance(n) / math.sqrt(2)))) ** n
+        missed = 1 - (0.5 * (1 + math.erf(critical_z(n) / math.sqrt(2)))) ** n
         assert missed == pytest.approx(1e-4, rel=1e-3)
 
 

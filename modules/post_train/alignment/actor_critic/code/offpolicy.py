@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from finetune.optim import descend
 from finetune.rl.agents import continuous
 from finetune.rl.agents.continuous import critic_loss, polyak_, td_target
+from finetune.rl.agents.reward_scale import RewardSize
 from finetune.rl.envs import environments
 from finetune.rl.envs.replay import Replay, Transitions
 from finetune.rl.envs.vector import Vector
-from finetune.rl.statistics import RewardSize
 
 LARGEST = 16.0  # as which the largest reward counts: beside it SAC's first α of 1 is small, and learning rates hold
 

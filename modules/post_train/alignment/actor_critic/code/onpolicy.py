@@ -10,10 +10,10 @@ from torch import Tensor
 
 from finetune import ops
 from finetune.rl import advantages
+from finetune.rl.agents.reward_scale import RewardSize
 from finetune.rl.envs import environments
 from finetune.rl.envs.rollout import Rollout
 from finetune.rl.envs.vector import Vector
-from finetune.rl.statistics import RewardSize
 
 from .losses import Traces, a2c_loss
 from .networks import ActorCritic, assign, flat

@@ -8,7 +8,7 @@ import torch
 
 from finetune.rl.envs.evaluation import interval
 from finetune.rl.envs.rollout import numpy_generator
-from finetune.rl.statistics import beyond_chance, mean_and_error
+from finetune.rl.statistics import critical_z, mean_and_error
 from finetune.rl.tabular import mdp as tables
 
 from . import enumerated, offpolicy, plots, tabular, variance
@@ -58,7 +58,7 @@ def judge_gradient(run, episodes: int, rows: int) -> dict[str, variance.Share]:
     variance and z by baseline."""
     listed = variance.listed(numpy_generator(run, "score"), episodes, rows)
     right = [found.z for name, found in listed.items() if name != "mean"]
-    bar = beyond_chance(len(right))
+    bar = critical_z(len(right))
     run.result("score_function_z", max(right), baseline=listed["mean"].z, target=bar, higher=False)
     return listed
 
@@ -74,7 +74,7 @@ def judge_discount(run, episodes: int) -> None:
     psi = enumerated.to_go(rollout, mdp.gamma)
     usual, right = (batch_means(by_episode(rollout, logits, p), 16) for p in (psi, discounts(mdp.gamma, psi) * psi))
     z, other = z_score(right, wanted), z_score(usual, wanted)
-    run.result("discount_correction_z", z, baseline=other, target=beyond_chance(), higher=False)
+    run.result("discount_correction_z", z, baseline=other, target=critical_z(), higher=False)
 
     def field(x: torch.Tensor) -> torch.Tensor:
         return enumerated.usual(everything, world, x, mdp.gamma)
@@ -94,7 +94,7 @@ def judge_off_policy(run, episodes: int) -> None:
     bias = max(b for way in right for b in found[way]["bias"])
     wrong, sample = found["uncorrected"], found["sample"]
     run.result("off_policy_bias", bias, baseline=wrong["bias"][turned], target=1e-10, higher=False)
-    z, bar = max(found[way]["z"][turned] for way in right), beyond_chance(len(right))
+    z, bar = max(found[way]["z"][turned] for way in right), critical_z(len(right))
     run.result("off_policy_z", z, baseline=wrong["z"][turned], target=bar, higher=False)
     share, error = (found["decision"][part][turned] for part in ("share", "share_error"))
     run.result("per_decision_variance", share, error=error, baseline=1.0, higher=False)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from finetune import ops, optim
 from finetune.errors import UserError
 from finetune.rl.agents import policies
+from finetune.rl.agents.reward_scale import RewardSize
 from finetune.rl.envs import environments
 from finetune.rl.envs.evaluation import returns
 from finetune.rl.envs.rollout import Rollout, episode_seeds
-from finetune.rl.statistics import RewardSize, beyond_chance, mean_and_error
+from finetune.rl.statistics import critical_z, mean_and_error
 from finetune.runs import config
 from finetune.runs.display import uncertain
 
@@ -289,7 +290,7 @@ def judge_variance(cfg: Config, run, envs: list[Any], listed: dict[str, variance
     name = "variance_with_learned_baseline"
     run.result(name, learned.share, error=learned.error, baseline=1.0, target=target, higher=False)
     z = max(found[b].z for b in ("leave_one_out", "learned"))
-    run.result("variance_means_z", z, target=beyond_chance(2), higher=False)
+    run.result("variance_means_z", z, target=critical_z(2), higher=False)
     run.table(
         "variance of the gradient estimate ± its standard error, of that without a baseline; z of its mean",
         [

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from finetune import ops
 from finetune.rl.advantages import group_normalized, leave_one_out, returns_to_go, whitened
+from finetune.rl.agents.reward_scale import RewardScale
 from finetune.rl.envs.rollout import Rollout
-from finetune.rl.statistics import RewardScale, chi_correlated
+from finetune.rl.statistics import chi_correlated
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import MDP
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from finetune import ops
 from finetune.rl.advantages import group_normalized, leave_one_out, n_step, retrace, tree_backup, upgo, vtrace
+from finetune.rl.agents.reward_scale import RewardScale
 from finetune.rl.envs.rollout import Rollout, numpy_generator
-from finetune.rl.statistics import Moments, RewardScale, beyond_chance, bias_interval, chi, seen_by_the_gradient
+from finetune.rl.statistics import Moments, bias_interval, chi, critical_z, seen_by_the_gradient
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import MDP
 from finetune.rl.tabular.planning import evaluate
@@ -222,7 +223,7 @@ def judge_unbiased(run, truth: np.ndarray, moments: dict[str, Moments], size: fl
         off = chi(both(critic, moments, Moments.mean) - truth, both(critic, moments, Moments.of_mean), size)
         z[critic] = dict(zip(ESTIMATORS, off, strict=True))
     worst = max(z["exact"][name] for name in UNBIASED)
-    bar = beyond_chance(len(UNBIASED))
+    bar = critical_z(len(UNBIASED))
     run.result("exact_critic_z", worst, baseline=z["half_learned"]["td"], target=bar, higher=False)
 
 
@@ -236,7 +237,7 @@ def judge_gradients(run, slopes: Slopes, drawn: bool) -> None:
     lengths = np.linalg.norm(mean, axis=1) * np.linalg.norm(wanted)
     cosine = dict(zip(GRADIENTS, mean @ wanted / np.maximum(lengths, 1e-300), strict=True))
     worst = max(z[name] for name in UNBIASED_GRADIENTS)
-    bar = beyond_chance(len(UNBIASED_GRADIENTS))
+    bar = critical_z(len(UNBIASED_GRADIENTS))
     run.result("gradient_z", worst, baseline=z["group_normalized"], target=bar, higher=False)
     name, bar = "optimal_baseline", 0.5 if drawn else None
     run.result(f"variance_with_{name}", spread[name], error=error[name], baseline=1.0, target=bar, higher=False)

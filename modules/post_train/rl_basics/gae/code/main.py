@@ -21,7 +21,7 @@ from finetune import ops, optim
 from finetune.errors import UserError
 from finetune.rl.envs import environments
 from finetune.rl.envs.rollout import Rollout, numpy_generator
-from finetune.rl.statistics import Moments, beyond_chance, bias_interval, chi, seen_by_the_gradient
+from finetune.rl.statistics import Moments, bias_interval, chi, critical_z, seen_by_the_gradient
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import MDP
 from finetune.rl.tabular.planning import evaluate
@@ -238,7 +238,7 @@ def judge_lambda(
     mean, chance = map(split, (moments.mean(), moments.of_mean()))
     z = {name: chi(mean[name] - expected[name], chance[name], size).max() for name in expected}
     confused = chi(mean["half_learned"] - truth, chance["half_learned"], size).max()
-    bar = beyond_chance(2 * len(cfg.lambdas))  # two critics at every λ
+    bar = critical_z(2 * len(cfg.lambdas))  # two critics at every λ
     run.result("exact_v_bias_z", z["exact"], baseline=confused, target=bar, higher=False)
     run.result("half_learned_v_expectation_z", z["half_learned"], target=bar, higher=False)
     bias = seen_by_the_gradient(expected["half_learned"] - truth, policy, counted)  # (λ,)

@@ -17,6 +17,7 @@ from torch import Tensor
 from finetune import ops
 from finetune.rl.advantages import whitened
 from finetune.rl.agents import policies
+from finetune.rl.agents.reward_scale import RewardSize
 from finetune.rl.agents.surrogate import (
     approximate_kl,
     clip_fraction,
@@ -28,7 +29,7 @@ from finetune.rl.envs import environments
 from finetune.rl.envs.evaluation import returns
 from finetune.rl.envs.rollout import Rollout, episode_seeds
 from finetune.rl.envs.vector import Vector
-from finetune.rl.statistics import RewardSize, mean_and_error
+from finetune.rl.statistics import mean_and_error
 
 SOLVED, WINDOW = 475.0, 20  # CartPole-v1 counts as solved at this mean return of so many last episodes
 JUDGED = 0.95  # the λ that is held to a target

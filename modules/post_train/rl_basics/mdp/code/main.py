@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from finetune.rl.envs.rollout import numpy_generator
-from finetune.rl.statistics import beyond_chance, standard_error
+from finetune.rl.statistics import critical_z, standard_error
 from finetune.rl.tabular import mdp as mdps
 from finetune.rl.tabular import planning, worlds
 from finetune.rl.tabular.mdp import MDP, Array
@@ -206,7 +206,7 @@ def judge_rollouts(cfg: Config, run, mdp: MDP, solvers: Solvers) -> None:
         away = 0.0
     else:
         away = away / error if error else math.inf
-    run.result("rollout_deviation", away, target=beyond_chance(2), higher=False)  # to either side
+    run.result("rollout_deviation", away, target=critical_z(2), higher=False)  # to either side
 
 
 def save_values(run, mdp: MDP, solvers: Solvers) -> None:
@@ -346,7 +346,7 @@ def judge_tiger(cfg: Config, run) -> None:
     run.result("tiger_above_qmdp", (pomdp.value(beliefs, stages[-1]) - bound).max(), target=1e-9, higher=False)
     returns, _ = pomdp.simulate(tiger, stages, cfg.rollouts, numpy_generator(run, "tiger"))
     error = returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.inf
-    run.result("tiger_deviation", abs(returns.mean() - worth) / error, target=beyond_chance(2), higher=False)
+    run.result("tiger_deviation", abs(returns.mean() - worth) / error, target=critical_z(2), higher=False)
 
     mild = pomdp.tiger(penalty=-10.0)  # to open blindly costs nothing on average, to listen does
     fearless = [pomdp.qmdp(mild, h + 1) for h in range(cfg.horizon)]
