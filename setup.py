@@ -1,4 +1,5 @@
-"""Builds finetune/_native.so with CMake; everything else about the package is in pyproject.toml."""
+"""Builds finetune/_native.so with CMake and installs triton_kernels/ as `finetune_triton_kernels` (Triton has a package
+of the folder's name); everything else about the package is in pyproject.toml."""
 
 import os
 import runpy
@@ -8,7 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -65,4 +66,9 @@ class CMakeBuild(build_ext):
         return str(Path(*name.split("."))) + ".so"
 
 
-setup(ext_modules=[Extension("finetune._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    packages=[*find_packages(include=["finetune", "finetune.*"]), "finetune_triton_kernels"],
+    package_dir={"finetune_triton_kernels": "triton_kernels"},
+    ext_modules=[Extension("finetune._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

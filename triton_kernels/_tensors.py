@@ -10,13 +10,14 @@ is the same for all of a block's threads: whole blocks move 16 bytes a thread, a
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check
+from ._common import check
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 BLOCK = 4096  # elements of a program
@@ -71,13 +72,13 @@ def by_dtype(*lists: list[Tensor]) -> list[list[list[Tensor]]]:
 
 
 def pointers(
-    *lists: list[Tensor], beside: tuple[list[Tensor], ...] = (), block: int = BLOCK
+    *lists: list[Tensor], others: Sequence[list[Tensor]] = (), block: int = BLOCK
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """table (n, 3 + lists), owner (blocks,), and the constants WIDTH and BLOCK. `beside`: more lists, of tensors
+    """table (n, 3 + lists), owner (blocks,), and the constants WIDTH and BLOCK. `others`: more lists, of tensors
     of other sizes."""
     sizes, device = [t.numel() for t in lists[0]], lists[0][0].device
     check(all(not ts or [t.numel() for t in ts] == sizes for ts in lists), "lists of tensors", "their sizes must match")
-    lists = (*lists, *beside)
+    lists = (*lists, *others)
     alike = all(t.is_contiguous() and t.device == device for tensors in lists for t in tensors)
     check(alike, "lists of tensors", "they must be contiguous and on one device")
     rows, first = [], 0

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check
-from triton_kernels._tensors import TYPES, block_of, by_dtype, load, pointer, pointers, store
+from ._common import check
+from ._tensors import TYPES, block_of, by_dtype, load, pointer, pointers, store
 
 
 @triton.jit

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check
-from triton_kernels._tensors import TYPES, block_of, by_dtype, load, pointer, pointers, store
-from triton_kernels.adamw import numbers
+from ._common import check
+from ._tensors import TYPES, block_of, by_dtype, load, pointer, pointers, store
+from .adamw import numbers
 
 SHARING = 256  # elements with one absmax
 
@@ -105,7 +105,7 @@ def adamw8bit_(
         check(enough, "adamw8bit_", "there must be a float32 for every 256 elements")
     grads = [g.contiguous() for g in grads]
     for lists in by_dtype(params, grads, exp_avgs, exp_avg_sqs, masters, exp_avg_maxs, exp_avg_sq_maxs):
-        table, owner, constants = pointers(*lists[:5], beside=lists[5:], block=512)
+        table, owner, constants = pointers(*lists[:5], others=lists[5:], block=512)
         scale = owner if scale_tensor is None else scale_tensor.to(owner.device)
         adamw8bit_kernel[(len(owner),)](
             table, owner, maps, middles, scale, grad_scale, *how, P=TYPES[lists[0][0].dtype],
@@ -125,5 +125,6 @@ def typical(dtype: torch.dtype):
         return (like(torch.uint8), like(torch.float32, (6912, 3))) * 2
 
     hyper, table = (1e-3, 0.9, 0.95, 1e-8, 0.1, 7), torch.empty(2, 256)
-    for masters in ([], like(torch.float32)):
+    none: list[Tensor] = []
+    for masters in (none, like(torch.float32)):
         yield "adamw8bit_", (like(dtype), like(dtype), *states(), masters, table, table, 1.0, None, *hyper)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import capability, check, empty_f32
+from ._common import capability, check, empty_f32
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check
+from ._common import check
 
 # float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, as the page numbers them; 8 bits are stored as bytes
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.uint8)

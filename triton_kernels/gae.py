@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check, empty_f32, warps
+from ._common import check, empty_f32, warps
 
 
 @triton.jit

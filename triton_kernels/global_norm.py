@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_kernels._common import empty_f32
-from triton_kernels.clip_grad_norm import norm_of, squares_of
+from ._common import empty_f32
+from .clip_grad_norm import norm_of, squares_of
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:

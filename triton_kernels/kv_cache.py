@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check, warps
-from triton_kernels._eight_bit import LARGEST, is_fp8, narrow, widen
+from ._common import check, warps
+from ._eight_bit import LARGEST, is_fp8, narrow, widen
 
 
 @triton.jit

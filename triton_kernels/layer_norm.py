@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check, empty_f32, sum_parts, tile
+from ._common import check, empty_f32, sum_parts, tile
 
 WIDEST = 8192  # columns that one tile may hold
 PARTS = 256  # of the rows, in the backward pass: a few for each processor of a large GPU

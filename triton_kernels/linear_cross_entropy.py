@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check, empty_f32
+from ._common import check, empty_f32
 
 CHUNK_BYTES = 64 << 20  # of D
 PROGRAMS = 1024  # about as many in the first step, by parts of the vocabulary where there are few rows
@@ -160,7 +160,7 @@ def gradients(
     before = max(scale, 1 / 1024)
     after = scale / before
     dlogits = x.new_empty(chunk, vocab)
-    total = dweight if chunk == rows else torch.zeros_like(weight, dtype=torch.float32) if dweight is not None else None
+    dweight_sum = None if dweight is None or chunk == rows else torch.zeros_like(weight, dtype=torch.float32)
     for start in range(0, rows, chunk):
         part = x[start : start + chunk]
         d = dlogits[: len(part)]
@@ -168,12 +168,12 @@ def gradients(
         dlogits_kernel[grid](x, weight, targets, stats, d, start, rows, len(part), vocab, dim, before, **shape)
         if dx is not None:
             torch.mm(d, weight, out=dx[start : start + chunk])
-        if chunk == rows and dweight is not None:
-            torch.mm(d.t(), part, out=dweight)
+        if dweight_sum is not None:
+            dweight_sum += d.t() @ part
         elif dweight is not None:
-            total += d.t() @ part
-    if dweight is not None and total is not dweight:
-        dweight.copy_(total)
+            torch.mm(d.t(), part, out=dweight)
+    if dweight is not None and dweight_sum is not None:
+        dweight.copy_(dweight_sum)
     if after != 1:
         for grad in (dx, dweight):
             if grad is not None:
@@ -201,7 +201,7 @@ def linear_cross_entropy(
     if x_grad or weight_grad:
         dgiven = (torch.empty_like(given) if few else dx) if x_grad else None
         gradients(given, weight, wanted, stats, scale, dgiven, dweight if weight_grad else None)
-        if x_grad and few:
+        if dgiven is not None and few:
             dx[positions] = dgiven
     return (losses.sum(dtype=torch.float64) * scale).float(), dx, dweight
 

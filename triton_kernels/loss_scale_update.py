@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check
+from ._common import check
 
 
 @triton.jit

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check, empty_f32
-from triton_kernels._eight_bit import is_fp8, widen
+from ._common import check, empty_f32
+from ._eight_bit import is_fp8, widen
 
 PIECE = 256
 LOG2E = tl.constexpr(1.4426950408889634)

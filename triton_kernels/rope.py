@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check, tile
+from ._common import check, tile
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import as_rows, check, tile
+from ._common import as_rows, check, tile
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import as_rows, check, empty_f32, tile
+from ._common import as_rows, check, empty_f32, tile
 
 
 @triton.jit

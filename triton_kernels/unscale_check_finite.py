@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels._common import check, empty_f32
-from triton_kernels._tensors import TYPES, block_of, by_dtype, load, pointer, pointers, store
+from ._common import check, empty_f32
+from ._tensors import TYPES, block_of, by_dtype, load, pointer, pointers, store
 
 
 @triton.jit

@@ -1,8 +1,10 @@
 """The torch library `finetune_triton`: the operators of `triton_kernels/<op>.py` under the schemas of the native ones.
 
 A kernel file ends in `OPERATORS`, a dict from an operator's name to a function with the native operator's arguments
-and results (`rms_norm`, `rms_norm_backward`, …), so the op's page needs nothing of its own for Triton. The kernels are
+and results (`rms_norm`, `rms_norm_backward`, …), so an op file contains nothing specific to Triton. The kernels are
 compiled for CUDA tensors; with TRITON_INTERPRET=1 in the environment they are interpreted on CPU tensors.
+
+The folder `triton_kernels/` is imported as `finetune_triton_kernels`: Triton itself ships a package `triton_kernels`.
 """
 
 from __future__ import annotations
@@ -10,21 +12,37 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune.errors import UserError
 from finetune.ops._library import check_devices
 
 if TYPE_CHECKING:
     from finetune.ops._op import Op
 
 LIBRARY = "finetune_triton"
-KERNELS = Path(__file__).parents[2] / "triton_kernels"
+PACKAGE = "finetune_triton_kernels"
+CHECKOUT = Path(__file__).parents[2]
 loaded: dict[str, str | None] = {}  # op → None or why not
 library: torch.library.Library | None = None
+
+
+def kernels_folder() -> Path:
+    """The folder of the kernel files: the checkout's `triton_kernels/`, or the package that a wheel installed."""
+    if (CHECKOUT / "csrc" / "sources.txt").exists():  # in site-packages, triton_kernels/ next to us would be Triton's
+        return CHECKOUT / "triton_kernels"
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the package {PACKAGE} is missing from this installation: install finetune-lab again")
+    return Path(spec.submodule_search_locations[0])
+
+
+KERNELS = kernels_folder()
 
 
 def interpreted() -> bool:
@@ -39,13 +57,19 @@ def load(op: Op) -> str | None:
 
 
 def kernels(op: str) -> Any:
-    """The module triton_kernels.<op>."""
+    """The Python module of triton_kernels/<op>.py."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a · b + c rounds once; Triton 3.10 changes its default
     if interpreted():
         from finetune.ops import _interpreter
 
         _interpreter.repair()
-    return importlib.import_module(f"triton_kernels.{op}")
+    if PACKAGE not in sys.modules:  # by location: a checkout on PYTHONPATH wins over one that is installed
+        spec = importlib.util.spec_from_file_location(PACKAGE, KERNELS / "__init__.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[PACKAGE])
+    return importlib.import_module(f"{PACKAGE}.{op}")
 
 
 def define(op: Op) -> str | None:

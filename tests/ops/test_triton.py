@@ -128,8 +128,7 @@ def test_rows_wider_than_a_tile(op, monkeypatch):
 def test_lists_take_whole_and_misaligned_blocks_alike():
     """Blocks of 2048 and 4096 elements without a mask, the last of a tensor and all of a misaligned one with it: the
     same bits, and the table says which is which."""
-    from triton_kernels._tensors import pointers
-
+    pointers = _triton.kernels("_tensors").pointers
     g = torch.Generator().manual_seed(0)
     sizes, results, tables = (9000, 5, 4096), [], []
     given = [[torch.randn(n, generator=g) for n in sizes] for _ in range(3)]
