@@ -1,8 +1,9 @@
-"""Estimates of the advantage from rollouts, besides GAE, which is the op `gae` (λ = 0: the TD error; λ = 1: the whole
-return less V). Off-policy: `log_ratios` are log π(a|s) − log μ(a|s) of the actions that μ took.
+"""Advantage estimators (n-step, UPGO, V-trace, Retrace, tree-backup, RLOO, GRPO), whitening, and KL rewards by token.
 
-As in the op: all (T, N); next_values is V of the state that each step reached; nothing crosses the end of an episode;
-one that terminated is worth 0, one that was truncated what V says. No gradients.
+GAE is the op `finetune.ops.gae` (λ = 0: the TD error; λ = 1: the return minus V). Conventions are the op's: tensors are
+(T, N); `next_values` is V of the state that each step reached, before any reset; no sum crosses the end of an episode;
+a terminated episode has value 0 behind its end, a truncated one bootstraps from `next_values`. Off-policy, `log_ratios`
+are log π(a|s) − log μ(a|s) of the actions that the behavior policy μ took. Nothing here is differentiable.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from finetune.errors import UserError
 
 
 def returns_to_go(rewards: Tensor, ends: Tensor, gamma: float) -> Tensor:
-    """r_t + γ r_{t+1} + … up to the end of the episode, or of the rollout."""
+    """G_t = r_t + γ r_{t+1} + … up to the end of the episode, or of the rollout."""
     rewards = _floating(rewards)
     zeros = torch.zeros_like(rewards)
     return ops.gae(rewards, zeros, zeros, ends, torch.zeros_like(ends), gamma=gamma, lam=1.0)[1]
 
 
 def td_errors(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, gamma: float) -> Tensor:
-    """δ_t = r_t + γ V(s_{t+1}) − V(s_t), without V(s_{t+1}) where nothing follows."""
+    """δ_t = r_t + γ V(s_{t+1}) − V(s_t), where V(s_{t+1}) of a terminated episode is 0."""
     return rewards + (gamma * next_values).masked_fill(terminated, 0.0) - values
 
 
@@ -37,15 +38,15 @@ def n_step(
     n: int,
     gamma: float,
 ) -> Tensor:
-    """Σ_{k<n} γ^k δ_{t+k}: n rewards, then the critic. Fewer where the episode or the rollout ends before."""
+    """n-step advantages Σ_{k<n} γ^k δ_{t+k}: n rewards, then the critic; fewer if the episode or rollout ends first."""
     deltas = td_errors(rewards, values, next_values, terminated, gamma)
-    ends, total = terminated | truncated, torch.zeros_like(deltas)
-    goes_on = torch.ones_like(ends)
+    ends, advantages = terminated | truncated, torch.zeros_like(deltas)
+    alive = torch.ones_like(ends)  # the episode of step t still runs at t + k
     for k in range(min(n, len(deltas))):
-        here = slice(0, len(deltas) - k)
-        total[here] += (gamma**k * deltas[k:]).masked_fill(~goes_on[here], 0.0)
-        goes_on[here] &= ~ends[k:]
-    return total
+        rows = slice(0, len(deltas) - k)
+        advantages[rows] += (gamma**k * deltas[k:]).masked_fill(~alive[rows], 0.0)
+        alive[rows] &= ~ends[k:]
+    return advantages
 
 
 @torch.no_grad()
@@ -62,12 +63,13 @@ def vtrace(
     rho_bar: float = 1.0,
     c_bar: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """V-trace (Espeholt et al. 2018, arXiv:1802.01561): advantages, and targets of V.
+    """V-trace (Espeholt et al. 2018, arXiv:1802.01561): the advantages and the targets of V.
 
         v_t = V_t + ρ_t δ_t + γ c_t (v_{t+1} − V_{t+1})     A_t = ρ_t (r_t + γ v_{t+1} − V_t)
         ρ = min(rho_bar, π/μ), c = λ min(c_bar, π/μ)
 
-    The targets belong to a policy between μ and π unless rho_bar is no bound (inf); c_bar bounds the variance only.
+    rho_bar decides whose values the targets are: those of π only without a bound (inf), otherwise those of a policy
+    between μ and π. c_bar limits the variance and does not move the fixed point.
     """
     ratios = log_ratios.exp()
     rho, c = ratios.clamp(max=rho_bar), lam * ratios.clamp(max=c_bar)
@@ -91,12 +93,12 @@ def retrace(
     gamma: float,
     lam: float = 1.0,
 ) -> Tensor:
-    """Retrace(λ) (Munos et al. 2016, arXiv:1606.02647): targets of Q(s_t, a_t); less V(s_t) they are advantages.
+    """Retrace(λ) (Munos et al. 2016, arXiv:1606.02647): targets of Q(s_t, a_t). Minus V(s_t) they are advantages.
 
         q_t = Q_t + δ_t + γ c_{t+1} (q_{t+1} − Q_{t+1})     δ_t = r_t + γ Σ_a π(a|s_{t+1}) Q(s_{t+1}, a) − Q_t
         c = λ min(1, π/μ)
 
-    action_values is Q of the actions taken, next_values the mean of Q under π in the state reached.
+    action_values are Q(s_t, a_t) of the actions taken, next_values E_{a~π} Q(s_{t+1}, a).
     """
     deltas = td_errors(rewards, action_values, next_values, terminated, gamma)
     traces = gamma * lam * _next(log_ratios.exp().clamp(max=1.0))
@@ -117,8 +119,8 @@ def tree_backup(
 ) -> Tensor:
     """Tree-backup(λ) (Precup et al. 2000): Retrace's targets of Q(s_t, a_t) with the traces c = λ π(a|s).
 
-    log_probs are log π(a|s) of the actions taken. How μ chose them need not be known, and no ratio can be large; the
-    traces are short wherever π spreads over several actions, even if μ = π.
+    log_probs are log π(a|s) of the actions taken. μ need not be known and no ratio can be large, but the traces decay
+    fast wherever π spreads over several actions, even if μ = π.
     """
     deltas = td_errors(rewards, action_values, next_values, terminated, gamma)
     return action_values + _backwards(deltas, gamma * lam * _next(log_probs.exp()), terminated | truncated)
@@ -128,84 +130,84 @@ def tree_backup(
 def upgo(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, *, gamma: float
 ) -> Tensor:
-    """Upgoing advantages (Vinyals et al. 2019, AlphaStar, methods): the return as long as it goes better than V says.
+    """UPGO, upgoing policy advantages (Vinyals et al. 2019, AlphaStar, methods): the return while it beats the critic.
 
         A_t = G_t − V_t     G_t = r_t + γ (G_{t+1} if r_{t+1} + γ V_{t+2} ≥ V_{t+1}, else V_{t+1})
 
-    With δ the TD error that is A_t = δ_t + γ 1[δ_{t+1} ≥ 0] A_{t+1}. Biased upwards: luck counts, bad luck does not.
+    In TD errors: A_t = δ_t + γ 1[δ_{t+1} ≥ 0] A_{t+1}. Biased upwards: good luck is kept, bad luck is replaced by V.
     """
     deltas = td_errors(rewards, values, next_values, terminated, gamma)
     return _backwards(deltas, gamma * _next((deltas >= 0).to(deltas.dtype)), terminated | truncated)
 
 
 def leave_one_out(returns: Tensor) -> Tensor:
-    """(…, K) returns of one group → each less the mean of the others: unbiased, as the baseline knows nothing of it.
-    UserError if K is below 2."""
+    """RLOO: each of (…, K) returns of a group minus the mean of the others. Unbiased, as that baseline is independent
+    of the return it is subtracted from. UserError if K is below 2."""
     returns = _group(returns)
     k = returns.shape[-1]
     return (returns - returns.mean(-1, keepdim=True)) * (k / (k - 1))
 
 
 def group_normalized(returns: Tensor, eps: float = 1e-4) -> Tensor:
-    """(…, K) returns of one group → less their mean, over their standard deviation (n − 1) + eps, as GRPO does.
+    """GRPO (Shao et al. 2024, arXiv:2402.03300): (returns − mean) / (standard deviation + eps) of a group (…, K).
 
-    Biased: the mean holds the return itself, and the deviation makes hard and easy groups alike. UserError if K is
-    below 2: Shao et al. (2024, arXiv:2402.03300) compare the answers of a group, and one alone has no deviation.
+    The deviation is that of n − 1. Biased: the mean contains the return itself, and the deviation gives hard and easy
+    groups the same scale. UserError if K is below 2.
     """
     returns = _group(returns)
     return (returns - returns.mean(-1, keepdim=True)) / (returns.std(-1, keepdim=True) + eps)
 
 
 def _group(returns: Tensor) -> Tensor:
-    """(…, K) in floating point, K at least 2."""
+    """The returns (…, K) of groups in floating point, K at least 2."""
     count = returns.shape[-1] if returns.dim() else 1
     if count < 2:
-        raise UserError(f"a group of {count} has no other return to be compared with: it needs at least 2")
+        raise UserError(f"a group of {count} has no other return to compare with: it needs at least 2")
     return _floating(returns)
 
 
 def _floating(x: Tensor) -> Tensor:
-    """Rewards may be counted in integers."""
+    """Rewards may be integers."""
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
 def whitened(values: Tensor, mask: Tensor | None = None, *, center: bool = True, eps: float = 1e-8) -> Tensor:
-    """Less the mean, over the standard deviation (n − 1), both of all values that `mask` (the same shape, bool) counts,
-    as a loss sees them: a minibatch, or the tokens of its answers. 0 elsewhere, whatever stands there.
+    """Whitening: (values − mean) / standard deviation (n − 1), over the values that `mask` (same shape, bool) selects,
+    such as the tokens of a minibatch. Masked values are ignored, NaN included, and return 0.
 
-    center False: the mean is put back, for rewards, whose sign says something (Ziegler et al. 2019, arXiv:1909.08593).
+    center=False adds the mean back, for rewards, whose sign matters (Ziegler et al. 2019, arXiv:1909.08593).
     """
     values = _floating(values)
-    counts = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    n = counts.sum()
-    mean = values.masked_fill(~counts, 0.0).sum() / n.clamp(min=1)
-    off = (values - mean).masked_fill(~counts, 0.0)
+    keep = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    n = keep.sum()
+    mean = values.masked_fill(~keep, 0.0).sum() / n.clamp(min=1)
+    off = (values - mean).masked_fill(~keep, 0.0)
     white = off / ((off.square().sum() / (n - 1).clamp(min=1)).sqrt() + eps)
-    return white if center else (white + mean).masked_fill(~counts, 0.0)
+    return white if center else (white + mean).masked_fill(~keep, 0.0)
 
 
 @torch.no_grad()
 def token_rewards(scores: Tensor, log_probs: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """(T, N) rewards of the tokens of N answers: −β (log π − log π_ref) for each, and the score (N,) with the last one
-    (Ziegler et al. 2019, arXiv:1909.08593, eq. 2; Ouyang et al. 2022). mask (T, N) bool: the tokens of the answer.
+    """Per-token rewards (T, N) of N answers with a KL penalty: −β (log π − log π_ref) at each token, plus the answer's
+    score (N,) at its last one (Ziegler et al. 2019, arXiv:1909.08593, eq. 2). mask (T, N) bool selects its tokens.
     """
     return (-beta * (log_probs - reference)).masked_fill(~mask, 0.0) + last_token(mask) * scores
 
 
 def last_token(mask: Tensor) -> Tensor:
-    """(T, N) bool: the last of the tokens that `mask` counts in each column."""
+    """(T, N) bool: the last token that `mask` selects in each column."""
     return mask & (mask.flip(0).cumsum(0).flip(0) == 1)
 
 
 def _next(x: Tensor) -> Tensor:
-    """x_{t+1} at t, and 0 at the last."""
+    """Shifts by one step: x_{t+1} at t, 0 at the last step."""
     return torch.cat([x[1:], torch.zeros_like(x[:1])])
 
 
 def _backwards(terms: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
-    """x_t = terms_t + factors_t · x_{t+1}, without x_{t+1} at an end."""
-    found, x = torch.empty_like(terms), torch.zeros_like(terms[0])
+    """The recursion x_t = terms_t + factors_t · x_{t+1}, which starts again at the end of an episode."""
+    result, x = torch.empty_like(terms), torch.zeros_like(terms[0])
     for t in reversed(range(len(terms))):
         x = terms[t] + (factors[t] * x).masked_fill(ends[t], 0.0)
-        found[t] = x
-    return found
+        result[t] = x
+    return result

@@ -12,7 +12,7 @@ from finetune import ops
 from finetune.errors import UserError
 from finetune.rl.envs import environments
 from finetune.rl.envs.vector import Vector
-from finetune.rl.statistics import seen_by_the_gradient
+from finetune.rl.statistics import gradient_bias
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.sample import sample_tabular
 from finetune.runs import registry
@@ -139,7 +139,7 @@ def test_lambda_one_leaves_only_what_the_gradient_does_not_see():
     found = gae.expected_advantages(mdp, policy, V, 1.0, 2000)
     off = found - tables.advantages(mdp, policy)
     assert np.allclose(off, (tables.solve(mdp, policy) - V)[:, None], atol=1e-12)
-    assert seen_by_the_gradient(off.ravel(), policy, np.ones((9, 3), bool)) < 1e-12
+    assert gradient_bias(off.ravel(), policy, np.ones((9, 3), bool)) < 1e-12
 
 
 def test_the_bar_of_a_critic_is_the_standard_error_of_a_batch_of_returns():

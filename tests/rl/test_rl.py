@@ -16,7 +16,7 @@ from finetune.rl.agents import policies, surrogate
 from finetune.rl.agents.reward_scale import RewardScale
 from finetune.rl.envs import environments
 from finetune.rl.envs.evaluation import interval
-from finetune.rl.statistics import Moments, Welford, chi, chi_correlated
+from finetune.rl.statistics import Moments, Welford, chi_square_z, chi_square_z_correlated
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.sample import sample_tabular
 
@@ -350,7 +350,7 @@ def test_ppos_losses_and_gradient_are_torchrls(clip_value):
 def test_a_sum_of_squares_passes_3_as_often_as_a_normal_number_does(weights):
     draw, v = np.random.default_rng(5), np.array(weights)
     off = draw.standard_normal((200_000, len(v))) * np.sqrt(v)
-    for found in (chi(off, np.broadcast_to(v, off.shape)), chi_correlated(off, np.diag(v))):
+    for found in (chi_square_z(off, np.broadcast_to(v, off.shape)), chi_square_z_correlated(off, np.diag(v))):
         for bar, often in ((2, 0.0228), (3, 0.00135)):
             assert (found > bar).mean() == pytest.approx(often, rel=0.25)
 
@@ -366,8 +366,8 @@ def test_moments_are_numpys_and_know_what_chance_does():
         assert np.allclose(found.mean()[:, k], mine.mean(1))
         assert np.allclose(found.variance()[:, k], mine.var(1, ddof=1))
     assert np.isinf(found.variance()[:, 5]).all()
-    assert abs(chi(found.mean() - 2.0, found.of_mean())).max() < 4
-    assert chi(found.mean() - 2.5, found.of_mean()).min() > 6
+    assert abs(chi_square_z(found.mean() - 2.0, found.variance_of_mean())).max() < 4
+    assert chi_square_z(found.mean() - 2.5, found.variance_of_mean()).min() > 6
 
 
 # --- Policies, episodes, intervals

@@ -1,4 +1,4 @@
-"""Standard errors: of biases, of variances and their shares, and what the worst of several z may be."""
+"""finetune.rl.statistics: standard errors of biases, variances and their ratios; the critical z of several."""
 
 import math
 
@@ -8,13 +8,13 @@ import torch
 
 from finetune.rl.statistics import (
     Moments,
-    bias_interval,
-    chi,
+    chi_square_z,
     critical_z,
+    gradient_bias,
+    gradient_bias_interval,
     mean_and_error,
-    seen_by_the_gradient,
     standard_error,
-    variance_share,
+    variance_ratio,
 )
 
 ACTIONS = 3
@@ -29,9 +29,9 @@ def test_the_interval_of_a_bias_holds_it_as_often_as_it_says(size, cover):
     variance, bias = draw.uniform(0.01, 0.05, 6 * ACTIONS), size * draw.standard_normal(6 * ACTIONS)
     measured = bias + draw.standard_normal((2000, len(bias))) * np.sqrt(variance)
     variances = np.broadcast_to(variance, measured.shape)
-    middle, low, high = bias_interval(measured, policy, counted, variances)
-    true = seen_by_the_gradient(bias, policy, counted)
-    assert np.allclose(middle, seen_by_the_gradient(measured, policy, counted, variances))
+    middle, low, high = gradient_bias_interval(measured, policy, counted, variances)
+    true = gradient_bias(bias, policy, counted)
+    assert np.allclose(middle, gradient_bias(measured, policy, counted, variances))
     assert cover[0] <= ((low <= true) & (true <= high)).mean() <= cover[1]
     assert (high > middle).all()
 
@@ -44,7 +44,7 @@ def test_the_error_of_a_variance_is_how_far_it_scatters():
         moments = Moments(1, 2)
         x = torch.randn(400, generator=draw, dtype=torch.float64).mul(0.8).exp()
         moments.add(torch.arange(400) % 2, x[None])
-        variance, error = moments.mean_variance(np.array([True, True]))
+        variance, error = moments.average_variance(np.array([True, True]))
         found.append(variance[0])
         errors.append(error[0])
     assert np.median(errors) == pytest.approx(np.std(found), rel=0.5)
@@ -65,14 +65,14 @@ def test_the_error_of_a_share_of_variance_knows_that_the_samples_are_the_same():
     found, errors, apart = [], [], []
     for _ in range(300):
         whole = draw.standard_normal((50, 3))
-        share, error = variance_share(0.5 * whole + 0.1 * draw.standard_normal((50, 3)), whole)
+        share, error = variance_ratio(0.5 * whole + 0.1 * draw.standard_normal((50, 3)), whole)
         found.append(share)
         errors.append(error)
-        apart.append(variance_share(0.5 * draw.standard_normal((50, 3)), whole)[0])
+        apart.append(variance_ratio(0.5 * draw.standard_normal((50, 3)), whole)[0])
     assert np.mean(found) == pytest.approx(0.26, abs=0.01)
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.15)
     assert np.std(apart) > 3 * np.std(found)  # independent samples scatter far more
-    assert variance_share(whole, whole) == (1.0, 0.0)
+    assert variance_ratio(whole, whole) == (1.0, 0.0)
 
 
 def test_right_results_pass_the_bar_of_the_worst_of_several():
@@ -86,8 +86,8 @@ def test_right_results_pass_the_bar_of_the_worst_of_several():
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e9])
 def test_rounding_is_no_bias_at_any_scale(size):
     off = size * 1e-15 * np.ones(20)
-    assert chi(off, np.zeros(20), size) < 0
-    assert chi(1e6 * off, np.zeros(20), size) > 100
+    assert chi_square_z(off, np.zeros(20), size) < 0
+    assert chi_square_z(1e6 * off, np.zeros(20), size) > 100
 
 
 def test_trainings_are_the_samples_where_there_are_several():

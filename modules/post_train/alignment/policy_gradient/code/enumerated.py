@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.rl.advantages import returns_to_go
 from finetune.rl.envs.rollout import Rollout
-from finetune.rl.statistics import chi_correlated
+from finetune.rl.statistics import chi_square_z_correlated
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import MDP
 from finetune.rl.tabular.sample import sample_tabular
@@ -115,7 +115,7 @@ def batch_means(estimates: Tensor, rows: int) -> np.ndarray:
 
 def z_score(found: np.ndarray, wanted: Tensor) -> float:
     """How far the mean of independent estimates (M, D) is from `wanted`, in standard deviations of what chance does."""
-    return float(chi_correlated(found.mean(0) - wanted.numpy(), np.cov(found.T) / len(found)))
+    return float(chi_square_z_correlated(found.mean(0) - wanted.numpy(), np.cov(found.T) / len(found)))
 
 
 def total_variance(found: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.rl.advantages import returns_to_go
 from finetune.rl.envs.rollout import Rollout
-from finetune.rl.statistics import standard_error, variance_share
+from finetune.rl.statistics import standard_error, variance_ratio
 
 from . import enumerated
 from .enumerated import batch_means, by_episode, discounts, total_variance, z_score
@@ -82,7 +82,7 @@ def compare(draw: np.random.Generator, episodes: int) -> dict[str, dict[str, lis
             found[way]["variance"].append(total_variance(means))
             estimates[way] = means
         for way, means in estimates.items():
-            share, error = variance_share(means, estimates["trajectory"])
+            share, error = variance_ratio(means, estimates["trajectory"])
             found[way]["share"].append(share)
             found[way]["share_error"].append(error)
         weights = log_ratios.sum(0).exp()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.rl.envs.rollout import Rollout
-from finetune.rl.statistics import chi_correlated, variance_share
+from finetune.rl.statistics import chi_square_z_correlated, variance_ratio
 
 from . import enumerated
 from .enumerated import batch_means, by_episode, discounts, to_go, z_score
@@ -82,7 +82,7 @@ def listed(draw: np.random.Generator, episodes: int, rows: int) -> dict[str, Sha
             psi = torch.cat([advantages(group, mdp.gamma, name, None)[0] for group in groups], 1)
         means = batch_means(by_episode(rollout, logits, discounts(mdp.gamma, psi) * psi), rows)
         whole = means if whole is None else whole
-        found[name] = Share(*variance_share(means, whole), z_score(means, wanted))
+        found[name] = Share(*variance_ratio(means, whole), z_score(means, wanted))
     return found
 
 
@@ -107,6 +107,6 @@ def of_network(
     found = {}
     for name, g in rows.items():
         off = ((g - rows["none"]) @ directions).numpy()  # of the same episodes, so most of the noise is gone
-        z = 0.0 if name == "none" else float(chi_correlated(off.mean(0), np.cov(off.T) / len(off)))
-        found[name] = Share(*variance_share(g.numpy(), rows["none"].numpy()), z)
+        z = 0.0 if name == "none" else float(chi_square_z_correlated(off.mean(0), np.cov(off.T) / len(off)))
+        found[name] = Share(*variance_ratio(g.numpy(), rows["none"].numpy()), z)
     return found

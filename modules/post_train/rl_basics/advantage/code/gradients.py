@@ -11,7 +11,7 @@ from finetune import ops
 from finetune.rl.advantages import group_normalized, leave_one_out, returns_to_go, whitened
 from finetune.rl.agents.reward_scale import RewardScale
 from finetune.rl.envs.rollout import Rollout
-from finetune.rl.statistics import chi_correlated
+from finetune.rl.statistics import chi_square_z_correlated
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import MDP
 
@@ -92,7 +92,7 @@ class Slopes:
         mean = self.mean() @ self.basis.numpy()
         C = ((self.outer / self.count).numpy() - mean[:, :, None] * mean[:, None]) / float(self.count)
         size = float(abs(self.wanted).max())
-        return chi_correlated(mean - self.wanted @ self.basis.numpy(), C, size)
+        return chi_square_z_correlated(mean - self.wanted @ self.basis.numpy(), C, size)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in SUMS}

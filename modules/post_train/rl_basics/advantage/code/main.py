@@ -18,7 +18,7 @@ from finetune import ops
 from finetune.rl.advantages import group_normalized, leave_one_out, n_step, retrace, tree_backup, upgo, vtrace
 from finetune.rl.agents.reward_scale import RewardScale
 from finetune.rl.envs.rollout import Rollout, numpy_generator
-from finetune.rl.statistics import Moments, bias_interval, chi, critical_z, seen_by_the_gradient
+from finetune.rl.statistics import Moments, chi_square_z, critical_z, gradient_bias, gradient_bias_interval
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import MDP
 from finetune.rl.tabular.planning import evaluate
@@ -95,7 +95,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
             moments[f"{name}_off_policy"].add(pairs_of(theirs, mdp), found)
         slopes.add(gradients(cfg.group, cfg.lam, mdp, whole, policy, V, scale))
         off = both("half_learned", moments, Moments.mean) - truth
-        errors = seen_by_the_gradient(off, policy, counted)
+        errors = gradient_bias(off, policy, counted)
         run.log(step, **{f"error_{name}": error for name, error in zip(ESTIMATORS, errors, strict=True)})
 
     judge_exact(run, mdp, policy, counted)
@@ -220,7 +220,9 @@ def magnitude(x: np.ndarray) -> float:
 def judge_unbiased(run, truth: np.ndarray, moments: dict[str, Moments], size: float) -> None:
     z = {}
     for critic in ("exact", "half_learned"):
-        off = chi(both(critic, moments, Moments.mean) - truth, both(critic, moments, Moments.of_mean), size)
+        off = chi_square_z(
+            both(critic, moments, Moments.mean) - truth, both(critic, moments, Moments.variance_of_mean), size
+        )
         z[critic] = dict(zip(ESTIMATORS, off, strict=True))
     worst = max(z["exact"][name] for name in UNBIASED)
     bar = critical_z(len(UNBIASED))
@@ -270,10 +272,12 @@ def show_estimators(
     rows: list[dict[str, Any]] = [{"estimator": name} for name in ESTIMATORS]
     found: dict[str, dict[str, float]] = {}
     for critic in ("exact", "half_learned"):
-        mean, variance, chance = (both(critic, moments, f) for f in (Moments.mean, Moments.variance, Moments.of_mean))
+        mean, variance, chance = (
+            both(critic, moments, f) for f in (Moments.mean, Moments.variance, Moments.variance_of_mean)
+        )
         known = counted & np.isfinite(variance[0].reshape(counted.shape))
-        intervals = np.stack(bias_interval(mean - truth, policy, known, chance), 1)  # (estimators, 3)
-        averaged = [moments[f"{critic}_{side}"].mean_variance(known.ravel()) for side in ("on_policy", "off_policy")]
+        intervals = np.stack(gradient_bias_interval(mean - truth, policy, known, chance), 1)  # (estimators, 3)
+        averaged = [moments[f"{critic}_{side}"].average_variance(known.ravel()) for side in ("on_policy", "off_policy")]
         deviation, error = (np.concatenate(part) for part in zip(*averaged, strict=True))
         deviation = np.sqrt(deviation)
         error = np.divide(error, 2 * deviation, out=np.zeros_like(error), where=deviation > 0)

@@ -21,7 +21,7 @@ from finetune import ops, optim
 from finetune.errors import UserError
 from finetune.rl.envs import environments
 from finetune.rl.envs.rollout import Rollout, numpy_generator
-from finetune.rl.statistics import Moments, bias_interval, chi, critical_z, seen_by_the_gradient
+from finetune.rl.statistics import Moments, chi_square_z, critical_z, gradient_bias, gradient_bias_interval
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import MDP
 from finetune.rl.tabular.planning import evaluate
@@ -235,16 +235,17 @@ def judge_lambda(
     def split(values: np.ndarray) -> dict[str, np.ndarray]:  # (critics · λ, S·A) → name: (λ, S·A)
         return dict(zip(expected, values.reshape(len(expected), -1, values.shape[1]), strict=True))
 
-    mean, chance = map(split, (moments.mean(), moments.of_mean()))
-    z = {name: chi(mean[name] - expected[name], chance[name], size).max() for name in expected}
-    confused = chi(mean["half_learned"] - truth, chance["half_learned"], size).max()
+    mean, chance = map(split, (moments.mean(), moments.variance_of_mean()))
+    z = {name: chi_square_z(mean[name] - expected[name], chance[name], size).max() for name in expected}
+    confused = chi_square_z(mean["half_learned"] - truth, chance["half_learned"], size).max()
     bar = critical_z(2 * len(cfg.lambdas))  # two critics at every λ
     run.result("exact_v_bias_z", z["exact"], baseline=confused, target=bar, higher=False)
     run.result("half_learned_v_expectation_z", z["half_learned"], target=bar, higher=False)
-    bias = seen_by_the_gradient(expected["half_learned"] - truth, policy, counted)  # (λ,)
-    measured = {n: bias_interval(mean[n] - truth, policy, counted, chance[n]) for n in expected}
+    bias = gradient_bias(expected["half_learned"] - truth, policy, counted)  # (λ,)
+    measured = {n: gradient_bias_interval(mean[n] - truth, policy, counted, chance[n]) for n in expected}
     noise, noise_error = (
-        dict(zip(expected, x.reshape(len(expected), -1), strict=True)) for x in moments.mean_variance(counted.ravel())
+        dict(zip(expected, x.reshape(len(expected), -1), strict=True))
+        for x in moments.average_variance(counted.ravel())
     )  # (λ,)
     drawn = cfg.data is None  # in a world of one's own neither has to hold
     falls, rises = growth(bias), growth(noise["half_learned"])
