@@ -1,5 +1,7 @@
 """What can be grepped of the project's layout rules."""
 
+import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -10,6 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path.parent for path in ROOT.glob("modules/*/*/*/module.toml"))
 PEERS = ("transformers", "peft", "trl", "diffusers", "d3rlpy", "stable_baselines3", "torchrl", "accelerate", "datasets")
+
+
+# The rooms of finetune/, the lowest first: a file imports from its own room and from those before it.
+ROOMS = (
+    "errors", "ops", "runs", "optim", "kernels", "lm", "lm/io", "peft", "data",
+    "rl", "rl/envs", "rl/agents", "rl/tabular", "memory", "interview", "chat", "doctor", "smoke", "cli",
+)  # fmt: skip
+# Deep reinforcement learning and environments know nothing of tables.
+APART = {"rl/envs": {"rl/agents", "rl/tabular"}, "rl/agents": {"rl/tabular"}}
 
 
 def tracked() -> list[Path]:
@@ -44,6 +55,54 @@ def test_sources_txt_equals_the_disk():
     assert all(
         set(levels) <= {"portable", "avx2", "avx512", "amx"} and "portable" in levels for levels in sources().values()
     )
+
+
+def imports(path: Path) -> set[Path]:
+    """The files of the project that this one imports, also within functions; not those for type checkers alone."""
+
+    def file(name: str) -> Path | None:
+        stem = ROOT / name.replace(".", "/")
+        return next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()), None)
+
+    def nodes(node: ast.AST):
+        for child in ast.iter_child_nodes(node):
+            if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)):
+                yield child
+                yield from nodes(child)
+
+    found = set()
+    for node in nodes(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {file(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{path}: a relative import"
+            found |= {file(f"{node.module}.{alias.name}") or file(node.module) for alias in node.names}
+    return {p for p in found if p and p.is_relative_to(ROOT / "finetune")} - {path}
+
+
+def room(path: Path) -> str:
+    """The longest name in ROOMS that the file lies under."""
+    name = path.relative_to(ROOT / "finetune").with_suffix("").as_posix()
+    return max((r for r in ROOMS if name == r or name.startswith(f"{r}/")), key=len)
+
+
+PYTHON = {p: imports(p) for p in (ROOT / "finetune").rglob("*.py") if p.parent != ROOT / "finetune" or p.stem[0] != "_"}
+
+
+def test_no_import_circle():
+    try:
+        graphlib.TopologicalSorter(PYTHON).prepare()
+    except graphlib.CycleError as e:
+        pytest.fail(" → ".join(str(p.relative_to(ROOT)) for p in e.args[1]))
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_arrows_between_rooms_go_down(path):
+    here = room(path)
+    for used in PYTHON[path]:
+        there = room(used)
+        assert ROOMS.index(there) <= ROOMS.index(here), f"{here} is below {there}"
+        assert there not in APART.get(here, ()), f"{here} imports {there}"
 
 
 def test_torch_headers_only_in_bindings():

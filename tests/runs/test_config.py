@@ -24,6 +24,13 @@ class Config(config.Config):
     kind: Literal["a", "beta"] = "a"
     packing: bool = True
     name: str = "x#y"  # a text with a # in it
+    # --- SAC (2018)
+    tau: float = 0.005  # share of the new weights
+    # --- TD3
+    # noise of the
+    noise: float = 0.2  # target
+    # ---
+    last: int = 1
 
 
 def parse(*argv):
@@ -46,6 +53,13 @@ def test_comments_are_the_help():
     assert found["seed"] == "the same seed gives the same run"
     assert found["name"] == "a text with a # in it"
     assert found["kind"] == ""
+    assert found["noise"] == "noise of the target"
+
+
+def test_a_line_of_comment_opens_a_group():
+    groups = {f.name: f.group for f in config.describe(Config)}
+    assert (groups["seed"], groups["name"], groups["last"]) == ("", "", "")
+    assert (groups["tau"], groups["noise"]) == ("SAC (2018)", "TD3")
 
 
 @pytest.mark.parametrize(

@@ -97,10 +97,29 @@ def test_the_readme_shows_the_standard_errors(tmp_path):
     readme = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(readme)
     result = Run(tmp_path / "run", config.Config(), console=Console(file=io.StringIO()))
-    result.judge("mean", 2.0, error=0.25, target=1.0)
+    result.result("mean", 2.0, error=0.25, target=1.0)
     (tmp_path / "summary.json").write_text(json.dumps({"module": "x"} | result.summary({"exact": 3.0})))
     settings = {"machine": {"cpu": "a CPU"}, "config": {"threads": 1}, "versions": {"python": "3"}}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     shown = readme.measured(tmp_path)
     assert "mean" in shown
     assert "2.00 ± 0.25" in shown
+
+
+def test_checks_are_not_in_the_table_unless_they_break_their_bound(run):
+    run.result("good", 2.0, target=1.0)
+    run.check("exact", 1e-12, at_most=1e-9)
+    run.check("z", 1.5, error=0.5)  # recorded only
+    text = shown(run)
+    assert "exact" not in text
+    assert text["1"][:5] == ["of", "1", "checks", "hold", "(`checks`"]
+    summary = run.summary({})
+    assert summary["checks"]["z"] == {"value": 1.5, "error": 0.5, "passed": True}
+    assert summary["passed"] is True
+    run.check("control", 0.3, at_least=0.5)
+    assert "control" not in run.summary({})["metrics"]
+    assert run.summary({})["passed"] is False
+    display.closing(run.console, run.summary({}), run.judged, run.dir)
+    assert "check failed: control is 0.3, must be at least 0.5" in run.console.file.getvalue()
+    with pytest.raises(NotFinite, match="z is nan"):
+        run.check("z", math.nan)

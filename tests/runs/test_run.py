@@ -325,7 +325,7 @@ def test_what_follows_the_last_step_can_be_repeated(whole, tmp_path, monkeypatch
         raise UserError("no room for samples")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.runs.run.Run.samples", fails)
+        patch.setattr("finetune.runs.run.Run.table", fails)
         with pytest.raises(UserError, match=r"no room for samples; what was trained is kept in .* finetune finish"):
             run(folder)
     assert not (folder / "summary.json").exists()
@@ -341,7 +341,7 @@ def test_what_follows_the_last_step_can_be_repeated(whole, tmp_path, monkeypatch
 def test_a_result_that_is_not_finite_is_no_result(tmp_path):
     one = Run(tmp_path / "run", settings())
     with pytest.raises(NotFinite, match="error is nan, which is no result"):
-        one.judge("error", float("nan"))
+        one.result("error", float("nan"))
     with pytest.raises(NotFinite, match="speed became inf at step 3"):
         one.log(3, speed=float("inf"))
     with pytest.raises(UserError, match=r"summary.json is not written: metrics.x is not a finite number"):

@@ -328,5 +328,5 @@ def shape_of(cfg: Config) -> LlamaConfig:
 
 def plan_of(cfg: Config, method: Method) -> memory.Setup:
     row = torch.empty(1, 1, dtype=torch.int64).expand(1, cfg.batch * cfg.max_length)
-    whole = task.data.Batch(row, row, row, torch.tensor([0, row.numel()]))
+    whole = task.packing.Batch(row, row, row, torch.tensor([0, row.numel()]))
     return setup(method, whole, "fp32", cfg.targets)
