@@ -26,7 +26,7 @@ import torch
 from timing import Times
 
 from finetune.errors import UserError
-from finetune.rl.agents.discrete import QNetwork
+from finetune.rl.agents.networks import QNetwork
 from finetune.rl.envs import logged_data
 from finetune.runs import machine, registry
 

@@ -268,7 +268,7 @@ def test_sac_says_the_soft_value_and_pays_its_entropy():
     states = torch.randn(5, 3, generator=seeded())
     generator = seeded(1)
     params = sac.policy(states.repeat(20_000, 1))
-    actions, log_probs = sac.policy.sample(params, torch.randn(len(params), 1, generator=generator))
+    actions, log_probs = sac.policy.rsample(params, torch.randn(len(params), 1, generator=generator))
     soft = sac.q(states.repeat(20_000, 1), actions).amin(0) - 0.3 * log_probs
     assert torch.allclose(sac.values(states, draws=20_000), 2 * soft.view(-1, 5).mean(0), atol=0.04)
     paid = sac.bonus(states.expand(4000, 5, 3), generator)

@@ -11,8 +11,8 @@ import torch
 from resumed import resumes_to_the_same_bytes
 
 from finetune.errors import UserError
-from finetune.rl.agents.continuous import SquashedGaussian, TwinQ, polyak_
-from finetune.rl.agents.discrete import QNetwork, double_dqn_target, picked
+from finetune.rl.agents.networks import QNetwork, SquashedGaussian, TwinQ
+from finetune.rl.agents.targets import double_dqn_target, gather_actions, polyak_
 from finetune.rl.envs import logged_data
 from finetune.rl.envs.replay import Transitions
 from finetune.runs import registry
@@ -184,7 +184,7 @@ def test_alpha_zero_is_an_update_of_sac():
     policy, q, target = (copy.deepcopy(part) for part in (one.policy, one.q, one.target))
     noise = torch.randn(20, 16, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        after, log_after = policy.sample(policy(batch.next_observations), noise[0])
+        after, log_after = policy.rsample(policy(batch.next_observations), noise[0])
         soft = target(batch.next_observations, after).min(0).values - 0.1 * log_after
         wanted = batch.rewards + 0.9 * (1 - batch.terminated.float()) * soft
 
@@ -195,7 +195,7 @@ def test_alpha_zero_is_an_update_of_sac():
         optimizer.step()
 
     descend(q, sum(((values - wanted) ** 2).mean() for values in q(batch.observations, batch.actions)))
-    actions, log_probs = policy.sample(policy(batch.observations), noise[7])
+    actions, log_probs = policy.rsample(policy(batch.observations), noise[7])
     descend(policy, (0.1 * log_probs - q(batch.observations, actions).min(0).values).mean())
     one.update(batch, torch.zeros(16), torch.Generator().manual_seed(0))
     for mine, theirs in ((one.q, q), (one.policy, policy)):
@@ -229,7 +229,7 @@ def test_the_backups_are_their_definitions():
     for backup in ("soft", "plain", "max"):
         one = actor_critic(1.0, backup=backup)
         params = one.policy(batch.next_observations)
-        actions, log_probs = one.policy.sample(params, noise)
+        actions, log_probs = one.policy.rsample(params, noise)
         values = one.target(batch.next_observations, actions).amin(0)
         wanted = {"max": values.amax(0), "plain": values[0], "soft": values[0] - 0.1 * log_probs[0]}[backup]
         target = batch.rewards + torch.where(batch.terminated, 0.0, 0.9 * wanted)
@@ -324,7 +324,7 @@ def test_the_discrete_gap_is_torchrls():
     values = one.q(batch.observations)
     after = one.q(batch.next_observations)
     wanted = double_dqn_target(after, after, batch.rewards, batch.terminated, 0.9)
-    taken = picked(values, batch.actions)
+    taken = gather_actions(values, batch.actions)
     assert found["loss_cql"] == pytest.approx(losses.cql_h(values, batch.actions).mean().item(), rel=1e-5)
     assert found["loss_qvalue"] == pytest.approx(0.5 * (taken - wanted).square().mean().item(), rel=1e-5)
 

@@ -11,7 +11,7 @@ import torch
 from resumed import resumes_to_the_same_bytes
 
 from finetune.errors import UserError
-from finetune.rl.agents.policies import Categorical
+from finetune.rl.agents.networks import Categorical
 from finetune.rl.envs.rollout import Rollout
 from finetune.rl.tabular import mdp as tables
 from finetune.runs import registry

@@ -6,7 +6,7 @@ import importlib
 import pytest
 import torch
 
-from finetune.rl.agents.discrete import picked, td_loss
+from finetune.rl.agents.targets import gather_actions, td_loss
 from finetune.rl.envs import environments
 from finetune.rl.envs.replay import Transitions
 from finetune.rl.envs.vector import Vector
@@ -73,7 +73,7 @@ def test_losses_and_gradients_of_dqn_are_torchrls(name):
                   "done": flat.terminated[:, None], "terminated": flat.terminated[:, None]}}, [200],
     )  # fmt: skip
     wanted = theirs(data)["loss"]
-    got = td_loss(picked(one.q(batch.observations), batch.actions), one.targets(batch))
+    got = td_loss(gather_actions(one.q(batch.observations), batch.actions), one.targets(batch))
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
     wanted.backward()
     gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
@@ -108,7 +108,7 @@ def test_losses_of_dqn_are_d3rlpys(name, theirs):
         torch.zeros(200, 1), flat.terminated.float()[:, None], torch.ones(200, 1), "cpu:0",
     )  # fmt: skip
     wanted = impl.compute_loss(given, impl.compute_target(given)).loss
-    got = td_loss(picked(one.q(batch.observations), batch.actions), one.targets(batch))
+    got = td_loss(gather_actions(one.q(batch.observations), batch.actions), one.targets(batch))
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 

@@ -6,8 +6,8 @@ import torch
 
 from finetune.errors import UserError
 from finetune.rl.agents import offline
-from finetune.rl.agents.continuous import TwinQ
-from finetune.rl.agents.discrete import QNetwork, double_dqn_target, picked
+from finetune.rl.agents.networks import QNetwork, TwinQ
+from finetune.rl.agents.targets import double_dqn_target, gather_actions
 from finetune.rl.envs import environments, logged_data
 from finetune.rl.envs.evaluation import true_returns
 from finetune.rl.envs.replay import Transitions
@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_is_no_result():
 
 def test_cloning_and_scores():
     logits, actions = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([1, 0])
-    wanted = -picked(logits.log_softmax(-1), actions).mean()
+    wanted = -gather_actions(logits.log_softmax(-1), actions).mean()
     assert torch.equal(offline.cloning_loss(logits, actions), wanted)
     assert offline.cloning_loss(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [0.0]])) == 4.5
     assert [offline.normalized(x, 20.0, 500.0) for x in (20.0, 500.0, 260.0)] == [0, 100, 50]

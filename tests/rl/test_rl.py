@@ -12,7 +12,7 @@ import torch
 from finetune import ops
 from finetune.errors import UserError
 from finetune.rl import advantages
-from finetune.rl.agents import policies, surrogate
+from finetune.rl.agents import networks, surrogate
 from finetune.rl.agents.reward_scale import RewardScale
 from finetune.rl.envs import environments
 from finetune.rl.envs.evaluation import interval
@@ -292,7 +292,7 @@ def test_what_is_watched_during_ppo():
     old, new = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
     estimates = surrogate.approximate_kl(new - old)
     assert float(estimates.min()) >= 0
-    assert torch.allclose(old.exp() @ estimates, policies.Categorical.kl(old, new))
+    assert torch.allclose(old.exp() @ estimates, networks.Categorical.kl(old, new))
     assert float(surrogate.clip_fraction(torch.tensor([1.0, 1.1, 1.3, 0.7]).log(), 0.2)) == 0.5
     targets = torch.arange(5.0)
     assert float(surrogate.explained_variance(targets + 3, targets)) == 1
@@ -311,7 +311,7 @@ def test_ppos_losses_and_gradient_are_torchrls(clip_value):
     from torchrl.objectives import ClipPPOLoss
 
     torch.manual_seed(0)
-    policy, value = policies.Categorical(3, 4, [8]), policies.Value(3, [8])
+    policy, value = networks.Categorical(3, 4, [8]), networks.Value(3, [8])
     net = TensorDictModule(policy.net, in_keys=["observation"], out_keys=["logits"])
     draw = ProbabilisticTensorDictModule(
         in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical,
@@ -377,13 +377,13 @@ def test_categorical_is_torchs():
     torch.manual_seed(0)
     params, other = (torch.randn(500, 4).log_softmax(-1) for _ in range(2))
     theirs, others = (torch.distributions.Categorical(logits=p) for p in (params, other))
-    actions = policies.Categorical.draw(params, torch.Generator().manual_seed(0))
-    assert torch.allclose(policies.Categorical.log_prob(params, actions), theirs.log_prob(actions))
-    assert torch.allclose(policies.Categorical.entropy(params), theirs.entropy(), atol=1e-6)
+    actions = networks.Categorical.sample(params, torch.Generator().manual_seed(0))
+    assert torch.allclose(networks.Categorical.log_prob(params, actions), theirs.log_prob(actions))
+    assert torch.allclose(networks.Categorical.entropy(params), theirs.entropy(), atol=1e-6)
     assert torch.allclose(
-        policies.Categorical.kl(params, other), torch.distributions.kl_divergence(theirs, others), atol=1e-5
+        networks.Categorical.kl(params, other), torch.distributions.kl_divergence(theirs, others), atol=1e-5
     )
-    many = policies.Categorical.draw(params[:1].expand(100_000, 4), torch.Generator().manual_seed(1))
+    many = networks.Categorical.sample(params[:1].expand(100_000, 4), torch.Generator().manual_seed(1))
     assert (many.bincount(minlength=4) / 100_000 - params[0].exp()).abs().max() < 0.01
 
 
@@ -394,11 +394,11 @@ def test_gaussian_is_torchs():
         torch.distributions.Independent(torch.distributions.Normal(p[:, :3], p[:, 3:].exp()), 1)
         for p in (params, other)
     )
-    actions = policies.Gaussian.draw(params, torch.Generator().manual_seed(0))
-    assert torch.allclose(policies.Gaussian.log_prob(params, actions), theirs.log_prob(actions), atol=1e-5)
-    assert torch.allclose(policies.Gaussian.entropy(params), theirs.entropy(), atol=1e-5)
+    actions = networks.Gaussian.sample(params, torch.Generator().manual_seed(0))
+    assert torch.allclose(networks.Gaussian.log_prob(params, actions), theirs.log_prob(actions), atol=1e-5)
+    assert torch.allclose(networks.Gaussian.entropy(params), theirs.entropy(), atol=1e-5)
     kl = torch.distributions.kl_divergence(theirs, others)
-    assert torch.allclose(policies.Gaussian.kl(params, other), kl, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(networks.Gaussian.kl(params, other), kl, rtol=1e-4, atol=1e-4)
 
 
 def test_whole_episodes_are_those_of_gymnasium():

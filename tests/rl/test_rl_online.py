@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune.errors import UserError
-from finetune.rl.agents import continuous, discrete
+from finetune.rl.agents import networks, targets
 from finetune.rl.envs import environments
 from finetune.rl.envs.replay import Priorities, Replay, Transitions
 from finetune.rl.envs.vector import Vector
@@ -219,36 +219,36 @@ def test_rows_are_drawn_in_proportion_to_their_priorities_and_weighted_back():
 
 def test_log_pi_is_the_density_of_the_action():
     """Its integral over the interval is 1, it is what sampling counts, and the inverse finds it again."""
-    policy = continuous.SquashedGaussian(2, [8], LOW[:1], HIGH[:1]).double()
+    policy = networks.SquashedGaussian(2, [8], LOW[:1], HIGH[:1]).double()
     params = torch.tensor([0.4, -0.7], dtype=torch.float64)
     edges = torch.linspace(-2, 2, 20_001, dtype=torch.float64)
     middles = (edges[1:] + edges[:-1]) / 2
     density = policy.log_prob(params.expand(len(middles), 2), middles[:, None]).exp()
     assert density.sum() * (edges[1] - edges[0]) == pytest.approx(1, abs=1e-6)
     noise = torch.randn(200_000, 1, generator=double(), dtype=torch.float64)
-    actions, log_prob = policy.sample(params.expand(len(noise), 2), noise)
+    actions, log_prob = policy.rsample(params.expand(len(noise), 2), noise)
     assert (actions < 0.5).double().mean() == pytest.approx(float(density[middles < 0.5].sum() / 5000), abs=5e-3)
     assert torch.allclose(policy.log_prob(params, actions), log_prob, atol=1e-8)
-    assert actions.median() == pytest.approx(float(policy.best(params)), abs=0.01)
+    assert actions.median() == pytest.approx(float(policy.mode(params)), abs=0.01)
 
 
 def test_actions_keep_their_bounds_and_log_pi_stays_finite_where_tanh_rounds_to_one():
-    policy = continuous.SquashedGaussian(3, [8], LOW, HIGH)
+    policy = networks.SquashedGaussian(3, [8], LOW, HIGH)
     params = torch.tensor([[50.0, -50.0, 1.0, 1.0]], requires_grad=True)
-    actions, log_prob = policy.sample(params, torch.randn(1, 2, generator=double()))
+    actions, log_prob = policy.rsample(params, torch.randn(1, 2, generator=double()))
     assert torch.equal(actions, torch.stack([HIGH[:1], LOW[1:]], 1))
     log_prob.sum().backward()
     assert params.grad.isfinite().all()
     assert log_prob.item() == pytest.approx(2 * 100, rel=0.1), "log(1 − tanh² u) is about −2 |u|"
     seen = 100 * torch.randn(50, 3, generator=double())
-    fixed = continuous.Deterministic(3, [8], LOW, HIGH)(seen)
+    fixed = networks.Deterministic(3, [8], LOW, HIGH)(seen)
     assert ((fixed >= LOW) & (fixed <= HIGH)).all()
-    assert policy(seen).chunk(2, -1)[1].max() <= policy.MOST
+    assert policy(seen).chunk(2, -1)[1].max() <= policy.LOG_STD_MAX
     assert policy.target_entropy == pytest.approx(np.log(2) + np.log(0.25) - 2)
 
 
 def test_critics_are_separate_networks_and_broadcast():
-    q = continuous.TwinQ(3, 2, [16, 16], count=3).double()
+    q = networks.TwinQ(3, 2, [16, 16], count=3).double()
     seen, actions = (torch.randn(5, n, generator=double(), dtype=torch.float64) for n in (3, 2))
     for i in range(3):
         x = torch.cat([seen, actions], 1)
@@ -265,7 +265,7 @@ def test_critics_are_separate_networks_and_broadcast():
 
 @pytest.mark.parametrize("dueling", [False, True])
 def test_q_networks_are_separate_and_the_mean_of_a_dueling_q_is_its_value(dueling):
-    q, seen = discrete.QNetworks(3, 4, [8, 8], [1.0, 2.0], dueling), torch.randn(3, 5, 2)
+    q, seen = networks.QNetworks(3, 4, [8, 8], [1.0, 2.0], dueling), torch.randn(3, 5, 2)
     got = q(seen)
     assert got.shape == (3, 5, 4)
     for k in range(3):
@@ -285,21 +285,21 @@ def test_q_networks_are_separate_and_the_mean_of_a_dueling_q_is_its_value(duelin
 def test_polyak_is_the_weighted_mean():
     a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     wanted = 0.9 * a.weight + 0.1 * b.weight
-    continuous.polyak_(a, b, 0.1)
+    targets.polyak_(a, b, 0.1)
     assert torch.allclose(a.weight, wanted)
-    continuous.polyak_(a, b, 1.0)
+    targets.polyak_(a, b, 1.0)
     assert torch.equal(a.bias, b.bias)
 
 
 def test_bounds_are_those_of_the_environment():
-    low, high = continuous.bounds(environments.make("Pendulum-v1", 1)[0])
+    low, high = environments.action_bounds(environments.make("Pendulum-v1", 1)[0])
     assert (low.tolist(), high.tolist()) == ([-2.0], [2.0])
     with pytest.raises(UserError, match="'CartPole-v1' has actions of Discrete"):
-        continuous.bounds(environments.make("CartPole-v1", 1)[0])
+        environments.action_bounds(environments.make("CartPole-v1", 1)[0])
     (env,) = environments.make("Pendulum-v1", 1)
     env.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
     with pytest.raises(UserError, match="actions without bounds"):
-        continuous.bounds(env)
+        environments.action_bounds(env)
 
 
 # --- Beside torchrl
@@ -313,7 +313,7 @@ class Peer:
         from tensordict.nn import TensorDictModule
 
         torch.manual_seed(0)
-        self.q, self.old_q = (continuous.TwinQ(3, 2, [8, 8]).double() for _ in range(2))
+        self.q, self.old_q = (networks.TwinQ(3, 2, [8, 8]).double() for _ in range(2))
         g, many = double(), (64,)
         self.batch = Transitions(
             torch.randn(64, 3, generator=g, dtype=torch.float64),
@@ -360,7 +360,7 @@ def test_sac_is_torchrls():
     from torchrl.objectives import SACLoss
 
     peer = Peer()
-    policy = continuous.SquashedGaussian(3, [8], LOW, HIGH).double()
+    policy = networks.SquashedGaussian(3, [8], LOW, HIGH).double()
 
     class Parameters(torch.nn.Module):
         def forward(self, seen):
@@ -380,19 +380,19 @@ def test_sac_is_torchrls():
     torch.manual_seed(1)
     theirs, _ = loss.qvalue_v2_loss(peer.data)
     params = policy(b.next_observations)
-    actions, log_probs = policy.sample(params, peer.noise(1))
-    value = continuous.soft_value(peer.old_q(b.next_observations, actions), log_probs, alpha)
-    target = continuous.td_target(b.rewards, value, b.terminated, 0.5)
-    mine = continuous.critic_loss(peer.q(b.observations, b.actions), target)
+    actions, log_probs = policy.rsample(params, peer.noise(1))
+    value = targets.soft_value(peer.old_q(b.next_observations, actions), log_probs, alpha)
+    target = targets.td_target(b.rewards, value, b.terminated, 0.5)
+    mine = targets.critic_loss(peer.q(b.observations, b.actions), target)
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-10)
     torch.manual_seed(2)
     theirs, seen = loss.actor_loss(peer.data)
-    actions, log_probs = policy.sample(policy(b.observations), peer.noise(2))
-    mine = continuous.sac_policy_loss(peer.q(b.observations, actions), log_probs, alpha)
+    actions, log_probs = policy.rsample(policy(b.observations), peer.noise(2))
+    mine = targets.sac_policy_loss(peer.q(b.observations, actions), log_probs, alpha)
     assert torch.allclose(seen["log_prob"], log_probs, atol=1e-12)
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-10)
     log_alpha = loss.log_alpha.detach()
-    mine = continuous.temperature_loss(log_alpha, log_probs, -1.5)
+    mine = targets.temperature_loss(log_alpha, log_probs, -1.5)
     assert mine.item() == pytest.approx(loss.alpha_loss(log_probs.detach()).mean().item(), rel=1e-10)
 
 
@@ -403,7 +403,7 @@ def test_td3_is_torchrls():
     from torchrl.objectives import TD3Loss
 
     peer = Peer()
-    policy, old = (continuous.Deterministic(3, [8], LOW, HIGH).double() for _ in range(2))
+    policy, old = (networks.Deterministic(3, [8], LOW, HIGH).double() for _ in range(2))
     actor = TensorDictModule(policy, in_keys=["observation"], out_keys=["action"])
     loss = TD3Loss(actor, peer.critic, bounds=(LOW.double(), HIGH.double()), policy_noise=0.4, noise_clip=0.5,
                    loss_function="l2")  # fmt: skip
@@ -414,11 +414,11 @@ def test_td3_is_torchrls():
     b = peer.batch
     torch.manual_seed(1)
     theirs, _ = loss.value_loss(peer.data)
-    actions = continuous.smoothed(old(b.next_observations), 0.4 * peer.noise(1), 0.5, LOW, HIGH)
+    actions = targets.smoothed_actions(old(b.next_observations), 0.4 * peer.noise(1), 0.5, LOW, HIGH)
     value = peer.old_q(b.next_observations, actions).amin(0)
-    target = continuous.td_target(b.rewards, value, b.terminated, 0.5)
-    mine = continuous.critic_loss(peer.q(b.observations, b.actions), target)
+    target = targets.td_target(b.rewards, value, b.terminated, 0.5)
+    mine = targets.critic_loss(peer.q(b.observations, b.actions), target)
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-10)
     theirs, _ = loss.actor_loss(peer.data)
-    mine = continuous.td3_policy_loss(peer.q(b.observations, policy(b.observations)))
+    mine = targets.td3_policy_loss(peer.q(b.observations, policy(b.observations)))
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-10)

@@ -1,1 +1,1 @@
-"""What deep reinforcement learning agents share: networks, targets, losses, off-policy evaluation."""
+"""Shared parts of deep RL agents: networks, targets and losses, the learner interface, off-policy evaluation."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from finetune.errors import UserError
 from finetune.optim import descend
-from finetune.rl.agents.continuous import polyak_, td_target
-from finetune.rl.agents.discrete import QNetwork, picked
+from finetune.rl.agents.networks import QNetwork
+from finetune.rl.agents.targets import gather_actions, polyak_, td_target
 from finetune.rl.envs.environments import Env, play
 from finetune.rl.envs.replay import Transitions
 
@@ -38,7 +38,7 @@ def action_value(q: nn.Module, observations: Tensor, actions: Tensor) -> Tensor:
     """Q(s, a) (N,): of a QNetwork for discrete actions, else the least of the critics'."""
     if actions.is_floating_point():
         return q(observations, actions).amin(0)
-    return picked(q(observations), actions)
+    return gather_actions(q(observations), actions)
 
 
 def state_value(q: nn.Module, observations: Tensor, policy: Tensor) -> Tensor:

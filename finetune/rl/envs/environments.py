@@ -51,9 +51,9 @@ class Cut:
 
 
 class Env:
-    """One environment. `seen`: numbers of an observation; `taken`: numbers of an action, or how many classes there are
-    if it is not `continuous`; `limit`: steps after which an episode is truncated, of the environment's `own` choice or
-    by `cut`."""
+    """One environment. `obs_dim`: numbers of an observation; `action_dim`: numbers of an action, or how many classes
+    there are if it is not `continuous`; `limit`: steps after which an episode is truncated, of the environment's `own`
+    choice or by `cut`."""
 
     def __init__(self, env: Any, name: str, limit: int | None, cut: Cut) -> None:
         from gymnasium.spaces import Box, Discrete
@@ -77,10 +77,10 @@ class Env:
         space = self.observation_space = env.observation_space
         self.classes = int(space.n) if isinstance(space, Discrete) else 0  # of a Discrete observation
         self.first = int(space.start) if self.classes else 0
-        self.seen = self.classes or int(space.shape[0])
+        self.obs_dim = self.classes or int(space.shape[0])
         space = self.action_space = env.action_space
         self.continuous = isinstance(space, Box)
-        self.taken = int(space.shape[0] if isinstance(space, Box) else space.n)
+        self.action_dim = int(space.shape[0] if isinstance(space, Box) else space.n)
         self.kind = space.dtype.type if space.dtype is not None else np.int64
 
     @property
@@ -249,7 +249,17 @@ def plain(name: str, **kwargs: Any) -> Any:
 
 def sizes(env: Env) -> tuple[int, int, bool]:
     """(numbers of an observation, numbers of an action or how many there are, whether actions are continuous)."""
-    return env.seen, env.taken, env.continuous
+    return env.obs_dim, env.action_dim, env.continuous
+
+
+def action_bounds(env: Env) -> tuple[Tensor, Tensor]:
+    """Lowest and highest action (A,) fp32. UserError if actions are not a vector, or if one has no bound."""
+    if not sizes(env)[2]:
+        raise UserError(f"'{env.name}' has actions of {env.action_space}: a method for continuous ones needs a vector")
+    low, high = (torch.tensor(x, dtype=torch.float32) for x in (env.action_space.low, env.action_space.high))
+    if not (low.isfinite() & high.isfinite() & (low < high)).all():
+        raise UserError(f"'{env.name}' has actions without bounds ({env.action_space}): tanh needs both")
+    return low, high
 
 
 def chosen(env: Env, actions: Tensor) -> Any:

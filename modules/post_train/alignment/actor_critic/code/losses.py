@@ -55,8 +55,8 @@ class Traces:
                     name = self.names[layer]
                     traces[f"{name}.weight"].baddbmm_(g[:, :, None], into.detach()[:, None, :], beta=decay)
                     traces[f"{name}.bias"].mul_(decay).add_(g)
-            if goal is log_probs and "policy.log_deviation" in traces:  # the second half of a Gaussian's parameters
-                traces["policy.log_deviation"].mul_(decay).add_(back[-1].chunk(2, -1)[1])
+            if goal is log_probs and "policy.log_std" in traces:  # the second half of a Gaussian's parameters
+                traces["policy.log_std"].mul_(decay).add_(back[-1].chunk(2, -1)[1])
         return params, values
 
     def direction(self, deltas: Tensor, value_weight: float) -> list[Tensor]:

@@ -15,7 +15,6 @@ import torch
 
 from finetune import optim
 from finetune.errors import UserError
-from finetune.rl.agents import continuous
 from finetune.rl.envs import environments
 from finetune.rl.envs.evaluation import returns
 from finetune.rl.envs.rollout import episode_seeds
@@ -132,7 +131,7 @@ class Place:
         self.env, self.cut = cfg.continuous_env if continuous_actions else cfg.env, cut
         self.learning = environments.make(self.env, 1 if continuous_actions else cfg.envs, cut=cut)
         if continuous_actions:
-            continuous.bounds(self.learning[0])
+            environments.action_bounds(self.learning[0])
         self.test = environments.make(self.env, cfg.eval_episodes, cut=cut)
         self.limit = self.test[0].limit
         self.long = environments.make(self.env, STATES * FORKS, self.limit + critic.steps_for(cfg.gamma))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from finetune.rl.agents import policies
+from finetune.rl.agents import networks
 
 
 class ActorCritic(nn.Module):
@@ -20,10 +20,10 @@ class ActorCritic(nn.Module):
         widths, seen, self.value_scale = [hidden, hidden], observations, value_scale
         self.trunk: nn.Module = nn.Identity()
         if shared:
-            self.trunk = nn.Sequential(policies.mlp([seen, *widths], last_scale=math.sqrt(2)), nn.Tanh())
+            self.trunk = nn.Sequential(networks.tanh_mlp([seen, *widths], last_scale=math.sqrt(2)), nn.Tanh())
             widths, seen = [], hidden
-        kind = policies.Gaussian if continuous else policies.Categorical
-        self.policy, self.value = kind(seen, actions, widths), policies.Value(seen, widths)
+        kind = networks.Gaussian if continuous else networks.Categorical
+        self.policy, self.value = kind(seen, actions, widths), networks.Value(seen, widths)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         *steps, _ = observations.shape

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.optim import descend
-from finetune.rl.agents import continuous
-from finetune.rl.agents.continuous import critic_loss, polyak_, td_target
+from finetune.rl.agents import networks, targets
 from finetune.rl.agents.reward_scale import RewardSize
+from finetune.rl.agents.targets import critic_loss, polyak_, td_target
 from finetune.rl.envs import environments
 from finetune.rl.envs.replay import Replay, Transitions
 from finetune.rl.envs.vector import Vector
@@ -27,11 +27,11 @@ class OffPolicy:
 
     def __init__(self, cfg: Any, method: str, vector: Vector) -> None:
         self.cfg, self.vector = cfg, vector
-        self.low, self.high = continuous.bounds(vector.envs[0])
+        self.low, self.high = environments.action_bounds(vector.envs[0])
         self.seen = vector.observations.shape[1]
         self.hidden = [cfg.continuous_hidden] * 2
         self.policy = self.make_policy()
-        self.q = continuous.TwinQ(self.seen, len(self.low), self.hidden, cfg.critics)
+        self.q = networks.TwinQ(self.seen, len(self.low), self.hidden, cfg.critics)
         self.slow_q = copy.deepcopy(self.q)
         self.replay = Replay(cfg.capacity)
         self.policy_optimizer, self.q_optimizer = (
@@ -129,14 +129,14 @@ class SAC(OffPolicy):
         return super().state() | {"alpha": {"log": self.log_alpha}, "alpha_optimizer": self.alpha_optimizer}
 
     def make_policy(self) -> nn.Module:
-        return continuous.SquashedGaussian(self.seen, self.hidden, self.low, self.high)
+        return networks.SquashedGaussian(self.seen, self.hidden, self.low, self.high)
 
     def explore(self, observations: Tensor, generator: torch.Generator) -> Tensor:
-        return self.policy.sample(self.policy(observations), self.noise(len(observations), generator))[0]
+        return self.policy.rsample(self.policy(observations), self.noise(len(observations), generator))[0]
 
     @torch.no_grad()
     def best(self, observations: Tensor) -> Tensor:
-        return self.policy.best(self.policy(observations))
+        return self.policy.mode(self.policy(observations))
 
     def valued(self, generator: torch.Generator) -> environments.Act:
         return self.acting(generator)
@@ -145,29 +145,29 @@ class SAC(OffPolicy):
     def values(self, observations: Tensor, draws: int = 16) -> Tensor:
         """(N,) the soft value E[Q(s, a) − α log π(a|s)], from so many actions of each state."""
         many, generator = observations.repeat(draws, 1), torch.Generator().manual_seed(0)
-        actions, log_probs = self.policy.sample(self.policy(many), self.noise(len(many), generator))
-        soft = continuous.soft_value(self.q(many, actions), log_probs, self.log_alpha.exp())
+        actions, log_probs = self.policy.rsample(self.policy(many), self.noise(len(many), generator))
+        soft = targets.soft_value(self.q(many, actions), log_probs, self.log_alpha.exp())
         return self.unit * soft.view(draws, -1).mean(0)
 
     @torch.no_grad()
     def bonus(self, observations: Tensor, generator: torch.Generator) -> Tensor:
         """(T, N) of states (T, N, D): −α log π of an action drawn there, on average α times the entropy."""
         flat = observations.flatten(0, 1)
-        _, log_probs = self.policy.sample(self.policy(flat), self.noise(len(flat), generator))
+        _, log_probs = self.policy.rsample(self.policy(flat), self.noise(len(flat), generator))
         return -self.unit * self.log_alpha.exp() * log_probs.view(observations.shape[:2])
 
     def update(self, batch: Transitions, generator: torch.Generator) -> dict[str, Tensor]:
         policy, alpha = self.policy, self.log_alpha.detach().exp()
         with torch.no_grad():
-            actions, log_probs = policy.sample(policy(batch.next_observations), self.noise(len(batch), generator))
-            after = continuous.soft_value(self.slow_q(batch.next_observations, actions), log_probs, alpha)
+            actions, log_probs = policy.rsample(policy(batch.next_observations), self.noise(len(batch), generator))
+            after = targets.soft_value(self.slow_q(batch.next_observations, actions), log_probs, alpha)
         figures = self.improve_q(batch, td_target(batch.rewards, after, batch.terminated, self.cfg.gamma))
 
-        actions, log_probs = policy.sample(policy(batch.observations), self.noise(len(batch), generator))
-        loss = continuous.sac_policy_loss(self.q(batch.observations, actions), log_probs, alpha)
+        actions, log_probs = policy.rsample(policy(batch.observations), self.noise(len(batch), generator))
+        loss = targets.sac_policy_loss(self.q(batch.observations, actions), log_probs, alpha)
         descend(loss, self.policy_optimizer)
         if self.cfg.alpha is None:
-            descend(continuous.temperature_loss(self.log_alpha, log_probs, policy.target_entropy), self.alpha_optimizer)
+            descend(targets.temperature_loss(self.log_alpha, log_probs, policy.target_entropy), self.alpha_optimizer)
         polyak_(self.slow_q, self.q, self.cfg.tau)
         return figures | {"policy_loss": loss.detach(), "alpha": alpha, "entropy": -log_probs.detach().mean()}
 
@@ -183,7 +183,7 @@ class TD3(OffPolicy):
         return super().state() | {"slow_policy": self.slow_policy}
 
     def make_policy(self) -> nn.Module:
-        return continuous.Deterministic(self.seen, self.hidden, self.low, self.high)
+        return networks.Deterministic(self.seen, self.hidden, self.low, self.high)
 
     def explore(self, observations: Tensor, generator: torch.Generator) -> Tensor:
         noise = self.cfg.exploration * self.policy.scale * self.noise(len(observations), generator)
@@ -197,7 +197,7 @@ class TD3(OffPolicy):
         cfg = self.cfg
         with torch.no_grad():
             noise = cfg.target_noise * self.policy.scale * self.noise(len(batch), generator)
-            actions = continuous.smoothed(
+            actions = targets.smoothed_actions(
                 self.slow_policy(batch.next_observations),
                 noise,
                 cfg.noise_clip * self.policy.scale,
@@ -207,7 +207,7 @@ class TD3(OffPolicy):
             after = self.slow_q(batch.next_observations, actions).amin(0)
         figures = self.improve_q(batch, td_target(batch.rewards, after, batch.terminated, cfg.gamma))
         if self.updates["count"] % cfg.policy_delay == 0:
-            loss = continuous.td3_policy_loss(self.q(batch.observations, self.policy(batch.observations)))
+            loss = targets.td3_policy_loss(self.q(batch.observations, self.policy(batch.observations)))
             descend(loss, self.policy_optimizer)
             polyak_(self.slow_q, self.q, cfg.tau)
             polyak_(self.slow_policy, self.policy, cfg.tau)

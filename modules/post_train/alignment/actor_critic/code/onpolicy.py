@@ -71,7 +71,7 @@ class Learner:
 
     @torch.no_grad()
     def best(self, observations: Tensor) -> Tensor:
-        return self.model.policy.best(self.model.distribution(observations))
+        return self.model.policy.mode(self.model.distribution(observations))
 
     def values(self, observations: Tensor) -> Tensor:
         """In the environment's unit."""
@@ -184,7 +184,7 @@ def following(model: ActorCritic, rollout: Rollout, values: Tensor) -> Tensor:
 
 
 def drawn(model: ActorCritic, generator: torch.Generator) -> environments.Act:
-    return lambda observations: model.policy.draw(model.distribution(observations), generator)
+    return lambda observations: model.policy.sample(model.distribution(observations), generator)
 
 
 def shuffled(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finetune import ops, optim
 from finetune.errors import UserError
-from finetune.rl.agents import policies
+from finetune.rl.agents.networks import Categorical, Gaussian, Value
 from finetune.rl.agents.reward_scale import RewardSize
 from finetune.rl.envs import environments
 from finetune.rl.envs.evaluation import returns
@@ -233,13 +233,13 @@ def networks(cfg: Config, run, envs: list[Any]) -> tuple[nn.Module, nn.Module]:
     """The same for every method, so that their curves begin alike."""
     run.seed("networks")
     observations, actions, continuous = environments.sizes(envs[0])
-    kind = policies.Gaussian if continuous else policies.Categorical
+    kind = Gaussian if continuous else Categorical
     hidden = [cfg.hidden, cfg.hidden]
-    return kind(observations, actions, hidden), policies.Value(observations, hidden)
+    return kind(observations, actions, hidden), Value(observations, hidden)
 
 
 def acting(policy: nn.Module, generator: torch.Generator) -> environments.Act:
-    return lambda observations: policy.draw(policy(observations), generator)
+    return lambda observations: policy.sample(policy(observations), generator)
 
 
 def collect(run, policy: nn.Module, envs: list[Any], key: tuple[Any, ...]) -> Rollout:

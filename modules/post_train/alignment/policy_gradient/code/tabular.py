@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.rl.agents.policies import Categorical
+from finetune.rl.agents.networks import Categorical
 from finetune.rl.envs.rollout import Rollout
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import MDP

@@ -7,17 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.optim import descend
-from finetune.rl.agents.continuous import (
-    Deterministic,
-    TwinQ,
-    critic_loss,
-    polyak_,
-    smoothed,
-    td3_policy_loss,
-    td_target,
-)
+from finetune.rl.agents.networks import Deterministic, Gaussian, TwinQ, Value
 from finetune.rl.agents.offline import cloning_loss
-from finetune.rl.agents.policies import Gaussian, Value
+from finetune.rl.agents.targets import critic_loss, polyak_, smoothed_actions, td3_policy_loss, td_target
 from finetune.rl.envs.replay import Transitions
 
 from . import losses
@@ -146,7 +138,7 @@ class TD3(Learner):
     def update(self, batch: Transitions, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         with torch.no_grad():
             noise = 0.2 * torch.randn(batch.actions.shape, generator=generator)
-            actions = smoothed(self.actor_target(batch.next_observations), noise, 0.5, -self.high, self.high)
+            actions = smoothed_actions(self.actor_target(batch.next_observations), noise, 0.5, -self.high, self.high)
             after = self.critic_target(batch.next_observations, actions).amin(0)
         found = self.fit_critic(batch, after)
         if step % 2 == 1:
@@ -184,7 +176,7 @@ class Weighted(Learner):
 
     @torch.no_grad()
     def act(self, observations: Tensor, generator: torch.Generator) -> Tensor:
-        return self.actor.best(self.actor(observations)).clamp(-1, 1)
+        return self.actor.mode(self.actor(observations)).clamp(-1, 1)
 
 
 class IQL(Weighted):
@@ -223,7 +215,7 @@ class AWAC(Weighted):
         return found
 
     def drawn(self, observations: Tensor, generator: torch.Generator) -> Tensor:
-        return self.actor.draw(self.actor(observations), generator).clamp(-1, 1)
+        return self.actor.sample(self.actor(observations), generator).clamp(-1, 1)
 
 
 LEARNERS = {"bc": Cloning, "bcq": BCQ, "td3": TD3, "td3_bc": TD3BC, "iql": IQL, "awac": AWAC}

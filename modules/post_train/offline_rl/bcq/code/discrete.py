@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.optim import descend
-from finetune.rl.agents.discrete import QNetwork, double_dqn_target, picked, td_loss
-from finetune.rl.agents.policies import Categorical
+from finetune.rl.agents.networks import Categorical, QNetwork
+from finetune.rl.agents.targets import double_dqn_target, gather_actions, td_loss
 from finetune.rl.envs.replay import Transitions
 
 from . import losses
@@ -61,7 +61,7 @@ class Cloning(Learner):
         return self.scores(observations).softmax(-1)
 
     def act(self, observations: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return Categorical.draw(self.policy_of(observations).log(), generator)
+        return Categorical.sample(self.policy_of(observations).log(), generator)
 
     def scores(self, observations: Tensor) -> Tensor:
         return self.networks(observations)
@@ -99,7 +99,7 @@ class DQN(Learner):
         return double_dqn_target(scores, following, batch.rewards, batch.terminated, self.cfg.gamma)
 
     def update(self, batch: Transitions, step: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        loss = td_loss(picked(self.q(batch.observations), batch.actions), self.targets(batch))
+        loss = td_loss(gather_actions(self.q(batch.observations), batch.actions), self.targets(batch))
         descend(loss, self.optimizer)
         self.copy_target(step)
         return {"td_loss": loss.detach()}
@@ -110,7 +110,7 @@ class DQN(Learner):
 
     @torch.no_grad()
     def value(self, observations: Tensor, actions: Tensor) -> Tensor:
-        return picked(self.q(observations), actions)
+        return gather_actions(self.q(observations), actions)
 
     def state(self) -> dict[str, Any]:
         return {"networks": self.networks, "optimizer": self.optimizer, "target": self.target_q}
@@ -132,7 +132,7 @@ class BCQ(DQN):
 
     def update(self, batch: Transitions, step: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         q, logits = self.networks(batch.observations)
-        td = td_loss(picked(q, batch.actions), self.targets(batch))
+        td = td_loss(gather_actions(q, batch.actions), self.targets(batch))
         imitation = losses.imitation_loss(logits, batch.actions, self.cfg.beta)
         descend(td + imitation, self.optimizer)
         self.copy_target(step)

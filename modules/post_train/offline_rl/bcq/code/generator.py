@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from finetune.rl.agents.continuous import relu_mlp
+from finetune.rl.agents.networks import relu_mlp
 
 CLIP = 0.5  # |z| of a proposal: the decoder is trusted near the center of the latents only
 

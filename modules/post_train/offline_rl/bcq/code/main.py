@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from finetune.errors import UserError
-from finetune.rl.agents.continuous import bounds
 from finetune.rl.agents.offline import paid
 from finetune.rl.envs import environments, logged_data
+from finetune.rl.envs.environments import action_bounds
 from finetune.rl.envs.logged_data import Dataset
 from finetune.rl.envs.replay import Transitions
 from finetune.rl.envs.rollout import episode_seeds
@@ -223,7 +223,7 @@ def sweep(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
 
 
 def on_continuous(cfg: Config, run, envs: list[Any], data: Dataset) -> Found:
-    scale = Scale.of(data, *bounds(envs[0]), cfg.reward_scale_continuous / data.reward_size)
+    scale = Scale.of(data, *action_bounds(envs[0]), cfg.reward_scale_continuous / data.reward_size)
     learners = {}
     for name in ["bcq", *parts(cfg.compared)]:
         run.seed("networks")

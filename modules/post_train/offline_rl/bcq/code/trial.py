@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.rl.agents.continuous import TwinQ
-from finetune.rl.agents.discrete import QNetwork
+from finetune.rl.agents.networks import QNetwork, TwinQ
 from finetune.rl.agents.offline import FQE
 from finetune.rl.envs import environments
 from finetune.rl.envs.evaluation import true_returns

@@ -7,18 +7,9 @@ import torch
 from torch import Tensor
 
 from finetune.optim import descend
-from finetune.rl.agents.continuous import (
-    Deterministic,
-    SquashedGaussian,
-    TwinQ,
-    critic_loss,
-    polyak_,
-    sac_policy_loss,
-    soft_value,
-    td_target,
-    temperature_loss,
-)
+from finetune.rl.agents.networks import Deterministic, SquashedGaussian, TwinQ
 from finetune.rl.agents.offline import cloning_loss
+from finetune.rl.agents.targets import critic_loss, polyak_, sac_policy_loss, soft_value, td_target, temperature_loss
 from finetune.rl.envs.environments import Act
 from finetune.rl.envs.replay import Transitions
 
@@ -110,7 +101,7 @@ class ActorCritic:
 
     @torch.no_grad()
     def act(self, observations: Tensor) -> Tensor:
-        return self.policy.best(self.policy(observations))
+        return self.policy.mode(self.policy(observations))
 
     policy_of = act
 
@@ -126,7 +117,7 @@ class ActorCritic:
     def wanted(self, batch: Transitions, params: Tensor, noise: Tensor) -> Tensor:
         """The critics' target (N,); params of π at s', noise (samples, N, A), of which all but `max` take the first."""
         drawn = noise if self.backup == "max" else noise[:1]
-        actions, log_probs = self.policy.sample(params, drawn)
+        actions, log_probs = self.policy.rsample(params, drawn)
         values = self.target(batch.next_observations, actions)  # (C, n, N)
         if self.backup == "max":
             following = max_backup(values)
@@ -165,7 +156,7 @@ class ActorCritic:
 
     def _step_policy(self, batch: Transitions, params: Tensor, noise: Tensor) -> None:
         """The policy, against the critics of now; then SAC's temperature."""
-        actions, log_probs = self.policy.sample(params, noise)
+        actions, log_probs = self.policy.rsample(params, noise)
         temperature = self.log_temperature.detach().exp()
         if self.counts["updates"] < self.warm_start:
             loss = (temperature * log_probs - self.policy.log_prob(params, batch.actions)).mean()

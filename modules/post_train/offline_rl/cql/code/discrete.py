@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.optim import descend
-from finetune.rl.agents.continuous import polyak_
-from finetune.rl.agents.discrete import QNetwork, double_dqn_target, greedy, picked, td_loss
+from finetune.rl.agents.networks import Categorical, QNetwork, greedy_policy
 from finetune.rl.agents.offline import cloning_loss
-from finetune.rl.agents.policies import Categorical
+from finetune.rl.agents.targets import double_dqn_target, gather_actions, polyak_, td_loss
 from finetune.rl.envs.environments import Act
 from finetune.rl.envs.replay import Transitions
 
@@ -35,7 +34,7 @@ class Clone:
 
     def acting(self, generator: torch.Generator) -> Act:
         """Actions are drawn: the likelier one of two that the behavior took alike would be noise."""
-        return lambda observations: Categorical.draw(self.policy_of(observations).log(), generator)
+        return lambda observations: Categorical.sample(self.policy_of(observations).log(), generator)
 
     @torch.no_grad()
     def policy_of(self, observations: Tensor) -> Tensor:
@@ -81,11 +80,11 @@ class QLearner:
         return [self.optimizer] if self.dual is None else [self.optimizer, self.dual]
 
     def acting(self, generator: torch.Generator) -> Act:
-        return greedy(self.q)
+        return greedy_policy(self.q)
 
     def policy_of(self, observations: Tensor) -> Tensor:
         """Its probabilities (N, A)."""
-        return F.one_hot(greedy(self.q)(observations), self.q.actions).float()
+        return F.one_hot(greedy_policy(self.q)(observations), self.q.actions).float()
 
     @torch.no_grad()
     def value(self, observations: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class QLearner:
             online, target = self.q(batch.next_observations), self.target(batch.next_observations)
         wanted = double_dqn_target(online, target, batch.rewards, batch.terminated, self.gamma)
         values = self.q(batch.observations)  # (N, A)
-        taken = picked(values, batch.actions)
+        taken = gather_actions(values, batch.actions)
         if self.rho:
             with torch.no_grad():
                 log_prior = self.target(batch.observations).log_softmax(-1)

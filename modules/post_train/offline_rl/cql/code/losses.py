@@ -6,15 +6,15 @@ import math
 import torch
 from torch import Tensor
 
-from finetune.rl.agents.continuous import SquashedGaussian, TwinQ
-from finetune.rl.agents.discrete import picked
+from finetune.rl.agents.networks import SquashedGaussian, TwinQ
+from finetune.rl.agents.targets import gather_actions
 
 # --- Discrete actions
 
 
 def cql_h(values: Tensor, actions: Tensor) -> Tensor:
     """CQL(H): log Σ_a exp Q(s, a) − Q(s, a_data), (N,). values (N, A). Never below 0."""
-    return values.logsumexp(-1) - picked(values, actions)
+    return values.logsumexp(-1) - gather_actions(values, actions)
 
 
 def cql_rho(values: Tensor, actions: Tensor, log_prior: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def cql_rho(values: Tensor, actions: Tensor, log_prior: Tensor) -> Tensor:
 
     log_prior (N, A) is log ρ; under the uniform ρ it is CQL(H) less log A.
     """
-    return (values + log_prior.detach()).logsumexp(-1) - picked(values, actions)
+    return (values + log_prior.detach()).logsumexp(-1) - gather_actions(values, actions)
 
 
 # --- Continuous actions: the integral over actions by samples
@@ -36,8 +36,8 @@ def sampled_actions(
     uniform (n, N, A) within 0 and 1, noise (2, n, N, A) normal; params of π at s and s'. → (3 n, N, A), (3 n, N).
     """
     with torch.no_grad():
-        here, log_here = policy.sample(params, noise[0])
-        after, log_after = policy.sample(next_params, noise[1])
+        here, log_here = policy.rsample(params, noise[0])
+        after, log_after = policy.rsample(next_params, noise[1])
         anywhere = policy.center + policy.scale * (2 * uniform - 1)
         density = torch.full_like(log_here, -float((2 * policy.scale).log().sum()))
         return torch.cat([anywhere, here, after]), torch.cat([density, log_here, log_after])

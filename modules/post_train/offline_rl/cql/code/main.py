@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError, nearest
-from finetune.rl.agents.continuous import Deterministic, SquashedGaussian, TwinQ, bounds
-from finetune.rl.agents.discrete import QNetwork
+from finetune.rl.agents.networks import Deterministic, QNetwork, SquashedGaussian, TwinQ
 from finetune.rl.agents.offline import FQE, normalized, paid, possible_returns
 from finetune.rl.envs import environments, logged_data
+from finetune.rl.envs.environments import action_bounds
 from finetune.rl.envs.evaluation import returns, true_returns
 from finetune.rl.envs.logged_data import Dataset
 from finetune.rl.envs.replay import Transitions
@@ -199,7 +199,7 @@ def discrete_learners(cfg: Config, run, env: Any) -> dict[str, Any]:
 
 def continuous_learners(cfg: Config, run, env: Any) -> dict[str, Any]:
     observations, actions, _ = environments.sizes(env)
-    hidden, limits = [cfg.hidden, cfg.hidden], bounds(env)
+    hidden, limits = [cfg.hidden, cfg.hidden], action_bounds(env)
 
     def networks() -> tuple[SquashedGaussian, TwinQ]:
         run.seed("networks")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finetune import ops
 from finetune.rl.advantages import whitened
-from finetune.rl.agents import policies
+from finetune.rl.agents import networks
 from finetune.rl.agents.reward_scale import RewardSize
 from finetune.rl.agents.surrogate import (
     approximate_kl,
@@ -108,8 +108,8 @@ class Learner:
     def __init__(self, cfg: Any, envs: list[Any]) -> None:
         observations, actions, continuous = environments.sizes(envs[0])
         hidden = [cfg.ppo_hidden, cfg.ppo_hidden]
-        self.policy: Any = (policies.Gaussian if continuous else policies.Categorical)(observations, actions, hidden)
-        self.value = policies.Value(observations, hidden)
+        self.policy: Any = (networks.Gaussian if continuous else networks.Categorical)(observations, actions, hidden)
+        self.value = networks.Value(observations, hidden)
         self.parameters = [*self.policy.parameters(), *self.value.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=cfg.ppo_lr, eps=1e-5, fused=True)
 
@@ -117,7 +117,7 @@ class Learner:
         return {"policy": self.policy, "value": self.value, "optimizer": self.optimizer}
 
     def acting(self, generator: torch.Generator) -> environments.Act:
-        return lambda observations: self.policy.draw(self.policy(observations), generator)
+        return lambda observations: self.policy.sample(self.policy(observations), generator)
 
 
 @torch.no_grad()

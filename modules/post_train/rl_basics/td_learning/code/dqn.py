@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from finetune.optim import descend
-from finetune.rl.agents.discrete import QNetworks, double_dqn_target, dqn_target, picked, td_loss
+from finetune.rl.agents.networks import QNetworks
+from finetune.rl.agents.targets import double_dqn_target, dqn_target, gather_actions, td_loss
 from finetune.rl.envs.environments import sizes
 from finetune.rl.envs.evaluation import returns
 from finetune.rl.envs.replay import Priorities, Replay, Transitions
@@ -127,7 +128,7 @@ class DQN:
             rows = torch.randint(len(self.replay), (self.count, self.settings.batch), generator=draw)
             weights = None
         batch = self.recall(rows)
-        q, wanted = picked(self.q(batch.observations), batch.actions), self.targets(batch)
+        q, wanted = gather_actions(self.q(batch.observations), batch.actions), self.targets(batch)
         loss = td_loss(q, wanted, weights)
         descend(self.count * loss, self.optimizer)  # each learner by the mean of its own batch
         if self.priorities is not None:
