@@ -8,7 +8,7 @@ from finetune.errors import UserError
 from finetune.rl.agents import offline
 from finetune.rl.agents.networks import QNetwork, TwinQ
 from finetune.rl.agents.targets import double_dqn_target, gather_actions
-from finetune.rl.envs import environments, logged_data
+from finetune.rl.envs import controllers, environments, logged_data
 from finetune.rl.envs.evaluation import true_returns
 from finetune.rl.envs.replay import Transitions
 from finetune.rl.tabular import mdp as tables
@@ -136,7 +136,7 @@ def test_sets_are_of_their_quality_and_depend_on_the_seed():
     assert mean("Pendulum-v1", "mixed", 4000) < -400
     assert mean("Pendulum-v1", "expert", 2000) > -250
     wrong = logged_data.generate("CartPole-v1", "mixed", 5000, 5)
-    right = np.array([logged_data.balance(seen.numpy()) for seen in wrong.observations])
+    right = np.array([controllers.balance(seen.numpy()) for seen in wrong.observations])
     assert 0.58 < np.mean(wrong.actions.numpy() != right) < 0.62
     one, same, other = (logged_data.generate("CartPole-v1", "random", 50, seed) for seed in (1, 1, 2))
     assert torch.equal(one.observations, same.observations)

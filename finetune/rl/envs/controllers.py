@@ -1,0 +1,66 @@
+"""Hand-written controllers of CartPole and Pendulum, and mixtures of them with random actions, by stated quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Policy = Callable[[NDArray[np.float32], np.random.Generator], Any]  # observation → action
+
+
+def balance(seen: NDArray[np.float32]) -> int:
+    """CartPole: pushes towards where the pole falls. A return of 500 from every start."""
+    x, speed, angle, turning = seen.tolist()
+    return int(0.05 * x + 0.3 * speed + angle + 0.5 * turning > 0)
+
+
+def swing_up(seen: NDArray[np.float32]) -> float:
+    """Pendulum: pumps energy until it is up, then holds it there. A return of about −140."""
+    cosine, sine, speed = seen.tolist()
+    if cosine > 0.9:
+        torque = -12 * math.atan2(sine, cosine) - 3 * speed
+    else:
+        missing = 5 * (1 - cosine) - speed * speed / 6  # energy to the top, for m = l = 1, g = 10
+        torque = 3 * missing * (1 if speed >= 0 else -1)
+    return min(max(torque, -2.0), 2.0)
+
+
+def _pushes(wrong: float) -> Callable[[float], Policy]:
+    """The balancing action, the other one with probability `wrong`."""
+    return lambda progress: lambda seen, draw: int(balance(seen) ^ int(draw.random() < wrong))
+
+
+def _torques(first: float, last: float) -> Callable[[float], Policy]:
+    """The swinging-up torque with noise, or a uniform one; the part of uniform ones goes from `first` to `last`."""
+
+    def at(progress: float) -> Policy:
+        part = first + (last - first) * progress
+
+        def act(seen: NDArray[np.float32], draw: np.random.Generator) -> NDArray[np.float32]:
+            torque = draw.uniform(-2, 2) if draw.random() < part else swing_up(seen) + draw.normal(0, 0.3)
+            return np.clip([torque], -2, 2).astype(np.float32)
+
+        return act
+
+    return at
+
+
+# Environment → name of the set → how far the collection has come, 0 … 1 → the policy that acts then.
+SETS: dict[str, dict[str, Callable[[float], Policy]]] = {
+    "CartPole-v1": {
+        "random": _pushes(0.5),
+        "expert": _pushes(0.0),  # narrow: never a wrong action
+        "medium": _pushes(0.25),  # every second action is a random one
+        "mixed": _pushes(0.6),  # most actions are wrong
+    },
+    "Pendulum-v1": {
+        "random": _torques(1.0, 1.0),
+        "expert": _torques(0.0, 0.0),
+        "medium": _torques(0.5, 0.5),
+        "mixed": _torques(1.0, 0.0),  # as the replay of an agent that learns
+    },
+}
