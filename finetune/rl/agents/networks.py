@@ -17,7 +17,7 @@ from finetune.rl.envs.environments import Act
 
 
 def relu_mlp(widths: list[int]) -> nn.Sequential:
-    """Linear layers with ReLU between them, in torch's default initialization, as the authors of SAC and TD3 have it."""
+    """Linear layers with ReLU between them, in torch's default initialization, as SAC's and TD3's authors do."""
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
