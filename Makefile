@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 NATIVE_SOURCES := CMakeLists.txt setup.py $(wildcard cmake/*.cmake csrc/*.txt csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/cuda/device/*.cuh csrc/include/finetune/*.h)
 
 help: ## this list
@@ -24,6 +24,10 @@ bench: setup $(VENV)/.test-installed ## time every op beside torch's own
 lint: setup $(VENV)/.test-installed ## ruff, mypy, clang-format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h csrc/include/finetune/*.h
+
+docs: $(VENV)/.docs-installed ## the READMEs and learning pages as a site in build/docs; a broken link is an error
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html --conf-dir docs . build/docs
+	@echo "build/docs/docs/index.html"
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build finetune/_native.so *.egg-info
@@ -48,4 +52,10 @@ $(VENV)/.test-installed: pyproject.toml | $(VENV)/.native-built
 	@$(PIP) --no-deps d3rlpy gym gym-notices h5py structlog colorama dataclasses-json marshmallow typing-inspect mypy_extensions
 	@touch $@
 
-.PHONY: help run test longtest bench lint clean setup
+$(VENV)/.docs-installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the documentation generator (half a minute) …"
+	@$(PIP) sphinx myst-parser furo
+	@touch $@
+
+.PHONY: help run test longtest bench lint docs clean setup

@@ -9,7 +9,8 @@ fails before it is timed.
 import harness
 import pytest
 import torch
-from timing import roofs, sides
+from harness import sides
+from timing import roofs
 
 from finetune import ops
 from finetune.ops._check import check

@@ -1,12 +1,13 @@
-"""Every op beside torch's own composition of it: median times, their ratio, GB/s and GFLOP/s against measured peaks.
+"""Benchmark of every op against torch: median times, their ratio, GB/s and GFLOP/s against measured peaks.
 
     python -m finetune bench [OP …] [--dtype f32 bf16] [--threads 1 2] [--sample NAME …] [--json FILE] [--check]
-                             [--compare OLD.json]
+                             [--compare OLD.json] [--keep]
 
-The samples are those of the op's page that carry bench=True. A backend that is wrong is refused before it is timed.
-Ours and torch's calls alternate in one process, so that other work on the machine meets both; the ratio is the median
-of the pairs' ratios (above 1: ours is faster). `--check` fails if any is below 0.95 in three rounds. `--compare` sets
-the ratios beside those of an earlier `--json`: times of two runs say nothing where the machine's speed drifts.
+The samples are those of the op file that carry bench=True. A backend whose result is wrong is not timed. Our calls and
+torch's alternate in one process, so other work on the machine affects both; the ratio is the median of the pairs'
+ratios (above 1: ours is faster). `--check` fails if a ratio is below 0.95 in three rounds. `--compare` shows the ratios
+next to those of an earlier `--json`: absolute times of two runs cannot be compared where the machine's speed drifts.
+`--keep` writes the report to benches/results/<machine>.json, from which `scripts/readme.py` makes the README's table.
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ import argparse
 import functools
 import json
 import os
+import re
 import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Times, alternate, roofs, sides
+from baselines import BASELINES
+from timing import Call, Side, Times, alternate, roofs, settle
 
 from finetune import ops
 from finetune.errors import UserError, nearest
-from finetune.ops._check import WrongResult, check, flat
+from finetune.ops._check import WrongResult, check, cotangents, flat
 from finetune.ops._op import device_for
 from finetune.runs import display, machine
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+KEPT = Path(__file__).parent / "results"
 ALLOWANCE = 0.95  # of the median ratio: what is left of the noise
 
 # --- cells
@@ -54,7 +59,7 @@ class Result:
     cell: Cell
     ours: Times
     torch: Times
-    composition: str
+    baseline: str  # the fastest of torch's ways to do the same
     ratio: Times  # torch / ours, pair by pair
     pairs: int
     bytes_per_second: float | None  # of the work that the sample's figures describe; None for half of it
@@ -88,6 +93,45 @@ def traffic(sample: ops.Sample, dtype: torch.dtype) -> float:
     leaves = [leaf for leaf in flat(sample.args) if leaf.is_floating_point()]
     now = sum(leaf.numel() * width.get(leaf.dtype, leaf.dtype.itemsize) for leaf in leaves)
     return sample.bytes * now / max(sum(4 * leaf.numel() for leaf in leaves), 1)
+
+
+def side(
+    args: tuple[Any, ...], sample: ops.Sample, call: Call, backward: bool, dtype: torch.dtype, device: str
+) -> Side:
+    saved = [(leaf, leaf.detach().clone()) for i in sample.mutates for leaf in flat(args[i])]
+
+    def reset() -> None:
+        for leaf, old in saved:
+            leaf.detach().copy_(old)
+
+    if not backward:
+        return Side(torch.no_grad()(call), reset, [leaf for leaf, _ in saved], settle(device), device == "cuda")
+    wanted = [args[i] for i in sample.grad]
+    incoming = cotangents(call(), dtype)
+    return Side(
+        lambda: torch.autograd.grad(flat(call()), wanted, incoming), reset, [], settle(device), device == "cuda"
+    )
+
+
+def sides(
+    op: str, sample: ops.Sample, dtype: torch.dtype, backend: str, backward: bool
+) -> tuple[Side, dict[str, Side]]:
+    """Ours and torch's, each on its own copies of the arguments, where `backend` wants them."""
+    device = device_for(backend)
+    args, options = sample.cast(dtype, device), sample.options(device)
+    ours = side(args, sample, lambda: ops.REGISTRY[op](*args, backend=backend, **options), backward, dtype, device)
+    theirs_args = sample.cast(dtype, device)
+    theirs = BASELINES[op](*theirs_args, **options)
+    others = {label: side(theirs_args, sample, call, backward, dtype, device) for label, call in theirs.items()}
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1  # bf16: torch rounds its layer norm's partial sums
+    wanted = ours.results()
+    for label, other in others.items():
+        for mine, theirs_too in zip(wanted, other.results(), strict=True):
+            difference = (mine.double() - theirs_too.double()).abs().max()
+            # a code of 8 bits may be the next one, where a value lies between the two
+            allowed = tolerance * mine.double().abs().max() if mine.is_floating_point() else 1
+            assert difference <= allowed, f"{op}: {label} computes something else"
+    return ours, others
 
 
 def measure(cell: Cell, seconds: float = 1.0) -> Result:
@@ -159,7 +203,13 @@ def header() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "system": about["system"],
+        "date": date.today().isoformat(),
     }
+
+
+def slug(about: dict[str, Any]) -> str:
+    """A file name for this kind of machine: amd-epyc-avx512-2t."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']} {about['level']} {about['physical_cores']}t".lower()).strip("-")
 
 
 def human(seconds: float) -> str:
@@ -178,7 +228,7 @@ def share(value: float | None, of: float | None) -> str:
 
 def show(results: list[Result], about: dict[str, Any], console: Any) -> None:
     numbers = (">ours", ">torch", ">torch / ours", ">20 … 80 %", ">GB/s (of copy)", ">GFLOP/s (of mm)")
-    heads = ("op", "sample", "work", "dtype", "thr", *numbers, "torch's composition")
+    heads = ("op", "sample", "work", "dtype", "thr", *numbers, "torch's way")
     rows: list[Any] = []
     for r in results:
         color = "red" if r.ratio.median < ALLOWANCE else "green"
@@ -188,7 +238,7 @@ def show(results: list[Result], about: dict[str, Any], console: Any) -> None:
             name, r.cell.sample, work, r.cell.dtype, str(r.cell.threads), human(r.ours.median), human(r.torch.median),
             (f"{r.ratio.median:.2f}×", color), f"{r.ratio.p20:.2f} … {r.ratio.p80:.2f}",
             share(r.bytes_per_second, r.copy_bytes_per_second), share(r.flops_per_second, r.product_flops_per_second),
-            r.composition,
+            r.baseline,
         ])  # fmt: skip
     title = " · ".join(str(about[k]) for k in ("cpu", "level")) + f" · torch {about['torch']}"
     display.table(console, heads, rows, title)
@@ -231,7 +281,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seconds", type=float, default=1.0, help="time for each line of the table (1)")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    p.add_argument("--compare", type=Path, metavar="OLD.json", help="show the ratios beside those of an earlier --json")
+    p.add_argument("--keep", action="store_true", help="also write them to benches/results/<machine>.json")
+    p.add_argument("--compare", type=Path, metavar="OLD.json", help="show also the ratios of an earlier --json")
     p.add_argument("--check", action="store_true", help=f"fail if a ratio is below {ALLOWANCE} in three rounds")
     return p
 
@@ -278,10 +329,13 @@ def main(argv: list[str] | None = None) -> int:
         )
     for reason in refused.values():
         display.say(console, f"not timed: {reason}", "red")
-    if wanted.json:
-        wanted.json.parent.mkdir(parents=True, exist_ok=True)
+    files = [wanted.json] if wanted.json else []
+    if wanted.keep:
+        files.append(KEPT / f"{slug(about)}.json")
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
         report = {"machine": about, "results": [asdict(r) for r in results], "refused": list(refused.values())}
-        wanted.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     slow = [r for r in results if r.ratio.median < ALLOWANCE]
     if wanted.check:
         for r in slow:

@@ -1,4 +1,4 @@
-"""Two calls timed in turn, and what the device does at best: the parts of the harness that know no op."""
+"""Timing of two calls in turns, and the machine's measured peaks (copy bandwidth, matrix-product FLOPs)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import functools
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compositions import COMPOSITIONS, Call
 
-from finetune import ops
-from finetune.ops._check import cotangents, flat
-from finetune.ops._op import device_for
+from finetune.ops._check import flat
 
+Call = Callable[[], Any]
 ROUNDS = (5, 200)  # pairs a cell, at least and at most
 
 # --- timing
@@ -77,45 +76,6 @@ def settle(device: str) -> Call:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
-def side(
-    args: tuple[Any, ...], sample: ops.Sample, call: Call, backward: bool, dtype: torch.dtype, device: str
-) -> Side:
-    saved = [(leaf, leaf.detach().clone()) for i in sample.mutates for leaf in flat(args[i])]
-
-    def reset() -> None:
-        for leaf, old in saved:
-            leaf.detach().copy_(old)
-
-    if not backward:
-        return Side(torch.no_grad()(call), reset, [leaf for leaf, _ in saved], settle(device), device == "cuda")
-    wanted = [args[i] for i in sample.grad]
-    incoming = cotangents(call(), dtype)
-    return Side(
-        lambda: torch.autograd.grad(flat(call()), wanted, incoming), reset, [], settle(device), device == "cuda"
-    )
-
-
-def sides(
-    op: str, sample: ops.Sample, dtype: torch.dtype, backend: str, backward: bool
-) -> tuple[Side, dict[str, Side]]:
-    """Ours and torch's, each on its own copies of the arguments, where `backend` wants them."""
-    device = device_for(backend)
-    args, options = sample.cast(dtype, device), sample.options(device)
-    ours = side(args, sample, lambda: ops.REGISTRY[op](*args, backend=backend, **options), backward, dtype, device)
-    theirs_args = sample.cast(dtype, device)
-    theirs = COMPOSITIONS[op](*theirs_args, **options)
-    others = {label: side(theirs_args, sample, call, backward, dtype, device) for label, call in theirs.items()}
-    tolerance = 1e-3 if dtype == torch.float32 else 0.1  # bf16: torch rounds its layer norm's partial sums
-    wanted = ours.results()
-    for label, other in others.items():
-        for mine, theirs_too in zip(wanted, other.results(), strict=True):
-            difference = (mine.double() - theirs_too.double()).abs().max()
-            # a code of 8 bits may be the next one, where a value lies between the two
-            allowed = tolerance * mine.double().abs().max() if mine.is_floating_point() else 1
-            assert difference <= allowed, f"{op}: {label} computes something else"
-    return ours, others
-
-
 def alternate(a: Side, b: Side, seconds: float) -> tuple[list[float], list[float]]:
     """Times of a and b in turn (a b, b a, …) for about `seconds`, after one call of each to warm up."""
     once = a.time(1) + b.time(1)
@@ -163,7 +123,8 @@ def roofs(bytes_moved: float, dtype: torch.dtype, device: str) -> tuple[float, f
 def best(call: Call, settled: Call, seconds: float = 0.3) -> float:
     call()
     settled()
-    times, until = [], time.perf_counter() + seconds
+    times: list[float] = []
+    until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(times) < 5:
         start = time.perf_counter()
         call()

@@ -1,4 +1,4 @@
-"""Run by kernels/test_gpu_check.py: torch's compositions in benches/ on CUDA tensors without a GPU. A line per fault.
+"""Run by kernels/test_gpu_check.py: torch's baselines in benches/ on CUDA tensors without a GPU. A line per fault.
 
 torch's fake tensors have a device and no data, so what would mix CPU and CUDA tensors on a GPU is an error here too.
 They ask for a device guard, which a CPU build of torch lacks: argv[1] is a library with one that does nothing.
@@ -7,7 +7,7 @@ They ask for a device guard, which a CPU build of torch lacks: argv[1] is a libr
 import sys
 
 import torch
-from compositions import COMPOSITIONS
+from baselines import BASELINES
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -41,7 +41,7 @@ for op, page in ops.REGISTRY.items():
         args = on_gpu(mode, sample.args, torch.bfloat16)
         kwargs = {name: on_gpu(mode, arg, torch.bfloat16) for name, arg in sample.kwargs.items()}
         with mode, torch.no_grad():
-            ways = COMPOSITIONS[op](*args, **kwargs)
+            ways = BASELINES[op](*args, **kwargs)
             for label, call in ways.items():
                 try:
                     wrong = [leaf.device for leaf in flat(call()) if leaf.device.type != "cuda"]

@@ -7,14 +7,14 @@ import harness
 import pytest
 import sft_vs_trl
 import torch
-from compositions import COMPOSITIONS
+from baselines import BASELINES
 
 from finetune import ops
 from finetune.errors import UserError
 
 
-def test_every_op_has_a_composition_and_bench_samples():
-    assert set(COMPOSITIONS) == set(ops.REGISTRY)
+def test_every_op_has_a_baseline_and_bench_samples():
+    assert set(BASELINES) == set(ops.REGISTRY)
     for op in ops.REGISTRY:
         assert harness.bench_samples(op), op
         for sample in harness.bench_samples(op).values():
@@ -38,8 +38,8 @@ def test_a_wrong_backend_is_not_timed(monkeypatch, capsys, tmp_path):
     assert (report["results"], len(report["refused"])) == ([], 1)
 
 
-def test_a_composition_of_something_else_is_refused(monkeypatch):
-    monkeypatch.setitem(COMPOSITIONS, "swiglu", lambda gate, up: {"other": lambda: gate * up})
+def test_a_baseline_that_computes_something_else_is_refused(monkeypatch):
+    monkeypatch.setitem(BASELINES, "swiglu", lambda gate, up: {"other": lambda: gate * up})
     cell = next(harness.cells(["swiglu"], [], ["f32"], ["cpp"], [1]))
     with pytest.raises(AssertionError, match="swiglu: other computes something else"):
         harness.measure(cell, 0.01)

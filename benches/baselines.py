@@ -1,7 +1,7 @@
-"""torch's own ways to do what each op does: op → (its arguments) → label → a call. The fastest is the one to beat.
+"""What each op is timed against: torch's ways to compute the same, op → (its arguments) → label → a call.
 
-What a training loop would compute once for all layers (tables, masks) is computed before the call and not timed. On a
-GPU the kernels of flash-attn and Liger are among them where these are installed.
+The fastest is the one to beat. What a training loop would compute once for all layers (tables, masks) is computed
+before the call and not timed. On a GPU the kernels of flash-attn and Liger are included where these are installed.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def kv_cache(what, *args):
         for cache in caches:
             cache[pairs[:, 1]] = cache[pairs[:, 0]]
 
-    return {"indexing": lambda: {"append": append, "gather": gather, "copy": copy}[what](*args)}
+    ways: dict[str, Callable[..., Any]] = {"append": append, "gather": gather, "copy": copy}
+    return {"indexing": lambda: ways[what](*args)}
 
 
 def paged_attention(q, k_cache, v_cache, table, lengths, k_scale, v_scale, *, scale=None, window=None, lse=False):
@@ -300,4 +301,4 @@ PAGES = (
     kv_cache,
     paged_attention,
 )
-COMPOSITIONS: dict[str, Callable[..., dict[str, Call]]] = {f.__name__: f for f in PAGES}
+BASELINES: dict[str, Callable[..., dict[str, Call]]] = {f.__name__: f for f in PAGES}
