@@ -2,8 +2,9 @@
 
     python scripts/readme.py [--run RUN_FOLDER …]
 
-The table of modules comes from their module.toml. With --run, what a finished default run measured goes into its
-module's README; that of sft, as the main job, without its answers into README.md and its Chinese twin too.
+The table of modules comes from their module.toml, that of performance from benches/results, that of the kernel ladder
+from the module cuda. With --run, what a finished default run measured goes into its module's README; that of sft, as
+the main job, without its answers into README.md and README.zh-CN.md too.
 """
 
 import argparse
@@ -28,16 +29,64 @@ def block(text: str, name: str, content: str) -> str:
     return f"{before}{begin}{content}{end}{rest.split(end, 1)[1]}"
 
 
-def table() -> str:
-    rows = ["| module | group | what you do in it |", "|---|---|---|"]
-    rows += [f"| [{m.name}](modules/{m.group}/{m.name}) | {m.group} | {m.summary} |" for m in registry.modules()]
+# Title and all modules of each group, those that do not exist yet included.
+GROUPS = {
+    "pre_train/llm": ("Pretraining", "预训练", ["nanogpt", "megatron"]),
+    "post_train/alignment": (
+        "Fine-tuning and alignment",
+        "微调与对齐",
+        ["sft", "peft", "dpo", "policy_gradient", "actor_critic", "ppo", "grpo", "rlhf"],
+    ),
+    "post_train/rl_basics": (
+        "Reinforcement learning, basics",
+        "强化学习基础",
+        ["mdp", "td_learning", "advantage", "gae"],
+    ),
+    "post_train/offline_rl": ("Offline reinforcement learning", "离线强化学习", ["cql", "bcq"]),
+    "post_train/systems": ("Systems", "系统", ["cuda", "mixed_precision", "inference", "deepspeed"]),
+    "pre_train/vlm": ("Vision-language models", "视觉语言模型", ["blip2", "llava", "flamingo"]),
+    "pre_train/generation": ("Image generation", "图像生成", ["diffusion", "dit"]),
+}
+
+
+def table(chinese: bool = False) -> str:
+    """The modules by group; the planned ones are named in a row of their own."""
+    found = {m.name: m for m in registry.modules()}
+    rows = ["| 模块 | 内容 |" if chinese else "| module | what you do in it |", "|---|---|"]
+    for group, (title, title_zh, names) in GROUPS.items():
+        rows.append(f"| **{title_zh if chinese else title}** | |")
+        for m in (found[name] for name in names if name in found):
+            assert m.group == group, f"{m.name} is in {m.group}"
+            rows.append(f"| [{m.name}](modules/{group}/{m.name}) | {m.summary_zh if chinese else m.summary} |")
+        if planned := ", ".join(name for name in names if name not in found):
+            rows.append(f"| *{planned}* | {'计划中' if chinese else 'planned'} |")
     return "\n".join(rows) + "\n"
 
 
-def chinese_table() -> str:
-    rows = ["| 模块 | 分组 | 内容 |", "|---|---|---|"]
-    rows += [f"| [{m.title_zh}](modules/{m.group}/{m.name}) | {m.group} | {m.summary_zh} |" for m in registry.modules()]
-    return "\n".join(rows) + "\n"
+def ladder() -> str:
+    """The matmul ladder as the module cuda counts it, with links from here."""
+    module = registry.find("cuda").folder
+    text = (module / "README.md").read_text()
+    rows = text.split("<!-- matmul -->\n")[1].split("<!-- /matmul -->")[0]
+    return rows.replace("](code/", f"]({module.relative_to(ROOT)}/code/")
+
+
+def performance(chinese: bool = False) -> str:
+    """Torch's time over ours by op, from the reports that `bench --keep` left; the range over samples and passes."""
+    texts = []
+    for path in sorted((ROOT / "benches/results").glob("*.json")):
+        report = json.loads(path.read_text())
+        about, ratios = report["machine"], {}
+        for r in report["results"]:
+            if r["cell"]["backend"] == "cpp":
+                ratios.setdefault(r["cell"]["op"], {}).setdefault(r["cell"]["dtype"], []).append(r["ratio"]["median"])
+        rows = [f"| {'算子' if chinese else 'op'} | fp32 | bf16 |", "|---|---:|---:|"]
+        for op, found in ratios.items():
+            cells = (f"{min(v):.2f} … {max(v):.2f}×" if (v := found.get(d)) else "–" for d in ("f32", "bf16"))
+            rows.append(f"| {op} | {' | '.join(cells)} |")
+        machine = f"{about['cpu']}, {about['level']}, torch {about['torch']}, {about['date']}"
+        texts.append(f"{machine}:\n\n" + "\n".join(rows) + "\n")
+    return "\n".join(texts)
 
 
 def measured(folder: Path, samples: bool = True) -> str:
@@ -73,8 +122,10 @@ def main() -> int:
     p.add_argument("--check", action="store_true", help="change nothing; status 1 if the table is not current")
     p.add_argument("--run", nargs="+", type=Path, default=[], metavar="FOLDER", help="finished default runs to show")
     wanted = p.parse_args()
-    text = block(README.read_text(), "modules", table())
-    chinese = block(CHINESE.read_text(), "modules", chinese_table())
+    text, chinese = README.read_text(), CHINESE.read_text()
+    for name, made in (("modules", table), ("performance", performance)):
+        text, chinese = block(text, name, made()), block(chinese, name, made(chinese=True))
+    text, chinese = (block(page, "ladder", ladder()) for page in (text, chinese))
     if wanted.check:
         stale = [path.name for path, now in ((README, text), (CHINESE, chinese)) if now != path.read_text()]
         for name in stale:

@@ -24,7 +24,8 @@ specification = importlib.util.spec_from_file_location("run_page", ROOT / "scrip
 run_page = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(run_page)
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("learning/*.md"), *ROOT.glob("modules/*/*/*/README.md")])
+FOLDERS = ("", "learning/", "modules/*/*/", "modules/*/*/*/", "csrc/emulator/")
+PAGES = sorted(page for folder in FOLDERS for page in ROOT.glob(f"{folder}*.md"))
 FINETUNE = "python -m finetune "
 PROGRAMS = ("python ", "make ", "pytest ", "source ", "pre-commit ", ".venv/bin/python ")
 
@@ -38,6 +39,7 @@ NEVER = {
 SMALLER = {
     "bench": "bench --help",
     "bench <op>": "bench --help",
+    "bench --keep": "bench --help",
     "bench a2c_vs_sb3": "bench a2c_vs_sb3 --horizon 4 --rounds 1 --steps 64",
     "bench nanogpt_vs_torch": "bench nanogpt_vs_torch --threads 1 --steps 12",
     "bench sft_vs_trl": "bench sft_vs_trl --help",

@@ -43,8 +43,8 @@ def layer_norm_kernel(
     for first in range(0, columns, BLOCK):
         inside = here & (first + column < columns)[None, :]
         block = tl.load(x + first + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        centerd = tl.where(inside, block - mean[:, None], 0.0)
-        squares += tl.sum(centerd * centerd, 1)
+        centered = tl.where(inside, block - mean[:, None], 0.0)
+        squares += tl.sum(centered * centered, 1)
     r = 1 / tl.sqrt_rn(squares / columns + eps)
     tl.store(means + row, mean, mask=row < rows)
     tl.store(rstd + row, r, mask=row < rows)

@@ -19,8 +19,8 @@ from finetune.ops._op import Native, Op, Sample, native_float
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    centerd = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
-    y = centerd * torch.rsqrt(centerd.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
+    centered = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
+    y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 

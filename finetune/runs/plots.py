@@ -122,7 +122,7 @@ def save(made: Any, path: Path) -> None:
 
 
 def moving_average(ys: list[float], width: int) -> list[float]:
-    """Mean of the finite values at most width/2 away, NaN without any: centerd, so that it does not lag behind the raw
+    """Mean of the finite values at most width/2 away, NaN without any: centered, so that it does not lag behind the raw
     curve. Each window is summed by itself: a difference of prefix sums would lose it behind one large value."""
     import numpy as np
 

@@ -79,7 +79,7 @@ def test_the_mean_gradient_of_rescaled_batches_is_that_of_every_batch_through_th
             total.index_add_(0, torch.tensor(taken), p[at].prod() * factors / 3)
         return total
 
-    whole = {"centerd": (lambda x: x - x.mean(), A), "whitened": (whitened, A), "scaled_rewards": (scaled, r)}
+    whole = {"centered": (lambda x: x - x.mean(), A), "whitened": (whitened, A), "scaled_rewards": (scaled, r)}
     found = {name: mean(f, range(6), chance, x) for name, (f, x) in whole.items()}
     for f in (leave_one_out, group_normalized):
         found[f.__name__] = sum(mean(f, group, 2 * chance, r) for group in (range(3), range(3, 6))) / 2
@@ -88,7 +88,7 @@ def test_the_mean_gradient_of_rescaled_batches_is_that_of_every_batch_through_th
         assert np.allclose(scaling.mean_gradient(name, 3, policy, rewards), wanted, atol=1e-10), name
     exact = scaling.exact(policy, rewards)
     assert np.allclose(scaling.mean_gradient("leave_one_out", 3, policy, rewards), exact, atol=1e-12)
-    assert np.allclose(scaling.mean_gradient("centerd", 3, policy, rewards), exact * 2 / 3, atol=1e-12)
+    assert np.allclose(scaling.mean_gradient("centered", 3, policy, rewards), exact * 2 / 3, atol=1e-12)
     off = {
         name: [scaling.angle(scaling.mean_gradient(name, n, policy, rewards), exact) for n in (4, 16)] for name in found
     }

@@ -15,7 +15,7 @@ from . import plots
 Array = np.ndarray
 EPS, CLIP = 1e-8, 10.0  # those of whitened and RewardScale
 GROUP_EPS = 1e-4  # that of group_normalized
-METHODS = ("centerd", "whitened", "scaled_rewards", "leave_one_out", "group_normalized")
+METHODS = ("centered", "whitened", "scaled_rewards", "leave_one_out", "group_normalized")
 SIZES = (2, 4, 8, 16)
 
 
@@ -43,7 +43,7 @@ def expected(method: str, n: int, p: Array, x: Array) -> Array:
     mean = share @ x
     off = x - mean[:, None]  # (M, kinds)
     variance = (share * off**2).sum(1, keepdims=True)
-    if method == "centerd":
+    if method == "centered":
         f = off
     elif method == "whitened":
         f = off / (np.sqrt(variance * n / (n - 1)) + EPS)
@@ -88,7 +88,7 @@ def judge(run) -> None:
     found = {name: [mean_gradient(name, n, policy, rewards) for n in SIZES] for name in METHODS}
     angles = {name: [angle(g, wanted) for g in gs] for name, gs in found.items()}
     lengths = {name: [np.linalg.norm(g) / np.linalg.norm(wanted) for g in gs] for name, gs in found.items()}
-    off = max(abs(g - (1 - 1 / n) * wanted).max() for n, g in zip(SIZES, found["centerd"], strict=True))
+    off = max(abs(g - (1 - 1 / n) * wanted).max() for n, g in zip(SIZES, found["centered"], strict=True))
     run.result("centring_shortens_otherwise_by", off, target=1e-10, higher=False)
     for name in ("whitened", "scaled_rewards"):
         run.result(f"angle_{name}", angles[name][-1], baseline=angles[name][-2], higher=False)
