@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def find(*names: str) -> str | None:
-    """The first of these programs on PATH or beside this Python (where pip puts cmake and ninja)."""
+    """The first of these programs on PATH or next to this Python (where pip puts cmake and ninja)."""
     path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
     return next((found for name in names if name and (found := shutil.which(name, path=path))), None)
 

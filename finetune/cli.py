@@ -40,7 +40,7 @@ def app() -> None:
 @app.command("list")
 @JSON
 def list_(json: bool) -> None:
-    """The modules: what there is to learn."""
+    """List the modules."""
     from finetune.runs import registry
 
     found = registry.modules()
@@ -113,9 +113,9 @@ def run(
 @ACCEPT
 @JSON
 def finish(path: str, accept_changes: bool, json: bool) -> int:
-    """Finish a run: what is left of its steps, then samples, memory, judging and plots, also if they were made before.
+    """Finish a run: its remaining steps, then samples, memory, results and plots, even if they exist already.
 
-    RUN is the run's folder. What was trained is not trained again.
+    RUN is the run's folder. Finished steps are not trained again.
     """
     from finetune.runs import config, registry, run_folder
 
@@ -139,7 +139,7 @@ def _folder(out: str | None) -> Path | None:
 
 
 def _execute(info: Any, cfg: Any, folder: Path | None, json: bool, **how: bool) -> int:
-    """Runs, with the summary on stdout if `json`; the exit code."""
+    """Executes a run, with the summary on stdout if `json`; returns the exit code."""
     from finetune.runs import display
     from finetune.runs.run import Stopped, execute
 
@@ -192,7 +192,7 @@ def ops(json: bool) -> None:
 @click.option("-h", "--help", "help_", is_flag=True, help="What can be asked.")
 @REST
 def bench(help_: bool, rest: tuple[str, ...]) -> int:
-    """Time our ops beside torch's: bench [OP …]. `bench sft_vs_trl` times a whole step beside TRL's."""
+    """Time our ops against torch: bench [OP …]. `bench sft_vs_trl` times a whole step against TRL."""
     folder = Path(__file__).resolve().parent.parent / "benches"
     if not folder.is_dir():
         raise UserError(f"there is no {folder}: `bench` needs a checkout of the project, installed by pip install -e .")
@@ -225,7 +225,7 @@ def fetch(model: str, json: bool) -> None:
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores.")
 @JSON
 def generate(model: str, prompts: tuple[str, ...], chat: bool | None, json: bool, **given: Any) -> None:
-    """Let a model answer."""
+    """Generate text with a model."""
     from finetune.chat import answer
 
     texts = answer(model, list(prompts), chat, console=_console(stderr=True), **given)
@@ -316,7 +316,7 @@ def _table(con: "Console", heads: tuple[str, ...], rows: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; the exit code. 0 done, 1 a smoke test failed, 2 the user's to fix, 128 + n signal n."""
+    """Runs the command line; the exit code. 0 done, 1 a smoke test or bench failed, 2 user error, 128 + n signal n."""
     _usable_streams()
     try:
         _known_environment()
@@ -338,7 +338,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _usable_streams() -> None:
-    """What a terminal of another encoding cannot show is shown as an escape; a closed stream swallows what it gets."""
+    """Makes stdout and stderr tolerant: characters outside the terminal's encoding print as escapes, a closed stream
+    discards its input."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # `>&-`

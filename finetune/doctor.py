@@ -1,4 +1,4 @@
-"""What this machine has, what works, and why the rest does not."""
+"""`finetune doctor`: what this machine has, which backends work, and why the others do not."""
 
 import os
 import re
@@ -63,8 +63,8 @@ def packages() -> Iterator[Row]:
             yield row(name, version(name), True)
         except PackageNotFoundError:
             extra = "test" if name == "triton" else "peers"
-            mend = "pip install -e ." if needed else f"optional: pip install -e '.[{extra}]'"
-            yield row(name, f"not installed ({mend})", False if needed else None)
+            fix = "pip install -e ." if needed else f"optional: pip install -e '.[{extra}]'"
+            yield row(name, f"not installed ({fix})", False if needed else None)
 
 
 def compilers() -> Iterator[Row]:

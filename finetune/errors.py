@@ -1,10 +1,10 @@
-"""Errors that are the user's to mend, as opposed to bugs."""
+"""Errors that the user can fix, as opposed to bugs."""
 
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """One clear line that names the thing and the mend. The command line prints it and exits with 2."""
+    """One clear line that names the problem and its fix. The command line prints it and exits with 2."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

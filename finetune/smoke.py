@@ -1,4 +1,4 @@
-"""Every module's help and toy setting, each in a process of its own; a report as JSON and as Markdown."""
+"""Smoke test: every module's --help and toy run, each in its own process; a report as JSON and Markdown."""
 
 import json
 import subprocess
@@ -77,7 +77,7 @@ def run_help(info: registry.ModuleInfo) -> dict[str, Any] | None:
 def run_toy(info: registry.ModuleInfo) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="finetune-smoke-") as folder:
         code, output, lines = call("run", info.name, "--toy", "--json", "--out", folder)
-        unsaid = "" if code else unspeakable(info, Path(folder))
+        broken = "" if code else brief_error(info, Path(folder))
     summary = json.loads(output) if code == 0 else {}
     passed, error = summary.get("passed") is True, None
     if code != 0:
@@ -85,13 +85,13 @@ def run_toy(info: registry.ModuleInfo) -> dict[str, Any]:
     elif not passed:
         missed = [n for n, ok in summary["reached"].items() if ok is False]
         error = f"target missed: {', '.join(missed)}" if missed else "it judged nothing"
-    elif unsaid:
-        passed, error = False, f"brief: {unsaid}"
+    elif broken:
+        passed, error = False, f"brief: {broken}"
     return {"passed": passed, "exit_code": code, "error": error} | {name: summary.get(name) for name in KEPT}
 
 
-def unspeakable(info: registry.ModuleInfo, folder: Path) -> str:
-    """Why the module's brief cannot be said over this run; empty if it can, or if it has none."""
+def brief_error(info: registry.ModuleInfo, folder: Path) -> str:
+    """Why the module's brief cannot be made from this run; empty if it can, or if there is none."""
     from finetune.interview import brief
 
     try:
@@ -113,7 +113,7 @@ def call(*words: str) -> tuple[int, str, list[str]]:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The report for a person: a table of the modules, then every judged result beside its baseline and target."""
+    """The report for a person: a table of the modules, then every result with its baseline and target."""
     modules, machine_, git = report["modules"], report["machine"], report["git"]
     good = sum(m["passed"] for m in modules)
     lines = [

@@ -1,14 +1,14 @@
 """Builds and checks everything on a machine with a GPU: one run of at most eight minutes, without network.
 
     scripts/gpu_check --pack               at home: wheels of what that machine may lack, into build/gpu_wheels
-    scripts/gpu_check [--out FILE.json]    there: build, tests, benches beside torch's kernels, compute-sanitizer
+    scripts/gpu_check [--out FILE.json]    there: build, tests, benches against torch's kernels, compute-sanitizer
     scripts/gpu_check --device emulated    a rehearsal without a GPU: emulated kernels, small cases
 
 The machine's own Python and torch are used as they are. Every op runs in processes of its own, with a timeout each, so
 that a crash, a hang or a CUDA error (after which a process can do nothing more) ends a row of the table and not the
 run. The order is what matters most first: one small call of each op, values, gradients, the other tests, benches,
-compute-sanitizer. What the time does not allow is left out, and said. The JSON is written after every row.
-Exit status: 0 all passed, 1 something failed, 3 nothing failed, but something was left out.
+compute-sanitizer. What the time does not allow is omitted, and listed. The JSON is written after every row.
+Exit status: 0 all passed, 1 something failed, 3 nothing failed, but something was omitted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def op_names() -> list[str]:
 
 
 def tool(name: str) -> str | None:
-    """Path of a program of the CUDA toolkit, or of one beside this Python."""
+    """Path of a program of the CUDA toolkit, or of one next to this Python."""
     beside = shutil.which(name, path=sysconfig.get_path("scripts"))
     return runpy.run_path(str(ROOT / "finetune/kernels/cuda_toolkit.py"))["tool"](name) or beside
 
@@ -62,7 +62,7 @@ def tool(name: str) -> str | None:
 
 def pack(folder: Path = WHEELS, python: str = "3.12") -> int:
     """Downloads what the project imports, and pytest, as wheels for that Python; torch, and numpy and matplotlib, which
-    every such machine has in a version of its own, are left out."""
+    every such machine has in its own version, are omitted."""
     import tomllib
 
     own = {"torch", "numpy", "matplotlib"}

@@ -1,12 +1,12 @@
 """A spoken brief over a run's own numbers.
 
-A brief is a list of passages. One is said if its condition (`when`) holds for the run and the run has every number that
-it names: it claims only what this run's settings did and what it measured.
+A brief is a list of passages. A passage is included if its condition (`when`) holds for the run and the run has every
+number that it names, so it claims only what this run did and measured.
 
 In a passage {name} is, in this order: a metric of the run, a value of its summary ({seconds}, {peak_rss_bytes}, …), a
 setting ({steps}, {batch}, …); {baseline.name}, {target.name} and {error.name}, its standard error, are those of a
 metric; {abs.name} is without its sign, {percent.name} in hundredths; {lowest.phase.name} is the least mean of WINDOW
-steps in metrics.csv; {derived.x} are computed below. A metric with a standard error is said with it.
+steps in metrics.csv; {derived.x} are computed below. A metric with a standard error is shown with it.
 
 A condition is one or more of NAME (is there and not false), `not NAME` and `NAME OP VALUE`, joined by `and`; OP is one
 of == != < <= > >=, VALUE a word, a number or another name: "method == lora", "loss_fp16 > loss_before and not toy".
@@ -33,7 +33,7 @@ FIELD = re.compile(r"\{([a-z_0-9.]+)\}")
 OPERATORS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt,
              ">=": operator.ge}  # fmt: skip
 WINDOW = 10
-AUDIBLE = 1e-3  # of a value: a smaller standard error is below the digits that are said
+AUDIBLE = 1e-3  # of a value: a smaller standard error is below the digits that are spoken
 Facts = dict[str, Any]
 
 
@@ -44,7 +44,7 @@ class Settings(msgspec.Struct):
 
 
 def last_run(info: ModuleInfo) -> Path:
-    """The newest finished run; default settings go before toy ones. UserError says which command makes one."""
+    """The newest finished run; default settings are preferred to toy ones. UserError says which command makes one."""
     found = sorted(
         (info.folder / "output").glob("*/summary.json"),
         key=lambda path: (not run_folder.summary(path.parent)["toy"], path.stat().st_mtime),
@@ -98,7 +98,7 @@ def _plain(values: dict[str, Any]) -> Facts:
 
 
 def holds(condition: str, found: Facts) -> bool:
-    """Does the run meet the condition? A name that the run does not have meets none."""
+    """Whether the run meets the condition; a name that the run lacks is false."""
     return all(_one(part.split(), condition, found) for part in condition.split(" and "))
 
 
@@ -125,7 +125,7 @@ def _one(words: list[str], condition: str, found: Facts) -> bool:
 
 
 def spoken(value: float, lang: str) -> str:
-    """A number as one says it: three digits, large ones in words."""
+    """A number as it is spoken: three digits, large ones in words."""
     units = {
         "en": ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")),
         "zh": ((1e8, " 亿"), (1e4, " 万")),
@@ -163,7 +163,7 @@ def fill(template: str, found: Facts, lang: str) -> str:
 
 
 def _value(name: str, found: Facts) -> Any:
-    """None if the run does not have it."""
+    """A named value as text; None if the run does not have it."""
     kind, _, rest = name.partition(".")
     if kind not in ("abs", "percent"):
         return found.get(name)
@@ -178,8 +178,8 @@ def _missing(name: str, found: Facts) -> bool:
     return value is None or isinstance(value, bool)
 
 
-def said(interview: content.Interview, found: Facts, lang: str) -> list[str]:
-    """The passages that this run can say. UserError if none of them has a number of the run."""
+def passages(interview: content.Interview, found: Facts, lang: str) -> list[str]:
+    """The passages that apply to this run. UserError if none of them has a number of the run."""
     able = [p for p in interview.brief if not p.when or holds(p.when, found)]
     have = [p for p in able if not any(_missing(name, found) for name in FIELD.findall(p.text[lang]))]
     if not any(FIELD.search(p.text[lang]) for p in have):
@@ -192,6 +192,6 @@ def brief(info: ModuleInfo, lang: str = "en", run: Path | None = None) -> str:
     """The module's brief and place as Markdown, with the numbers of `run` (the newest finished one)."""
     interview = content.read(info)
     folder = run or last_run(info)
-    text = (" " if lang == "en" else "").join(said(interview, facts(folder), lang))
+    text = (" " if lang == "en" else "").join(passages(interview, facts(folder), lang))
     title, source = (info.title, "Numbers from") if lang == "en" else (info.title_zh, "数字来自")
     return f"# {title}\n\n{text}\n\n{interview.place[lang].strip()}\n\n*{source} {folder.name}*\n"

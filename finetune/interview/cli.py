@@ -11,7 +11,7 @@ from finetune.errors import UserError
 
 LANG = click.option("--lang", type=click.Choice(["en", "zh"]), default="en", show_default=True, help="Language.")
 
-SAID = {
+WORDS = {
     "en": {
         "deck": "{count} questions in {path}",
         "none": "nothing is due; --new N asks new ones",
@@ -110,13 +110,13 @@ def quiz(
         from finetune.interview import deck
 
         path = out or Path(f"finetune-{lang}.apkg")
-        click.echo(SAID[lang]["deck"].format(count=deck.write(questions, path, lang), path=path))
+        click.echo(WORDS[lang]["deck"].format(count=deck.write(questions, path, lang), path=path))
         return 0
     schedule = engine.Schedule(engine.data_folder() / "quiz.json")
     questions = engine.chosen(questions, schedule, datetime.now(timezone.utc), due, new)[:limit]
     console = display.console()
     if not questions:
-        display.say(console, SAID[lang]["none"])
+        display.say(console, WORDS[lang]["none"])
         return 0
 
     def write(text: str, style: str) -> None:
@@ -126,7 +126,7 @@ def quiz(
     if shares:
         share = sum(shares) / len(shares)
         console.print()
-        display.say(console, SAID[lang]["end"].format(count=len(shares), share=share, path=schedule.path))
+        display.say(console, WORDS[lang]["end"].format(count=len(shares), share=share, path=schedule.path))
     return 0
 
 
@@ -179,12 +179,12 @@ def progress(lang: str, json: bool) -> int:
                 rows.append([str(day.number), (name, "dim"), (path.WORDS[lang]["none"], "dim"), ""])
     console = display.console()
     display.table(console, heads, rows)
-    said = SAID[lang]
+    words = WORDS[lang]
     title = f" ({levels[found['level'] - 1].title[lang]})" if found["level"] else ""
-    reached = said["level"].format(level=found["level"], levels=len(levels))
-    today = said["day"].format(day=min(found["day"], len(days)), days=len(days))
+    reached = words["level"].format(level=found["level"], levels=len(levels))
+    today = words["day"].format(day=min(found["day"], len(days)), days=len(days))
     console.print(f"[bold]{reached}[/]{title} · [bold]{today}[/]", highlight=False)
-    console.print(said["missing" if found["missing"] else "all"])
+    console.print(words["missing" if found["missing"] else "all"])
     for command in found["missing"]:
         flag = f" --lang {lang}" if lang != "en" and " quiz " in command else ""
         console.print(f"  {command}{flag}", markup=False, highlight=False)

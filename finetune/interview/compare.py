@@ -1,4 +1,4 @@
-"""Modules side by side: what each needs, from its module.toml, and what its last run measured."""
+"""`finetune compare`: what each module needs, from its module.toml, and what its last run measured."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A module's interview.toml, in English and Chinese.
 
 [[brief]]                    # passages, together spoken in 60 to 180 seconds; {name} is a number of the run
-when = "method == lora"      # optional: said only of runs for which this holds (finetune.interview.brief)
+when = "method == lora"      # optional: included only for runs that meet it (finetune/interview/brief.py)
 en = "…"   zh = "…"
 [place]                      # among its neighbors
 en = "…"   zh = "…"
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Passage:
-    """A part of the brief: what it says, and of which runs it is true."""
+    """A passage of the brief: its text, and the condition under which it is true."""
 
     when: str  # empty: of all
     text: dict[str, str]
@@ -80,7 +80,7 @@ class QuestionToml(msgspec.Struct):
 
 
 class InterviewToml(msgspec.Struct):
-    """interview.toml, as it stands in the file."""
+    """interview.toml as parsed."""
 
     brief: list[PassageToml]
     place: registry.Bilingual

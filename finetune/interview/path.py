@@ -61,7 +61,7 @@ def read() -> tuple[list[Day], list[Level]]:
 
 @dataclass(frozen=True)
 class Standing:
-    """One module: is there a run that reached its targets; questions answered; share of the points in last answers."""
+    """A module's progress: a run that reached its targets, questions answered, share of the points in last answers."""
 
     module: str
     exists: bool

@@ -78,7 +78,7 @@ class Entry(msgspec.Struct):
 
 
 class Schedule:
-    """What was asked, how it went and when it is due again, by question."""
+    """The review schedule: for each question what was answered and when it is due again."""
 
     def __init__(self, path: Path) -> None:
         from fsrs import Scheduler
@@ -95,7 +95,7 @@ class Schedule:
         return question.id not in self.entries
 
     def due(self, question: Question, now: datetime) -> bool:
-        """Has it been asked before, and has its time come?"""
+        """Whether the question was asked before and its review date has passed."""
         entry = self.entries.get(question.id)
         return entry is not None and datetime.fromisoformat(entry["card"]["due"]) <= now
 
@@ -135,7 +135,7 @@ def chosen(
 
 
 def when(due: datetime, now: datetime, lang: str) -> str:
-    """When a question comes again: in minutes within the hour, else by date and local time."""
+    """When a question is due again: in minutes within the hour, else by date and local time."""
     minutes = round((due - now).total_seconds() / 60)
     if minutes < 60:
         return WORDS[lang]["minutes"].format(minutes=minutes)
@@ -150,8 +150,8 @@ def ask(
     write: Callable[[str, str], None] = lambda text, style: print(text),
     now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
 ) -> list[float]:
-    """Asks one after another until all are asked, the input ends or says q; the share of points named in each. A
-    question counts when its last point is graded. write: text, and its style for rich."""
+    """Asks the questions in order until the input ends or is q; returns the share of points named in each. A question
+    counts when its last point is graded. write: text, and its style for rich."""
     words, shares = WORDS[lang], []
     try:
         for number, question in enumerate(questions, start=1):

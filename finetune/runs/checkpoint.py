@@ -1,8 +1,8 @@
-"""Files that exist whole or not at all, and checkpoints made of them: safetensors for tensors, JSON for the rest.
+"""Atomic files, and checkpoints made of them: safetensors for tensors, JSON for the rest.
 
 A checkpoint is a folder { tensors.safetensors, meta.json }, written under a temporary name, flushed to the disk and
 then renamed. A kill at any moment leaves the previous one. No pickle: opening a checkpoint runs nobody's code.
-meta.json holds the SHA-256 of both files, so that whatever is truncated or altered is known.
+meta.json holds the SHA-256 of both files, so that truncation and changes are detected.
 """
 
 import errno
@@ -31,7 +31,7 @@ _owner = "0"  # of this process's temporary files: the id of the run that it is
 
 @contextmanager
 def owned_by(run: str) -> Iterator[None]:
-    """Temporary files that are made inside bear this run's id, so that `clean` knows them as the run's own."""
+    """Context in which temporary file names carry this run's id, so that `clean` recognizes them as the run's own."""
     global _owner
     before, _owner = _owner, run
     try:
@@ -41,13 +41,13 @@ def owned_by(run: str) -> Iterator[None]:
 
 
 def temporary_name(path: Path, tag: str = "") -> Path:
-    """The name beside `path` under which it is written: `.finetune-<run>-<process>-<name>`."""
+    """Temporary name for writing `path`, in the same folder: `.finetune-<run>-<process>-<name>`."""
     return path.with_name(f".finetune-{_owner}-{os.getpid()}-{tag}{path.name}")
 
 
 def clean(folder: Path, run: str) -> None:
-    """Removes what killed processes of this run left half-written in its folder. Nothing else has such names, and links
-    are not followed."""
+    """Removes half-written files that killed processes of this run left in its folder. No other file has such a name;
+    links are not followed."""
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             if name.startswith(f".finetune-{run}-"):
@@ -60,18 +60,18 @@ def clean(folder: Path, run: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a full disk or a forbidden folder into one line that names the file and the mend."""
+    """Turns a full disk or a read-only folder into one line that names the file and the fix."""
     try:
         yield
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        mend = "free some space, or choose another folder with --out" if full else "choose another folder with --out"
-        raise UserError(f"cannot write {path}: {e.strerror or e}; {mend}") from e
+        fix = "free some space, or choose another folder with --out" if full else "choose another folder with --out"
+        raise UserError(f"cannot write {path}: {e.strerror or e}; {fix}") from e
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` to write to; flushes and renames it when the block ends well.
+    """Context that yields a temporary path next to `path`; flushes and renames it if the block succeeds.
 
     On an exception the temporary file is removed and an earlier `path` stays as it was. UserError if the disk is full.
     """
@@ -118,7 +118,7 @@ def _save_file(tensors: "dict[str, torch.Tensor]", path: Path, metadata: dict[st
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """fsync: returns when a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -247,7 +247,7 @@ def unflatten(tree: Any, tensors: "dict[str, torch.Tensor]") -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, or of all files of a folder, hidden ones apart, with their names."""
+    """SHA-256 of a file, or of all files of a folder with their names; hidden files are omitted."""
     total = hashlib.sha256()
     if path.is_dir():
         for file in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")):

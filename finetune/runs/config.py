@@ -46,7 +46,7 @@ class Bound:
     infinite: bool = False
 
     def broken(self, value: float) -> str:
-        """What is wrong with a value, to be put behind its name; an empty string if nothing is."""
+        """Why a value is outside the bound, as text to follow its name; empty if it is inside."""
         if math.isnan(value) or (math.isinf(value) and not self.infinite):
             return "is not a finite number"
         for limit, holds, words in (
@@ -60,7 +60,7 @@ class Bound:
         return ""
 
     def __str__(self) -> str:
-        """`≥ 0, < 1`; limits that only keep absurd values out are not worth the room."""
+        """The bound as text, `≥ 0, < 1`. Limits that only exclude absurd values are omitted."""
         signs = (("≥", self.at_least), (">", self.above), ("≤", self.at_most), ("<", self.below))
         return ", ".join(f"{sign} {_written(limit)}" for sign, limit in signs if limit is not None and abs(limit) < 1e6)
 
@@ -81,7 +81,7 @@ def bounded(
 
 @dataclass
 class Config:
-    """What every module has. A module's Config derives from this, gives its own defaults and adds its own fields."""
+    """Settings of every module. A module's Config derives from this, sets its own defaults and adds its own fields."""
 
     steps: int = bounded(100, at_least=0, at_most=10**9)  # number of training steps
     seed: int = bounded(0, at_least=0, at_most=2**63 - 1)  # the same seed gives the same run
@@ -90,7 +90,7 @@ class Config:
     checkpoint_every: int = bounded(100, at_least=1, at_most=10**9)  # steps between two checkpoints
 
     def __post_init__(self) -> None:
-        """UserError names the first setting of a wrong type or outside its bound."""
+        """Checks every field. UserError names the first setting of a wrong type or outside its bound."""
         for name, (kind, optional, bound) in _rules(type(self)).items():
             value = getattr(self, name)
             if value is None and optional:
@@ -109,7 +109,7 @@ class Config:
 
     @classmethod
     def toy(cls) -> "Config":
-        """The small setting: learns something real in seconds."""
+        """The small setting, used by --toy: learns something real in less than a minute."""
         raise NotImplementedError(f"{cls.__module__}.{cls.__qualname__} needs a classmethod toy()")
 
 
@@ -190,7 +190,7 @@ def given(cls: type[Config], argv: list[str], also: Iterable[str] = ()) -> dict[
 
 
 def parse(cls: type[C], base: C, argv: list[str]) -> C:
-    """`base` with the settings that argv gives."""
+    """`base` with the settings of argv applied."""
     return dataclasses.replace(base, **given(cls, argv))
 
 
@@ -205,14 +205,14 @@ def from_json(cls: type[C], values: dict[str, Any]) -> C:
     fields = {f.name: f for f in describe(cls)}
     if set(values) != set(fields):
         names = ", ".join(sorted(set(values) ^ set(fields)))
-        raise UserError(f"the saved settings are of another version of this module ({names} differ): start anew")
+        raise UserError(f"the saved settings are of another version of this module ({names} differ): start a new run")
     infinite = ("inf", "-inf")
     typed: dict[str, Any] = {k: float(v) if fields[k].type is float and v in infinite else v for k, v in values.items()}
     return cls(**typed)
 
 
 def _rules(cls: type[Config]) -> dict[str, tuple[Any, bool, Bound]]:
-    """(type, may it be None, bound) of every field; a bound that a base class gives holds until another is given."""
+    """(type, optional, bound) of every field. A subclass inherits a bound unless it declares another."""
     bounds: dict[str, Bound] = {}
     for base in reversed(cls.__mro__):
         for name, f in vars(base).get("__dataclass_fields__", {}).items():
@@ -239,7 +239,7 @@ def _type_name(kind: Any, optional: bool) -> str:
 
 
 def _written(value: float) -> str:
-    """A number as a person writes it: 0 and not 0.0, 1e-05 as it is."""
+    """A number without a redundant `.0`: 0 rather than 0.0; 1e-05 is unchanged."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
 
 

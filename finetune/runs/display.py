@@ -1,7 +1,7 @@
-"""What the terminal shows: wrapped text, tables, a run's header and its progress. No number is ever cut: a table that
-is too wide for the terminal becomes a list, and a line of progress gives up its metrics and its bar first.
+"""Terminal output: wrapped text, tables, a run's header and progress. Numbers are never truncated: a table that is too
+wide becomes a list, and a progress line drops its metrics first and then its bar.
 
-All texts are taken as they are: rich's markup in them is not read.
+Texts are printed literally: rich markup in them is not interpreted.
 """
 
 import math
@@ -34,7 +34,7 @@ Cell = str | tuple[str, str]  # text, or text and its style
 
 
 class Output:
-    """stdout or stderr, for as long as somebody reads it. `run … | head` must not stop a run without a word."""
+    """stdout or stderr that survives a closed pipe: `run … | head` must not end the run silently."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.closed_by_reader = stream, False
@@ -62,11 +62,11 @@ class Output:
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # what is buffered goes there too
         if self.stream is not sys.stderr:
             with suppress(OSError):
-                print("nobody reads the output any more; going on without it", file=sys.stderr)
+                print("nobody reads the output any more; continuing without it", file=sys.stderr)
 
 
 def console(stderr: bool = False, unread: bool = False) -> Console:
-    """`unread`: what prints to it goes on when nobody reads it any more."""
+    """A rich console. `unread`: printing continues silently after the reader has closed the pipe."""
     stream: Any = sys.stderr if stderr else sys.stdout
     known = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
     return Console(file=cast(IO[str], Output(stream) if unread else stream), width=None if known else PIPED)
@@ -77,13 +77,13 @@ def console(stderr: bool = False, unread: bool = False) -> Console:
 WIDE = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\u3000-\u303f"  # Chinese: a line may end behind each character, but
 CLOSING, OPENING = "，。、；：！？）》」』”’…", "（《「『“‘"  # none begins with the former or ends with the latter
 UNIT = re.compile(rf"(\s*)([{OPENING}]*(?:[{WIDE}]|[^\s{WIDE}]+)[{CLOSING}]*)")
-LONG = 12  # columns; a longer word may be parted …
+LONG = 12  # columns; a longer word may be split …
 SOFT = re.compile(r"(?<=[/_|])|(?<=-)(?=[a-z])|(?<=,)(?!\d{3}(?!\d))")  # … here
 
 
 def wrap(text: str, width: int, indent: str = "") -> list[str]:
-    """The text's lines, broken between words at `width` columns; all but the first begin with `indent`. A word is
-    parted only where it alone is wider, at SOFT if it can be."""
+    """Lines of the text, wrapped between words at `width` columns; all but the first begin with `indent`. Only a word
+    wider than a line is split, at SOFT where possible."""
     lines = []
     for paragraph in text.split("\n"):
         line, empty = "", True
@@ -102,7 +102,7 @@ def wrap(text: str, width: int, indent: str = "") -> list[str]:
 
 
 def _cut(line: str, width: int, start: int) -> int:
-    """Where a line of one word is parted."""
+    """Index at which a word wider than the line is split."""
     full = next(i for i in range(len(line)) if cell_len(line[: i + 1]) > width)
     return max(
         [m.end() for m in SOFT.finditer(line, start + 1, full + 1) if m.end() <= full], default=max(full, start + 1)
@@ -110,7 +110,7 @@ def _cut(line: str, width: int, start: int) -> int:
 
 
 def _least(text: str) -> int:
-    """The width that parts no word of the text, except long ones at SOFT; a little more for Chinese."""
+    """Least width at which no word is split, except long ones at SOFT; slightly more for Chinese."""
     least = min(LONG, cell_len(text)) if cell_len(text) > len(text) else 0
     for _, word in UNIT.findall(text):
         parts = SOFT.split(word) if cell_len(word) > LONG else [word]
@@ -130,9 +130,9 @@ def say(con: Console, text: str, style: str = "", indent: str = "") -> None:
 def table(
     con: Console, heads: Sequence[str], rows: Iterable["list[Cell] | Cell"], title: str = "", apart: bool = False
 ) -> None:
-    """Prints a table; `apart`: with an empty line between rows. A head that begins with ">" is a column of numbers: to
-    the right, never broken; all other cells are wrapped by words. A row that is a cell, not a list, runs over all
-    columns. Where one word a line is still too wide for the console, each row becomes a list of "head: cell"."""
+    """Prints a table; `apart`: with an empty line between rows. A head that begins with ">" is a column of numbers:
+    right-aligned, never wrapped; all other cells wrap between words. A row that is a cell rather than a list spans all
+    columns. Where even one word per line is too wide for the console, each row becomes a list of "head: cell"."""
     numeric = [head.startswith(">") for head in heads]
     names: list[tuple[str, str]] = [(head.removeprefix(">"), "bold") for head in heads]
     body = [[_pair(cell) for cell in row] if isinstance(row, list) else _pair(row) for row in rows]
@@ -160,7 +160,7 @@ def _pair(cell: Cell) -> tuple[str, str]:
 
 
 def _widths(columns: list[list[str]], numeric: list[bool], room: int) -> list[int] | None:
-    """Of each column: all it wants, or what is left after the others' least; None if the least are too wide."""
+    """Widths of the columns: full, or what the minimum widths of the others leave; None if those are too wide."""
     wanted = [max(cell_len(line) for text in cells for line in text.split("\n")) for cells in columns]
     least = [
         want if number else max(map(_least, cells))
@@ -190,7 +190,7 @@ def _row(con: Console, cells: Sequence[tuple[str, str]], widths: list[int], nume
 
 
 def _record(con: Console, names: list[str], cells: list[tuple[str, str]], named: bool) -> None:
-    """A row as a list; `named`: its first cell too needs its head."""
+    """Prints a row as a list of "head: cell"; `named`: also the first cell shows its head."""
     for i, (name, (text, style)) in enumerate(zip(names, cells, strict=True)):
         if text:
             say(con, f"{name}: {text}" if (i or named) and name else text, style or ("" if i else "bold"), indent="  ")
@@ -214,7 +214,7 @@ def header(con: Console, info: "ModuleInfo", cfg: "Config", folder: Path, toy: b
 
 @contextmanager
 def progress(con: Console, phase: str, start: int, total: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """Gives show(done, metrics): a live bar on a terminal, a line every few seconds elsewhere."""
+    """Context that yields show(done, metrics): a live bar on a terminal, a line every few seconds elsewhere."""
     if start:
         say(con, f"{phase}: continuing after step {start} of {total}")
     if not con.is_terminal:
@@ -232,8 +232,8 @@ def progress(con: Console, phase: str, start: int, total: int) -> Iterator[Calla
 
 
 def bar(task: "Task", width: int) -> Text:
-    """One task's line: phase, bar, count, rate, time left, metrics. Where it is narrow first the metrics go, then the
-    bar, then the phase goes to a line of its own; count, rate and time are always whole."""
+    """One progress line: phase, bar, count, rate, time left, metrics. A narrow terminal drops first the metrics, then
+    the bar, and then puts the phase on its own line; count, rate and time are always complete."""
     done, total = int(task.completed), int(task.total or 0)
     took = task.finished_time if task.finished else task.time_remaining
     left = "" if took is None else f"{clock(took)} {'taken' if task.finished else 'left'}"
@@ -256,7 +256,7 @@ def bar(task: "Task", width: int) -> Text:
     return line
 
 
-BAR, SHOWN = 12, 3  # columns of a bar beside metrics; metrics
+BAR, SHOWN = 12, 3  # columns of a bar that leaves room for metrics; number of metrics
 
 
 def _plain(con: Console, phase: str, start: int, total: int) -> Callable[[int, dict[str, float]], None]:
@@ -293,7 +293,7 @@ def samples(con: Console, title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def closing(con: Console, summary: dict[str, Any], judged: dict[str, dict[str, Any]], folder: Path) -> None:
-    """The results, those with a target first: only these are reached or missed."""
+    """Prints the results, those with a target first (only they are "reached" or "missed"), and the checks."""
     marks: dict[Any, Cell] = {True: ("reached", "green"), False: ("missed", "red"), None: "–"}
     rows: tuple[list[Any], list[Any]] = [], []
     for name, value in summary["metrics"].items():
@@ -304,9 +304,9 @@ def closing(con: Console, summary: dict[str, Any], judged: dict[str, dict[str, A
         rows[not aimed].append([name, uncertain(value, j["error"]), number(j["baseline"]), target, mark])
     table(con, ("result", ">value", ">baseline", ">target", ""), [*rows[0], *rows[1]], "results")
     verdict: Any = {True: ("all targets reached", "bold green"), False: ("a target was missed", "bold red")}
-    said = verdict.get(summary["passed"], ("no target set", ""))
+    text = verdict.get(summary["passed"], ("no target set", ""))
     rest = f" · {duration(summary['seconds'])} · peak memory {size(summary['peak_rss_bytes'])}"
-    con.print(Text.assemble(said, rest), soft_wrap=True)
+    con.print(Text.assemble(text, rest), soft_wrap=True)
     bounded = {name: row for name, row in summary.get("checks", {}).items() if {"at_least", "at_most"} & set(row)}
     for name, row in bounded.items():
         if not row["passed"]:
@@ -374,6 +374,6 @@ def size(count: float | None) -> str:
 
 
 def short(path: Path) -> str:
-    """The path from here, where it lies below."""
+    """The path relative to the current folder, if it is below it."""
     path = Path(path).resolve()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,4 +1,4 @@
-"""What this process runs on: cores it may use, memory, versions. Imports no torch by itself."""
+"""The machine as this process sees it: usable cores, memory, versions. Does not import torch."""
 
 import math
 import os
@@ -61,7 +61,7 @@ def peak_rss_bytes(since_reset: bool = False) -> int:
 
 
 def reset_peak_rss() -> bool:
-    """Sets the kernel's record of the peak back to the resident set of now; False where the system cannot."""
+    """Resets the kernel's record of the peak resident set; False where the system cannot."""
     global _peak_before_reset
     highest = peak_rss_bytes()
     try:
@@ -90,7 +90,7 @@ def total_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not say."""
+    """Bytes of memory available without swapping; None where the system does not report it."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -139,7 +139,7 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """For config.json: enough to tell whether two runs can be compared."""
+    """Description of the machine for config.json: enough to decide whether two runs are comparable."""
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_name(),

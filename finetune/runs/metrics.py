@@ -22,8 +22,8 @@ class Metrics:
     """Rows keyed by (phase, step). Values stay text, so that a resumed file equals an uninterrupted one byte for byte.
 
     A finished row is appended with one write; a new column or a change to a written row rewrites the file under a
-    temporary name. A resumed run begins with the rows on the disk, and each of its loops drops those of the steps that
-    it is going to repeat (`keep`): the rows of later loops are still there if it is killed before it comes to them.
+    temporary name. A resumed run begins with the rows on the disk; each of its loops drops the rows of the steps it
+    repeats (`keep`), so that rows of later loops survive if the run is killed before it reaches them.
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
@@ -76,12 +76,12 @@ class Metrics:
         self.pending = {}
 
     def digest(self, phase: str, step: int) -> dict[str, Any]:
-        """Of this loop's rows on the disk, but for the last of `step` steps, which may still grow; see `holds`."""
+        """Digest of this loop's rows on the disk but the last of `step` steps, which may still change; see `holds`."""
         self.flush()
         return {"columns": self.columns, "sha256": _hash(self.rows, phase, step, self.columns)}
 
     def holds(self, digest: dict[str, Any], phase: str, step: int) -> bool:
-        """Whether the rows that an earlier process left are those of which this is the digest."""
+        """Whether this digest is that of the rows that an earlier process left."""
         return _hash(self.old, phase, step, digest["columns"]) == digest["sha256"]
 
     def series(self) -> dict[str, tuple[list[int], list[float]]]:
@@ -128,7 +128,7 @@ class Metrics:
 
 
 def _hash(rows: dict[Key, dict[str, str]], phase: str, step: int, columns: list[str]) -> str:
-    """Of the rows of the first step - 1 steps of a phase, in these columns."""
+    """Digest of the rows of the first step - 1 steps of a phase, in these columns."""
     table = [
         [row.get(column, "") for column in columns]
         for key, row in rows.items()

@@ -1,4 +1,4 @@
-"""training_curves.png (what was logged, as charts), memory.png, and what a module's own pictures start with."""
+"""Plots: training_curves.png of the logged metrics, memory.png, and the figure style of the modules' own plots."""
 
 import math
 import re
@@ -21,10 +21,10 @@ def training_curves(
     higher: dict[str, bool] | None = None,
 ) -> None:
     """Writes the picture. Dense noisy series show raw values faintly and their moving average; sparse ones show points.
-    What was logged fewer than three times is no curve: its values stand in a list at the end.
+    A metric logged fewer than three times is not drawn as a curve: its values are listed at the end.
 
     Repetitions (phases that differ by a number at their end) share a chart. A judged metric of the same name as a
-    series adds its baseline and target as level lines; where they lie far off, in words.
+    series adds its baseline and target as horizontal lines, or as text where they are far outside the plot.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -75,7 +75,7 @@ CURVE, LISTED = 3, 12  # points that make a curve; names in a list
 
 
 def _level(axes: Any, values: list[float], level: float, label: str, color: str) -> None:
-    """A level line, or where it would squeeze the curve into a corner, only its number in the legend."""
+    """A horizontal line, or only its number in the legend where the line would compress the curve."""
     low, high = min(values, default=level), max(values, default=level)
     if axes.get_yscale() == "log":
         near = level > 0 and low / 100 <= level <= high * 100
@@ -123,7 +123,7 @@ def save(made: Any, path: Path) -> None:
 
 def moving_average(ys: list[float], width: int) -> list[float]:
     """Mean of the finite values at most width/2 away, NaN without any: centered, so that it does not lag behind the raw
-    curve. Each window is summed by itself: a difference of prefix sums would lose it behind one large value."""
+    curve. Each window is summed separately: a difference of prefix sums loses precision after one large value."""
     import numpy as np
 
     y, half = np.asarray(ys, np.float64), max(0, min(width // 2, len(ys) - 1))
@@ -159,12 +159,12 @@ OTHERS = ("#8a6d3b", "#c06c9b", "#6b7f99", "#b8b03a", "#4f4f4f")
 AT_ONCE, GROWS = "step growth", ("gradients", "activations", "logits")
 
 
-def memory(path: Path, title: str, rows: list[dict[str, Any]], beside: str = "measured") -> None:
-    """Writes the picture: for each group of rows (what stands before ": " in their names) two stacked bars, predicted
-    above `beside`, of the rows that have both.
+def memory(path: Path, title: str, rows: list[dict[str, Any]], other: str = "measured") -> None:
+    """Writes the picture: for each group of rows (the part before ": " in their names) two stacked bars, predicted
+    above `other`, of the rows that have both.
 
-    A row "step growth" is no part of the stack, since gradients, activations and logits never have their full sizes at
-    the same time: it is drawn as the line at which the step's peak lies.
+    The row "step growth" is not stacked, since gradients, activations and logits never have their full sizes at the
+    same time: it is drawn as a line at the peak of the step.
     """
     groups: dict[str, dict[str, tuple[int, int]]] = {}
     for row in rows:
@@ -201,7 +201,7 @@ def memory(path: Path, title: str, rows: list[dict[str, Any]], beside: str = "me
     if any(AT_ONCE in group for group in groups.values()):
         axes.plot([], [], color=INK, linewidth=1.8, label="peak of a step")
     made.legend(fontsize=8.5, frameon=False, loc="outside lower center", ncols=5)
-    axes.set_title(f"{title}: above predicted, below {beside}", fontsize=11, color=INK, fontweight="bold", loc="left")
+    axes.set_title(f"{title}: above predicted, below {other}", fontsize=11, color=INK, fontweight="bold", loc="left")
     axes.set_xlabel(unit, fontsize=9, color=INK)
     axes.grid(False, axis="y")
     save(made, path)

@@ -1,6 +1,6 @@
-"""The one reader of what comes from outside: files of JSON and TOML, and values of other containers, checked by type.
+"""The one reader of external input: JSON and TOML files, and values from other containers, checked by type.
 
-A type is whatever msgspec takes: a `msgspec.Struct` whose fields are the known keys, `dict[str, str]`, a union, and
+A type is anything msgspec accepts: a `msgspec.Struct` whose fields are the known keys, `dict[str, str]`, a union, and
 `Annotated[int, msgspec.Meta(ge=1)]` for bounds. Numbers are finite, files are regular and of bounded size, and every
 failure is one UserError that names the file, the key, the value and what is allowed.
 """
@@ -36,7 +36,7 @@ NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 
 def file_bytes(path: str | Path, limit: int = LIMIT, fix: str = "") -> bytes:
     """The contents of a regular file of at most `limit` bytes. UserError for anything else: missing, a folder, a FIFO
-    (which would wait for ever), larger, unreadable. `fix` is the end of the message: what the user can do about it."""
+    (which would block forever), larger, unreadable. `fix` ends the message: what the user can do."""
     end = f": {fix}" if fix else ""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -47,7 +47,7 @@ class Day(msgspec.Struct):
 
 
 class Path14(msgspec.Struct):
-    """learning/path.toml, as far as the registry needs it."""
+    """The part of learning/path.toml that the registry reads."""
 
     days: list[Day]
 
@@ -81,7 +81,7 @@ class ModuleInfo:
 
 
 def root() -> Path:
-    """The folder of all modules: $FINETUNE_MODULES, or modules/ beside the package."""
+    """The folder of all modules: $FINETUNE_MODULES, or modules/ next to the package."""
     given = os.environ.get("FINETUNE_MODULES")
     return Path(given).resolve() if given else Path(__file__).resolve().parents[2] / "modules"
 
@@ -104,7 +104,7 @@ def find(name: str) -> ModuleInfo:
 
 
 def planned_day(name: str) -> int | None:
-    """The day of learning/path.toml that names it."""
+    """The day of learning/path.toml that names this module; None if none does."""
     path = Path(__file__).resolve().parents[2] / "learning" / "path.toml"
     days = reading.toml_file(path, Path14).days if path.exists() else []
     return next((i for i, day in enumerate(days, 1) if name in day.modules), None)

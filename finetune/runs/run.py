@@ -1,7 +1,7 @@
 """A run: one folder with settings, metrics, curves, checkpoints and a summary; killed at any moment, it resumes.
 
-The result is a function of (settings, seed, inputs). Nothing random is carried over from step to step: before step s
-every generator is seeded from (seed, phase, s), so a resumed step draws what it would have drawn. A resumed run checks
+The result is a function of (settings, seed, inputs). No random state is carried from step to step: before step s
+every generator is seeded from (seed, phase, s), so a resumed step draws the same numbers. A resumed run checks
 that its inputs, the kernels and the versions are those that it began with. `execute` runs a module; its
 `main(cfg, run)` uses the public methods of `Run`.
 """
@@ -47,7 +47,7 @@ class NotFinite(UserError):
 
 
 class Run:
-    """One run folder. `dir`, `cfg`, `toy` and `console` are for the module to read; `phase` is the loop it is in."""
+    """One run, as a module sees it. `dir`, `cfg`, `toy` and `console` may be read; `phase` names the current loop."""
 
     def __init__(
         self,
@@ -82,9 +82,9 @@ class Run:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def depends_on(self, name: str, path: Path) -> None:
-        """Keeps the hash of a file or folder that the result depends on; the paths of the settings are kept already.
+        """Records the hash of a file or folder that the result depends on (paths in the settings are recorded already).
 
-        UserError if the run is resumed and the contents are no longer those that it began with.
+        UserError if the run is resumed and the contents have changed since it began.
         """
         if self.saved is None:
             return
@@ -98,17 +98,17 @@ class Run:
         self.saved.write(self.dir)
 
     def changed(self, what: list[str]) -> None:
-        """Refuses to go on with another thing than the run began with, or says so and keeps it (--accept-changes)."""
+        """Refuses to continue with changed inputs, or with --accept-changes prints and records them."""
         if not what or self.saved is None:
             return
         if not self._accept_changes:
             raise UserError(
-                f"since the run in {self.dir} began, {'; '.join(what)}: put it back, start a new run, "
-                "or add --accept-changes to go on all the same"
+                f"since the run in {self.dir} began, {'; '.join(what)}: restore it, start a new run, "
+                "or add --accept-changes to continue all the same"
             )
         self.saved.changes += what
         self.saved.write(self.dir)
-        self.print(f"going on although {'; '.join(what)}")
+        self.print(f"continuing although {'; '.join(what)}")
 
     def generator(self, *key: Any) -> "torch.Generator":
         """A CPU generator that depends on (seed, *key) only: `run.generator("batch", step)`."""
@@ -117,10 +117,10 @@ class Run:
         return torch.Generator().manual_seed(stable_hash(self.cfg.seed, *key))
 
     def steps(self, total: int, state: dict[str, Any], phase: str = MAIN) -> Iterator[int]:
-        """Yields the steps 0 … total-1 that are still to do, with a progress bar, checkpoints and safe interruption.
+        """Yields the remaining steps of 0 … total-1, with a progress bar, checkpoints and safe interruption.
 
-        state: all that the step changes, name -> an object with state_dict() and load_state_dict(), or a dict of
-        tensors and plain values (updated in place). A run with several loops gives each a `phase` name of its own.
+        state: everything that a step changes, name -> an object with state_dict() and load_state_dict(), or a dict of
+        tensors and plain values (updated in place). A run with several loops names each by its own `phase`.
         """
         folder = self.dir / "checkpoints" / ("" if phase == MAIN else phase)
         start = self._restore(folder, state, phase) if self.resume else 0
@@ -238,7 +238,7 @@ class Run:
         return f"{self.dir.name} · {'toy' if self.toy else 'default'} · seed {self.cfg.seed}"
 
     def summary(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """What summary.json holds. `passed` is null if nothing was judged."""
+        """The contents of summary.json. `passed` is null if there is neither a target nor a bounded check."""
         results = [j["passed"] for j in self.judged.values() if j["passed"] is not None]
         results += [row["passed"] for row in self.checks.values() if {"at_least", "at_most"} & set(row)]
         return {
@@ -270,13 +270,14 @@ class Run:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Here Ctrl-C and SIGTERM let a step finish and save; a second one, or one between loops, stops at once."""
+        """Context in which Ctrl-C and SIGTERM let the current step finish and save; a second one, or one between loops,
+        stops at once."""
 
         def stop(number: int, frame: Any) -> None:
             if self._signal or not self.busy:
                 raise Stopped(number)
             self._signal = number
-            os.write(2, b"\nstopping after this step (once more: at once)\n")  # print() is not re-entrant, os.write is
+            os.write(2, b"\nstopping after this step (again: at once)\n")  # print() is not re-entrant, os.write is
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -311,7 +312,7 @@ class Run:
             checkpoint.remove(old)
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint says of the run that it belongs to."""
+        """The identity of this run that its checkpoints record."""
         if self.saved is None:
             return {}
         settings = hashlib.sha256(repr(sorted(self.saved.config.items())).encode()).hexdigest()
@@ -319,7 +320,7 @@ class Run:
         return {"id": self.saved.id, "settings": settings, "inputs": inputs, "versions": self.saved.versions}
 
     def _restore(self, folder: Path, state: dict[str, Any], phase: str) -> int:
-        """Loads the newest good checkpoint into `state`; the number of steps it has behind it, 0 without one."""
+        """Loads the newest intact checkpoint into `state`; returns its number of finished steps, 0 without one."""
         found = _checkpoints(folder)[::-1]
         for i, path in enumerate(found):
             try:
@@ -338,7 +339,7 @@ class Run:
         return 0
 
     def _load(self, path: Path, state: dict[str, Any]) -> "Meta":
-        """Puts a checkpoint into `state`. UserError if it is damaged, or is of another run or module."""
+        """Loads a checkpoint into `state`. UserError if it is damaged, or belongs to another run or module."""
         tensors, raw = checkpoint.load(path)
         meta = reading.convert(raw, Meta, path / checkpoint.META)
         if self.saved and (meta.run.get("id"), meta.run.get("settings")) != (
@@ -454,7 +455,7 @@ def kept(folder: Path) -> str:
 
 @contextmanager
 def torch_settings(threads: int) -> Iterator[None]:
-    """Thread count and deterministic algorithms for a run; put back afterwards."""
+    """Context with the run's thread count and deterministic algorithms; restores the earlier settings."""
     import torch
 
     deterministic: Any = torch.utils.deterministic
@@ -472,18 +473,18 @@ def torch_settings(threads: int) -> Iterator[None]:
 
 
 def stable_hash(*key: Any) -> int:
-    """63 bits that are the same in every process, unlike hash()."""
+    """A 63-bit hash that is the same in every process, unlike hash()."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a loop, oldest first; whatever else lies there is not looked at."""
+    """The checkpoints of a loop, oldest first; other files are ignored."""
     found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,12}", p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
 def _update(target: dict[str, Any], saved: dict[str, Any], place: str) -> None:
-    """Puts saved values into a dict, tensors into the tensors that are there: others may hold them.
+    """Restores saved values into a dict; tensors are copied into the existing ones, which others may refer to.
 
     UserError for a tensor that is there and was not saved, or not in this shape and dtype."""
     import torch

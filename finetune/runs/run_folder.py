@@ -17,7 +17,7 @@ from finetune.runs import checkpoint, config, machine, reading
 from finetune.runs.registry import ModuleInfo
 
 SETTINGS, SUMMARY = "config.json", "summary.json"
-STALE = "omit --resume to start a new run"  # what to do about a run that cannot go on
+STALE = "omit --resume to start a new run"  # what to do about a run that cannot continue
 
 
 class Input(msgspec.Struct):
@@ -48,7 +48,7 @@ class Saved(msgspec.Struct):
 
 
 class Summary(msgspec.Struct):
-    """What others read in a summary.json; it holds more."""
+    """The fields of summary.json that other code reads; the file holds more."""
 
     metrics: dict[str, Any] = {}
     passed: bool | None = None
@@ -83,7 +83,7 @@ def begin(info: ModuleInfo, cfg: config.Config, toy: bool) -> Saved:
 
 
 def versions() -> dict[str, str]:
-    """What decides the bits of a result in addition to settings and inputs: packages and kernels."""
+    """Versions of packages and kernels: what determines the bits of a result besides settings and inputs."""
     import torch
 
     from finetune import ops  # noqa: F401  (loads the kernels)
@@ -176,10 +176,10 @@ def differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 
 def withdraw(folder: Path) -> None:
-    """Removes the settings, and the folder if it is empty then, of a run that was refused before it began, so that the
-    corrected command can use the folder."""
+    """Deletes the folder of a run rejected before its first step, so the corrected command can reuse --out. A folder
+    that holds anything else stays."""
     (folder / SETTINGS).unlink(missing_ok=True)
-    with suppress(OSError):  # there was something else in it
+    with suppress(OSError):  # it holds other files
         folder.rmdir()
 
 

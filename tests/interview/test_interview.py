@@ -142,7 +142,7 @@ def part_holds(part, known):
 def test_a_brief_says_what_its_run_did(name, run, lang):
     facts = RUNS[run](name)
     interview = content.read(registry.find(name))
-    said = brief.said(interview, facts, lang)
+    said = brief.passages(interview, facts, lang)
     text = " ".join(said)
     assert "{" not in text
     known = {key.replace(".", "_"): value for key, value in facts.items()}
@@ -179,7 +179,7 @@ def test_every_number_and_condition_of_a_brief_exists(name):
 def test_lora_is_claimed_by_lora_runs_only():
     interview = content.read(registry.find("sft"))
     for method, claim in (("lora", "I used LoRA"), ("full", "All weights were trained")):
-        text = " ".join(brief.said(interview, toy_run("sft") | {"method": method}, "en"))
+        text = " ".join(brief.passages(interview, toy_run("sft") | {"method": method}, "en"))
         assert claim in text
         assert ("I used LoRA" in text) == (method == "lora")
 
@@ -187,9 +187,9 @@ def test_lora_is_claimed_by_lora_runs_only():
 def test_lambda_zero_is_spoken_of_if_it_was_trained():
     interview = content.read(registry.find("gae"))
     facts = toy_run("gae")
-    assert "lambda zero" not in " ".join(brief.said(interview, facts, "en"))
-    assert "lambda zero it came to 51" in " ".join(brief.said(interview, facts | {"ppo_return_0": 51}, "en"))
-    assert "lambda zero" not in " ".join(brief.said(interview, facts | {"ppo_return_0": 500.0}, "en"))
+    assert "lambda zero" not in " ".join(brief.passages(interview, facts, "en"))
+    assert "lambda zero it came to 51" in " ".join(brief.passages(interview, facts | {"ppo_return_0": 51}, "en"))
+    assert "lambda zero" not in " ".join(brief.passages(interview, facts | {"ppo_return_0": 500.0}, "en"))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_lambda_zero_is_spoken_of_if_it_was_trained():
 )
 def test_the_sign_of_a_critics_error_is_the_runs(cql, naive, said):
     facts = toy_run("cql") | {"overestimate_expert_cql": cql, "overestimate_expert_naive": naive}
-    text = " ".join(brief.said(content.read(registry.find("cql")), facts, "en"))
+    text = " ".join(brief.passages(content.read(registry.find("cql")), facts, "en"))
     assert said in text
     assert ("further from the truth" in text) == (abs(cql) > naive)
 
@@ -210,11 +210,11 @@ def test_the_sign_of_a_critics_error_is_the_runs(cql, naive, said):
 def test_unscaled_fp16_is_told_as_it_went():
     interview = content.read(registry.find("mixed_precision"))
     facts = toy_run("mixed_precision")
-    text = " ".join(brief.said(interview, facts, "en"))
+    text = " ".join(brief.passages(interview, facts, "en"))
     assert "underflow alone does not explain it" in text
     assert brief.spoken(facts["lowest.fp16.loss"], "en") in text
     assert "no worse than with it" in text
-    text = " ".join(brief.said(interview, facts | {"loss_fp16": 4.4, "loss_bf16_no_master": 3.1}, "en"))
+    text = " ".join(brief.passages(interview, facts | {"loss_fp16": 4.4, "loss_bf16_no_master": 3.1}, "en"))
     assert "underflow alone" not in text
     assert "small updates were rounded away" in text
 

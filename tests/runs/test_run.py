@@ -252,7 +252,7 @@ def test_a_resumed_run_refuses_other_data(whole, tmp_path):
     data = resumable(folder, tmp_path)
     data.touch()  # another time of change alone does not count
     data.write_text("two")
-    with pytest.raises(UserError, match=r"data \(.*rows.txt\) has other contents: put it back"):
+    with pytest.raises(UserError, match=r"data \(.*rows.txt\) has other contents: restore it"):
         resumed(folder, data)
     data.write_text("one")
     assert resumed(folder, data)["changes"] == []
@@ -267,7 +267,7 @@ def test_a_resumed_run_refuses_other_versions_and_kernels_unless_they_are_accept
     saved["versions"][what] = "another"
     (folder / "config.json").write_text(json.dumps(saved))
     for _ in range(2):  # a refusal changes nothing
-        with pytest.raises(UserError, match=f"{what} was another and is .*: put it back"):
+        with pytest.raises(UserError, match=f"{what} was another and is .*: restore it"):
             resumed(folder, data)
     assert [line.split(" was ")[0] for line in resumed(folder, data, accept_changes=True)["changes"]] == [what]
 
@@ -382,7 +382,7 @@ def test_a_reader_that_goes_away_does_not_stop_a_run(whole, tmp_path):
     child.stdout.readline()
     child.stdout.close()
     assert child.wait() == 0
-    assert child.stderr.read() == "nobody reads the output any more; going on without it\n"
+    assert child.stderr.read() == "nobody reads the output any more; continuing without it\n"
     assert result(tmp_path / "run") == result(whole[0])
 
 
