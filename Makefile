@@ -18,7 +18,7 @@ test: setup $(VENV)/.test-installed ## the tests: default, slow and peer
 longtest: setup $(VENV)/.test-installed ## the tests that take minutes each: all architectures, sanitizers, whole builds
 	@$(BIN)/python -m pytest -m long
 
-bench: setup $(VENV)/.test-installed ## time every op beside torch's own
+bench: setup $(VENV)/.test-installed ## time every op against torch
 	@$(BIN)/python -m finetune bench
 
 lint: setup $(VENV)/.test-installed ## ruff, mypy, clang-format
@@ -37,17 +37,17 @@ setup: $(VENV)/.native-built
 # torch is built against and run with, so it goes in once, before the build, which then needs no environment of its own.
 $(VENV)/.base-installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing torch and the base packages into $(VENV) (about a minute) …"
+	@echo "installing torch and the base packages into $(VENV) (about a minute, once) …"
 	@$(PIP) "torch==2.13.0" "setuptools>=77" numpy cmake ninja
 	@touch $@
 
 $(VENV)/.native-built: $(VENV)/.base-installed $(NATIVE_SOURCES)
-	@echo "building the native kernels …"
+	@echo "building the native kernels (one to four minutes, once) …"
 	@$(PIP) --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.test-installed: pyproject.toml | $(VENV)/.native-built
-	@echo "installing the test and peer packages (a few minutes, once) …"
+	@echo "installing the test and peer packages (three to five minutes, once) …"
 	@$(PIP) --no-build-isolation --editable ".[test,peers]"
 	@$(PIP) --no-deps d3rlpy gym gym-notices h5py structlog colorama dataclasses-json marshmallow typing-inspect mypy_extensions
 	@touch $@

@@ -44,7 +44,7 @@ ALLOWANCE = 0.95  # of the median ratio: what is left of the noise
 
 @dataclass(frozen=True)
 class Cell:
-    """One op on one sample, forward or forward + backward, in one dtype, on one backend, with so many threads."""
+    """One op on one sample, forward or forward + backward, in one dtype, on one backend, with a number of threads."""
 
     op: str
     sample: str

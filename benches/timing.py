@@ -114,7 +114,7 @@ def product_rate(dtype: torch.dtype, device: str, threads: int) -> float:
 
 
 def roofs(bytes_moved: float, dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """Both for work that moves so many bytes, with the threads of now."""
+    """(copy rate, product rate) for work that moves this many bytes, with the current thread count."""
     power = min(max(int(bytes_moved / 2).bit_length(), 16), 28)
     threads = torch.get_num_threads()
     return copy_rate(power, device, threads), product_rate(dtype, device, threads)
