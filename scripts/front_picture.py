@@ -38,18 +38,18 @@ def answers(axes, run: Path, count: int = 3) -> None:
     rows = json.loads((run / "samples.json").read_text())[0]["rows"][:count]
     axes.axis("off")
     axes.set_title("answers to questions it was not trained on", loc="left", fontsize=11)
-    y = 1.0
+    y = 0.97
     for row in rows:
         for text, color, lines in (
             (row["question"], plots.INK, 2),
             ("before   " + " ".join(row["before"].split()), BEFORE, 2),
             ("after      " + " ".join(row["after"].split()), AFTER, 2),
         ):
-            wrapped = textwrap.wrap(text.replace("$", r"\$"), 78, max_lines=lines, placeholder=" …")
+            wrapped = textwrap.wrap(text.replace("$", r"\$"), 86, max_lines=lines, placeholder=" …")
             weight = "bold" if color == plots.INK else "normal"
             axes.text(0, y, "\n".join(wrapped), color=color, va="top", fontsize=9, weight=weight, linespacing=1.35)
-            y -= 0.075 * len(wrapped) + 0.012
-        y -= 0.045
+            y -= 0.058 * len(wrapped) + 0.006
+        y -= 0.04
 
 
 def main() -> None:
