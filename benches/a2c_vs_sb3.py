@@ -25,7 +25,7 @@ from timing import Times
 
 from finetune.errors import UserError
 from finetune.rl.envs import environments
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 from finetune.runs import machine, registry
 
 ENVS, WIDTH, LR, CLIP = 8, 64, 1e-3, 1000.0
@@ -44,7 +44,7 @@ def both(horizon: int) -> tuple[Any, Any]:
     onpolicy = sys.modules["finetune_modules.actor_critic.onpolicy"]
     cfg = module.Config(horizon=horizon, envs=ENVS, hidden=WIDTH, lr=LR, clip=CLIP, value_scale=1.0, entropy=0.01)
     torch.manual_seed(0)
-    ours = onpolicy.LEARNERS["a2c"](cfg, "a2c", Vector(environments.make("CartPole-v1", ENVS), 0))
+    ours = onpolicy.LEARNERS["a2c"](cfg, "a2c", VectorEnv(environments.make("CartPole-v1", ENVS), 0))
     theirs = A2C(
         "MlpPolicy", make_vec_env("CartPole-v1", ENVS, seed=0), learning_rate=LR, n_steps=horizon, gamma=cfg.gamma,
         gae_lambda=1.0, ent_coef=cfg.entropy, vf_coef=cfg.value_weight, max_grad_norm=CLIP, use_rms_prop=False,

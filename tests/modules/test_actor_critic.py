@@ -14,7 +14,7 @@ from finetune import ops
 from finetune.errors import UserError
 from finetune.rl.envs import environments
 from finetune.rl.envs.replay import Transitions
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 from finetune.runs import registry
 from finetune.runs.run import Run, execute
 
@@ -37,8 +37,8 @@ def learner(method, **changes):
     cfg = dataclasses.replace(module.Config(), **QUICK | changes)
     torch.manual_seed(0)
     if method in onpolicy.LEARNERS:
-        return onpolicy.LEARNERS[method](cfg, method, Vector(environments.make(cfg.env, 3), 0))
-    return offpolicy.LEARNERS[method](cfg, method, Vector(environments.make(cfg.continuous_env, 1), 0))
+        return onpolicy.LEARNERS[method](cfg, method, VectorEnv(environments.make(cfg.env, 3), 0))
+    return offpolicy.LEARNERS[method](cfg, method, VectorEnv(environments.make(cfg.continuous_env, 1), 0))
 
 
 def seeded(seed=0):
@@ -52,7 +52,7 @@ def seeded(seed=0):
 def test_an_unfolded_horizon_knows_what_every_step_reached(shared):
     """V of the next row within an episode; at a truncation V of the last state of the old one, not of the new one."""
     model = learner("a2c", shared_trunk=shared).model
-    rollout = Vector(environments.make("CartPole-v1", 3, limit=15), 0).collect(onpolicy.drawn(model, seeded()), 40)
+    rollout = VectorEnv(environments.make("CartPole-v1", 3, limit=15), 0).collect(onpolicy.drawn(model, seeded()), 40)
     assert rollout.truncated[:-1].any()
     assert rollout.terminated.any()
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_traces_sum_to_the_lambda_returns_gradient(shared, env):
     envs = environments.make(env, 3)
     model = networks.ActorCritic(*environments.sizes(envs[0]), 8, shared).double()
     act = onpolicy.drawn(copy.deepcopy(model).float(), seeded())
-    rollout = Vector(envs, 0).collect(act, 250)
+    rollout = VectorEnv(envs, 0).collect(act, 250)
     r = type(rollout)(*(x.double() if x.is_floating_point() else x for x in vars(rollout).values()))
     assert r.ends[:-1].any()
     params, values = model(r.observations)
@@ -260,8 +260,8 @@ def test_a_soft_critic_is_compared_with_returns_and_their_entropy_bonus():
 
 def test_sac_says_the_soft_value_and_pays_its_entropy():
     config = toy(continuous_hidden=8)
-    place = module.Place(config, True, environments.Cut())
-    sac = offpolicy.SAC(config, "sac", Vector(place.learning, 0))
+    place = module.Place(config, True, environments.EpisodeLimit())
+    sac = offpolicy.SAC(config, "sac", VectorEnv(place.learning, 0))
     with torch.no_grad():
         sac.log_alpha.fill_(math.log(0.3))
     sac.rewards.see(torch.tensor([2 * offpolicy.LARGEST]))  # 1 of the critics' unit is 2 of the environment's

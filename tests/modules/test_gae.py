@@ -11,7 +11,7 @@ from resumed import resumes_to_the_same_bytes
 from finetune import ops
 from finetune.errors import UserError
 from finetune.rl.envs import environments
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 from finetune.rl.statistics import gradient_bias
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.sample import sample_tabular
@@ -201,7 +201,7 @@ def test_the_batch_is_judged_by_the_critic_before_the_updates_and_by_the_op():
     torch.manual_seed(0)
     config = toy(ppo_horizon=30, ppo_envs=3)
     envs = environments.make("CartPole-v1", 3)
-    learner, vector = ppo.Learner(config, envs), Vector(envs, 0)
+    learner, vector = ppo.Learner(config, envs), VectorEnv(envs, 0)
     rollout = vector.collect(learner.acting(torch.Generator().manual_seed(0)), 30)
     batch = ppo.judged(learner, rollout, 0.99, 0.9)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from finetune.rl.agents.targets import gather_actions, td_loss
 from finetune.rl.envs import environments
 from finetune.rl.envs.replay import Transitions
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 from finetune.runs import registry
 from finetune.runs.run import execute
 
@@ -21,7 +21,7 @@ dqn = importlib.import_module("finetune_modules.td_learning.dqn")
 def made(name, count=1, **settings):
     """Learners with a target network of its own, and a batch of steps with ends, some of two and three steps."""
     torch.manual_seed(0)
-    envs = Vector(environments.make("CartPole-v1", count), 0)
+    envs = VectorEnv(environments.make("CartPole-v1", count), 0)
     one = dqn.DQN(dqn.VARIANTS[name], envs, count, dqn.Settings(reward_scale=1.0, gamma=0.9, **settings))
     for parameter in [*one.q.parameters(), *one.target.parameters()]:
         torch.nn.init.normal_(parameter, 0.0, 0.5)

@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 
 from finetune.errors import UserError
 from finetune.rl.envs import environments, logged_data
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 
 UNIT = Box(-1, 1, (3,), np.float32)
 
@@ -44,10 +44,10 @@ class World(gymnasium.Env):
 
 
 @contextlib.contextmanager
-def world(count=1, cut=None, max_episode_steps=None, **kwargs):
+def world(count=1, episode_limit=None, max_episode_steps=None, **kwargs):
     gymnasium.register("finetune/World-v0", World, kwargs=kwargs, max_episode_steps=max_episode_steps)
     try:
-        yield environments.make("finetune/World-v0", count, cut=cut)
+        yield environments.make("finetune/World-v0", count, episode_limit=episode_limit)
     finally:
         del gymnasium.registry["finetune/World-v0"]
 
@@ -67,7 +67,7 @@ def drawing(envs):
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
 def test_actions_are_those_of_the_space_wherever_it_starts(start, dtype):
     with world(2, taken=Discrete(3, start=start, dtype=dtype)) as envs:
-        vector = Vector(envs, 0)
+        vector = VectorEnv(envs, 0)
         rollout = vector.collect(drawing(envs), 30)
         environments.play(envs, drawing(envs), [0, 1])
         assert set(rollout.actions.unique().tolist()) == {0, 1, 2}, "a policy counts from 0"
@@ -75,7 +75,7 @@ def test_actions_are_those_of_the_space_wherever_it_starts(start, dtype):
             taken = env.unwrapped.taken
             assert set(taken) == {start, start + 1, start + 2}
             assert {type(a) for a in taken} == {type(env.action_space.sample())}
-        again = Vector(envs, 0)
+        again = VectorEnv(envs, 0)
         again.load_state_dict(vector.state_dict())
         assert np.array_equal(again.observations, vector.observations)
 
@@ -93,7 +93,7 @@ def test_states_are_unit_vectors_wherever_they_start(start):
 def test_continuous_actions_are_clipped_and_of_the_spaces_type(dtype):
     low, high = np.array([-3, 0], dtype), np.array([1, 2], dtype)
     with world(1, taken=Box(low, high, dtype=dtype)) as envs:
-        Vector(envs, 0).collect(drawing(envs), 60)
+        VectorEnv(envs, 0).collect(drawing(envs), 60)
         taken = np.stack(envs[0].unwrapped.taken)
         assert taken.dtype == dtype
         assert all(envs[0].action_space.contains(a) for a in taken)
@@ -149,9 +149,9 @@ def test_rewards_of_every_numeric_type_are_taken(reward):
         assert set(found.flatten().tolist()) == {float(getattr(reward, "item", lambda: reward)())}
 
 
-SEEN = "gymnasium asks for numbers of shape \\(3,\\)"
+SEEN = "gymnasium requires numbers of shape \\(3,\\)"
 BROKEN = {
-    "reward (1,)": ({"reward": np.array([1.0])}, "gave the reward .*shape \\(1,\\)\\): gymnasium asks for one finite"),
+    "reward (1,)": ({"reward": np.array([1.0])}, "gave the reward .*shape \\(1,\\)\\): gymnasium requires one finite"),
     "reward None": ({"reward": None}, "gave the reward None"),
     "reward text": ({"reward": "1"}, "gave the reward '1' \\(str\\)"),
     "reward nan": ({"reward": math.nan}, "gave the reward nan"),
@@ -172,7 +172,7 @@ BROKEN = {
     "nan": ({"observation": np.array([0, np.nan, 0])}, "gave an observation with nan at \\[1\\]"),
     "inf": ({"observation": np.array([0, 0, np.inf], np.float32)}, "gave an observation with inf at \\[2\\]"),
     "float64's": ({"observation": np.array([1e300, 0, 0])}, "gave an observation with 1e\\+300 at \\[0\\]"),
-    "terminated": ({"terminated": None}, "gave None \\(NoneType\\) for terminated: gymnasium asks for True or False"),
+    "terminated": ({"terminated": None}, "gave None \\(NoneType\\) for terminated: gymnasium requires True or False"),
     "truncated": ({"truncated": {}}, "gave {} \\(dict\\) for truncated"),
     "terminated (1,)": ({"terminated": np.array([True])}, "gave .* for terminated"),
     "info": ({"info": None}, "gave None .*for info"),
@@ -185,7 +185,7 @@ BROKEN = {
 def test_what_breaks_the_contract_is_named_at_that_step(case):
     gives, message = BROKEN[case]
     for run in (lambda envs: environments.play(envs, drawing(envs), [0]),
-                lambda envs: Vector(envs, 0).collect(drawing(envs), 3)):  # fmt: skip
+                lambda envs: VectorEnv(envs, 0).collect(drawing(envs), 3)):  # fmt: skip
         with world(gives=gives) as envs, pytest.raises(UserError, match=f"'finetune/World-v0' {message}") as caught:
             run(envs)
         assert "\n" not in str(caught.value)
@@ -195,7 +195,7 @@ def test_what_breaks_the_contract_is_named_at_that_step(case):
 @pytest.mark.parametrize(
     ("begins", "message"),
     [
-        (np.zeros(3), "returned .*from reset: gymnasium asks for the first observation and a dict"),
+        (np.zeros(3), "returned .*from reset: gymnasium requires the first observation and a dict"),
         ((np.zeros(3), None), "returned 2 values .*from reset"),
         ((np.zeros(2), {}), "gave the observation .*shape \\(3,\\)"),
         ((np.full(3, np.nan), {}), "gave an observation with nan"),
@@ -203,7 +203,7 @@ def test_what_breaks_the_contract_is_named_at_that_step(case):
 )
 def test_resets_are_checked_too(begins, message):
     with world(begins=begins) as envs, pytest.raises(UserError, match=message):
-        Vector(envs, 0)
+        VectorEnv(envs, 0)
 
 
 def test_a_fault_that_comes_late_is_seen_and_what_is_huge_is_none():
@@ -212,7 +212,7 @@ def test_a_fault_that_comes_late_is_seen_and_what_is_huge_is_none():
         return seen, 1.0, False, False, {}
 
     with world(gives=late) as envs:
-        vector = Vector(envs, 0)
+        vector = VectorEnv(envs, 0)
         assert vector.collect(drawing(envs), 39).observations.max() == np.float32(1e30)
         with pytest.raises(UserError, match="observation with nan"):
             vector.collect(drawing(envs), 1)
@@ -224,7 +224,7 @@ def test_an_environment_without_spaces_or_seeds_is_refused():
             return 0, {}
 
     gymnasium.register("finetune/Bare-v0", Bare)
-    with pytest.raises(UserError, match="'finetune/Bare-v0' has no observation_space: gymnasium asks for one"):
+    with pytest.raises(UserError, match="'finetune/Bare-v0' has no observation_space: gymnasium requires one"):
         environments.make("finetune/Bare-v0", 1)
     Bare.observation_space = Bare.action_space = Discrete(2)
     (env,) = environments.make("finetune/Bare-v0", 1)
@@ -242,7 +242,7 @@ def test_states_outside_of_their_space_are_refused():
 
 def test_an_action_that_is_not_finite_is_the_policys_fault():
     with world(taken=Box(-1, 1, (2,))) as envs, pytest.raises(UserError, match=r"the policy's action .* became nan"):
-        Vector(envs, 0).collect(lambda seen: torch.full((len(seen), 2), torch.nan), 1)
+        VectorEnv(envs, 0).collect(lambda seen: torch.full((len(seen), 2), torch.nan), 1)
 
 
 def test_observations_that_the_environment_changes_later_are_copies():
@@ -273,32 +273,32 @@ def test_modules_that_are_not_there_are_named(tmp_path, monkeypatch):
 # --- Without an end
 
 
-def test_an_episode_without_an_end_is_cut_off_and_said_once():
-    said = []
-    cut = environments.Cut(30, said.append)
-    with world(2, cut=cut, length=10**9) as envs:
-        assert cut.found() == {}
+def test_an_episode_without_a_time_limit_is_truncated_and_reported_once():
+    reports = []
+    limit = environments.EpisodeLimit(30, reports.append)
+    with world(2, episode_limit=limit, length=10**9) as envs:
+        assert limit.summary() == {}
         rollout = environments.play(envs, drawing(envs), [0, 1])
         assert len(rollout.rewards) == 30
         assert rollout.truncated[-1].all(), "something could have followed"
         assert not rollout.terminated.any()
-        vector = Vector(envs, 0)
+        vector = VectorEnv(envs, 0)
         ends = vector.collect(drawing(envs), 95).truncated[:, 0].nonzero()[:, 0].tolist()
     assert ends == [29, 59, 89]
-    assert cut.found() == {"episodes_cut_off_at": 30.0}
-    assert len(said) == 1
-    assert "'finetune/World-v0' has no time limit and an episode had not ended after 30 steps" in said[0]
-    resumed = environments.Cut(30)
-    resumed.load_state_dict(cut.state_dict())
-    assert resumed.found() == cut.found()
+    assert limit.summary() == {"episodes_cut_off_at": 30.0}
+    assert len(reports) == 1
+    assert "'finetune/World-v0' has no time limit and an episode had not ended after 30 steps" in reports[0]
+    resumed = environments.EpisodeLimit(30)
+    resumed.load_state_dict(limit.state_dict())
+    assert resumed.summary() == limit.summary()
 
 
 @pytest.mark.parametrize(
     ("limit", "length", "steps", "reached"),
     [(7, 99, 7, False), (7, 5, 5, False), (50, 99, 50, False), (10**9, 99, 30, True)],
 )
-def test_a_time_limit_of_ones_own_is_kept_unless_it_is_none(limit, length, steps, reached):
-    cut = environments.Cut(30)
-    with world(1, cut=cut, length=length, max_episode_steps=limit) as envs:
+def test_an_environments_own_time_limit_is_kept_unless_it_is_huge(limit, length, steps, reached):
+    fallback = environments.EpisodeLimit(30)
+    with world(1, episode_limit=fallback, length=length, max_episode_steps=limit) as envs:
         assert len(environments.play(envs, drawing(envs), [0]).rewards) == steps
-    assert cut.reached == reached
+    assert fallback.reached == reached

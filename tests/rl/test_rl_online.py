@@ -11,7 +11,7 @@ from finetune.errors import UserError
 from finetune.rl.agents import networks, targets
 from finetune.rl.envs import environments
 from finetune.rl.envs.replay import Priorities, Replay, Transitions
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 0.5])
 
@@ -20,7 +20,7 @@ def double():
     return torch.Generator().manual_seed(3)
 
 
-# --- Vector
+# --- VectorEnv
 
 
 class Counting(gymnasium.Env):
@@ -53,7 +53,7 @@ def acting(actions, seed=0):
 
 
 def test_a_rollout_shows_the_last_observation_of_an_end_and_goes_on_with_the_next_episode(counting):
-    both = Vector(counting(4), 7)
+    both = VectorEnv(counting(4), 7)
     r = both.collect(acting(3), 200)
     lengths, steps = r.observations[..., 0].floor(), r.next_observations[..., 1]
     assert torch.equal(r.next_observations[..., 0].floor(), lengths), "of the old episode, not of the new one"
@@ -72,7 +72,7 @@ def test_a_rollout_shows_the_last_observation_of_an_end_and_goes_on_with_the_nex
 
 def test_an_episode_is_a_function_of_seed_row_and_number(counting):
     def lengths(seed, rows, steps):
-        r = Vector(counting(rows), seed).collect(acting(3), steps)
+        r = VectorEnv(counting(rows), seed).collect(acting(3), steps)
         return [r.observations[:, i, 0].floor()[r.observations[:, i, 1] == 0].tolist() for i in range(rows)]
 
     whole, first = lengths(1, 3, 60), lengths(1, 2, 60)
@@ -89,10 +89,10 @@ def test_what_was_saved_goes_on_to_the_same_bytes(name, actions):
         return lambda seen: 3 * torch.randn(len(seen), 1, generator=g)
 
     g = torch.Generator().manual_seed(0)
-    first = Vector(environments.make(name, 3), 5)
+    first = VectorEnv(environments.make(name, 3), 5)
     first.collect(act(g), 333)
     saved, drawn = copy.deepcopy(first.state_dict()), g.get_state()
-    other = Vector(environments.make(name, 3), 5)
+    other = VectorEnv(environments.make(name, 3), 5)
     other.collect(act(torch.Generator()), 40)
     other.load_state_dict(saved)
     h = torch.Generator()
@@ -106,7 +106,7 @@ def test_what_was_saved_goes_on_to_the_same_bytes(name, actions):
 
 def test_an_environment_that_does_not_repeat_itself_cannot_be_resumed():
     envs = environments.make("CartPole-v1", 1)
-    both = Vector(envs, 0)
+    both = VectorEnv(envs, 0)
     both.collect(acting(2), 5)
     saved = both.state_dict()
     envs[0].unwrapped.gravity = 5.0
@@ -157,7 +157,7 @@ def test_a_ring_that_does_not_fit_is_refused_before_it_is_made():
 
 @pytest.mark.parametrize("n", [1, 3, 40])
 def test_transitions_of_n_steps_stop_at_ends_and_where_the_rollout_stops(counting, n):
-    r, gamma = Vector(counting(3), 0).collect(acting(3), 20), 0.9
+    r, gamma = VectorEnv(counting(3), 0).collect(acting(3), 20), 0.9
     found = Transitions.n_step(r, n, gamma)
     assert r.terminated.any()
     assert r.truncated.any()

@@ -1,1 +1,1 @@
-"""Environments and their data: vectors of environments, rollouts, replay, logged data, evaluation."""
+"""Environments and their data: vector environments, rollouts, replay, logged data, controllers, evaluation."""

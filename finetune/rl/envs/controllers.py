@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 Policy = Callable[[NDArray[np.float32], np.random.Generator], Any]  # observation → action
 
 
-def balance(seen: NDArray[np.float32]) -> int:
+def balance(obs: NDArray[np.float32]) -> int:
     """CartPole: pushes towards where the pole falls. A return of 500 from every start."""
-    x, speed, angle, turning = seen.tolist()
+    x, speed, angle, turning = obs.tolist()
     return int(0.05 * x + 0.3 * speed + angle + 0.5 * turning > 0)
 
 
-def swing_up(seen: NDArray[np.float32]) -> float:
+def swing_up(obs: NDArray[np.float32]) -> float:
     """Pendulum: pumps energy until it is up, then holds it there. A return of about −140."""
-    cosine, sine, speed = seen.tolist()
+    cosine, sine, speed = obs.tolist()
     if cosine > 0.9:
         torque = -12 * math.atan2(sine, cosine) - 3 * speed
     else:
@@ -30,18 +30,18 @@ def swing_up(seen: NDArray[np.float32]) -> float:
 
 
 def _pushes(wrong: float) -> Callable[[float], Policy]:
-    """The balancing action, the other one with probability `wrong`."""
-    return lambda progress: lambda seen, draw: int(balance(seen) ^ int(draw.random() < wrong))
+    """`balance`, with the other action taken with probability `wrong`."""
+    return lambda progress: lambda obs, rng: int(balance(obs) ^ int(rng.random() < wrong))
 
 
 def _torques(first: float, last: float) -> Callable[[float], Policy]:
-    """The swinging-up torque with noise, or a uniform one; the part of uniform ones goes from `first` to `last`."""
+    """`swing_up` with noise, or a uniform torque; the share of uniform ones changes from `first` to `last`."""
 
     def at(progress: float) -> Policy:
         part = first + (last - first) * progress
 
-        def act(seen: NDArray[np.float32], draw: np.random.Generator) -> NDArray[np.float32]:
-            torque = draw.uniform(-2, 2) if draw.random() < part else swing_up(seen) + draw.normal(0, 0.3)
+        def act(obs: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+            torque = rng.uniform(-2, 2) if rng.random() < part else swing_up(obs) + rng.normal(0, 0.3)
             return np.clip([torque], -2, 2).astype(np.float32)
 
         return act
@@ -49,7 +49,7 @@ def _torques(first: float, last: float) -> Callable[[float], Policy]:
     return at
 
 
-# Environment → name of the set → how far the collection has come, 0 … 1 → the policy that acts then.
+# Environment → quality → progress of the collection, 0 … 1 → the behavior policy at that time.
 SETS: dict[str, dict[str, Callable[[float], Policy]]] = {
     "CartPole-v1": {
         "random": _pushes(0.5),
@@ -61,6 +61,6 @@ SETS: dict[str, dict[str, Callable[[float], Policy]]] = {
         "random": _torques(1.0, 1.0),
         "expert": _torques(0.0, 0.0),
         "medium": _torques(0.5, 0.5),
-        "mixed": _torques(1.0, 0.0),  # as the replay of an agent that learns
+        "mixed": _torques(1.0, 0.0),  # like the replay of an agent that learns
     },
 }

@@ -1,7 +1,7 @@
-"""Gymnasium environments as this project sees them: float32 vectors, classes counted from 0, whole episodes.
+"""Gymnasium environments with float32 vector observations, discrete actions from 0 on, and checked inputs and outputs.
 
-`Env` is the boundary. What a policy says is turned into an action of the environment's own space and type, what the
-environment gives into float32; whatever breaks gymnasium's contract is refused at that step, in one line.
+`Env` is the boundary: a policy's output becomes an action of the environment's own space and type, and observations and
+rewards become float32. A step that breaks gymnasium's contract raises UserError with a one-line reason.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from torch import Tensor
 from finetune.errors import UserError, nearest
 from finetune.rl.envs.rollout import Rollout
 
-Act = Callable[[Tensor], Tensor]  # observations (N, D) → actions (N,) or (N, A); called without gradients
-MOST = float(np.finfo(np.float32).max)  # of a reward
-LARGEST = 100_000  # numbers of an observation, or classes; a Discrete space becomes one number for each of its states
-LONGEST = 1_000_000  # steps: a longer time limit is none
+Act = Callable[[Tensor], Tensor]  # a policy: observations (N, D) → actions (N,) or (N, A); called without gradients
+MAX_REWARD = float(np.finfo(np.float32).max)
+MAX_SIZE = 100_000  # of an observation or action; a Discrete observation becomes a one-hot vector
+MAX_TIME_LIMIT = 1_000_000  # steps: a longer time limit counts as none
 
 
-class Cut:
-    """Where an episode is cut off if its environment sets no time limit: it need never end. Such an end is a
-    truncation. Said the first time; `found` is for the summary, and checkpoints hold it."""
+class EpisodeLimit:
+    """The time limit for environments that have none, whose episodes might never end. Reaching it is a truncation; the
+    first time `report` is called with a message, and `summary` puts it into the run's metrics."""
 
-    def __init__(self, limit: int = 1000, say: Callable[[str], None] = lambda text: None) -> None:
-        self.limit, self.say, self.reached = limit, say, False
+    def __init__(self, limit: int = 1000, report: Callable[[str], None] = lambda text: None) -> None:
+        self.limit, self.report, self.reached = limit, report, False
 
     def note(self, name: str) -> None:
         if not self.reached:
-            self.say(
+            self.report(
                 f"'{name}' has no time limit and an episode had not ended after {self.limit} steps: it is cut off "
                 "there, as by a time limit (--max-episode-steps)"
             )
         self.reached = True
 
-    def found(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         return {"episodes_cut_off_at": float(self.limit)} if self.reached else {}
 
     def state_dict(self) -> dict[str, bool]:
@@ -51,20 +51,20 @@ class Cut:
 
 
 class Env:
-    """One environment. `obs_dim`: numbers of an observation; `action_dim`: numbers of an action, or how many classes
-    there are if it is not `continuous`; `limit`: steps after which an episode is truncated, of the environment's `own`
-    choice or by `cut`."""
+    """One environment. `obs_dim`: length of an observation; `action_dim`: length of a continuous action, or the number
+    of discrete ones; `limit`: steps after which an episode is truncated, the environment's `own` limit or that of
+    `episode_limit`."""
 
-    def __init__(self, env: Any, name: str, limit: int | None, cut: Cut) -> None:
+    def __init__(self, env: Any, name: str, limit: int | None, episode_limit: EpisodeLimit) -> None:
         from gymnasium.spaces import Box, Discrete
 
-        self.env, self.name, self.cut, self.age = env, name, cut, 0
-        self.own = limit is not None and limit <= LONGEST
-        self.limit: int = limit if limit is not None and self.own else cut.limit
+        self.env, self.name, self.episode_limit, self.age = env, name, episode_limit, 0
+        self.own = limit is not None and limit <= MAX_TIME_LIMIT
+        self.limit: int = limit if limit is not None and self.own else episode_limit.limit
         for what in ("observation_space", "action_space"):
             space: Any = getattr(env, what, None)
             if space is None:
-                raise UserError(f"'{name}' has no {what}: gymnasium asks for one")
+                raise UserError(f"'{name}' has no {what}: gymnasium requires one")
             fits = isinstance(space, Discrete) or (isinstance(space, Box) and len(space.shape) == 1)
             if not fits:
                 raise UserError(
@@ -72,10 +72,10 @@ class Env:
                     "(gymnasium.wrappers.FlattenObservation makes one axis of an image or a Dict)"
                 )
             size = int(space.n) if isinstance(space, Discrete) else space.shape[0]
-            if not 1 <= size <= LARGEST:
-                raise UserError(f"'{name}' has {what.split('_')[0]}s of {size:,} numbers: 1 … {LARGEST:,} are taken")
+            if not 1 <= size <= MAX_SIZE:
+                raise UserError(f"'{name}' has {what.split('_')[0]}s of {size:,} numbers: 1 … {MAX_SIZE:,} are taken")
         space = self.observation_space = env.observation_space
-        self.classes = int(space.n) if isinstance(space, Discrete) else 0  # of a Discrete observation
+        self.classes = int(space.n) if isinstance(space, Discrete) else 0  # states of a Discrete observation space
         self.first = int(space.start) if self.classes else 0
         self.obs_dim = self.classes or int(space.shape[0])
         space = self.action_space = env.action_space
@@ -93,13 +93,12 @@ class Env:
 
     @property
     def start(self) -> int:
-        """The first class of a Discrete action, as the environment counts."""
+        """The environment's own number of the first discrete action."""
         return 0 if self.continuous else int(self.action_space.start)
 
-    def given(self, action: Any) -> Any:
-        """What the environment is given for a class counted from 0, or for the numbers of a continuous action: a number
-        of the space's own type, as its `sample` gives; clipped to the bounds of a Box, and rounded where that holds
-        integers."""
+    def to_env(self, action: Any) -> Any:
+        """The environment's action for a discrete one counted from 0, or for a continuous vector: of the space's own
+        type, clipped to the bounds of a Box, rounded where the Box is of integers."""
         if not self.continuous:
             return self.kind(self.start + action)
         inside = np.minimum(np.maximum(action, self.action_space.low), self.action_space.high)
@@ -118,15 +117,15 @@ class Env:
         return self.vector(found[0]), found[1]
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """action: a class counted from 0, or the numbers (A,) of a continuous one."""
+        """action: a discrete one counted from 0, or a continuous vector (A,)."""
         try:
-            found = self.env.step(self.given(action))
+            found = self.env.step(self.to_env(action))
         except Exception as e:
             raise self._raised("step", e) from e
         if not (isinstance(found, (tuple, list)) and len(found) == 5):
             raise self._broken(f"returned {_shown(found)} from step", FIVE)
         observation, reward, terminated, truncated, info = found
-        if not (isinstance(reward, (float, int, np.floating, np.integer)) and -MOST <= reward <= MOST):
+        if not (isinstance(reward, (float, int, np.floating, np.integer)) and -MAX_REWARD <= reward <= MAX_REWARD):
             reward = self._reward(reward)
         for name, flag in (("terminated", terminated), ("truncated", truncated)):
             if not isinstance(flag, (bool, np.bool_)):
@@ -136,14 +135,14 @@ class Env:
         self.age += 1
         if self.age >= self.limit:
             if not (self.own or terminated or truncated):
-                self.cut.note(self.name)
+                self.episode_limit.note(self.name)
             truncated = True
         return self.vector(observation), float(reward), bool(terminated), bool(truncated), info
 
     def vector(self, observation: Any) -> NDArray[np.float32]:
-        """An observation as float32, a copy; a state of a Discrete space as one of its unit vectors."""
+        """An observation as a float32 copy; a state of a Discrete space as a one-hot vector."""
         if self.classes:
-            return self._unit(observation)
+            return self._one_hot(observation)
         shape = self.observation_space.shape
         found = observation
         if not isinstance(found, np.ndarray):
@@ -165,7 +164,7 @@ class Env:
             raise self._broken(f"gave an observation with {found[i]} at [{i}]", "finite numbers that float32 can hold")
         return vector
 
-    def _unit(self, observation: Any) -> NDArray[np.float32]:
+    def _one_hot(self, observation: Any) -> NDArray[np.float32]:
         plain = np.asarray(observation)
         if plain.shape != () or plain.dtype.kind not in "iub" or not 0 <= int(plain) - self.first < self.classes:
             states = f"{self.first} … {self.first + self.classes - 1}"
@@ -175,25 +174,25 @@ class Env:
         return vector
 
     def _reward(self, reward: Any) -> float:
-        """A number that is no usual one (of an array without axes, of a tensor), or UserError."""
+        """The number of a 0-d array or tensor; UserError for anything else."""
         if getattr(reward, "shape", None) == () and not isinstance(reward, np.generic):
             reward = reward.item()
-        if isinstance(reward, (float, int)) and -MOST <= reward <= MOST:
+        if isinstance(reward, (float, int)) and -MAX_REWARD <= reward <= MAX_REWARD:
             return float(reward)
         raise self._broken(f"gave the reward {_shown(reward)}", "one finite number, such as float(reward)")
 
-    def _broken(self, what: str, asks: str) -> UserError:
-        return UserError(f"'{self.name}' {what}: gymnasium asks for {asks}")
+    def _broken(self, what: str, expected: str) -> UserError:
+        return UserError(f"'{self.name}' {what}: gymnasium requires {expected}")
 
     def _raised(self, where: str, e: Exception) -> UserError:
-        return UserError(f"'{self.name}' raised {_said(e)} in its {where}")
+        return UserError(f"'{self.name}' raised {_exception(e)} in its {where}")
 
 
 FIVE = "observation, reward, terminated, truncated, info; older environments gave four, with one `done`"
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: its type, and its beginning in one line."""
+    """A value for an error message, on one line: its beginning and its type."""
     text = " ".join(repr(value).split())
     kind = type(value).__name__
     if isinstance(value, (tuple, list)):
@@ -203,8 +202,8 @@ def _shown(value: Any) -> str:
     return f"{text[:60]}{'…' * (len(text) > 60)} ({kind})"
 
 
-def _said(e: Exception) -> str:
-    """An exception of a user's own code in one line, with the place in it."""
+def _exception(e: Exception) -> str:
+    """An exception from the user's environment on one line, with file and line."""
     frames = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename) != Path(__file__)]
     own = [f for f in frames if "site-packages" not in f.filename and "<frozen" not in f.filename] or frames
     place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
@@ -212,21 +211,20 @@ def _said(e: Exception) -> str:
     return f"{type(e).__name__}{': ' * bool(text)}{text[:200]}{place}"
 
 
-def make(name: str, count: int, limit: int | None = None, cut: Cut | None = None) -> list[Env]:
-    """`count` environments of this id; limit: the time limit, where it is not to be their own; cut: what takes its
-    place where they have none. UserError if there is none, or if its spaces are not one vector or number each."""
-    made = [plain(name) for _ in range(count)]
+def make(name: str, count: int, limit: int | None = None, episode_limit: EpisodeLimit | None = None) -> list[Env]:
+    """`count` environments of this id. limit: a time limit that replaces their own; episode_limit: the one for
+    environments without any. UserError if the id is unknown or its spaces are neither a vector nor discrete."""
+    made = [make_unlimited(name) for _ in range(count)]
     from gymnasium import registry
 
     spec = made[0].spec
     own = limit if limit is not None else getattr(registry.get(spec.id) if spec else None, "max_episode_steps", None)
-    cut = cut or Cut()
-    return [Env(env, spec.id if spec else name, own, cut) for env in made]
+    episode_limit = episode_limit or EpisodeLimit()
+    return [Env(env, spec.id if spec else name, own, episode_limit) for env in made]
 
 
-def plain(name: str, **kwargs: Any) -> Any:
-    """gymnasium's own environment of this id, without a time limit; kwargs go to `gymnasium.make`. UserError says why
-    it cannot be made."""
+def make_unlimited(name: str, **kwargs: Any) -> Any:
+    """`gymnasium.make` without the TimeLimit wrapper; UserError says why an environment cannot be made."""
     import gymnasium
 
     try:  # -1: without TimeLimit
@@ -242,13 +240,13 @@ def plain(name: str, **kwargs: Any) -> Any:
         if colon and (module == missing or module.startswith(f"{missing}.")):
             raise UserError(f"'{name}': Python finds no module '{missing}' (current folder, PYTHONPATH)") from None
         cause = e.__cause__ if isinstance(e.__cause__, Exception) else e
-        raise UserError(f"'{name}' cannot be made: {_said(cause)}") from None
+        raise UserError(f"'{name}' cannot be made: {_exception(cause)}") from None
     except Exception as e:
-        raise UserError(f"'{name}' cannot be made: {_said(e)}") from e
+        raise UserError(f"'{name}' cannot be made: {_exception(e)}") from e
 
 
 def sizes(env: Env) -> tuple[int, int, bool]:
-    """(numbers of an observation, numbers of an action or how many there are, whether actions are continuous)."""
+    """(observation length, action length or number of discrete actions, whether actions are continuous)."""
     return env.obs_dim, env.action_dim, env.continuous
 
 
@@ -262,9 +260,9 @@ def action_bounds(env: Env) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def chosen(env: Env, actions: Tensor) -> Any:
-    """A policy's actions (N,) or (N, A), one for each environment, as `Env.step` takes them. UserError if one is not
-    finite: that is the policy's fault and not the environment's."""
+def env_actions(env: Env, actions: Tensor) -> Any:
+    """A policy's actions (N,) or (N, A) as `Env.step` accepts them, one for each environment. UserError if one is not
+    finite: the fault is the policy's, not the environment's."""
     if not env.continuous:
         return actions.tolist()
     if not actions.isfinite().all():
@@ -275,20 +273,20 @@ def chosen(env: Env, actions: Tensor) -> Any:
 
 
 def play(envs: Sequence[Env], act: Act, seeds: Sequence[int]) -> Rollout:
-    """One whole episode of each environment, reset with its seed. Shorter ones are padded with rewards 0 behind their
-    end: `first_episode` tells which steps count."""
-    seen = np.stack([e.reset(seed=int(s) % 2**31)[0] for e, s in zip(envs, seeds, strict=True)])
+    """One whole episode of each environment, reset with its seed. Shorter episodes are padded with rewards of 0 after
+    their end: `first_episode` tells which steps count."""
+    obs = np.stack([e.reset(seed=int(s) % 2**31)[0] for e, s in zip(envs, seeds, strict=True)])
     running = list(range(len(envs)))
     rows: list[tuple[Any, ...]] = []
     while running:
-        observations = torch.from_numpy(seen.copy())
+        observations = torch.from_numpy(obs.copy())
         with torch.inference_mode():
             actions = act(observations)
-        given = chosen(envs[0], actions)
+        steps = env_actions(envs[0], actions)
         rewards = np.zeros(len(envs), np.float32)
         terminated, truncated = (np.zeros(len(envs), bool) for _ in range(2))
         for i in running:
-            seen[i], rewards[i], terminated[i], truncated[i], _ = envs[i].step(given[i])
+            obs[i], rewards[i], terminated[i], truncated[i], _ = envs[i].step(steps[i])
         running = [i for i in running if not (terminated[i] or truncated[i])]
-        rows.append((observations, actions, *map(torch.from_numpy, (rewards, seen.copy(), terminated, truncated))))
+        rows.append((observations, actions, *map(torch.from_numpy, (rewards, obs.copy(), terminated, truncated))))
     return Rollout(*(torch.stack(column) for column in zip(*rows, strict=True)))

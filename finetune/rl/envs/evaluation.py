@@ -1,4 +1,4 @@
-"""What a policy is worth, with how sure that is."""
+"""Returns of a policy over fresh episodes, and their confidence interval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half the width of its 95 % confidence interval); the width of one value is infinite."""
+    """(mean, half the width of its 95 % confidence interval); of a single value the width is infinite."""
     n = len(values)
     if n < 2:
         return statistics.fmean(values), math.inf
@@ -29,7 +29,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def returns(envs: Sequence[Env], act: Act, seeds: Sequence[int]) -> list[float]:
-    """Undiscounted returns of one episode a seed, as many at a time as there are environments."""
+    """Undiscounted returns, one episode for each seed, len(envs) episodes at a time."""
     found: list[float] = []
     for i in range(0, len(seeds), len(envs)):
         part = seeds[i : i + len(envs)]
@@ -38,7 +38,7 @@ def returns(envs: Sequence[Env], act: Act, seeds: Sequence[int]) -> list[float]:
 
 
 def true_returns(envs: Sequence[Env], act: Act, seeds: Sequence[int], gamma: float) -> tuple[Rollout, Tensor]:
-    """An episode of each environment, and its discounted returns-to-go (T, N). They are cut off where the episode is:
-    of one that a time limit ends, the late ones are too small."""
+    """An episode of each environment, and its discounted returns-to-go (T, N). They end with the episode: where a time
+    limit truncates it, late returns are too small."""
     rollout = play(envs, act, seeds)
     return rollout, returns_to_go(rollout.rewards, rollout.ends, gamma) * rollout.first_episode

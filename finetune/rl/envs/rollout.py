@@ -1,4 +1,4 @@
-"""What a policy sees when it acts: T steps of N rows, as the estimators and the op `gae` take them."""
+"""A rollout: T steps of N environments, the input of advantage estimators and of the op `gae`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rollout:
-    """Row n of step t+1 goes on where row n of step t stopped; after an end it begins a new episode."""
+    """Column n at step t+1 continues column n at step t; after the end of an episode it begins the next one."""
 
     observations: Tensor  # (T, N, …), or (T, N) states
     actions: Tensor  # (T, N), or (T, N, D) where they are continuous
     rewards: Tensor  # (T, N)
-    next_observations: Tensor  # (T, N, …) what the step reached: at an end the last of the old episode, not the new one
-    terminated: Tensor  # (T, N) bool: the episode is over, nothing can follow
-    truncated: Tensor  # (T, N) bool: cut off by a time limit, something could have followed
+    next_observations: Tensor  # (T, N, …) after the step; at an end the last one of the old episode
+    terminated: Tensor  # (T, N) bool: the episode is over, V of what follows is 0
+    truncated: Tensor  # (T, N) bool: stopped by a time limit, V of what would follow counts
 
     @property
     def ends(self) -> Tensor:
@@ -29,15 +29,15 @@ class Rollout:
 
     @property
     def first_episode(self) -> Tensor:
-        """(T, N) bool: the steps up to the first end of each row, that step included."""
+        """(T, N) bool: the steps of each column up to its first end, inclusive."""
         return self.ends.cumsum(0) - self.ends.long() == 0
 
 
 def numpy_generator(run: Run, *key: Any) -> np.random.Generator:
-    """As run.generator: it depends on (seed, *key) only."""
+    """`run.generator` for numpy: a function of (seed, *key) only."""
     return np.random.default_rng(run.generator(*key).initial_seed())
 
 
 def episode_seeds(run: Run, count: int, *key: Any) -> list[int]:
-    """What `count` environments are reset with; like `numpy_generator`, of (seed, *key) only."""
+    """Reset seeds of `count` episodes, a function of (seed, *key) only."""
     return [int(x) for x in numpy_generator(run, *key).integers(2**31, size=count)]

@@ -1,8 +1,7 @@
-"""Environments side by side that never stop: after an end the next episode begins, and nothing of it leaks back.
+"""A vector environment: several environments stepped together, each reset at the end of its episode, resumable.
 
-A gymnasium episode is a function of the seed it was reset with and of the actions taken. So the state that is saved is
-those: to go on, each environment plays its current episode again. Nothing is pickled, and it holds for any environment
-that keeps its word about seeds; one that does not is refused.
+A gymnasium episode is a function of its reset seed and its actions, so a checkpoint holds these and resuming replays
+the current episodes. Nothing is pickled. UserError if an environment does not repeat an episode from its seed.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.rl.envs.environments import Act, Env, chosen
+from finetune.rl.envs.environments import Act, Env, env_actions
 from finetune.rl.envs.rollout import Rollout
 
 
-class Vector:
-    """`envs` of one kind (finetune.rl.environments.make), stepped together.
+class VectorEnv:
+    """`envs` of one kind (from `environments.make`), stepped together.
 
     Episode k of environment i is reset with a seed that depends on (seed, i, k) only.
     """
 
     def __init__(self, envs: Sequence[Env], seed: int) -> None:
         self.envs, self.seed = list(envs), seed
-        self.episodes = [0] * len(envs)  # begun by each
-        self.taken: list[list[Any]] = [[] for _ in envs]  # actions of the episode under way
-        self.earned = np.zeros(len(envs))  # its rewards, float64
+        self.episodes = [0] * len(envs)  # how many each has begun
+        self.taken: list[list[Any]] = [[] for _ in envs]  # actions of the current episode
+        self.earned = np.zeros(len(envs))  # sum of its rewards, float64
         self.finished: list[tuple[float, int]] = []  # (undiscounted return, length) of episodes, until `pop_finished`
         self.observations: NDArray[np.float32] = np.stack([self._reset(i) for i in range(len(envs))])  # (N, D)
 
@@ -40,37 +39,37 @@ class Vector:
     def step(self, actions: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_], NDArray[np.bool_]]:
         """actions (N,) or (N, A) → rewards (N,) fp32, next observations (N, D), terminated, truncated (N,) bool.
 
-        The next observation of an end is the last of the old episode; `observations` then holds the first of the new.
+        At the end of an episode the next observation is its last one; `observations` holds the first of the next.
         """
-        given = chosen(self.envs[0], actions)
+        steps = env_actions(self.envs[0], actions)
         rewards = np.empty(len(self.envs), np.float32)
         terminated, truncated = np.empty(len(self.envs), bool), np.empty(len(self.envs), bool)
-        reached = np.empty_like(self.observations)
-        for i, (env, action) in enumerate(zip(self.envs, given, strict=True)):
-            reached[i], rewards[i], terminated[i], truncated[i], _ = env.step(action)
+        next_obs = np.empty_like(self.observations)
+        for i, (env, action) in enumerate(zip(self.envs, steps, strict=True)):
+            next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(action)
             self.taken[i].append(action)
         self.earned += rewards
-        self.observations = reached
+        self.observations = next_obs
         if (ends := terminated | truncated).any():
-            self.observations = reached.copy()
+            self.observations = next_obs.copy()
             for i in ends.nonzero()[0].tolist():
                 self.finished.append((float(self.earned[i]), len(self.taken[i])))
                 self.observations[i] = self._reset(i)
-        return rewards, reached, terminated, truncated & ~terminated
+        return rewards, next_obs, terminated, truncated & ~terminated
 
     def collect(self, act: Act, steps: int) -> Rollout:
-        """`steps` steps of each, on from where the last ones stopped."""
-        seen = np.empty((steps, *self.observations.shape), np.float32)
-        reached, rewards = np.empty_like(seen), np.empty(seen.shape[:2], np.float32)
-        terminated, truncated = (np.empty(seen.shape[:2], bool) for _ in range(2))
+        """A rollout of `steps` steps of each environment, from where the last one stopped."""
+        obs = np.empty((steps, *self.observations.shape), np.float32)
+        next_obs, rewards = np.empty_like(obs), np.empty(obs.shape[:2], np.float32)
+        terminated, truncated = (np.empty(obs.shape[:2], bool) for _ in range(2))
         actions = []
-        with torch.inference_mode():  # what is stacked below is a usual tensor again
+        with torch.inference_mode():  # torch.stack below makes ordinary tensors again
             for t in range(steps):
-                seen[t] = self.observations
-                actions.append(act(torch.from_numpy(seen[t])))
-                rewards[t], reached[t], terminated[t], truncated[t] = self.step(actions[t])
-        after = map(torch.from_numpy, (rewards, reached, terminated, truncated))
-        return Rollout(torch.from_numpy(seen), torch.stack(actions), *after)
+                obs[t] = self.observations
+                actions.append(act(torch.from_numpy(obs[t])))
+                rewards[t], next_obs[t], terminated[t], truncated[t] = self.step(actions[t])
+        after = map(torch.from_numpy, (rewards, next_obs, terminated, truncated))
+        return Rollout(torch.from_numpy(obs), torch.stack(actions), *after)
 
     def pop_finished(self) -> list[tuple[float, int]]:
         """(return, length) of the episodes that ended since the last call."""
@@ -87,12 +86,12 @@ class Vector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Plays the episodes under way again. UserError if they do not lead to where they led before."""
+        """Replays the current episodes. UserError if one does not reach the observation it had reached."""
         self.finished = [tuple(x) for x in state["finished"]]
         for i, taken in enumerate(state["taken"]):
             self.episodes[i] = state["episodes"][i] - 1
             observation = self._reset(i)
-            for action in chosen(self.envs[i], taken):
+            for action in env_actions(self.envs[i], taken):
                 observation, reward, _, _, _ = self.envs[i].step(action)
                 self.taken[i].append(action)
                 self.earned[i] += np.float32(reward)
@@ -102,7 +101,7 @@ class Vector:
             raise UserError(f"'{name}' does not repeat an episode from its seed: a run on it cannot be resumed")
 
     def _reset(self, i: int) -> NDArray[np.float32]:
-        # SeedSequence mixes the three well; the seeds of two episodes collide with the odds of 31 random bits.
+        # SeedSequence mixes the three; two episodes share a seed with probability 2⁻³¹.
         key = np.random.SeedSequence([self.seed, i, self.episodes[i]]).generate_state(1)[0]
         observation, _ = self.envs[i].reset(seed=int(key) >> 1)
         self.episodes[i] += 1

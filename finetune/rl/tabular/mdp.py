@@ -294,9 +294,9 @@ def from_gymnasium(env: Any, gamma: float, **kwargs: Any) -> MDP:
     state, the last. Rewards of several transitions from s to s' under one action are averaged: values do not change.
     """
     if isinstance(env, str):
-        from finetune.rl.envs.environments import plain
+        from finetune.rl.envs.environments import make_unlimited
 
-        env = plain(env, **kwargs)
+        env = make_unlimited(env, **kwargs)
     name = env.spec.id if env.spec else type(env.unwrapped).__name__
     table = getattr(env.unwrapped, "P", None)
     if not isinstance(table, dict):

@@ -18,7 +18,7 @@ from finetune.errors import UserError
 from finetune.rl.envs import environments
 from finetune.rl.envs.evaluation import returns
 from finetune.rl.envs.rollout import episode_seeds
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 from finetune.rl.statistics import mean_and_error
 from finetune.runs import config
 
@@ -107,7 +107,7 @@ class Config(config.Config):
 def main(cfg: Config, run) -> dict[str, Any]:
     names = cfg.methods.split(",")
     kinds = {name: name in offpolicy.LEARNERS for name in names}
-    cut = environments.Cut(cfg.max_episode_steps, run.print)
+    cut = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
     places = {kind: Place(cfg, kind, cut) for kind in set(kinds.values())}  # refused now, if at all
     trained: dict[str, list[dict[str, Any]]] = {}
     for name in names:
@@ -120,19 +120,19 @@ def main(cfg: Config, run) -> dict[str, Any]:
             plots.critics(run, {name: [t["pairs"] for t in trained[name]] for name in names})
         if "sac" in names and cfg.alpha is None:
             plots.temperature(run, cfg, trained["sac"][0]["learner"].policy.target_entropy, CHUNK)
-    return cut.found()
+    return cut.summary()
 
 
 class Place:
     """The environments of the methods of one kind: those they learn in, those they are tested in, and those their
     critics are, which go on until the returns are complete."""
 
-    def __init__(self, cfg: Config, continuous_actions: bool, cut: environments.Cut) -> None:
-        self.env, self.cut = cfg.continuous_env if continuous_actions else cfg.env, cut
-        self.learning = environments.make(self.env, 1 if continuous_actions else cfg.envs, cut=cut)
+    def __init__(self, cfg: Config, continuous_actions: bool, cut: environments.EpisodeLimit) -> None:
+        self.env, self.episode_limit = cfg.continuous_env if continuous_actions else cfg.env, cut
+        self.learning = environments.make(self.env, 1 if continuous_actions else cfg.envs, episode_limit=cut)
         if continuous_actions:
             environments.action_bounds(self.learning[0])
-        self.test = environments.make(self.env, cfg.eval_episodes, cut=cut)
+        self.test = environments.make(self.env, cfg.eval_episodes, episode_limit=cut)
         self.limit = self.test[0].limit
         self.long = environments.make(self.env, STATES * FORKS, self.limit + critic.steps_for(cfg.gamma))
 
@@ -140,7 +140,7 @@ class Place:
 def begin(cfg: Config, run, method: str, repeat: int, place: Place) -> Any:
     """A learner, the same each time for the same method and repeat."""
     run.seed("networks", repeat)  # the same for every method, so that their curves begin alike
-    vector = Vector(place.learning, run.generator("environments", method, repeat).initial_seed())
+    vector = VectorEnv(place.learning, run.generator("environments", method, repeat).initial_seed())
     return (onpolicy if method in onpolicy.LEARNERS else offpolicy).LEARNERS[method](cfg, method, vector)
 
 
@@ -150,7 +150,7 @@ def train(cfg: Config, run, method: str, repeat: int, place: Place) -> dict[str,
     learner = begin(cfg, run, method, repeat, place)
     total = cfg.steps if on_policy else min(cfg.continuous_steps, cfg.steps)
     before = evaluate(cfg, run, learner, repeat, place, "before")
-    for step in run.steps(total, learner.state() | {"cut": place.cut}, phase=f"{method}_{repeat}"):
+    for step in run.steps(total, learner.state() | {"cut": place.episode_limit}, phase=f"{method}_{repeat}"):
         learn(run, step, learner, optim.cosine(step, total, 0, 1.0, 0.1), method, repeat)
     after = evaluate(cfg, run, learner, repeat, place, "after")
     run.print(
@@ -175,7 +175,9 @@ def held(cfg: Config, run, method: str, repeat: int, place: Place) -> Any:
     critic behind."""
     learner = begin(cfg, run, method, repeat, place)
     hold = min(cfg.hold, cfg.steps)
-    for step in run.steps(hold + cfg.hold_steps, learner.state() | {"cut": place.cut}, phase=f"{method}_held_{repeat}"):
+    for step in run.steps(
+        hold + cfg.hold_steps, learner.state() | {"cut": place.episode_limit}, phase=f"{method}_held_{repeat}"
+    ):
         if step < hold:
             left = optim.cosine(step, cfg.steps, 0, 1.0, 0.1)
         else:

@@ -15,7 +15,7 @@ from finetune.rl.agents.reward_scale import RewardSize
 from finetune.rl.agents.targets import critic_loss, polyak_, td_target
 from finetune.rl.envs import environments
 from finetune.rl.envs.replay import Replay, Transitions
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 
 LARGEST = 16.0  # as which the largest reward counts: beside it SAC's first α of 1 is small, and learning rates hold
 
@@ -25,7 +25,7 @@ class OffPolicy:
 
     policy: Any
 
-    def __init__(self, cfg: Any, method: str, vector: Vector) -> None:
+    def __init__(self, cfg: Any, method: str, vector: VectorEnv) -> None:
         self.cfg, self.vector = cfg, vector
         self.low, self.high = environments.action_bounds(vector.envs[0])
         self.seen = vector.observations.shape[1]
@@ -120,7 +120,7 @@ class OffPolicy:
 class SAC(OffPolicy):
     """Maximizes E[Σ γ^t (r + α H)], with α such that the entropy H meets its target."""
 
-    def __init__(self, cfg: Any, method: str, vector: Vector) -> None:
+    def __init__(self, cfg: Any, method: str, vector: VectorEnv) -> None:
         super().__init__(cfg, method, vector)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(cfg.alpha or 1.0)))
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=cfg.continuous_lr, fused=True)
@@ -175,7 +175,7 @@ class SAC(OffPolicy):
 class TD3(OffPolicy):
     """Maximizes Q₁(s, π(s)). With one critic, no delay and no target noise it is DDPG."""
 
-    def __init__(self, cfg: Any, method: str, vector: Vector) -> None:
+    def __init__(self, cfg: Any, method: str, vector: VectorEnv) -> None:
         super().__init__(cfg, method, vector)
         self.slow_policy = copy.deepcopy(self.policy)
 

@@ -13,7 +13,7 @@ from finetune.rl import advantages
 from finetune.rl.agents.reward_scale import RewardSize
 from finetune.rl.envs import environments
 from finetune.rl.envs.rollout import Rollout
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 
 from .losses import Traces, a2c_loss
 from .networks import ActorCritic, assign, flat
@@ -22,7 +22,7 @@ from .networks import ActorCritic, assign, flat
 class Learner:
     """What a method changes as it learns, and its updates. `chunk` is all that the loop calls."""
 
-    def __init__(self, cfg: Any, method: str, vector: Vector) -> None:
+    def __init__(self, cfg: Any, method: str, vector: VectorEnv) -> None:
         self.cfg, self.vector = cfg, vector
         self.model = ActorCritic(*environments.sizes(vector.envs[0]), cfg.hidden, cfg.shared_trunk, cfg.value_scale)
         self.parameters = list(self.model.parameters())

@@ -87,8 +87,8 @@ class Config(config.Config):
 
 
 def main(cfg: Config, run) -> dict[str, Any]:
-    cut = environments.Cut(cfg.max_episode_steps, run.print)
-    envs = environments.make(cfg.env, cfg.episodes, cut=cut)
+    cut = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
+    envs = environments.make(cfg.env, cfg.episodes, episode_limit=cut)
     for name in cfg.methods.split(","):
         train(cfg, run, name, envs)
     plots.learning(run, cfg)
@@ -101,7 +101,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
     known.judge_off_policy(run, cfg.score_episodes)
     known.judge_invariance(run)
     judge_variance(cfg, run, envs, listed)
-    return cut.found()
+    return cut.summary()
 
 
 # --- Training on gymnasium
@@ -112,7 +112,7 @@ def train(cfg: Config, run, method: str, envs: list[Any]) -> None:
     optimizer = torch.optim.Adam(policy.parameters(), lr=cfg.lr)
     value_optimizer = torch.optim.Adam(value.parameters(), lr=cfg.value_lr)
     state = {"policy": policy, "value": value, "optimizer": optimizer, "value_optimizer": value_optimizer,
-             "cut": envs[0].cut}  # fmt: skip
+             "cut": envs[0].episode_limit}  # fmt: skip
     size = state["rewards"] = RewardSize()
     before = evaluate(cfg, run, policy, envs, "before")
     for step in run.steps(cfg.steps, state, phase=method):

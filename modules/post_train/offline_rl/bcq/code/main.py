@@ -119,9 +119,9 @@ def parts(text: str) -> list[str]:
 
 def main(cfg: Config, run) -> dict[str, Any]:
     found: dict[str, Found] = {}
-    cut = environments.Cut(cfg.max_episode_steps, run.print)
+    cut = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
     for name in parts(cfg.envs):
-        envs = environments.make(name, cfg.eval_episodes, cut=cut)
+        envs = environments.make(name, cfg.eval_episodes, episode_limit=cut)
         is_continuous = environments.sizes(envs[0])[2]
         compare = on_continuous if is_continuous else on_discrete
         sets = parts(cfg.continuous_sets if is_continuous else cfg.discrete_sets)
@@ -135,7 +135,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
         plots.values(run)
         plots.evaluations(run, found)
         plots.sweep(run)
-    return cut.found()
+    return cut.summary()
 
 
 def made(cfg: Config, run, env: str, quality: str) -> Dataset:
@@ -197,7 +197,9 @@ def sweep(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
     scale = Scale(rewards=cfg.reward_scale / data.reward_size)
     steps, taus = logged(cfg, run, data, scale), [float(text) for text in parts(cfg.sweep)]
     apart: dict[str, float] = {}
-    for i in run.steps(len(taus) if cfg.steps else 0, {"apart": apart, "cut": envs[0].cut}, phase=f"{data.name}_sweep"):
+    for i in run.steps(
+        len(taus) if cfg.steps else 0, {"apart": apart, "cut": envs[0].episode_limit}, phase=f"{data.name}_sweep"
+    ):
         networks = discrete_networks(cfg, run, envs[0], shared=False)
         others = {
             0.0: discrete.DQN(cfg, copy.deepcopy(networks.q)),

@@ -78,7 +78,7 @@ def train(
     found: Found = {}
     for name, learner in learners.items():
         last: dict[str, float] = {}
-        state = learner.state() | {"last": last, "cut": envs[0].cut}
+        state = learner.state() | {"last": last, "cut": envs[0].episode_limit}
         for step in run.steps(cfg.steps, state, phase=f"{data.name}_{name}"):
             seen = learner.update(*a_batch(run, steps, size, step))
             if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:

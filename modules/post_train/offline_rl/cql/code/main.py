@@ -105,7 +105,7 @@ class Config(config.Config):
 def main(cfg: Config, run) -> dict[str, Any]:
     names = ["data"] if cfg.data else cfg.sets.split(",")
     found: dict[str, dict[str, Estimate]] = {}
-    cut = environments.Cut(cfg.max_episode_steps, run.print)
+    cut = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
     for name in names:
         task = prepare(cfg, run, name, cut)
         learners = learn(cfg, run, task)
@@ -115,7 +115,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
         plots.learning(run, names, LEARNERS)
         plots.gaps(run, names)
         plots.values(run, found)
-    return cut.found()
+    return cut.summary()
 
 
 @dataclass
@@ -131,9 +131,9 @@ class Task:
     seeds: list[int]  # of the evaluation's episodes: the same for every learner and step
 
 
-def prepare(cfg: Config, run, name: str, cut: environments.Cut) -> Task:
+def prepare(cfg: Config, run, name: str, cut: environments.EpisodeLimit) -> Task:
     env, quality = (cfg.env, "") if name == "data" else SETS[name]
-    envs = environments.make(env, cfg.eval_episodes, cut=cut)
+    envs = environments.make(env, cfg.eval_episodes, episode_limit=cut)
     if cfg.data:
         data = logged_data.load(cfg.data)
     else:
@@ -163,7 +163,7 @@ def learn(cfg: Config, run, task: Task) -> dict[str, Any]:
     learners = (continuous_learners if task.data.continuous else discrete_learners)(cfg, run, task.envs[0])
     to_go = task.data.returns_to_go(task.gamma) * task.scale
     state = {f"{key}_{part}": value for key, learner in learners.items() for part, value in learner.state.items()}
-    for step in run.steps(cfg.steps, state | {"cut": task.envs[0].cut}, phase=task.name):
+    for step in run.steps(cfg.steps, state | {"cut": task.envs[0].episode_limit}, phase=task.name):
         draw = run.generator("batches", task.name, step)
         rows = torch.randint(len(task.steps), (cfg.updates, task.batch), generator=draw)
         sums: dict[str, float] = {}

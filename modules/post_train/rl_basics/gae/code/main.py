@@ -161,9 +161,9 @@ def main(cfg: Config, run) -> dict[str, Any]:
         plots.time_limits(run, exact[~mdp.terminal], {n: V[inner].numpy() for n, V in learned.items()})
     judge_ways(cfg, run)
     if cfg.ppo_repeats:
-        cut = environments.Cut(cfg.max_episode_steps, run.print)
+        cut = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
         trained = ppo.race(cfg, run, cut)
-        found |= cut.found()
+        found |= cut.summary()
         if min(cfg.steps, cfg.ppo_updates):
             plots.ppo_lambda(run, trained, cfg.ppo_horizon * cfg.ppo_envs, ppo.SOLVED)
     return found

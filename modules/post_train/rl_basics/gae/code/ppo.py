@@ -28,16 +28,16 @@ from finetune.rl.agents.surrogate import (
 from finetune.rl.envs import environments
 from finetune.rl.envs.evaluation import returns
 from finetune.rl.envs.rollout import Rollout, episode_seeds
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 from finetune.rl.statistics import mean_and_error
 
 SOLVED, WINDOW = 475.0, 20  # CartPole-v1 counts as solved at this mean return of so many last episodes
 JUDGED = 0.95  # the λ that is held to a target
 
 
-def race(cfg: Any, run, cut: environments.Cut) -> dict[float, list[dict[str, Any]]]:
+def race(cfg: Any, run, cut: environments.EpisodeLimit) -> dict[float, list[dict[str, Any]]]:
     """`--ppo-repeats` trainings with each λ. Repetition i begins with the same weights and episodes whatever the λ."""
-    envs = environments.make(cfg.ppo_env, cfg.ppo_envs, cut=cut)
+    envs = environments.make(cfg.ppo_env, cfg.ppo_envs, episode_limit=cut)
     trained = {lam: [train(cfg, run, lam, i, envs) for i in range(cfg.ppo_repeats)] for lam in cfg.ppo_lambdas}
     steps = {lam: statistics.median(r["steps"] for r in runs) for lam, runs in trained.items()}
     for lam, runs in trained.items():
@@ -54,12 +54,12 @@ def train(cfg: Any, run, lam: float, repeat: int, envs: list[Any]) -> dict[str, 
     """One training: returns before and after, the mean of the last episodes after each update, and the steps of the
     environments until it first was `SOLVED`; all of them if it never was."""
     run.seed("ppo", repeat)
-    learner, vector = Learner(cfg, envs), Vector(envs, run.generator("ppo", repeat).initial_seed())
+    learner, vector = Learner(cfg, envs), VectorEnv(envs, run.generator("ppo", repeat).initial_seed())
     updates, size = min(cfg.ppo_updates, cfg.steps), cfg.ppo_horizon * cfg.ppo_envs
-    before = evaluate(cfg, run, learner, "before", repeat, envs[0].cut)
+    before = evaluate(cfg, run, learner, "before", repeat, envs[0].episode_limit)
     past: dict[str, Any] = {"recent": [], "curve": [], "steps": 0}
     unit = RewardSize()  # in which the critic learns: in any other its gradient would outweigh the policy's
-    state = learner.state() | {"vector": vector, "past": past, "cut": envs[0].cut, "rewards": unit}
+    state = learner.state() | {"vector": vector, "past": past, "cut": envs[0].episode_limit, "rewards": unit}
     for step in run.steps(updates, state, phase=f"ppo_{lam:g}_{repeat}"):
         generator = run.generator("ppo", repeat, step)  # the same for every λ
         rollout = vector.collect(learner.acting(generator), cfg.ppo_horizon)
@@ -74,17 +74,17 @@ def train(cfg: Any, run, lam: float, repeat: int, envs: list[Any]) -> dict[str, 
         if not past["steps"] and len(past["recent"]) == WINDOW and mean >= SOLVED:
             past["steps"] = (step + 1) * size
         run.log(step, **{"return": mean}, **found)
-    after = evaluate(cfg, run, learner, "after", repeat, envs[0].cut)
+    after = evaluate(cfg, run, learner, "after", repeat, envs[0].episode_limit)
     run.print(f"PPO, λ = {lam:g}, training {repeat}: {fmean(before):.0f} before, {fmean(after):.0f} after")
     return {"before": before, "after": after, "curve": past["curve"], "steps": past["steps"] or updates * size,
             "solved": past["steps"] > 0}  # fmt: skip
 
 
-def evaluate(cfg: Any, run, learner: Learner, when: str, repeat: int, cut: environments.Cut) -> list[float]:
+def evaluate(cfg: Any, run, learner: Learner, when: str, repeat: int, cut: environments.EpisodeLimit) -> list[float]:
     """Returns of twenty fresh episodes, actions drawn as in training."""
     seeds = episode_seeds(run, 20, "evaluation", when, repeat)
     act = learner.acting(run.generator("evaluation", when, repeat))
-    return returns(environments.make(cfg.ppo_env, 20, cut=cut), act, seeds)
+    return returns(environments.make(cfg.ppo_env, 20, episode_limit=cut), act, seeds)
 
 
 @dataclass

@@ -27,7 +27,7 @@ from finetune.rl.envs.environments import sizes
 from finetune.rl.envs.evaluation import returns
 from finetune.rl.envs.replay import Priorities, Replay, Transitions
 from finetune.rl.envs.rollout import Rollout
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class DQN:
     """`count` learners of one variant, each with its own environments, steps and networks. What they know is in the
     state_dict; `curve` has what they were worth when they were judged, (count,) each."""
 
-    def __init__(self, variant: Variant, envs: Vector, count: int, settings: Settings) -> None:
+    def __init__(self, variant: Variant, envs: VectorEnv, count: int, settings: Settings) -> None:
         self.variant, self.envs, self.count, self.settings = variant, envs, count, settings
         self.actions, width = sizes(envs.envs[0])[1], [settings.hidden, settings.hidden]
         self.q = QNetworks(count, self.actions, width, SIZE, variant.dueling)

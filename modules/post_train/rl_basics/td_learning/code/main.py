@@ -17,7 +17,7 @@ from finetune.errors import UserError, nearest
 from finetune.rl.envs import environments
 from finetune.rl.envs.evaluation import returns
 from finetune.rl.envs.rollout import episode_seeds, numpy_generator
-from finetune.rl.envs.vector import Vector
+from finetune.rl.envs.vector import VectorEnv
 from finetune.rl.statistics import standard_error
 from finetune.rl.tabular import mdp as mdps
 from finetune.rl.tabular import planning, worlds
@@ -133,7 +133,7 @@ def main(cfg: Config, run) -> dict[str, Any]:
 def learners(cfg: Config, run, kind: str) -> dqn.DQN:
     """DQN on CartPole. All kinds have the same first episodes and, where they have the same layers, first weights."""
     seed = run.generator("cartpole").initial_seed()
-    envs = Vector(environments.make("CartPole-v1", EACH * cfg.dqn_runs), seed)
+    envs = VectorEnv(environments.make("CartPole-v1", EACH * cfg.dqn_runs), seed)
     run.seed("networks")
     return dqn.DQN(VARIANTS[kind], envs, cfg.dqn_runs, dqn.Settings(every=cfg.dqn_every))
 
