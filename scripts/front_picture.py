@@ -20,14 +20,12 @@ BEFORE, AFTER = "#b5553c", "#2c6e49"
 def curve(axes, run: Path) -> None:
     """Loss of the training batches, thin, and of held-out questions at each evaluation."""
     rows = list(csv.DictReader((run / "metrics.csv").open()))
-    points = {
-        name: [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-        for name in ("loss", "held_out_loss")
-    }
-    axes.plot(*zip(*points["loss"], strict=True), color="#c9c9c9", linewidth=1, label="training batches")
-    axes.plot(
-        *zip(*points["held_out_loss"], strict=True), color=AFTER, marker="o", markersize=4, label="held-out questions"
-    )
+    for name, style in (
+        ("loss", {"color": "#b8c4cf", "linewidth": 1.5, "label": "training batches, mean of 7"}),
+        ("held_out_loss", {"color": AFTER, "marker": "o", "markersize": 4, "label": "held-out questions"}),
+    ):
+        steps, losses = zip(*((int(row["step"]), float(row[name])) for row in rows if row.get(name)), strict=True)
+        axes.plot(steps, plots.moving_average(list(losses), 7) if name == "loss" else losses, **style)
     axes.set_title("loss of the answers", loc="left", fontsize=11)
     axes.set_xlabel("step")
     axes.legend(frameon=False)
