@@ -50,12 +50,12 @@ def ours(task: dict[str, Any], turn: Turn) -> None:
     import torch
 
     from finetune import ops, optim
-    from finetune.lm.llama import Llama
+    from finetune.lm.io import load
     from finetune.peft import adapters
     from finetune.runs import registry
 
     sft = registry.load(registry.find("sft"))
-    model = Llama.from_pretrained(task["model"], getattr(torch, task["dtype"]))
+    model = load.llama(task["model"], getattr(torch, task["dtype"]))
     adapters.load_adapter(model, task["adapter"])
     model.gradient_checkpointing = task["checkpointing"]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -197,9 +197,9 @@ class Worker:
 
 def choose_rows(model: Path, count: int) -> list[dict[str, list[int]]]:
     """`count` of the longer questions and answers on Python's documentation, on average TOKENS / BATCH tokens long."""
-    from finetune.lm.tokenizer import Tokenizer
+    from finetune.lm.io import load
 
-    tokenizer = Tokenizer.from_pretrained(model)
+    tokenizer = load.tokenizer(model)
     train, _, _ = python_docs.split_pairs(python_docs.python_pairs())
     rendered = sorted((tokenizer.render(pair.conversation()) for pair in train), key=lambda row: -len(row[0]))
     total = kept = 0
@@ -216,10 +216,10 @@ def make_adapter(model: Path, folder: Path) -> None:
     """The adapter that all sides start from; its B is 0."""
     import torch
 
-    from finetune.lm.llama import Llama
+    from finetune.lm.io import load
     from finetune.peft import adapters, lora
 
-    llama = Llama.from_pretrained(model, torch.bfloat16)  # the adapter's dtype is float32 all the same
+    llama = load.llama(model, torch.bfloat16)  # the adapter's dtype is float32 all the same
     lora.apply_lora(llama, RANK, ALPHA, generator=torch.Generator().manual_seed(0))
     adapters.save_adapter(llama, folder, str(model))
 
@@ -343,16 +343,14 @@ def main(argv: list[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from finetune.lm.io import hub
-    from finetune.lm.io.weights import read_json
-    from finetune.lm.llama import read_config
+    from finetune.lm.io import hub, load
 
     console, progress = display.console(), Console(stderr=True)
     model = hub.resolve(args.model, progress)
     rows = choose_rows(model, args.rows)
     lengths = [len(row["input_ids"]) for row in rows]
     batches = [[lengths[(s * BATCH + i) % args.rows] for i in range(BATCH)] for s in range(args.steps + 1)]
-    shape = read_config(read_json(model / "config.json"), model)
+    shape = load.llama_config(model)
     per_block = shape.dim * (shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + 3 * shape.hidden)
     sides = [name for name, (which, on) in SIDES.items() if wanted(args, which, on)]
     gflop = {n: linear_gflop(batches[1:], shape.layers * per_block, w == "trl", on) for n, (w, on) in SIDES.items()}

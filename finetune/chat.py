@@ -1,10 +1,9 @@
-"""A model folder and a prompt in, text out: what `python -m finetune generate` does."""
+"""Answers of a model to prompts: what `python -m finetune generate` runs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.lm.io import hub
 from finetune.runs import machine
 
 if TYPE_CHECKING:
@@ -22,34 +21,28 @@ def answer(
     console: "Console | None" = None,
     **sampling: Any,
 ) -> list[str]:
-    """The answers to the prompts, in order; `sampling` as in `generate`. chat=None: by the template, if there is one.
+    """The answers to the prompts, in order; `sampling` as in `generate`.
 
-    `source`: what `hub.resolve` takes, or the folder of a LoRA adapter, which names its base; `base` names another,
-    such as where it has moved to.
+    `source`: a model folder, a .gguf file, `smollm2`, a hub id, or the folder of a LoRA adapter. An adapter names its
+    base model; `base` overrides it. `chat`: whether to use the chat template; None: if the model has one.
     """
     import torch
 
     from finetune import memory
-    from finetune.lm import gpt
     from finetune.lm.generate import check_sampling, generate, said, stop_ids
-    from finetune.lm.gpt import GPT
-    from finetune.lm.llama import Llama, config_of, read_raw
-    from finetune.lm.tokenizer import Tokenizer
+    from finetune.lm.io import hub, load
     from finetune.peft import adapters, lora
 
     check_sampling(**sampling)
     torch.set_num_threads(threads or machine.physical_cores())
     path = origin = hub.resolve(source, console)
-    adapter = path.is_dir() and (path / adapters.CONFIG).exists()
+    adapter = path.is_dir() and (path / load.ADAPTER_CONFIG).exists()
     if adapter:
         origin = base_folder(path, base, console)
     elif base:
-        raise UserError(f"--base {base}: {path} is no adapter, so it has no base model")
-    kind = read_raw(origin).get("model_type") if origin.is_dir() else "llama"
-    kinds: dict[Any, type[Llama] | type[GPT]] = {"llama": Llama, "gpt2": GPT}
-    if not isinstance(kind, str) or kind not in kinds:
-        raise UserError(f"{origin} is a model of type {kind}: only {' and '.join(kinds)} can be run")
-    tokenizer = Tokenizer.from_pretrained(path if (path / "tokenizer.json").exists() else origin)
+        raise UserError(f"--base {base}: {path} is not an adapter, so it has no base model")
+    shape = load.config(origin)
+    tokenizer = load.tokenizer(path if (path / "tokenizer.json").exists() else origin)
     if chat and not tokenizer.chat_template:
         raise UserError(f"{path} has no chat template: use --no-chat")
     if chat is None:
@@ -60,12 +53,11 @@ def answer(
             tokenizer.render_text([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts
         ]
     rows = [tokenizer.encode(text, add_special_tokens=not chat) for text in texts]
-    shape = config_of(origin) if kind == "llama" else gpt.read_config(read_raw(origin), origin / "config.json")
     longest = max(map(len, rows), default=1) + sampling.get("max_new_tokens", 0)
-    if longest <= shape.max_length:  # `generate` has words for the other case
-        room = memory.Setup(batch=max(len(rows), 1), seq=max(longest, 1), optimizer="none")
-        memory.check_memory(shape, room, "--max-new-tokens, or fewer prompts at once")
-    model = kinds[kind].from_pretrained(origin).eval()
+    if longest <= shape.max_length:  # else `generate` explains the error
+        setup = memory.Setup(batch=max(len(rows), 1), seq=max(longest, 1), optimizer="none")
+        memory.check_memory(shape, setup, "--max-new-tokens, or fewer prompts at once")
+    model = load.model(origin).eval()
     if adapter:
         adapters.load_adapter(model, path)
         lora.merge(model)
@@ -76,9 +68,9 @@ def answer(
 
 def base_folder(adapter: Path, base: str | None, console: "Console | None") -> Path:
     """The base model of an adapter's folder: `base`, or the one that it names."""
-    from finetune.peft import adapters
+    from finetune.lm.io import hub, load
 
-    name = base or adapters.base_of(adapter)
+    name = base or load.adapter_base(adapter)
     if not name:
         raise UserError(f"the adapter {adapter} does not name its base model: give it with --base")
     try:

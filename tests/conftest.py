@@ -45,16 +45,16 @@ def smollm2():
 @pytest.fixture(scope="session")
 def smollm2_model(smollm2):
     """Our Llama with its weights in fp32; shared, so tests must leave it as it is."""
-    from finetune.lm.llama import Llama
+    from finetune.lm.io import load
 
-    return Llama.from_pretrained(smollm2)
+    return load.llama(smollm2)
 
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2):
-    from finetune.lm.tokenizer import Tokenizer
+    from finetune.lm.io import load
 
-    return Tokenizer.from_pretrained(smollm2)
+    return load.tokenizer(smollm2)
 
 
 @pytest.fixture(scope="session")

@@ -190,7 +190,7 @@ def test_generate_with_an_adapter(tmp_path, smollm2, smollm2_model):
     import torch
 
     from finetune.chat import answer
-    from finetune.lm.tokenizer import Tokenizer
+    from finetune.lm.io import load, save
     from finetune.peft import adapters, lora
 
     model = copy.deepcopy(smollm2_model)
@@ -201,7 +201,7 @@ def test_generate_with_an_adapter(tmp_path, smollm2, smollm2_model):
             layer.part("default").lora_B.normal_(generator=draw).mul_(0.02)
     adapters.save_adapter(model, tmp_path / "adapter", str(smollm2))
     lora.merge(model)
-    model.save_pretrained(tmp_path / "merged", Tokenizer.from_pretrained(smollm2))
+    save.model(model, tmp_path / "merged", load.tokenizer(smollm2))
     base, adapter, merged = (
         answer(str(source), ["What is a list?"], max_new_tokens=12)
         for source in (smollm2, tmp_path / "adapter", tmp_path / "merged")

@@ -21,6 +21,7 @@ SERVE = (
     "from finetune.lm import sandbox; sandbox.serve(*map(json.loads, sys.argv[2:]))"
 )
 MOST_SOURCE = 1 << 20
+SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 class ChatTemplate:
@@ -108,6 +109,22 @@ worker = Worker()
 atexit.register(worker.stop)
 
 
+def chatml(default_system: str = "") -> str:
+    """The project's ChatML template (Jinja), with generation markers around what the assistant has to learn: each
+    answer and the `<|im_end|>` behind it. `default_system` is put first where the messages begin with no system one."""
+    first = ""
+    if default_system:
+        turn = json.dumps(f"<|im_start|>system\n{default_system}<|im_end|>\n", ensure_ascii=False)
+        first = "{% if loop.first and messages[0]['role'] != 'system' %}{{ " + turn + " }}{% endif %}"
+    return (
+        "{% for message in messages %}" + first + "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
 def same_text(one: str, other: str) -> bool:
     """Whether two templates write the same text for conversations with and without a system message."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": " b\n"}]
@@ -119,3 +136,11 @@ def same_text(one: str, other: str) -> bool:
         for chat in chats
         for prompt in (False, True)
     )
+
+
+def with_markers(template: str | None) -> str | None:
+    """Our template in place of SmolLM's own, which is recognized by its default system message and its ChatML."""
+    if template is None or SMOLLM_SYSTEM not in template:
+        return template
+    ours = chatml(SMOLLM_SYSTEM)
+    return ours if not ChatTemplate(template).marked and same_text(template, ours) else template

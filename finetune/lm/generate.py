@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.errors import UserError
+from finetune.lm.forward import check_tokens
 from finetune.lm.gpt import GPT
-from finetune.lm.layers import check_tokens
 from finetune.lm.llama import Llama
 
 if TYPE_CHECKING:

@@ -1,46 +1,21 @@
-"""Tokenizers over the `tokenizers` library: Hugging Face folders, GGUF metadata, training, and chat templates."""
+"""A tokenizer over the `tokenizers` library: text ↔ ids, conversations with their loss mask, training of a BPE."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import msgspec
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from finetune.errors import UserError
-from finetune.runs import reading
-from finetune.runs.checkpoint import write_json
+from finetune.lm.chat_template import ChatTemplate, chatml
 
-if TYPE_CHECKING:
-    from finetune.lm.io.gguf import GGUFModel
-
-SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad (and unknown), begin, end
 
 
-def chatml(default_system: str = "") -> str:
-    """The project's ChatML template (Jinja), with generation markers around what the assistant has to learn: each
-    answer and the `<|im_end|>` behind it. `default_system` is put first where the messages begin with no system one."""
-    first = ""
-    if default_system:
-        turn = json.dumps(f"<|im_start|>system\n{default_system}<|im_end|>\n", ensure_ascii=False)
-        first = "{% if loop.first and messages[0]['role'] != 'system' %}{{ " + turn + " }}{% endif %}"
-    return (
-        "{% for message in messages %}" + first + "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-        "{% if message['role'] == 'assistant' %}"
-        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-        "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )
-
-
-NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 CONTEXT = ("tools", "documents", "chat_template_kwargs")  # of a whole conversation: its first message holds them
 REASONING = ("reasoning_content", "thinking", "reasoning")  # three names for the same
 # What is to be learned, or what it is learned from: a template that does not write it would teach something else.
@@ -48,44 +23,6 @@ MEANT = ("tool_calls", *REASONING)
 PIECE = 1 << 16  # characters that are encoded at once where a text may be cut
 Message = dict[str, Any]
 Span = tuple[int, int]
-
-
-class TokenText(msgspec.Struct):
-    content: str
-
-
-class NamedTemplate(msgspec.Struct):
-    name: str
-    template: str
-
-
-Special = str | TokenText | None
-
-
-class Settings(msgspec.Struct):
-    """What is read of tokenizer_config.json and special_tokens_map.json."""
-
-    bos_token: Special = None
-    eos_token: Special = None
-    pad_token: Special = None
-    unk_token: Special = None
-    sep_token: Special = None
-    cls_token: Special = None
-    mask_token: Special = None
-    chat_template: str | list[NamedTemplate] | None = None
-
-    def updated(self, other: Settings) -> Settings:
-        found = {key: value for key in self.__struct_fields__ if (value := getattr(other, key)) is not None}
-        return msgspec.structs.replace(self, **found)
-
-    def tokens(self) -> dict[str, str]:
-        found = {name: getattr(self, name) for name in NAMES}
-        return {k: v.content if isinstance(v, TokenText) else v for k, v in found.items() if v is not None}
-
-    def template(self) -> str | None:
-        if isinstance(self.chat_template, list):
-            return next((entry.template for entry in self.chat_template if entry.name == "default"), None)
-        return self.chat_template
 
 
 class Tokenizer:
@@ -264,58 +201,7 @@ class Tokenizer:
 
     @cached_property
     def template(self) -> Any:
-        from finetune.lm.chat_template import ChatTemplate
-
         return None if self._chat_template is None else ChatTemplate(self._chat_template)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder (tokenizer.json), of a .gguf file, of `smollm2`, or of a hub id.
-
-        UserError if there is none. SmolLM's own chat template is replaced by ours, which renders the same text and has
-        the generation markers.
-        """
-        from finetune.lm.io import hub
-
-        source = hub.resolve(path)
-        if source.suffix == ".gguf":
-            from finetune.lm.io.gguf import GGUFModel
-
-            return from_gguf(GGUFModel(source))
-        file = source / "tokenizer.json"
-        if not file.exists():
-            raise UserError(f"{source} holds no tokenizer.json: save the tokenizer in its fast form")
-        text = reading.text_file(file)
-        check_prefix(text, file)
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except UserError:
-            raise
-        except BaseException as error:  # the library raises plain Exception, and panics of Rust are no Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            why = " ".join(str(error).split())[:200]
-            raise UserError(f"{file} is damaged ({why}): fetch or save the tokenizer again") from None
-        settings = Settings()
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (source / name).exists():
-                settings = settings.updated(reading.json_file(source / name, Settings, "save the tokenizer again"))
-        own = source / "chat_template.jinja"
-        template = reading.text_file(own, limit=4 << 20) if own.exists() else settings.template()
-        found = settings.tokens()
-        bos, eos, pad = (found.pop(key, None) for key in NAMES[:3])
-        return cls(backend, bos=bos, eos=eos, pad=pad, chat_template=with_markers(template), others=found)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json (with the chat template), which transformers opens too."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "tokenizer.json", json.loads(self.backend.to_str()))
-        settings: dict[str, Any] = dict(self.special_tokens)
-        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        if self.chat_template is not None:
-            settings["chat_template"] = self.chat_template
-        write_json(folder / "tokenizer_config.json", settings)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
@@ -337,28 +223,6 @@ class Tokenizer:
         backend.train_from_iterator(texts, trainer)
         pad, bos, eos = SPECIALS
         return cls(backend, bos=bos, eos=eos, pad=pad, chat_template=chatml())
-
-
-class Subwords(msgspec.Struct):
-    continuing_subword_prefix: str | None = None
-    merges: list[Any] | None = None
-
-
-class HasModel(msgspec.Struct):
-    model: Subwords
-
-
-def check_prefix(text: str, file: Path) -> None:
-    """UserError for merges without the prefix that their model gives: the library cuts it off unseen, which can end the
-    whole process."""
-    if '"continuing_subword_prefix":null' in text.replace(" ", ""):
-        return
-    model = reading.json_value(text.encode(), HasModel, file, "fetch or save the tokenizer again").model
-    prefix = model.continuing_subword_prefix or ""
-    for merge in model.merges or []:
-        second = merge.partition(" ")[2] if isinstance(merge, str) else str(merge[-1]) if merge else ""
-        if not second.startswith(prefix):
-            raise UserError(f"{file} is damaged: the merge {merge!r} lacks the prefix {prefix!r} of its model")
 
 
 def parted(messages: Sequence[Message]) -> tuple[list[Message], dict[str, Any]]:
@@ -393,105 +257,10 @@ def pieces(texts: Iterable[str], cut: re.Pattern[str]) -> Iterator[str]:
 
 CUT = re.compile(r"\S(?=\s)")  # in front of white space behind something else, GPT-2's expression cuts too
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
-
-
-def split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-LLAMA3 = split(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# How a text is cut before the merges, by GGUF's tokenizer.ggml.pre. `smollm` sets every digit apart first, as the model
-# was trained and as llama.cpp does (transformers' GGUF reader leaves that step out and splits "\n\n1." otherwise).
-PRE_TOKENIZERS = {
-    "smollm": DIGITS,
-    "starcoder": DIGITS,
-    "refact": DIGITS,
-    "command-r": DIGITS,
-    "default": GPT2,
-    "gpt-2": GPT2,
-    "llama-bpe": LLAMA3,
-    "llama3": LLAMA3,
-    "llama-v3": LLAMA3,
-}
-CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
 
 
 def byte_level(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
+    """A tokenizer whose alphabet is the 256 bytes, so that no text is unknown to it."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
     return backend
-
-
-class Vocabulary(msgspec.Struct, rename=lambda name: f"tokenizer.ggml.{name}"):
-    """What is read of a GGUF's metadata."""
-
-    tokens: list[str]
-    merges: list[str]
-    token_type: list[int] = []
-    add_bos_token: bool | None = None
-    add_eos_token: bool = False
-
-
-LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-
-
-def from_gguf(file: GGUFModel) -> Tokenizer:
-    """Byte-level BPE from the metadata of a GGUF; UserError for any other kind of tokenizer."""
-    kind, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
-        raise UserError(f"{file.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported")
-    read = file.struct(Vocabulary)
-    tokens, vocabulary = read.tokens, {token: i for i, token in enumerate(read.tokens)}
-    llama3 = pre in LLAMA3_NAMES  # as in llama.cpp: a word of the vocabulary is one token, and bos comes first
-    merges = [(first, second) for first, _, second in (merge.partition(" ") for merge in read.merges)]
-    try:
-        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3)
-    except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{file.path}: tokenizer.ggml.merges is not of this vocabulary ({why})") from None
-    backend = byte_level(model, PRE_TOKENIZERS[pre])
-    for token, kind in zip(tokens, read.token_type, strict=False):
-        if kind == CONTROL:
-            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif kind == USER_DEFINED:
-            backend.add_tokens([AddedToken(token, normalized=False, special=False)])
-    ids = file.token_ids()
-    bos, eos, pad, unk = (name_of(tokens, ids.get(f"{key}_token_id")) for key in ("bos", "eos", "pad", "unk"))
-    if pad is None and "<|endoftext|>" in vocabulary and eos != "<|endoftext|>":
-        pad = "<|endoftext|>"
-    around = [bos if (llama3 if read.add_bos_token is None else read.add_bos_token) else None]
-    around += [eos if read.add_eos_token else None]
-    if any(around):
-        known = [token for token in dict.fromkeys(around) if token is not None]
-        backend.post_processor = processors.TemplateProcessing(
-            single=" ".join(
-                [f"{around[0]}:0" if around[0] else "", "$A:0", f"{around[1]}:0" if around[1] else ""]
-            ).strip(),
-            special_tokens=[(token, vocabulary[token]) for token in known],
-        )
-    others = {} if unk is None else {"unk_token": unk}
-    template = reading.convert(file.get("tokenizer.chat_template"), str | None, f"{file.path}: tokenizer.chat_template")  # type: ignore[arg-type]
-    return Tokenizer(backend, bos=bos, eos=eos, pad=pad, chat_template=with_markers(template), others=others)
-
-
-def name_of(tokens: list[str], at: int | None) -> str | None:
-    return None if at is None else tokens[at]
-
-
-def with_markers(template: str | None) -> str | None:
-    """Our template in place of SmolLM's own, which is recognized by its default system message and its ChatML."""
-    if template is None or SMOLLM_SYSTEM not in template:
-        return template
-    from finetune.lm.chat_template import ChatTemplate, same_text
-
-    ours = chatml(SMOLLM_SYSTEM)
-    return ours if not ChatTemplate(template).marked and same_text(template, ours) else template

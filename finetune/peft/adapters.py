@@ -17,20 +17,19 @@ from torch import Tensor, nn
 
 from finetune.errors import UserError
 from finetune.lm.io import weights
-from finetune.lm.llama import Llama, from_hf, to_hf
+from finetune.lm.io.config import read_json, require
+from finetune.lm.io.hf_llama import from_hf, to_hf
+from finetune.lm.io.load import ADAPTER_CONFIG as CONFIG
+from finetune.lm.llama import Llama
 from finetune.peft.lora import LoRA, LoRALinear, adapters, apply_lora, first_fit, linear_layers
 from finetune.peft.virtual_tokens import Prefix, Prompt
 from finetune.runs import checkpoint, reading
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before a Hugging Face name
 PARTS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "magnitude"}
 VECTORS = "prompt_embeddings"
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
-
-
-class Named(msgspec.Struct):
-    base_model_name_or_path: str | None = None
 
 
 class LoRAConfig(msgspec.Struct):
@@ -43,11 +42,6 @@ class LoRAConfig(msgspec.Struct):
     alpha_pattern: dict[str, reading.Positive] | None = None
     use_rslora: bool | None = False
     use_dora: bool | None = False
-
-
-def base_of(folder: str | Path) -> str:
-    """The name of the base model in an adapter's folder; an empty string if there is none."""
-    return reading.json_file(Path(folder) / CONFIG, Named).base_model_name_or_path or ""
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str = "default") -> None:
@@ -131,14 +125,14 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """Puts the LoRA adapter of a peft folder on a Llama, frozen otherwise. UserError names what is missing, damaged,
     of another model, or a variant that is not supported."""
     folder = Path(folder)
-    raw = weights.read_json(folder / CONFIG)
+    raw = read_json(folder / CONFIG)
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init not in UNSUPPORTED["init_lora_weights"]:
         raise UserError(
             f"{folder / CONFIG}: init_lora_weights = {init!r} changed the base weights when training began, and the "
             "folder does not hold them: save the adapter as plain LoRA (peft: path_initial_model_for_weight_conversion)"
         )
-    weights.require(raw, folder / CONFIG, UNSUPPORTED)
+    require(raw, folder / CONFIG, UNSUPPORTED)
     config = reading.convert(raw, LoRAConfig, folder / CONFIG)
     rank, alpha = config.r, config.lora_alpha
     found = dict(weights.read_safetensors(folder, TENSORS))
@@ -194,11 +188,11 @@ def fill(part: LoRA, at: str, tensors: Mapping[tuple[str, str], Tensor], folder:
 def load_prompt(model: Llama, folder: str | Path) -> Prompt | Prefix:
     """The prompt or prefix of a peft folder, for this Llama."""
     folder, shape = Path(folder), model.config
-    config = weights.read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     kinds = ("PROMPT_TUNING", "PREFIX_TUNING")
     if config.get("peft_type") not in kinds:
         raise UserError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, not {' or '.join(kinds)}")
-    weights.require(config, folder / CONFIG, {"prefix_projection": (False,), "num_transformer_submodules": (1, None)})
+    require(config, folder / CONFIG, {"prefix_projection": (False,), "num_transformer_submodules": (1, None)})
     found = dict(weights.read_safetensors(folder, TENSORS))
     prefix = config["peft_type"] == "PREFIX_TUNING"
     width = 2 * shape.layers * shape.kv_heads * shape.head_dim if prefix else shape.dim

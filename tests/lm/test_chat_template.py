@@ -8,9 +8,10 @@ from tokenizers import Tokenizer as Backend
 
 from finetune.errors import UserError
 from finetune.lm import chat_template
-from finetune.lm.chat_template import ChatTemplate
+from finetune.lm.chat_template import ChatTemplate, chatml
+from finetune.lm.io import save
 from finetune.lm.sandbox import unmarked
-from finetune.lm.tokenizer import Tokenizer, chatml
+from finetune.lm.tokenizer import Tokenizer
 
 TURN = (
     "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
@@ -206,7 +207,7 @@ def test_renders_as_transformers(tmp_path, backend, source):
     from transformers import AutoTokenizer
 
     tokenizer = using(backend, source)
-    tokenizer.save_pretrained(tmp_path)
+    save.tokenizer(tokenizer, tmp_path)
     peer = AutoTokenizer.from_pretrained(tmp_path)
     tools, documents = [{"type": "function", "function": CALL["function"]}], [{"title": "t", "text": "x"}]
     chats = [

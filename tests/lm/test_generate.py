@@ -13,6 +13,7 @@ from finetune.cli import main as command
 from finetune.errors import UserError
 from finetune.lm.generate import KVCache, generate, sample, warp
 from finetune.lm.gpt import GPT, GPTConfig
+from finetune.lm.io import save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.ops import use_backend
@@ -218,13 +219,13 @@ def test_smollm2_greedy_equals_transformers(smollm2_model, smollm2_peer, smollm2
         (["--threads", "99999999999"], "threads"),
         (["--max-new-tokens", str(1 << 40)], "max-new-tokens"),
         (["--max-new-tokens", "1000"], "with 1000 new ones it does not fit the model"),
-        (["--base", "x"], "is no adapter, so it has no base model"),
+        (["--base", "x"], "is not an adapter, so it has no base model"),
         (["--top-k", "-1"], "top-k"),
     ],
 )
 def test_settings_that_cannot_be_generated_with(tmp_path, capsys, words, match):
     folder = tmp_path / "model"
-    tiny().save_pretrained(folder, Tokenizer.train([TEXT], 300))
+    save.model(tiny(), folder, Tokenizer.train([TEXT], 300))
     assert command(["generate", "--model", str(folder), "--prompt", "hi", "--threads", "1", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
@@ -233,7 +234,7 @@ def test_settings_that_cannot_be_generated_with(tmp_path, capsys, words, match):
 
 def test_an_adapter_whose_base_has_moved(tmp_path, capsys):
     model = tiny()
-    model.save_pretrained(tmp_path / "base", Tokenizer.train([TEXT], 300))
+    save.model(model, tmp_path / "base", Tokenizer.train([TEXT], 300))
     apply_lora(model, rank=2, generator=torch.Generator().manual_seed(0))
     save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
     words = ["generate", "--model", str(tmp_path / "adapter"), "--prompt", "def f(x)", "--threads", "1"]
@@ -265,7 +266,7 @@ def test_what_ends_an_answer_is_neither_passed_nor_said(tmp_path):
         model.embed.weight[:, 0] = 1
         model.embed.weight[301:, 0] = 2
         model.embed.weight[300, 0] = 3  # "<stop>"
-    model.save_pretrained(tmp_path, tokenizer)
+    save.model(model, tmp_path, tokenizer)
     given = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 5, "threads": 1}
     assert answer(str(tmp_path), ["hi"], False, **given) == ["<stop>" * 5]
     for name, ids in (("config.json", 300), ("config.json", [2, 300]), ("generation_config.json", [300])):
@@ -276,5 +277,5 @@ def test_what_ends_an_answer_is_neither_passed_nor_said(tmp_path):
         file.write_text(whole)
     with torch.no_grad():
         model.embed.weight[305, 0] = 4  # a row of the table without a token
-    model.save_pretrained(tmp_path, tokenizer)
+    save.model(model, tmp_path, tokenizer)
     assert answer(str(tmp_path), ["hi", "f(x)"], False, **given) == ["", ""]

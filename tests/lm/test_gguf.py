@@ -7,8 +7,8 @@ import torch
 from small_gguf import TEXT, permute, tiny, write
 
 from finetune.errors import UserError
+from finetune.lm.io import load, save
 from finetune.lm.io.gguf import TYPES, GGUFModel, decimal, dequantize, unpermute
-from finetune.lm.llama import Llama
 
 OFFSETS_OF_HALVES = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q6_K": [208]}
 
@@ -65,7 +65,7 @@ def test_unpermute_is_the_inverse():
 @pytest.mark.parametrize("tied", [True, False])
 def test_file_there_and_back(tmp_path, tied):
     model = tiny(tied=tied)
-    again = Llama.from_pretrained(write(tmp_path / "m.gguf", model))
+    again = load.llama(write(tmp_path / "m.gguf", model))
     assert again.config == model.config
     for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(one, other), name
@@ -76,7 +76,7 @@ def test_file_there_and_back(tmp_path, tied):
 )
 def test_quantized_file(tmp_path, kind, error):
     model = tiny()
-    again = Llama.from_pretrained(write(tmp_path / "m.gguf", model, kind))
+    again = load.llama(write(tmp_path / "m.gguf", model, kind))
     for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert (one - other).abs().max() <= error, name
 
@@ -86,11 +86,11 @@ def test_tokenizer_there_and_back(tmp_path):
 
     tokenizer = Tokenizer.train([TEXT], 300)
     path = write(tmp_path / "m.gguf", tiny(), tokenizer=tokenizer)
-    again = Tokenizer.from_pretrained(path)
+    again = load.tokenizer(path)
     assert again.encode(TEXT) == tokenizer.encode(TEXT)
     assert again.decode(again.encode(TEXT)) == TEXT
     assert again.token_ids() == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # pad = eos is not taken over
-    assert Llama.from_pretrained(path).token_ids == {"bos_token_id": 1, "eos_token_id": 2}
+    assert load.llama(path).token_ids == {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def test_ends_of_turns_and_what_llama3_does(tmp_path):
@@ -107,19 +107,19 @@ def test_ends_of_turns_and_what_llama3_does(tmp_path):
         path = tmp_path / f"{pre}{len(more)}.gguf"
         return write(path, model, tokenizer=tokenizer, pre=pre, last=word, extra=extra | more)
 
-    with_bos = Tokenizer.from_pretrained(written("llama-bpe", word))
+    with_bos = load.tokenizer(written("llama-bpe", word))
     assert with_bos.encode(" hello") == [1, 299]  # one token, though no merge makes it, and bos as llama.cpp puts it
     assert with_bos.encode(" hello", add_special_tokens=False) == [299]
     path = written("llama-bpe", word, **{"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": True})
-    assert Tokenizer.from_pretrained(path).encode(" hello") == [299, 2]
-    assert Tokenizer.from_pretrained(written("default", word)).encode(" hello")[:1] != [1]
-    read = Llama.from_pretrained(path)
+    assert load.tokenizer(path).encode(" hello") == [299, 2]
+    assert load.tokenizer(written("default", word)).encode(" hello")[:1] != [1]
+    read = load.llama(path)
     assert read.token_ids["eos_token_id"] == 2
     assert stop_ids(read, with_bos) == {2, 7, 8}
-    read.save_pretrained(tmp_path / "saved", with_bos)
-    again = Llama.from_pretrained(tmp_path / "saved")
+    save.model(read, tmp_path / "saved", with_bos)
+    again = load.llama(tmp_path / "saved")
     assert again.generation_ids["eos_token_id"] == [2, 7, 8]
-    assert Tokenizer.from_pretrained(tmp_path / "saved").encode(" hello") == [1, 299]
+    assert load.tokenizer(tmp_path / "saved").encode(" hello") == [1, 299]
     assert said(with_bos, [299, 7], {7}) == " hello"
     assert said(with_bos, [299, 299], {7}) == " hello hello"
 
@@ -143,7 +143,7 @@ def test_ends_of_turns_and_what_llama3_does(tmp_path):
 )
 def test_unsupported_key_is_named(tmp_path, extra, match):
     with pytest.raises(UserError, match=match):
-        Llama.from_pretrained(write(tmp_path / "m.gguf", tiny(), extra=extra))
+        load.llama(write(tmp_path / "m.gguf", tiny(), extra=extra))
 
 
 def test_bad_files(tmp_path):
@@ -151,7 +151,7 @@ def test_bad_files(tmp_path):
 
     def broken(match):
         with pytest.raises(UserError, match=match) as caught:
-            Llama.from_pretrained(path)
+            load.llama(path)
         assert "\n" not in str(caught.value)
 
     broken("no model")
@@ -185,7 +185,7 @@ def test_every_changed_byte_of_the_header_is_read_or_refused(tmp_path):
     for content in changed:
         path.write_bytes(content)
         try:
-            Llama.from_pretrained(path)
+            load.llama(path)
         except UserError as error:
             refused.append(str(error))
     assert len(refused) > 300
@@ -203,15 +203,15 @@ def test_misplaced_tensors_are_refused(tmp_path):
     for offset, match in ((4, "not a multiple of 32"), (1 << 40, "ends at byte"), (len(whole) - first, "ends at byte")):
         path.write_bytes(whole[:at] + offset.to_bytes(8, "little") + whole[at + 8 :])
         with pytest.raises(UserError, match=match):
-            Llama.from_pretrained(path)
+            load.llama(path)
     path.write_bytes(whole[: at - 4] + (12).to_bytes(4, "little") + whole[at:])  # Q4_K: blocks of 256
     with pytest.raises(UserError, match="not made of whole blocks of 256"):
-        Llama.from_pretrained(path)
+        load.llama(path)
     path.write_bytes(whole[: at - 4] + (26).to_bytes(4, "little") + whole[at:])
     with pytest.raises(
         UserError, match=r"m\.gguf: tensor output_norm.weight is of GGUF type I32, which is not supported"
     ):
-        Llama.from_pretrained(path)
+        load.llama(path)
 
 
 @pytest.mark.peer
@@ -221,10 +221,10 @@ def test_smollm2_file_equals_transformers(smollm2):
     from transformers import AutoModelForCausalLM
 
     path = smollm2.parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    ours = Llama.from_pretrained(path)
+    ours = load.llama(path)
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     row = torch.randint(49152, (1, 64), generator=torch.Generator().manual_seed(0))
     assert (ours(row) - theirs(row).logits).abs().max() <= 2e-3
-    folder = Llama.from_pretrained(smollm2, dtype=torch.bfloat16)
+    folder = load.llama(smollm2, dtype=torch.bfloat16)
     for (name, exact), (_, stored) in zip(ours.named_parameters(), folder.named_parameters(), strict=True):
         assert torch.equal(exact.bfloat16(), stored), name

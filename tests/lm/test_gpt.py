@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from finetune.errors import UserError
-from finetune.lm.gpt import GPT, GPTConfig, from_hf, to_hf
+from finetune.lm.gpt import GPT, GPTConfig
+from finetune.lm.io import load, save
+from finetune.lm.io.hf_gpt2 import from_hf, to_hf
 
 CONFIG = {"vocab_size": 97, "dim": 48, "layers": 2, "heads": 4, "max_length": 64}
 
@@ -79,14 +81,14 @@ def test_sizes_of_the_published_models():
 def test_save_and_load_keep_every_byte(tmp_path):
     model = tiny(hidden=100)
     model.token_ids = {"eos_token_id": 5}
-    model.save_pretrained(tmp_path / "a")
-    again = GPT.from_pretrained(tmp_path / "a")
+    save.model(model, tmp_path / "a")
+    again = load.gpt(tmp_path / "a")
     assert (again.config, again.token_ids) == (model.config, model.token_ids)
     for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert from_hf(to_hf(name)) == name
         assert torch.equal(one, other)
         assert other.is_contiguous()
-    again.save_pretrained(tmp_path / "b")
+    save.model(again, tmp_path / "b")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
@@ -102,11 +104,11 @@ def test_save_and_load_keep_every_byte(tmp_path):
     ],
 )
 def test_unsupported_config_is_named(tmp_path, key, value):
-    tiny().save_pretrained(tmp_path)
+    save.model(tiny(), tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
     with pytest.raises(UserError, match=key):
-        GPT.from_pretrained(tmp_path)
+        load.gpt(tmp_path)
 
 
 def test_bad_input(tmp_path):
@@ -116,11 +118,11 @@ def test_bad_input(tmp_path):
     with pytest.raises(UserError, match="65 tokens do not fit"):
         model(tokens(1, 65))
     with pytest.raises(UserError, match="no model"):
-        GPT.from_pretrained(tmp_path / "nowhere")
-    model.save_pretrained(tmp_path)
+        load.gpt(tmp_path / "nowhere")
+    save.model(model, tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1])
     with pytest.raises(UserError, match="damaged or cut short"):
-        GPT.from_pretrained(tmp_path)
+        load.gpt(tmp_path)
 
 
 @pytest.mark.peer
@@ -134,9 +136,9 @@ def test_equals_transformers(tmp_path):
     for parameter in peer.parameters():  # biases are born 0, which would hide a lost one
         parameter.add_(torch.randn_like(parameter) * 0.02)
     peer.save_pretrained(tmp_path / "theirs")
-    model = GPT.from_pretrained(tmp_path / "theirs")
+    model = load.gpt(tmp_path / "theirs")
     torch.testing.assert_close(model(row), peer(row).logits, atol=1e-5, rtol=0)
-    model.save_pretrained(tmp_path / "ours")
+    save.model(model, tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert torch.equal(again(row).logits, peer(row).logits)
 
@@ -146,7 +148,7 @@ def test_gradients_equal_transformers(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model, row = tiny(), tokens(2, 40)
-    model.save_pretrained(tmp_path)
+    save.model(model, tmp_path)
     peer = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     for logits in (model(row), peer(row).logits):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), row[:, 1:].flatten()).backward()

@@ -11,8 +11,7 @@ import torch
 from small_gguf import TEXT, tiny, write
 
 from finetune.errors import UserError
-from finetune.lm.io import hub
-from finetune.lm.llama import Llama
+from finetune.lm.io import hub, load, save
 from finetune.lm.tokenizer import Tokenizer
 
 
@@ -71,10 +70,10 @@ def test_fetch_is_complete_tidy_and_done_once(cache, monkeypatch, capfd):
     assert names(cache) == [Path(hub.MEMBER).name, folder.name]
     wanted = ["config.json", "generation_config.json", "manifest.json", "model.safetensors"]
     assert names(folder) == [*wanted, "tokenizer.json", "tokenizer_config.json"]
-    stored = Llama.from_pretrained("smollm2", dtype=torch.bfloat16)
+    stored = load.llama("smollm2", dtype=torch.bfloat16)
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(tiny().parameters(), stored.parameters(), strict=True))
     assert stored.token_ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    tokenizer = Tokenizer.from_pretrained("smollm2")
+    tokenizer = load.tokenizer("smollm2")
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert hub.fetch_smollm2() == folder
     assert (len(downloads), len(conversions)) == (1, 1)
@@ -128,7 +127,7 @@ def test_goes_on_where_it_was_interrupted(cache, monkeypatch):
     (cache / "SmolLM2-135M-Instruct.Q4_1.gguf.part").write_text("half")
     (cache / "thesis.part").write_text("not ours")
     with monkeypatch.context() as patch:
-        patch.setattr(Llama, "save_pretrained", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(save, "model", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             hub.fetch_smollm2()
     downloads = count(monkeypatch, "download")
@@ -234,7 +233,7 @@ def test_hub_ids(monkeypatch, tmp_path):
 
 def test_the_real_one(smollm2):
     assert hub.intact(smollm2)
-    config = Llama.from_pretrained(smollm2, dtype=torch.bfloat16).config
+    config = load.llama(smollm2, dtype=torch.bfloat16).config
     assert (config.layers, config.dim, config.heads, config.kv_heads, config.rope_theta) == (30, 576, 9, 3, 1e5)
 
 

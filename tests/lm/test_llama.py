@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
-from finetune.lm.llama import Llama, LlamaConfig, from_hf, read_config, to_hf
+from finetune.lm.io import load, save
+from finetune.lm.io.hf_llama import from_hf, read_config, to_hf
+from finetune.lm.llama import Llama, LlamaConfig
 
 CONFIG = {
     "vocab_size": 97,
@@ -141,15 +143,15 @@ def test_shapes_of_well_known_models():
 def test_save_and_load_keep_every_byte(tmp_path, changes, dtype):
     model = tiny(**changes).to(dtype)
     model.token_ids = {"bos_token_id": 1, "eos_token_id": 2}
-    model.save_pretrained(tmp_path / "a")
-    again = Llama.from_pretrained(tmp_path / "a", dtype=dtype)
+    save.model(model, tmp_path / "a")
+    again = load.llama(tmp_path / "a", dtype=dtype)
     assert again.config == model.config
     assert again.token_ids == model.token_ids
     for (name, one), (other_name, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert name == other_name
         assert other.dtype == dtype
         assert torch.equal(one, other)
-    again.save_pretrained(tmp_path / "b")
+    save.model(again, tmp_path / "b")
     for name in ("model.safetensors", "config.json", "generation_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
@@ -168,13 +170,13 @@ def test_adapters_are_not_saved_as_a_model(tmp_path):
     model = tiny()
     model.blocks[0].attn.q.extra = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(UserError, match=r"blocks\.0\.attn\.q\.extra .* merge the adapter"):
-        model.save_pretrained(tmp_path)
+        save.model(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_sharded_folder(tmp_path):
     model = tiny()
-    model.save_pretrained(tmp_path)
+    save.model(model, tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
     names = sorted(whole)
     parts = {"model-00001-of-00002.safetensors": names[:10], "model-00002-of-00002.safetensors": names[10:]}
@@ -183,11 +185,11 @@ def test_sharded_folder(tmp_path):
     index = {"weight_map": {name: file for file, members in parts.items() for name in members}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model.safetensors").unlink()
-    again = Llama.from_pretrained(tmp_path)
+    again = load.llama(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002.*missing"):
-        Llama.from_pretrained(tmp_path)
+        load.llama(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -208,15 +210,15 @@ def test_sharded_folder(tmp_path):
     ],
 )
 def test_unsupported_config_is_named(tmp_path, key, value):
-    tiny().save_pretrained(tmp_path)
+    save.model(tiny(), tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
     with pytest.raises(UserError, match=key):
-        Llama.from_pretrained(tmp_path)
+        load.llama(tmp_path)
 
 
 def test_theta_of_both_config_generations(tmp_path):
-    tiny().save_pretrained(tmp_path)
+    save.model(tiny(), tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     assert read_config(raw, "x").rope_theta == 5000.0
     raw["rope_parameters"] = {"rope_type": "default", "rope_theta": raw.pop("rope_theta")}
@@ -226,14 +228,14 @@ def test_theta_of_both_config_generations(tmp_path):
 def test_bad_folders(tmp_path):
     def broken(match):
         with pytest.raises(UserError, match=match) as caught:
-            Llama.from_pretrained(tmp_path / "m")
+            load.llama(tmp_path / "m")
         assert "\n" not in str(caught.value)
 
     broken("no model")
     (tmp_path / "m").mkdir()
     broken("config.json")
     model, file = tiny(), tmp_path / "m" / "model.safetensors"
-    model.save_pretrained(tmp_path / "m")
+    save.model(model, tmp_path / "m")
     whole = file.read_bytes()
     for cut in (len(whole) - 100, 50, 4, 0):
         file.write_bytes(whole[:cut])
@@ -276,7 +278,7 @@ def test_bad_arguments(model):
 def test_unwritable_folder(tmp_path, model):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        model.save_pretrained(tmp_path / "file" / "folder")
+        save.model(model, tmp_path / "file" / "folder")
 
 
 @pytest.mark.peer
@@ -286,12 +288,12 @@ def test_folders_cross_over_to_transformers_and_back(tmp_path, changes):
     from transformers import AutoModelForCausalLM
 
     model, row = tiny(**changes), tokens(2, 40)
-    model.save_pretrained(tmp_path / "ours")
+    save.model(model, tmp_path / "ours")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert peer.dtype == torch.float32
     torch.testing.assert_close(model(row), peer(row).logits, atol=1e-4, rtol=1e-5)
     peer.save_pretrained(tmp_path / "theirs")
-    again = Llama.from_pretrained(tmp_path / "theirs")
+    again = load.llama(tmp_path / "theirs")
     assert again.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 

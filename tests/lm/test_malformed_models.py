@@ -11,7 +11,7 @@ from small_gguf import TEXT, tiny
 from finetune.errors import UserError
 from finetune.lm.chat_template import worker
 from finetune.lm.gpt import GPT, GPTConfig
-from finetune.lm.llama import Llama
+from finetune.lm.io import load, save
 from finetune.lm.tokenizer import Tokenizer
 from finetune.peft.adapters import load_adapter, save_adapter
 from finetune.peft.lora import apply_lora
@@ -26,9 +26,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     tokenizer = Tokenizer.train([TEXT], 300)
     model = tiny(vocab_size=300, dim=16, layers=1, heads=2, kv_heads=1, hidden=16)
-    model.save_pretrained(root / "model", tokenizer)
+    save.model(model, root / "model", tokenizer)
     torch.manual_seed(0)
-    GPT(GPTConfig(300, 16, 1, 2, 64)).save_pretrained(root / "gpt", tokenizer)
+    save.model(GPT(GPTConfig(300, 16, 1, 2, 64)), root / "gpt", tokenizer)
     adapted = copy.deepcopy(model)
     apply_lora(adapted, rank=2)
     save_adapter(adapted, root / "adapter", "x")
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def read_tokenizer(root):
-    tokenizer = Tokenizer.from_pretrained(root / "model")
+    tokenizer = load.tokenizer(root / "model")
     tokenizer.decode(tokenizer.encode("def f(x): 12"))
     if tokenizer.chat_template is not None:
         tokenizer.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
@@ -47,9 +47,9 @@ def read_adapter(root):
 
 
 READERS = {
-    "model/config.json": lambda root: Llama.from_pretrained(root / "model"),
-    "gpt/config.json": lambda root: GPT.from_pretrained(root / "gpt"),
-    "model/generation_config.json": lambda root: Llama.from_pretrained(root / "model"),
+    "model/config.json": lambda root: load.llama(root / "model"),
+    "gpt/config.json": lambda root: load.gpt(root / "gpt"),
+    "model/generation_config.json": lambda root: load.llama(root / "model"),
     "model/tokenizer_config.json": read_tokenizer,
     "model/tokenizer.json": read_tokenizer,
     "adapter/adapter_config.json": read_adapter,
@@ -96,6 +96,6 @@ def test_merges_without_their_prefix_do_not_end_the_process(folder):
     try:
         file.write_text(json.dumps(values))
         with pytest.raises(UserError, match="lacks the prefix '##' of its model"):
-            Tokenizer.from_pretrained(folder / "model")
+            load.tokenizer(folder / "model")
     finally:
         file.write_text(whole)

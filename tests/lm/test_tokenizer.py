@@ -6,8 +6,9 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from finetune.errors import UserError
-from finetune.lm.chat_template import ChatTemplate, same_text
-from finetune.lm.tokenizer import SMOLLM_SYSTEM, Tokenizer, chatml, with_markers
+from finetune.lm.chat_template import SMOLLM_SYSTEM, ChatTemplate, chatml, same_text, with_markers
+from finetune.lm.io import load, save
+from finetune.lm.tokenizer import Tokenizer
 
 TEXTS = [
     "",
@@ -98,8 +99,8 @@ def test_default_system_may_hold_anything():
 @pytest.mark.parametrize("source", ["small", "smollm2_tokenizer"])
 def test_save_and_load(tmp_path, request, source):
     tokenizer = request.getfixturevalue(source)
-    tokenizer.save_pretrained(tmp_path)
-    again = Tokenizer.from_pretrained(tmp_path)
+    save.tokenizer(tokenizer, tmp_path)
+    again = load.tokenizer(tmp_path)
     assert again.token_ids() == tokenizer.token_ids()
     assert again.chat_template == tokenizer.chat_template
     assert again.backend.to_str() == tokenizer.backend.to_str()
@@ -140,22 +141,22 @@ def test_errors(tmp_path, small):
     sandboxed = "{{ messages.__class__.__mro__ }}"
     fails("refuses", Tokenizer(small.backend, chat_template=sandboxed).render_text, CHATS[0])
     fails("too small", Tokenizer.train, [], 258)
-    fails("no tokenizer.json", Tokenizer.from_pretrained, tmp_path)
+    fails("no tokenizer.json", load.tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    fails("tokenizer.json: object missing required field .model.", Tokenizer.from_pretrained, tmp_path)
+    fails("tokenizer.json: object missing required field .model.", load.tokenizer, tmp_path)
 
 
 def test_special_tokens_as_objects_and_named_templates(tmp_path, small):
-    small.save_pretrained(tmp_path)
+    save.tokenizer(small, tmp_path)
     file = tmp_path / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     settings["eos_token"] = {"content": "<|im_end|>", "lstrip": False}
     settings["chat_template"] = [{"name": "tools", "template": "x"}, {"name": "default", "template": "y"}]
     file.write_text(json.dumps(settings))
-    again = Tokenizer.from_pretrained(tmp_path)
+    again = load.tokenizer(tmp_path)
     assert (again.eos_id, again.chat_template) == (2, "y")
     (tmp_path / "chat_template.jinja").write_text("z")
-    assert Tokenizer.from_pretrained(tmp_path).chat_template == "z"
+    assert load.tokenizer(tmp_path).chat_template == "z"
 
 
 @pytest.mark.peer

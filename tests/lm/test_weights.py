@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.lm.io import weights
+from finetune.lm.io import save, weights
+from finetune.lm.llama import Llama, LlamaConfig
 
 NAME = "model.safetensors"
 
@@ -71,7 +72,7 @@ def test_a_pipe_in_place_of_a_shard_is_not_waited_for(tmp_path):
         (torch.tensor([1.0, float("nan")]), torch.float32, "holds NaN or infinite numbers"),
         (torch.tensor([1.0, -float("inf")]), torch.bfloat16, "holds NaN or infinite numbers"),
         (torch.tensor([1.0, 1e30]), torch.float16, "holds numbers too large for float16"),
-        (torch.ones(3), torch.float32, r"has shape \(3,\), its configuration asks for \(2,\)"),
+        (torch.ones(3), torch.float32, r"has shape \(3,\), its configuration requires \(2,\)"),
     ],
 )
 def test_tensors_that_are_no_weights(value, dtype, message):
@@ -82,9 +83,10 @@ def test_tensors_that_are_no_weights(value, dtype, message):
 
 
 def test_a_model_is_written_whole_and_for_everyone_who_may_read_the_folder(tmp_path):
+    model = Llama(LlamaConfig(16, dim=8, layers=1, heads=2, kv_heads=1, hidden=8))
     before = os.umask(0o022)
     try:
-        weights.write_model(tmp_path / "m", [("a", torch.ones(2))], {"x": 1}, {})
+        save.model(model, tmp_path / "m")
     finally:
         os.umask(before)
     names = sorted(path.name for path in (tmp_path / "m").iterdir())
@@ -92,4 +94,4 @@ def test_a_model_is_written_whole_and_for_everyone_who_may_read_the_folder(tmp_p
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {0o644}
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        weights.write_model(tmp_path / "file" / "m", [("a", torch.ones(2))], {}, {})
+        save.model(model, tmp_path / "file" / "m")

@@ -289,13 +289,12 @@ def test_parts_of_a_step_add_up(tmp_path, blocks):
 def test_transformers_opens_the_model(tmp_path, blocks):
     from transformers import AutoModelForCausalLM
 
-    from finetune.lm.gpt import GPT
-    from finetune.lm.llama import Llama
+    from finetune.lm.io import load
 
     run(tmp_path, steps=2, layers=2, dim=32, eval_every=0, blocks=blocks)
     folder = tmp_path / "run/model"
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ours = (GPT if blocks == "gpt2" else Llama).from_pretrained(folder)
+    ours = load.model(folder)
     tokens = torch.randint(60, (2, 40))
     with torch.no_grad():
         assert torch.allclose(ours(tokens), theirs(tokens).logits, atol=1e-5)

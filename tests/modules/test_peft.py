@@ -12,7 +12,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.interview import brief as briefs
-from finetune.lm.llama import Llama
+from finetune.lm.io import load
 from finetune.peft.adapters import load_adapter, load_prompt
 from finetune.runs import plots, registry
 from finetune.runs.run import execute
@@ -142,7 +142,7 @@ def test_saved_adapters_give_the_losses_back(finished, tmp_path):
     sets = task.task_conversations(toy())
     documents = task.tokenized(toy(), sets["first_held_out"], task.small_tokenizer(sets))
     for method in toy().chosen:
-        model, part = Llama.from_pretrained(folder / "base"), None
+        model, part = load.llama(folder / "base"), None
         if method.kind in methods.VIRTUAL:
             part = load_prompt(model, folder / "adapters" / method.name)
             run_ = methods.prefixed if method.kind == "prefix" else methods.prompted
@@ -163,13 +163,13 @@ def test_saved_adapters_open_in_peft_and_the_merged_model_in_transformers(finish
 
     folder = finished[0]
     tokens = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
-    merged = Llama.from_pretrained(folder / "model")(tokens)
+    merged = load.llama(folder / "model")(tokens)
     for method in toy().chosen:
         if method.kind == "full":
             continue
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
         theirs = PeftModel.from_pretrained(base, folder / "adapters" / method.name).eval()(tokens).logits
-        model = Llama.from_pretrained(folder / "base")
+        model = load.llama(folder / "base")
         if method.kind in methods.VIRTUAL:
             mine = load_prompt(model, folder / "adapters" / method.name)(model, tokens)
         else:

@@ -24,7 +24,9 @@ from finetune.data import conversations, packing
 from finetune.errors import UserError
 from finetune.interview import brief as briefs
 from finetune.lm.generate import generate
-from finetune.lm.llama import Llama, LlamaConfig, config_of, to_hf
+from finetune.lm.io import load, save
+from finetune.lm.io.hf_llama import to_hf
+from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.peft.adapters import load_adapter
 from finetune.peft.lora import apply_lora
@@ -182,7 +184,7 @@ def test_toy_answers_held_out_questions(tmp_path, trained, seed):
 def test_accuracy_is_what_greedy_decoding_answers(trained):
     """The teacher-forced share of right answers in summary.json, against real generation from the saved model."""
     folder, summary = trained
-    model, tokenizer = Llama.from_pretrained(folder / "model"), Tokenizer.from_pretrained(folder / "model")
+    model, tokenizer = load.llama(folder / "model"), load.tokenizer(folder / "model")
     rows = sft.load_data(toy())["held_out"]
     prompts = [tokenizer.render(row[:-1], add_generation_prompt=True)[0] for row in rows]
     new = generate(model, prompts, 8, stop_ids=[tokenizer.eos_id])
@@ -257,10 +259,10 @@ def test_saved_model_opens_in_transformers(trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = trained[0] / "model"
-    theirs, mine = AutoModelForCausalLM.from_pretrained(folder), Llama.from_pretrained(folder)
+    theirs, mine = AutoModelForCausalLM.from_pretrained(folder), load.llama(folder)
     text = "<|im_start|>user\nTell me the floor of Ada.<|im_end|>\n<|im_start|>assistant\n"
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
-    assert ids[0].tolist() == Tokenizer.from_pretrained(folder).encode(text)
+    assert ids[0].tolist() == load.tokenizer(folder).encode(text)
     want = theirs(ids).logits
     assert (mine(ids) - want).abs().max() <= 2e-6 * want.abs().max()
 
@@ -273,7 +275,7 @@ def test_smollm2_adapter(tmp_path, smollm2, smollm2_tokenizer):
     summary = execute(registry.find("sft"), config, tmp_path / "run")
     assert summary["metrics"]["held_out_loss"] < summary["metrics"]["loss_before"]
     assert (smollm2 / "model.safetensors").read_bytes()[:1000] == before
-    model = Llama.from_pretrained(smollm2)
+    model = load.llama(smollm2)
     load_adapter(model, tmp_path / "run" / "model")
     sets = sft.load_data(config)
     docs = {"held_out": packing.tokenize(sets["held_out"], smollm2_tokenizer.render, config.max_length)[0]}
@@ -351,7 +353,7 @@ def own_model(tmp_path):
     tokenizer = Tokenizer.train([TEXT], 300)
     model = tiny()
     model.token_ids = {"bos_token_id": 1, "eos_token_id": [0, 2]}
-    model.save_pretrained(tmp_path / "model", tokenizer)
+    save.model(model, tmp_path / "model", tokenizer)
     return tmp_path / "model", tokenizer
 
 
@@ -379,16 +381,16 @@ def tuned(tmp_path, model, rows, **changes):
 def test_a_gguf_trains_as_a_folder_does(tmp_path, own_model):
     """To the end, memory included, and to the same adapter."""
     folder, tokenizer = own_model
-    file = write(tmp_path / "model.gguf", Llama.from_pretrained(folder), tokenizer=tokenizer)
-    assert config_of(file) == config_of(folder) == Llama.from_pretrained(folder).config
+    file = write(tmp_path / "model.gguf", load.llama(folder), tokenizer=tokenizer)
+    assert load.llama_config(file) == load.llama_config(folder) == load.llama(folder).config
     rows = [pair(i) for i in range(30)]
-    kept = Tokenizer.from_pretrained(folder).chat_template
+    kept = load.tokenizer(folder).chat_template
     runs = []
     for model in (folder, file):
         if model == file:  # the test's writer gives it none
             with pytest.raises(UserError, match="no chat template"):
                 tuned(tmp_path, file, rows)
-            file = write(tmp_path / "model.gguf", Llama.from_pretrained(folder), tokenizer=tokenizer,
+            file = write(tmp_path / "model.gguf", load.llama(folder), tokenizer=tokenizer,
                          extra={"tokenizer.chat_template": kept})  # fmt: skip
         summary, out = tuned(tmp_path, model, rows)
         assert {row["name"] for row in summary["memory"]} >= {"weights", "activations"}
@@ -443,7 +445,7 @@ def test_the_model_is_saved_before_what_can_fail(tmp_path, own_model, monkeypatc
     with pytest.raises(UserError, match="no room"):
         tuned(tmp_path, own_model[0], [pair(i) for i in range(20)], method="full")
     (saved,) = tmp_path.glob("run*/model")
-    assert Llama.from_pretrained(saved).token_ids["eos_token_id"] == [0, 2]  # as it was
+    assert load.llama(saved).token_ids["eos_token_id"] == [0, 2]  # as it was
     assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
 
 

@@ -8,6 +8,7 @@ import torch
 from small_adapters import TOKENS, shake, small_model
 
 from finetune.errors import UserError
+from finetune.lm.io import save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.peft.adapters import load_adapter, load_prompt, save_adapter, save_prompt
 from finetune.peft.lora import adapters, apply_lora, merge
@@ -116,7 +117,7 @@ def theirs_of(folder, adapter=None):
 @EACH_VARIANT
 def test_peft_opens_our_adapter(model, tmp_path, variant):
     """And merging gives the same in peft, here, and in transformers after our save."""
-    model.save_pretrained(tmp_path / "base")
+    save.model(model, tmp_path / "base")
     apply_lora(model, 4, 8, **VARIANTS[variant])
     shake(model)
     save_adapter(model, tmp_path / "adapter", str(tmp_path / "base"))
@@ -127,7 +128,7 @@ def test_peft_opens_our_adapter(model, tmp_path, variant):
     merge(model)
     assert near(model(TOKENS), want)
     assert near(theirs.merge_and_unload()(TOKENS).logits, want)
-    model.save_pretrained(tmp_path / "merged")
+    save.model(model, tmp_path / "merged")
     assert near(theirs_of(tmp_path / "merged")(TOKENS).logits, model(TOKENS))
 
 
@@ -145,7 +146,7 @@ THEIRS = {
 def test_an_adapter_made_by_peft_loads(model, tmp_path, variant):
     from peft import LoraConfig, get_peft_model
 
-    model.save_pretrained(tmp_path / "base")
+    save.model(model, tmp_path / "base")
     config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **THEIRS[variant])
     torch.manual_seed(0)
     theirs = get_peft_model(theirs_of(tmp_path / "base"), config).eval()
@@ -163,7 +164,7 @@ def test_pissa_that_peft_converted_to_lora(model, tmp_path):
     """peft's other form: rank 2r on the untouched base."""
     from peft import LoraConfig, get_peft_model
 
-    model.save_pretrained(tmp_path / "base")
+    save.model(model, tmp_path / "base")
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM",
                         init_lora_weights="pissa")  # fmt: skip
     theirs = get_peft_model(theirs_of(tmp_path / "base"), config).eval()
@@ -182,7 +183,7 @@ def test_pissa_that_peft_converted_to_lora(model, tmp_path):
 @pytest.mark.peer
 @pytest.mark.parametrize("kind", [Prompt, Prefix])
 def test_peft_opens_our_prompts(model, tmp_path, kind):
-    model.save_pretrained(tmp_path / "base")
+    save.model(model, tmp_path / "base")
     part = kind.from_tokens(model, torch.arange(5))
     part.vectors.data += 0.1 * torch.randn(part.vectors.shape, generator=torch.Generator().manual_seed(0))
     save_prompt(model, part, tmp_path / "adapter", str(tmp_path / "base"))
@@ -195,7 +196,7 @@ def test_peft_opens_our_prompts(model, tmp_path, kind):
 def test_prompts_made_by_peft_load(model, tmp_path, kind):
     import peft
 
-    model.save_pretrained(tmp_path / "base")
+    save.model(model, tmp_path / "base")
     torch.manual_seed(0)
     config = getattr(peft, kind)(num_virtual_tokens=5, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(theirs_of(tmp_path / "base"), config).eval()
@@ -210,7 +211,7 @@ def test_a_mix_is_pefts_concatenation(model, tmp_path):
 
     from finetune.peft.lora import combine
 
-    model.save_pretrained(tmp_path / "base")
+    save.model(model, tmp_path / "base")
     for name, rank in (("docs", 4), ("code", 2)):
         apply_lora(model, rank, 8, name=name)
     shake(model)

@@ -8,7 +8,7 @@ from small_adapters import CONFIG, TOKENS, shake, small_model
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.lm.llama import Llama
+from finetune.lm.io import load, save
 from finetune.peft.lora import (
     LoRA,
     LoRALinear,
@@ -254,12 +254,12 @@ def test_merge_gives_the_same_plain_model(model, tmp_path):
     shake(model)
     adapted = model(TOKENS)
     with pytest.raises(UserError, match="merge the adapter"):
-        model.save_pretrained(tmp_path)
+        save.model(model, tmp_path)
     merge(model)
     assert not dict(adapters(model))
     assert torch.allclose(model(TOKENS), adapted, atol=2e-6)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(Llama.from_pretrained(tmp_path)(TOKENS), model(TOKENS))
+    save.model(model, tmp_path)
+    assert torch.equal(load.llama(tmp_path)(TOKENS), model(TOKENS))
 
 
 def test_bad_settings(model):

@@ -23,6 +23,7 @@ from finetune.errors import UserError
 from finetune.interview import content
 from finetune.interview.quiz import Schedule
 from finetune.lm.gpt import GPT, GPTConfig
+from finetune.lm.io import gguf_tokenizer, load, save, weights
 from finetune.lm.io.gguf import GGUFModel
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
@@ -120,12 +121,12 @@ def llama():
 
 
 def write_llama(folder):
-    llama().save_pretrained(folder, tokenizer())
+    save.model(llama(), folder, tokenizer())
 
 
 def write_gpt(folder):
     torch.manual_seed(0)
-    GPT(GPTConfig(vocab_size=64, dim=16, layers=1, heads=2, max_length=32)).save_pretrained(folder)
+    save.model(GPT(GPTConfig(vocab_size=64, dim=16, layers=1, heads=2, max_length=32)), folder)
 
 
 def write_adapter(folder):
@@ -140,8 +141,8 @@ def write_gguf(folder):
 
 def read_gguf(folder):
     file = GGUFModel(folder / "m.gguf")
-    Llama.assemble(file.llama_config(), file.tensors(), torch.float32, folder)
-    file.tokenizer()
+    weights.assemble(Llama, file.llama_config(), file.tensors(), torch.float32, folder)
+    gguf_tokenizer.read(file)
 
 
 def write_rows(folder):
@@ -228,12 +229,12 @@ def write_log(folder):
 
 
 KINDS = {
-    "llama config.json": (write_llama, "config.json", Llama.from_pretrained),
-    "llama generation_config.json": (write_llama, "generation_config.json", Llama.from_pretrained),
-    "llama safetensors": (write_llama, "model.safetensors", Llama.from_pretrained),
-    "gpt config.json": (write_gpt, "config.json", GPT.from_pretrained),
-    "tokenizer.json": (write_llama, "tokenizer.json", Tokenizer.from_pretrained),
-    "tokenizer_config.json": (write_llama, "tokenizer_config.json", Tokenizer.from_pretrained),
+    "llama config.json": (write_llama, "config.json", load.llama),
+    "llama generation_config.json": (write_llama, "generation_config.json", load.llama),
+    "llama safetensors": (write_llama, "model.safetensors", load.llama),
+    "gpt config.json": (write_gpt, "config.json", load.gpt),
+    "tokenizer.json": (write_llama, "tokenizer.json", load.tokenizer),
+    "tokenizer_config.json": (write_llama, "tokenizer_config.json", load.tokenizer),
     "adapter_config.json": (write_adapter, "adapter_config.json", lambda f: adapters.load_adapter(llama(), f)),
     "adapter safetensors": (write_adapter, "adapter_model.safetensors", lambda f: adapters.load_adapter(llama(), f)),
     "gguf": (write_gguf, "m.gguf", read_gguf),

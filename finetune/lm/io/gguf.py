@@ -1,4 +1,4 @@
-"""GGUF files (the llama.cpp container): weights dequantized in numpy, configuration, tokenizer.
+"""GGUF files (the container of llama.cpp): weights dequantized in numpy, configuration of a Llama, special tokens.
 
 The container is read here too: gguf's own reader trusts the counts and offsets that a file gives. Layouts: ggml's
 `ggml-common.h` (block_q4_0, block_q4_1, block_q8_0, block_q6_K).
@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.lm.llama import Depth, LlamaConfig, Size, checked
+from finetune.lm.io.config import Depth, Size, checked
+from finetune.lm.llama import LlamaConfig
 from finetune.runs import reading
-
-if TYPE_CHECKING:
-    from finetune.lm.tokenizer import Tokenizer
 
 Array = np.ndarray
 T = TypeVar("T")
@@ -215,7 +213,7 @@ class GGUFModel:
         return len(self.tensor_infos)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in finetune.llama, fp32 tensor) of each weight, dequantized one at a time."""
+        """(name in finetune/lm/llama.py, fp32 tensor) of each weight, dequantized one at a time."""
         for name, info in self.tensor_infos.items():
             if info.kind not in TYPES:
                 known = ", ".join(TYPES)
@@ -255,12 +253,6 @@ class GGUFModel:
         if value is not None and (not isinstance(value, int) or not 0 <= value < count):
             raise UserError(f"{self.path}: {key} is {value!r}, which is none of the {count} tokens")
         return value
-
-    def tokenizer(self) -> Tokenizer:
-        """The byte-level BPE tokenizer that the file describes; UserError for any other kind."""
-        from finetune.lm.tokenizer import from_gguf
-
-        return from_gguf(self)
 
 
 TOKEN_KEYS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}

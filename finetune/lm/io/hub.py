@@ -95,7 +95,7 @@ def fetch_hub(name: str) -> Path:
 def fetch_smollm2(console: Console | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct (bf16 safetensors, config.json, tokenizer.json), fetched and converted once.
 
-    Every stage is checked by SHA-256 and put in place by renaming, so an interrupted call goes on where it stopped; a
+    Every stage is checked by SHA-256 and put in place by renaming, so an interrupted call continues where it stopped; a
     lock keeps two processes from doing the work twice. UserError if the index is out of reach or the disk is full.
     """
     folder = cache_dir() / "smollm2-135m-instruct"
@@ -213,6 +213,7 @@ def convert(gguf: Path, folder: Path, report: Callable[[int], Any]) -> None:
     2⁻⁹ of their size, far below the 4-bit steps that they already have."""
     import torch
 
+    from finetune.lm.io import gguf_tokenizer, save, weights
     from finetune.lm.io.gguf import GGUFModel
     from finetune.lm.llama import Llama
     from finetune.runs.checkpoint import write_json
@@ -229,8 +230,8 @@ def convert(gguf: Path, folder: Path, report: Callable[[int], Any]) -> None:
             done += next(sizes)
             report(done)
 
-    model = Llama.assemble(file.llama_config(), reported(), torch.bfloat16, gguf)
-    model.save_pretrained(part, file.tokenizer())
+    model = weights.assemble(Llama, file.llama_config(), reported(), torch.bfloat16, gguf)
+    save.model(model, part, gguf_tokenizer.read(file))
     write_json(part / "manifest.json", {"gguf": GGUF_SHA256, "conversion": CONVERSION, "files": describe(part)})
     report(GGUF_BYTES)
     shutil.rmtree(folder, ignore_errors=True)
@@ -249,7 +250,7 @@ def describe(folder: Path) -> dict[str, list[Any]]:
 
 def intact(folder: Path) -> bool:
     """Whether the folder is the finished work of `convert`. A file whose time changed is read again and compared."""
-    from finetune.lm.io.weights import read_json
+    from finetune.lm.io.config import read_json
     from finetune.runs.checkpoint import write_json
 
     try:

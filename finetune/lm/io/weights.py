@@ -1,10 +1,10 @@
-"""Model folders in the wider world's form: safetensors (single or sharded) and JSON, in and out."""
+"""Weights from safetensors files, single or sharded, into a model without a second copy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -12,17 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finetune.errors import UserError
-from finetune.runs import checkpoint, reading
+from finetune.runs import reading
 
 REOPEN_BYTES = 64 << 20
+M = TypeVar("M", bound=nn.Module)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """UserError if the file is missing, is not JSON or is not an object."""
-    if not path.exists():
-        raise UserError(f"{path.parent} holds no {path.name}: is it a model folder?")
-    return reading.json_file(path, dict[str, Any], "fetch or save the model again")
 
 
 class Index(msgspec.Struct):
@@ -84,6 +78,14 @@ def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
                 del tensor
 
 
+def assemble(kind: type[M], config: Any, pairs: Iterable[tuple[str, Tensor]], dtype: torch.dtype, source: object) -> M:
+    """A model of class `kind` made of the tensors `pairs`, which have this project's names."""
+    with torch.device("meta"):
+        model = kind(config)
+    fill(model, pairs, dtype, source)
+    return model
+
+
 def fill(model: nn.Module, pairs: Iterable[tuple[str, Tensor]], dtype: torch.dtype, source: object) -> None:
     """Gives every parameter of `model` (built on the meta device) its tensor, as a contiguous copy in `dtype`.
 
@@ -98,7 +100,7 @@ def fill(model: nn.Module, pairs: Iterable[tuple[str, Tensor]], dtype: torch.dty
         if tensor.shape != missing.pop(name):
             wanted = tuple(model.get_parameter(name).shape)
             raise UserError(
-                f"{source}: tensor {name} has shape {tuple(tensor.shape)}, its configuration asks for {wanted}"
+                f"{source}: tensor {name} has shape {tuple(tensor.shape)}, its configuration requires {wanted}"
             )
         if tensor.dtype not in FLOATS:
             raise UserError(
@@ -113,30 +115,3 @@ def fill(model: nn.Module, pairs: Iterable[tuple[str, Tensor]], dtype: torch.dty
         setattr(model.get_submodule(owner), leaf, nn.Parameter(copy))
     if missing:
         raise UserError(f"{source}: tensor {next(iter(missing))} is missing ({len(missing)} in all)")
-
-
-def write_model(
-    folder: str | Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    config: dict[str, Any],
-    generation: dict[str, Any],
-    extra: Callable[[Path], None] | None = None,
-) -> None:
-    """Writes model.safetensors, config.json and generation_config.json, each whole or not at all; `extra(folder)` adds
-    files of its own. UserError if the disk says no."""
-    folder = Path(folder)
-    with checkpoint.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
-    checkpoint.write_json(folder / "config.json", config)
-    checkpoint.write_json(folder / "generation_config.json", generation)
-    if extra is not None:
-        extra(folder)
-    checkpoint.write_tensors(folder / "model.safetensors", kept, {"format": "pt"})
-
-
-def require(config: dict[str, Any], source: object, allowed: dict[str, tuple[Any, ...]]) -> None:
-    """UserError for the first key of `config` whose value is not one of those `allowed` (a missing key is fine)."""
-    for key, values in allowed.items():
-        if key in config and config[key] not in values:
-            raise UserError(f"{source}: {key} = {config[key]!r} is not supported (only {values[0]!r})")

@@ -19,8 +19,8 @@ import torch
 from finetune import memory
 from finetune.data.toy_directory import small_config
 from finetune.errors import UserError
-from finetune.lm.io import hub
-from finetune.lm.llama import Llama, LlamaConfig, config_of
+from finetune.lm.io import hub, load, save
+from finetune.lm.llama import Llama, LlamaConfig
 from finetune.memory import meters
 from finetune.peft import adapters, lora
 from finetune.runs import config
@@ -101,7 +101,7 @@ class Result:
 
 def main(cfg: Config, run):
     check(cfg, run)
-    found = task.load(cfg, run)
+    found = task.load_task(cfg, run)
     total = sum(p.numel() for p in found.base.parameters())
     before = evaluate(cfg, base_of(found), found.held_out)
     run.print(f"{len(found.train)} conversations to learn, {total:,} parameters, held-out loss {before:.4f}")
@@ -150,7 +150,7 @@ def compared(cfg: Config, run, found: Task, method: Method, before: float) -> Re
     optimizer, seconds = train(cfg, run, adapted, found.train, cfg.lr_of(method), method.name, cfg.steps, "order")
     if method.kind != "full" and base_hash(adapted.model) != frozen:
         raise AssertionError(f"{method.name} changed the frozen weights")
-    save(cfg, run, found, method, adapted)
+    save_method(cfg, run, found, method, adapted)
     loss = evaluate(cfg, adapted, found.held_out) if cfg.steps else start
     trained = sum(p.numel() for p in adapted.trained.values())
     return Result(method, start, loss, trained, seconds, measured(cfg, run, found, method, adapted, optimizer))
@@ -188,11 +188,11 @@ def measured(cfg: Config, run, found: Task, method: Method, adapted: Adapted, op
     return memory.table({term.name: term.bytes for term in predicted}, kept)
 
 
-def save(cfg: Config, run, found: Task, method: Method, adapted: Adapted) -> None:
+def save_method(cfg: Config, run, found: Task, method: Method, adapted: Adapted) -> None:
     """adapters/NAME as peft opens it; model/ is the first LoRA adapter, or with scratch the model merged with it."""
     base = run.dir / "base" if cfg.model == "scratch" else hub.resolve(cfg.model)
     if cfg.model == "scratch" and not base.exists():
-        found.base.save_pretrained(base, found.tokenizer)
+        save.model(found.base, base, found.tokenizer)
     folder = run.dir / "adapters" / method.name
     if adapted.part is not None:
         adapters.save_prompt(adapted.model, adapted.part, folder, str(base))
@@ -202,10 +202,10 @@ def save(cfg: Config, run, found: Task, method: Method, adapted: Adapted) -> Non
         if cfg.model == "scratch":
             merged = copy.deepcopy(adapted.model)
             lora.merge(merged)
-            merged.save_pretrained(run.dir / "model", found.tokenizer)
+            save.model(merged, run.dir / "model", found.tokenizer)
         else:
             adapters.save_adapter(adapted.model, run.dir / "model", str(base))
-            found.tokenizer.save_pretrained(run.dir / "model")
+            save.tokenizer(found.tokenizer, run.dir / "model")
 
 
 def first_lora(cfg: Config) -> Method | None:
@@ -321,7 +321,7 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
 
 def shape_of(cfg: Config) -> LlamaConfig:
     if cfg.model != "scratch":
-        return config_of(cfg.model)
+        return load.llama_config(cfg.model)
     vocabulary = task.small_tokenizer(task.task_conversations(cfg)).vocab_size
     return small_config(vocabulary, cfg.max_length + task.longest(cfg))
 

@@ -12,8 +12,8 @@ from finetune.data.conversations import Conversation
 from finetune.data.packing import Document
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.lm.io import hub
-from finetune.lm.llama import Llama, config_of
+from finetune.lm.io import hub, load
+from finetune.lm.llama import Llama
 from finetune.lm.tokenizer import Tokenizer
 
 from . import toy
@@ -30,7 +30,7 @@ class Task:
     second_held_out: list[Document]
 
 
-def load(cfg, run) -> Task:
+def load_task(cfg, run) -> Task:
     sets = task_conversations(cfg)
     if cfg.model == "scratch":
         tokenizer = small_tokenizer(sets)
@@ -40,12 +40,12 @@ def load(cfg, run) -> Task:
         source = hub.resolve(cfg.model, run.console)
         if cfg.model != "smollm2":  # whose files are known by their hash already
             run.depends_on("model", source)
-        room = config_of(source).max_length
+        room = load.llama_config(source).max_length
         if cfg.max_length + longest(cfg) > room:
             raise UserError(
                 f"--max-length {cfg.max_length}: with {longest(cfg)} virtual tokens the model has room for {room}"
             )
-        tokenizer, base = Tokenizer.from_pretrained(source), Llama.from_pretrained(source)
+        tokenizer, base = load.tokenizer(source), load.llama(source)
     documents = {}
     for name, rows in sets.items():
         documents[name], cut, dropped = packing.fitting(rows, tokenizer.render, cfg.max_length)

@@ -24,8 +24,8 @@ from finetune.data.packing import Batch, Document
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
 from finetune.lm.generate import generate, said, stop_ids
-from finetune.lm.io import hub
-from finetune.lm.llama import Llama, LlamaConfig, config_of
+from finetune.lm.io import hub, load, save
+from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.peft import adapters, lora
 from finetune.runs import config
@@ -161,7 +161,7 @@ def main(cfg: Config, run):
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
             run.log(step, **evaluate(model, documents, cfg))
 
-    save(cfg, model, tokenizer, run.dir / "model")
+    save_trained(cfg, model, tokenizer, run.dir / "model")
     after = evaluate(model, documents, cfg)
     if cfg.steps:
         run.log(cfg.steps - 1, **after)
@@ -249,19 +249,19 @@ def load_model(cfg: Config, sets: dict[str, list[Conversation]], run) -> tuple[L
         source = hub.resolve(cfg.model, run.console)
         if cfg.model != "smollm2":  # whose files are known by their hash already
             run.depends_on("model", source)
-        tokenizer, model = Tokenizer.from_pretrained(source), Llama.from_pretrained(source, dtype)
+        tokenizer, model = load.tokenizer(source), load.llama(source, dtype)
     return model, tokenizer
 
 
-def save(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
+def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     """The adapter as peft opens it, or the whole model as transformers does, with the tokenizer. `model` stays as it
     is."""
     if cfg.method == "lora" and cfg.model != "scratch":
         adapters.save_adapter(model, folder, str(hub.resolve(cfg.model)))
-        tokenizer.save_pretrained(folder)
+        save.tokenizer(tokenizer, folder)
     else:
         lora.merge(model, keep=True)
-        model.save_pretrained(folder, tokenizer)
+        save.model(model, folder, tokenizer)
         lora.unmerge(model)
 
 
@@ -360,7 +360,7 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
     if cfg.model == "scratch":
         shape = small_config(small_tokenizer(load_data(cfg)["train"]).vocab_size, cfg.max_length)
     else:
-        shape = config_of(cfg.model)
+        shape = load.llama_config(cfg.model)
     return shape, memory.Setup(
         batch=1,
         seq=cfg.max_length * -(-cfg.batch // cfg.accumulate),  # a part's rows lie end to end in one

@@ -23,6 +23,7 @@ from finetune import memory, ops, optim
 from finetune.errors import UserError
 from finetune.lm.generate import check_sampling, generate
 from finetune.lm.gpt import GPT, GPTConfig
+from finetune.lm.io import save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import config
@@ -143,7 +144,7 @@ def main(cfg: Config, run):
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
             run.log(step, held_out_bits=evaluate(model, held_out, cfg, cfg.eval_rows) * per_char)
 
-    model.save_pretrained(run.dir / "model", tokenizer)
+    save.model(model, run.dir / "model", tokenizer)
     nats = evaluate(model, held_out, cfg)
     bits = nats * per_char
     if cfg.steps:
