@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,13 +11,14 @@ import torch
 from resumed import cut_off
 
 from finetune.errors import UserError
-from finetune.rl.tabular import mdp as mdps
-from finetune.rl.tabular import planning, worlds
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular import worlds
 from finetune.runs import registry
 from finetune.runs.run import execute
 
 INFO = registry.find("mdp")
 main = registry.load(INFO)
+policy_iteration = registry.part("mdp", "policy_iteration").policy_iteration
 PICTURES = ("values", "convergence", "gallery", "cliff_walking", "policy_evaluation", "car_rental", "gambler",
             "contraction", "average_reward", "tiger")  # fmt: skip
 
@@ -29,8 +29,8 @@ def run(folder, **changes):
 
 def own(folder, **changes):
     """A world of this test's, in a file; no grid."""
-    mdp = mdps.garnet(9, 3, 4, np.random.default_rng(5), 0.9)
-    mdps.save(mdp, folder / "own.npz")
+    mdp = tables.garnet(9, 3, 4, np.random.default_rng(5), 0.9)
+    tables.save(mdp, folder / "own.npz")
     return {"data": folder / "own.npz", "rollouts": 400} | changes
 
 
@@ -42,17 +42,18 @@ def finished(tmp_path_factory):
 
 def test_toy(finished):
     folder, summary = finished
-    metrics = summary["metrics"]
+    metrics, checks = summary["metrics"], summary["checks"]
     assert summary["passed"]
-    assert metrics["frozen_lake_start"] == pytest.approx(0.542026, abs=5e-7)
-    assert metrics["taxi_start"] == pytest.approx(7.93, abs=1e-9)
+    assert set(metrics) == {"error_value_iteration", "share_of_bound", "start_value", "gallery_error", "gain",
+                            "mild_tiger"}  # fmt: skip
+    assert checks["taxi_start_value_error"]["value"] < 1e-9
     assert metrics["gallery_error"] <= 1e-8
-    assert metrics["book_tables_error"] < 0.0501
+    assert checks["book_tables_error"]["value"] < 0.0501
     assert metrics["start_value"] > 40 * summary["baseline"]["start_value"]
     with np.load(folder / "values.npz") as saved:
         lake = worlds.world("frozen_lake")
         V, Q, A = (saved[name] for name in "VQA")
-        assert np.allclose(V, planning.policy_iteration(lake)[0], rtol=0, atol=1e-12)
+        assert np.allclose(V, policy_iteration(lake)[0], rtol=0, atol=1e-12)
         assert np.allclose(lake.R + lake.gamma * lake.P @ V, Q, rtol=0, atol=1e-12)
         assert np.allclose((saved["policy"] * A).sum(1), 0, rtol=0, atol=1e-12)
         assert A.max() < 1e-9, "no action is better than the best"
@@ -65,7 +66,7 @@ def test_the_bound_holds_in_every_row(finished):
     assert len(rows) == main.Config.toy().steps
     for row in rows:
         if float(row["bound"]) > 1e-10:
-            assert float(row["error_in_place"]) <= float(row["error_synchronous"]) <= float(row["bound"])
+            assert float(row["error_in_place"]) <= float(row["error_value_iteration"]) <= float(row["bound"])
     assert 0 < finished[1]["metrics"]["share_of_bound"] <= 1
 
 
@@ -74,8 +75,8 @@ def test_a_file(tmp_path, seed):
     changes = own(tmp_path)
     summary = run(tmp_path / "run", seed=seed, **changes)
     assert summary["passed"]
-    mdp = mdps.load(changes["data"])
-    assert summary["metrics"]["start_value"] == pytest.approx(mdp.start @ planning.policy_iteration(mdp)[0], abs=1e-8)
+    mdp = tables.load(changes["data"])
+    assert summary["metrics"]["start_value"] == pytest.approx(mdp.start @ policy_iteration(mdp)[0], abs=1e-8)
     assert (tmp_path / "run/values.png").stat().st_size > 15_000
     assert not (tmp_path / "run/gallery.png").exists()
 
@@ -83,43 +84,45 @@ def test_a_file(tmp_path, seed):
 @pytest.mark.parametrize(("gamma", "steps", "scale"), [(0.999, 300, 1.0), (0.99999, 20, 1e9), (0.9, 2000, 1e-9)])
 def test_a_large_gamma_is_judged_by_what_so_many_sweeps_promise(tmp_path, capsys, gamma, steps, scale):
     """And small rewards by their own size."""
-    mdp = mdps.garnet(9, 3, 4, np.random.default_rng(5), 0.9)
+    mdp = tables.garnet(9, 3, 4, np.random.default_rng(5), 0.9)
     np.savez(tmp_path / "own.npz", P=mdp.P, R=mdp.R * scale, gamma=gamma)
     summary = run(tmp_path / "run", data=tmp_path / "own.npz", rollouts=400, rollout_steps=200, steps=steps)
     assert summary["passed"]
-    said, target, baseline = capsys.readouterr().out, summary["target"], summary["baseline"]
+    printed, target, baseline = capsys.readouterr().out, summary["target"], summary["baseline"]
     few = gamma > 0.99
-    assert (f"{steps:,} are made (--steps)" in said) == few
-    assert ("rollouts stop after 200 steps" in said) == few
+    assert (f"{steps:,} are made (--steps)" in printed) == few
+    assert ("rollouts stop after 200 steps" in printed) == few
     within = max(gamma**steps, 1e-8)
-    assert target["error_synchronous"] == pytest.approx(within * baseline["error_synchronous"], rel=1e-6)
-    assert target["error_linear_program"] == pytest.approx(1e-8 * baseline["error_synchronous"], rel=1e-6)
+    assert target["error_value_iteration"] == pytest.approx(within * baseline["error_value_iteration"], rel=1e-6)
+    program = summary["checks"]["error_linear_program"]["at_most"]
+    assert program == pytest.approx(1e-8 * baseline["error_value_iteration"], rel=1e-6)
     rows = list(csv.DictReader((tmp_path / "run/metrics.csv").open()))
-    assert len(rows) == (steps if few else main.needed(gamma))
+    assert len(rows) == (steps if few else main.sweeps_needed(gamma))
 
 
 def test_a_wrong_policy_is_seen_by_its_rollouts_whatever_the_size_of_rewards():
     """The deviation has no absolute part: values of 1e-12 that are wrong by a tenth do not count as right."""
-    told = {}
-    fake = SimpleNamespace(judge=lambda name, value, **_: told.update({name: value}), say=lambda text: None,
+    checked = {}
+    fake = SimpleNamespace(check=lambda name, value, **_: checked.update({name: value}), print=lambda text: None,
                            generator=lambda *key: torch.Generator().manual_seed(0))  # fmt: skip
     for scale in (1e-12, 1.0, 1e12):
         walk = worlds.random_walk(5, 0.0, scale)
-        solvers = SimpleNamespace(policy=mdps.uniform(walk))
         config = SimpleNamespace(rollouts=2000, rollout_steps=500)
-        main.judge_rollouts(config, fake, walk, solvers)
-        assert told["rollout_deviation"] < 4
+        main.check_rollouts(config, fake, walk, tables.uniform(walk))
+        assert checked["rollout_deviation"] < 4
         wrong = dataclasses.replace(walk, R=1.3 * walk.R)  # V is of these, the rollouts are of `rewards`
-        main.judge_rollouts(config, fake, wrong, solvers)
-        assert told["rollout_deviation"] > 8
+        main.check_rollouts(config, fake, wrong, tables.uniform(walk))
+        assert checked["rollout_deviation"] > 8
 
 
 def test_without_sweeps_there_is_no_gain(tmp_path):
     summary = run(tmp_path / "run", steps=0, gallery=False)
     assert summary["passed"] is False
     missed = {name for name, reached in summary["reached"].items() if reached is False}
-    assert missed >= {"error_synchronous", "error_prioritized", "error_modified", "start_value"}
-    assert summary["metrics"]["error_in_place"] == summary["baseline"]["error_in_place"]
+    broken = {name for name, check in summary["checks"].items() if not check["passed"]}
+    assert missed >= {"error_value_iteration", "start_value"}
+    assert broken >= {"error_in_place", "error_prioritized", "error_modified"}
+    assert summary["metrics"]["error_value_iteration"] == summary["baseline"]["error_value_iteration"]
 
 
 def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path):
@@ -137,13 +140,13 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path):
 
 def test_rollouts_are_right_on_average():
     """The walk's return from the middle is 0 or 1 with even odds; FrozenLake's without discount is 14/17."""
-    rollouts = sys.modules["finetune_modules.mdp.main"].rollouts
+    rollouts = main.rollouts
     walk = worlds.random_walk()
-    returns = rollouts(walk, mdps.uniform(walk), 4000, np.random.default_rng(0))
+    returns = rollouts(walk, tables.uniform(walk), 4000, np.random.default_rng(0))
     assert set(returns) == {0.0, 1.0}
     assert abs(returns.mean() - 0.5) < 4 * 0.5 / 4000**0.5
     lake = worlds.world("frozen_lake", 1.0)
-    _, policy, _ = planning.policy_iteration(lake)
+    _, policy, _ = policy_iteration(lake)
     for seed in range(3):
         returns = rollouts(lake, policy, 10_000, np.random.default_rng(seed))
         assert abs(returns.mean() - 14 / 17) < 3 * returns.std() / 100
@@ -169,17 +172,17 @@ def test_bad_settings(tmp_path, change, message):
 @pytest.mark.parametrize("size", [1.0, 1e-10, 1e8])
 def test_a_picture_of_values_is_the_same_at_any_scale_of_the_rewards(size):
     """The same arrows, and numbers that are not all 0.00."""
-    from finetune.rl.tabular.plots import best_actions, value_map
+    from finetune.rl.tabular.plots import optimal_actions, value_map
     from finetune.runs.plots import figure
 
     plain = worlds.world("gridworld")
-    mdp = mdps.make(
+    mdp = tables.make(
         plain.P, size * plain.rewards, plain.gamma, terminal=plain.terminal, start=plain.start, actions=plain.actions,
         shape=plain.shape,
     )  # fmt: skip
-    V = planning.policy_iteration(mdp)[0]
-    arrows = best_actions(plain, planning.policy_iteration(plain)[0])
-    assert (best_actions(mdp, V) == arrows).all()
+    V = policy_iteration(mdp)[0]
+    arrows = optimal_actions(plain, policy_iteration(plain)[0])
+    assert (optimal_actions(mdp, V) == arrows).all()
     axes = figure(4, 4)[1][0]
     value_map(axes, mdp, V, arrows)
     assert float(max((t.get_text() for t in axes.texts), key=lambda t: float(t))) == pytest.approx(V.max(), rel=0.05)

@@ -11,7 +11,7 @@ import torch
 from resumed import cut_off
 
 from finetune.errors import UserError
-from finetune.rl.tabular import mdp as mdps
+from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular import worlds
 from finetune.runs import registry
 from finetune.runs.run import execute
@@ -22,6 +22,7 @@ prediction, control, linear, textbook, experiments, batch, off_policy = (
     importlib.import_module(f"finetune_modules.td_learning.{name}")
     for name in ("prediction", "control", "linear", "textbook", "experiments", "batch", "off_policy")
 )
+policy_iteration = registry.part("mdp", "policy_iteration").policy_iteration
 GAMMA = 0.9
 
 
@@ -64,7 +65,7 @@ def episodes(stream, row):
 
 def check(walk, stream, tables, errors, learn):
     """Each of the tables (K, R, S) is what `learn(k, V, states, rewards)` makes of the same episodes."""
-    truth = mdps.solve(walk, mdps.uniform(walk))[1:-1]
+    truth = tables.solve(walk, tables.uniform(walk))[1:-1]
     for k, rows in enumerate(tables):
         for r, got in enumerate(rows):
             V = first_values(walk)
@@ -80,7 +81,7 @@ def first_values(walk):
 
 def test_n_step_td_is_the_textbooks(walk, stream):
     n, alphas = np.array([1, 2, 5, 300]), np.array([0.1, 0.5, 0.3, 0.2])
-    truth = mdps.solve(walk, mdps.uniform(walk))
+    truth = tables.solve(walk, tables.uniform(walk))
     found = prediction.n_step(walk, stream, first_values(walk), n, alphas, truth)
     check(walk, stream, *found, lambda k, V, s, r: textbook.n_step_td(V, s, r, int(n[k]), alphas[k], GAMMA))
     ones = prediction.n_step(walk, stream, first_values(walk), np.ones(4, int), alphas, truth)
@@ -90,7 +91,7 @@ def test_n_step_td_is_the_textbooks(walk, stream):
 @pytest.mark.parametrize("first", [False, True])
 def test_monte_carlo_is_the_textbooks(walk, stream, first):
     alphas = np.array([0.1, 0.5])
-    truth = mdps.solve(walk, mdps.uniform(walk))
+    truth = tables.solve(walk, tables.uniform(walk))
     found = prediction.monte_carlo(walk, stream, first_values(walk), alphas, truth, first_visit=first)
     check(walk, stream, *found, lambda k, V, s, r: textbook.monte_carlo(V, s, r, alphas[k], GAMMA, first))
     V, _ = prediction.monte_carlo(walk, stream, first_values(walk), None, truth, first_visit=first)
@@ -107,7 +108,7 @@ def test_monte_carlo_is_the_textbooks(walk, stream, first):
 @pytest.mark.parametrize("trace", ["accumulating", "replacing", "dutch", "true_online"])
 def test_td_lambda_is_the_textbooks(walk, stream, trace):
     lambdas, alphas = np.array([0.0, 0.5, 0.9, 1.0]), np.array([0.1, 0.5, 0.3, 0.2])
-    truth = mdps.solve(walk, mdps.uniform(walk))
+    truth = tables.solve(walk, tables.uniform(walk))
     found = prediction.td_lambda(walk, stream, first_values(walk), lambdas, alphas, truth, trace)
     if trace == "true_online":
         check(walk, stream, *found, lambda k, V, s, r: textbook.true_online_td_lambda(V, s, r, lambdas[k], alphas[k],
@@ -120,7 +121,7 @@ def test_td_lambda_is_the_textbooks(walk, stream, trace):
 
 
 def test_traces_without_decay_of_the_values_are_td0(walk, stream):
-    truth, alphas = mdps.solve(walk, mdps.uniform(walk)), np.array([0.2])
+    truth, alphas = tables.solve(walk, tables.uniform(walk)), np.array([0.2])
     one, _ = prediction.n_step(walk, stream, first_values(walk), np.ones(1, int), alphas, truth)
     for trace in experiments.TRACES:
         V, _ = prediction.td_lambda(walk, stream, first_values(walk), np.zeros(1), alphas, truth, trace)
@@ -129,7 +130,7 @@ def test_traces_without_decay_of_the_values_are_td0(walk, stream):
 
 def test_forward_and_backward_view_agree_for_small_steps(walk, stream):
     """TD(λ) is the offline λ-return to first order in α: the difference falls with α²."""
-    truth, lam = mdps.solve(walk, mdps.uniform(walk)), 0.8
+    truth, lam = tables.solve(walk, tables.uniform(walk)), 0.8
     apart = []
     for alpha in (1e-3, 1e-4):
         V, _ = prediction.td_lambda(walk, stream, first_values(walk), np.array([lam]), np.array([alpha]), truth)
@@ -243,38 +244,36 @@ def test_blackjack():
         while not over:
             _, reward, over, _, _ = env.step(int(draw.integers(2)))
         found.append(reward)
-    exact = mdps.performance(world, mdps.uniform(world))
+    exact = tables.performance(world, tables.uniform(world))
     assert np.mean(found) == pytest.approx(exact, abs=4 * np.std(found) / np.sqrt(len(found)))
     states = np.arange(200)
     sums, ace = states // 10 % 10 + 12, states >= 100
-    best = mdps.greedy(world, _best(world))[:200, 0] == 1  # sticks
+    best = tables.greedy(world, _best(world))[:200, 0] == 1  # sticks
     assert best[(sums >= 19) | (~ace & (sums >= 17))].all()
     assert not best[(ace & (sums <= 17))].any()
 
 
 def _best(world):
-    from finetune.rl.tabular import planning
-
-    return planning.policy_iteration(world)[0]
+    return policy_iteration(world)[0]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_importance_sampling_is_unbiased_and_ratios_of_decisions_vary_less(seed):
     world, target, value = experiments.paying_world()
-    G, rho, each = off_policy.sample(world, target, mdps.uniform(world), 100, 1000, np.random.default_rng(seed))
+    G, rho, each = off_policy.sample(world, target, tables.uniform(world), 100, 1000, np.random.default_rng(seed))
     count = G.size
     for values, exact in ((rho * G, value), (each, value), (rho, 1.0)):
         assert values.mean() == pytest.approx(exact, abs=5 * values.std() / np.sqrt(count))
     assert each.var() < (rho * G).var()
-    behavior = mdps.performance(world, mdps.uniform(world))
+    behavior = tables.performance(world, tables.uniform(world))
     assert abs(G.mean() - behavior) < 5 * G.std() / np.sqrt(count)
     assert abs(value - behavior) > 20 * G.std() / np.sqrt(count), "what is seen is not what is asked for"
 
 
 def test_weighted_importance_sampling_is_the_textbooks():
     world, target, _ = experiments.paying_world()
-    target = mdps.one_hot(world, np.zeros(len(world.terminal), int))  # many ratios are 0
-    G, rho, each = off_policy.sample(world, target, mdps.uniform(world), 3, 200, np.random.default_rng(0), piece=100)
+    target = tables.one_hot(world, np.zeros(len(world.terminal), int))  # many ratios are 0
+    G, rho, each = off_policy.sample(world, target, tables.uniform(world), 3, 200, np.random.default_rng(0), piece=100)
     assert (rho == 0).any()
     for row, got in enumerate(off_policy.weighted(G, rho)):
         assert np.allclose(got, textbook.weighted_importance(G[row], rho[row]), rtol=0, atol=1e-10)
@@ -298,7 +297,7 @@ def test_figure_5_3_and_infinite_variance(seed):
 
 
 def random_world(seed=0):
-    return mdps.garnet(6, 3, 3, np.random.default_rng(seed), 0.9, ending=0.2)
+    return tables.garnet(6, 3, 3, np.random.default_rng(seed), 0.9, ending=0.2)
 
 
 @pytest.mark.parametrize("kind", control.KINDS)
@@ -349,7 +348,7 @@ def test_behavior_is_epsilon_greedy():
     got = control.epsilon_greedy(q, allowed, 0.3)
     assert np.allclose(got, [[0.45, 0.45, 0.1, 0], [0.1, 0.8, 0.1, 0]], rtol=0, atol=1e-15)
     draw = np.random.default_rng(0)
-    counts = np.bincount(mdps.pick(got[:1].cumsum(1), draw.random(20_000)), minlength=4) / 20_000
+    counts = np.bincount(tables.pick(got[:1].cumsum(1), draw.random(20_000)), minlength=4) / 20_000
     assert abs(counts - got[0]).max() < 4 * np.sqrt(0.25 / 20_000)
 
 
@@ -451,10 +450,8 @@ def test_traces_are_the_textbooks(watched, kind):
 
 def test_q_learning_finds_the_best_values():
     """With a rate that falls, on a world small enough to know: max Q within noise of V*."""
-    from finetune.rl.tabular import planning
-
     mdp = random_world(3)
-    best, _, _ = planning.policy_iteration(mdp)
+    best, _, _ = policy_iteration(mdp)
     draw = np.random.default_rng(0)
     learners = control.Learners(mdp, ("q_learning", "double_q"), 8, 0.0, 1.0, draw)
     for t in range(6000):

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 
 from finetune.errors import UserError
-from finetune.rl.tabular import mdp as mdps
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular.gymnasium_tables import from_gymnasium
 
 
 def random_mdp(states=7, actions=3, gamma=0.9, seed=0, terminal=1):
     draw = np.random.default_rng(seed)
     P = draw.dirichlet(np.full(states, 0.4), (states, actions))
     ends = np.arange(states) >= states - terminal
-    return mdps.make(P, draw.normal(size=(states, actions, states)), gamma, terminal=ends)
+    return tables.make(P, draw.normal(size=(states, actions, states)), gamma, terminal=ends)
 
 
 def random_policy(mdp, seed=0):
@@ -28,30 +29,30 @@ def test_values_are_those_of_the_definition(gamma):
     """V = Σ_t γ^t P_π^t R_π, summed until nothing is added."""
     mdp = random_mdp(gamma=gamma)
     policy = random_policy(mdp)
-    P, r = mdps.under(mdp, policy)
+    P, r = tables.under(mdp, policy)
     V, state, factor = np.zeros(len(r)), np.eye(len(r)), 1.0
     for _ in range(2000):
         V += factor * (state @ r)
         state, factor = state @ P, factor * gamma
-    assert np.allclose(mdps.solve(mdp, policy), V, rtol=0, atol=1e-12)
-    assert np.allclose((policy * mdps.action_values(mdp, V)).sum(1), V, rtol=0, atol=1e-12)
-    assert np.allclose((policy * mdps.advantages(mdp, policy)).sum(1), 0, rtol=0, atol=1e-12)
+    assert np.allclose(tables.solve(mdp, policy), V, rtol=0, atol=1e-12)
+    assert np.allclose((policy * tables.action_values(mdp, V)).sum(1), V, rtol=0, atol=1e-12)
+    assert np.allclose((policy * tables.advantages(mdp, policy)).sum(1), 0, rtol=0, atol=1e-12)
     assert V[mdp.terminal] == 0
 
 
 def test_performance_is_what_the_visits_earn():
     mdp = random_mdp()
     policy = random_policy(mdp)
-    _, r = mdps.under(mdp, policy)
-    assert mdps.visits(mdp, policy) @ r == pytest.approx(mdps.performance(mdp, policy), abs=1e-12)
+    _, r = tables.under(mdp, policy)
+    assert tables.visits(mdp, policy) @ r == pytest.approx(tables.performance(mdp, policy), abs=1e-12)
 
 
 def test_the_performance_difference_lemma():
     """J(π') − J(π) = Σ_s d^π'(s) Σ_a π'(a|s) A^π(s,a): Kakade & Langford 2002."""
     mdp = random_mdp()
     old, new = random_policy(mdp, 1), random_policy(mdp, 2)
-    gain = mdps.visits(mdp, new) @ (new * mdps.advantages(mdp, old)).sum(1)
-    assert gain == pytest.approx(mdps.performance(mdp, new) - mdps.performance(mdp, old), abs=1e-12)
+    gain = tables.visits(mdp, new) @ (new * tables.advantages(mdp, old)).sum(1)
+    assert gain == pytest.approx(tables.performance(mdp, new) - tables.performance(mdp, old), abs=1e-12)
 
 
 def test_sampling_follows_the_table(monkeypatch):
@@ -59,27 +60,27 @@ def test_sampling_follows_the_table(monkeypatch):
     draw = np.random.default_rng(0)
     count = 40_000
     states, actions = np.full(count, 2), np.full(count, 1)
-    found = np.bincount(mdps.sample_next(mdp, states, actions, draw.random(count)), minlength=5) / count
+    found = np.bincount(tables.sample_next(mdp, states, actions, draw.random(count)), minlength=5) / count
     assert (abs(found - mdp.P[2, 1]) < 4 * np.sqrt(mdp.P[2, 1] * (1 - mdp.P[2, 1]) / count) + 1e-12).all()
-    whole = mdps.sample_next(mdp, states, actions, uniforms := draw.random(count))
-    monkeypatch.setattr(mdps, "PART", 5 * 999)  # in pieces
-    assert np.array_equal(mdps.sample_next(mdp, states, actions, uniforms), whole)
-    assert mdps.sample_next(mdp, states[:0], actions[:0], uniforms[:0]).shape == (0,)
-    certain = mdps.make(np.eye(3)[None].repeat(3, 0), np.ones((3, 3)), 0.5)
+    whole = tables.sample_next(mdp, states, actions, uniforms := draw.random(count))
+    monkeypatch.setattr(tables, "CHUNK", 5 * 999)  # in pieces
+    assert np.array_equal(tables.sample_next(mdp, states, actions, uniforms), whole)
+    assert tables.sample_next(mdp, states[:0], actions[:0], uniforms[:0]).shape == (0,)
+    certain = tables.make(np.eye(3)[None].repeat(3, 0), np.ones((3, 3)), 0.5)
     for u in (0.0, 0.5, np.nextafter(1, 0)):
-        got = mdps.sample_next(certain, np.zeros(3, int), np.arange(3), np.full(3, u))
+        got = tables.sample_next(certain, np.zeros(3, int), np.arange(3), np.full(3, u))
         assert got.tolist() == [0, 1, 2], "never a state of probability 0"
 
 
 def test_a_policy_that_never_ends_is_refused_at_gamma_1():
     P = np.zeros((3, 2, 3))
     P[0, 0, 0] = P[0, 1, 1] = P[1, :, 2] = P[2, :, 2] = 1
-    mdp = mdps.make(P, -np.ones((3, 2)) * [[1], [1], [0]], 1.0)
+    mdp = tables.make(P, -np.ones((3, 2)) * [[1], [1], [0]], 1.0)
     assert mdp.terminal.tolist() == [False, False, True], "state 2 stays, for nothing"
-    assert mdps.solve(mdp, mdps.uniform(mdp)).tolist() == [-3, -1, 0]
+    assert tables.solve(mdp, tables.uniform(mdp)).tolist() == [-3, -1, 0]
     with pytest.raises(UserError, match="does not end from state 0"):
-        mdps.solve(mdp, mdps.one_hot(mdp, [0, 0, 0]))
-    assert mdps.solve(mdp.discounted(0.5), mdps.one_hot(mdp, [0, 0, 0]))[0] == -2
+        tables.solve(mdp, tables.one_hot(mdp, [0, 0, 0]))
+    assert tables.solve(mdp.discounted(0.5), tables.one_hot(mdp, [0, 0, 0]))[0] == -2
 
 
 def test_actions_that_are_not_allowed():
@@ -88,10 +89,10 @@ def test_actions_that_are_not_allowed():
     allowed[3, 1] = False
     P = mdp.P.copy()
     P[3, 1] = np.nan  # never looked at
-    limited = mdps.make(P, mdp.rewards, 0.9, terminal=mdp.terminal, allowed=allowed)
-    assert mdps.uniform(limited)[3].tolist() == [0.5, 0, 0.5]
-    assert mdps.action_values(limited, np.zeros(7))[3, 1] == -np.inf
-    assert np.isfinite(mdps.solve(limited, mdps.uniform(limited))).all()
+    limited = tables.make(P, mdp.rewards, 0.9, terminal=mdp.terminal, allowed=allowed)
+    assert tables.uniform(limited)[3].tolist() == [0.5, 0, 0.5]
+    assert tables.action_values(limited, np.zeros(7))[3, 1] == -np.inf
+    assert np.isfinite(tables.solve(limited, tables.uniform(limited))).all()
 
 
 # --- gymnasium's tables
@@ -102,7 +103,7 @@ def test_actions_that_are_not_allowed():
 def test_gymnasiums_tables_are_its_steps(name, kwargs):
     """The empirical next states and rewards of the environment itself, one state and action after the other."""
     env = gymnasium.make(name, **kwargs).unwrapped
-    mdp = mdps.from_gymnasium(name, 0.9, **kwargs)
+    mdp = from_gymnasium(name, 0.9, **kwargs)
     draw = np.random.default_rng(0)
     state, _ = env.reset(seed=0)
     for _ in range(400):
@@ -117,16 +118,16 @@ def test_gymnasiums_tables_are_its_steps(name, kwargs):
 
 
 def test_start_and_shape():
-    lake = mdps.from_gymnasium("FrozenLake-v1", 0.99)
+    lake = from_gymnasium("FrozenLake-v1", 0.99)
     assert lake.shape == (4, 4)
     assert lake.start[0] == 1
     assert lake.terminal.sum() == 5
-    taxi = mdps.from_gymnasium("Taxi-v4", 1.0)
+    taxi = from_gymnasium("Taxi-v4", 1.0)
     assert np.count_nonzero(taxi.start) == 300
     with pytest.raises(UserError, match="no environment 'FrozenLage-v1'"):
-        mdps.from_gymnasium("FrozenLage-v1", 0.9)
+        from_gymnasium("FrozenLage-v1", 0.9)
     with pytest.raises(UserError, match="'CartPole-v1' has no table"):
-        mdps.from_gymnasium("CartPole-v1", 0.9)
+        from_gymnasium("CartPole-v1", 0.9)
 
 
 # --- Files
@@ -134,11 +135,11 @@ def test_start_and_shape():
 
 def test_a_file_gives_the_same_mdp(tmp_path):
     mdp = random_mdp()
-    mdps.save(mdp, tmp_path / "mdp.npz")
-    again = mdps.load(tmp_path / "mdp.npz")
+    tables.save(mdp, tmp_path / "mdp.npz")
+    again = tables.load(tmp_path / "mdp.npz")
     for name in ("P", "R", "rewards", "gamma", "terminal", "start", "allowed"):
         assert np.array_equal(getattr(mdp, name), getattr(again, name)), name
-    assert mdps.load(tmp_path / "mdp.npz", gamma=0.5).gamma == 0.5
+    assert tables.load(tmp_path / "mdp.npz", gamma=0.5).gamma == 0.5
 
 
 BROKEN = {
@@ -177,11 +178,11 @@ def test_files_are_refused_row_by_row(tmp_path, case):
     mdp = random_mdp()
     file = {"P": mdp.P.copy(), "R": mdp.rewards.copy(), "gamma": 0.9, "allowed": mdp.allowed.copy()}
     if case in ("one row", "negative", "reward"):
-        file["P"][:] = mdps.make(np.full((7, 3, 7), 1 / 7), np.zeros((7, 3)), 0.9).P
+        file["P"][:] = tables.make(np.full((7, 3, 7), 1 / 7), np.zeros((7, 3)), 0.9).P
     change(file)
     np.savez(tmp_path / "mdp.npz", **file)
     with pytest.raises(UserError, match=message):
-        mdps.load(tmp_path / "mdp.npz")
+        tables.load(tmp_path / "mdp.npz")
 
 
 SHARP = np.random.default_rng(0).dirichlet(np.full(50, 0.2), (50, 3))
@@ -203,7 +204,7 @@ def test_rows_that_were_rounded_are_taken_and_said_once(tmp_path, P, within):
     """To a type, or to decimals: then they are divided by their sums."""
     np.savez(tmp_path / "mdp.npz", P=P, R=np.arange(len(P) * P.shape[1]).reshape(P.shape[:2]), gamma=0.9)
     said = []
-    mdp = mdps.load(tmp_path / "mdp.npz", say=said.append)
+    mdp = tables.load(tmp_path / "mdp.npz", say=said.append)
     assert abs(mdp.P.sum(2) - 1).max() < 1e-14
     assert abs(mdp.P - P).max() < within
     assert len(said) == 1
@@ -213,10 +214,10 @@ def test_rows_that_were_rounded_are_taken_and_said_once(tmp_path, P, within):
 def test_rounding_does_not_cover_errors():
     for wrong, type_ in ((SHARP * (1 + 3e-5), np.float32), (SHARP * (1 + 2e-9), np.float64)):
         with pytest.raises(UserError, match=r"P\[0, 0\] sums to (?!1,).*, not to 1"):
-            mdps.make(wrong.astype(type_), np.zeros((50, 3)), 0.9)
+            tables.make(wrong.astype(type_), np.zeros((50, 3)), 0.9)
     with pytest.raises(UserError, match=r"sums to 0\.997, not to 1"):
-        mdps.make(np.array([[[0.5, 0.497], [0.5, 0.5]]] * 2), np.zeros((2, 2)), 0.9)
-    assert mdps.make(SHARP, np.zeros((50, 3)), 0.9).rounding == 0
+        tables.make(np.array([[[0.5, 0.497], [0.5, 0.5]]] * 2), np.zeros((2, 2)), 0.9)
+    assert tables.make(SHARP, np.zeros((50, 3)), 0.9).rounding == 0
 
 
 def test_a_table_of_gymnasium_that_is_wrong_is_refused():
@@ -229,7 +230,7 @@ def test_a_table_of_gymnasium_that_is_wrong_is_refused():
             gymnasium.spaces.Discrete(1),
         )
         env.P = table
-        return mdps.from_gymnasium(env, 0.9)
+        return from_gymnasium(env, 0.9)
 
     counted = of({1: {0: [(1.0, 2, 3.0, False)]}, 2: {0: [(1.0, 2, 0.0, True)]}}, start=1)
     assert counted.R.tolist() == [[3.0], [0.0]], "states are counted from 0"
@@ -248,27 +249,27 @@ def test_what_is_no_file_of_arrays(tmp_path):
     for name, content in (("text.npz", b"P = 1"), ("empty.npz", b""), ("cut.npz", b"PK\x03\x04")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="is not an npz"):
-            mdps.load(tmp_path / name)
+            tables.load(tmp_path / name)
     with pytest.raises(UserError, match="there is no such file"):
-        mdps.load(tmp_path / "none.npz")
+        tables.load(tmp_path / "none.npz")
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(UserError, match="is one array"):
-        mdps.load(tmp_path / "one.npy")
+        tables.load(tmp_path / "one.npy")
     np.savez(tmp_path / "cut.npz", P=np.eye(3))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:150])
     with pytest.raises(UserError, match="is not an npz"):
-        mdps.load(tmp_path / "cut.npz")
+        tables.load(tmp_path / "cut.npz")
 
 
 def test_random_mdps_have_the_successors_and_the_end_that_were_asked_for():
-    mdp = mdps.garnet(9, 2, 3, np.random.default_rng(0), 0.9, ending=0.1)
+    mdp = tables.garnet(9, 2, 3, np.random.default_rng(0), 0.9, ending=0.1)
     assert ((mdp.P[:9] > 0).sum(2) == 4).all()
     assert np.allclose(mdp.P[:9, :, 9], 0.1)
     assert mdp.terminal.tolist() == [False] * 9 + [True]
-    ring = mdps.garnet(9, 2, 3, np.random.default_rng(0), 0.9, reach=2).P
+    ring = tables.garnet(9, 2, 3, np.random.default_rng(0), 0.9, reach=2).P
     assert ((ring > 0).sum(2) == 3).all()
     assert not ring[4, :, [0, 1, 7, 8]].any()
     assert not ring[0, :, 3:7].any()
-    assert (mdps.garnet(9, 2, 9, np.random.default_rng(0), 0.9).P > 0).all()
+    assert (tables.garnet(9, 2, 9, np.random.default_rng(0), 0.9).P > 0).all()
     with pytest.raises(UserError, match="no random MDP has 3"):
-        mdps.garnet(3, 2, 4, np.random.default_rng(0), 0.9)
+        tables.garnet(3, 2, 4, np.random.default_rng(0), 0.9)

@@ -13,7 +13,7 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.rl.envs import logged_data, npz
-from finetune.rl.tabular import mdp as mdps
+from finetune.rl.tabular import mdp as tables
 
 LOG = {
     "observations": np.arange(12.0, dtype=np.float32).reshape(6, 2), "actions": np.array([0, 1, 0, 1, 0, 1]),
@@ -21,7 +21,7 @@ LOG = {
     "next_observations": np.ones((6, 2), np.float32),
 }  # fmt: skip
 TABLE = {"P": np.full((3, 2, 3), 1 / 3), "R": np.arange(6.0).reshape(3, 2), "gamma": np.array(0.9)}
-KINDS = {"log": (LOG, "actions", logged_data.load), "table": (TABLE, "P", mdps.load)}
+KINDS = {"log": (LOG, "actions", logged_data.load), "table": (TABLE, "P", tables.load)}
 
 
 def npy(array):
@@ -167,7 +167,7 @@ def test_what_is_broken_is_refused_in_one_line(kind, tmp_path):
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.npz")
     for path, message in ((tmp_path / "pipe.npz", "pipe or device"), (tmp_path, "folder"), ("/dev/zero", "device")):
-        for load in (logged_data.load, mdps.load):
+        for load in (logged_data.load, tables.load):
             with pytest.raises(UserError, match=message):
                 load(path)
 

@@ -1,1 +1,1 @@
-"""Finite Markov decision processes: the tables, exact planning, known worlds, sampling."""
+"""Finite Markov decision processes: tables and exact values, named worlds, sampled episodes, pictures."""

@@ -1,8 +1,8 @@
-"""A Markov decision process in tables, and what is exact about a policy in it. NumPy, float64.
+"""Finite Markov decision processes as NumPy tables, and the exact values of a policy (float64).
 
     V^π(s) = Σ_a π(a|s) Q^π(s,a)      Q^π(s,a) = R(s,a) + γ Σ_s' P(s'|s,a) V^π(s')      A^π = Q^π − V^π
 
-A policy is an array (S, A) of probabilities. A terminal state absorbs: it stays where it is, with reward 0, so V = 0.
+A policy is an array (S, A) of probabilities. A terminal state is absorbing: it leads to itself with reward 0, so V = 0.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from finetune.errors import UserError
 from finetune.rl.envs import npz
 
 Array = NDArray[np.float64]
-SUM = 1e-9  # how far the sum of a row of probabilities may be from 1, if it was not rounded
-ROUNDED = 1e-3  # and however it was rounded
-LARGEST = 1 << 26  # numbers of P: half a gigabyte
-PART = 1 << 23  # numbers of P that are looked at together
-HUGE = 1e100  # of a reward: sums and products of larger ones leave float64
+SUM_TOLERANCE = 1e-9  # how far a row of unrounded probabilities may sum from 1
+ROUNDED_SUM_TOLERANCE = 1e-3  # the same for a row of rounded ones, at most
+MAX_P_SIZE = 1 << 26  # entries of P: half a gigabyte
+CHUNK = 1 << 23  # entries of P that `sample_next` gathers at a time
+MAX_REWARD = 1e100  # sums and products of larger rewards overflow float64
 
 
 @dataclass(frozen=True)
 class MDP:
-    """Made by `make`, which checks it."""
+    """The tables of a finite MDP. Build one with `make`, which validates them."""
 
-    P: Array  # (S, A, S) probability of the next state
+    P: Array  # (S, A, S) transition probabilities P(s'|s,a)
     R: Array  # (S, A) expected reward
-    rewards: Array  # (S, A, S) expected reward given the next state
+    rewards: Array  # (S, A, S) expected reward given the next state as well
     gamma: float
     terminal: NDArray[np.bool_]  # (S,)
     start: Array  # (S,) distribution of the first state
-    allowed: NDArray[np.bool_]  # (S, A); every state has an action
-    actions: tuple[str, ...]  # names
+    allowed: NDArray[np.bool_]  # (S, A); every state has at least one action
+    actions: tuple[str, ...]  # names of the actions
     shape: tuple[int, int] | None = None  # rows and columns, where the states are the cells of a grid
     name: str = ""
-    rounding: float = 0.0  # how far a row of P was from 1 before it was divided by its sum
+    rounding: float = 0.0  # how far the worst row of P summed from 1 before it was normalized
 
     @property
     def size(self) -> tuple[int, int]:
@@ -48,7 +48,7 @@ class MDP:
         return self.R.shape  # type: ignore[return-value]
 
     def discounted(self, gamma: float) -> MDP:
-        """The same with another γ."""
+        """The same MDP with another γ."""
         check_gamma(gamma)
         return replace(self, gamma=float(gamma))
 
@@ -66,35 +66,46 @@ def one_hot(mdp: MDP, actions: ArrayLike) -> Array:
     return np.eye(mdp.size[1])[np.asarray(actions)]
 
 
-TIE = 1e-11  # part of the numbers that a Q is a sum of, within which two are equal but for rounding
+TIE = 1e-11  # relative difference of two action values that may be rounding alone
 
 
-def near_best(mdp: MDP, V: Array, tie: float = TIE) -> NDArray[np.bool_]:
-    """(S, A) the actions whose Q under V is the largest, or less by `tie` of what it is a sum of: |R| + γ P |V|. So it
-    holds for rewards of any size, and for a state whose numbers are small beside another's."""
+def greedy_actions(mdp: MDP, V: Array, tie: float = TIE) -> NDArray[np.bool_]:
+    """Mask (S, A) of the actions that maximize Q(s, ·) under V, ties included.
+
+    Two values tie within `tie` times the terms they are summed from, |R| + γ P |V|. This is scale-free: it holds for
+    rewards of any unit, and for a state with small values next to one with large values.
+    """
     q = action_values(mdp, V)
-    size = abs(mdp.R) + mdp.gamma * (mdp.P @ abs(V))
-    best = np.take_along_axis(size, q.argmax(1, keepdims=True), 1)
-    return np.asarray(q >= q.max(1, keepdims=True) - tie * np.maximum(size, best))
+    terms = abs(mdp.R) + mdp.gamma * (mdp.P @ abs(V))
+    terms_of_max = np.take_along_axis(terms, q.argmax(1, keepdims=True), 1)
+    return np.asarray(q >= q.max(1, keepdims=True) - tie * np.maximum(terms, terms_of_max))
 
 
 def greedy(mdp: MDP, V: Array, tie: float = TIE) -> Array:
-    """The policy that takes an action of the largest Q(s, ·) under V; of those that tie (`near_best`), the first."""
-    return one_hot(mdp, near_best(mdp, V, tie).argmax(1))
+    """The policy that is greedy with respect to V: the first of the `greedy_actions` in each state."""
+    return one_hot(mdp, greedy_actions(mdp, V, tie).argmax(1))
 
 
 def under(mdp: MDP, policy: Array) -> tuple[Array, Array]:
-    """Transition matrix (S, S) and expected reward (S,) when `policy` acts."""
+    """The Markov reward process under `policy`: P_π (S, S) and R_π (S,)."""
     return np.einsum("sa,sat->st", policy, mdp.P), (policy * mdp.R).sum(1)
 
 
 def solve(mdp: MDP, policy: Array) -> Array:
-    """V^π (S,) by solving (I − γ P_π) V = R_π. UserError if γ = 1 and the policy may never end."""
+    """V^π (S,), the solution of (I − γ P_π) V = R_π. UserError if γ = 1 and the policy may never terminate."""
     P, r = under(mdp, policy)
     inner = ~mdp.terminal
     check_ends(mdp, P)
     V = np.zeros(len(r))
     V[inner] = np.linalg.solve(np.eye(inner.sum()) - mdp.gamma * P[np.ix_(inner, inner)], r[inner])
+    return V
+
+
+def evaluate(mdp: MDP, policy: Array, V: Array, sweeps: int = 1) -> Array:
+    """Iterative policy evaluation: `sweeps` times V ← R_π + γ P_π V, all states at once."""
+    P, r = under(mdp, policy)
+    for _ in range(sweeps):
+        V = r + mdp.gamma * (P @ V)
     return V
 
 
@@ -110,7 +121,7 @@ def advantages(mdp: MDP, policy: Array) -> Array:
 
 
 def visits(mdp: MDP, policy: Array) -> Array:
-    """Σ_t γ^t Pr(s_t = s) for every state (S,) from `start`; 0 for terminal states, so that with γ = 1 it is finite."""
+    """Discounted state visitation Σ_t γ^t Pr(s_t = s) (S,) from `start`; 0 in terminal states, finite with γ = 1."""
     P, _ = under(mdp, policy)
     inner = ~mdp.terminal
     check_ends(mdp, P)
@@ -120,7 +131,7 @@ def visits(mdp: MDP, policy: Array) -> Array:
 
 
 def performance(mdp: MDP, policy: Array) -> float:
-    """J(π) = Σ_s start(s) V^π(s)."""
+    """Expected return of a policy, J(π) = Σ_s start(s) V^π(s)."""
     return float(mdp.start @ solve(mdp, policy))
 
 
@@ -128,32 +139,32 @@ def check_ends(mdp: MDP, P: Array) -> None:
     """With γ = 1, UserError unless a terminal state is reached with probability 1 under the transition matrix P."""
     if mdp.gamma < 1:
         return
-    reached, edges = mdp.terminal.copy(), P > 0
+    ends, edges = mdp.terminal.copy(), P > 0  # states from which a terminal state can be reached
     while True:
-        more = reached | (edges & reached).any(1)
-        if (more == reached).all():
+        more = ends | (edges & ends).any(1)
+        if (more == ends).all():
             break
-        reached = more
-    if not reached.all():
+        ends = more
+    if not ends.all():
         raise UserError(
             f"with γ = 1 a policy that never ends has no value, and here it does not end from state "
-            f"{int((~reached).argmax())}: choose a γ below 1, or a policy that ends"
+            f"{int((~ends).argmax())}: choose a γ below 1, or a policy that ends"
         )
 
 
 def sample_next(mdp: MDP, states: NDArray[Any], actions: NDArray[Any], uniforms: Array) -> NDArray[np.intp]:
-    """Next states (N,), one for each state, action and number from [0, 1) (the cumulative probability, inverted)."""
-    rows = max(1, PART // len(mdp.P))  # at a time: each needs all probabilities of its pair
+    """Next states (N,) for states, actions and uniform numbers in [0, 1), by inverting the cumulative probability."""
+    rows = max(1, CHUNK // len(mdp.P))  # at a time: each gathers the S probabilities of its state and action
     parts = [slice(i, i + rows) for i in range(0, max(1, len(states)), rows)]
     return np.concatenate([pick(mdp.P[states[p], actions[p]].cumsum(1), uniforms[p]) for p in parts])
 
 
 def pick(cumulative: Array, uniforms: Array) -> NDArray[np.intp]:
-    """An index (N,) for each number from [0, 1), by cumulative probabilities (N, C), or (1, C) for all alike."""
+    """Samples (N,) from categorical distributions: cumulative probabilities (N, C) or (1, C), uniform numbers (N,)."""
     return (uniforms[:, None] * cumulative[:, -1:] >= cumulative).sum(1)
 
 
-# --- Making one
+# --- Construction
 
 
 def make(
@@ -168,18 +179,18 @@ def make(
     shape: tuple[int, int] | None = None,
     name: str = "",
 ) -> MDP:
-    """P (S, A, S); R (S, A) or (S, A, S). UserError names what is wrong, row by row. Rows of P, and `start`, that sum
-    to 1 as far as their type or their number of decimals can say are divided by their sum.
+    """An MDP from P (S, A, S) and R (S, A) or (S, A, S), validated. UserError names the first wrong rows.
 
-    terminal (S,): none given, those states that every action leaves where they are, for nothing. start (S,): none
-    given, all states that are not terminal alike. allowed (S, A): all.
+    Rows of P, and `start`, that sum to 1 within the precision of their dtype or their decimals are normalized.
+    Defaults: terminal (S,), the states where every action leads back with reward 0; start (S,), uniform over the
+    states that are not terminal; allowed (S, A), every action.
     """
     P, R = np.asarray(P), np.asarray(R)
     if P.ndim != 3 or P.shape[0] != P.shape[2] or 0 in P.shape:
         raise UserError(f"P has shape {P.shape}: it must be (states, actions, states)")
     S, A, _ = P.shape
-    if P.size > LARGEST:
-        raise UserError(f"P is {S:,} × {A:,} × {S:,}: more than the {LARGEST:,} numbers that are taken")
+    if P.size > MAX_P_SIZE:
+        raise UserError(f"P is {S:,} × {A:,} × {S:,}: more than the {MAX_P_SIZE:,} numbers that fit")
     if R.shape not in ((S, A), (S, A, S)):
         raise UserError(f"R has shape {R.shape}: with this P it must be {(S, A)} or {(S, A, S)}")
     check_gamma(gamma)
@@ -193,14 +204,14 @@ def make(
     away = np.where(may, abs(sums - 1), 0.0)
     hint = DIVIDE if away.max() < 0.02 else ""
     refuse("P", away > rounding(P[may], of_type), "sums to {}, not to 1", sums, fix=hint)
-    rounded = float(away.max()) if away.max() > SUM else 0.0
+    rounded = float(away.max()) if away.max() > SUM_TOLERANCE else 0.0
     if rounded:
         P /= np.where(may, sums, 1.0)[:, :, None]
     with np.errstate(over="ignore"):
         pays = R if R.ndim == 2 else np.where(P > 0, R, 0).sum(2)  # what cannot happen pays nothing
     refuse("R", may & (pays == -np.inf), "is −inf", fix=NOT_ALLOWED)
     refuse("R", may & ~np.isfinite(pays), "is not finite")
-    refuse("R", may & (abs(pays) > HUGE), f"is beyond ±{HUGE:g}")
+    refuse("R", may & (abs(pays) > MAX_REWARD), f"is beyond ±{MAX_REWARD:g}")
     P[~may] = 0
     R[~may] = 0
     rewards = R if R.ndim == 3 else np.broadcast_to(R[:, :, None], P.shape)
@@ -220,7 +231,7 @@ def make(
         refuse("start", ~np.isfinite(first) | (first < 0), "is not a probability")
         if not abs(first.sum() - 1) <= rounding(first[None], np.asarray(start).dtype):
             raise UserError(f"start sums to {written(first.sum())}, not to 1")
-        if abs(first.sum() - 1) > SUM:
+        if abs(first.sum() - 1) > SUM_TOLERANCE:
             first = first / first.sum()
     names = tuple(map(str, range(A))) if actions is None else actions
     if len(names) != A:
@@ -238,34 +249,34 @@ DIVIDE = ": if they were rounded, divide each row by its sum"
 
 
 def rounding(rows: Array, of_type: np.dtype[Any]) -> float:
-    """How far the sum of such rows (…, S) of probabilities may be from 1 because each number was rounded: to its type,
-    or to a number of decimals that all of them have, from three on."""
+    """How far rows (…, S) of probabilities may sum from 1 because of rounding: to their dtype, or to the number of
+    decimals (three or more) that all entries share."""
     count = max(1, int((rows > 0).sum(-1).max(initial=0)))
     type_eps = float(np.finfo(of_type).eps) if of_type.kind == "f" else 0.0
-    found = max(SUM, (count + 4) * type_eps / 2)
+    found = max(SUM_TOLERANCE, (count + 4) * type_eps / 2)
     for decimals in range(3, 10):
         scaled = rows * 10.0**decimals
         if (abs(scaled - scaled.round()) <= 10.0**decimals * max(type_eps, 1e-15)).all():
             found = max(found, 0.5 * count * 10.0**-decimals)
             break
-    return min(found, ROUNDED)
+    return min(found, ROUNDED_SUM_TOLERANCE)
 
 
 def garnet(
     states: int,
     actions: int,
     branching: int,
-    generator: np.random.Generator,
+    rng: np.random.Generator,
     gamma: float,
     *,
     reach: int | None = None,
     mean: float = 0.0,
     ending: float = 0.0,
 ) -> MDP:
-    """A random MDP (Archibald et al. 1995): each pair leads to `branching` states, with rewards from N(mean, 1).
+    """A random MDP (Archibald et al. 1995): each state–action pair leads to `branching` states; rewards are N(mean, 1).
 
-    reach: the states lie on a ring, and a step goes at most so far; none: anywhere. ending: probability that a step
-    ends the episode; if it is above 0 there is one more state, the last, which is terminal.
+    reach: the states form a ring and a step moves at most this far; None: anywhere. ending: probability that a step
+    ends the episode; above 0 it adds a last, terminal state.
     """
     near = np.arange(states) if reach is None else np.arange(-reach, reach + 1)
     if not (1 <= branching <= len(near) <= states and actions >= 1 and 0 <= ending < 1):
@@ -276,10 +287,10 @@ def garnet(
     P = np.zeros((states, actions, states))
     for s in range(states):
         for a in range(actions):
-            cuts = np.sort(generator.random(branching - 1))
-            after = (s + generator.permutation(near)[:branching]) % states
+            cuts = np.sort(rng.random(branching - 1))
+            after = (s + rng.permutation(near)[:branching]) % states
             P[s, a, after] = np.diff(cuts, prepend=0.0, append=1.0)
-    R = mean + generator.standard_normal((states, actions))
+    R = mean + rng.standard_normal((states, actions))
     if ending:
         P = np.pad((1 - ending) * P, ((0, 1), (0, 0), (0, 1)), constant_values=ending)
         R = np.pad(R, ((0, 1), (0, 0)))
@@ -287,91 +298,13 @@ def garnet(
     return make(P, R, gamma, terminal=np.arange(len(P)) >= states, name="garnet")
 
 
-def from_gymnasium(env: Any, gamma: float, **kwargs: Any) -> MDP:
-    """The table `P` of a gymnasium environment, or of the id of one (kwargs go to gymnasium.make).
-
-    A state that is entered only at an end is terminal. If some state is entered both ways, what ends goes to one more
-    state, the last. Rewards of several transitions from s to s' under one action are averaged: values do not change.
-    """
-    if isinstance(env, str):
-        from finetune.rl.envs.environments import make_unlimited
-
-        env = make_unlimited(env, **kwargs)
-    name = env.spec.id if env.spec else type(env.unwrapped).__name__
-    table = getattr(env.unwrapped, "P", None)
-    if not isinstance(table, dict):
-        raise UserError(f"'{name}' has no table of transitions (env.unwrapped.P); FrozenLake-v1 has one")
-    rows, S, A = _rows(table, name, env)
-    ends, goes_on = np.zeros(S, bool), np.zeros(S, bool)
-    for s, _, p, after, _, done in rows:
-        if p > 0 and s != after:
-            (ends if done else goes_on)[after] = True
-    extra = bool((ends & goes_on).any())
-    states = S + extra
-    P, total = np.zeros((states, A, states)), np.zeros((states, A, states))
-    terminal = np.zeros(states, bool)
-    for s, a, p, after, reward, done in rows:
-        t = S if extra and done else int(after)
-        P[s, a, t] += p
-        total[s, a, t] += p * reward
-        terminal[t] |= done and p > 0
-    if extra:
-        P[S, :, S] = 1
-    rewards = np.divide(total, P, out=np.zeros_like(total), where=P > 0)
-    first = getattr(env.unwrapped, "initial_state_distrib", None)
-    start = None if first is None else np.append(np.asarray(first, np.float64), np.zeros(int(extra)))
-    arrows, shape = _grid(env.unwrapped, S)
-    try:
-        return make(P, rewards, gamma, terminal=terminal, start=start, name=name,
-                    actions=arrows or tuple(map(str, range(A))), shape=None if extra else shape)  # fmt: skip
-    except UserError as e:
-        raise UserError(f"'{name}': {e}") from None
-
-
-Row = tuple[int, int, float, int, float, bool]
-
-
-def _rows(table: dict[Any, Any], name: str, env: Any) -> tuple[list[Row], int, int]:
-    """Of the table P[state][action] = [(probability, next state, reward, over), …]: (state, action, probability, next
-    state, reward, over) in rows, and how many states and actions there are, counted from 0."""
-    first = [int(getattr(getattr(env, space, None), "start", 0)) for space in ("observation_space", "action_space")]
-    S, A = len(table), len(table.get(first[0], ()))
-    rows = []
-    try:
-        if not S * A:
-            raise ValueError("it is empty")
-        for s, a in np.ndindex(S, A):
-            for p, after, reward, over in table[first[0] + s][first[1] + a]:
-                rows.append((s, a, float(p), int(after) - first[0], float(reward), bool(over)))
-                if not 0 <= rows[-1][3] < S:
-                    raise ValueError(f"the next state {after} is none of {S}")
-    except (TypeError, ValueError, KeyError, IndexError) as e:
-        raise UserError(
-            f"'{name}': its table P is not {{state: {{action: [(probability, next state, reward, over), …]}}}}: "
-            f"{type(e).__name__}: {e}"
-        ) from None
-    return rows, S, A
-
-
-def _grid(env: Any, states: int) -> tuple[tuple[str, ...] | None, tuple[int, int] | None]:
-    """Names of the actions of gymnasium's own worlds, and the rows and columns of those that are a grid."""
-    kind = type(env).__name__
-    if kind == "FrozenLakeEnv":
-        return ("←", "↓", "→", "↑"), (env.nrow, env.ncol)
-    if kind == "CliffWalkingEnv":
-        return ("↑", "→", "↓", "←"), env.shape
-    if kind == "TaxiEnv":
-        return ("↓", "↑", "→", "←", "pick up", "drop off"), None
-    return None, None
-
-
 FIELDS = ("P", "R", "gamma", "terminal", "start", "allowed")
 
 
-def load(path: Path, gamma: float | None = None, say: Callable[[str], None] = lambda text: None) -> MDP:
-    """An MDP from an npz of P and R and, if they differ from `make`'s own, gamma, terminal, start and allowed. `say` is
-    told if rows were divided by their sums."""
-    found, unknown = npz.read(path, FIELDS, numbers=2 * LARGEST)
+def load(path: Path, gamma: float | None = None, report: Callable[[str], None] = lambda text: None) -> MDP:
+    """An MDP from an npz file with P and R and, optionally, gamma, terminal, start and allowed. `report` is called with
+    one line if rows had to be normalized."""
+    found, unknown = npz.read(path, FIELDS, numbers=2 * MAX_P_SIZE)
     for name in ("P", "R"):
         if name not in found:
             raise UserError(f"{path} has no {name}: it needs P (states, actions, states) and R (states, actions)")
@@ -392,12 +325,14 @@ def load(path: Path, gamma: float | None = None, say: Callable[[str], None] = la
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     if made.rounding:
-        say(f"{path}: rows of P sum to 1 within {made.rounding:.1e}, as rounded numbers do; each is divided by its sum")
+        report(
+            f"{path}: rows of P sum to 1 within {made.rounding:.1e}, as rounded numbers do; each is divided by its sum"
+        )
     return made
 
 
 def save(mdp: MDP, path: Path) -> None:
-    """The npz that `load` reads."""
+    """Writes an npz file that `load` reads."""
     np.savez_compressed(path, P=mdp.P, R=mdp.rewards, gamma=mdp.gamma, terminal=mdp.terminal, start=mdp.start,
                         allowed=mdp.allowed)  # fmt: skip
 
@@ -408,16 +343,16 @@ def check_gamma(gamma: float) -> None:
 
 
 def refuse(name: str, wrong: ArrayLike, what: str, values: Array | None = None, fix: str = "") -> None:
-    """UserError that names the first rows that are wrong, how many are, and how to fix it."""
+    """UserError that names the first three wrong rows, their number and the fix; nothing if none is wrong."""
     at = [tuple(map(int, row)) for row in np.argwhere(wrong)]
     if not at:
         return
-    said = [f"{name}{list(i)} {what.format('' if values is None else written(values[i]))}" for i in at[:3]]
-    raise UserError("; ".join(said) + (f"; and {len(at) - 3} more" if len(at) > 3 else "") + fix)
+    rows = [f"{name}{list(i)} {what.format('' if values is None else written(values[i]))}" for i in at[:3]]
+    raise UserError("; ".join(rows) + (f"; and {len(at) - 3} more" if len(at) > 3 else "") + fix)
 
 
 def written(x: float) -> str:
-    """A number with nine digits, or with all if with nine it would read as 1."""
+    """A number with nine digits, or with all 17 where nine would read as 1."""
     return f"{x:.17g}" if f"{x:.9g}" == "1" else f"{x:.9g}"
 
 
@@ -428,7 +363,7 @@ def _flags(name: str, array: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bo
 
 
 def _shaped(name: str, array: ArrayLike, shape: tuple[int, ...]) -> NDArray[Any]:
-    """`array` itself, once it is known to have this shape."""
+    """`array` as a NumPy array; UserError unless it has this shape."""
     found = np.array(array)
     if found.shape != shape:
         raise UserError(f"{name} has shape {found.shape}: it must be {shape}")

@@ -1,4 +1,4 @@
-"""Pictures of values and policies."""
+"""Pictures of state values and policies on a grid."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from finetune.rl.tabular.mdp import MDP, Array, near_best
+from finetune.rl.tabular.mdp import MDP, Array, greedy_actions
 from finetune.runs.plots import INK
 
 SHIFT = {"↑": (0, -1), "→": (1, 0), "↓": (0, 1), "←": (-1, 0)}
 
 
-def best_actions(mdp: MDP, V: Array, tie: float = 1e-6) -> Array:
-    """(S, A): 1 for every action that ties with the best under V (`near_best`), so that a picture shows them all."""
-    return near_best(mdp, V, tie).astype(np.float64)
+def optimal_actions(mdp: MDP, V: Array, tie: float = 1e-6) -> Array:
+    """(S, A): 1 for every greedy action under V*, so that a picture shows all that tie."""
+    return greedy_actions(mdp, V, tie).astype(np.float64)
 
 
 def value_map(
     axes: Any, mdp: MDP, V: Array, policy: Array | None = None, title: str = "", digits: int = 2, cmap: str = "YlGnBu"
 ) -> Any:
-    """The states of a grid colored by V, with the value and an arrow for each action that `policy` takes.
+    """A heat map of V on a grid MDP, with the value and an arrow for each action that `policy` takes.
 
-    ★ marks the end that pays most, × the other ends; hatched cells are those that no other leads to.
+    ★ marks the terminal state that pays most, × the other ones; hatched cells cannot be entered.
     """
     from matplotlib.patches import Rectangle
 

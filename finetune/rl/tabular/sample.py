@@ -1,4 +1,4 @@
-"""Episodes of a tabular MDP, all rows at once."""
+"""Sampled episodes of a tabular MDP, many rows in lockstep."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ def sample_tabular(
     policy: NDArray[np.float64],
     steps: int,
     states: NDArray[np.intp],
-    generator: np.random.Generator,
+    rng: np.random.Generator,
     *,
     actions: NDArray[np.intp] | None = None,
     limit: int | None = None,
     one_episode: bool = False,
 ) -> Rollout:
-    """`steps` steps from each of the given states (N,) under `policy` (S, A); rewards are float64.
+    """A Rollout of `steps` steps under `policy` (S, A), one row for each of the given states (N,); rewards are float64.
 
-    actions (N,): the first ones, where the policy is not to choose them. limit: steps after which an episode is
-    truncated. After an end the next episode begins in a state drawn from mdp.start. one_episode: stops as soon as
-    every row has had an end.
+    actions (N,): the first actions, in place of the policy's. limit: steps after which an episode is truncated. After
+    an end the row starts a new episode from mdp.start. one_episode: stops once every row has finished an episode.
     """
     rows = len(states)
     cumulative, starts = policy.cumsum(1), mdp.start.cumsum()[None]
-    age, over = np.zeros(rows, np.intp), np.zeros(rows, bool)
+    age, finished = np.zeros(rows, np.intp), np.zeros(rows, bool)
     columns: list[tuple[NDArray, ...]] = []
     for t in range(steps):
-        drawn = generator.random((3, rows))
+        uniforms = rng.random((3, rows))
         if t or actions is None:
-            chosen = tables.pick(cumulative[states], drawn[0])
+            chosen = tables.pick(cumulative[states], uniforms[0])
         else:
             chosen = actions
-        after = tables.sample_next(mdp, states, chosen, drawn[1])
-        terminated, age = mdp.terminal[after], age + 1
+        next_states = tables.sample_next(mdp, states, chosen, uniforms[1])
+        terminated, age = mdp.terminal[next_states], age + 1
         truncated = ~terminated & (age == limit) if limit is not None else np.zeros(rows, bool)
-        columns.append((states, chosen, mdp.rewards[states, chosen, after], after, terminated, truncated))
+        columns.append((states, chosen, mdp.rewards[states, chosen, next_states], next_states, terminated, truncated))
         ends = terminated | truncated
-        states = np.where(ends, tables.pick(starts, drawn[2]), after)
-        age, over = np.where(ends, 0, age), over | ends
-        if one_episode and over.all():
+        states = np.where(ends, tables.pick(starts, uniforms[2]), next_states)
+        age, finished = np.where(ends, 0, age), finished | ends
+        if one_episode and finished.all():
             break
     return Rollout(*(torch.from_numpy(np.stack(column)) for column in zip(*columns, strict=True)))

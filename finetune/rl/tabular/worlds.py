@@ -1,4 +1,4 @@
-"""Small worlds with a name: Sutton & Barto's, and gymnasium's that come with a table of transitions."""
+"""Named small MDPs: the examples of Sutton & Barto, and gymnasium's environments with a table of transitions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Callable
 import numpy as np
 
 from finetune.errors import UserError, nearest
-from finetune.rl.tabular.mdp import MDP, Array, from_gymnasium, make
+from finetune.rl.tabular.gymnasium_tables import from_gymnasium
+from finetune.rl.tabular.mdp import MDP, Array, make
 
 ARROWS = ("↑", "→", "↓", "←")
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
 
 
 def gridworld(gamma: float = 0.9) -> MDP:
-    """Example 3.5: 5 × 5 cells, −1 for walking into the wall, A pays 10 and leads to A', B pays 5 and leads to B'."""
+    """Example 3.5: 5 × 5 cells, −1 for a step into the wall; A pays 10 and leads to A', B pays 5 and leads to B'."""
     P, R = np.zeros((25, 4, 25)), np.zeros((25, 4))
     for s in range(25):
         for a, (down, right) in enumerate(MOVES):
@@ -29,7 +30,7 @@ def gridworld(gamma: float = 0.9) -> MDP:
 
 
 def small_gridworld(gamma: float = 1.0) -> MDP:
-    """Example 4.1: 4 × 4 cells, −1 a step until one of two corners."""
+    """Example 4.1: 4 × 4 cells, −1 per step until one of two corners is reached."""
     P = np.zeros((16, 4, 16))
     for s in range(16):
         for a, (down, right) in enumerate(MOVES):
@@ -40,14 +41,14 @@ def small_gridworld(gamma: float = 1.0) -> MDP:
 
 
 def car_rental(gamma: float = 0.9, most: int = 20, moved: int = 5) -> MDP:
-    """Example 4.2, Jack's: cars at two places overnight; up to `moved` are moved, for 2 each; each rented pays 10.
+    """Example 4.2, Jack's car rental: two locations with up to `most` cars each. A rented car pays 10; up to `moved`
+    cars are moved overnight, at a cost of 2 each.
 
-    The state is row · (most + 1) + column with the cars at the first and the second place; action a moves a − `moved`
-    from the first to the second. Requests and returns are Poisson, without truncation: all of the tail goes into the
-    last case.
+    State: (cars at the first location) · (most + 1) + (cars at the second). Action a moves a − `moved` cars from the
+    first to the second. Requests and returns are Poisson; the whole tail is assigned to the last case.
     """
     n = most + 1
-    nights = [_one_place(most, requests, returns) for requests, returns in ((3, 3), (4, 2))]
+    days = [_one_location(most, requests, returns) for requests, returns in ((3, 3), (4, 2))]
     P, R = np.zeros((n * n, 2 * moved + 1, n * n)), np.zeros((n * n, 2 * moved + 1))
     allowed = np.zeros(R.shape, bool)
     for first in range(n):
@@ -57,15 +58,15 @@ def car_rental(gamma: float = 0.9, most: int = 20, moved: int = 5) -> MDP:
                     here, there = min(first - cars, most), min(second + cars, most)
                     s = first * n + second
                     allowed[s, action] = True
-                    P[s, action] = np.outer(nights[0][0][here], nights[1][0][there]).ravel()
-                    R[s, action] = 10 * (nights[0][1][here] + nights[1][1][there]) - 2 * abs(cars)
+                    P[s, action] = np.outer(days[0][0][here], days[1][0][there]).ravel()
+                    R[s, action] = 10 * (days[0][1][here] + days[1][1][there]) - 2 * abs(cars)
     P /= np.where(allowed, P.sum(2), 1)[:, :, None]
     names = tuple(f"{cars:+d}" if cars else "0" for cars in range(-moved, moved + 1))
     return make(P, R, gamma, allowed=allowed, actions=names, name="car_rental")
 
 
-def _one_place(most: int, requests: float, returns: float) -> tuple[Array, Array]:
-    """Transition matrix of the cars over a day, and the expected number rented, by the cars in the morning."""
+def _one_location(most: int, requests: float, returns: float) -> tuple[Array, Array]:
+    """One day at a location: transition matrix of its cars, and expected rentals by the cars in the morning."""
     count = np.arange(most + 1)
     asked, back = (np.array([math.exp(-m) * m**k / math.factorial(k) for k in count]) for m in (requests, returns))
     day, rented = np.zeros((most + 1, most + 1)), np.zeros(most + 1)
@@ -74,13 +75,13 @@ def _one_place(most: int, requests: float, returns: float) -> tuple[Array, Array
         rented[cars] = out @ count[: cars + 1]
         for k in range(cars + 1):
             left = cars - k
-            come = np.append(back[: most - left], 1 - back[: most - left].sum())
-            day[cars, left:] += out[k] * come
+            returned = np.append(back[: most - left], 1 - back[: most - left].sum())
+            day[cars, left:] += out[k] * returned
     return day, rented
 
 
 def gambler(gamma: float = 1.0, heads: float = 0.4, goal: int = 100) -> MDP:
-    """Example 4.3: stakes on coin flips until nothing or the goal, which pays 1. Action a stakes a + 1."""
+    """Example 4.3, the gambler: stakes on coin flips until 0 or the goal, which pays 1. Action a stakes a + 1."""
     P, R = np.zeros((goal + 1, goal // 2, goal + 1)), np.zeros((goal + 1, goal // 2, goal + 1))
     allowed = np.zeros((goal + 1, goal // 2), bool)
     R[:, :, goal] = 1
@@ -97,8 +98,8 @@ def gambler(gamma: float = 1.0, heads: float = 0.4, goal: int = 100) -> MDP:
 
 
 def random_walk(states: int = 5, left: float = 0.0, right: float = 1.0, gamma: float = 1.0) -> MDP:
-    """Examples 6.2 (5 states; 0 and 1 at the ends) and 7.1 (19; −1 and 1): one action, left or right with even odds,
-    from the middle. States 0 and states + 1 are the ends."""
+    """The random walk of Example 6.2 (5 states, rewards 0 and 1 at the ends) and 7.1 (19 states, −1 and 1): the only
+    action moves left or right with probability ½. It starts in the middle; states 0 and `states` + 1 are terminal."""
     n = states + 2
     P, R = np.zeros((n, 1, n)), np.zeros((n, 1, n))
     for s in range(1, n - 1):
@@ -111,8 +112,8 @@ def random_walk(states: int = 5, left: float = 0.0, right: float = 1.0, gamma: f
 
 
 def maximization_bias(gamma: float = 1.0, actions: int = 10) -> MDP:
-    """Example 6.7: from A, right (action 1) ends for nothing and left leads to B, of which every action ends with a
-    reward of −0.1 on average; whoever runs it adds the noise."""
+    """Example 6.7: from A, right (action 1) ends with reward 0 and left leads to B, where every action ends with mean
+    reward −0.1. The noise around that mean is added by `td_learning`'s environment."""
     P, R = np.zeros((3, actions, 3)), np.zeros((3, actions))
     P[0, 0, 1] = P[0, 1, 2] = 1
     P[1:, :, 2] = 1
@@ -123,11 +124,13 @@ def maximization_bias(gamma: float = 1.0, actions: int = 10) -> MDP:
 
 
 def blackjack(gamma: float = 1.0) -> MDP:
-    """Example 5.1, cards drawn with replacement. State 100 · usable ace + 10 · (sum − 12) + dealer's card − 1, then the
-    ends: lost, drawn, won. Actions: stick, hit. Sums below 12 are no states, as nobody sticks there; an episode starts
-    in any state alike, and a natural counts as any 21."""
+    """Blackjack of Example 5.1, cards drawn with replacement. Actions: stick, hit.
+
+    State: 100 · (usable ace) + 10 · (sum − 12) + (dealer's card) − 1, then three terminal states: lost, drawn, won.
+    Sums below 12 are not states, since hitting is safe there. Episodes start uniformly; a natural is a plain 21.
+    """
     card = np.array([0] + [1 / 13] * 9 + [4 / 13])  # of ace, 2, …, ten
-    after: dict[tuple[int, bool], Array] = {}  # the dealer's sum and usable ace → where that ends: 17 … 21, bust
+    after: dict[tuple[int, bool], Array] = {}  # (dealer's sum, usable ace) → probabilities of 17 … 21, bust
 
     def dealt(total: int, usable: bool, k: int) -> tuple[int, bool]:
         total, usable = (total + 11, True) if k == 1 and total + 11 <= 21 else (total + k, usable)
@@ -150,13 +153,13 @@ def blackjack(gamma: float = 1.0) -> MDP:
         drawn = ends[below] if total >= 17 else 0.0
         P[s, 0, 200:] = ends[below:5].sum() - drawn, drawn, ends[:below].sum() + ends[5]
         for k in range(1, 11):
-            reached, still = dealt(total, usable, k)
-            P[s, 1, 200 if reached > 21 else 100 * still + 10 * (reached - 12) + shown - 1] += card[k]
+            new_total, still = dealt(total, usable, k)
+            P[s, 1, 200 if new_total > 21 else 100 * still + 10 * (new_total - 12) + shown - 1] += card[k]
     return make(P, R, gamma, terminal=np.arange(203) >= 200, actions=("stick", "hit"), name="blackjack")
 
 
 def one_state_loop(gamma: float = 1.0) -> MDP:
-    """Example 5.5: left (action 0) comes back with probability 0.9 and else ends with a reward of 1; right ends."""
+    """Example 5.5: left (action 0) returns with probability 0.9, otherwise ends with reward 1; right ends with 0."""
     P, R = np.zeros((2, 2, 2)), np.zeros((2, 2, 2))
     P[0] = [[0.9, 0.1], [0.0, 1.0]]
     P[1, :, 1] = R[0, 0, 1] = 1
@@ -164,9 +167,12 @@ def one_state_loop(gamma: float = 1.0) -> MDP:
 
 
 def access_control(gamma: float = 0.99, servers: int = 10, free: float = 0.06) -> MDP:
-    """Example 10.2: a queue that never empties. A customer pays 1, 2, 4 or 8, each as likely; the head of the queue is
-    accepted, if a server is free, or turned away. At each step a busy server, the one that was just taken as well, is
-    done with probability `free`. State 4 · (free servers) + (priority of the head); it has no end."""
+    """Example 10.2, access control: a queue that never empties, without a terminal state. Actions: reject, accept.
+
+    The head of the queue pays 1, 2, 4 or 8, equally likely, if it is accepted, which needs a free server. Each busy
+    server, the one just taken included, becomes free with probability `free` per step.
+    State: 4 · (free servers) + (priority of the head).
+    """
     n = servers + 1
     done = np.zeros((n, n))  # [free before, free after]
     for idle in range(n):
@@ -183,7 +189,7 @@ def access_control(gamma: float = 0.99, servers: int = 10, free: float = 0.06) -
     return make(P, R, gamma, allowed=allowed, actions=("reject", "accept"), name="access_control")
 
 
-# What the book prints: values of the random policy, V*, and the sweeps of iterative policy evaluation.
+# Tables printed in the book: V of the random policy, V*, and iterative policy evaluation after k sweeps.
 EXAMPLE_3_5 = np.array([[3.3, 8.8, 4.4, 5.3, 1.5], [1.5, 3.0, 2.3, 1.9, 0.5], [0.1, 0.7, 0.7, 0.4, -0.4],
                         [-1.0, -0.4, -0.4, -0.6, -1.2], [-1.9, -1.3, -1.2, -1.4, -2.0]])  # fmt: skip
 EXAMPLE_3_8 = np.array([[22.0, 24.4, 22.0, 19.4, 17.5], [19.8, 22.0, 19.8, 17.8, 16.0], [17.8, 19.8, 17.8, 16.0, 14.4],
@@ -212,10 +218,10 @@ WORLDS: dict[str, tuple[Callable[[float], MDP], float]] = {
 
 
 def world(name: str, gamma: float | None = None) -> MDP:
-    """The world of this name with its own γ, or with the one given; another name is a gymnasium id."""
+    """The MDP of this name, with its usual γ or the given one. A name that is not in WORLDS is a gymnasium id."""
     if name in WORLDS:
-        build, own = WORLDS[name]
-        return build(own if gamma is None else gamma)
+        build, usual_gamma = WORLDS[name]
+        return build(usual_gamma if gamma is None else gamma)
     try:
         return from_gymnasium(name, 0.99 if gamma is None else gamma)
     except UserError as e:

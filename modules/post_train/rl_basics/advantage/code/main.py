@@ -20,8 +20,7 @@ from finetune.rl.agents.reward_scale import RewardScale
 from finetune.rl.envs.rollout import Rollout, numpy_generator
 from finetune.rl.statistics import Moments, chi_square_z, critical_z, gradient_bias, gradient_bias_interval
 from finetune.rl.tabular import mdp as tables
-from finetune.rl.tabular.mdp import MDP
-from finetune.rl.tabular.planning import evaluate
+from finetune.rl.tabular.mdp import MDP, evaluate
 from finetune.rl.tabular.sample import sample_tabular
 from finetune.runs import config
 from finetune.runs.display import uncertain

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from finetune.rl.tabular import mdp as mdps
+from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import Array
 
 from .prediction import Stream
@@ -78,8 +78,8 @@ def certainty_equivalence(counts: Counts, run: int, gamma: float) -> Array:
     probable as it was frequent. States that were never left are worth 0."""
     visits = counts.visits[run][:, None]
     P = np.where(visits > 0, counts.after[run] / visits.clip(1), np.eye(len(visits)))
-    model = mdps.make(P[:, None], counts.rewards[run][:, None] / visits.clip(1), gamma, terminal=visits[:, 0] == 0)
-    return mdps.solve(model, mdps.uniform(model))
+    model = tables.make(P[:, None], counts.rewards[run][:, None] / visits.clip(1), gamma, terminal=visits[:, 0] == 0)
+    return tables.solve(model, tables.uniform(model))
 
 
 def predictor() -> Stream:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.rl.tabular import mdp as mdps
-from finetune.rl.tabular import planning, worlds
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular import worlds
 from finetune.rl.tabular.mdp import MDP, Array
 
 from . import batch, control, linear, off_policy, prediction
@@ -84,7 +84,7 @@ def pairs(first: Iterable[float], second: Iterable[float]) -> list[Array]:
 def five_states(totals: Totals, runs: int, rate: float, draw: np.random.Generator) -> None:
     """Example 6.2: constant-α TD(0) and Monte Carlo on the 5-state walk, values 0.5 at the start, 100 episodes."""
     walk = worlds.random_walk()
-    truth, V0 = mdps.solve(walk, mdps.uniform(walk)), np.where(walk.terminal, 0.0, 0.5)
+    truth, V0 = tables.solve(walk, tables.uniform(walk)), np.where(walk.terminal, 0.0, 0.5)
     stream = prediction.sample(walk, runs, 100, draw)
     ones = np.ones(len(TD_ALPHAS), np.intp)
     _, td = prediction.n_step(walk, stream, V0, ones, rate * np.array(TD_ALPHAS), truth)
@@ -102,7 +102,7 @@ def five_states(totals: Totals, runs: int, rate: float, draw: np.random.Generato
 def nineteen_states(totals: Totals, runs: int, rate: float, draw: np.random.Generator) -> None:
     """Figures 7.2 and 12.6 on the same episodes: RMS error over the first 10, by n and α, and by λ and α."""
     walk = worlds.world("random_walk")
-    truth, V0 = mdps.solve(walk, mdps.uniform(walk)), np.zeros(walk.size[0])
+    truth, V0 = tables.solve(walk, tables.uniform(walk)), np.zeros(walk.size[0])
     stream = prediction.sample(walk, runs, 10, draw)
     n, alphas = pairs(STEPS, ALPHAS)
     _, errors = prediction.n_step(walk, stream, V0, n.astype(np.intp), rate * alphas, truth)
@@ -134,7 +134,7 @@ def cliff(totals: Totals, runs: int, episodes: int, rate: float, draw: np.random
 
 def truncated_value(mdp: MDP, actions: Array, steps: int) -> float:
     """Exact mean return of a deterministic policy that is stopped after so many steps; it need not end."""
-    return float(mdp.start @ planning.evaluate(mdp, mdps.one_hot(mdp, actions), np.zeros(mdp.size[0]), steps))
+    return float(mdp.start @ tables.evaluate(mdp, tables.one_hot(mdp, actions), np.zeros(mdp.size[0]), steps))
 
 
 def bias(totals: Totals, runs: int, episodes: int, rate: float, draw: np.random.Generator) -> None:
@@ -175,7 +175,7 @@ def batch_updating(totals: Totals, runs: int, rate: float, draw: np.random.Gener
     """Figure 6.2: after every episode of the 5-state walk, batch TD(0) and batch Monte Carlo to convergence on all
     episodes so far. Example 6.4, and how far TD is from the certainty-equivalence estimate at the end."""
     walk = worlds.random_walk()
-    truth, V0 = mdps.solve(walk, mdps.uniform(walk)), np.where(walk.terminal, 0.0, 0.5)
+    truth, V0 = tables.solve(walk, tables.uniform(walk)), np.where(walk.terminal, 0.0, 0.5)
     stream = prediction.sample(walk, runs, 100, draw)
     G = prediction.returns(stream, walk.gamma)[0]
     counts = batch.Counts.none(runs, walk.size[0])
@@ -209,7 +209,7 @@ def importance(totals: Totals, runs: int, rate: float, draw: np.random.Generator
         totals.add(name, (learns * estimate[:, at - 1] - truth) ** 2, axis=0)
 
     world, target, value = blackjack_state()
-    G, rho, _ = off_policy.sample(world, target, mdps.uniform(world), runs, EPISODES[-1], draw)
+    G, rho, _ = off_policy.sample(world, target, tables.uniform(world), runs, EPISODES[-1], draw)
     for name, estimator in off_policy.ESTIMATORS.items():
         estimate = estimator(G, rho)
         squared(f"5.3 {name}", estimate, value, EPISODES)
@@ -218,7 +218,7 @@ def importance(totals: Totals, runs: int, rate: float, draw: np.random.Generator
         squared(f"5.5 {name}", paths, 1.0, np.arange(1, len(LOOPS) + 1))
 
     world, target, value = paying_world()
-    G, rho, each = off_policy.sample(world, target, mdps.uniform(world), runs, 1000, draw)
+    G, rho, each = off_policy.sample(world, target, tables.uniform(world), runs, 1000, draw)
     few = EPISODES[EPISODES <= 1000]
     for name, estimator in off_policy.ESTIMATORS.items():
         squared(f"5.9 {name}", estimator(G, rho), value, few)
@@ -229,19 +229,19 @@ def blackjack_state() -> tuple[MDP, Array, float]:
     """Example 5.4: from 13 with a usable ace against a two; sticking on 20 and 21; what that is worth."""
     world, sums = worlds.blackjack(), np.arange(203) // 10 % 10 + 12
     world = replace(world, start=np.eye(203)[111])
-    target = mdps.one_hot(world, np.where(world.terminal | (sums >= 20), 0, 1))
-    return world, target, mdps.performance(world, target)
+    target = tables.one_hot(world, np.where(world.terminal | (sums >= 20), 0, 1))
+    return world, target, tables.performance(world, target)
 
 
 def paying_world() -> tuple[MDP, Array, float]:
     """A random world of about four steps an episode, and a target policy that prefers its first action."""
-    world = mdps.garnet(6, 2, 3, np.random.default_rng(0), 1.0, mean=1.0, ending=0.25)
+    world = tables.garnet(6, 2, 3, np.random.default_rng(0), 1.0, mean=1.0, ending=0.25)
     target = np.tile([0.75, 0.25], (len(world.terminal), 1))
-    return world, target, mdps.performance(world, target)
+    return world, target, tables.performance(world, target)
 
 
 def loop_paths(draw: np.random.Generator, runs: int = 10) -> dict[str, Array]:
     """Figure 5.4: estimates (runs, …) after LOOPS episodes; the value is 1."""
     world = worlds.one_state_loop()
-    G, rho, _ = off_policy.sample(world, mdps.one_hot(world, [0, 0]), mdps.uniform(world), runs, LOOPS[-1], draw)
+    G, rho, _ = off_policy.sample(world, tables.one_hot(world, [0, 0]), tables.uniform(world), runs, LOOPS[-1], draw)
     return {name: estimator(G, rho)[:, LOOPS - 1] for name, estimator in off_policy.ESTIMATORS.items()}

@@ -19,8 +19,8 @@ from finetune.rl.envs.evaluation import returns
 from finetune.rl.envs.rollout import episode_seeds, numpy_generator
 from finetune.rl.envs.vector import VectorEnv
 from finetune.rl.statistics import standard_error
-from finetune.rl.tabular import mdp as mdps
-from finetune.rl.tabular import planning, worlds
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular import worlds
 from finetune.runs import config
 from finetune.runs.config import bounded
 from finetune.runs.display import uncertain
@@ -183,8 +183,11 @@ def judge_taxi(run, drivers: control.Learners) -> None:
     """Q-learning on Taxi: the exact value of the greedy policy, stopped after 200 steps. Target: a hundredth of the way
     from the best, 7.93, to random actions."""
     taxi = drivers.mdp
-    random = float(taxi.start @ planning.evaluate(taxi, mdps.uniform(taxi), np.zeros(taxi.size[0]), 200))
-    best = float(taxi.start @ planning.policy_iteration(taxi)[0])
+    random = float(taxi.start @ tables.evaluate(taxi, tables.uniform(taxi), np.zeros(taxi.size[0]), 200))
+    V = np.zeros(taxi.size[0])
+    for _ in range(200):
+        V = tables.action_values(taxi, V).max(1)
+    best = float(taxi.start @ V)
     values = driven(drivers)
     run.result(
         "taxi", fmean(values), error=standard_error(values), baseline=random, target=best + (random - best) / 100

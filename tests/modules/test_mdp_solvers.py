@@ -1,4 +1,4 @@
-"""finetune.rl.tabular.planning and worlds: every solver against scipy, quantecon, enumeration and the book."""
+"""The solvers of the mdp module and the named worlds: against scipy, quantecon, enumeration and the book."""
 
 import itertools
 
@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from finetune.errors import UserError
-from finetune.rl.tabular import mdp as mdps
-from finetune.rl.tabular import planning, worlds
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular import worlds
+from finetune.runs import registry
+
+value_iteration = registry.part("mdp", "value_iteration")
+synchronous, in_place = value_iteration.synchronous, value_iteration.in_place
+modified = registry.part("mdp", "modified_policy_iteration").modified
+policy_iteration = registry.part("mdp", "policy_iteration").policy_iteration
+linear_program = registry.part("mdp", "linear_program").linear_program
 
 # V*(start) of gymnasium's tables; 14/17 is FrozenLake's without discount
 KNOWN = {("frozen_lake", 0.99): 0.542026, ("frozen_lake", 1.0): 14 / 17, ("frozen_lake_8x8", 0.99): 0.414640,
@@ -16,16 +23,16 @@ KNOWN = {("frozen_lake", 0.99): 0.542026, ("frozen_lake", 1.0): 14 / 17, ("froze
 
 
 def random_mdp(states, actions, gamma, seed):
-    draw = np.random.default_rng(seed)
-    P = draw.dirichlet(np.full(states, 0.3), (states, actions))
-    allowed = draw.random((states, actions)) < 0.7
+    rng = np.random.default_rng(seed)
+    P = rng.dirichlet(np.full(states, 0.3), (states, actions))
+    allowed = rng.random((states, actions)) < 0.7
     allowed[:, 0] = True
-    return mdps.make(P, draw.normal(size=(states, actions)), gamma, allowed=allowed, terminal=[False] * states)
+    return tables.make(P, rng.normal(size=(states, actions)), gamma, allowed=allowed, terminal=[False] * states)
 
 
 def best_of_all_policies(mdp):
     choices = [np.flatnonzero(row) for row in mdp.allowed]
-    found = [mdps.solve(mdp, mdps.one_hot(mdp, list(actions))) for actions in itertools.product(*choices)]
+    found = [tables.solve(mdp, tables.one_hot(mdp, list(actions))) for actions in itertools.product(*choices)]
     return np.max(found, axis=0)
 
 
@@ -33,16 +40,16 @@ def best_of_all_policies(mdp):
 def test_every_solver_finds_the_best_of_all_policies(seed):
     mdp = random_mdp(5, 3, 0.9, seed)
     best = best_of_all_policies(mdp)
-    V, policy, _ = planning.policy_iteration(mdp)
+    V, policy, _ = policy_iteration(mdp)
     assert np.allclose(V, best, rtol=0, atol=1e-12)
-    assert np.allclose(mdps.solve(mdp, policy), best, rtol=0, atol=1e-12)
-    V, policy, _ = planning.linear_program(mdp)
+    assert np.allclose(tables.solve(mdp, policy), best, rtol=0, atol=1e-12)
+    V, policy, _ = linear_program(mdp)
     assert np.allclose(V, best, rtol=0, atol=1e-12)
     assert (policy * ~mdp.allowed).sum() == 0
-    for sweep in (planning.synchronous, planning.in_place, planning.modified):
-        V, _ = planning.solve_by(sweep, mdp, 1e-10)
+    for sweep in (synchronous, in_place, modified):
+        V, _ = value_iteration.iterate(sweep, mdp, 1e-10)
         assert abs(V - best).max() <= 1e-10 * abs(best).max(), "the tolerance is a promise"
-    work = planning.Prioritized(mdp, np.zeros(5))
+    work = value_iteration.Prioritized(mdp, np.zeros(5))
     work.backups(3000)
     assert np.allclose(work.V, best, rtol=0, atol=1e-10)
 
@@ -50,84 +57,84 @@ def test_every_solver_finds_the_best_of_all_policies(seed):
 @pytest.mark.parametrize("key", KNOWN, ids=str)
 def test_known_values_of_gymnasiums_worlds(key):
     mdp = worlds.world(*key)
-    V, policy, improvements = planning.policy_iteration(mdp)
+    V, policy, improvements = policy_iteration(mdp)
     assert mdp.start @ V == pytest.approx(KNOWN[key], abs=5e-7 if key != ("taxi", 0.99) else 5e-5)
     assert improvements <= 10
-    assert mdps.performance(mdp, policy) == pytest.approx(mdp.start @ V, abs=1e-9)
+    assert tables.performance(mdp, policy) == pytest.approx(mdp.start @ V, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["frozen_lake", "frozen_lake_8x8", "taxi", "gambler"])
 def test_every_solver_agrees_on_every_world(name):
     mdp = worlds.world(name)
-    V, _, _ = planning.policy_iteration(mdp)
-    assert abs(planning.synchronous(mdp, V) - V).max() < 1e-11 * max(1, abs(V).max()), "Bellman's equation"
-    assert abs(planning.linear_program(mdp)[0] - V).max() < 1e-10
-    for sweep in (planning.synchronous, planning.in_place, planning.modified):
-        assert abs(planning.solve_by(sweep, mdp)[0] - V).max() < 1e-8, sweep
+    V, _, _ = policy_iteration(mdp)
+    assert abs(synchronous(mdp, V) - V).max() < 1e-11 * max(1, abs(V).max()), "Bellman's equation"
+    assert abs(linear_program(mdp)[0] - V).max() < 1e-10
+    for sweep in (synchronous, in_place, modified):
+        assert abs(value_iteration.iterate(sweep, mdp)[0] - V).max() < 1e-8, sweep
 
 
 SCALES = (1e-12, 1e-10, 1e-8, 1e-3, 7.0, 1e8, 1e12)
 
 
 def scaled(mdp, c):
-    return mdps.make(mdp.P, mdp.rewards * c, mdp.gamma, terminal=mdp.terminal, start=mdp.start, allowed=mdp.allowed)
+    return tables.make(mdp.P, mdp.rewards * c, mdp.gamma, terminal=mdp.terminal, start=mdp.start, allowed=mdp.allowed)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 0.9999])
 @pytest.mark.parametrize("c", SCALES)
 def test_the_size_of_rewards_changes_no_policy(c, gamma):
     """By every solver: V scales with the rewards, and who acts does not change."""
-    for mdp in (random_mdp(30, 4, gamma, 1), mdps.garnet(20, 3, 2, np.random.default_rng(2), gamma, ending=0.1)):
-        best, policy, improvements = planning.policy_iteration(mdp)
+    for mdp in (random_mdp(30, 4, gamma, 1), tables.garnet(20, 3, 2, np.random.default_rng(2), gamma, ending=0.1)):
+        best, policy, improvements = policy_iteration(mdp)
         size, other = abs(best).max(), scaled(mdp, c)
-        V, mine, count = planning.policy_iteration(other)
+        V, mine, count = policy_iteration(other)
         assert np.array_equal(mine, policy)
         assert count == improvements
         assert np.allclose(V / c, best, rtol=0, atol=1e-10 * size)
-        V, mine, _ = planning.linear_program(other)
+        V, mine, _ = linear_program(other)
         assert np.array_equal(mine[~mdp.terminal], policy[~mdp.terminal])
         assert np.allclose(V / c, best, rtol=0, atol=1e-10 * size)
-        assert np.array_equal(mdps.greedy(other, c * best), mdps.greedy(mdp, best))
-        assert np.array_equal(mdps.near_best(other, c * best, 1e-3), mdps.near_best(mdp, best, 1e-3))
-        assert np.array_equal(planning.finite_horizon(other, 9)[1], planning.finite_horizon(mdp, 9)[1])
+        assert np.array_equal(tables.greedy(other, c * best), tables.greedy(mdp, best))
+        assert np.array_equal(tables.greedy_actions(other, c * best, 1e-3), tables.greedy_actions(mdp, best, 1e-3))
+        assert np.array_equal(value_iteration.finite_horizon(other, 9)[1], value_iteration.finite_horizon(mdp, 9)[1])
         if gamma < 0.99:
-            for sweep in (planning.synchronous, planning.in_place, planning.modified):
-                V, mine = planning.solve_by(sweep, other)
+            for sweep in (synchronous, in_place, modified):
+                V, mine = value_iteration.iterate(sweep, other)
                 assert abs(V / c - best).max() <= 1e-10 * size
-                assert mine == planning.solve_by(sweep, mdp)[1]
-            work = planning.Prioritized(other, np.zeros(len(best)))
+                assert mine == value_iteration.iterate(sweep, mdp)[1]
+            work = value_iteration.Prioritized(other, np.zeros(len(best)))
             work.backups(5000)
             assert abs(work.V / c - best).max() <= 1e-10 * size
 
 
-def test_small_numbers_count_beside_large_ones():
+def test_small_numbers_count_next_to_large_ones():
     """A step may cost 1 or 2, and one action leads to ruin with 1e11: the tie is of the numbers that are compared."""
     P = np.zeros((3, 3, 3))
     P[0, 0, 1] = P[0, 1, 1] = P[0, 2, 2] = P[1, :, 1] = P[2, :, 2] = 1
-    mdp = mdps.make(P, [[-2.0, -1, -5], [0, 0, 0], [-1e11] * 3], 0.99, terminal=[False, True, False])
-    for solver in (planning.policy_iteration, planning.linear_program):
+    mdp = tables.make(P, [[-2.0, -1, -5], [0, 0, 0], [-1e11] * 3], 0.99, terminal=[False, True, False])
+    for solver in (policy_iteration, linear_program):
         V, policy, _ = solver(mdp)
         assert V[0] == -1
         assert policy[0].tolist() == [0, 1, 0]
 
 
-def test_sweeps_that_never_come_near_say_what_is_missing():
+def test_sweeps_that_never_converge_say_what_is_missing():
     mdp = random_mdp(5, 2, 1 - 1e-9, 0)
     with pytest.raises(UserError, match=r"after 50 sweeps: γ = 0\.999999999 needs more"):
-        planning.solve_by(planning.synchronous, mdp, most=50)
+        value_iteration.iterate(synchronous, mdp, max_sweeps=50)
 
 
 @pytest.mark.parametrize("name", ["frozen_lake", "gridworld", "car_rental"])
 def test_sweeps_contract(name):
     """‖V_k − V*‖ ≤ γ^k ‖V_0 − V*‖ at each sweep, from values that are wrong in both directions."""
     mdp = worlds.world(name)
-    best, _, _ = planning.policy_iteration(mdp)
-    draw = np.random.default_rng(0)
-    uniform, first = mdps.uniform(mdp), np.where(mdp.terminal, 0, best + draw.normal(size=len(best)) * 10)
-    own = mdps.solve(mdp, uniform)
-    for sweep, goal in ((planning.synchronous, best), (planning.in_place, best),
-                        (lambda m, V: planning.in_place(m, V, draw.permutation(len(V))), best),
-                        (lambda m, V: planning.evaluate(m, uniform, V), own)):  # fmt: skip
+    best, _, _ = policy_iteration(mdp)
+    rng = np.random.default_rng(0)
+    uniform, first = tables.uniform(mdp), np.where(mdp.terminal, 0, best + rng.normal(size=len(best)) * 10)
+    own = tables.solve(mdp, uniform)
+    for sweep, goal in ((synchronous, best), (in_place, best),
+                        (lambda m, V: in_place(m, V, rng.permutation(len(V))), best),
+                        (lambda m, V: tables.evaluate(m, uniform, V), own)):  # fmt: skip
         V, bound = first, abs(first - goal).max()
         for _ in range(60):
             V, bound = sweep(mdp, V), bound * mdp.gamma
@@ -136,24 +143,24 @@ def test_sweeps_contract(name):
 
 def test_priorities_bound_the_bellman_error():
     mdp = random_mdp(20, 3, 0.95, 3)
-    work = planning.Prioritized(mdp, np.zeros(20))
+    work = value_iteration.Prioritized(mdp, np.zeros(20))
     for _ in range(200):
         work.backups(1)
-        assert (abs(planning.synchronous(mdp, work.V) - work.V) <= work.priority + 1e-12).all()
+        assert (abs(synchronous(mdp, work.V) - work.V) <= work.priority + 1e-12).all()
 
 
 def test_modified_policy_iteration_lies_between():
     mdp = worlds.world("frozen_lake")
-    V = planning.synchronous(mdp, np.zeros(16))
-    assert np.array_equal(planning.modified(mdp, V, 1), planning.synchronous(mdp, V))
-    policy = mdps.greedy(mdp, V)
-    assert np.allclose(planning.modified(mdp, V, 5000), mdps.solve(mdp, policy), rtol=0, atol=1e-12)
+    V = synchronous(mdp, np.zeros(16))
+    assert np.array_equal(modified(mdp, V, 1), synchronous(mdp, V))
+    policy = tables.greedy(mdp, V)
+    assert np.allclose(modified(mdp, V, 5000), tables.solve(mdp, policy), rtol=0, atol=1e-12)
 
 
 def test_finite_horizon_is_the_best_of_all_plans():
     """Three steps by enumerating what may be done in each; many steps by value iteration."""
     mdp = random_mdp(3, 2, 1.0, 1)
-    V, actions = planning.finite_horizon(mdp, 3)
+    V, actions = value_iteration.finite_horizon(mdp, 3)
     rules = list(itertools.product(*[np.flatnonzero(row) for row in mdp.allowed]))
     index = np.arange(3)
 
@@ -167,8 +174,8 @@ def test_finite_horizon_is_the_best_of_all_plans():
     assert np.allclose(V[3], best, rtol=0, atol=1e-12)
     assert np.allclose(worth([actions[2], actions[1], actions[0]]), best, rtol=0, atol=1e-12)
     lake = worlds.world("frozen_lake")
-    far, _ = planning.finite_horizon(lake, 2000)
-    assert np.allclose(far[-1], planning.policy_iteration(lake)[0], rtol=0, atol=1e-8)
+    far, _ = value_iteration.finite_horizon(lake, 2000)
+    assert np.allclose(far[-1], policy_iteration(lake)[0], rtol=0, atol=1e-8)
 
 
 # --- Peers
@@ -185,7 +192,7 @@ def as_quantecon(mdp):
 def test_values_equal_quantecons(name, gamma):
     mdp = worlds.world(name, gamma)
     theirs = as_quantecon(mdp).solve("policy_iteration", v_init=np.zeros(mdp.size[0]))
-    assert abs(planning.policy_iteration(mdp)[0] - theirs.v).max() < 1e-8
+    assert abs(policy_iteration(mdp)[0] - theirs.v).max() < 1e-8
 
 
 @pytest.mark.peer
@@ -202,7 +209,7 @@ def test_values_equal_scipys_linear_program(name, gamma):
     found = optimize.linprog(np.ones(len(inner)), sparse.csr_array(rows), -mdp.R[inner[s], a], bounds=(None, None),
                              options=within)  # fmt: skip
     assert found.status == 0
-    assert abs(planning.linear_program(mdp)[0][inner] - found.x).max() < 1e-8
+    assert abs(linear_program(mdp)[0][inner] - found.x).max() < 1e-8
 
 
 # --- The book
@@ -210,8 +217,8 @@ def test_values_equal_scipys_linear_program(name, gamma):
 
 def test_examples_3_5_and_3_8():
     mdp = worlds.gridworld()
-    assert abs(mdps.solve(mdp, mdps.uniform(mdp)) - worlds.EXAMPLE_3_5.ravel()).max() <= 0.05
-    assert abs(planning.policy_iteration(mdp)[0] - worlds.EXAMPLE_3_8.ravel()).max() <= 0.05
+    assert abs(tables.solve(mdp, tables.uniform(mdp)) - worlds.EXAMPLE_3_5.ravel()).max() <= 0.05
+    assert abs(policy_iteration(mdp)[0] - worlds.EXAMPLE_3_8.ravel()).max() <= 0.05
 
 
 def test_figure_4_1():
@@ -219,16 +226,16 @@ def test_figure_4_1():
     V, sweeps = np.zeros(16), 0
     for k, table in worlds.FIGURE_4_1.items():
         if np.isfinite(k):
-            V, sweeps = planning.evaluate(mdp, mdps.uniform(mdp), V, int(k) - sweeps), int(k)
+            V, sweeps = tables.evaluate(mdp, tables.uniform(mdp), V, int(k) - sweeps), int(k)
         else:
-            V = mdps.solve(mdp, mdps.uniform(mdp))
+            V = tables.solve(mdp, tables.uniform(mdp))
         assert abs(V - table.ravel()).max() < 0.0501, "the book cuts −1.75 to −1.7"
 
 
 def test_figure_4_2_needs_four_improvements():
     """From never moving a car; every policy moves as many cars as the figure's last one in its upper left."""
     mdp = worlds.car_rental()
-    V, policy, improvements = planning.policy_iteration(mdp, mdps.one_hot(mdp, np.full(441, 5)))
+    V, policy, improvements = policy_iteration(mdp, tables.one_hot(mdp, np.full(441, 5)))
     assert improvements == 4
     cars = policy.argmax(1).reshape(21, 21) - 5
     assert cars[20].tolist() == [5, 5, 5, 5, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0]
@@ -237,12 +244,12 @@ def test_figure_4_2_needs_four_improvements():
 
 
 def test_a_day_of_the_car_rental_is_what_simulation_says():
-    day, rented = worlds._one_place(20, 3, 2)
+    day, rented = worlds._one_location(20, 3, 2)
     assert np.allclose(day.sum(1), 1, rtol=0, atol=1e-12)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     count = 200_000
-    out = np.minimum(draw.poisson(3, count), 6)
-    left = np.minimum(6 - out + draw.poisson(2, count), 20)
+    out = np.minimum(rng.poisson(3, count), 6)
+    left = np.minimum(6 - out + rng.poisson(2, count), 20)
     assert abs(out.mean() - rented[6]) < 5 * out.std() / count**0.5
     seen = np.bincount(left, minlength=21) / count
     assert (abs(seen - day[6]) < 5 * np.sqrt(day[6] / count) + 1e-5).all()
@@ -252,7 +259,7 @@ def test_a_day_of_the_car_rental_is_what_simulation_says():
 def test_the_gambler_plays_boldly(heads):
     """With odds below even, V(s) = p V(2s) up to half of the goal, p + (1 − p) V(2s − goal) from there."""
     mdp = worlds.gambler(heads=heads)
-    V, _, _ = planning.policy_iteration(mdp)
+    V, _, _ = policy_iteration(mdp)
     s = np.arange(1, 51)
     assert np.allclose(V[s], heads * np.where(2 * s == 100, 1, V[2 * s]), rtol=0, atol=1e-12)
     s = np.arange(51, 100)
@@ -262,9 +269,9 @@ def test_the_gambler_plays_boldly(heads):
 def test_random_walk_values():
     """k/6 with 5 states; from −1 to 1 in equal steps with 19."""
     five = worlds.random_walk()
-    assert np.allclose(mdps.solve(five, mdps.uniform(five)), [0, *np.arange(1, 6) / 6, 0], rtol=0, atol=1e-14)
+    assert np.allclose(tables.solve(five, tables.uniform(five)), [0, *np.arange(1, 6) / 6, 0], rtol=0, atol=1e-14)
     many = worlds.random_walk(19, -1.0, 1.0)
-    assert np.allclose(mdps.solve(many, mdps.uniform(many))[1:-1], np.arange(-9, 10) / 10, rtol=0, atol=1e-14)
+    assert np.allclose(tables.solve(many, tables.uniform(many))[1:-1], np.arange(-9, 10) / 10, rtol=0, atol=1e-14)
 
 
 # --- What has no answer
@@ -274,16 +281,16 @@ def test_values_without_a_bound_are_refused():
     P = np.zeros((3, 2, 3))
     P[0, 0, 1] = P[1, 0, 0] = 1  # to and fro, paid
     P[0, 1, 2] = P[1, 1, 2] = P[2, :, 2] = 1
-    mdp = mdps.make(P, [[1, 0], [1, 0], [0, 0]], 1.0)
+    mdp = tables.make(P, [[1, 0], [1, 0], [0, 0]], 1.0)
     with pytest.raises(UserError, match="no bound"):
-        planning.linear_program(mdp)
+        linear_program(mdp)
     with pytest.raises(UserError, match="does not end"):
-        planning.policy_iteration(mdp)
+        policy_iteration(mdp)
     with pytest.raises(UserError, match="no limit"):
-        planning.solve_by(planning.synchronous, mdp, most=100)
-    endless = mdps.make(np.ones((2, 1, 2)) / 2, np.ones((2, 1)), 1.0)
+        value_iteration.iterate(synchronous, mdp, max_sweeps=100)
+    endless = tables.make(np.ones((2, 1, 2)) / 2, np.ones((2, 1)), 1.0)
     with pytest.raises(UserError, match="does not end from state 0"):
-        planning.policy_iteration(endless)
+        policy_iteration(endless)
 
 
 def test_unknown_world():

@@ -1,25 +1,25 @@
-"""The average reward (rl.tabular.planning) and the tiger (modules mdp, code/pomdp.py) against linear programs, all
-policies and all plans."""
+"""Average reward and POMDPs of the mdp module: against linear programs, all policies and all plans."""
 
 import itertools
-import sys
 
 import numpy as np
 import pytest
 
 from finetune.errors import UserError
-from finetune.rl.tabular import mdp as mdps
-from finetune.rl.tabular import planning, worlds
+from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular import worlds
 from finetune.runs import registry
 
 main = registry.load(registry.find("mdp"))
-pomdp = sys.modules["finetune_modules.mdp.pomdp"]
+pomdp = registry.part("mdp", "pomdp")
+average_reward = registry.part("mdp", "average_reward")
+synchronous = registry.part("mdp", "value_iteration").synchronous
 
 
 def unichain(states, actions, seed):
-    draw = np.random.default_rng(seed)
-    P = 0.9 * draw.dirichlet(np.full(states, 0.3), (states, actions)) + 0.1 / states
-    return mdps.make(P, draw.normal(size=(states, actions)), 0.9, terminal=[False] * states)
+    rng = np.random.default_rng(seed)
+    P = 0.9 * rng.dirichlet(np.full(states, 0.3), (states, actions)) + 0.1 / states
+    return tables.make(P, rng.normal(size=(states, actions)), 0.9, terminal=[False] * states)
 
 
 # --- The average reward
@@ -27,8 +27,8 @@ def unichain(states, actions, seed):
 
 def test_gain_and_bias_are_the_sums_they_stand_for():
     mdp = unichain(6, 2, 0)
-    gain, bias = planning.gain_and_bias(mdp, mdps.uniform(mdp))
-    P, r = mdps.under(mdp, mdps.uniform(mdp))
+    gain, bias = average_reward.gain_and_bias(mdp, tables.uniform(mdp))
+    P, r = tables.under(mdp, tables.uniform(mdp))
     now, total = np.eye(6), np.zeros(6)
     for _ in range(400):
         total, now = total + now @ r - gain, now @ P
@@ -39,21 +39,21 @@ def test_gain_and_bias_are_the_sums_they_stand_for():
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gain_is_the_best_of_all_policies(seed):
     mdp = unichain(4, 3, seed)
-    every = [mdps.one_hot(mdp, list(a)) for a in itertools.product(range(3), repeat=4)]
-    best = max(planning.gain_and_bias(mdp, policy)[0] for policy in every)
-    gain, bias, policy, _ = planning.average_reward_iteration(mdp, every[0])
+    every = [tables.one_hot(mdp, list(a)) for a in itertools.product(range(3), repeat=4)]
+    best = max(average_reward.gain_and_bias(mdp, policy)[0] for policy in every)
+    gain, bias, policy, _ = average_reward.average_reward_iteration(mdp, every[0])
     assert gain == pytest.approx(best, abs=1e-12)
-    assert planning.gain_and_bias(mdp, policy)[0] == pytest.approx(best, abs=1e-12)
-    assert np.allclose(planning.synchronous(mdp.discounted(1.0), bias), bias + gain, rtol=0, atol=1e-11)
+    assert average_reward.gain_and_bias(mdp, policy)[0] == pytest.approx(best, abs=1e-12)
+    assert np.allclose(synchronous(mdp.discounted(1.0), bias), bias + gain, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("c", [1e-12, 1e-8, 1e-3, 1e8, 1e12])
 def test_the_size_of_rewards_changes_neither_the_best_gain_nor_the_plans(c):
     for mdp in (worlds.access_control(), unichain(8, 3, 5)):
-        large = mdps.make(mdp.P, mdp.rewards * c, 0.9, terminal=[False] * mdp.size[0], allowed=mdp.allowed)
-        first = mdps.one_hot(mdp, [0] * mdp.size[0])
-        gain, bias, policy, count = planning.average_reward_iteration(mdp, first)
-        found = planning.average_reward_iteration(large, first)
+        large = tables.make(mdp.P, mdp.rewards * c, 0.9, terminal=[False] * mdp.size[0], allowed=mdp.allowed)
+        first = tables.one_hot(mdp, [0] * mdp.size[0])
+        gain, bias, policy, count = average_reward.average_reward_iteration(mdp, first)
+        found = average_reward.average_reward_iteration(large, first)
         assert found[0] == pytest.approx(c * gain, rel=1e-10)
         assert np.allclose(found[1] / c, bias, rtol=0, atol=1e-10 * abs(bias).max())
         assert np.array_equal(found[2], policy)
@@ -61,30 +61,30 @@ def test_the_size_of_rewards_changes_neither_the_best_gain_nor_the_plans(c):
     beliefs = np.random.default_rng(0).dirichlet(np.ones(3), 500)
     for problem in (some_pomdp(3, 3, 2, 4), some_pomdp()):
         mdp = problem.mdp
-        large = pomdp.POMDP(mdps.make(mdp.P, mdp.rewards * c, 0.9, terminal=[False] * 3), problem.seen)
+        large = pomdp.POMDP(tables.make(mdp.P, mdp.rewards * c, 0.9, terminal=[False] * 3), problem.observe)
         for margin in (1e-10, 1e-3):
             mine, other = pomdp.solve(problem, 4, margin)[-1], pomdp.solve(large, 4, margin)[-1]
             assert len(mine[0]) == len(other[0])
-            assert np.array_equal(pomdp.best_action(beliefs, mine), pomdp.best_action(beliefs, other))
+            assert np.array_equal(pomdp.optimal_action(beliefs, mine), pomdp.optimal_action(beliefs, other))
             assert np.allclose(pomdp.value(beliefs, other) / c, pomdp.value(beliefs, mine), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("step", [0.5, 0.9])
 def test_the_gain_lies_between_the_bounds_of_every_sweep(step):
     """And they close in, on a chain that alternates too, where a whole step would leave them apart for ever."""
-    to_and_fro = mdps.make(np.eye(2)[[[1], [0]]], [[1.0], [3.0]], 0.9, terminal=[False] * 2)
+    to_and_fro = tables.make(np.eye(2)[[[1], [0]]], [[1.0], [3.0]], 0.9, terminal=[False] * 2)
     for mdp in (worlds.access_control(), to_and_fro, unichain(5, 2, 4)):
-        gain = planning.average_reward_iteration(mdp, mdps.one_hot(mdp, [0] * mdp.size[0]))[0]
+        gain = average_reward.average_reward_iteration(mdp, tables.one_hot(mdp, [0] * mdp.size[0]))[0]
         h, width = np.random.default_rng(0).normal(size=mdp.size[0]), np.inf
         for _ in range(2000):
-            h, lower, upper = planning.relative_sweep(mdp, h, step)
+            h, lower, upper = average_reward.relative_sweep(mdp, h, step)
             assert lower - 1e-12 <= gain <= upper + 1e-12
             assert upper - lower <= width + 1e-12
             width = upper - lower
         assert width < 1e-9
     h = np.zeros(2)
     for _ in range(100):
-        h, lower, upper = planning.relative_sweep(to_and_fro, h, 1.0)
+        h, lower, upper = average_reward.relative_sweep(to_and_fro, h, 1.0)
     assert (lower, upper) == (1, 3)
 
 
@@ -97,7 +97,7 @@ def test_the_gain_of_the_queue_is_that_of_its_linear_program():
     rows = np.column_stack([-np.ones(len(s)), mdp.P[s, a] - np.eye(44)[s]])
     bounds = [(None, None), (0, 0)] + [(None, None)] * 43
     found = optimize.linprog([1.0] + [0.0] * 44, rows, -mdp.R[s, a], bounds=bounds)
-    gain, _, policy, improvements = planning.average_reward_iteration(mdp, mdps.one_hot(mdp, [0] * 44))
+    gain, _, policy, improvements = average_reward.average_reward_iteration(mdp, tables.one_hot(mdp, [0] * 44))
     assert found.status == 0
     assert gain == pytest.approx(found.fun, abs=1e-6)
     assert improvements <= 10
@@ -110,25 +110,25 @@ def test_the_gain_of_the_queue_is_that_of_its_linear_program():
 def test_discounted_values_lead_to_the_gain_and_the_bias():
     """V_γ = g / (1 − γ) + h + O(1 − γ)."""
     mdp = worlds.access_control()
-    _, _, policy, _ = planning.average_reward_iteration(mdp, mdps.one_hot(mdp, [0] * 44))
-    gain, bias = planning.gain_and_bias(mdp, policy)
+    _, _, policy, _ = average_reward.average_reward_iteration(mdp, tables.one_hot(mdp, [0] * 44))
+    gain, bias = average_reward.gain_and_bias(mdp, policy)
     apart = [
-        abs(mdps.solve(mdp.discounted(1 - rest), policy) - gain / rest - bias).max() for rest in (1e-2, 1e-3, 1e-4)
+        abs(tables.solve(mdp.discounted(1 - rest), policy) - gain / rest - bias).max() for rest in (1e-2, 1e-3, 1e-4)
     ]
     assert apart[0] > 8 * apart[1] > 60 * apart[2]
 
 
 def test_a_gain_that_depends_on_the_start_is_refused():
-    apart = mdps.make(np.eye(2)[:, None], [[1.0], [2.0]], 0.9, terminal=[False] * 2)
+    apart = tables.make(np.eye(2)[:, None], [[1.0], [2.0]], 0.9, terminal=[False] * 2)
     with pytest.raises(UserError, match="not unichain"):
-        planning.gain_and_bias(apart, mdps.uniform(apart))
+        average_reward.gain_and_bias(apart, tables.uniform(apart))
 
 
 def test_what_a_sweep_shrinks():
     """Never by less than γ; by γ exactly where W = V + c; and with γ = 1 not at all."""
     for gamma in (0.0, 0.5, 0.95, 1.0):
         mdp = unichain(7, 3, 1).discounted(gamma)
-        ratios = main.contractions(mdp, mdps.uniform(mdp), 50, np.random.default_rng(2))
+        ratios = main.contraction_ratios(mdp, tables.uniform(mdp), 50, np.random.default_rng(2))
         assert ratios.max() <= gamma + 1e-9
         assert np.allclose(ratios[1::2], gamma, rtol=0, atol=1e-9)
         assert gamma == 0 or ratios[::2].max() < gamma
@@ -138,10 +138,10 @@ def test_what_a_sweep_shrinks():
 
 
 def some_pomdp(states=3, actions=2, signs=2, seed=0):
-    draw = np.random.default_rng(seed)
-    P, seen = draw.dirichlet(np.ones(states), (states, actions)), draw.dirichlet(np.ones(signs), (actions, states))
-    mdp = mdps.make(P, draw.normal(size=(states, actions)), 0.9, terminal=[False] * states)
-    return pomdp.POMDP(mdp, seen)
+    rng = np.random.default_rng(seed)
+    P, observe = rng.dirichlet(np.ones(states), (states, actions)), rng.dirichlet(np.ones(signs), (actions, states))
+    mdp = tables.make(P, rng.normal(size=(states, actions)), 0.9, terminal=[False] * states)
+    return pomdp.POMDP(mdp, observe)
 
 
 def plans(problem, steps):
@@ -150,8 +150,8 @@ def plans(problem, steps):
         return np.zeros((1, problem.mdp.size[0]))
     below, mdp, found = plans(problem, steps - 1), problem.mdp, []
     for a in range(mdp.size[1]):
-        for after in itertools.product(below, repeat=problem.seen.shape[2]):
-            found.append(mdp.R[:, a] + mdp.gamma * mdp.P[:, a] @ (problem.seen[a] * np.array(after).T).sum(1))
+        for after in itertools.product(below, repeat=problem.observe.shape[2]):
+            found.append(mdp.R[:, a] + mdp.gamma * mdp.P[:, a] @ (problem.observe[a] * np.array(after).T).sum(1))
     return np.array(found)
 
 
@@ -201,10 +201,10 @@ def test_the_tigers_value_is_that_of_a_fine_grid_of_beliefs():
 
 
 def test_beliefs_are_what_counting_says():
-    problem, draw = some_pomdp(), np.random.default_rng(3)
-    before = draw.choice(3, 200_000, p=[0.5, 0.3, 0.2])
-    after = mdps.sample_next(problem.mdp, before, np.zeros(len(before), int), draw.random(len(before)))
-    sign = mdps.pick(problem.seen[0, after].cumsum(1), draw.random(len(before)))
+    problem, rng = some_pomdp(), np.random.default_rng(3)
+    before = rng.choice(3, 200_000, p=[0.5, 0.3, 0.2])
+    after = tables.sample_next(problem.mdp, before, np.zeros(len(before), int), rng.random(len(before)))
+    sign = tables.pick(problem.observe[0, after].cumsum(1), rng.random(len(before)))
     found, chance = pomdp.update(problem, np.array([0.5, 0.3, 0.2]), 0)
     for z in range(2):
         counted = np.bincount(after[sign == z], minlength=3) / (sign == z).sum()
@@ -240,9 +240,9 @@ def test_qmdp_promises_more_than_there_is_and_never_asks():
 @pytest.mark.parametrize("seed", range(3))
 def test_the_belief_at_which_a_vector_is_best_is_scipys(seed):
     optimize = pytest.importorskip("scipy.optimize")
-    draw = np.random.default_rng(seed)
-    vector, others = draw.normal(size=4), draw.normal(size=(7, 4))
-    belief, by = pomdp.where_best(vector, others)
+    rng = np.random.default_rng(seed)
+    vector, others = rng.normal(size=4), rng.normal(size=(7, 4))
+    belief, by = pomdp.largest_gap(vector, others)
     rows = np.column_stack([others - vector, np.ones(7)])  # δ ≤ b · (vector − other)
     found = optimize.linprog([0, 0, 0, 0, -1], rows, np.zeros(7), [[1, 1, 1, 1, 0]], [1], [(0, 1)] * 4 + [(None, None)])
     assert by == pytest.approx(-found.fun, abs=1e-9)
