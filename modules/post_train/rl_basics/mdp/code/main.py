@@ -125,7 +125,7 @@ def solver_results(run: Run, mdp: MDP, solvers: Solvers, optimal: Array, first: 
     run.result("share_of_bound", solvers.share, target=1 + 1e-9, higher=False)
     uniform = tables.performance(mdp, tables.uniform(mdp))
     target = float(mdp.start @ optimal) - allowed
-    run.result("start_value", mdp.start @ solvers.values["value_iteration"], baseline=uniform,
+    run.result("start_value", float(mdp.start @ solvers.values["value_iteration"]), baseline=uniform,
                target=target if target > uniform or not sweeps else None)  # fmt: skip
 
 

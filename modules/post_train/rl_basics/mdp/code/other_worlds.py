@@ -32,7 +32,8 @@ def gallery(run: Run, max_sweeps: int, evaluation_sweeps: int) -> None:
     for name in GALLERY:
         mdp = worlds.world(name)
         optimal, _, improvements = policy_iteration(mdp)
-        solvers, needed = Solvers(mdp, evaluation_sweeps), {}
+        solvers = Solvers(mdp, evaluation_sweeps)
+        needed: dict[str, int] = {}
         scale = abs(optimal).max()
         for sweeps in range(1, min(max_sweeps, UNDISCOUNTED_SWEEPS) + 1):
             solvers.sweep()
@@ -49,7 +50,7 @@ def gallery(run: Run, max_sweeps: int, evaluation_sweeps: int) -> None:
         })  # fmt: skip
         shown.append((mdp, solvers.values["value_iteration"]))
         if name in START_VALUES:
-            found = mdp.start @ solvers.values["value_iteration"]
+            found = float(mdp.start @ solvers.values["value_iteration"])
             run.check(f"{name}_start_value_error", abs(found - START_VALUES[name]), at_most=5e-7)
     run.table(f"improvements, pivots and sweeps until every value is within {TOLERANCE:g} of the largest", rows)
     run.result("gallery_error", worst, target=TOLERANCE, higher=False)
