@@ -16,7 +16,7 @@ import ptx_machine
 import torch
 
 from finetune import ops
-from finetune.kernels import cuda_toolkit, emulator
+from finetune.kernels import cuda_toolkit, emulator, weave
 
 ROOT = emulator.ROOT
 LAUNCH = ctypes.CFUNCTYPE(
@@ -38,8 +38,8 @@ def run(command: list[str], folder: Path) -> None:
 
 def build(op: str, bug: str = "") -> Path:
     """The folder of <op>.ptx and <op>.so, perhaps with a deliberate fault. Known sources are not built again."""
-    sources = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp"))
-    wanted = [p for p in sources if p.stem.startswith(op) or p.suffix in (".cuh", ".h")]
+    sources = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp", ".faults"))
+    wanted = [p for p in sources if p.stem.startswith(op) or p.suffix in (".cuh", ".h", ".faults")]
     wanted += [ROOT / "csrc/cpu/dispatch.cpp", ROOT / "tests/fixtures/ptx/runtime.cpp"]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in wanted) + (torch.__version__ + bug).encode())
     folder = ROOT / "build/ptx" / f"{op}-{digest.hexdigest()[:16]}"
@@ -52,6 +52,9 @@ def build(op: str, bug: str = "") -> Path:
     if bug:
         head = cuda / "device/launch.cuh"
         head.write_text(head.read_text().replace("#define BUG(name) false", COMPILED_IN.replace("FAULT", bug)))
+        for source, edits in weave.edits_of(cuda).items():
+            chosen = [edit for edit in edits if edit.fault == bug]
+            source.write_text(weave.weave(source.read_text(), chosen, weave.planted))
     kernels = [path for path in cuda.glob(f"{op}*.cu") if path.stem in (op, f"{op}_hopper")]
     for path in kernels:
         arch = "90a" if path.stem.endswith("_hopper") else "80"

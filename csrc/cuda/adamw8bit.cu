@@ -1,22 +1,23 @@
 // AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861), many tensors in one launch
-// (tensor_list.cuh). A warp takes a quantization block of 256 elements, eight adjacent ones a lane: widens the moments,
-// updates, finds the block's largest magnitudes by shuffles, and rounds the moments to codes by a binary search among
-// the middles between the map's values.
+// (tensor_list.cuh). The update is adamw.cu's; a moment is absmax · map[code], absmax of a quantization block.
 //
-// Memory: maps and middles (4 KB) in shared memory. Reads p, g, two codes and writes p, two codes: 16 bytes a parameter
-// in fp32 and 1/16 for the blocks' maxima, against 28 with fp32 moments. About 60 operations a parameter, 18 of them
-// look-ups in shared memory at random banks: 4 operations a byte, still under the roof of memory bandwidth.
-// Products and sums are not contracted: the bits are those of the reference.
-// Faults: adamw8bit.no_barrier adamw8bit.absmax_of_a_lane adamw8bit.signed_map_for_both adamw8bit.rounds_down
-//         adamw8bit.old_absmax adamw8bit.absmax_of_the_first_blocks adamw8bit.zero_block adamw8bit.half_a_table
+// A warp takes a quantization block of 256 elements, eight adjacent ones a lane: it widens the moments, updates, finds
+// the block's new absmax by shuffles, and rounds the moments to codes by a binary search among the middles between the
+// map's values. Maps and middles (4 KB) are in shared memory. Products and sums are not contracted: the bits are those
+// of the reference.
+//
+// Bytes: reads p, g, two codes and writes p, two codes, 16 a parameter in fp32 and 1/16 for the blocks' absmax, where
+// fp32 moments take 28. About 60 operations a parameter, 18 of them look-ups in shared memory at random banks: 4
+// operations a byte, still under the roof of memory bandwidth.
 #include "finetune/adamw8bit.h"
+
 #include "device/tensor_list.cuh"
 #include "device/vector.cuh"
 
 namespace finetune {
 namespace {
 
-constexpr int kThreads = 128, kBlock = AdamW8bit::block, kEach = kBlock / 32, kElements = 16 * kBlock;
+constexpr int BLOCK_SIZE = 128, kBlock = AdamW8bit::block, kEach = kBlock / 32, kElements = 16 * kBlock;
 using List = TensorList<AdamW8bitPiece, kElements>;
 
 // The lane's elements of a block: by vectors, or one by one where the block is short (zeros) or an address is odd.
@@ -58,32 +59,29 @@ __device__ __forceinline__ uint8_t code_of(const float* middles, float x) {
 }
 
 // The new largest magnitude of the block, and the codes of the lane's elements.
-__device__ __forceinline__ float quantize(const float (&x)[kEach], const float* middles, float old,
+__device__ __forceinline__ float quantize(const float (&x)[kEach], const float* middles,
                                           Vector<uint8_t, kEach>& codes) {
   float absmax = 0;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) absmax = fmaxf(absmax, fabsf(x[j]));
-  const float of_all = warp_max(absmax);
-  if (!BUG("adamw8bit.absmax_of_a_lane")) absmax = of_all;
-  if (BUG("adamw8bit.old_absmax")) absmax = old;
+  absmax = warp_max(absmax);
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    codes.at[j] = code_of(middles, absmax > 0 || BUG("adamw8bit.zero_block") ? x[j] / absmax : 0.0f);
+    codes.at[j] = code_of(middles, absmax > 0 ? x[j] / absmax : 0.0f);
   }
   return absmax;
 }
 
 template <class P, class G>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(BLOCK_SIZE)
     update(const __grid_constant__ AdamW8bit a, const __grid_constant__ List list) {
   SHARED(float, maps, [2 * kBlock]);
   SHARED(float, middles, [2 * kBlock]);
-  for (int i = threadIdx.x; i < (BUG("adamw8bit.half_a_table") ? kBlock : 2 * kBlock); i += kThreads) {
+  for (int i = threadIdx.x; i < 2 * kBlock; i += BLOCK_SIZE) {
     maps[i] = a.maps[i];
-    middles[i] =
-        BUG("adamw8bit.rounds_down") ? (i % kBlock == kBlock - 1 ? a.middles[i] : a.maps[i + 1]) : a.middles[i];
+    middles[i] = a.middles[i];
   }
-  if (!BUG("adamw8bit.no_barrier")) __syncthreads();
+  __syncthreads();
 
   const Slice at = slice(list);
   const AdamW8bitPiece& piece = list.pieces[at.piece];
@@ -91,9 +89,9 @@ __global__ void __launch_bounds__(kThreads)
   const G* grad = static_cast<const G*>(piece.grad);
   const bool aligned = are_aligned(param, grad, piece.exp_avg, piece.exp_avg_sq, piece.master);
   const float scale = a.grad_scale * (a.scale_tensor ? *a.scale_tensor : 1.0f);
-  const int lane = threadIdx.x % 32, unsigned_at = BUG("adamw8bit.signed_map_for_both") ? 0 : kBlock;
-  for (int64_t within = threadIdx.x / 32 * kBlock; within < at.size; within += kThreads / 32 * kBlock) {
-    const int64_t block = (BUG("adamw8bit.absmax_of_the_first_blocks") ? within : at.begin + within) / kBlock;
+  const int lane = threadIdx.x % 32, unsigned_at = kBlock;
+  for (int64_t within = threadIdx.x / 32 * kBlock; within < at.size; within += BLOCK_SIZE / 32 * kBlock) {
+    const int64_t block = (at.begin + within) / kBlock;
     const int64_t i = at.begin + within + lane * kEach;
     const int left = static_cast<int>(piece.size - i < kEach ? piece.size - i : kEach);
     const bool vectors = aligned && piece.size - (at.begin + within) >= kBlock;
@@ -120,8 +118,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     write(param + i, params, left, vectors);
     if (piece.master) write(piece.master + i, wide, left, vectors);
-    const float m_new = quantize(m, middles, m_max, m_codes),
-                v_new = quantize(v, middles + unsigned_at, v_max, v_codes);
+    const float m_new = quantize(m, middles, m_codes), v_new = quantize(v, middles + unsigned_at, v_codes);
     write(piece.exp_avg + i, m_codes, left, vectors);
     write(piece.exp_avg_sq + i, v_codes, left, vectors);
     __syncwarp();  // all lanes have read the old maxima
@@ -137,7 +134,7 @@ __global__ void __launch_bounds__(kThreads)
 template <>
 Status launch_cuda(const AdamW8bit& a, void* stream) {
   return for_each_adamw_list<kElements>(a, [&](auto param, auto grad, const List& list, unsigned blocks) {
-    return launch(update<decltype(param), decltype(grad)>, dim3(blocks), dim3(kThreads), 0, stream, a, list);
+    return launch(update<decltype(param), decltype(grad)>, dim3(blocks), dim3(BLOCK_SIZE), 0, stream, a, list);
   });
 }
 

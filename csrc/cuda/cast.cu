@@ -4,16 +4,16 @@
 // Memory: a thread takes four adjacent elements, which share one Philox draw; reads x and writes y once: 5 bytes an
 // element from fp32 to 8 bits. About 15 operations an element, or 45 with the random numbers: 3 to 9 a byte, under the
 // roof of memory bandwidth.
-// Faults: cast.ties_away cast.no_subnormals cast.nine_rounds cast.same_words cast.nan_is_infinite cast.tail_left_out
 #include "finetune/cast.h"
-#include "finetune/philox.h"
+
 #include "device/launch.cuh"
 #include "device/vector.cuh"
+#include "finetune/philox.h"
 
 namespace finetune {
 namespace {
 
-constexpr int kThreads = 256, kEach = 4;
+constexpr int BLOCK_SIZE = 256, kEach = 4;
 
 template <class T>
 constexpr Format kFormat = Format::f32;
@@ -45,13 +45,12 @@ struct Bits<4> {
 template <class L>
 __device__ __forceinline__ uint32_t round_to(float x, bool stochastic, uint32_t random, bool saturate) {
   const uint32_t bits = __float_as_uint(x), sign = (bits >> 31) * L::sign, size = bits & 0x7fffffffu;
-  if (size > 0x7f800000u && !BUG("cast.nan_is_infinite")) return sign | L::nan;
+  if (size > 0x7f800000u) return sign | L::nan;
   const uint32_t over = saturate ? L::largest : L::beyond;
   if (size >= 0x7f800000u) return sign | over;
   const int field = static_cast<int>(size >> 23), exponent = field ? field - 127 : -126;
   uint32_t value = size - (static_cast<uint32_t>(127 - L::bias) << 23), drop = L::drop;
   if (exponent < 1 - L::bias) {  // the result is subnormal: the value in units of its last place, after `drop` bits
-    if (BUG("cast.no_subnormals")) return sign;
     value = (size & 0x7fffffu) | (field ? 0x800000u : 0u);
     drop = L::drop + 1 - L::bias - exponent;
   }
@@ -60,17 +59,17 @@ __device__ __forceinline__ uint32_t round_to(float x, bool stochastic, uint32_t 
     const uint32_t lost = drop < 32 ? value << (32 - drop) : drop < 64 ? value >> (drop - 32) : 0;
     out = (drop < 32 ? value >> drop : 0) + (random < lost ? 1 : 0);
   } else {
-    const uint32_t odd = drop < 25 && !BUG("cast.ties_away") ? (value >> drop) & 1 : 1;
+    const uint32_t odd = drop < 25 ? (value >> drop) & 1 : 1;
     out = drop < 25 ? (value + (1u << (drop - 1)) - 1 + odd) >> drop : 0;
   }
   return sign | (out > L::largest ? over : out);
 }
 
 template <class From, class To>
-__global__ void __launch_bounds__(kThreads) convert(Cast a) {
+__global__ void __launch_bounds__(BLOCK_SIZE) convert(Cast a) {
   using Out = typename Bits<sizeof(To)>::type;
-  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kEach, left = a.size - at;
-  if (left < (BUG("cast.tail_left_out") ? kEach : 1)) return;
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * BLOCK_SIZE + threadIdx.x) * kEach, left = a.size - at;
+  if (left < 1) return;
   const From* x = static_cast<const From*>(a.x) + at;
   Out* y = static_cast<Out*>(a.y) + at;
   const float scale = a.scale * (a.scale_tensor ? *a.scale_tensor : 1.0f);
@@ -81,9 +80,9 @@ __global__ void __launch_bounds__(kThreads) convert(Cast a) {
   for (int j = 0; j < kEach; ++j) {
     if (!vectors) given.at[j] = j < left ? x[j] : From{};
   }
-  const auto group = BUG("cast.same_words") ? threadIdx.x : static_cast<uint64_t>(at) / kEach;
+  const auto group = static_cast<uint64_t>(at) / kEach;
   uint32_t words[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0, 0};
-  if (a.stochastic) BUG("cast.nine_rounds") ? philox<9>(words, a.seed) : philox(words, a.seed);
+  if (a.stochastic) philox(words, a.seed);
   Vector<Out, kEach> made;
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
@@ -124,11 +123,11 @@ Status for_format(Format format, F&& f) {
 template <>
 Status launch_cuda(const Cast& a, void* stream) {
   if (!a.size) return Status::ok;
-  const int64_t blocks = ceil_div(a.size, kThreads * kEach);
+  const int64_t blocks = ceil_div(a.size, BLOCK_SIZE * kEach);
   if (blocks > 0x7fffffff) return Status::unsupported;
   return for_format(a.from, [&](auto from) {
     return for_format(a.to, [&](auto to) {
-      return launch(convert<decltype(from), decltype(to)>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
+      return launch(convert<decltype(from), decltype(to)>, dim3(static_cast<unsigned>(blocks)), dim3(BLOCK_SIZE), 0,
                     stream, a);
     });
   });

@@ -4,16 +4,15 @@
 //
 // Memory: the norm reads every element once; the scaling reads and writes it once, and nothing if nothing is clipped: 4
 // and 8 bytes an element in fp32. Two FLOPs and one an element: the roof is memory bandwidth.
-// Faults: block_sum.no_barrier join.half_the_sums join.no_barrier tensor_list.first_blocks squares.no_tail
-//         squares.absolute clip_grad_norm.never_one clip_grad_norm.no_tail
 #include "finetune/clip_grad_norm.h"
+
 #include "device/join.cuh"
 #include "device/squares.cuh"
 
 namespace finetune {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int BLOCK_SIZE = 256;
 
 __global__ void __launch_bounds__(kJoinThreads)
     join(const float* parts, int64_t count, double max_norm, float* norm, float* scale) {
@@ -21,17 +20,16 @@ __global__ void __launch_bounds__(kJoinThreads)
   if (threadIdx.x) return;
   *norm = static_cast<float>(root);
   // Not by < 1: a NaN norm makes every gradient NaN, as in torch.
-  *scale = static_cast<float>(by >= 1 && !BUG("clip_grad_norm.never_one") ? 1 : by);
+  *scale = static_cast<float>(by >= 1 ? 1 : by);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ PieceList list, const float* scale) {
+__global__ void __launch_bounds__(BLOCK_SIZE) multiply(const __grid_constant__ PieceList list, const float* scale) {
   const float by = *scale;
   if (by == 1) return;
   const Slice at = slice(list);
   T* grad = static_cast<T*>(list.pieces[at.piece].data) + at.begin;
-  const int64_t size = BUG("clip_grad_norm.no_tail") ? at.size / 4 * 4 : at.size;
-  for_each_group<kVector<T>>(size, are_aligned(grad), [&]<int N>(int64_t i) {
+  for_each_group<kVector<T>>(at.size, are_aligned(grad), [&]<int N>(int64_t i) {
     auto v = load<T, N>(grad + i);
 #pragma unroll
     for (int j = 0; j < N; ++j) v.at[j] = from_float<T>(to_float(v.at[j]) * by);
@@ -49,7 +47,7 @@ Status launch_cuda(const ClipGradNormCuda& a, void* stream) {
                   a.max_norm, a.norm, a.scale);
   if (status != Status::ok) return status;
   return for_each_piece_list(a.pieces, a.count, [&](auto t, const PieceList& list, unsigned blocks, int64_t) {
-    return launch(multiply<decltype(t)>, dim3(blocks), dim3(kThreads), 0, stream, list,
+    return launch(multiply<decltype(t)>, dim3(blocks), dim3(BLOCK_SIZE), 0, stream, list,
                   static_cast<const float*>(a.scale));
   });
 }

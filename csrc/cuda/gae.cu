@@ -10,15 +10,14 @@
 // enters the tile before. With one column a tile is 1024 steps, with 32 or more it is 32.
 // Memory: 14 bytes in and 8 out an element in fp32, each once. About 7 FLOPs an element for the maps, 6 for composing
 // them: under 1 FLOP a byte, the roof is memory bandwidth.
-// Faults: gae.no_barrier gae.no_second_barrier gae.no_last_barrier gae.short_scan gae.no_carry gae.across_truncation
-//         gae.bootstrap gae.past_the_end
 #include "finetune/gae.h"
+
 #include "device/launch.cuh"
 
 namespace finetune {
 namespace {
 
-constexpr int kThreads = 256, kItems = 4;
+constexpr int BLOCK_SIZE = 256, kItems = 4;
 
 struct Map {
   float k = 1, b = 0;
@@ -29,9 +28,9 @@ struct Map {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) scan(Gae a, int columns) {
-  SHARED(Map, maps, [kThreads]);
-  const int here = threadIdx.x, segment = here / columns, segments = kThreads / columns;
+__global__ void __launch_bounds__(BLOCK_SIZE) scan(Gae a, int columns) {
+  SHARED(Map, maps, [BLOCK_SIZE]);
+  const int here = threadIdx.x, segment = here / columns, segments = BLOCK_SIZE / columns;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * columns + here % columns;
   const auto gamma = static_cast<float>(a.gamma), decay = static_cast<float>(a.decay);
   const int64_t steps = a.steps, tile = static_cast<int64_t>(segments) * kItems;
@@ -44,27 +43,25 @@ __global__ void __launch_bounds__(kThreads) scan(Gae a, int columns) {
     for (int i = kItems - 1; i >= 0; --i) {
       if (column < a.columns && first + i < steps) {
         const int64_t at = (first + i) * a.columns + column;
-        const bool terminated = a.terminated[at], truncated = a.truncated[at] && !BUG("gae.across_truncation");
-        const int64_t past = BUG("gae.past_the_end") ? a.columns : 0;
-        const float next = to_float(static_cast<const T*>(a.next_values)[at + past]);
+        const bool terminated = a.terminated[at], truncated = a.truncated[at];
+        const float next = to_float(static_cast<const T*>(a.next_values)[at]);
         value[i] = to_float(static_cast<const T*>(a.values)[at]);
-        const float future = terminated && !BUG("gae.bootstrap") ? 0 : gamma * next;
+        const float future = terminated ? 0 : gamma * next;
         step[i] = {terminated || truncated ? 0 : decay,
                    to_float(static_cast<const T*>(a.rewards)[at]) + future - value[i]};
       }
       all = step[i].after(all);
     }
     maps[here] = all;
-    const int last = BUG("gae.short_scan") ? segments / 2 : segments;
-    for (int by = 1; by < last; by *= 2) {
-      if (!BUG("gae.no_barrier")) __syncthreads();
+    for (int by = 1; by < segments; by *= 2) {
+      __syncthreads();
       const Map later = segment + by < segments ? maps[here + by * columns] : Map{};
-      if (!BUG("gae.no_second_barrier")) __syncthreads();
+      __syncthreads();
       maps[here] = all = all.after(later);
     }
     __syncthreads();
     float advantage = segment + 1 < segments ? maps[here + columns].of(carry) : carry;
-    carry = BUG("gae.no_carry") ? 0 : maps[here % columns].of(carry);
+    carry = maps[here % columns].of(carry);
 #pragma unroll
     for (int i = kItems - 1; i >= 0; --i) {
       advantage = step[i].of(advantage);
@@ -74,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) scan(Gae a, int columns) {
         static_cast<float*>(a.returns)[at] = advantage + value[i];
       }
     }
-    if (!BUG("gae.no_last_barrier")) __syncthreads();  // maps are free again
+    __syncthreads();  // maps are free again
   }
 }
 
@@ -87,7 +84,7 @@ Status launch_cuda(const Gae& a, void* stream) {
   while (columns < 32 && columns < a.columns) columns *= 2;
   return for_dtype(a.dtype, [&](auto t) {
     const dim3 grid(static_cast<unsigned>(ceil_div(a.columns, columns)));
-    return launch(scan<decltype(t)>, grid, dim3(kThreads), 0, stream, a, columns);
+    return launch(scan<decltype(t)>, grid, dim3(BLOCK_SIZE), 0, stream, a, columns);
   });
 }
 

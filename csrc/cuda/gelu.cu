@@ -1,18 +1,24 @@
-// GELU's tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415): y = x · s, s = σ(2u), 2u = x · (a + b x²),
-// a = 2 √(2/π), b = 0.044715 a. Backward:   dx = dy · (s + x · s · (1 − s) · (a + 3 b x²)).
+// GELU, tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415).
 //
-// Memory: a block takes a piece, 16 bytes a thread and load. Forward reads and writes an element, backward reads two
-// and writes one: 8 and 12 bytes an element in fp32, 4 and 6 in 16 bits. About 12 and 21 FLOPs an element (exp counted
-// as five), 1.5 to 3.5 FLOPs a byte: the roof is memory bandwidth.
-// Faults: gelu.no_tail gelu.no_cube gelu.slope_of_square
+//   forward    y = x · s,   s = σ(2u),   2u = x · (a + b x²),   a = 2 √(2/π),   b = 0.044715 a
+//   backward   dx = dy · (s + x · s · (1 − s) · (a + 3 b x²))
+//
+// A block takes a piece of the elements, a thread 16 bytes at a time.
+//
+//               bytes an element, fp32 (16 bits)               FLOPs an element (exp counted as five)
+//   forward     8 (4): reads x, writes y                       12
+//   backward    12 (6): reads x and dy, writes dx              21
+//
+// 1.5 to 3.5 FLOPs a byte: the roof is memory bandwidth.
 #include "finetune/gelu.h"
+
 #include "device/launch.cuh"
 #include "device/vector.cuh"
 
 namespace finetune {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int BLOCK_SIZE = 128;
 constexpr int64_t kPiece = 2048;  // elements a block
 constexpr float kLinear = 1.5957691216f, kCubic = 0.0713548163f;
 
@@ -22,7 +28,7 @@ struct Sigmoid {
   float s, slope;
 
   __device__ __forceinline__ Sigmoid(float x, float square) {
-    const float u2 = x * (BUG("gelu.no_cube") ? kLinear : square * kCubic + kLinear);
+    const float u2 = x * (square * kCubic + kLinear);
     const float e = expf(-fabsf(u2)), r = __fdividef(1.0f, 1.0f + e);
     s = u2 < 0 ? e * r : r;
     slope = e * r * r;
@@ -35,12 +41,11 @@ struct Piece {
 
   __device__ explicit Piece(int64_t size) : first(blockIdx.x * kPiece) {
     count = size - first < kPiece ? size - first : kPiece;
-    if (BUG("gelu.no_tail")) count = count / 8 * 8;
   }
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) forward(Gelu a) {
+__global__ void __launch_bounds__(BLOCK_SIZE) forward(Gelu a) {
   const Piece p(a.size);
   const T* x = static_cast<const T*>(a.x) + p.first;
   T* y = static_cast<T*>(a.y) + p.first;
@@ -57,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) forward(Gelu a) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) backward(GeluBackward a) {
+__global__ void __launch_bounds__(BLOCK_SIZE) backward(GeluBackward a) {
   const Piece p(a.size);
   const T *dy = static_cast<const T*>(a.dy) + p.first, *x = static_cast<const T*>(a.x) + p.first;
   T* dx = static_cast<T*>(a.dx) + p.first;
@@ -68,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) backward(GeluBackward a) {
     for (int j = 0; j < N; ++j) {
       const float v = to_float(xs.at[j]), square = v * v;
       const Sigmoid sigmoid(v, square);
-      const float inner = square * (kCubic * (BUG("gelu.slope_of_square") ? 2.0f : 3.0f)) + kLinear;
+      const float inner = square * (kCubic * 3.0f) + kLinear;
       out.at[j] = from_float<T>(to_float(ds.at[j]) * (sigmoid.s + v * sigmoid.slope * inner));
     }
     store(dx + i, out);
@@ -78,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) backward(GeluBackward a) {
 template <class Args>
 Status launch_pieces(void (*kernel)(Args), void* stream, const Args& a) {
   if (!a.size) return Status::ok;
-  return launch(kernel, dim3(static_cast<unsigned>(ceil_div(a.size, kPiece))), dim3(kThreads), 0, stream, a);
+  return launch(kernel, dim3(static_cast<unsigned>(ceil_div(a.size, kPiece))), dim3(BLOCK_SIZE), 0, stream, a);
 }
 
 }  // namespace

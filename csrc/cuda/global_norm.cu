@@ -3,9 +3,8 @@
 //
 // Memory: reads every element once; two FLOPs an element, half a FLOP a byte in fp32: the roof is memory bandwidth. A
 // thread sums in fp32, the blocks are joined in double.
-// Faults: block_sum.no_barrier join.half_the_sums join.no_barrier tensor_list.first_blocks squares.no_tail
-//         squares.absolute global_norm.no_root
 #include "finetune/global_norm.h"
+
 #include "device/join.cuh"
 #include "device/squares.cuh"
 
@@ -14,7 +13,7 @@ namespace {
 
 __global__ void __launch_bounds__(kJoinThreads) join(const float* parts, int64_t count, float* norm) {
   const double sum = join_blocks(parts, count);
-  if (threadIdx.x == 0) *norm = static_cast<float>(BUG("global_norm.no_root") ? sum : sqrt(sum));
+  if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
 }
 
 }  // namespace

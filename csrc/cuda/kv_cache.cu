@@ -7,8 +7,6 @@
 //
 // Bytes: append and gather read and write each element once, copy 2 · bytes of the blocks; 4 more a head with 8 bits.
 // At most 3 FLOPs an element, below 1 FLOP a byte: the roof is memory bandwidth.
-// Faults: kv_cache.skipped_is_slot_0 kv_cache.scale_without_head kv_cache.maximum_of_one_lane kv_cache.truncated
-//         kv_cache.one_token_more kv_cache.value_scale kv_cache.copy_without_tail
 #include "device/kv_types.cuh"
 #include "device/vector.cuh"
 
@@ -23,7 +21,7 @@ template <class C>
 __device__ __forceinline__ C quantized(float x) {
   if constexpr (std::is_same_v<C, int8_t>) {
     x = fminf(fmaxf(x, -kLargestInt8), kLargestInt8);
-    return static_cast<C>(BUG("kv_cache.truncated") ? static_cast<int>(x) : __float2int_rn(x));
+    return static_cast<C>(__float2int_rn(x));
   } else {
     return from_float<C>(x);
   }
@@ -43,7 +41,7 @@ __device__ __forceinline__ void put(const T* x, C* y, float* scale, int64_t dim)
       for (int j = 0; j < N; ++j) top = max(top, __float_as_uint(to_float(v.at[j])) & 0x7fffffffu);
     });
 #pragma unroll
-    for (int bits = BUG("kv_cache.maximum_of_one_lane") ? 0 : 16; bits; bits /= 2) {
+    for (int bits = 16; bits; bits /= 2) {
       top = max(top, __shfl_xor_sync(0xffffffffu, top, bits));
     }
     const float s = __uint_as_float(top) / (std::is_same_v<C, int8_t> ? kLargestInt8 : kLargestFp8);
@@ -63,18 +61,16 @@ template <class T, class C>
 __global__ void __launch_bounds__(32 * kWarps, 1) append(KvAppend a) {
   const int64_t token = warp_index() / a.kv_heads, head = warp_index() % a.kv_heads;
   if (token >= a.tokens) return;
-  const int64_t slot = BUG("kv_cache.skipped_is_slot_0") && a.slots[token] < 0 ? 0 : a.slots[token];
+  const int64_t slot = a.slots[token];
   if (slot < 0 || slot >= a.blocks * a.block_size) return;
   const int64_t block = slot / a.block_size, at = slot % a.block_size * a.kv_heads + head;
   const auto scale_of = [&](const KvPool& to) -> float* {
-    const int64_t scale_at = BUG("kv_cache.scale_without_head") ? at - head : at;
-    return to.scale ? to.scale + block * to.scale_block + scale_at : nullptr;
+    return to.scale ? to.scale + block * to.scale_block + at : nullptr;
   };
   put(static_cast<const T*>(a.k) + token * a.k_token + head * a.k_head,
       static_cast<C*>(a.to_k.data) + block * a.to_k.block + at * a.dim, scale_of(a.to_k), a.dim);
   put(static_cast<const T*>(a.v) + token * a.v_token + head * a.v_head,
-      static_cast<C*>(a.to_v.data) + block * a.to_v.block + at * a.dim,
-      scale_of(BUG("kv_cache.value_scale") ? a.to_k : a.to_v), a.dim);
+      static_cast<C*>(a.to_v.data) + block * a.to_v.block + at * a.dim, scale_of(a.to_v), a.dim);
 }
 
 template <class T, class C>
@@ -84,7 +80,7 @@ __global__ void __launch_bounds__(32 * kWarps) gather(KvGather a) {
   const int64_t b = row / length, j = row % length;
   if (b >= a.batch) return;
   T* to = static_cast<T*>(a.out) + (row * a.kv_heads + head) * a.dim;
-  if (j >= a.lengths[b] + (BUG("kv_cache.one_token_more") ? 1 : 0)) {
+  if (j >= a.lengths[b]) {
     for_each_group<V>(a.dim, are_aligned(to), [&]<int N>(int64_t i) {
       Vector<T, N> zero;
 #pragma unroll
@@ -115,8 +111,8 @@ __global__ void __launch_bounds__(128) copy(KvCopy a) {
   const int64_t* pair = a.pairs + blockIdx.x / a.pools * 2;
   const char* from = a.data[pool] + pair[0] * a.stride[pool];
   char* to = a.data[pool] + pair[1] * a.stride[pool];
-  const int64_t bytes = BUG("kv_cache.copy_without_tail") ? a.bytes[pool] / 16 * 16 : a.bytes[pool];
-  for_each_group<16>(bytes, are_aligned(from, to), [&]<int N>(int64_t i) { store(to + i, load<char, N>(from + i)); });
+  for_each_group<16>(a.bytes[pool], are_aligned(from, to),
+                     [&]<int N>(int64_t i) { store(to + i, load<char, N>(from + i)); });
 }
 
 dim3 grid_of(int64_t warps) { return dim3(static_cast<unsigned>(ceil_div(warps, kWarps))); }

@@ -1,51 +1,52 @@
-// LayerNorm (Ba, Kiros & Hinton 2016, arXiv:1607.06450): y = x̂ · w + b, x̂ = (x − mean) · rstd,
-// rstd = 1 / sqrt(mean((x − mean)²) + eps); the variance in a second pass, so that a large mean cancels nothing.
-// Backward, with g = dy · w:   dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)),   dw = Σ_rows dy · x̂,   db = Σ_rows dy.
+// LayerNorm (Ba, Kiros & Hinton 2016, arXiv:1607.06450).
 //
-// Forward: a block takes a row, whose second and third pass are served by L1: 2 · rows · dim elements from and to
-// memory. Backward (norm_backward.cuh): dy and x are read once into registers and dx is written, 3 · rows · dim
-// elements; dw and db are sums in registers over a block's rows, written and read once for each of at most 384 blocks:
-// 16 · blocks · dim bytes, 6 % of the rest at 16,384 rows in bf16. Rows of more than 4096 columns are read twice (5):
-// their means come first. About 7 and 13 FLOPs an element, 1 to 2 FLOPs a byte: the roof is memory bandwidth.
-// Faults: block_sum.no_barrier block_sum.no_second_barrier layer_norm.past_the_end layer_norm.mean_of_padded
-//         layer_norm.one_pass_variance layer_norm.no_mean_of_g layer_norm.db_of_the_last_row
-//         norm_backward.past_the_end norm_backward.one_buffer norm_backward.no_barrier
-//         norm_backward.no_barrier_of_teams norm_backward.no_second_barrier_of_teams
-//         norm_backward.no_barrier_of_parts norm_backward.first_block
+//   forward    y = x̂ · w + b,   x̂ = (x − mean) · rstd,   rstd = 1 / sqrt(mean((x − mean)²) + eps)
+//   backward   dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)),   dw = Σ_rows dy · x̂,   db = Σ_rows dy;   g = dy · w
+//
+// Forward: a block takes a row of x (n_rows, n_cols). The variance has a pass for itself, so that a large mean cancels
+// nothing; the second and the third pass over the row are served by L1.
+// Backward (norm_backward.cuh): dy and x are read once into registers. dw and db are sums in registers over a block's
+// rows, written and read once for each of at most 384 blocks. Rows of more than 4096 columns are read twice: their
+// means come first.
+//
+//               elements from and to memory                    FLOPs an element
+//   forward     2 · n_rows · n_cols                            7
+//   backward    3 · n_rows · n_cols (5 of long rows)           13
+//   dw, db      16 · blocks · n_cols bytes, 6 % of the rest at 16,384 rows in bf16
+//
+// 1 to 2 FLOPs a byte: the roof is memory bandwidth.
 #include "finetune/layer_norm.h"
+
 #include "norm_backward.cuh"
 
 namespace finetune {
 namespace {
 
-constexpr int kThreads = 128;
-
 template <class T>
-__global__ void __launch_bounds__(kThreads) forward(LayerNorm a) {
+__global__ void __launch_bounds__(BLOCK_SIZE) forward(LayerNorm a) {
   constexpr int V = kVector<T>;
-  const int64_t row = blockIdx.x, dim = a.dim + (BUG("layer_norm.past_the_end") ? 1 : 0);
-  const T *x = static_cast<const T*>(a.x) + row * a.dim, *w = static_cast<const T*>(a.weight),
+  const int64_t row = blockIdx.x, n_cols = a.dim;
+  const T *x = static_cast<const T*>(a.x) + row * n_cols, *w = static_cast<const T*>(a.weight),
           *b = static_cast<const T*>(a.bias);
-  T* y = static_cast<T*>(a.y) + row * a.dim;
+  T* y = static_cast<T*>(a.y) + row * n_cols;
   const bool aligned = are_aligned(x, w, b, y);
-  const auto count = static_cast<float>(BUG("layer_norm.mean_of_padded") ? ceil_div(a.dim, 32) * 32 : a.dim);
-  float total = 0, squares = 0;
-  for_each_group<V>(dim, aligned, [&]<int N>(int64_t i) {
+  const auto count = static_cast<float>(n_cols);
+  float sum = 0, squares = 0;
+  for_each_group<V>(n_cols, aligned, [&]<int N>(int64_t i) {
     const auto v = load<T, N>(x + i);
 #pragma unroll
-    for (int j = 0; j < N; ++j) total += to_float(v.at[j]);
+    for (int j = 0; j < N; ++j) sum += to_float(v.at[j]);
   });
-  const float mean = block_sum(total) / count, center = BUG("layer_norm.one_pass_variance") ? 0 : mean;
-  for_each_group<V>(dim, aligned, [&]<int N>(int64_t i) {
+  const float mean = block_sum(sum) / count;
+  for_each_group<V>(n_cols, aligned, [&]<int N>(int64_t i) {
     const auto v = load<T, N>(x + i);
 #pragma unroll
-    for (int j = 0; j < N; ++j) squares += (to_float(v.at[j]) - center) * (to_float(v.at[j]) - center);
+    for (int j = 0; j < N; ++j) squares += (to_float(v.at[j]) - mean) * (to_float(v.at[j]) - mean);
   });
-  float variance = block_sum(squares) / count;
-  if (BUG("layer_norm.one_pass_variance")) variance -= mean * mean;
+  const float variance = block_sum(squares) / count;
   const float rstd = rsqrtf(variance + a.eps);
   if (threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;
-  for_each_group<V>(dim, aligned, [&]<int N>(int64_t i) {
+  for_each_group<V>(n_cols, aligned, [&]<int N>(int64_t i) {
     const auto v = load<T, N>(x + i), scale = load<T, N>(w + i), shift = b ? load<T, N>(b + i) : Vector<T, N>{};
     Vector<T, N> out;
 #pragma unroll
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) forward(LayerNorm a) {
 
 // means (2, rows): mean(g) and mean(g · x̂), where a row has more columns than a block takes.
 template <class T>
-__global__ void __launch_bounds__(kThreads) row_means(LayerNormBackward a, float* means) {
+__global__ void __launch_bounds__(BLOCK_SIZE) row_means(LayerNormBackward a, float* means) {
   const T *x = static_cast<const T*>(a.x) + blockIdx.x * a.dim, *dy = static_cast<const T*>(a.dy) + blockIdx.x * a.dim,
           *w = static_cast<const T*>(a.weight);
   const float mean = a.mean[blockIdx.x], rstd = a.rstd[blockIdx.x], count = static_cast<float>(a.dim);
@@ -98,11 +99,10 @@ __global__ void __launch_bounds__(kMostThreads) backward(LayerNormBackward a, co
     } else if (exists) {
       sums[0] = means[row], sums[1] = means[a.rows + row];
     }
-    if (BUG("layer_norm.no_mean_of_g")) sums[0] = 0;
 #pragma unroll
     for (int j = 0; j < kOwned; ++j) {
       dw[j] += dy[j] * x[j];
-      db[j] = (BUG("layer_norm.db_of_the_last_row") ? 0 : db[j]) + dy[j];
+      db[j] += dy[j];
       x[j] = (dy[j] * w[j] - sums[0] - x[j] * sums[1]) * rstd;
     }
     if (exists) mine.store(static_cast<T*>(a.dx) + row * a.dim, x);
@@ -125,7 +125,7 @@ template <>
 Status launch_cuda(const LayerNorm& a, void* stream) {
   if (!a.rows) return Status::ok;
   return for_dtype(a.dtype, [&](auto t) {
-    return launch(forward<decltype(t)>, dim3(static_cast<unsigned>(a.rows)), dim3(kThreads), 0, stream, a);
+    return launch(forward<decltype(t)>, dim3(static_cast<unsigned>(a.rows)), dim3(BLOCK_SIZE), 0, stream, a);
   });
 }
 
@@ -136,15 +136,8 @@ Status launch_cuda(const LayerNormBackward& a, void* stream) {
   float* const means = split.tiles > 1 && a.rows ? a.partial + sums * sum : nullptr;
   return for_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
-    const bool aligned =
-        a.dim % kVector<T> == 0 && are_aligned(static_cast<const char*>(a.x), static_cast<const char*>(a.dy),
-                                               static_cast<const char*>(a.weight), static_cast<const char*>(a.dx));
-    Status status = Status::ok;
-    if (means) status = launch(row_means<T>, dim3(static_cast<unsigned>(a.rows)), dim3(kThreads), 0, stream, a, means);
-    if (status == Status::ok) {
-      status = launch_split(aligned ? backward<T, true> : backward<T, false>, split, stream, a,
-                            static_cast<const float*>(means));
-    }
+    Status status =
+        launch_rows(row_means<T>, backward<T, true>, backward<T, false>, kVector<T>, a, means, split, stream);
     if (status == Status::ok) status = launch_join<T>(a.partial, split.blocks, a.dim, a.dweight, stream);
     if (status != Status::ok) return status;
     return launch_join<T>(a.partial + (a.dweight ? sum : 0), split.blocks, a.dim, a.dbias, stream);

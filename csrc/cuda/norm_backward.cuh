@@ -1,14 +1,15 @@
-// What the backward passes of rms_norm and layer_norm share (NormSplit says who takes what): a team of threads takes a
-// row and meets the same columns in each, so dw and db are sums in registers. They leave them once a block, as rows of
-// `partial` (blocks, dim), which `join_rows` adds in order.
+// The backward pass of rms_norm and layer_norm, as far as they share it (NormSplit says who takes what): a team of
+// threads takes a row and meets the same columns in each, so dw and db are sums in registers. They leave them once a
+// block, as rows of `partial` (blocks, n_cols), which `join_rows` adds in order.
 #pragma once
 
-#include "finetune/norm_split.h"
 #include "device/launch.cuh"
 #include "device/vector.cuh"
+#include "finetune/norm_split.h"
 
 namespace finetune {
 
+constexpr int BLOCK_SIZE = 128;  // of the kernels in which a block takes a row
 constexpr int kOwned = NormSplit::kOwned, kMostThreads = NormSplit::kWidest / kOwned;
 
 // A thread's columns: kOwned / V groups of V adjacent ones, a group of each lane after the other. V is 16 bytes where
@@ -28,7 +29,7 @@ struct Columns {
   __device__ __forceinline__ void for_each(F&& f) const {
 #pragma unroll
     for (int i = 0; i < kOwned; i += V) {
-      if (const int column = first + i / V * step; column < end + (BUG("norm_backward.past_the_end") ? V : 0)) {
+      if (const int column = first + i / V * step; column < end) {
         f(column, i);
       }
     }
@@ -85,13 +86,12 @@ __device__ __forceinline__ void team_sums(const NormSplit& s, int turn, float (&
   for (int n = 0; n < N; ++n) v[n] = warp_sum(v[n]);
   if (lanes == 32) return;
   SHARED(float, sums, [2][N][kMostThreads / 32]);
-  if (BUG("norm_backward.one_buffer")) turn = 0;
   const int lane = threadIdx.x % 32, warps = lanes / 32, first = threadIdx.x / lanes * warps;
   if (lane == 0) {
 #pragma unroll
     for (int n = 0; n < N; ++n) sums[turn][n][threadIdx.x / 32] = v[n];
   }
-  if (!BUG("norm_backward.no_barrier")) __syncthreads();
+  __syncthreads();
 #pragma unroll
   for (int n = 0; n < N; ++n) v[n] = warp_sum(lane < warps ? sums[turn][n][first + lane] : 0.0f);
 }
@@ -102,7 +102,7 @@ __device__ __forceinline__ void join_teams(const NormSplit& s, float (&v)[kOwned
   SHARED(float, parts, [kOwned][NormSplit::kThreads]);
 #pragma unroll
   for (int j = 0; j < kOwned; ++j) parts[j][threadIdx.x] = v[j];
-  if (!BUG("norm_backward.no_barrier_of_teams")) __syncthreads();
+  __syncthreads();
   if (static_cast<int>(threadIdx.x) < s.lanes) {
 #pragma unroll
     for (int j = 0; j < kOwned; ++j) {
@@ -111,7 +111,7 @@ __device__ __forceinline__ void join_teams(const NormSplit& s, float (&v)[kOwned
       for (int i = 0; i < s.teams; ++i) v[j] += parts[j][i * s.lanes + threadIdx.x];
     }
   }
-  if (!BUG("norm_backward.no_second_barrier_of_teams")) __syncthreads();  // the buffer is free for the next call
+  __syncthreads();  // the buffer is free for the next call
 }
 
 // Calls f(row, whether it is one) for the block's rows, a row a team and step.
@@ -136,13 +136,12 @@ __global__ void __launch_bounds__(kJoinColumns* kJoinParts)
   const int at = threadIdx.x % kJoinColumns, part = threadIdx.x / kJoinColumns;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kJoinColumns + at;
   float total = 0;
-  if (BUG("norm_backward.first_block") && blocks) blocks = 1;
   if (column < dim) {
 #pragma unroll 8
     for (int64_t b = part; b < blocks; b += kJoinParts) total += partial[b * dim + column];
   }
   parts[part][at] = total;
-  if (!BUG("norm_backward.no_barrier_of_parts")) __syncthreads();
+  __syncthreads();
   if (part || column >= dim) return;
   total = 0;
   for (int i = 0; i < kJoinParts; ++i) total += parts[i][at];
@@ -156,12 +155,22 @@ Status launch_join(const float* partial, int64_t blocks, int64_t dim, void* sum,
                 0, stream, partial, blocks, dim, static_cast<T*>(sum));
 }
 
-// Launches kernel(args…, split) over the blocks of rows and tiles of columns.
-template <class... P, class... A>
-Status launch_split(void (*kernel)(P...), const NormSplit& s, void* stream, const A&... args) {
+// The pass over the rows: their means first where a row has more columns than a block takes (`means`, or null), then
+// dx and the blocks' sums, by the kernel for rows of whole vectors (`aligned_rows`) or the one for any.
+template <class Args>
+Status launch_rows(void (*row_means)(Args, float*), void (*aligned_rows)(Args, const float*, NormSplit),
+                   void (*any_rows)(Args, const float*, NormSplit), int vector, const Args& a, float* means,
+                   const NormSplit& s, void* stream) {
   if (!s.blocks) return Status::ok;
-  return launch(kernel, dim3(static_cast<unsigned>(s.blocks), static_cast<unsigned>(s.tiles)), dim3(s.lanes * s.teams),
-                0, stream, args..., s);
+  if (means) {
+    const Status status = launch(row_means, dim3(static_cast<unsigned>(a.rows)), dim3(BLOCK_SIZE), 0, stream, a, means);
+    if (status != Status::ok) return status;
+  }
+  const bool aligned =
+      a.dim % vector == 0 && are_aligned(static_cast<const char*>(a.x), static_cast<const char*>(a.dy),
+                                         static_cast<const char*>(a.weight), static_cast<const char*>(a.dx));
+  const dim3 grid(static_cast<unsigned>(s.blocks), static_cast<unsigned>(s.tiles));
+  return launch(aligned ? aligned_rows : any_rows, grid, dim3(s.lanes * s.teams), 0, stream, a, means, s);
 }
 
 }  // namespace finetune

@@ -1,18 +1,24 @@
-// SwiGLU (Shazeer 2020, arXiv:2002.05202): y = silu(g) · u, silu(g) = g · s, s = 1 / (1 + exp(−g)).
-// Backward:   dg = dy · u · s · (1 + g · (1 − s)),   du = dy · g · s;   s is computed anew, nothing is kept.
+// SwiGLU (Shazeer 2020, arXiv:2002.05202).
 //
-// Memory: a block takes a piece of a row, 16 bytes a thread and load where rows are aligned. Forward reads two elements
-// and writes one, backward reads three and writes two: 12 and 20 bytes an element in fp32, 6 and 10 in 16 bits. About
-// 10 and 15 FLOPs an element (exp counted as five), 1 to 2 FLOPs a byte: the roof is memory bandwidth.
-// Faults: swiglu.no_tail swiglu.stride_of_gate swiglu.derivative
+//   forward    y = silu(g) · u,   silu(g) = g · s,   s = 1 / (1 + exp(−g))
+//   backward   dg = dy · u · s · (1 + g · (1 − s)),   du = dy · g · s;   s is computed again, nothing is kept
+//
+// A block takes a piece of a row, a thread 16 bytes at a time where rows are aligned.
+//
+//               bytes an element, fp32 (16 bits)               FLOPs an element (exp counted as five)
+//   forward     12 (6): reads g and u, writes y                10
+//   backward    20 (10): reads g, u and dy, writes dg and du   15
+//
+// 1 to 2 FLOPs a byte: the roof is memory bandwidth.
 #include "finetune/swiglu.h"
+
 #include "device/launch.cuh"
 #include "device/vector.cuh"
 
 namespace finetune {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int BLOCK_SIZE = 128;
 constexpr int64_t kPiece = 2048;  // elements a block
 
 // expf, not __expf, whose error grows with the argument. An IEEE division would be a call, and spill.
@@ -27,16 +33,14 @@ struct Piece {
     row = blockIdx.x / pieces;
     first = blockIdx.x % pieces * kPiece;
     count = dim - first < kPiece ? dim - first : kPiece;
-    if (BUG("swiglu.no_tail")) count = count / 8 * 8;
   }
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) forward(Swiglu a) {
+__global__ void __launch_bounds__(BLOCK_SIZE) forward(Swiglu a) {
   const Piece p(a.dim);
-  const int64_t up_stride = BUG("swiglu.stride_of_gate") ? a.gate_stride : a.up_stride;
   const T *gate = static_cast<const T*>(a.gate) + p.row * a.gate_stride + p.first,
-          *up = static_cast<const T*>(a.up) + p.row * up_stride + p.first;
+          *up = static_cast<const T*>(a.up) + p.row * a.up_stride + p.first;
   T* y = static_cast<T*>(a.y) + p.row * a.dim + p.first;
   for_each_group<kVector<T>>(p.count, are_aligned(gate, up, y), [&]<int N>(int64_t i) {
     const auto gs = load<T, N>(gate + i), us = load<T, N>(up + i);
@@ -51,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) forward(Swiglu a) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) backward(SwigluBackward a) {
+__global__ void __launch_bounds__(BLOCK_SIZE) backward(SwigluBackward a) {
   const Piece p(a.dim);
   const T *dy = static_cast<const T*>(a.dy) + p.row * a.dy_stride + p.first,
           *gate = static_cast<const T*>(a.gate) + p.row * a.gate_stride + p.first,
@@ -64,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) backward(SwigluBackward a) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const float d = to_float(ds.at[j]), g = to_float(gs.at[j]), s = sigmoid(g);
-      const float slope = BUG("swiglu.derivative") ? 1.0f : 1.0f + g * (1.0f - s);
+      const float slope = 1.0f + g * (1.0f - s);
       out_gate.at[j] = from_float<T>(d * to_float(us.at[j]) * s * slope);
       out_up.at[j] = from_float<T>(d * g * s);
     }
@@ -81,7 +85,7 @@ template <>
 Status launch_cuda(const Swiglu& a, void* stream) {
   if (!a.rows || !a.dim) return Status::ok;
   return for_dtype(a.dtype, [&](auto t) {
-    return launch(forward<decltype(t)>, grid_of(a.rows, a.dim), dim3(kThreads), 0, stream, a);
+    return launch(forward<decltype(t)>, grid_of(a.rows, a.dim), dim3(BLOCK_SIZE), 0, stream, a);
   });
 }
 
@@ -89,7 +93,7 @@ template <>
 Status launch_cuda(const SwigluBackward& a, void* stream) {
   if (!a.rows || !a.dim) return Status::ok;
   return for_dtype(a.dtype, [&](auto t) {
-    return launch(backward<decltype(t)>, grid_of(a.rows, a.dim), dim3(kThreads), 0, stream, a);
+    return launch(backward<decltype(t)>, grid_of(a.rows, a.dim), dim3(BLOCK_SIZE), 0, stream, a);
   });
 }
 

@@ -87,7 +87,7 @@ void count(const char* what, Site site);                      // one more of the
 // The compiler's instrumentation leaves this function out.
 #define EMULATOR_UNCHECKED __attribute__((no_sanitize("thread")))
 
-// A deliberate fault of a kernel, chosen by name at run time: BUG(name) in csrc/cuda/device/launch.cuh.
+// Is this deliberate fault of a kernel switched on? finetune/kernels/weave.py writes the calls into its copy of csrc/cuda.
 bool bug(const char* name);
 bool bug_reached();  // has a kernel asked for the active one?
 

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ def build(name: str) -> Path:
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
     configure = [
         cmake, "-S", ROOT, "-B", folder, *generator, "-DFINETUNE_EMULATOR=ON", f"-DTORCH_DIR={torch.__path__[0]}",
-        f"-DPYTHON_INCLUDE_DIR={sysconfig.get_path('include')}",
+        f"-DPYTHON_INCLUDE_DIR={sysconfig.get_path('include')}", f"-DPYTHON={sys.executable}",
     ]  # fmt: skip
     with FileLock(folder / "lock"):
         for command in (

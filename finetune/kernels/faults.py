@@ -1,9 +1,8 @@
-"""The deliberate faults of the CUDA kernels (`BUG("op.name")` in csrc/cuda), and what catches each.
+"""What catches each deliberate fault of the CUDA kernels.
 
-A kernel that passes its tests shows little if a broken one would pass them too. So every kernel carries faults that a
-test can switch on in the emulator, lists them under "Faults:" in its head comment, and each must be rejected: by wrong
-numbers in the plain build, or by the checked build (`finetune.emulator`). What makes a kernel only slow comes after
-them, under "Slow:"; tests of the op count its accesses to see that.
+A kernel that passes its tests shows little if a broken one would pass them too. So every kernel has faults (its
+`.faults` file, see weave.py) that a test switches on in the emulator. Each must be rejected: by wrong numbers in the
+plain build, or by the checked build (emulator.py). What only makes a kernel slow is for tests that count its accesses.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from finetune import ops
-from finetune.kernels import beyond, emulator
+from finetune.kernels import beyond, emulator, weave
 from finetune.ops._check import WrongResult, check_close, flat, run, unchanged
 from finetune.ops._op import Sample
 
@@ -44,44 +43,48 @@ def kernels() -> list[str]:
 
 
 def listed(op: str, slow: bool = False) -> list[str]:
-    """The faults in the head comment of csrc/cuda/<op>.cu: the wrong ones, or the slow ones."""
+    """The faults that are tried on a kernel: those of its files that make it wrong (or slow), and the shared ones."""
+    sidecar = weave.read(FOLDER / f"{op}.faults")
+    own = [fault.name for fault in sidecar.faults if fault.is_slow == slow]
+    return own + ([] if slow else list(sidecar.shared)) + _listed_in_head(op, slow)
+
+
+def written(op: str) -> set[str]:
+    """The faults of csrc/cuda/<op>.cu and of what it includes from that folder."""
+    edits = weave.edits_of(FOLDER)
+    found = {FOLDER / f"{op}.cu"}
+    todo, names = list(found), set()
+    while todo:
+        path = todo.pop()
+        text = path.read_text() if path.exists() else ""
+        names |= {edit.fault for edit in edits.get(path, ())} | _named_in(text)
+        included = {path.parent / name for name in re.findall(r'#include "([^"]+)"', text)}
+        todo += included - found
+        found |= included
+    return names
+
+
+def mismatches() -> list[str]:
+    """Faults that a kernel lists without having them, and faults that no kernel lists."""
+    lists = {path.stem: listed(path.stem) + listed(path.stem, slow=True) for path in sorted(FOLDER.glob("*.cu"))}
+    absent = [
+        f"{op} lists {name}, which is not in its code" for op in lists for name in lists[op] if name not in written(op)
+    ]
+    everywhere = {edit.fault for edits in weave.edits_of(FOLDER).values() for edit in edits}
+    everywhere |= {name for path in FOLDER.rglob("*.cu*") for name in _named_in(path.read_text())}
+    listed_somewhere = {name for names in lists.values() for name in names}
+    return absent + [f"{name} is tried on no kernel" for name in sorted(everywhere - listed_somewhere)]
+
+
+def _listed_in_head(op: str, slow: bool) -> list[str]:
+    """Of a kernel whose faults are still in its text, as BUG("…"): the names in its head comment."""
     head = re.match(r"(?://.*\n)+", (FOLDER / f"{op}.cu").read_text())
     wrong, _, slower = (head[0] if head else "").partition("Faults:")[2].partition("Slow:")
     return re.findall(r"\b[a-z0-9_]+\.(?!(?:cuh?|h|py|cpp)\b)[a-z0-9_]+", slower if slow else wrong)
 
 
-def written(op: str) -> set[str]:
-    """The faults in the code of csrc/cuda/<op>.cu and of what it includes from that folder."""
-    todo, seen, names = [FOLDER / f"{op}.cu"], set(), set()
-    while todo:
-        path = todo.pop()
-        if path not in seen and path.exists():
-            seen.add(path)
-            text = path.read_text()
-            names |= set(re.findall(r'\bBUG\("([^"]+)"\)', text))
-            todo += [path.parent / name for name in re.findall(r'#include "([^"]+)"', text)]
-    return names
-
-
-def mismatches() -> list[str]:
-    """Faults that are listed but not written, or written but listed by no kernel that has them; lists that do not begin
-    a line of the head comment (a formatter has moved them into its prose)."""
-    everywhere = {
-        name for path in FOLDER.rglob("*.cu*") for name in re.findall(r'\bBUG\("([^"]+)"\)', path.read_text())
-    }
-    lists = {op: listed(op) + listed(op, slow=True) for op in sorted(path.stem for path in FOLDER.glob("*.cu"))}
-    absent = [
-        f"{op} lists {name}, which is not in its code" for op in lists for name in lists[op] if name not in written(op)
-    ]
-    named = {name for names in lists.values() for name in names}
-    moved = [
-        f"{op}.cu: '{word}' does not begin its line"
-        for op in lists
-        for word in ("Faults:", "Slow:")
-        for line in (FOLDER / f"{op}.cu").read_text().splitlines()
-        if word in line and not line.startswith(f"// {word}")
-    ]
-    return absent + moved + [f"{name} is in no list of faults" for name in sorted(everywhere - named)]
+def _named_in(text: str) -> set[str]:
+    return set(re.findall(r'\bBUG\("([^"]+)"\)', text))
 
 
 def samples(op: str) -> list[Sample]:

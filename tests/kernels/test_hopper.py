@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 
-from finetune.kernels import cuda_toolkit, emulator, static_table
+from finetune.kernels import cuda_toolkit, emulator, faults, static_table
 from finetune.ops._op import Sample
 from finetune.ops.attention import overload, reference
 
 SOURCE = (emulator.ROOT / "csrc/cuda/attention_hopper.cu").read_text()
-FAULTS = sorted(set(re.findall(r'BUG\("(attention_hopper\.\w+)"\)', SOURCE)))
+FAULTS = faults.listed("attention_hopper")
 DTYPES = (torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("bf16", "f16"))
 

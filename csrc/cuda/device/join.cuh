@@ -13,11 +13,11 @@ __device__ __forceinline__ double join_blocks(const float* parts, int64_t count)
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kJoinThreads) sum += parts[i];
   sums[threadIdx.x] = sum;
-  for (unsigned width = kJoinThreads / (BUG("join.half_the_sums") ? 4 : 2); width; width /= 2) {
-    if (!BUG("join.no_barrier")) __syncthreads();
+  for (unsigned width = kJoinThreads / 2; width; width /= 2) {
+    __syncthreads();
     if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
   }
-  if (!BUG("join.no_last_barrier")) __syncthreads();
+  __syncthreads();
   return sums[0];
 }
 

@@ -1,13 +1,11 @@
-// The only <<<>>>; shared memory; deliberate faults. Under nvcc and under the emulator alike.
+// The only <<<>>>; shared memory; sums over a warp and a block. Under nvcc and under the emulator alike.
 #pragma once
 
 #include "cuda.cuh"
 #include "finetune/kernel.h"
 
 // SHARED(float, rows, [4][33]): a block's array, `float (&rows)[4][33]`.  DYN_SHARED(float, p): a pointer to the
-// dynamic shared memory of the launch, aligned to 1024 bytes. BUG(name): false; in the emulator true where a test asks
-// for this deliberate fault, which it must then catch. Every kernel lists its own under "Faults:" in its head comment,
-// as <op>.<name>.
+// dynamic shared memory of the launch, aligned to 1024 bytes.
 #if defined(__CUDACC__)
 #define SHARED(T, name, dims) __shared__ T name dims
 #define DYN_SHARED(T, name)                                                \
@@ -101,9 +99,9 @@ __device__ __forceinline__ float block_sum(float v) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   v = warp_sum(v);
   if (lane == 0) sums[warp] = v;
-  if (!BUG("block_sum.no_barrier")) __syncthreads();
+  __syncthreads();
   v = warp_sum(lane < warps ? sums[lane] : 0.0f);
-  if (!BUG("block_sum.no_second_barrier")) __syncthreads();
+  __syncthreads();
   return v;
 }
 

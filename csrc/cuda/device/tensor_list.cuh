@@ -68,7 +68,7 @@ Status for_each_piece_list(const Piece* pieces, int64_t count, F&& f) {
   for (const DType dtype : kFloats) {
     const auto alike = [=](const Piece& p) { return p.dtype == dtype; };
     const Status status = for_each_list<kPieceBlock>(pieces, count, alike, [&](const PieceList& list, unsigned blocks) {
-      const int64_t first = BUG("tensor_list.first_blocks") ? 0 : done;
+      const int64_t first = done;
       done += blocks;
       return for_dtype(dtype, [&](auto element) { return f(element, list, blocks, first); });
     });

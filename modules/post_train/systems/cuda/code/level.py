@@ -25,6 +25,7 @@ import torch
 from filelock import FileLock
 
 from finetune.errors import UserError
+from finetune.kernels import weave
 from finetune.kernels.emulator import ROOT
 
 CODE = Path(__file__).parent
@@ -52,20 +53,14 @@ class Level:
         return self.path.stem.split("_", 2)[2]
 
     @property
-    def head(self) -> str:
-        """The comment at the head of the file, as one text."""
-        lines = self.path.read_text(encoding="utf-8").split("#include")[0].splitlines()
-        return " ".join(line.removeprefix("//").strip() for line in lines)
-
-    @property
     def idea(self) -> str:
         """The first line of the head."""
         return self.path.read_text(encoding="utf-8").splitlines()[0].removeprefix("// ")
 
     @property
     def faults(self) -> list[str]:
-        """The deliberate faults that the head lists."""
-        return self.head.split("Faults:")[1].split()
+        """The deliberate faults of the level, from the file of the same name next to it."""
+        return [fault.name for fault in weave.read(self.path).faults]
 
 
 def levels(topic: str = "*") -> list[Level]:
@@ -85,12 +80,23 @@ def build(level: Level, kind: str) -> Path:
     sources = sorted((ROOT / "csrc/emulator").glob("*.cpp"))
     sources = [path for path in sources if kind == "checked" or path.name not in CHECKER]
     core = [compiled(path, [*COMMON, *everything, *python_includes()], folder) for path in sources]
-    mine = compiled(level.path, [*COMMON, *everything, *kernel, "-x", "c++"], folder)
+    mine = compiled(woven(level), [*COMMON, *everything, *kernel, "-x", "c++"], folder)
     library = folder / f"{level.topic}_{level.path.stem}-{digest(*core, mine)}.so"
     if not library.exists():
         # The core first: of the standard library's inline functions the linker keeps the first, not a checked kernel's.
         run("-shared", "-Wl,-Bsymbolic", *core, mine, "-ldl", target=library)
     return library
+
+
+def woven(level: Level) -> Path:
+    """The copy of a level that is compiled: with its faults in it, to be switched on at run time."""
+    copy = ROOT / "build" / "levels" / "woven" / level.topic / level.path.name
+    try:
+        with FileLock(copy.parent.with_suffix(".lock")):
+            weave.copy(level.path, copy, [edit for fault in weave.read(level.path).faults for edit in fault.edits])
+    except weave.BadFault as error:
+        raise UserError(str(error)) from None
+    return copy
 
 
 def build_all(chosen: Sequence[Level], kind: str, threads: int) -> None:

@@ -3,8 +3,6 @@
 // S = Q·Kᵀ / √D, P = softmax(S) by rows, O = P·V; q (H, M, D), k and v (H, N, D) bf16, out (H, M, D) fp32. 4·H·M·N·D
 // FLOPs. `scores` (H, M, N) fp32 is written, read three times and written by the softmax, and read again: for long
 // sequences nearly all of the traffic, and memory that grows with the square of the length.
-//
-// Faults: attention.no_scale attention.last_key_missing attention.row_past_the_end
 #include "device/launch.cuh"
 
 namespace finetune {
@@ -24,12 +22,12 @@ __global__ void __launch_bounds__(kThreads) multiply(const bf16* q, const bf16* 
   const bf16 *mine = q + row * s.dim, *key = k + (head * s.k_len + i % s.k_len) * s.dim;
   float sum = 0.0f;
   for (int64_t d = 0; d < s.dim; ++d) sum += to_float(mine[d]) * to_float(key[d]);
-  scores[i] = BUG("attention.no_scale") ? sum : sum * rsqrtf(static_cast<float>(s.dim));
+  scores[i] = sum * rsqrtf(static_cast<float>(s.dim));
 }
 
 __global__ void __launch_bounds__(kThreads) softmax(float* scores, Shape s) {
   const int64_t row = my_index();
-  if (row >= s.heads * s.q_len + (BUG("attention.row_past_the_end") ? 1 : 0)) return;
+  if (row >= s.heads * s.q_len) return;
   float *mine = scores + row * s.k_len, most = -INFINITY, sum = 0.0f;
   for (int64_t i = 0; i < s.k_len; ++i) most = fmaxf(most, mine[i]);
   for (int64_t i = 0; i < s.k_len; ++i) sum += __expf(mine[i] - most);
@@ -39,9 +37,9 @@ __global__ void __launch_bounds__(kThreads) softmax(float* scores, Shape s) {
 __global__ void __launch_bounds__(kThreads) weigh(const float* scores, const bf16* v, float* out, Shape s) {
   const int64_t i = my_index(), row = i / s.dim, d = i % s.dim, head = row / s.q_len;
   if (i >= s.heads * s.q_len * s.dim) return;
-  const int64_t keys = s.k_len - (BUG("attention.last_key_missing") ? 1 : 0);
   float sum = 0.0f;
-  for (int64_t j = 0; j < keys; ++j) sum += scores[row * s.k_len + j] * to_float(v[(head * s.k_len + j) * s.dim + d]);
+  for (int64_t j = 0; j < s.k_len; ++j)
+    sum += scores[row * s.k_len + j] * to_float(v[(head * s.k_len + j) * s.dim + d]);
   out[i] = sum;
 }
 

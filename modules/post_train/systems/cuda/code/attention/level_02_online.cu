@@ -4,8 +4,6 @@
 // brings a larger maximum rescales l and the output by exp(m − m'). Global memory sees q, k, v and the output only; k
 // and v once for each 64 queries. The loop over a tile reads one address for all lanes: a broadcast, one wavefront.
 // (Rabe & Staats 2021, arXiv:2112.05682; Dao et al. 2022, arXiv:2205.14135, algorithm 1.)
-//
-// Faults: attention.no_rescale attention.no_barrier attention.no_second_barrier attention.keys_unmasked
 #include "device/launch.cuh"
 
 namespace finetune {
@@ -39,20 +37,20 @@ __global__ void __launch_bounds__(kQueries)
   for (int64_t first = 0; first < s.k_len; first += kKeys) {
     fetch(ks, k + head * s.k_len * s.dim, first, s);
     fetch(vs, v + head * s.k_len * s.dim, first, s);
-    if (!BUG("attention.no_barrier")) __syncthreads();
-    const int64_t left = s.k_len - first, keys = left < kKeys && !BUG("attention.keys_unmasked") ? left : kKeys;
+    __syncthreads();
+    const int64_t left = s.k_len - first, keys = left < kKeys ? left : kKeys;
     for (int j = 0; j < keys; ++j) {
       float score = 0.0f;
 #pragma unroll
       for (int d = 0; d < kDim; ++d) score += qs[d] * ks[j][d];
       const float larger = fmaxf(most, score), p = __expf(score - larger);
-      const float rescale = BUG("attention.no_rescale") ? 1.0f : __expf(most - larger);
+      const float rescale = __expf(most - larger);
       total = total * rescale + p;
 #pragma unroll
       for (int d = 0; d < kDim; ++d) sum[d] = sum[d] * rescale + p * vs[j][d];
       most = larger;
     }
-    if (!BUG("attention.no_second_barrier")) __syncthreads();
+    __syncthreads();
   }
 #pragma unroll
   for (int d = 0; d < kDim; ++d) {

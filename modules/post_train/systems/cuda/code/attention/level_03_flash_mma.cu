@@ -4,9 +4,6 @@
 // The fragment in which mma leaves P is, packed to bf16, the very one in which it takes A: P·V follows without any
 // exchange. k and v tiles are swizzled (matmul level 7); K needs no .trans, since its rows are what mma takes as
 // columns of Kᵀ. (Dao 2023, arXiv:2307.08691, algorithm 1.)
-//
-// Faults: attention.no_rescale attention.no_second_barrier attention.keys_unmasked attention.p_registers_swapped
-// attention.quad_half_reduced
 #include "device/launch.cuh"
 #include "device/ptx.cuh"
 #include "device/vector.cuh"
@@ -78,14 +75,14 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kTile / 8; ++j) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const bool inside = first + 8 * j + lane % 4 * 2 + i % 2 < s.k_len || BUG("attention.keys_unmasked");
+          const bool inside = first + 8 * j + lane % 4 * 2 + i % 2 < s.k_len;
           p[j][i] = inside ? p[j][i] * scale : -INFINITY;
           larger = fmaxf(larger, p[j][i]);
         }
       }
-      if (!BUG("attention.quad_half_reduced")) larger = fmaxf(larger, __shfl_xor_sync(0xffffffffu, larger, 1));
+      larger = fmaxf(larger, __shfl_xor_sync(0xffffffffu, larger, 1));
       larger = fmaxf(larger, __shfl_xor_sync(0xffffffffu, larger, 2));
-      const float rescale = BUG("attention.no_rescale") ? 1.0f : ptx::exp2(most[half] - larger);
+      const float rescale = ptx::exp2(most[half] - larger);
       most[half] = larger;
       total[half] *= rescale;
 #pragma unroll
@@ -102,7 +99,6 @@ __global__ void __launch_bounds__(kThreads)
       unsigned a[4] = {ptx::pack<bf16>(p[2 * j][0], p[2 * j][1]), ptx::pack<bf16>(p[2 * j][2], p[2 * j][3]),
                        ptx::pack<bf16>(p[2 * j + 1][0], p[2 * j + 1][1]),
                        ptx::pack<bf16>(p[2 * j + 1][2], p[2 * j + 1][3])};
-      if (BUG("attention.p_registers_swapped")) a[1] = a[2];
 #pragma unroll
       for (int i = 0; i < kDim / 16; ++i) {
         unsigned values[4];
@@ -111,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
         ptx::mma_16x8x16<bf16>(sum[2 * i + 1], a, values[2], values[3]);
       }
     }
-    if (!BUG("attention.no_second_barrier")) __syncthreads();  // before the next tile overwrites this one
+    __syncthreads();  // before the next tile overwrites this one
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

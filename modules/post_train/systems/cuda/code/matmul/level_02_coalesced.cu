@@ -2,8 +2,6 @@
 //
 // Now the lanes of a warp read one element of A (the same address for 16 of them: one sector) and neighboring elements
 // of B, and write neighboring elements of C. Nothing else has changed.
-//
-// Faults: matmul.rows_and_columns_exchanged matmul.last_product_missing
 #include "device/launch.cuh"
 
 namespace finetune {
@@ -17,9 +15,8 @@ __global__ void __launch_bounds__(kSide* kSide)
   const int64_t row = blockIdx.x / tiles * kSide + threadIdx.y, column = blockIdx.x % tiles * kSide + threadIdx.x;
   if (row >= m || column >= n) return;
   float sum = 0.0f;
-  const int64_t steps = k - (BUG("matmul.last_product_missing") ? 1 : 0);
-  for (int64_t i = 0; i < steps; ++i) sum += to_float(a[row * k + i]) * to_float(b[i * n + column]);
-  c[BUG("matmul.rows_and_columns_exchanged") ? column * m + row : row * n + column] = sum;
+  for (int64_t i = 0; i < k; ++i) sum += to_float(a[row * k + i]) * to_float(b[i * n + column]);
+  c[row * n + column] = sum;
 }
 
 }  // namespace

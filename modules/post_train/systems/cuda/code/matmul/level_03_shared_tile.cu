@@ -2,8 +2,6 @@
 //
 // Global traffic falls by the width of the tile: an element of A is read N / 32 times instead of N / 16 (the lanes of a
 // request shared it) and from one request in a row. What takes over is shared memory: two reads for one multiply-add.
-//
-// Faults: matmul.no_barrier matmul.no_second_barrier matmul.tile_past_the_end
 #include "device/launch.cuh"
 
 namespace finetune {
@@ -18,14 +16,13 @@ __global__ void __launch_bounds__(kTile* kTile)
   const int64_t tiles = ceil_div(n, kTile);
   const int x = threadIdx.x, y = threadIdx.y;
   const int64_t row = blockIdx.x / tiles * kTile + y, column = blockIdx.x % tiles * kTile + x;
-  const int64_t end = BUG("matmul.tile_past_the_end") ? ceil_div(k, kTile) * kTile : k;
   float sum = 0.0f;
   for (int64_t first = 0; first < k; first += kTile) {
-    as[y][x] = row < m && first + x < end ? a[row * k + first + x] : from_float<bf16>(0.0f);
+    as[y][x] = row < m && first + x < k ? a[row * k + first + x] : from_float<bf16>(0.0f);
     bs[y][x] = first + y < k && column < n ? b[(first + y) * n + column] : from_float<bf16>(0.0f);
-    if (!BUG("matmul.no_barrier")) __syncthreads();  // the tile is there
+    __syncthreads();  // the tile is there
     for (int i = 0; i < kTile; ++i) sum += to_float(as[y][i]) * to_float(bs[i][x]);
-    if (!BUG("matmul.no_second_barrier")) __syncthreads();  // all have read it: the next one may come
+    __syncthreads();  // all have read it: the next one may come
   }
   if (row < m && column < n) c[row * n + column] = sum;
 }

@@ -2,8 +2,6 @@
 //
 // 128 threads fetch the tile of A and 128 others that of B; the remaining 768 wait at the barrier. Sectors stay as they
 // were, requests fall by eight. Where rows do not begin on 16 bytes the eight elements are read one by one.
-//
-// Faults: matmul.no_barrier matmul.group_past_the_end
 #include "device/launch.cuh"
 #include "device/vector.cuh"
 
@@ -16,7 +14,7 @@ using Group = Vector<bf16, kWide>;  // 16 bytes
 // Elements [column, column + 8) of a row; what is outside the matrix is 0.
 __device__ __forceinline__ Group fetch(const bf16* x, int64_t row, int64_t rows, int64_t column, int64_t columns,
                                        bool aligned) {
-  if (aligned && row < rows && column + (BUG("matmul.group_past_the_end") ? 0 : kWide) <= columns) {
+  if (aligned && row < rows && column + kWide <= columns) {
     return load<bf16, kWide>(x + row * columns + column);
   }
   Group v;
@@ -42,7 +40,7 @@ __global__ void __launch_bounds__(kTile* kTile)
     } else if (t < 2 * kLoaders) {
       bs[from][at] = fetch(b, first + from, k, left + at * kWide, n, b_aligned);
     }
-    if (!BUG("matmul.no_barrier")) __syncthreads();
+    __syncthreads();
     for (int i = 0; i < kTile; ++i) {
       sum += to_float(as[y][i / kWide].at[i % kWide]) * to_float(bs[i][x / kWide].at[x % kWide]);
     }

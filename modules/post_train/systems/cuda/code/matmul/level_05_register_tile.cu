@@ -4,8 +4,6 @@
 // for a multiply-add fall from 2 to 1/2, and B's four come in one 8-byte load. A thread's rows lie 16 apart, so that
 // the two rows which a warp reads at once are neighbors, in different banks; its columns are neighbors, for 16-byte
 // stores.
-//
-// Faults: matmul.no_barrier matmul.no_second_barrier matmul.wrong_row
 #include "device/launch.cuh"
 #include "device/vector.cuh"
 
@@ -44,18 +42,17 @@ __global__ void __launch_bounds__(kThreads)
       const int row = (t - kThreads / 2) / 8, at = t % 8;
       bs[row][at] = fetch(b, first + row, k, left + at * kWide, n, b_aligned);
     }
-    if (!BUG("matmul.no_barrier")) __syncthreads();
+    __syncthreads();
     for (int i = 0; i < kDeep; ++i) {
       const auto from_b = load<bf16, kEach>(&bs[i][x / kWide].at[x % kWide]);
 #pragma unroll
       for (int p = 0; p < kEach; ++p) {
-        const float from_a =
-            to_float(as[y + kSide * (BUG("matmul.wrong_row") && p == 3 ? 2 : p)][i / kWide].at[i % kWide]);
+        const float from_a = to_float(as[y + kSide * p][i / kWide].at[i % kWide]);
 #pragma unroll
         for (int q = 0; q < kEach; ++q) sum[p][q] += from_a * to_float(from_b.at[q]);
       }
     }
-    if (!BUG("matmul.no_second_barrier")) __syncthreads();
+    __syncthreads();
   }
   for (int p = 0; p < kEach; ++p) {
     const int64_t row = top + y + kSide * p;

@@ -3,8 +3,6 @@
 // cp.async moves 16 bytes from global to shared memory past the registers and returns at once. A group is committed for
 // each step; waiting until at most one group is under way means that the older one has arrived, and the barrier makes
 // it visible to all. Traffic is as before: what this buys is time, which an emulator cannot show.
-//
-// Faults: matmul.wait_one_too_few matmul.no_barrier matmul.no_second_barrier matmul.one_buffer
 #include "device/launch.cuh"
 #include "device/ptx.cuh"
 #include "device/vector.cuh"
@@ -38,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool a_aligned = are_aligned(a) && k % kWide == 0, b_aligned = are_aligned(b) && n % kWide == 0;
   const int64_t steps = ceil_div(k, kDeep);
   const auto fetch_step = [&](int64_t step) {
-    const int buffer = BUG("matmul.one_buffer") ? 0 : step % 2;
+    const int buffer = step % 2;
     if (t < kThreads / 2) {
       const int row = t / 2, at = t % 2;
       fetch(as[buffer][row][at], a, top + row, m, step * kDeep + at * kWide, k, a_aligned);
@@ -53,13 +51,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t step = 0; step < steps; ++step) {
     if (step + 1 < steps) fetch_step(step + 1);
     ptx::cp_async_commit();  // empty in the last step, so that the count below holds there too
-    if (BUG("matmul.wait_one_too_few")) {
-      ptx::cp_async_wait<2>();
-    } else {
-      ptx::cp_async_wait<1>();
-    }
-    if (!BUG("matmul.no_barrier")) __syncthreads();
-    const int buffer = BUG("matmul.one_buffer") ? 0 : step % 2;
+    ptx::cp_async_wait<1>();
+    __syncthreads();
+    const int buffer = step % 2;
     for (int i = 0; i < kDeep; ++i) {
       const auto from_b = load<bf16, kEach>(&bs[buffer][i][x / kWide].at[x % kWide]);
 #pragma unroll
@@ -69,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int q = 0; q < kEach; ++q) sum[p][q] += from_a * to_float(from_b.at[q]);
       }
     }
-    if (!BUG("matmul.no_second_barrier")) __syncthreads();  // before this buffer is filled again
+    __syncthreads();  // before this buffer is filled again
   }
   for (int p = 0; p < kEach; ++p) {
     const int64_t row = top + y + kSide * p;

@@ -3,8 +3,6 @@
 // Four warps share a 64 × 64 tile, 32 × 32 each, in steps of 64. ldmatrix reads eight rows of 16 bytes at a time; the
 // rows lie 128 bytes apart, which is one bank for all eight, so row r keeps its chunk c (16 bytes) at c XOR r % 8: no
 // conflict, no padding. B is stored as it comes, (k, n), and .trans turns it on the way to the registers.
-//
-// Faults: matmul.no_swizzle_on_read matmul.b_registers_swapped matmul.wait_one_too_few matmul.no_second_barrier
 #include "device/launch.cuh"
 #include "device/ptx.cuh"
 #include "device/vector.cuh"
@@ -54,11 +52,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t step = 0; step < steps; ++step) {
     if (step + 1 < steps) fetch_step(step + 1);
     ptx::cp_async_commit();
-    if (BUG("matmul.wait_one_too_few")) {
-      ptx::cp_async_wait<2>();
-    } else {
-      ptx::cp_async_wait<1>();
-    }
+    ptx::cp_async_wait<1>();
     __syncthreads();
     const Chunk *at = as[step % 2], *bt = bs[step % 2];
 #pragma unroll
@@ -67,8 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int p = 0; p < 2; ++p) {
         const int row = y + 16 * p + lane % 16, chunk = i / kWide + lane / 16;
-        ptx::ldmatrix_x4(from_a[p],
-                         at + (BUG("matmul.no_swizzle_on_read") ? row * kChunks + chunk : place(row, chunk)));
+        ptx::ldmatrix_x4(from_a[p], at + place(row, chunk));
       }
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
@@ -79,12 +72,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
           const unsigned b0 = from_b[q / 2][q % 2 * 2], b1 = from_b[q / 2][q % 2 * 2 + 1];
-          const bool swapped = BUG("matmul.b_registers_swapped");
-          ptx::mma_16x8x16<bf16>(sum[p][q], from_a[p], swapped ? b1 : b0, swapped ? b0 : b1);
+          ptx::mma_16x8x16<bf16>(sum[p][q], from_a[p], b0, b1);
         }
       }
     }
-    if (!BUG("matmul.no_second_barrier")) __syncthreads();
+    __syncthreads();  // before this buffer is filled again
   }
   for (int p = 0; p < 2; ++p) {
     for (int q = 0; q < 4; ++q) {

@@ -2,8 +2,6 @@
 //
 // Step s (128, 64, … 1) adds element t + s to element t: no bank is asked twice, and the threads that still work are
 // the first ones, so whole warps are done early instead of half of every warp. (Harris 2007, kernel 3.)
-//
-// Faults: reduction.no_barrier reduction.half_too_far
 #include "device/launch.cuh"
 
 namespace finetune {
@@ -19,9 +17,9 @@ __global__ void __launch_bounds__(kThreads) add_all(const float* x, float* sum, 
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + t;
   part[t] = i < n ? x[i] : 0.0f;
   __syncthreads();
-  for (int step = BUG("reduction.half_too_far") ? kThreads : kThreads / 2; step; step /= 2) {
+  for (int step = kThreads / 2; step; step /= 2) {
     if (t < step) part[t] += part[t + step];
-    if (!BUG("reduction.no_barrier")) __syncthreads();
+    __syncthreads();
   }
   if (t == 0) atomicAdd(sum, part[0]);
 }

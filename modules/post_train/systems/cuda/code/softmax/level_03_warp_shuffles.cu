@@ -3,8 +3,6 @@
 // One request of 32 lanes is now 128 bytes in a row: 4 sectors, all of them used, where the levels before touched 32.
 // Each lane keeps (m, s) of its own elements; five exchanges (lane ^ 16, 8, 4, 2, 1) join the pairs of all lanes,
 // without shared memory and without a barrier.
-//
-// Faults: softmax.four_exchanges softmax.no_rescale
 #include "device/launch.cuh"
 
 namespace finetune {
@@ -24,11 +22,11 @@ __global__ void __launch_bounds__(kWarps * 32) softmax(const float* x, float* y,
     sum = sum * __expf(most - larger) + __expf(v - larger);
     most = larger;
   }
-  for (int bits = 16; bits > (BUG("softmax.four_exchanges") ? 1 : 0); bits /= 2) {
+  for (int bits = 16; bits; bits /= 2) {
     const float other = __shfl_xor_sync(0xffffffffu, most, bits), other_sum = __shfl_xor_sync(0xffffffffu, sum, bits);
     const float larger = fmaxf(most, other);
     if (larger == -INFINITY) continue;  // neither lane has an element
-    const float rescale = BUG("softmax.no_rescale") ? 1.0f : __expf(most - larger);
+    const float rescale = __expf(most - larger);
     sum = sum * rescale + other_sum * __expf(other - larger);
     most = larger;
   }

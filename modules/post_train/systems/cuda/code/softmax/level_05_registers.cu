@@ -2,8 +2,6 @@
 //
 // A lane keeps up to 8 groups of four elements, so a warp holds rows of up to 1024; longer ones are read again. With
 // all of the row at hand there is no need for the online sum: one exchange for the maximum, one for the sum.
-//
-// Faults: softmax.group_lost softmax.no_tail
 #include "device/launch.cuh"
 #include "device/vector.cuh"
 
@@ -20,7 +18,7 @@ __device__ __forceinline__ Group fetch(const float* x, int64_t i, int64_t column
   if (aligned && i + kWide <= columns) return load<float, kWide>(x + i);
   Group v;
 #pragma unroll
-  for (int j = 0; j < kWide; ++j) v.at[j] = i + j < columns && !BUG("softmax.no_tail") ? x[i + j] : -INFINITY;
+  for (int j = 0; j < kWide; ++j) v.at[j] = i + j < columns ? x[i + j] : -INFINITY;
   return v;
 }
 __device__ __forceinline__ void put(float* y, int64_t i, int64_t columns, bool aligned, const Group& v) {
@@ -50,7 +48,7 @@ __global__ void __launch_bounds__(kWarps * 32) softmax(const float* x, float* y,
   }
   most = warp_max(most);
 #pragma unroll
-  for (int g = BUG("softmax.group_lost") ? 1 : 0; g < kGroups; ++g) {
+  for (int g = 0; g < kGroups; ++g) {
     for (float& v : held[g].at) sum += v = __expf(v - most);
   }
   for (int64_t i = first + kHeld; i < columns; i += step) {

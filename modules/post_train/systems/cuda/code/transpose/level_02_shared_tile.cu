@@ -3,8 +3,6 @@
 // The turn happens in shared memory, where a column has no sectors but has banks: element (i, j) lies in bank (32 · i +
 // j) % 32 = j, so the 32 lanes that read column j all want one bank and are served one after another: 32 wavefronts
 // where one would do.
-//
-// Faults: transpose.no_barrier transpose.tile_not_turned
 #include "device/launch.cuh"
 
 namespace finetune {
@@ -20,10 +18,10 @@ __global__ void __launch_bounds__(kTile* kRows) transpose(const float* x, float*
   for (int i = threadIdx.y; i < kTile; i += kRows) {
     if (r + i < rows && c + lane < columns) tile[i][lane] = x[(r + i) * columns + c + lane];
   }
-  if (!BUG("transpose.no_barrier")) __syncthreads();
+  __syncthreads();
   for (int i = threadIdx.y; i < kTile; i += kRows) {
     if (c + i < columns && r + lane < rows) {
-      y[(c + i) * rows + r + lane] = BUG("transpose.tile_not_turned") ? tile[i][lane] : tile[lane][i];
+      y[(c + i) * rows + r + lane] = tile[lane][i];
     }
   }
 }

@@ -2,8 +2,6 @@
 //
 // A row of the tile takes 33 words. Column j of row i is in bank (i + j) % 32: 32 lanes, 32 banks, one wavefront. It
 // costs 128 bytes of shared memory a tile.
-//
-// Faults: transpose.no_barrier transpose.read_unpadded
 #include "device/launch.cuh"
 
 namespace finetune {
@@ -19,10 +17,10 @@ __global__ void __launch_bounds__(kTile* kRows) transpose(const float* x, float*
   for (int i = threadIdx.y; i < kTile; i += kRows) {
     if (r + i < rows && c + lane < columns) tile[i * width + lane] = x[(r + i) * columns + c + lane];
   }
-  if (!BUG("transpose.no_barrier")) __syncthreads();
+  __syncthreads();
   for (int i = threadIdx.y; i < kTile; i += kRows) {
     if (c + i < columns && r + lane < rows) {
-      y[(c + i) * rows + r + lane] = tile[lane * (BUG("transpose.read_unpadded") ? kTile : width) + i];
+      y[(c + i) * rows + r + lane] = tile[lane * width + i];
     }
   }
 }

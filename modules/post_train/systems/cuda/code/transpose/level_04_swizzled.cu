@@ -3,8 +3,6 @@
 // Column j of row i is in bank j ^ i, and for a fixed j that takes every value once: again one wavefront, and no
 // padding, so that every row still begins on 128 bytes. Padding would break the alignment that 16-byte accesses,
 // ldmatrix and TMA need, which is why the tensor-core levels swizzle.
-//
-// Faults: transpose.no_barrier transpose.read_unswizzled
 #include "device/launch.cuh"
 
 namespace finetune {
@@ -20,10 +18,10 @@ __global__ void __launch_bounds__(kTile* kRows) transpose(const float* x, float*
   for (int i = threadIdx.y; i < kTile; i += kRows) {
     if (r + i < rows && c + lane < columns) tile[i][lane ^ i] = x[(r + i) * columns + c + lane];
   }
-  if (!BUG("transpose.no_barrier")) __syncthreads();
+  __syncthreads();
   for (int i = threadIdx.y; i < kTile; i += kRows) {
     if (c + i < columns && r + lane < rows) {
-      y[(c + i) * rows + r + lane] = tile[lane][BUG("transpose.read_unswizzled") ? i : i ^ lane];
+      y[(c + i) * rows + r + lane] = tile[lane][i ^ lane];
     }
   }
 }
