@@ -23,7 +23,7 @@ bench: setup $(VENV)/.test-installed ## time every op against torch
 
 lint: setup $(VENV)/.test-installed ## ruff, mypy, clang-format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	@$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h csrc/include/finetune/*.h
+	@$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h csrc/include/finetune/*.h csrc/cuda/*.cu* csrc/cuda/device/*.cuh modules/*/*/*/code/*/*.cu tests/fixtures/*/*.cu
 
 docs: $(VENV)/.docs-installed ## the READMEs and learning pages as a site in build/docs; a broken link is an error
 	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html --conf-dir docs . build/docs
