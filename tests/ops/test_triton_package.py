@@ -1,5 +1,5 @@
-"""Where the Triton kernels are imported from: the checkout's triton_kernels/ or a wheel's package, and never Triton's own
-distribution `triton_kernels`, which has a swiglu.py too."""
+"""Where the Triton kernels are imported from: the checkout's triton_kernels/ or a wheel's package, and never the
+distribution `triton_kernels` of Triton itself, which has a swiglu.py too."""
 
 import os
 import subprocess
