@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -241,10 +242,10 @@ def clip_grad_norm(grads, max_norm):
 
 def cast(x, dtype, **how):
     """torch's own conversion; where it has none (stochastic), the same bits by torch's integer operations."""
-    from finetune.ops.cast import reference
+    from finetune.ops import cast
 
     if how:
-        return {"Philox and integers": lambda: reference(x, dtype, **how)}
+        return {"Philox and integers": lambda: cast.reference(x, dtype, **how)}
     return {"x.to": lambda: x.to(dtype)}
 
 
@@ -268,7 +269,7 @@ def unscale_check_finite(grads, inverse_scale):
 
 def loss_scale_update(scale, growth_tracker, hysteresis_tracker, found_inf, **how):
     """torch has the plain rule as one operator, but no hysteresis: that takes torch.where."""
-    from finetune.ops.loss_scale_update import reference
+    from finetune.ops import loss_scale_update_
 
     def plain():
         torch._amp_update_scale_(
@@ -277,7 +278,8 @@ def loss_scale_update(scale, growth_tracker, hysteresis_tracker, found_inf, **ho
         )  # fmt: skip
 
     if how.get("policy") == "deepspeed" or how.get("hysteresis", 1) > 1:
-        return {"torch.where": lambda: reference(scale, growth_tracker, hysteresis_tracker, found_inf, **how)}
+        call = partial(loss_scale_update_.reference, scale, growth_tracker, hysteresis_tracker, found_inf, **how)
+        return {"torch.where": call}
     return {"_amp_update_scale_": plain}
 
 

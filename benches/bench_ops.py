@@ -13,8 +13,8 @@ from harness import sides
 from timing import roofs
 
 from finetune import ops
+from finetune.ops._backends import device_for
 from finetune.ops._check import check
-from finetune.ops._op import device_for
 
 BACKENDS = ("cpp", "cuda", "triton") if torch.cuda.is_available() else ("cpp",)
 CELLS = [

@@ -31,8 +31,8 @@ from timing import Call, Side, Times, alternate, roofs, settle
 
 from finetune import ops
 from finetune.errors import UserError, nearest
+from finetune.ops._backends import device_for
 from finetune.ops._check import WrongResult, check, cotangents, flat
-from finetune.ops._op import device_for
 from finetune.runs import display, machine
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}

@@ -12,6 +12,7 @@ import rich_click as click
 from click import Context, get_current_context
 from click.exceptions import NoArgsIsHelpError
 
+from finetune import environment
 from finetune.errors import UserError
 from finetune.interview import cli as interview
 from finetune.kernels import cli as kernels
@@ -319,7 +320,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; the exit code. 0 done, 1 a smoke test or bench failed, 2 user error, 128 + n signal n."""
     _usable_streams()
     try:
-        _known_environment()
+        for variable in environment.CHOICES:
+            environment.choice(variable)
         result = app.main(args=argv, prog_name="python -m finetune", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except UserError as e:
@@ -346,19 +348,6 @@ def _usable_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-
-
-# Variables that choose among a few, and what they may say.
-CHOICES = {
-    "FINETUNE_CPU": ("portable", "avx2", "avx512", "amx"),
-    "FINETUNE_BACKEND": ("reference", "cpp", "cuda", "triton", "emulated", "checked", "sanitized"),
-}
-
-
-def _known_environment() -> None:
-    for name, allowed in CHOICES.items():
-        if (value := os.environ.get(name)) and value not in allowed:
-            raise UserError(f"{name}={value}: expected {', '.join(allowed)}")
 
 
 def _fail(message: str) -> int:

@@ -106,7 +106,7 @@ def driver() -> Iterator[Row]:
     text = f"{numbers[0] + ', ' if numbers else ''}runs CUDA up to {newest // 1000}.{newest % 1000 // 10}"
     from finetune import ops
 
-    info = "" if ops._op.NATIVE_PROBLEM else torch.ops.finetune.build_info()
+    info = "" if ops._backends.NATIVE_PROBLEM else torch.ops.finetune.build_info()
     problem = cuda_toolkit.driver_problem(newest, info)
     yield row("NVIDIA driver", f"{text}; {problem}" if problem else text, not problem)
 
@@ -116,7 +116,7 @@ def native() -> Iterator[Row]:
 
     from finetune import ops
 
-    problem = ops._op.NATIVE_PROBLEM
+    problem = ops._backends.NATIVE_PROBLEM
     if problem:
         yield row("native library", problem, False)
     else:

@@ -105,7 +105,7 @@ class Loaded:
 def load(op: str, bug: str = "") -> Loaded:
     """Builds the op's library and makes it the op's backend "ptx"; a process can hold one of an op's."""
     loaded = Loaded(op, build(op, bug))
-    ops._op.LIBRARIES["ptx"] = LIBRARY
+    ops._backends.LIBRARIES["ptx"] = LIBRARY
     ops.REGISTRY[op].add_backend("ptx")
     ops.REGISTRY[op].register(LIBRARY)
     return loaded

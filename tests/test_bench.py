@@ -26,10 +26,10 @@ def test_times():
 
 
 def test_a_wrong_backend_is_not_timed(monkeypatch, capsys, tmp_path):
-    page = ops.REGISTRY["swiglu"]
-    right = page.backends["cpp"]
-    wrong = ops._op.Backend(lambda gate, up: right.call(gate, up) * 1.001, right.supports)
-    monkeypatch.setitem(page.backends, "cpp", wrong)
+    op = ops.REGISTRY["swiglu"]
+    right = op.backends["cpp"]
+    wrong = ops._op.Backend(lambda gate, up: right.call(gate=gate, up=up) * 1.001, right.supports)
+    monkeypatch.setitem(op.backends, "cpp", wrong)
     sample = next(iter(harness.bench_samples("swiglu")))
     status = harness.main(["swiglu", "--sample", sample, "--dtype", "f32", "--json", str(tmp_path / "out.json")])
     assert status == 1
@@ -46,15 +46,15 @@ def test_a_baseline_that_computes_something_else_is_refused(monkeypatch):
 
 
 def test_a_slow_kernel_fails_the_check(monkeypatch, capsys):
-    page = ops.REGISTRY["swiglu"]
-    right = page.backends["cpp"]
+    op = ops.REGISTRY["swiglu"]
+    right = op.backends["cpp"]
 
     def slow(gate, up):
         for _ in range(20):
-            out = right.call(gate, up)
+            out = right.call(gate=gate, up=up)
         return out
 
-    monkeypatch.setitem(page.backends, "cpp", ops._op.Backend(slow, right.supports))
+    monkeypatch.setitem(op.backends, "cpp", ops._op.Backend(slow, right.supports))
     sample = next(iter(harness.bench_samples("swiglu")))
     words = ["swiglu", "--sample", sample, "--dtype", "f32", "--seconds", "0.05"]
     assert harness.main(words) == 0

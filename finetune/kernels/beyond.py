@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune import ops
-from finetune.ops._op import sparse
+from finetune.ops._samples import sparse
 
 Case = Callable[[str], list[tuple[Tensor, Tensor]]]
 

@@ -104,13 +104,13 @@ def import_library(name: str) -> ModuleType:
 @functools.cache
 def load(name: str = "emulated") -> ModuleType:
     """Builds and loads one of `BUILDS`, adds it as a backend to every op, and returns its controls (python.cpp)."""
-    if ops._op.NATIVE_PROBLEM:
-        raise UserError(ops._op.NATIVE_PROBLEM)
+    if ops._backends.NATIVE_PROBLEM:
+        raise UserError(ops._backends.NATIVE_PROBLEM)
     module = import_library(name)
     for op in ops.REGISTRY.values():
         op.add_backend(name)
-        if not ops._op.missing(op.name, name):
-            op.register(ops._op.LIBRARIES[name])
+        if not ops._backends.missing(op.name, name):
+            op.register(ops._backends.LIBRARIES[name])
     return module
 
 

@@ -17,7 +17,7 @@ import torch
 from finetune import ops
 from finetune.kernels import beyond, emulator, weave
 from finetune.ops._check import WrongResult, check_close, flat, run, unchanged
-from finetune.ops._op import Sample
+from finetune.ops._samples import Sample
 
 FOLDER = emulator.ROOT / "csrc" / "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from finetune import ops, optim
 from finetune.lm.generate import KVCache
 from finetune.memory import meters, simulate
-from finetune.memory.formulas import Setup, Shape, Term, predict, shape_of
+from finetune.memory.formulas import predict
+from finetune.memory.setup import Setup, Shape, Term, shape_of
 from finetune.memory.sheet import entries_for
 from finetune.ops.kv_cache import pool
 from finetune.runs import machine
@@ -27,7 +28,7 @@ ROOM = 0.7  # the share of the free memory that a measurement may be predicted t
 
 def measure(config: Any, setup: Setup, progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
     """Rows of {name: "setting: term", predicted, measured, simulated}: the setup as it is, then the sheet's settings.
-    `measured` is None for what would not fit into this machine, or has no meter. `progress(done, of)` is told."""
+    `measured` is None where a setting does not fit into this machine or has no meter. It calls progress(done, of)."""
     config, rows = fitting(config, setup), []
     shape = shape_of(config)
     own = {term.name: term for term in predict(shape, setup) if term.name != "peak" and term.bytes}
@@ -100,7 +101,7 @@ class Rig:
         """Inside, the models' attention is the setup's: naive is the reference."""
         own = ops.attention
         if self.setup.attention == "naive":
-            ops.attention = partial(own, backend="reference")
+            ops.attention = partial(own, backend="reference")  # type: ignore[assignment]
         try:
             yield
         finally:
@@ -133,7 +134,7 @@ def activations(rig: Rig) -> int:
 
 
 def one_block(rig: Rig) -> int:
-    """What a third block adds to two."""
+    """Bytes that a third block adds to two."""
     config = rig.config if isinstance(rig.config, dict) else asdict(rig.config)
     two, three = (activations(Rig({**config, "layers": n}, rig.shape, rig.setup)) for n in (2, 3))
     return three - two
@@ -164,12 +165,12 @@ def kv_cache(rig: Rig) -> int:
 
 
 def plain(setup: Setup) -> Setup:
-    """Without what is trained beside a model."""
+    """The setup without adapters and virtual tokens."""
     return replace(setup, lora_rank=0, prompt=0, prefix=0, quantized="none")
 
 
 def scalar_model(rig: Rig) -> Any:
-    """A model of the policy's shape with a head of one number: what reward and value models are."""
+    """A reward or value model: the policy's shape with a head of one number."""
     model = meters.build(rig.config, plain(rig.setup))
     if not rig.shape.tied:
         del model.head
@@ -187,7 +188,7 @@ def value_model(rig: Rig) -> int:
 def step_growth(rig: Rig) -> int:
     tokens = rig.tokens(rig.setup.batch, rig.setup.seq)
     with rig.attention():
-        rig.loss(tokens).backward()  # touches what is touched once only
+        rig.loss(tokens).backward()  # memory that is touched only once
         rig.model.zero_grad(set_to_none=True)
         with meters.Peak() as peak:
             rig.loss(tokens).backward()

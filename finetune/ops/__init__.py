@@ -1,6 +1,8 @@
 """The ops of the project: `from finetune import ops; ops.rms_norm(x, weight)`. See `_op.py`."""
 
-from finetune.ops._op import BACKENDS, REGISTRY, BackendUnavailable, Op, Sample, table, use_backend
+from finetune.environment import BACKENDS
+from finetune.ops._op import REGISTRY, BackendUnavailable, Op, register_all, table, use_backend
+from finetune.ops._samples import Sample
 from finetune.ops.adamw import adamw_
 from finetune.ops.adamw8bit import adamw8bit_
 from finetune.ops.attention import attention
@@ -19,6 +21,8 @@ from finetune.ops.rope import rope
 from finetune.ops.swiglu import swiglu
 from finetune.ops.token_logprobs import token_logprobs
 from finetune.ops.unscale_check_finite import unscale_check_finite_
+
+register_all()
 
 __all__ = [
     "BACKENDS",

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.ops._op import REGISTRY, Sample, device_for, place
+from finetune.ops._backends import device_for
+from finetune.ops._op import REGISTRY
+from finetune.ops._samples import Sample, place
 
 # The largest errors, in units in the last place, that CUDA documents for what the kernels call (CUDA C++ Programming
 # Guide, "Mathematical Functions"; the PTX ISA's ex2.approx and div.full for exp2 and Triton's division). __expf's is

@@ -1,242 +1,323 @@
 """The dispatcher: an op is a plain-torch reference that defines it, and backends that must agree with it.
 
-`Op(name, reference, native, samples)` is called like the reference, plus `backend=`. Without a choice the first
-available backend of `ORDER` for the tensors' device runs. A forced backend that cannot run raises `BackendUnavailable`
-with the reason; an automatic choice that falls through to the reference warns once, with the reason.
+An op file reads
 
-Every backend but the reference is a torch library of operators with the same schemas, so that an op's autograd formula
-and shape functions are written once, on its page: cpp and cuda are one library under two dispatch keys, triton is a
-second one, and the CUDA kernels that the emulator runs on CPU tensors (`finetune.emulator`) are a third.
+    @op
+    def rms_norm(x, weight, eps=1e-5, *, backend=None): …     the reference; only the dispatcher uses `backend`
+    @rms_norm.fake() …  @rms_norm.backward() …                what else it declares: the decorators of `Op`
+    @rms_norm.sampled …                                       calls for tests, benches and learning pages
+
+Every backend but the reference is a torch library of operators with the same schemas, so an op's derivative and shape
+functions are written once: cpp and cuda are one library under two dispatch keys, triton is a second one, and the CUDA
+kernels that run on CPU tensors (finetune/kernels/emulator.py) are a third.
+
+The path of a call, here attention on the CPU with gradients:
+
+    ops.attention(q, k, v, lengths=n)
+    └ Op.__call__                   the backend that the call, `use_backend` or FINETUNE_BACKEND forces, else by `ORDER`
+      ├ Op.bind                     all arguments by name, defaults included
+      ├ @attention.check            the errors that every backend raises
+      ├ Op.reason                   None, or why this backend cannot run this call:
+      │ ├ differentiated_otherwise    inside of torch.func, or in forward mode?
+      │ └ @attention.supports         devices, dtypes and sizes: native_float → wrong_device
+      └ Op.run_operator
+        ├ Op.operands               @attention.operands; then the order of the operator's schema
+        ├ torch.ops.finetune.attention    torch's dispatcher
+        │ ├ Library.derivative            autograd: keeps what @attention.backward needs
+        │ └ csrc/bindings/attention.cpp   checks, allocation
+        │   └ csrc/cpu/attention.cpp      the kernel (of CUDA tensors: csrc/cuda/attention.cu)
+        └ @attention.results        which of the operator's outputs the op returns
+
+An automatic choice that falls through to the reference warns once, with the reason; a forced backend that cannot run
+raises `BackendUnavailable` with it.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import sys
+import functools
+import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
+from finetune import environment
 from finetune.errors import UserError
-from finetune.ops._library import Library, differentiated_otherwise
+from finetune.ops._backends import (
+    LIBRARIES,
+    LIBRARY,
+    NATIVE_PROBLEM,
+    ORDER,
+    device_for,
+    device_of,
+    known,
+    missing,
+    native_float,
+)
+from finetune.ops._library import Derivative, Library, Schema, differentiated_otherwise
+from finetune.ops._samples import Sample
 
-BACKENDS = ("reference", "cpp", "triton", "cuda")
-LIBRARIES = {"cpp": "finetune", "cuda": "finetune", "triton": "finetune_triton"}
-LIBRARIES |= {build: f"finetune_{build}" for build in ("emulated", "checked", "sanitized")}  # see finetune.emulator
-ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-LIBRARY = Path(__file__).parents[1] / "_native.so"
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
-forced: str | None = os.environ.get("FINETUNE_BACKEND")
+MISSING = inspect.Parameter.empty
+
+forced: str | None = environment.choice("FINETUNE_BACKEND")
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend that was asked for cannot run this call; the message says why."""
+    """The backend that a call forces cannot run it; the message says why."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op. `supports(*args, **kwargs)` returns None or the reason why not."""
+    """One implementation of an op. Both functions are called with the op's arguments by name."""
 
     call: Callable[..., Any]
-    supports: Callable[..., str | None]
+    supports: Callable[..., str | None]  # None, or the reason why it cannot run the call
 
 
-@dataclass(frozen=True)
-class Native:
-    """An op as torch operators, whichever library they come from (`operators` is torch.ops.<library>)."""
+class Parameters:
+    """The parameters of a reference, without `backend`."""
 
-    call: Callable[..., Any]  # (operators, *args, **kwargs): the op's result through them
-    overload: Callable[..., tuple[str, tuple[Any, ...]]]  # (*args, **kwargs): the operator's name and its arguments
-    supports: Callable[..., str | None]  # (backend, *args, **kwargs): None or the reason why not
-    register: Callable[[Library], None]  # its shape functions and derivatives
-    on_host: tuple[str, ...] = ()  # arguments that may be on the CPU while the others are on a GPU
+    def __init__(self, reference: Callable[..., Any]) -> None:
+        self.signature = inspect.signature(reference)
+        own = [p for p in self.signature.parameters.values() if p.name != "backend"]
+        self.names = [p.name for p in own]
+        self.defaults = {p.name: p.default for p in own}  # MISSING without one
+        self.positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in own)
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One call of an op, for tests, benches and learning pages. Tensors are float64; `cast` makes them any dtype."""
-
-    name: str
-    given: tuple[Any, ...] | Callable[[], tuple[Any, ...]]  # the arguments, or what makes them: large ones when used
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    grad: tuple[int, ...] = ()  # positions of the differentiable arguments
-    mutates: tuple[int, ...] = ()  # positions of the arguments (tensors or lists of them) changed in place
-    bench: bool = False  # of a size worth timing
-    flops: float = 0.0
-    bytes: float = 0.0  # read and written once, at fp32
-    odd: tuple[int | str, ...] = ()  # the arguments (or "incoming gradient") that begin one element off their memory
-    far: tuple[int, int] | None = None  # (argument, dimension): its elements lie more than 2^32 elements apart
-
-    @property
-    def placed(self) -> bool:
-        """Is it another sample at other addresses? Tests of what does not depend on them leave it out."""
-        return bool(self.odd) or self.far is not None
-
-    @cached_property
-    def args(self) -> tuple[Any, ...]:
-        return self.given() if callable(self.given) else self.given
-
-    def cast(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, ...]:
-        """Fresh copies of the arguments on `device`, float64 tensors converted to `dtype`; those of `grad` require
-        gradients. A view's gaps and order are kept."""
-
-        def one(arg: Any, i: int) -> Any:
-            if isinstance(arg, list):
-                return [one(item, i) for item in arg]
-            if not isinstance(arg, torch.Tensor):
-                return arg
-            keep = dtype if arg.dtype == torch.float64 else arg.dtype
-            dimension = self.far[1] if self.far and self.far[0] == i else None
-            copy = place(arg.shape, arg.stride(), keep, device, i in self.odd, dimension)
-            return copy.copy_(arg.detach()).requires_grad_(i in self.grad)
-
-        return tuple(one(arg, i) for i, arg in enumerate(self.args))
-
-    def options(self, device: str = "cpu") -> dict[str, Any]:
-        """The keyword arguments, tensors among them on `device`."""
-
-        def one(name: str, arg: Any) -> Any:
-            if not isinstance(arg, torch.Tensor):
-                return arg
-            return place(arg.shape, arg.stride(), arg.dtype, device, name in self.odd, None).copy_(arg)
-
-        return {name: one(name, arg) for name, arg in self.kwargs.items()}
-
-    def at_odd_addresses(self) -> Iterator[Sample]:
-        """This sample with one of its tensors after another, then with all of them, one element off the aligned start
-        of their memory: a kernel must not take the alignment of one for that of another."""
-        given: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
-        tensors = [at for at, arg in given if isinstance(arg, torch.Tensor) or (arg and isinstance(arg, list))]
-        if self.grad:
-            tensors.append("incoming gradient")
-        for at in tensors:
-            yield replace(self, name=f"{self.name}, odd {at}", odd=(at,))
-        if len(tensors) > 1:
-            yield replace(self, name=f"{self.name}, all odd", odd=tuple(tensors))
-
-    def far_apart(self, *dimensions: tuple[int, int]) -> Iterator[Sample]:
-        """This sample with one after another of some (argument, dimension) spread over more than 2^32 elements."""
-        for at, dimension in dimensions:
-            yield replace(self, name=f"{self.name}, far {at}.{dimension}", far=(at, dimension))
-
-
-def place(
-    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: str, odd: bool, far: int | None
-) -> torch.Tensor:
-    """An uninitialized tensor of this layout; `odd`: one element behind the start of its memory; `far`: with a stride
-    in this dimension that takes its last element more than 2^32 elements away."""
-    if far is not None:
-        strides = (*strides[:far], 64 * (2**32 // (64 * (shape[far] - 1)) + 1) + strides[far], *strides[far + 1 :])
-    if far is None and not odd:
-        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
-    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else 0
-    if far is not None and device == "cpu":
-        flat = sparse(extent, dtype)
-    else:
-        flat = torch.empty(extent + odd, dtype=dtype, device=device)
-    return flat.as_strided(shape, strides, int(odd))
-
-
-def sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros of which only those that are touched take memory."""
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # from Python 3.13 on
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name, in order. (inspect.Signature.bind is slow, and opaque to tracers.)"""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        bound = self.defaults | given
+        fits = len(bound) == len(self.names) and not any(value is MISSING for value in bound.values())
+        if not fits or len(args) > self.positional or len(given) != len(args) + len(kwargs):
+            self.signature.bind(*args, **kwargs)  # raises the TypeError that a function would raise
+        return bound
 
 
 REGISTRY: dict[str, Op] = {}
 
 
-class Op:
-    """See the module's text. `samples()` yields the op's `Sample`s. `torch_kernel`: torch's own fused form of the op,
-    if it has one; like the reference it shows what accuracy torch achieves (`_check`)."""
+class Op(Generic[P, R]):
+    """A function with several backends. It is called like its reference; `backend=` forces one of them.
 
-    def __init__(
-        self,
-        name: str,
-        reference: Callable[..., Any],
-        native: Native,
-        samples: Callable[[], Iterator[Sample]],
-        torch_kernel: Callable[..., Any] | None = None,
-    ) -> None:
-        self.name, self.reference, self.native = name, reference, native
-        self.samples, self.torch_kernel = samples, torch_kernel
-        self.backends = {"reference": Backend(reference, lambda *a, **k: None)}
+    The functions that the decorators below store are called with the op's arguments by name: they list the arguments
+    that they use and accept the others as `**_`.
+    """
+
+    def __init__(self, reference: Callable[P, R], name: str | None = None) -> None:
+        functools.update_wrapper(self, reference)
+        self.reference: Callable[..., R] = reference
+        self.name = name or reference.__name__.rstrip("_")  # adamw of adamw_: the stem of its files
+        self.operators = [reference.__name__]  # in torch.ops.<library>: the forward pass, the backward pass if any
+        self.on_host: tuple[str, ...] = ()  # arguments that may be on the CPU while the others are on a GPU
+        self.parameters = Parameters(reference)
+
+        self.checks: Callable[..., dict[str, Any] | None] | None = None
+        self.unsupported: Callable[..., str | None] = by_dtype
+        self.other_operands: Callable[..., dict[str, Any]] | None = None
+        self.results_of: Callable[..., Any] = first_output
+        self.shapes: dict[str, Callable[..., Any]] = {}  # operator → its shape function
+        self.derivative: Derivative | None = None
+        self.torch_kernel: Callable[..., Any] | None = None
+        self.make_samples: Callable[[], Iterator[Sample]] = lambda: iter(())
+
+        self.schemas: dict[str, Schema] = {}
+        self.backends = {"reference": Backend(reference, lambda **_: None)}
         for backend in ("cpp", "triton", "cuda"):
             self.add_backend(backend)
         self.warned: set[str] = set()
-        if not NATIVE_PROBLEM:
-            try:
-                self.register("finetune")
-            except RuntimeError as error:
-                raise UserError(
-                    f"{LIBRARY} is older than the sources ({error}): pip install -e . builds it again"
-                ) from error
-        REGISTRY[name] = self
+        REGISTRY[self.name] = self
 
-    def register(self, library: str) -> None:
-        """Shape functions and derivatives for the operators of a torch library."""
-        self.native.register(Library(library, self.native.on_host))
+    # --- what an op file declares
 
-    def add_backend(self, backend: str) -> None:
-        """Makes the operators of `backend`'s library callable through this op."""
+    def check(self, function: F) -> F:
+        """Decorates the first thing a call does: raise errors, return replacements for some of the arguments."""
+        self.checks = function
+        return function
 
-        absent = (
-            missing(self.name, backend) if backend != "triton" else None
-        )  # known for good, so that tracers need not ask
+    def supports(self, function: F) -> F:
+        """Decorates function(backend, **arguments): None, or why the backend cannot run the call. The default is
+        `native_float` of all tensors."""
+        self.unsupported = function
+        return function
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self.native.call(getattr(torch.ops, LIBRARIES[backend]), *args, **kwargs)
+    def operands(self, function: F) -> F:
+        """Decorates what returns those arguments of the operator that are not the op's argument of the same name."""
+        self.other_operands = function
+        return function
 
-        def supports(*args: Any, **kwargs: Any) -> str | None:
-            reason = load_triton(self) if backend == "triton" else absent
-            return reason or self.native.supports(backend, *args, **kwargs)
+    def results(self, function: F) -> F:
+        """Decorates function(output, **arguments): what the op returns of the operator's output. The default is the
+        first tensor of several."""
+        self.results_of = function
+        return function
 
-        self.backends[backend] = Backend(call, supports)
+    def fake(self, operator: str | None = None) -> Callable[[F], F]:
+        """Decorates the shape function of an operator (that of the forward pass), called with the operator's arguments
+        by name. `Schema.like_inputs` is the default."""
 
-    def overload(self, library: str, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
-        """The torch operator that this call becomes, and its arguments."""
-        name, arguments = self.native.overload(*args, **kwargs)
-        return getattr(getattr(torch.ops, library), name).default, arguments
+        def store(function: F) -> F:
+            self.shapes[operator or self.operators[0]] = function
+            return function
+
+        return store
+
+    def backward(self, **options: Any) -> Callable[[F], F]:
+        """Decorates function(operators, ctx, *grads), the backward pass; options: those of `Derivative`."""
+
+        def store(function: F) -> F:
+            self.derivative = Derivative(function, **({"again": self.by_reference} | options))
+            self.operators.append(f"{self.operators[0]}_backward")
+            return function
+
+        return store
+
+    def fused(self, function: F) -> F:
+        """Decorates torch's own fused form of the op. Like the reference it shows what accuracy torch achieves."""
+        self.torch_kernel = lambda *args, **kwargs: function(**self.bind(args, kwargs))
+        return function
+
+    def sampled(self, function: Callable[[], Iterator[Sample]]) -> Callable[[], Iterator[Sample]]:
+        """Decorates what yields the samples."""
+        self.make_samples = function
+        return function
+
+    # --- a call
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        backend: Any = kwargs.pop("backend", None) or forced
+        given = self.bind(args, kwargs)
+        if backend:
+            if reason := self.reason(backend, given):
+                raise BackendUnavailable(f"{self.name}: backend {backend} cannot run this call: {reason}")
+            return self.backends[backend].call(**given)
+        for name in ORDER[device_of(given.values())]:
+            if reason := self.reason(name, given):
+                if reason not in self.warned:
+                    self.warned.add(reason)
+                    warnings.warn(f"{self.name}: {name} not used: {reason}", stacklevel=2)
+                continue
+            return self.backends[name].call(**given)
+        raise AssertionError("the reference supports every call")
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by name, checked."""
+        bound = self.parameters.bind(args, kwargs)
+        replaced = self.checks(**bound) if self.checks else None
+        return bound | replaced if replaced else bound
+
+    def reason(self, backend: str, given: dict[str, Any]) -> str | None:
+        """None if `backend` can run the call, else why not."""
+        if backend not in self.backends:
+            raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(environment.BACKENDS)}")
+        if backend != "reference" and (reason := differentiated_otherwise(given.values())):
+            return reason
+        return self.backends[backend].supports(**given)
+
+    def run_operator(self, library: str, given: dict[str, Any]) -> Any:
+        """The op by its torch operator; an empty list of tensors, which has no device, is left to the reference."""
+        first = next(iter(given.values()))
+        if isinstance(first, list) and not first:
+            return self.reference(**given)
+        operator, values = self.operands_of(given)
+        with nullcontext() if self.derivative else torch.no_grad():
+            output = getattr(getattr(torch.ops, library), operator)(*values)
+            if changed := self.schemas[operator].written(values):  # a graph that saved one of them must notice
+                torch.autograd.graph.increment_version(changed)
+            return self.results_of(output, **given)
+
+    def operands_of(self, given: dict[str, Any]) -> tuple[str, list[Any]]:
+        """The operator that the call becomes, and its arguments."""
+        operator = self.operator_of(given)
+        own = given | self.other_operands(**given) if self.other_operands else given
+        return operator, self.schemas[operator].ordered(own)
+
+    def operator_of(self, given: dict[str, Any]) -> str:
+        return self.operators[0]
+
+    # --- for tests, benches and the libraries of operators
+
+    def samples(self) -> Iterator[Sample]:
+        return self.make_samples()
 
     def why_not(self, backend: str, *args: Any, **kwargs: Any) -> str | None:
         """None if `backend` can run this call, else the reason."""
-        if backend not in self.backends:
-            raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-        if backend != "reference" and (reason := differentiated_otherwise((*args, *kwargs.values()))):
-            return reason
-        return self.backends[backend].supports(*args, **kwargs)
+        return self.reason(backend, self.bind(args, kwargs))
 
-    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        backend = backend or forced
-        if backend:
-            if reason := self.why_not(backend, *args, **kwargs):
-                raise BackendUnavailable(f"{self.name}: backend {backend} cannot run this call: {reason}")
-            return self.backends[backend].call(*args, **kwargs)
-        for name in ORDER[device_of(args)]:
-            if reason := self.why_not(name, *args, **kwargs):
-                if reason not in self.warned:
-                    self.warned.add(reason)
-                    warnings.warn(f"{self.name}: {name} not used: {reason}", stacklevel=3)
-                continue
-            return self.backends[name].call(*args, **kwargs)
-        raise AssertionError("the reference supports every call")
+    def overload(self, library: str, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
+        """The torch operator that this call becomes, and its arguments."""
+        operator, values = self.operands_of(self.bind(args, kwargs))
+        return getattr(getattr(torch.ops, library), operator).default, tuple(values)
+
+    def by_reference(self, **operands: Any) -> Any:
+        """The reference, called with the operator's arguments."""
+        return self.reference(**{name: operands[name] for name in self.parameters.names if name in operands})
+
+    def add_backend(self, backend: str) -> None:
+        """Makes the operators of `backend`'s library callable through this op."""
+        absent = missing(self.name, backend) if backend != "triton" else None  # once, so that tracers need not ask
+
+        def call(**given: Any) -> Any:
+            return self.run_operator(LIBRARIES[backend], given)
+
+        def supports(**given: Any) -> str | None:
+            reason = load_triton(self) if backend == "triton" else absent
+            return reason or self.unsupported(backend, **given)
+
+        self.backends[backend] = Backend(call, supports)
+
+    def register(self, library: str) -> None:
+        """Shape functions and derivatives of the op's operators in torch.ops.<library>."""
+        there = Library(library, self.on_host)
+        for operator in self.operators:
+            if known(f"{library}::{operator}"):
+                self.schemas[operator] = schema = there.schema(operator)
+                there.fake(operator, self.shapes.get(operator) or schema.like_inputs)
+        if self.derivative:
+            there.derivative(self.operators[0], self.derivative)
 
 
-def device_of(args: tuple[Any, ...]) -> str:
-    """Device type of the first tensor among the arguments (lists of tensors included)."""
-    for arg in args:
-        first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
-        if isinstance(first, torch.Tensor):
-            return "cuda" if first.is_cuda else "cpu"
-    return "cpu"
+def op(reference: Callable[P, R]) -> Op[P, R]:
+    """Decorates a reference: its name becomes the op, with the backends that exist."""
+    return Op(reference)
+
+
+def register_all() -> None:
+    """Registers what the op files declare for the operators of the native library."""
+    if NATIVE_PROBLEM:
+        return
+    for each in REGISTRY.values():
+        try:
+            each.register("finetune")
+        except (RuntimeError, AttributeError) as error:
+            raise UserError(
+                f"{LIBRARY} is older than the sources ({error}): pip install -e . builds it again"
+            ) from error
+
+
+def by_dtype(backend: str, **given: Any) -> str | None:
+    return native_float(backend, *(value for value in given.values() if isinstance(value, Tensor)))
+
+
+def first_output(output: Any, **_: Any) -> Any:
+    return output[0] if isinstance(output, (list, tuple)) else output
+
+
+def load_triton(op: Op) -> str | None:
+    """Why there are no Triton operators for this op, if so."""
+    if NATIVE_PROBLEM:
+        return NATIVE_PROBLEM  # they take their schemas from it
+    from finetune.ops import _triton
+
+    return _triton.load(op)
 
 
 @contextmanager
@@ -250,100 +331,12 @@ def use_backend(name: str | None) -> Iterator[None]:
         forced = before
 
 
-def load_library() -> str | None:
-    """Loads the native library; None, or the reason why it cannot be loaded."""
-    if not LIBRARY.exists():
-        return "the native library is not built: pip install -e . in the project folder"
-    try:
-        torch.ops.load_library(str(LIBRARY))
-    except OSError as error:
-        return f"the native library does not load ({error}): pip install -e . builds it again"
-    wanted = os.environ.get("FINETUNE_CPU")
-    if wanted and wanted != torch.ops.finetune.cpu_level():
-        raise UserError(
-            f"FINETUNE_CPU={wanted}: this machine supports up to {torch.ops.finetune.cpu_level_supported()} "
-            "(portable < avx2 < avx512 < amx); unset it or choose a lower one"
-        )
-    return None
-
-
-NATIVE_PROBLEM = load_library()
-
-
-def load_triton(op: Op) -> str | None:
-    """Why there are no Triton operators for this op, if so."""
-    if NATIVE_PROBLEM:
-        return NATIVE_PROBLEM  # they take their schemas from it
-    from finetune.ops import _triton
-
-    return _triton.load(op)
-
-
-def missing(op: str, backend: str) -> str | None:
-    """Why `backend` has no native operators for this op, if so."""
-    if NATIVE_PROBLEM:
-        return NATIVE_PROBLEM
-    name = f"{LIBRARIES[backend]}::{op}"
-    key = "CUDA" if backend == "cuda" else "CPU"
-    if any(torch._C._dispatch_has_kernel_for_dispatch_key(name + end, key) for end in ("", "_") if known(name + end)):
-        return None
-    if backend == "cuda" and "nvcc=0" in torch.ops.finetune.build_info():
-        return (
-            "the native library was built without its CUDA kernels: with nvcc installed (and FINETUNE_CUDA not 0), "
-            "pip install -e . builds them"
-        )
-    return f"{op} has no {backend} kernel yet"
-
-
-def known(operator: str) -> bool:
-    library, name = operator.split("::")
-    return hasattr(getattr(torch.ops, library), name)
-
-
-def native_float(backend: str, *tensors: torch.Tensor | None) -> str | None:
-    """The `supports` that most ops share: tensors of one floating dtype where the backend wants them; float16 only on
-    GPUs (and their emulation)."""
-    given = [t for t in tensors if t is not None]
-    if reason := wrong_device(backend, *given):
-        return reason
-    dtypes = {t.dtype for t in given}
-    if len(dtypes) > 1:
-        return f"it takes one dtype, got {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
-    half = backend != "cpp"
-    if not dtypes <= {torch.float32, torch.bfloat16, *([torch.float16] if half else [])}:
-        names = "float32, bfloat16 and float16" if half else "float32 and bfloat16"
-        return f"it takes {names}, got {str(dtypes.pop()).removeprefix('torch.')}"
-    return None
-
-
-def device_for(backend: str) -> str:
-    """The type of device whose tensors `backend` takes."""
-    on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
-    return "cuda" if on_gpu else "cpu"
-
-
-def wrong_device(backend: str, *tensors: torch.Tensor) -> str | None:
-    """CPU tensors for cpp and for what is emulated or interpreted, CUDA tensors for the GPU, all on one device."""
-    wanted = device_for(backend)
-    devices = list(dict.fromkeys(t.device for t in tensors))
-    if len(devices) > 1:
-        first, second = devices[:2]
-        return f"Expected all tensors to be on the same device, but found at least two devices, {first} and {second}!"
-    if all(t.device.type == wanted for t in tensors):
-        return None
-    how = "; TRITON_INTERPRET=1 interprets it on the CPU" if (backend, wanted) == ("triton", "cuda") else ""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        why = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        return f"it takes CUDA tensors, and torch ({why}) finds no GPU{how}"
-    return f"it takes {wanted.upper()} tensors{how}"
-
-
 def table() -> list[dict[str, Any]]:
     """op × backend × ok | reason, for small samples where each backend wants them (`python -m finetune ops`)."""
     rows = []
     for op in REGISTRY.values():
         sample = next(s for s in op.samples() if not s.bench)
-        for backend in BACKENDS:
+        for backend in environment.BACKENDS:
             device = device_for(backend) if torch.cuda.is_available() else "cpu"
             reason = op.why_not(backend, *sample.cast(torch.float32, device), **sample.options(device))
             rows.append({"op": op.name, "backend": backend, "ok": reason is None, "reason": reason or ""})

@@ -83,7 +83,7 @@ def define(op: Op) -> str | None:
     for name, function in operators.items():
         schema = str(getattr(torch.ops.finetune, name).default._schema)
         library.define(schema.removeprefix("finetune::"))
-        function = on_one_device(name, function, op.native.on_host)
+        function = on_one_device(name, function, op.on_host)
         library.impl(name, *((function, "CPU") if interpreted() else (on_its_device(function), "CUDA")))
     op.register(LIBRARY)
     return None

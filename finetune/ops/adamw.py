@@ -9,22 +9,25 @@ With masters (fp32 copies of bf16 parameters) the master is updated and the para
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
+from finetune.ops._backends import native_float, wrong_device
 from finetune.ops._lists import optimizer_lists
-from finetune.ops._op import Native, Op, Sample, native_float, wrong_device
+from finetune.ops._op import op
+from finetune.ops._samples import SMOLLM2_BLOCK, Sample
 
 
-def reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor] | None = None,
+@op
+@torch.no_grad()
+def adamw_(
+    params: Iterable[Tensor],
+    grads: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
+    masters: Iterable[Tensor] | None = None,
     *,
     lr: float,
     beta1: float,
@@ -33,41 +36,43 @@ def reference(
     weight_decay: float,
     step: int,
     grad_scale: float | Tensor = 1.0,
+    backend: str | None = None,
 ) -> None:
-    with torch.no_grad():
-        for p, g, m, v, target in zip(params, grads, exp_avgs, exp_avg_sqs, masters or params, strict=True):
-            wide = torch.promote_types(target.dtype, torch.float32)
-            g = g.to(wide) * grad_scale
-            m.copy_(m.to(wide) * beta1 + g * (1 - beta1))
-            v.copy_(v.to(wide) * beta2 + g * g * (1 - beta2))
-            size = m.to(wide) / (1 - beta1**step) / ((v.to(wide) / (1 - beta2**step)).sqrt() + eps)
-            target.copy_(target.to(wide) * (1 - lr * weight_decay) - lr * size)
-            p.copy_(target)
+    """One step over lists of tensors of equal shapes, in place. `step` counts from 1.
+
+    params: float32, bfloat16 or (CUDA) float16, all of one dtype; grads: any of these (not changed); exp_avgs,
+    exp_avg_sqs and masters: float32. Without masters a 16-bit parameter is rounded every step and loses small updates.
+    grad_scale: a number or a 0-d float32 tensor that multiplies the gradients, for clipping without another sweep;
+    a tensor on the GPU is not waited for.
+    """
+    for p, g, m, v, target in zip(params, grads, exp_avgs, exp_avg_sqs, masters or params, strict=True):
+        wide = torch.promote_types(target.dtype, torch.float32)
+        g = g.to(wide) * grad_scale
+        m.copy_(m.to(wide) * beta1 + g * (1 - beta1))
+        v.copy_(v.to(wide) * beta2 + g * g * (1 - beta2))
+        size = m.to(wide) / (1 - beta1**step) / ((v.to(wide) / (1 - beta2**step)).sqrt() + eps)
+        target.copy_(target.to(wide) * (1 - lr * weight_decay) - lr * size)
+        p.copy_(target)
 
 
-def overload(
-    params, grads, exp_avgs, exp_avg_sqs, masters=None, *, lr, beta1, beta2, eps, weight_decay, step, grad_scale=1.0
-):
-    scale = (1.0, grad_scale) if isinstance(grad_scale, Tensor) else (grad_scale, None)
-    lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(masters or []))
-    return "adamw_", (*lists, *scale, lr, beta1, beta2, eps, weight_decay, step)
+@adamw_.check
+def _(params, grads, exp_avgs, exp_avg_sqs, masters, **_):
+    return optimizer_lists("adamw_", params, masters, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
 
 
-@torch.no_grad()
-def native(operators, params, *args, **kwargs) -> None:
-    if params:
-        name, arguments = overload(params, *args, **kwargs)
-        getattr(operators, name)(*arguments)
-        torch.autograd.graph.increment_version(params)  # a graph that saved a parameter must notice
+@adamw_.operands
+def operands(masters: list[Tensor] | None, grad_scale: float | Tensor, **_) -> dict[str, object]:
+    number, tensor = (1.0, grad_scale) if isinstance(grad_scale, Tensor) else (grad_scale, None)
+    return {"masters": masters or [], "grad_scale": number, "scale_tensor": tensor}
 
 
-def supports(backend: str, params, grads, exp_avgs, exp_avg_sqs, masters=None, *, grad_scale=1.0, **_) -> str | None:
+def takes(backend: str, params, grads, states, grad_scale) -> str | None:
+    """`supports` of an optimizer; states: moments (or their maxima) and masters."""
     if reason := native_float(backend, *params):
         return reason
     for dtype in {g.dtype for g in grads}:  # not always that of the parameters
         if reason := native_float(backend, *(g for g in grads if g.dtype == dtype)):
             return f"of the gradients: {reason}"
-    states = [*exp_avgs, *exp_avg_sqs, *(masters or [])]
     if any(t.dtype != torch.float32 for t in states):
         return "it keeps moments and masters in float32"
     if isinstance(grad_scale, Tensor) and grad_scale.dtype != torch.float32:
@@ -79,16 +84,12 @@ def supports(backend: str, params, grads, exp_avgs, exp_avg_sqs, masters=None, *
     return None
 
 
-def register(library: Library) -> None:
-
-    @library.fake("adamw_")
-    def _(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, scale, lr, beta1, beta2, eps, weight_decay, step):
-        return None
+@adamw_.supports
+def _(backend: str, params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, **_) -> str | None:
+    return takes(backend, params, grads, [*exp_avgs, *exp_avg_sqs, *(masters or [])], grad_scale)
 
 
-SMOLLM2_BLOCK = [*[(576, 576)] * 2, *[(192, 576)] * 2, *[(1536, 576)] * 3, *[(576,)] * 2]  # shapes of its weights
-
-
+@adamw_.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -120,36 +121,3 @@ def samples() -> Iterator[Sample]:
     yield from make("aligned", [(64,), (4, 32)], masters=True, grad_scale=torch.tensor(0.3)).at_odd_addresses()
     yield make("bench", SMOLLM2_BLOCK * 8, bench=True)
     yield make("bench masters", SMOLLM2_BLOCK * 8, masters=True, bench=True)
-
-
-op = Op("adamw", reference, Native(native, overload, supports, register), samples)
-
-
-def adamw_(
-    params: Iterable[Tensor],
-    grads: Iterable[Tensor],
-    exp_avgs: Iterable[Tensor],
-    exp_avg_sqs: Iterable[Tensor],
-    masters: Iterable[Tensor] | None = None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float | Tensor = 1.0,
-    backend: str | None = None,
-) -> None:
-    """One step over lists of tensors of equal shapes, in place. `step` counts from 1.
-
-    params: float32, bfloat16 or (CUDA) float16, all of one dtype; grads: any of these (not changed); exp_avgs,
-    exp_avg_sqs and masters: float32. Without masters a 16-bit parameter is rounded every step and loses small updates.
-    grad_scale: a number or a 0-d float32 tensor that multiplies the gradients, for clipping without a sweep of its own;
-    a tensor on the GPU is not waited for.
-    """
-    lists = optimizer_lists("adamw_", params, masters, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    op(
-        *lists, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-        weight_decay=weight_decay, step=step, grad_scale=grad_scale, backend=backend,
-    )  # fmt: skip

@@ -6,8 +6,8 @@ in fp32, and rounds them to the nearest of the map's values; the parameters see 
 
     absmax = max |m| over the block          code = argmin over i of |map[i] − m / absmax|   (0 where absmax is 0)
 
-The map (paper, section 2.1 and appendix F): a sign bit, zeros that count the decades below 1, a one, and the bits left
-over divide the decade [0.1, 1] evenly. exp_avg_sq has no sign and one bit more for the division.
+The map (paper, section 2.1 and appendix F): a sign bit, zeros that count the decades below 1, a one, and the bits that
+remain divide the decade [0.1, 1] evenly. exp_avg_sq has no sign and one bit more for the division.
 Every backend does the same fp32 operations in the same order, so that their moments agree to the last bit.
 """
 
@@ -15,23 +15,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from finetune.ops import adamw as plain
-from finetune.ops._library import Library
+from finetune.ops import adamw
+from finetune.ops._backends import wrong_device
 from finetune.ops._lists import optimizer_lists
-from finetune.ops._op import Native, Op, Sample, wrong_device
+from finetune.ops._op import op
+from finetune.ops._samples import SMOLLM2_BLOCK, Sample
 
 BLOCK = 256
 
 
 @functools.cache
 def dynamic_map(signed: bool) -> Tensor:
-    """(256,) fp32 in rising order: 0, 1, and for each decade 10^−e, e = 6 … 0, the middles of 2^(6 − e) equal parts of
-    [0.1, 1] · 10^−e with both signs, or of twice as many with one."""
+    """(256,) fp32 in ascending order: 0, 1, and for each decade 10^−e, e = 6 … 0, the middles of 2^(6 − e) equal parts
+    of [0.1, 1] · 10^−e with both signs, or of twice as many with one."""
     values = [0.0, 1.0]
     for decade in range(7):
         parts = 2**decade if signed else 2 ** (decade + 1)
@@ -64,19 +65,21 @@ def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
-    """What the codes stand for, in absmax's dtype."""
+    """The values of the codes, in absmax's dtype."""
     values = tables(codes.device)[0][0 if signed else 1].to(absmax.dtype)[codes.long().flatten()]
     return (values * absmax.repeat_interleave(BLOCK)[: values.numel()]).view(codes.shape)
 
 
-def reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_maxs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    exp_avg_sq_maxs: Sequence[Tensor],
-    masters: Sequence[Tensor] | None = None,
+@op
+@torch.no_grad()
+def adamw8bit_(
+    params: Iterable[Tensor],
+    grads: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_maxs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
+    exp_avg_sq_maxs: Iterable[Tensor],
+    masters: Iterable[Tensor] | None = None,
     *,
     lr: float,
     beta1: float,
@@ -85,62 +88,27 @@ def reference(
     weight_decay: float,
     step: int,
     grad_scale: float | Tensor = 1.0,
+    backend: str | None = None,
 ) -> None:
+    """One step over lists of tensors, in place; see ops.adamw_ for params, grads, masters and the numbers.
+
+    exp_avgs, exp_avg_sqs: uint8 codes like the parameters; exp_avg_maxs, exp_avg_sq_maxs: (ceil(numel / 256),) fp32.
+    `states_like` makes those of the first step. A gradient that is not finite spoils its block: look at the norm first.
+    """
     step_size, rsqrt_bc2 = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     states = (exp_avgs, exp_avg_maxs, exp_avg_sqs, exp_avg_sq_maxs)
-    with torch.no_grad():
-        for p, g, mc, mx, vc, vx, target in zip(params, grads, *states, masters or params, strict=True):
-            wide = torch.promote_types(target.dtype, torch.float32)
-            g = g.to(wide) * grad_scale
-            m = dequantize(mc, mx, True).to(wide) * beta1 + g * (1 - beta1)
-            v = dequantize(vc, vx, False).to(wide) * beta2 + g * g * (1 - beta2)
-            size = step_size * m / (v.sqrt() * rsqrt_bc2 + eps)
-            target.copy_(target.to(wide) * (1 - lr * weight_decay) - size)
-            p.copy_(target)
-            for codes, absmax, value, signed in ((mc, mx, m, True), (vc, vx, v, False)):
-                new_codes, new_max = quantize(value, signed)
-                codes.copy_(new_codes)
-                absmax.copy_(new_max)
-
-
-def overload(
-    params, grads, exp_avgs, exp_avg_maxs, exp_avg_sqs, exp_avg_sq_maxs, masters=None, *, lr, beta1, beta2, eps,
-    weight_decay, step, grad_scale=1.0
-):  # fmt: skip
-    scale = (1.0, grad_scale) if isinstance(grad_scale, Tensor) else (grad_scale, None)
-    states = (list(t) for t in (exp_avgs, exp_avg_maxs, exp_avg_sqs, exp_avg_sq_maxs, masters or []))
-    maps = tables(params[0].device)
-    return "adamw8bit_", (
-        list(params), list(grads), *states, *maps, *scale, lr, beta1, beta2, eps, weight_decay, step
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def native(operators, params, *args, **kwargs) -> None:
-    if params:
-        name, arguments = overload(params, *args, **kwargs)
-        getattr(operators, name)(*arguments)
-        torch.autograd.graph.increment_version(params)
-
-
-def supports(
-    backend: str, params, grads, exp_avgs, exp_avg_maxs, exp_avg_sqs, exp_avg_sq_maxs, masters=None, **kwargs
-) -> str | None:
-    codes = [*exp_avgs, *exp_avg_sqs]
-    if any(t.dtype != torch.uint8 for t in codes):
-        return "it takes moments in uint8"
-    if reason := wrong_device(backend, *codes):
-        return reason
-    if not all(t.is_contiguous() for t in codes):
-        return "it takes contiguous parameters, moments and masters"
-    return plain.supports(backend, params, grads, exp_avg_maxs, exp_avg_sq_maxs, masters, **kwargs)
-
-
-def register(library: Library) -> None:
-
-    @library.fake("adamw8bit_")
-    def _(*args):
-        return None
+    for p, g, mc, mx, vc, vx, target in zip(params, grads, *states, masters or params, strict=True):
+        wide = torch.promote_types(target.dtype, torch.float32)
+        g = g.to(wide) * grad_scale
+        m = dequantize(mc, mx, True).to(wide) * beta1 + g * (1 - beta1)
+        v = dequantize(vc, vx, False).to(wide) * beta2 + g * g * (1 - beta2)
+        size = step_size * m / (v.sqrt() * rsqrt_bc2 + eps)
+        target.copy_(target.to(wide) * (1 - lr * weight_decay) - size)
+        p.copy_(target)
+        for codes, absmax, value, signed in ((mc, mx, m, True), (vc, vx, v, False)):
+            new_codes, new_max = quantize(value, signed)
+            codes.copy_(new_codes)
+            absmax.copy_(new_max)
 
 
 def states_like(p: Tensor) -> dict[str, Tensor]:
@@ -154,6 +122,33 @@ def states_like(p: Tensor) -> dict[str, Tensor]:
     }
 
 
+@adamw8bit_.check
+def _(params, masters, grads, exp_avgs, exp_avg_maxs, exp_avg_sqs, exp_avg_sq_maxs, **_):
+    return optimizer_lists(
+        "adamw8bit_", params, masters, grads=grads, exp_avgs=exp_avgs, exp_avg_maxs=exp_avg_maxs,
+        exp_avg_sqs=exp_avg_sqs, exp_avg_sq_maxs=exp_avg_sq_maxs,
+    )  # fmt: skip
+
+
+@adamw8bit_.operands
+def _(params: list[Tensor], **given) -> dict[str, object]:
+    maps, middles = tables(params[0].device)
+    return adamw.operands(**given) | {"maps": maps, "middles": middles}
+
+
+@adamw8bit_.supports
+def _(backend: str, params, grads, masters, grad_scale, exp_avgs, exp_avg_maxs, exp_avg_sqs, exp_avg_sq_maxs, **_):
+    codes = [*exp_avgs, *exp_avg_sqs]
+    if any(t.dtype != torch.uint8 for t in codes):
+        return "it takes moments in uint8"
+    if reason := wrong_device(backend, *codes):
+        return reason
+    if not all(t.is_contiguous() for t in codes):
+        return "it takes contiguous parameters, moments and masters"
+    return adamw.takes(backend, params, grads, [*exp_avg_maxs, *exp_avg_sq_maxs, *(masters or [])], grad_scale)
+
+
+@adamw8bit_.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -185,47 +180,5 @@ def samples() -> Iterator[Sample]:
     yield make("many", [(3,)] * 55)
     yield make("empty", [(0, 4), (3,)])
     yield from make("aligned", [(512,), (4, 64)], masters=True, grad_scale=torch.tensor(0.3)).at_odd_addresses()
-    yield make("bench", plain.SMOLLM2_BLOCK * 8, bench=True)
-    yield make("bench masters", plain.SMOLLM2_BLOCK * 8, masters=True, bench=True)
-
-
-op = Op("adamw8bit", reference, Native(native, overload, supports, register), samples)
-
-
-def adamw8bit_(
-    params: Iterable[Tensor],
-    grads: Iterable[Tensor],
-    exp_avgs: Iterable[Tensor],
-    exp_avg_maxs: Iterable[Tensor],
-    exp_avg_sqs: Iterable[Tensor],
-    exp_avg_sq_maxs: Iterable[Tensor],
-    masters: Iterable[Tensor] | None = None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float | Tensor = 1.0,
-    backend: str | None = None,
-) -> None:
-    """One step over lists of tensors, in place; see ops.adamw_ for params, grads, masters and the numbers.
-
-    exp_avgs, exp_avg_sqs: uint8 codes like the parameters; exp_avg_maxs, exp_avg_sq_maxs: (ceil(numel / 256),) fp32.
-    `states_like` makes those of the first step. A gradient that is not finite spoils its block: look at the norm first.
-    """
-    lists = optimizer_lists(
-        "adamw8bit_",
-        params,
-        masters,
-        grads=grads,
-        exp_avgs=exp_avgs,
-        exp_avg_maxs=exp_avg_maxs,
-        exp_avg_sqs=exp_avg_sqs,
-        exp_avg_sq_maxs=exp_avg_sq_maxs,
-    )
-    op(
-        *lists, lr=lr, beta1=beta1, beta2=beta2,
-        eps=eps, weight_decay=weight_decay, step=step, grad_scale=grad_scale, backend=backend,
-    )  # fmt: skip
+    yield make("bench", SMOLLM2_BLOCK * 8, bench=True)
+    yield make("bench masters", SMOLLM2_BLOCK * 8, masters=True, bench=True)

@@ -5,12 +5,12 @@
     g = h // (H / Hkv)
     visible(b, i, j) = (j < lengths[b]) and (not causal or j <= i + Tk − Tq) and (i and j of one document)
 
-A query that sees no key gives 0 and gets gradient 0. What no query of a sequence may see (keys behind `lengths`, tokens
-of other documents, the padding of a tile) adds exactly 0 to every sum and gets gradient 0, whatever it holds, NaN and
-infinity too. The causal rule does not promise that: there a hidden key has weight 0, and 0 · NaN is NaN.
+A query that sees no key gives 0 and gets gradient 0. Tokens that no query of a sequence may see (keys behind `lengths`,
+tokens of other documents, the padding of a tile) add exactly 0 to every sum and get gradient 0, whatever they hold, NaN
+and infinity too. The causal rule does not promise that: there a hidden key has weight 0, and 0 · NaN is NaN.
 
-Arithmetic in fp32 whatever the dtype; the result is rounded once. The reference makes
-the whole (Tq, Tk) score matrix; the kernels never do (FlashAttention-2, arXiv:2307.08691).
+Arithmetic in fp32 whatever the dtype; the result is rounded once. The reference makes the whole (Tq, Tk) score matrix;
+the kernels never do (FlashAttention-2, arXiv:2307.08691).
 """
 
 from __future__ import annotations
@@ -23,26 +23,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, native_float
+from finetune.ops._backends import native_float
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    if q.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[-1]):
-        raise ValueError(
-            f"attention: q must be (B, Tq, H, D), k and v (B, Tk, Hkv, D), got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
-    if lengths is not None and (cu_seqlens is not None or lengths.shape != q.shape[:1]):
-        raise ValueError("attention: lengths must be (B,), and excludes cu_seqlens")
-    if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
-        raise ValueError("attention: cu_seqlens needs B = 1 and as many queries as keys")
+@op
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """q (B, Tq, H, D), k and v (B, Tk, Hkv, D) of one dtype, H a multiple of Hkv → (B, Tq, H, D). Gradients for all.
 
-
-def check_documents(ends: list[int], tokens: int) -> None:
-    if not ends or ends[0] != 0 or ends[-1] != tokens or any(i > j for i, j in itertools.pairwise(ends)):
-        raise ValueError(f"attention: cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {ends}")
+    causal: query i sees keys j <= i + Tk − Tq. lengths (B,): query rows of b see keys j < lengths[b] only.
+    cu_seqlens (N + 1,): B = 1 and Tq = Tk; tokens cu_seqlens[n] … cu_seqlens[n+1] − 1 are document n and see only it.
+    A query that sees no key gives 0. scale defaults to 1/√D.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if cu_seqlens is not None:  # one document after another
+        ends = cu_seqlens.tolist()
+        check_documents(ends, q.shape[1])
+        documents = (tuple(x[:, i:j] for x in (q, k, v)) for i, j in itertools.pairwise(ends))
+        parts = [attention.reference(*each, causal=causal, scale=scale) for each in documents]
+        return torch.cat([q[:, :0], *parts], 1)
+    hidden = ~visible(q, k, causal, lengths, None)  # (B, Tq, Tk)
+    q = q.masked_fill(hidden.all(2)[..., None, None], 0)
+    k, v = (x.masked_fill(behind(x, lengths), 0) for x in (k, v)) if lengths is not None else (k, v)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.to(wide).repeat_interleave(group, dim=2) for x in (k, v))  # (B, Tk, H, D)
+    scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), k) * scale
+    hidden = hidden[:, None]  # (B, 1, Tq, Tk)
+    p = scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # a row without keys: NaN, then 0
+    return torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype)
 
 
 def behind(keys: Tensor, lengths: Tensor) -> Tensor:
@@ -67,126 +87,67 @@ def visible(q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None, cu_seqle
     return mask
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    check(q, k, v, lengths, cu_seqlens)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if cu_seqlens is not None:  # one document after another
-        ends = cu_seqlens.tolist()
-        check_documents(ends, q.shape[1])
-        documents = (tuple(x[:, i:j] for x in (q, k, v)) for i, j in itertools.pairwise(ends))
-        return torch.cat([q[:, :0], *(reference(*each, causal=causal, scale=scale) for each in documents)], 1)
-    hidden = ~visible(q, k, causal, lengths, None)  # (B, Tq, Tk)
-    q = q.masked_fill(hidden.all(2)[..., None, None], 0)
-    k, v = (x.masked_fill(behind(x, lengths), 0) for x in (k, v)) if lengths is not None else (k, v)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    group = q.shape[2] // k.shape[2]
-    k, v = (x.to(wide).repeat_interleave(group, dim=2) for x in (k, v))  # (B, Tk, H, D)
-    scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), k) * scale
-    hidden = hidden[:, None]  # (B, 1, Tq, Tk)
-    p = scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # a row without keys: NaN, then 0
-    return torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype)
+def check_documents(ends: list[int], tokens: int) -> None:
+    if not ends or ends[0] != 0 or ends[-1] != tokens or any(i > j for i, j in itertools.pairwise(ends)):
+        raise ValueError(f"attention: cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {ends}")
 
 
-def torch_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """The same by F.scaled_dot_product_attention, which is fused where torch can."""
+@attention.check
+def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, **_) -> None:
+    if q.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[-1]):
+        raise ValueError(
+            f"attention: q must be (B, Tq, H, D), k and v (B, Tk, Hkv, D), got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    if lengths is not None and (cu_seqlens is not None or lengths.shape != q.shape[:1]):
+        raise ValueError("attention: lengths must be (B,), and excludes cu_seqlens")
+    if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
+        raise ValueError("attention: cu_seqlens needs B = 1 and as many queries as keys")
+
+
+@attention.fused
+def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, lengths, cu_seqlens) -> Tensor:
     mask = visible(q, k, causal, lengths, cu_seqlens)[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
-def overload(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-):
-    check(q, k, v, lengths, cu_seqlens)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return "attention", (q, k, v, causal, scale, lengths, cu_seqlens)
+attention.on_host = ("lengths", "cu_seqlens")
 
 
-def native(operators, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
-    name, args = overload(q, k, v, **kwargs)
-    return getattr(operators, name)(*args)[0]
-
-
-def supports(backend: str, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> str | None:
+@attention.supports
+def _(backend: str, q: Tensor, k: Tensor, v: Tensor, **_) -> str | None:
     if backend not in ("cpp", "triton") and q.shape[-1] > 256:
         return f"it takes head dims up to 256, got {q.shape[-1]}"
     return native_float(backend, q, k, v)
 
 
-def register(library: Library) -> None:
-    operators = library.operators
-
-    @library.fake("attention")
-    def _(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        scale: float,
-        lengths: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        b, t, h, _d = q.shape
-        top, total = (q.new_empty(b, h, t, dtype=torch.float32) for _ in range(2))
-        return q.new_empty(q.shape), top, total
-
-    @library.fake("attention_backward")
-    def _(
-        grad_o: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        top: Tensor,
-        total: Tensor,
-        causal: bool,
-        scale: float,
-        lengths: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    def keep(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output[1:])
-        return output
-
-    def backward(ctx, grad_o, *_):
-        q, k, v, lengths, cu_seqlens, o, top, total = ctx.saved_tensors
-        options = (ctx.rest[3], ctx.rest[4], lengths, cu_seqlens)  # causal and scale first
-        return *operators.attention_backward(grad_o, q, k, v, o, top, total, *options), None, None, None, None
-
-    def again(q, k, v, causal, scale, lengths, cu_seqlens):
-        o = reference(q, k, v, causal=causal, scale=scale, lengths=lengths, cu_seqlens=cu_seqlens)
-        return o, None, None
-
-    library.derivative("attention", backward, keep=keep, again=again)
+@attention.operands
+def _(q: Tensor, scale: float | None, **_) -> dict[str, float]:
+    return {"scale": 1 / math.sqrt(q.shape[-1]) if scale is None else scale}
 
 
+@attention.fake()
+def _(q: Tensor, **_) -> tuple[Tensor, Tensor, Tensor]:
+    b, t, h, _d = q.shape
+    m, l = (q.new_empty(b, h, t, dtype=torch.float32) for _ in range(2))
+    return q.new_empty(q.shape), m, l
+
+
+def keep(ctx, inputs, output) -> tuple[Tensor, ...]:
+    ctx.mark_non_differentiable(*output[1:])
+    return output
+
+
+@attention.backward(keep=keep)
+def _(operators, ctx, do: Tensor, *_):
+    q, k, v, lengths, cu_seqlens, o, m, l = ctx.saved_tensors
+    options = (ctx.rest["causal"], ctx.rest["scale"], lengths, cu_seqlens)
+    return *operators.attention_backward(do, q, k, v, o, m, l, *options), None, None, None, None
+
+
+@attention.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -283,27 +244,3 @@ def samples() -> Iterator[Sample]:
     yield make("bench packed", 1, 960, 960, 9, 3, 64, bench=True, cu_seqlens=ints(*ends))
     tokens = ints(*range(64, 513, 64))
     yield make("bench decode", 8, 1, 512, 9, 3, 64, bench=True, grad=False, lengths=tokens, causal=False)
-
-
-on_host = ("lengths", "cu_seqlens")
-op = Op("attention", reference, Native(native, overload, supports, register, on_host), samples, torch_kernel)
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """q (B, Tq, H, D), k and v (B, Tk, Hkv, D) of one dtype, H a multiple of Hkv → (B, Tq, H, D). Gradients for all.
-
-    causal: query i sees keys j <= i + Tk − Tq. lengths (B,): query rows of b see keys j < lengths[b] only.
-    cu_seqlens (N + 1,): B = 1 and Tq = Tk; tokens cu_seqlens[n] … cu_seqlens[n+1] − 1 are document n and see only it.
-    A query that sees no key gives 0. scale defaults to 1/√D.
-    """
-    return op(q, k, v, causal=causal, scale=scale, lengths=lengths, cu_seqlens=cu_seqlens, backend=backend)

@@ -2,10 +2,10 @@
 
     y = round(x · scale), in fp32 until the rounding
 
-To nearest, ties to even, or stochastically (Gupta et al. 2015, arXiv:1502.02551, section 3.2): between the two numbers
-of the format beside x·scale, the upper one with probability (x·scale − lower) / (upper − lower), which keeps the mean.
-What is too large becomes infinity, or with `saturate` the largest finite number; float8_e4m3fn has no infinity and
-saturates unless told otherwise (NaN then): in both as torch's own conversions do.
+To nearest, ties to even, or stochastically (Gupta et al. 2015, arXiv:1502.02551, section 3.2): to one of the two
+numbers of the format that enclose x·scale, the upper one with probability (x·scale − lower) / (upper − lower), which
+keeps the mean. A number that is too large becomes infinity, or with `saturate` the largest finite number; float8_e4m3fn
+has no infinity and saturates unless told otherwise (NaN then): in both as torch's own conversions do.
 
 Random words come from Philox-4x32-10 (Salmon et al. 2011, SC'11): element i of the flattened x takes word i mod 4 of
 the counter (i // 4, 0) under the key `seed`. So every backend gives the same bits, for any number of threads.
@@ -18,11 +18,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, wrong_device
+from finetune.ops._backends import wrong_device
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
 
 FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
-# Exponent bits, mantissa bits, the bits of infinity (or what stands for it) and of NaN.
+# Exponent bits, mantissa bits, the bits of infinity (or of what replaces it) and of NaN.
 LAYOUTS = {
     torch.bfloat16: (8, 7, 0x7F80, 0x7FC0),
     torch.float16: (5, 10, 0x7C00, 0x7E00),
@@ -32,23 +33,38 @@ LAYOUTS = {
 WORD = 0xFFFFFFFF
 
 
-def philox(counter: Tensor, seed: int, rounds: int = 10) -> Tensor:
-    """counter (N, 4), words as int64 → (N, 4), what is drawn under the 64-bit key `seed`."""
-    a, b, c, d = counter.unbind(1)
-    keys = [seed & WORD, seed >> 32 & WORD]
-    for _ in range(rounds):
-        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c  # of 64 bits: a sign does no harm to them
-        a, b = (second >> 32 & WORD) ^ b ^ keys[0], second & WORD
-        c, d = (first >> 32 & WORD) ^ d ^ keys[1], first & WORD
-        keys = [keys[0] + 0x9E3779B9 & WORD, keys[1] + 0xBB67AE85 & WORD]
-    return torch.stack([a, b, c, d], 1)
+@op
+@torch.no_grad()
+def cast(
+    x: Tensor,
+    dtype: torch.dtype,
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+    scale: float | Tensor = 1.0,
+    saturate: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x of any shape and format → a contiguous tensor of `dtype`. It has no gradient.
+
+    rounding: "nearest" or "stochastic", whose random words depend on `seed` only: give each call another one.
+    scale: a number or a 0-d float32 tensor that multiplies x first. saturate: see above; None is torch's way.
+    """
+    saturate = dtype == torch.float8_e4m3fn if saturate is None else saturate
+    wide = x.to(torch.float32) * (scale.float() if isinstance(scale, Tensor) else scale)
+    if rounding == "nearest" or dtype == torch.float32:
+        return round_nearest(wide, dtype, saturate)
+    return round_stochastic(wide, dtype, seed, saturate)
 
 
-def random_words(n: int, seed: int, device: torch.device) -> Tensor:
-    """(n,) the words of elements 0 … n − 1."""
-    groups = torch.arange(-(-n // 4), device=device)
-    counter = torch.stack([groups & WORD, groups >> 32, groups * 0, groups * 0], 1)
-    return philox(counter, seed).flatten()[:n]
+def round_nearest(x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
+    """fp32 x by torch's own conversion, which saturates for float8_e4m3fn and for nothing else."""
+    largest = torch.finfo(dtype).max
+    if saturate:
+        return x.clamp(-largest, largest).to(dtype)
+    if dtype == torch.float8_e4m3fn:
+        x = torch.where(x.abs() > 464, torch.nan * x.sign(), x)  # 464 is between 448 and what would be 480
+    return x.to(dtype)
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, seed: int, saturate: bool) -> Tensor:
@@ -73,64 +89,37 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, seed: int, saturate: bool) -
     return out.to(whole).view(dtype).view(x.shape)
 
 
-def round_nearest(x: Tensor, dtype: torch.dtype, saturate: bool) -> Tensor:
-    """fp32 x by torch's own conversion, which saturates for float8_e4m3fn and for nothing else."""
-    largest = torch.finfo(dtype).max
-    if saturate:
-        return x.clamp(-largest, largest).to(dtype)
-    if dtype == torch.float8_e4m3fn:
-        x = torch.where(x.abs() > 464, torch.nan * x.sign(), x)  # 464 is between 448 and what would be 480
-    return x.to(dtype)
+def random_words(n: int, seed: int, device: torch.device) -> Tensor:
+    """(n,) the words of elements 0 … n − 1."""
+    groups = torch.arange(-(-n // 4), device=device)
+    counter = torch.stack([groups & WORD, groups >> 32, groups * 0, groups * 0], 1)
+    return philox(counter, seed).flatten()[:n]
 
 
-def settings(dtype: torch.dtype, rounding: str, seed: int, saturate: bool | None) -> bool:
-    """Checks them; whether to saturate."""
+def philox(counter: Tensor, seed: int, rounds: int = 10) -> Tensor:
+    """counter (N, 4), words as int64 → (N, 4), the random words under the 64-bit key `seed`."""
+    a, b, c, d = counter.unbind(1)
+    keys = [seed & WORD, seed >> 32 & WORD]
+    for _ in range(rounds):
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c  # of 64 bits: a sign does no harm to them
+        a, b = (second >> 32 & WORD) ^ b ^ keys[0], second & WORD
+        c, d = (first >> 32 & WORD) ^ d ^ keys[1], first & WORD
+        keys = [keys[0] + 0x9E3779B9 & WORD, keys[1] + 0xBB67AE85 & WORD]
+    return torch.stack([a, b, c, d], 1)
+
+
+@cast.check
+def _(dtype: torch.dtype, rounding: str, seed: int, **_) -> None:
     if dtype not in FORMATS:
         raise ValueError(f"cast: {dtype} is not one of {', '.join(map(str, FORMATS))}")
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"cast: rounding={rounding!r} is neither 'nearest' nor 'stochastic'")
     if not 0 <= seed < 2**63:
         raise ValueError(f"cast: seed={seed} is not within [0, 2^63)")
-    return dtype == torch.float8_e4m3fn if saturate is None else saturate
 
 
-@torch.no_grad()
-def reference(
-    x: Tensor,
-    dtype: torch.dtype,
-    *,
-    rounding: str = "nearest",
-    seed: int = 0,
-    scale: float | Tensor = 1.0,
-    saturate: bool | None = None,
-) -> Tensor:
-    saturate = settings(dtype, rounding, seed, saturate)
-    wide = x.to(torch.float32) * (scale.float() if isinstance(scale, Tensor) else scale)
-    if rounding == "nearest" or dtype == torch.float32:
-        return round_nearest(wide, dtype, saturate)
-    return round_stochastic(wide, dtype, seed, saturate)
-
-
-def raw(x: Tensor) -> Tensor:
-    """The operators see 8-bit floats as uint8."""
-    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
-
-
-def overload(x, dtype, *, rounding="nearest", seed=0, scale=1.0, saturate=None):
-    saturate = settings(dtype, rounding, seed, saturate)
-    scales = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
-    stochastic = rounding == "stochastic" and dtype != torch.float32
-    return "cast", (raw(x), FORMATS.index(x.dtype), FORMATS.index(dtype), *scales, stochastic, seed, saturate)
-
-
-def native(operators, x, dtype, *, scale=1.0, **kwargs) -> Tensor:
-    scale = scale.detach() if isinstance(scale, Tensor) else scale
-    name, arguments = overload(x.detach(), dtype, scale=scale, **kwargs)
-    y = getattr(operators, name)(*arguments)
-    return y if y.dtype == dtype else y.view(dtype)
-
-
-def supports(backend: str, x: Tensor, dtype: torch.dtype, *, scale: float | Tensor = 1.0, **_) -> str | None:
+@cast.supports
+def _(backend: str, x: Tensor, scale: float | Tensor, **_) -> str | None:
     if x.dtype not in FORMATS:
         return f"it takes float32, bfloat16, float16 and 8-bit floats, got {str(x.dtype).removeprefix('torch.')}"
     if isinstance(scale, Tensor) and scale.dtype != torch.float32:
@@ -138,15 +127,32 @@ def supports(backend: str, x: Tensor, dtype: torch.dtype, *, scale: float | Tens
     return wrong_device(backend, x, *([scale] if isinstance(scale, Tensor) else []))
 
 
-def register(library: Library) -> None:
+@cast.operands
+def _(x: Tensor, dtype: torch.dtype, rounding: str, scale: float | Tensor, saturate: bool | None, **_):
+    number, tensor = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+    return {
+        "x": x.view(torch.uint8) if x.dtype.itemsize == 1 else x,  # the operator sees 8-bit floats as uint8
+        "given": FORMATS.index(x.dtype),
+        "wanted": FORMATS.index(dtype),
+        "scale": number,
+        "scale_tensor": tensor,
+        "stochastic": rounding == "stochastic" and dtype != torch.float32,
+        "saturate": dtype == torch.float8_e4m3fn if saturate is None else saturate,
+    }
 
-    @library.fake("cast")
-    def _(x, given, wanted, scale, scale_tensor, stochastic, seed, saturate):
-        dtype = FORMATS[wanted]
-        whole = torch.uint8 if dtype.itemsize == 1 else dtype
-        return torch.empty_like(x, dtype=whole, memory_format=torch.contiguous_format)
+
+@cast.results
+def _(output: Tensor, dtype: torch.dtype, **_) -> Tensor:
+    return output if output.dtype == dtype else output.view(dtype)
 
 
+@cast.fake()
+def _(x: Tensor, wanted: int, **_) -> Tensor:
+    dtype = FORMATS[wanted]
+    return x.new_empty(x.shape, dtype=torch.uint8 if dtype.itemsize == 1 else dtype)
+
+
+@cast.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
     names = {dtype: str(dtype).removeprefix("torch.") for dtype in FORMATS}
@@ -189,24 +195,3 @@ def samples() -> Iterator[Sample]:
     yield make("bench e5m2", 2048, 2048, to=torch.float8_e5m2, bench=True)
     yield make("bench float16", 2048, 2048, to=torch.float16, bench=True)
     yield make("bench stochastic", 1024, 1024, to=torch.bfloat16, rounding="stochastic", bench=True)
-
-
-op = Op("cast", reference, Native(native, overload, supports, register), samples)
-
-
-def cast(
-    x: Tensor,
-    dtype: torch.dtype,
-    *,
-    rounding: str = "nearest",
-    seed: int = 0,
-    scale: float | Tensor = 1.0,
-    saturate: bool | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """x of any shape and format → a contiguous tensor of `dtype`. It has no gradient.
-
-    rounding: "nearest" or "stochastic", which draws the same for the same `seed`: give each call its own.
-    scale: a number or a 0-d float32 tensor that multiplies x first. saturate: see above; None is torch's way.
-    """
-    return op(x, dtype, rounding=rounding, seed=seed, scale=scale, saturate=saturate, backend=backend)

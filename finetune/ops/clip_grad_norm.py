@@ -9,58 +9,53 @@ norm makes finite gradients 0, a NaN norm makes all NaN), so look at the norm be
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
 from finetune.ops._lists import gradients_of, norm_bound
-from finetune.ops._op import Native, Op, Sample
-from finetune.ops.adamw import SMOLLM2_BLOCK
-from finetune.ops.global_norm import supports as takes
+from finetune.ops._op import op
+from finetune.ops._samples import SMOLLM2_BLOCK, Sample
+from finetune.ops.global_norm import global_norm, takes_floats
 
 
-def reference(grads: Sequence[Tensor], max_norm: float) -> Tensor:
-    with torch.no_grad():
-        if not grads:
-            return torch.zeros(())
-        wide = [torch.promote_types(g.dtype, torch.float32) for g in grads]
-        norm = torch.stack([g.to(t).norm() for g, t in zip(grads, wide, strict=True)]).norm()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for g, t in zip(grads, wide, strict=True):
-            g.copy_(g.to(t) * scale)
-        return norm
-
-
-def overload(grads: Sequence[Tensor], max_norm: float):
-    return "clip_grad_norm_", (list(grads), max_norm)
-
-
+@op
 @torch.no_grad()
-def native(operators, grads: Sequence[Tensor], max_norm: float) -> Tensor:
-    if not grads:
-        return torch.zeros(())
-    norm = operators.clip_grad_norm_(list(grads), max_norm)
-    torch.autograd.graph.increment_version(grads)
+def clip_grad_norm_(grads: Tensor | Iterable[Tensor], max_norm: float, *, backend: str | None = None) -> Tensor:
+    """Scales contiguous gradients in place, whatever the dtype of each; returns their L2 norm before that, a 0-d
+    float32 tensor where they live (on a GPU the host never waits).
+
+    grads: gradients, or, as for torch.nn.utils.clip_grad_norm_, parameters, whose `.grad` is scaled where they have
+    one; a mixture raises ValueError. max_norm: 0 or more; infinity only measures. The same bits for any number of
+    threads.
+    """
+    grads = list(grads)
+    norm = global_norm.reference(grads)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for g in grads:
+        g.copy_(g.to(torch.promote_types(g.dtype, torch.float32)) * scale)
     return norm
 
 
-def supports(backend: str, grads: Sequence[Tensor], max_norm: float) -> str | None:
-    if reason := takes(backend, grads):
+@clip_grad_norm_.check
+def _(grads: Tensor | Iterable[Tensor], max_norm: float) -> dict[str, list[Tensor] | float]:
+    return {"grads": gradients_of("clip_grad_norm_", grads), "max_norm": norm_bound("clip_grad_norm_", max_norm)}
+
+
+@clip_grad_norm_.supports
+def _(backend: str, grads: list[Tensor], **_) -> str | None:
+    if reason := takes_floats(backend, grads):
         return reason
-    if not all(g.is_contiguous() for g in grads):
-        return "it takes contiguous gradients"
-    return None
+    return None if all(g.is_contiguous() for g in grads) else "it takes contiguous gradients"
 
 
-def register(library: Library) -> None:
-
-    @library.fake("clip_grad_norm_")
-    def _(grads: list[Tensor], max_norm: float) -> Tensor:
-        return grads[0].new_empty((), dtype=torch.float32)
+@clip_grad_norm_.fake()
+def _(grads: list[Tensor], **_) -> Tensor:
+    return grads[0].new_empty((), dtype=torch.float32)
 
 
+@clip_grad_norm_.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -80,17 +75,3 @@ def samples() -> Iterator[Sample]:
     yield make("many", [(i % 5,) for i in range(333)], 2.0)  # more than one launch on a GPU
     yield from make("aligned", [(64,), (4, 32)], 1.0).at_odd_addresses()
     yield make("bench", SMOLLM2_BLOCK * 16, 1.0, bench=True)
-
-
-op = Op("clip_grad_norm", reference, Native(native, overload, supports, register), samples)
-
-
-def clip_grad_norm_(grads: Tensor | Iterable[Tensor], max_norm: float, *, backend: str | None = None) -> Tensor:
-    """Scales contiguous gradients in place, each of a dtype of its own; returns their L2 norm before that, a 0-d
-    float32 tensor where they live (on a GPU the host never waits).
-
-    grads: gradients, or, as for torch.nn.utils.clip_grad_norm_, parameters, whose `.grad` is scaled where they have
-    one; a mixture raises ValueError. max_norm: 0 or more; infinity only measures. The same bits for any number of
-    threads.
-    """
-    return op(gradients_of("clip_grad_norm_", grads), norm_bound("clip_grad_norm_", max_norm), backend=backend)

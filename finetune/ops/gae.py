@@ -17,12 +17,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, native_float, wrong_device
+from finetune.ops._backends import native_float, wrong_device
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
 
 
+@op
 @torch.no_grad()
-def reference(
+def gae(
     rewards: Tensor,
     values: Tensor,
     next_values: Tensor,
@@ -31,7 +33,14 @@ def reference(
     *,
     gamma: float = 0.99,
     lam: float = 0.95,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """rewards, values, next_values (T, N) of one dtype, terminated, truncated (T, N) bool → advantages and returns
+    (T, N), float32, or float64 of float64 (CPU). Not differentiable.
+
+    Sequences padded to one length: end each with `terminated` at its last token; the padding behind it has no influence
+    on it, and the results there mean nothing.
+    """
     shapes = {tuple(t.shape) for t in (rewards, values, next_values, terminated, truncated)}
     if len(shapes) > 1 or rewards.dim() != 2:
         raise RuntimeError(f"gae: all must have one shape (T, N), got {sorted(shapes)}")
@@ -49,31 +58,33 @@ def reference(
     return advantages, advantages + v
 
 
-def overload(rewards, values, next_values, terminated, truncated, *, gamma=0.99, lam=0.95):
-    return "gae", (rewards, values, next_values, terminated, truncated, gamma, lam)
+@gae.check
+def _(gamma: float, lam: float, **_) -> None:
+    for name, value in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value}")
 
 
-@torch.no_grad()
-def native(operators, *args, **kwargs) -> tuple[Tensor, Tensor]:
-    name, arguments = overload(*args, **kwargs)
-    return getattr(operators, name)(*arguments)
-
-
-def supports(backend, rewards, values, next_values, terminated, truncated, **_) -> str | None:
+@gae.supports
+def _(backend: str, rewards, values, next_values, terminated, truncated, **_) -> str | None:
     floats = (rewards, values, next_values)
     if backend == "cpp" and all(t.dtype == torch.float64 for t in floats):
         return wrong_device(backend, *floats, terminated, truncated)
     return native_float(backend, *floats) or wrong_device(backend, terminated, truncated)
 
 
-def register(library: Library) -> None:
-
-    @library.fake("gae")
-    def _(rewards, values, next_values, terminated, truncated, gamma, lam):
-        wide = torch.promote_types(rewards.dtype, torch.float32)
-        return rewards.new_empty(rewards.shape, dtype=wide), rewards.new_empty(rewards.shape, dtype=wide)
+@gae.results
+def _(output: tuple[Tensor, Tensor], **_) -> tuple[Tensor, Tensor]:
+    return output
 
 
+@gae.fake()
+def _(rewards: Tensor, **_) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(rewards.dtype, torch.float32)
+    return tuple(rewards.new_empty(rewards.shape, dtype=wide) for _ in range(2))
+
+
+@gae.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -110,29 +121,3 @@ def samples() -> Iterator[Sample]:
     yield from make("aligned", 5, 32).at_odd_addresses()
     yield make("bench", 1024, 256, ends=0.01, bench=True)
     yield make("bench one row", 4096, 1, ends=0.01, bench=True)
-
-
-op = Op("gae", reference, Native(native, overload, supports, register), samples)
-
-
-def gae(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    *,
-    gamma: float = 0.99,
-    lam: float = 0.95,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """rewards, values, next_values (T, N) of one dtype, terminated, truncated (T, N) bool → advantages and returns
-    (T, N), float32, or float64 of float64 (CPU). Not differentiable.
-
-    Sequences padded to one length: end each with `terminated` at its last token; what stands behind that has no
-    influence on it, and what comes out there means nothing.
-    """
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    return op(rewards, values, next_values, terminated, truncated, gamma=gamma, lam=lam, backend=backend)

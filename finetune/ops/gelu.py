@@ -12,44 +12,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, native_float
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
 
 
-def reference(x: Tensor) -> Tensor:
+@op
+def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """x of any shape → its shape, contiguous (x with gaps is copied first). Gradient for x."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return torch.nn.functional.gelu(x.to(wide), approximate="tanh").to(x.dtype)
 
 
-def native(operators, x: Tensor) -> Tensor:
-    return operators.gelu(x)
+@gelu.backward()
+def _(operators, ctx, dy: Tensor) -> Tensor:
+    return operators.gelu_backward(dy, *ctx.saved_tensors)
 
 
-def overload(x: Tensor):
-    return "gelu", (x,)
-
-
-def supports(backend: str, x: Tensor) -> str | None:
-    return native_float(backend, x)
-
-
-def register(library: Library) -> None:
-    operators = library.operators
-
-    @library.fake("gelu")
-    def _(x: Tensor) -> Tensor:
-        return x.new_empty(x.shape)
-
-    @library.fake("gelu_backward")
-    def _(dy: Tensor, x: Tensor) -> Tensor:
-        return x.new_empty(x.shape)
-
-    def backward(ctx, dy):
-        return operators.gelu_backward(dy, *ctx.saved_tensors)
-
-    library.derivative("gelu", backward, again=reference)
-
-
+@gelu.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -69,11 +48,3 @@ def samples() -> Iterator[Sample]:
     yield Sample("strided", (fused.transpose(0, 1),), grad=(0,))
     yield from make("aligned", 3, 64).at_odd_addresses()
     yield make("bench", 2048, 3072, bench=True)
-
-
-op = Op("gelu", reference, Native(native, overload, supports, register), samples)
-
-
-def gelu(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """x of any shape → its shape, contiguous (x with gaps is copied first). Gradient for x."""
-    return op(x, backend=backend)

@@ -12,43 +12,46 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
+from finetune.ops._backends import wrong_device
 from finetune.ops._lists import tensors_of
-from finetune.ops._op import Native, Op, Sample, wrong_device
-from finetune.ops.adamw import SMOLLM2_BLOCK
+from finetune.ops._op import op
+from finetune.ops._samples import SMOLLM2_BLOCK, Sample
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@op
 @torch.no_grad()
-def reference(tensors: Sequence[Tensor]) -> Tensor:
-    if not tensors:
-        return torch.zeros(())
-    return torch.stack([t.to(torch.promote_types(t.dtype, torch.float32)).norm() for t in tensors]).norm()
+def global_norm(tensors: Tensor | Iterable[Tensor], *, backend: str | None = None) -> Tensor:
+    """The L2 norm of float32, bfloat16 and float16 tensors as if they were one: 0-d float32, on their device. Of
+    parameters it is the norm of the weights, as torch.nn.utils.get_total_norm's.
+
+    The same bits at every call, and for any number of threads. The host waits for nothing.
+    """
+    norms = [t.to(torch.promote_types(t.dtype, torch.float32)).norm() for t in tensors]
+    return torch.stack(norms).norm() if norms else torch.zeros(())
 
 
-def overload(tensors):
-    return "global_norm", (list(tensors),)
+@global_norm.check
+def _(tensors: Tensor | Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    return {"tensors": tensors_of("global_norm", "tensors", tensors)}
 
 
-@torch.no_grad()
-def native(operators, tensors) -> Tensor:
-    return operators.global_norm([t.detach() for t in tensors]) if tensors else torch.zeros(())
-
-
-def supports(backend: str, tensors: Sequence[Tensor]) -> str | None:
+def takes_floats(backend: str, tensors: Sequence[Tensor]) -> str | None:
     if wrong := {t.dtype for t in tensors} - {*FLOATS}:
         return f"it takes float32, bfloat16 and float16, got {str(wrong.pop()).removeprefix('torch.')}"
     return wrong_device(backend, *tensors)
 
 
-def register(library: Library) -> None:
-
-    @library.fake("global_norm")
-    def _(tensors):
-        return tensors[0].new_empty((), dtype=torch.float32)
+global_norm.supports(takes_floats)
 
 
+@global_norm.fake()
+def _(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty((), dtype=torch.float32)
+
+
+@global_norm.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -69,15 +72,3 @@ def samples() -> Iterator[Sample]:
     yield Sample("strided", ([torch.randn(7, 9, generator=g, dtype=torch.float64).t()],))
     yield from make("aligned", [(64,), (4, 32)]).at_odd_addresses()
     yield make("bench", SMOLLM2_BLOCK * 16, bench=True)
-
-
-op = Op("global_norm", reference, Native(native, overload, supports, register), samples)
-
-
-def global_norm(tensors: Tensor | Iterable[Tensor], *, backend: str | None = None) -> Tensor:
-    """The L2 norm of float32, bfloat16 and float16 tensors as if they were one: 0-d float32, on their device. Of
-    parameters it is the norm of the weights, as torch.nn.utils.get_total_norm's.
-
-    The same bits at every call, and for any number of threads. The host waits for nothing.
-    """
-    return op(tensors_of("global_norm", "tensors", tensors), backend=backend)

@@ -11,19 +11,24 @@ new token never rescales an old one:
     scale = max|x| / largest (127 or 448),   stored = round(x / scale), ties to even; 0 where scale is 0 or not finite
 
 in fp32 whatever the dtype. A token that is not finite comes back as NaN. Bytes of a token, all layers:
-2 · layers · Hkv · D · bytes of the dtype, or with 8 bits 2 · layers · Hkv · (D + 4) (finetune/memory/formulas.py).
+2 · layers · Hkv · D · bytes of the dtype, or with 8 bits 2 · layers · Hkv · (D + 4) (finetune/memory/activations.py).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, native_float, wrong_device
+from finetune.ops._backends import native_float, wrong_device
+from finetune.ops._op import Op, Parameters
+from finetune.ops._samples import Sample
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -54,18 +59,50 @@ def raw(cache: Tensor) -> Tensor:
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
-def as_integers(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Indices in the dtype that the kernels take. What does not fit stays out of every range; TypeError for floats."""
-    if t.is_floating_point() or t.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {str(t.dtype).removeprefix('torch.')}")
-    limits = torch.iinfo(dtype)
-    return t if t.dtype == dtype else t.clamp(limits.min, limits.max).to(dtype) if t.itemsize > 4 else t.to(dtype)
+def result_dtype(cache: Tensor) -> torch.dtype:
+    return torch.float32 if cache.dtype in LARGEST else cache.dtype
 
 
-# --- the definitions
+class CacheOp(Op[..., Any]):
+    """An op of several operators. Its first argument names the one that runs: "append", "gather" or "copy"."""
+
+    def __init__(self) -> None:
+        def reference(what: str, *args: Any, **kwargs: Any) -> Any:
+            return self.definitions[what](*args, **kwargs)
+
+        super().__init__(reference, "kv_cache")
+        self.definitions: dict[str, Callable[..., Any]] = {}
+        self.parts: dict[str, tuple[str, Parameters]] = {}  # operator, parameters
+        self.operators = []
+
+    def part(self, what: str, operator: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Decorates the definition of `what`: its name becomes the function that calls the op."""
+
+        def store(definition: Callable[P, R]) -> Callable[P, R]:
+            self.definitions[what], self.parts[what] = definition, (operator, Parameters(definition))
+            self.operators.append(operator)
+
+            @functools.wraps(definition)
+            def call(*args: P.args, **kwargs: P.kwargs) -> R:
+                return self(what, *args, **kwargs)
+
+            return call
+
+        return store
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        what, *rest = args
+        return {"what": what} | self.parts[what][1].bind(rest, kwargs)
+
+    def operator_of(self, given: dict[str, Any]) -> str:
+        return self.parts[given["what"]][0]
 
 
-def append(
+kv_cache = CacheOp()
+
+
+@kv_cache.part("append", "kv_cache_")
+def kv_cache_append_(
     k: Tensor,
     v: Tensor,
     k_cache: Tensor,
@@ -73,7 +110,14 @@ def append(
     slots: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> None:
+    """Writes k, v (tokens, Hkv, D) into the pools (blocks, block_size, Hkv, D) at slots (tokens,), in place.
+
+    A negative slot is skipped; the others must be distinct and inside the pool (the CPU kernels refuse those outside,
+    the GPU kernels, which cannot wait for the answer, skip them). Caches of int8 or float8_e4m3fn need their scales.
+    """
     kept = slots >= 0
     block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
@@ -84,9 +128,21 @@ def append(
             raw(cache)[block, offset], scale[block, offset] = raw(stored), scales.to(scale.dtype)
 
 
-def gather(
-    cache: Tensor, table: Tensor, lengths: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None
+@kv_cache.part("gather", "kv_cache_gather")
+def kv_cache_gather(
+    cache: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
+    """cache (blocks, block_size, Hkv, D), table (B, max_blocks), lengths (B,) → (B, max_blocks · block_size, Hkv, D).
+
+    Zeros from lengths[b] on; entries of the table behind the last token are never looked at. dtype: that of the result
+    of a cache with 8 bits (float32).
+    """
     block_size = cache.shape[1]
     j = torch.arange(table.shape[1] * block_size, device=table.device)
     seen = j < lengths[:, None]  # (B, T)
@@ -100,90 +156,28 @@ def gather(
     return torch.where(seen[..., None, None], x, 0).to(dtype or result_dtype(cache))
 
 
-def copy(caches: Sequence[Tensor], pairs: Tensor) -> None:
+@kv_cache.part("copy", "kv_cache_copy_")
+def kv_cache_copy_(caches: Sequence[Tensor], pairs: Tensor, *, backend: str | None = None) -> None:
+    """Copies block pairs[i, 0] to block pairs[i, 1] (pairs (n, 2) int64) in each of `caches`, which may be those of all
+    layers, and scales. The destinations must be distinct, and no source among them."""
     for cache in caches:
         raw(cache)[pairs[:, 1]] = raw(cache)[pairs[:, 0]]
 
 
-def result_dtype(cache: Tensor) -> torch.dtype:
-    return torch.float32 if cache.dtype in LARGEST else cache.dtype
-
-
-def reference(what: str, *args: Any, **kwargs: Any) -> Tensor | None:
-    definitions: dict[str, Callable[..., Tensor | None]] = {"append": append, "gather": gather, "copy": copy}
-    return definitions[what](*args, **kwargs)
-
-
-# --- the operators. They see float8_e4m3fn as uint8.
-
-
-def check_scale(name: str, cache: Tensor, scale: Tensor | None) -> None:
-    if (scale is not None) != (cache.dtype in LARGEST):
-        raise ValueError(f"{name}: a cache of int8 or float8_e4m3fn has scales, another has none")
-    if scale is not None and (scale.shape != cache.shape[:3] or scale.dtype != torch.float32):
-        raise ValueError(f"{name}: scales must be float32 (blocks, block_size, Hkv) of the cache {[*cache.shape]}")
-
-
-def overload(what: str, *args: Any, **kwargs: Any) -> tuple[str, tuple[Any, ...]]:
-    calls: dict[str, Callable[..., tuple[str, tuple[Any, ...]]]]
-    calls = {"append": append_call, "gather": gather_call, "copy": copy_call}
-    return calls[what](*args, **kwargs)
-
-
-def append_call(k, v, k_cache, v_cache, slots, k_scale=None, v_scale=None):
-    if k_cache.dim() != 4 or k.shape != v.shape or k_cache.shape != v_cache.shape or k.shape[1:] != k_cache.shape[2:]:
-        raise ValueError(
-            f"kv_cache: k and v must be (tokens, Hkv, D) and the caches (blocks, block_size, Hkv, D), got "
-            f"{[*k.shape]}, {[*v.shape]} and {[*k_cache.shape]}, {[*v_cache.shape]}"
-        )
-    check_scale("kv_cache", k_cache, k_scale)
-    check_scale("kv_cache", v_cache, v_scale)
-    return "kv_cache_", (
-        k,
-        v,
-        raw(k_cache),
-        raw(v_cache),
-        as_integers("kv_cache: slots", slots, torch.int64),
-        k_scale,
-        v_scale,
-    )
-
-
-def gather_call(cache, table, lengths, scale=None, dtype=None):
-    check_scale("kv_cache", cache, scale)
-    table, lengths = (
-        as_integers(f"kv_cache: {n}", t, torch.int32) for n, t in (("table", table), ("lengths", lengths))
-    )
-    return "kv_cache_gather", (raw(cache), table, lengths, scale, dtype or result_dtype(cache))
-
-
-def copy_call(caches, pairs):
-    return "kv_cache_copy_", ([raw(cache) for cache in caches], as_integers("kv_cache: pairs", pairs, torch.int64))
-
-
-@torch.no_grad()
-def native(operators, what: str, *args: Any, **kwargs: Any) -> Tensor | None:
-    name, arguments = overload(what, *args, **kwargs)
-    result = getattr(operators, name)(*arguments)
-    if what != "gather":  # a graph that saved a cache must notice
-        changed = arguments[0] if what == "copy" else [arguments[i] for i in (2, 3, 5, 6) if arguments[i] is not None]
-        torch.autograd.graph.increment_version(changed)
-    return result
-
-
-def supports(backend: str, what: str, *args: Any, **kwargs: Any) -> str | None:
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values())):
+@kv_cache.supports
+def _(backend: str, what: str, **given: Any) -> str | None:
+    tensors = [t for value in given.values() for t in (value if isinstance(value, (list, tuple)) else [value])]
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return "it has no backward pass"
     if what == "copy":
-        caches = args[0]
-        return wrong_device(backend, *caches) or contiguous_blocks(*caches)
-    caches = args[2:4] if what == "append" else args[:1]
-    tokens = [*args[:2]] if what == "append" else []
+        return wrong_device(backend, *given["caches"]) or contiguous_blocks(*given["caches"])
+    names = {"append": ("k_cache", "v_cache"), "gather": ("cache",)}[what]
+    caches, tokens = [given[name] for name in names], [given[name] for name in ("k", "v") if name in given]
     if reason := native_float(backend, *tokens, *(c for c in caches if c.dtype not in LARGEST)):
         return reason
-    if what == "gather" and args[0].dtype in LARGEST:
-        dtype = kwargs.get("dtype") or (args[4] if len(args) > 4 else None) or torch.float32
-        if reason := native_float(backend, torch.empty(0, dtype=dtype, device=args[0].device)):
+    if what == "gather" and caches[0].dtype in LARGEST:
+        result = torch.empty(0, dtype=given["dtype"] or torch.float32, device=caches[0].device)
+        if reason := native_float(backend, result):
             return f"of the result: {reason}"
     return wrong_device(backend, *caches) or contiguous_blocks(*caches)
 
@@ -195,21 +189,60 @@ def contiguous_blocks(*caches: Tensor) -> str | None:
     return "it takes caches whose blocks are contiguous"
 
 
-def register(library: Library) -> None:
-
-    @library.fake("kv_cache_")
-    def _(k, v, k_cache, v_cache, slots, k_scale, v_scale):
-        return None
-
-    @library.fake("kv_cache_gather")
-    def _(cache, table, lengths, scale, dtype):
-        return cache.new_empty(table.shape[0], table.shape[1] * cache.shape[1], *cache.shape[2:], dtype=dtype)
-
-    @library.fake("kv_cache_copy_")
-    def _(caches, pairs):
-        return None
+@kv_cache.operands
+def _(what: str, **given: Any) -> dict[str, Any]:
+    operands: dict[str, Callable[..., dict[str, Any]]]
+    operands = {"append": append_operands, "gather": gather_operands, "copy": copy_operands}
+    return operands[what](**given)
 
 
+def append_operands(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale, v_scale):
+    if k_cache.dim() != 4 or k.shape != v.shape or k_cache.shape != v_cache.shape or k.shape[1:] != k_cache.shape[2:]:
+        raise ValueError(
+            f"kv_cache: k and v must be (tokens, Hkv, D) and the caches (blocks, block_size, Hkv, D), got "
+            f"{[*k.shape]}, {[*v.shape]} and {[*k_cache.shape]}, {[*v_cache.shape]}"
+        )
+    check_scale("kv_cache", k_cache, k_scale)
+    check_scale("kv_cache", v_cache, v_scale)
+    slots = as_integers("kv_cache: slots", slots, torch.int64)
+    return {"k_cache": raw(k_cache), "v_cache": raw(v_cache), "slots": slots}
+
+
+def gather_operands(cache: Tensor, table: Tensor, lengths: Tensor, scale: Tensor | None, dtype: torch.dtype | None):
+    check_scale("kv_cache", cache, scale)
+    return {
+        "cache": raw(cache),
+        "table": as_integers("kv_cache: table", table, torch.int32),
+        "lengths": as_integers("kv_cache: lengths", lengths, torch.int32),
+        "dtype": dtype or result_dtype(cache),
+    }
+
+
+def copy_operands(caches: Sequence[Tensor], pairs: Tensor):
+    return {"caches": [raw(cache) for cache in caches], "pairs": as_integers("kv_cache: pairs", pairs, torch.int64)}
+
+
+def check_scale(name: str, cache: Tensor, scale: Tensor | None) -> None:
+    if (scale is not None) != (cache.dtype in LARGEST):
+        raise ValueError(f"{name}: a cache of int8 or float8_e4m3fn has scales, another has none")
+    if scale is not None and (scale.shape != cache.shape[:3] or scale.dtype != torch.float32):
+        raise ValueError(f"{name}: scales must be float32 (blocks, block_size, Hkv) of the cache {[*cache.shape]}")
+
+
+def as_integers(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Indices in the kernels' dtype. A value that does not fit stays out of range; floats raise TypeError."""
+    if t.is_floating_point() or t.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {str(t.dtype).removeprefix('torch.')}")
+    limits = torch.iinfo(dtype)
+    return t if t.dtype == dtype else t.clamp(limits.min, limits.max).to(dtype) if t.itemsize > 4 else t.to(dtype)
+
+
+@kv_cache.fake("kv_cache_gather")
+def _(cache: Tensor, table: Tensor, dtype: torch.dtype, **_) -> Tensor:
+    return cache.new_empty(table.shape[0], table.shape[1] * cache.shape[1], *cache.shape[2:], dtype=dtype)
+
+
+@kv_cache.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
     fp8 = torch.float8_e4m3fn
@@ -295,48 +328,3 @@ def samples() -> Iterator[Sample]:
     yield gathered("bench gather", [512, 300, 64, 200], 128, 16, 8, 64, bench=True)
     yield gathered("bench gather int8", [512, 300, 64, 200], 128, 16, 8, 64, torch.int8, bench=True)
     yield copied("bench copy", [(i, 63 - i) for i in range(16)], *(random(64, 16, 8, 64) for _ in range(4)), bench=True)
-
-
-op = Op("kv_cache", reference, Native(native, overload, supports, register), samples)
-
-
-def kv_cache_append_(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> None:
-    """Writes k, v (tokens, Hkv, D) into the pools (blocks, block_size, Hkv, D) at slots (tokens,), in place.
-
-    A negative slot is skipped; the others must be distinct and inside the pool (the CPU kernels refuse those outside,
-    the GPU kernels, which cannot wait for the answer, skip them). Caches of int8 or float8_e4m3fn need their scales.
-    """
-    op("append", k, v, k_cache, v_cache, slots, k_scale, v_scale, backend=backend)
-
-
-def kv_cache_gather(
-    cache: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    scale: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """cache (blocks, block_size, Hkv, D), table (B, max_blocks), lengths (B,) → (B, max_blocks · block_size, Hkv, D).
-
-    Zeros from lengths[b] on; entries of the table behind the last token are never looked at. dtype: that of the result
-    of a cache with 8 bits (float32).
-    """
-    return op("gather", cache, table, lengths, scale, dtype, backend=backend)
-
-
-def kv_cache_copy_(caches: Sequence[Tensor], pairs: Tensor, *, backend: str | None = None) -> None:
-    """Copies block pairs[i, 0] to block pairs[i, 1] (pairs (n, 2) int64) in each of `caches`, which may be those of all
-    layers, and scales. The destinations must be distinct, and no source among them."""
-    op("copy", list(caches), pairs, backend=backend)

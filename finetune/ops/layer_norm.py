@@ -13,62 +13,42 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, native_float
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+@op
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, backend: str | None = None
+) -> Tensor:
+    """x (..., C), weight (C,) and bias (C,) or None, of one dtype → (..., C). Gradients for all three."""
     wide = torch.promote_types(x.dtype, torch.float32)
     centered = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
     y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
-def native(operators, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    return operators.layer_norm(x, weight, bias, eps)[0]
+@layer_norm.fake()
+def _(x: Tensor, **_) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.numel() // max(x.shape[-1], 1), dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), mean, rstd
 
 
-def overload(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5):
-    return "layer_norm", (x, weight, bias, eps)
+@layer_norm.fake("layer_norm_backward")
+def _(x: Tensor, weight: Tensor, weight_grad: bool, bias_grad: bool, **_) -> tuple[Tensor, Tensor, Tensor]:
+    dweight, dbias = (weight.new_empty(weight.shape[0] if wanted else 0) for wanted in (weight_grad, bias_grad))
+    return x.new_empty(x.shape), dweight, dbias
 
 
-def supports(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> str | None:
-    return native_float(backend, x, weight, bias)
+@layer_norm.backward()
+def _(operators, ctx, dy: Tensor, *_):
+    weight_grad, bias_grad = ctx.needs_input_grad[1:3]
+    x, weight, _, mean, rstd = ctx.saved_tensors
+    dx, dweight, dbias = operators.layer_norm_backward(dy, x, weight, mean, rstd, weight_grad, bias_grad)
+    return dx, dweight if weight_grad else None, dbias if bias_grad else None, None
 
 
-def register(library: Library) -> None:
-    operators = library.operators
-
-    @library.fake("layer_norm")
-    def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        rows = x.numel() // max(x.shape[-1], 1)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return y, x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-
-    @library.fake("layer_norm_backward")
-    def _(
-        dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool, bias_grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dim = weight.shape[0]
-        return dx, weight.new_empty(dim if weight_grad else 0), weight.new_empty(dim if bias_grad else 0)
-
-    def keep(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output[1:])
-        return output[1:]
-
-    def backward(ctx, dy, *_):
-        weight_grad, bias_grad = ctx.needs_input_grad[1:3]
-        x, weight, _, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = operators.layer_norm_backward(dy, x, weight, mean, rstd, weight_grad, bias_grad)
-        return dx, dweight if weight_grad else None, dbias if bias_grad else None, None
-
-    def again(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float):
-        return reference(x, weight, bias, eps), None, None
-
-    library.derivative("layer_norm", backward, keep=keep, again=again)
-
-
+@layer_norm.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -96,13 +76,3 @@ def samples() -> Iterator[Sample]:
     yield around("strided", torch.randn(48, 6, generator=g, dtype=torch.float64).t())
     yield from make("aligned", 3, 64).at_odd_addresses()
     yield make("bench", 2048, 768, bench=True)
-
-
-op = Op("layer_norm", reference, Native(native, overload, supports, register), samples)
-
-
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, backend: str | None = None
-) -> Tensor:
-    """x (..., C), weight (C,) and bias (C,) or None, of one dtype → (..., C). Gradients for all three."""
-    return op(x, weight, bias, eps, backend=backend)

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, native_float
+from finetune.errors import UserError
+from finetune.ops._backends import LIBRARY, NATIVE_PROBLEM, known, native_float
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
 
 
-def reference(
+@op
+def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -30,7 +33,15 @@ def reference(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    backend: str | None = None,
 ) -> Tensor:
+    """x (N, C) and weight (V, C) of one dtype, targets (N,) int64 in [0, V) or ignore_index → scalar float32.
+
+    reduction: "mean" over the targets that count, or "sum". Rows with ignore_index cost no matrix product. Gradients
+    for x and weight; a weight that needs none costs neither its product nor its memory.
+    A target outside the vocabulary raises an error that names its position; on a GPU, where the host would have to wait
+    for that, it makes the loss NaN.
+    """
     counted = targets != ignore_index
     x = x.masked_fill(~counted[:, None], 0)
     logits = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
@@ -40,54 +51,65 @@ def reference(
     return loss / counted.sum().clamp(min=1) if reduction == "mean" else loss
 
 
-def overload(x, weight, targets, *, ignore_index=-100, z_loss=0.0, reduction="mean"):
-    grad = torch.is_grad_enabled()
-    wanted = (grad and x.requires_grad, grad and weight.requires_grad)
-    return "linear_cross_entropy", (x, weight, targets, ignore_index, z_loss, reduction == "mean", *wanted, None)
+@linear_cross_entropy.check
+def _(reduction: str, **_) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
 
 
-def native(operators, *args, **kwargs) -> Tensor:
-    name, arguments = overload(*args, **kwargs)
-    return getattr(operators, name)(*arguments)[0]
-
-
-def supports(backend: str, x: Tensor, weight: Tensor, targets: Tensor, **_) -> str | None:
+@linear_cross_entropy.supports
+def _(backend: str, x: Tensor, weight: Tensor, **_) -> str | None:
     return native_float(backend, x, weight)
 
 
-def register(library: Library) -> None:
-    operators = library.operators
-
-    @library.fake("linear_cross_entropy")
-    def _(x, weight, targets, ignore_index, z_loss, mean, x_grad, weight_grad, bf16_matmul):
-        dim = x.shape[1]
-        dx = x.new_empty(x.shape[0] if x_grad else 0, dim)
-        dweight = weight.new_empty(weight.shape[0] if weight_grad else 0, dim)
-        return x.new_empty((), dtype=torch.float32), dx, dweight
-
-    def keep(ctx, inputs, output):
-        ctx.grads = output[1:]
-        ctx.mark_non_differentiable(*output[1:])
-        return ()
-
-    def backward(ctx, dloss, *_):
-        # The gradients are handed out scaled in place, so that no second copy of dweight exists (only native() above
-        # sees them otherwise, and it drops them; a tracer's tensors are left alone). A second backward through the same
-        # graph (retain_graph) makes them anew.
-        grads, ctx.grads = ctx.grads, None
-        if grads is None:
-            grads = operators.linear_cross_entropy(*ctx.saved_tensors, *ctx.rest.values())[1:]
-        scaled = (grad.mul_(dloss) if type(grad) is Tensor else grad * dloss for grad in grads)
-        wanted = ctx.rest[6], ctx.rest[7]  # x_grad and weight_grad
-        return *(grad if want else None for grad, want in zip(scaled, wanted, strict=True)), *(None,) * 7
-
-    def again(x, weight, targets, ignore_index, z_loss, mean, *_):
-        reduction = "mean" if mean else "sum"
-        return reference(x, weight, targets, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction), None, None
-
-    library.derivative("linear_cross_entropy", backward, keep=keep, again=again)
+@linear_cross_entropy.operands
+def _(x: Tensor, weight: Tensor, reduction: str, **_) -> dict[str, bool | None]:
+    grad = torch.is_grad_enabled()
+    wanted = {"x_grad": grad and x.requires_grad, "weight_grad": grad and weight.requires_grad}
+    return wanted | {"mean": reduction == "mean", "bf16_matmul": None}
 
 
+@linear_cross_entropy.fake()
+def _(x: Tensor, weight: Tensor, x_grad: bool, weight_grad: bool, **_) -> tuple[Tensor, Tensor, Tensor]:
+    (n_rows, n_cols), vocab = x.shape, weight.shape[0]
+    dx, dweight = x.new_empty(n_rows if x_grad else 0, n_cols), weight.new_empty(vocab if weight_grad else 0, n_cols)
+    return x.new_empty((), dtype=torch.float32), dx, dweight
+
+
+def keep(ctx, inputs, output) -> tuple[Tensor, ...]:
+    ctx.grads = output[1:]
+    ctx.mark_non_differentiable(*output[1:])
+    return ()
+
+
+def again(mean: bool, **operands) -> Tensor:
+    return linear_cross_entropy.by_reference(**operands, reduction="mean" if mean else "sum")
+
+
+@linear_cross_entropy.backward(keep=keep, again=again)
+def _(operators, ctx, dloss: Tensor, *_):
+    # The gradients are handed out scaled in place, so that no second copy of dweight exists (nobody else has them: the
+    # op drops them; a tracer's tensors are left alone). A second backward through the same graph (retain_graph)
+    # computes them again.
+    grads, ctx.grads = ctx.grads, None
+    if grads is None:
+        grads = operators.linear_cross_entropy(*ctx.saved_tensors, *ctx.rest.values())[1:]
+    scaled = (grad.mul_(dloss) if type(grad) is Tensor else grad * dloss for grad in grads)
+    wanted = ctx.rest["x_grad"], ctx.rest["weight_grad"]
+    return *(grad if want else None for grad, want in zip(scaled, wanted, strict=True)), *(None,) * 7
+
+
+def plan(n_rows: int, vocab: int) -> tuple[int, int, int]:
+    """(rows of a chunk, tiles of the vocabulary, blocks of a chunk's rows) of the CPU kernel with fp32 products:
+    LossPlan of csrc/include/finetune/linear_cross_entropy.h."""
+    if NATIVE_PROBLEM:
+        raise UserError(NATIVE_PROBLEM)
+    if not known("finetune::linear_cross_entropy_plan"):
+        raise UserError(f"{LIBRARY} is older than the sources: pip install -e . builds it again")
+    return torch.ops.finetune.linear_cross_entropy_plan(n_rows, vocab, False)
+
+
+@linear_cross_entropy.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -123,28 +145,3 @@ def samples() -> Iterator[Sample]:
     yield from make("whole", 20, 64, 96).at_odd_addresses()
     yield make("bench frozen", 256, 576, 49152, grad=(0,), bench=True)
     yield make("bench trained", 256, 576, 49152, bench=True)
-
-
-op = Op("linear_cross_entropy", reference, Native(native, overload, supports, register), samples)
-
-
-def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> Tensor:
-    """x (N, C) and weight (V, C) of one dtype, targets (N,) int64 in [0, V) or ignore_index → scalar float32.
-
-    reduction: "mean" over the targets that count, or "sum". Rows with ignore_index cost no matrix product. Gradients
-    for x and weight; a weight that needs none costs neither its product nor its memory.
-    A target outside the vocabulary raises an error that names its position; on a GPU, where the host would have to wait
-    for that, it makes the loss NaN.
-    """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    return op(x, weight, targets, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction, backend=backend)

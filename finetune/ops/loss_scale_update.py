@@ -29,12 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, wrong_device
+from finetune.ops._backends import wrong_device
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
 
 
+@op
 @torch.no_grad()
-def reference(
+def loss_scale_update_(
     scale: Tensor,
     growth_tracker: Tensor,
     hysteresis_tracker: Tensor,
@@ -47,8 +49,10 @@ def reference(
     hysteresis: int = 1,
     min_scale: float = 0.0,
     consecutive_hysteresis: bool = False,
+    backend: str | None = None,
 ) -> None:
-    check_policy(policy)
+    """One step, in place. scale, found_inf: 0-d float32; growth_tracker, hysteresis_tracker: 0-d int32, which start at
+    0 and at `hysteresis`. found_inf > 0: the gradients overflowed (ops.unscale_check_finite_)."""
     overflow = found_inf > 0
     lower = (scale.double() * backoff_factor).to(scale.dtype).clamp(min=min_scale)
     higher = (scale.double() * growth_factor).to(scale.dtype)
@@ -70,29 +74,19 @@ def reference(
     hysteresis_tracker.copy_(patience)
 
 
-def check_policy(policy: str) -> None:
+@loss_scale_update_.check
+def _(policy: str, **_) -> None:
     if policy not in ("torch", "deepspeed"):
         raise ValueError(f"loss_scale_update_: policy={policy!r} is neither 'torch' nor 'deepspeed'")
 
 
-def overload(
-    scale, growth_tracker, hysteresis_tracker, found_inf, *, policy="torch", growth_factor=2.0, backoff_factor=0.5,
-    growth_interval=2000, hysteresis=1, min_scale=0.0, consecutive_hysteresis=False
-):  # fmt: skip
-    check_policy(policy)
-    return "loss_scale_update_", (
-        scale, growth_tracker, hysteresis_tracker, found_inf, policy == "deepspeed", growth_factor, backoff_factor,
-        growth_interval, hysteresis, min_scale, consecutive_hysteresis
-    )  # fmt: skip
+@loss_scale_update_.operands
+def _(policy: str, **_) -> dict[str, bool]:
+    return {"deepspeed": policy == "deepspeed"}
 
 
-@torch.no_grad()
-def native(operators, *args, **kwargs) -> None:
-    name, arguments = overload(*args, **kwargs)
-    getattr(operators, name)(*arguments)
-
-
-def supports(backend: str, scale, growth_tracker, hysteresis_tracker, found_inf, **_) -> str | None:
+@loss_scale_update_.supports
+def _(backend: str, scale, growth_tracker, hysteresis_tracker, found_inf, **_) -> str | None:
     if any(t.dtype != torch.float32 for t in (scale, found_inf)):
         return "it takes a float32 scale and found_inf"
     if any(t.dtype != torch.int32 for t in (growth_tracker, hysteresis_tracker)):
@@ -100,13 +94,7 @@ def supports(backend: str, scale, growth_tracker, hysteresis_tracker, found_inf,
     return wrong_device(backend, scale, growth_tracker, hysteresis_tracker, found_inf)
 
 
-def register(library: Library) -> None:
-
-    @library.fake("loss_scale_update_")
-    def _(*args):
-        return None
-
-
+@loss_scale_update_.sampled
 def samples() -> Iterator[Sample]:
     def make(name: str, scale, growth, patience, overflow, bench: bool = False, **kwargs: Any) -> Sample:
         counters = [torch.tensor(n, dtype=torch.int32) for n in (growth, patience)]
@@ -124,30 +112,3 @@ def samples() -> Iterator[Sample]:
     yield make("deepspeed, refills", 65536.0, 2, 1, 0.0, policy="deepspeed", hysteresis=3, consecutive_hysteresis=True)
     yield from make("numbers", 65536.0, 3, 1, 1.0).at_odd_addresses()
     yield make("bench", 65536.0, 2, 2, 1.0, bench=True, policy="deepspeed", hysteresis=2)
-
-
-op = Op("loss_scale_update", reference, Native(native, overload, supports, register), samples)
-
-
-def loss_scale_update_(
-    scale: Tensor,
-    growth_tracker: Tensor,
-    hysteresis_tracker: Tensor,
-    found_inf: Tensor,
-    *,
-    policy: str = "torch",
-    growth_factor: float = 2.0,
-    backoff_factor: float = 0.5,
-    growth_interval: int = 2000,
-    hysteresis: int = 1,
-    min_scale: float = 0.0,
-    consecutive_hysteresis: bool = False,
-    backend: str | None = None,
-) -> None:
-    """One step, in place. scale, found_inf: 0-d float32; growth_tracker, hysteresis_tracker: 0-d int32, which start at
-    0 and at `hysteresis`. found_inf > 0: the gradients overflowed (ops.unscale_check_finite_)."""
-    op(
-        scale, growth_tracker, hysteresis_tracker, found_inf, policy=policy, growth_factor=growth_factor,
-        backoff_factor=backoff_factor, growth_interval=growth_interval, hysteresis=hysteresis, min_scale=min_scale,
-        consecutive_hysteresis=consecutive_hysteresis, backend=backend,
-    )  # fmt: skip

@@ -5,10 +5,10 @@ with split keys (Dao et al. 2023, Flash-Decoding). Query i of Tq is token length
     k[j], v[j]: token j of kv head h // (H / Hkv), in block table[b, j // block_size], times its scale if it has 8 bits
     visible(i, j) = j <= i + lengths[b] − Tq and, with a window, j > i + lengths[b] − Tq − window
 
-A query that sees nothing gives 0 and a log-sum-exp of −inf. What lies behind lengths[b] in a block, and blocks of no
-sequence, may hold anything, NaN too. Arithmetic in fp32; the result is rounded once. The native
-kernels cut a sequence into pieces of 256 tokens, attend to each alone, and join the pieces by their log-sum-exps, so a
-result depends on its own sequence only: not on the rest of the batch, the width of the table, or the threads.
+A query that sees nothing gives 0 and a log-sum-exp of −inf. The rest of a block behind lengths[b], and blocks of no
+sequence, may hold anything, NaN too. Arithmetic in fp32; the result is rounded once. The native kernels cut a sequence
+into pieces of 256 tokens, attend to each separately, and combine the pieces by their log-sum-exps, so a result depends
+on its own sequence only: not on the rest of the batch, the width of the table, or the threads.
 """
 
 from __future__ import annotations
@@ -19,31 +19,57 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops import kv_cache
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, native_float, wrong_device
+from finetune.ops._backends import native_float, wrong_device
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
+from finetune.ops.kv_cache import LARGEST, as_integers, check_scale, contiguous_blocks, kv_cache, quantize, raw
 
 MOST_DIM = 256  # of the kernels for GPUs
 
 
-def check(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor) -> None:
-    if q.dim() not in (3, 4) or k_cache.dim() != 4 or k_cache.shape != v_cache.shape or q.shape[-1] != k_cache.shape[3]:
-        raise ValueError(
-            "paged_attention: q must be (B, H, D) or (B, Tq, H, D) and the caches (blocks, block_size, Hkv, D), got "
-            f"{[*q.shape]}, {[*k_cache.shape]}, {[*v_cache.shape]}"
-        )
-    if q.shape[-2] % k_cache.shape[2]:
-        raise ValueError(
-            f"paged_attention: {q.shape[-2]} query heads are not a multiple of {k_cache.shape[2]} key heads"
-        )
-    if table.dim() != 2 or lengths.shape != table.shape[:1] or q.shape[0] != table.shape[0]:
-        raise ValueError("paged_attention: table must be (B, max_blocks) and lengths (B,)")
+@op
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q (B, H, D) or (B, Tq, H, D), caches (blocks, block_size, Hkv, D) of q's dtype or 8 bits, H a multiple of Hkv,
+    table (B, max_blocks), lengths (B,) with the queries' own tokens counted → like q; with `lse` also fp32 log-sum-exps
+    (B, H) or (B, Tq, H), by which results over parts of a cache can be combined. No gradients.
+
+    k_scale, v_scale: fp32 (blocks, block_size, Hkv) of caches of int8 or float8_e4m3fn. scale: 1/√D. window: a query
+    sees that many tokens, itself included. Entries of the table behind the last token are never looked at.
+    """
+    queries = q if q.dim() == 4 else q[:, None]
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    k = dense(queries, k_cache, table, lengths, k_scale, queries.shape[2])
+    v = dense(queries, v_cache, table, lengths, v_scale, queries.shape[2])
+    hidden = ~visible(queries, k.shape[1], lengths, window)[:, None]  # (B, 1, Tq, T)
+    scores = (torch.einsum("bihd,bjhd->bhij", queries.to(k.dtype), k) * scale).masked_fill(hidden, -math.inf)
+    p = scores.softmax(-1).masked_fill(hidden, 0)
+    out = torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype)
+    return shaped((out, scores.logsumexp(-1).transpose(1, 2)), q, lse)
+
+
+@paged_attention.results
+def shaped(output: tuple[Tensor, Tensor], q: Tensor, lse: bool, **_) -> Tensor | tuple[Tensor, Tensor]:
+    out, sums = output if q.dim() == 4 else (x[:, 0] for x in output)
+    return (out, sums) if lse else out
 
 
 def dense(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, scale: Tensor | None, heads: int) -> Tensor:
     """(B, T, H, D) in the arithmetic's dtype: the cache gathered, kv heads repeated."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    x = kv_cache.gather(cache, table, lengths, scale, None if scale is None else wide)
+    x = kv_cache.reference("gather", cache, table, lengths, scale, None if scale is None else wide)
     return x.to(wide).repeat_interleave(heads // x.shape[2], dim=2)
 
 
@@ -55,88 +81,57 @@ def visible(q: Tensor, keys: int, lengths: Tensor, window: int | None) -> Tensor
     return seen if window is None else seen & (j > last[..., None] - window)
 
 
-def reference(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    check(q, k_cache, v_cache, table, lengths)
-    if q.dim() == 3:
-        out = reference(
-            q[:, None], k_cache, v_cache, table, lengths, k_scale, v_scale, scale=scale, window=window, lse=lse
+@paged_attention.check
+def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor, window: int | None, **_) -> None:
+    if q.dim() not in (3, 4) or k_cache.dim() != 4 or k_cache.shape != v_cache.shape or q.shape[-1] != k_cache.shape[3]:
+        raise ValueError(
+            "paged_attention: q must be (B, H, D) or (B, Tq, H, D) and the caches (blocks, block_size, Hkv, D), got "
+            f"{[*q.shape]}, {[*k_cache.shape]}, {[*v_cache.shape]}"
         )
-        return (out[0][:, 0], out[1][:, 0]) if isinstance(out, tuple) else out[:, 0]
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    k = dense(q, k_cache, table, lengths, k_scale, q.shape[2])
-    v = dense(q, v_cache, table, lengths, v_scale, q.shape[2])
-    hidden = ~visible(q, k.shape[1], lengths, window)[:, None]  # (B, 1, Tq, T)
-    scores = (torch.einsum("bihd,bjhd->bhij", q.to(k.dtype), k) * scale).masked_fill(hidden, -math.inf)
-    p = scores.softmax(-1).masked_fill(hidden, 0)
-    out = torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype)
-    return (out, scores.logsumexp(-1).transpose(1, 2)) if lse else out
-
-
-def overload(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    lse: bool = False,
-):
-    check(q, k_cache, v_cache, table, lengths)
-    kv_cache.check_scale("paged_attention", k_cache, k_scale)
-    kv_cache.check_scale("paged_attention", v_cache, v_scale)
+    if q.shape[-2] % k_cache.shape[2]:
+        raise ValueError(
+            f"paged_attention: {q.shape[-2]} query heads are not a multiple of {k_cache.shape[2]} key heads"
+        )
+    if table.dim() != 2 or lengths.shape != table.shape[:1] or q.shape[0] != table.shape[0]:
+        raise ValueError("paged_attention: table must be (B, max_blocks) and lengths (B,)")
     if window is not None and window < 1:
         raise ValueError("paged_attention: a window must hold at least one token")
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    caches = kv_cache.raw(k_cache), kv_cache.raw(v_cache)
-    named = (("table", table), ("lengths", lengths))
-    indices = (kv_cache.as_integers(f"paged_attention: {name}", t, torch.int32) for name, t in named)
-    args = (q if q.dim() == 4 else q[:, None], *caches, *indices, k_scale, v_scale)
-    return "paged_attention", (*args, scale, window or 0)
 
 
-def native(operators, q: Tensor, *args, lse: bool = False, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
-    name, arguments = overload(q, *args, **kwargs)
-    out, sums = getattr(operators, name)(*arguments)
-    if q.dim() == 3:
-        out, sums = out[:, 0], sums[:, 0]
-    return (out, sums) if lse else out
-
-
-def supports(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, *args, **kwargs) -> str | None:
+@paged_attention.supports
+def _(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, **_) -> str | None:
     if k_cache.dtype != v_cache.dtype:
         return "it takes keys and values of one dtype"
-    if reason := native_float(backend, q, *(c for c in (k_cache, v_cache) if c.dtype not in kv_cache.LARGEST)):
+    if reason := native_float(backend, q, *(c for c in (k_cache, v_cache) if c.dtype not in LARGEST)):
         return reason
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
         return "it has no backward pass"
     if backend != "cpp" and q.shape[-1] > MOST_DIM:
         return f"it takes heads of at most {MOST_DIM}"
-    return wrong_device(backend, k_cache, v_cache) or kv_cache.contiguous_blocks(k_cache, v_cache)
+    return wrong_device(backend, k_cache, v_cache) or contiguous_blocks(k_cache, v_cache)
 
 
-def register(library: Library) -> None:
+@paged_attention.operands
+def _(q, k_cache, v_cache, table, lengths, k_scale, v_scale, scale, window, **_):
+    check_scale("paged_attention", k_cache, k_scale)
+    check_scale("paged_attention", v_cache, v_scale)
+    return {
+        "q": q if q.dim() == 4 else q[:, None],
+        "k_cache": raw(k_cache),
+        "v_cache": raw(v_cache),
+        "table": as_integers("paged_attention: table", table, torch.int32),
+        "lengths": as_integers("paged_attention: lengths", lengths, torch.int32),
+        "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        "window": window or 0,
+    }
 
-    @library.fake("paged_attention")
-    def _(q, k_cache, v_cache, table, lengths, k_scale, v_scale, scale, window):
-        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+@paged_attention.fake()
+def _(q: Tensor, **_) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+@paged_attention.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
     int8, fp8 = torch.int8, torch.float8_e4m3fn
@@ -174,7 +169,7 @@ def samples() -> Iterator[Sample]:
         for b, n in enumerate(lengths):
             j = torch.arange(n)
             used[table[b, j // block_size].long(), j % block_size] = True
-        (k, k_scale), (v, v_scale) = ((x, None) if dtype is None else kv_cache.quantize(x, dtype) for x in (k, v))
+        (k, k_scale), (v, v_scale) = ((x, None) if dtype is None else quantize(x, dtype) for x in (k, v))
         for x, s in () if bench else ((k, k_scale), (v, v_scale)):
             (x if s is None else s)[~used] = torch.nan
             if dtype == fp8:
@@ -229,32 +224,3 @@ def samples() -> Iterator[Sample]:
     yield make("bench grouped by 8", [1024, 2048], 16, 32, 4, 128, bench=True)
     yield make("bench int8", many, 16, 9, 3, 64, dtype=int8, bench=True)
     yield make("bench fp8", many, 16, 9, 3, 64, dtype=fp8, bench=True)
-
-
-op = Op("paged_attention", reference, Native(native, overload, supports, register), samples)
-
-
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    lse: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """q (B, H, D) or (B, Tq, H, D), caches (blocks, block_size, Hkv, D) of q's dtype or 8 bits, H a multiple of Hkv,
-    table (B, max_blocks), lengths (B,) with the queries' own tokens counted → like q; with `lse` also fp32 log-sum-exps
-    (B, H) or (B, Tq, H), by which results over parts of a cache can be joined. No gradients.
-
-    k_scale, v_scale: fp32 (blocks, block_size, Hkv) of caches of int8 or float8_e4m3fn. scale: 1/√D. window: a query
-    sees that many tokens, itself included. Entries of the table behind the last token are never looked at.
-    """
-    return op(
-        q, k_cache, v_cache, table, lengths, k_scale, v_scale, scale=scale, window=window, lse=lse, backend=backend
-    )

@@ -12,59 +12,34 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, native_float
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
 
 
-def reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+@op
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:
+    """x (..., C), weight (C,) of one dtype → (..., C). Gradients for both."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x32 = x.to(wide)
     rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return (x32 * rstd * weight.to(wide)).to(x.dtype)
 
 
-def native(operators, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    return operators.rms_norm(x, weight, eps)[0]
+@rms_norm.fake()
+def _(x: Tensor, **_) -> tuple[Tensor, Tensor]:
+    n_rows = x.numel() // max(x.shape[-1], 1)
+    return x.new_empty(x.shape), x.new_empty(n_rows, dtype=torch.float32)
 
 
-def overload(x: Tensor, weight: Tensor, eps: float = 1e-5):
-    return "rms_norm", (x, weight, eps)
+@rms_norm.backward()
+def _(operators, ctx, dy: Tensor, _):
+    x, weight, rstd = ctx.saved_tensors
+    weight_grad = ctx.needs_input_grad[1]
+    dx, dweight = operators.rms_norm_backward(dy, x, weight, rstd, weight_grad)
+    return dx, dweight if weight_grad else None, None
 
 
-def supports(backend: str, x: Tensor, weight: Tensor, eps: float = 1e-5) -> str | None:
-    return native_float(backend, x, weight)
-
-
-def register(library: Library) -> None:
-    operators = library.operators
-
-    @library.fake("rms_norm")
-    def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        dim = x.shape[-1]
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return y, x.new_empty(x.numel() // max(dim, 1), dtype=torch.float32)
-
-    @library.fake("rms_norm_backward")
-    def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, weight_grad: bool) -> tuple[Tensor, Tensor]:
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return dx, weight.new_empty(weight.shape[0] if weight_grad else 0)
-
-    def keep(ctx, inputs, output):
-        ctx.mark_non_differentiable(output[1])
-        return output[1:]
-
-    def backward(ctx, dy, _):
-        x, weight, rstd = ctx.saved_tensors
-        weight_grad = ctx.needs_input_grad[1]
-        dx, dweight = operators.rms_norm_backward(dy, x, weight, rstd, weight_grad)
-        return dx, dweight if weight_grad else None, None
-
-    def again(x: Tensor, weight: Tensor, eps: float):
-        return reference(x, weight, eps), None
-
-    library.derivative("rms_norm", backward, keep=keep, again=again)
-
-
+@rms_norm.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -87,11 +62,3 @@ def samples() -> Iterator[Sample]:
     yield Sample("strided", (x, torch.randn(48, generator=g, dtype=torch.float64)), grad=(0, 1))
     yield from make("aligned", 3, 64).at_odd_addresses()
     yield make("bench", 2048, 576, bench=True)
-
-
-op = Op("rms_norm", reference, Native(native, overload, supports, register), samples)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:
-    """x (..., C), weight (C,) of one dtype → (..., C). Gradients for both."""
-    return op(x, weight, eps, backend=backend)

@@ -13,11 +13,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, native_float
+from finetune.ops._backends import native_float
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
 
 
-def reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+@op
+def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, backend: str | None = None) -> Tensor:
+    """x (B, T, H, D) with D even and unit stride in D (else copied), cos and sin (max_T, D/2) float32, positions (B, T)
+    int64 → (B, T, H, D). Gradient for x. A position outside [0, max_T) raises RuntimeError; on a GPU, where the host
+    would have to wait for that, it makes its token NaN."""
     if x.dim() != 4 or x.shape[-1] % 2:
         raise RuntimeError(f"rope: x must be (B, T, H, D) and the head dimension D must be even, got {[*x.shape]}")
     if positions.shape != x.shape[:2]:
@@ -31,15 +36,8 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1).to(x.dtype)
 
 
-def native(operators, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    return operators.rope(x, cos, sin, positions)
-
-
-def overload(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor):
-    return "rope", (x, cos, sin, positions)
-
-
-def supports(backend: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> str | None:
+@rope.supports
+def _(backend: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> str | None:
     if cos.requires_grad or sin.requires_grad:
         return "it has no gradient for cos and sin"
     if cos.dtype != torch.float32 or sin.dtype != torch.float32 or positions.dtype != torch.int64:
@@ -47,19 +45,10 @@ def supports(backend: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tenso
     return native_float(backend, x) or native_float(backend, cos, sin)
 
 
-def register(library: Library) -> None:
-    operators = library.operators
-
-    @library.fake("rope")
-    def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
-        return x.new_empty(x.shape)
-
-    def backward(ctx, dy):
-        _, cos, sin, positions = ctx.saved_tensors
-        return operators.rope(dy, cos, sin, positions, not ctx.rest[4]), None, None, None, None
-
-    # linear: its backward is the operator itself, and x need not be kept
-    library.derivative("rope", backward, again=None, without=("x",))
+@rope.backward(differentiable=True, without=("x",))  # linear: its backward is the operator itself
+def _(operators, ctx, dy: Tensor):
+    _, cos, sin, positions = ctx.saved_tensors
+    return operators.rope(dy, cos, sin, positions, not ctx.rest["inverse"]), None, None, None, None
 
 
 def tables(length: int, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -69,6 +58,7 @@ def tables(length: int, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tenso
     return angle.cos().float(), angle.sin().float()
 
 
+@rope.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -95,13 +85,3 @@ def samples() -> Iterator[Sample]:
     yield from make("aligned", 1, 3, 2, 32).at_odd_addresses()
     yield from make("heads", 2, 3, 2, 16).far_apart((0, 0), (0, 1), (0, 2))
     yield make("bench", 4, 512, 9, 64, bench=True)
-
-
-op = Op("rope", reference, Native(native, overload, supports, register), samples)
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, backend: str | None = None) -> Tensor:
-    """x (B, T, H, D) with D even and unit stride in D (else copied), cos and sin (max_T, D/2) float32, positions (B, T)
-    int64 → (B, T, H, D). Gradient for x. A position outside [0, max_T) raises RuntimeError; on a GPU, where the host
-    would have to wait for that, it makes its token NaN."""
-    return op(x, cos, sin, positions, backend=backend)

@@ -12,46 +12,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, native_float
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
 
 
-def reference(gate: Tensor, up: Tensor) -> Tensor:
+@op
+def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
+    """gate, up (..., C) of one shape and dtype, unit stride in C (else copied) → (..., C). Gradients for both."""
     if gate.shape != up.shape:
         raise RuntimeError(f"swiglu: gate and up must have one shape, got {[*gate.shape]} and {[*up.shape]}")
     wide = torch.promote_types(gate.dtype, torch.float32)
     return (torch.nn.functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
 
-def native(operators, gate: Tensor, up: Tensor) -> Tensor:
-    return operators.swiglu(gate, up)
+@swiglu.backward()
+def _(operators, ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return operators.swiglu_backward(dy, *ctx.saved_tensors)
 
 
-def overload(gate: Tensor, up: Tensor):
-    return "swiglu", (gate, up)
-
-
-def supports(backend: str, gate: Tensor, up: Tensor) -> str | None:
-    return native_float(backend, gate, up)
-
-
-def register(library: Library) -> None:
-    operators = library.operators
-
-    @library.fake("swiglu")
-    def _(gate: Tensor, up: Tensor) -> Tensor:
-        return gate.new_empty(gate.shape)
-
-    @library.fake("swiglu_backward")
-    def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        return gate.new_empty(gate.shape), up.new_empty(up.shape)
-
-    def backward(ctx, dy):
-        return operators.swiglu_backward(dy, *ctx.saved_tensors)
-
-    library.derivative("swiglu", backward, again=reference)
-
-
+@swiglu.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -74,11 +53,3 @@ def samples() -> Iterator[Sample]:
     yield from make("aligned", 3, 64).at_odd_addresses()
     yield from make("rows", 3, 24).far_apart((0, 0), (1, 0))
     yield make("bench", 2048, 1536, bench=True)
-
-
-op = Op("swiglu", reference, Native(native, overload, supports, register), samples)
-
-
-def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
-    """gate, up (..., C) of one shape and dtype, unit stride in C (else copied) → (..., C). Gradients for both."""
-    return op(gate, up, backend=backend)

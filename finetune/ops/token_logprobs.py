@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, and the entropy of their distributions: what policy gradients need of the logits.
+"""Log-probabilities of given tokens and the entropy of their distributions: what policy gradients need of the logits.
 
     z = logits / temperature                          (N, V)
     logprob_i = z_i[targets_i] − logsumexp(z_i)       (N,)
@@ -6,8 +6,8 @@
 
 log_softmax and gather without the (N, V) in between: one pass over the logits with a running maximum (Milakov &
 Gimelshein 2018, arXiv:1805.02867). Rows whose target is ignore_index give 0 and get gradient 0, whatever they hold, NaN
-and infinity too. A logit of −inf is a word
-that cannot be drawn: probability and gradient 0. Arithmetic and results in fp32 whatever the logits' dtype.
+and infinity too. A logit of −inf is a token that cannot be sampled: probability and gradient 0. Arithmetic and results
+in fp32 whatever the logits' dtype.
 
 Backward keeps two numbers a row:
 
@@ -21,13 +21,27 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
-from finetune.ops._op import Native, Op, Sample, native_float
+from finetune.ops._backends import native_float
+from finetune.ops._op import op
+from finetune.ops._samples import Sample
 
 
-def reference(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, ignore_index: int = -100, entropy: bool = False
+@op
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """logits (N, V), unit stride in V (else copied), and targets (N,) int64 in [0, V) or ignore_index → logprobs (N,),
+    with `entropy` also entropies (N,), both float32. Gradients for the logits, of their dtype, from both.
+
+    A target outside the vocabulary raises an error that names its position; on a GPU, where the host would have to wait
+    for that, it makes the row NaN.
+    """
     counted = targets != ignore_index
     outside = torch.nonzero(counted & ((targets < 0) | (targets >= logits.shape[1])))
     if len(outside):
@@ -45,50 +59,47 @@ def reference(
     return logprobs, -plogp.sum(-1).masked_fill(~counted, 0.0)
 
 
-def overload(logits, targets, *, temperature=1.0, ignore_index=-100, entropy=False):
-    return "token_logprobs", (logits, targets, temperature, ignore_index, entropy)
+@token_logprobs.check
+def _(temperature: float, **_) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
 
 
-def native(operators, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor]:
-    name, arguments = overload(*args, **kwargs)
-    logprobs, entropy, _ = getattr(operators, name)(*arguments)
-    return (logprobs, entropy) if kwargs.get("entropy") else logprobs
-
-
-def supports(backend: str, logits: Tensor, targets: Tensor, **_) -> str | None:
+@token_logprobs.supports
+def _(backend: str, logits: Tensor, **_) -> str | None:
     return native_float(backend, logits)
 
 
-def register(library: Library) -> None:
-    operators = library.operators
-
-    @library.fake("token_logprobs")
-    def _(logits, targets, temperature, ignore_index, entropy):
-        n = logits.shape[0]
-        empty = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n if entropy else 0,), (2, n)))
-        return tuple(empty)
-
-    @library.fake("token_logprobs_backward")
-    def _(dlogprobs, dentropy, logits, targets, entropy, stats, temperature, ignore_index):
-        return logits.new_empty(logits.shape)
-
-    def keep(ctx, inputs, output):
-        ctx.mark_non_differentiable(*(output[2:] if inputs[4] else output[1:]))
-        return output[1:]
-
-    def backward(ctx, dlogprobs, dentropy, _):
-        options = ctx.rest[2], ctx.rest[3]  # temperature and ignore_index
-        dlogits = operators.token_logprobs_backward(dlogprobs, dentropy, *ctx.saved_tensors, *options)
-        return dlogits, *(None,) * 4
-
-    def again(logits, targets, temperature, ignore_index, entropy):
-        options = {"temperature": temperature, "ignore_index": ignore_index, "entropy": entropy}
-        result = reference(logits, targets, **options)
-        return (*result, None) if entropy else (result, None, None)
-
-    library.derivative("token_logprobs", backward, keep=keep, again=again)
+@token_logprobs.results
+def _(output: tuple[Tensor, ...], entropy: bool, **_) -> Tensor | tuple[Tensor, ...]:
+    return output[:2] if entropy else output[0]
 
 
+@token_logprobs.fake()
+def _(logits: Tensor, entropy: bool, **_) -> tuple[Tensor, ...]:
+    n = logits.shape[0]
+    shapes: tuple[tuple[int, ...], ...] = ((n,), (n if entropy else 0,), (2, n))
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@token_logprobs.fake("token_logprobs_backward")
+def _(logits: Tensor, **_) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def keep(ctx, inputs, output) -> tuple[Tensor, ...]:
+    ctx.mark_non_differentiable(*(output[2:] if inputs["entropy"] else output[1:]))
+    return output[1:]
+
+
+@token_logprobs.backward(keep=keep)
+def _(operators, ctx, dlogprobs: Tensor | None, dentropy: Tensor | None, _):
+    options = ctx.rest["temperature"], ctx.rest["ignore_index"]
+    dlogits = operators.token_logprobs_backward(dlogprobs, dentropy, *ctx.saved_tensors, *options)
+    return dlogits, *(None,) * 4
+
+
+@token_logprobs.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -128,26 +139,3 @@ def samples() -> Iterator[Sample]:
     yield from make("rows", 3, 24, entropy=True).far_apart((0, 0))
     yield make("bench", 256, 49152, bench=True)
     yield make("bench entropy", 256, 49152, entropy=True, bench=True)
-
-
-op = Op("token_logprobs", reference, Native(native, overload, supports, register), samples)
-
-
-def token_logprobs(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    entropy: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """logits (N, V), unit stride in V (else copied), and targets (N,) int64 in [0, V) or ignore_index → logprobs (N,),
-    with `entropy` also entropies (N,), both float32. Gradients for the logits, of their dtype, from both.
-
-    A target outside the vocabulary raises an error that names its position; on a GPU, where the host would have to wait
-    for that, it makes the row NaN.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    return op(logits, targets, temperature=temperature, ignore_index=ignore_index, entropy=entropy, backend=backend)

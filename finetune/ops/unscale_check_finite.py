@@ -10,20 +10,26 @@ products in fp32, before they are rounded to the gradients' dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from finetune.ops._library import Library
+from finetune.ops._backends import wrong_device
 from finetune.ops._lists import gradients_of
-from finetune.ops._op import Native, Op, Sample, wrong_device
-from finetune.ops.adamw import SMOLLM2_BLOCK
-from finetune.ops.global_norm import FLOATS
+from finetune.ops._op import op
+from finetune.ops._samples import SMOLLM2_BLOCK, Sample
+from finetune.ops.global_norm import takes_floats
 
 
+@op
 @torch.no_grad()
-def reference(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, Tensor]:
+def unscale_check_finite_(
+    grads: Tensor | Iterable[Tensor], inverse_scale: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """grads of float32, bfloat16 or float16, multiplied in place by the 0-d float32 `inverse_scale` → found_inf and
+    square, 0-d float32 on their device. Parameters in their place mean their `.grad`, as in ops.clip_grad_norm_.
+    The same bits at every call; the host waits for nothing."""
     found_inf, square = torch.zeros((), device=inverse_scale.device), torch.zeros((), device=inverse_scale.device)
     for g in grads:
         wide = torch.promote_types(g.dtype, torch.float32)
@@ -34,22 +40,15 @@ def reference(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, T
     return found_inf, square
 
 
-def overload(grads, inverse_scale):
-    return "unscale_check_finite_", (list(grads), inverse_scale)
+@unscale_check_finite_.check
+def _(grads: Tensor | Iterable[Tensor], **_) -> dict[str, list[Tensor]]:
+    return {"grads": gradients_of("unscale_check_finite_", grads)}
 
 
-@torch.no_grad()
-def native(operators, grads, inverse_scale) -> tuple[Tensor, Tensor]:
-    if not grads:
-        return reference(grads, inverse_scale)
-    result = operators.unscale_check_finite_(list(grads), inverse_scale)
-    torch.autograd.graph.increment_version(grads)
-    return result
-
-
-def supports(backend: str, grads: Sequence[Tensor], inverse_scale: Tensor) -> str | None:
-    if wrong := {t.dtype for t in grads} - {*FLOATS}:
-        return f"it takes float32, bfloat16 and float16, got {str(wrong.pop()).removeprefix('torch.')}"
+@unscale_check_finite_.supports
+def _(backend: str, grads: list[Tensor], inverse_scale: Tensor) -> str | None:
+    if reason := takes_floats(backend, grads):
+        return reason
     if inverse_scale.dtype != torch.float32:
         return "it takes a float32 inverse_scale"
     if not all(g.is_contiguous() for g in grads):
@@ -57,13 +56,17 @@ def supports(backend: str, grads: Sequence[Tensor], inverse_scale: Tensor) -> st
     return wrong_device(backend, *grads, inverse_scale)
 
 
-def register(library: Library) -> None:
-
-    @library.fake("unscale_check_finite_")
-    def _(grads, inverse_scale):
-        return tuple(grads[0].new_empty((), dtype=torch.float32) for _ in range(2))
+@unscale_check_finite_.results
+def _(output: tuple[Tensor, Tensor], **_) -> tuple[Tensor, Tensor]:
+    return output
 
 
+@unscale_check_finite_.fake()
+def _(grads: list[Tensor], **_) -> tuple[Tensor, ...]:
+    return tuple(grads[0].new_empty((), dtype=torch.float32) for _ in range(2))
+
+
+@unscale_check_finite_.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
@@ -90,15 +93,3 @@ def samples() -> Iterator[Sample]:
     yield make("empty", [(0, 3), (7,)])
     yield from make("aligned", [(64,), (4, 32)]).at_odd_addresses()
     yield make("bench", SMOLLM2_BLOCK * 16, bench=True)
-
-
-op = Op("unscale_check_finite", reference, Native(native, overload, supports, register), samples)
-
-
-def unscale_check_finite_(
-    grads: Tensor | Iterable[Tensor], inverse_scale: Tensor, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """grads of float32, bfloat16 or float16, multiplied in place by the 0-d float32 `inverse_scale` → found_inf and
-    square, 0-d float32 on their device. Parameters in their place stand for their `.grad`, as in ops.clip_grad_norm_.
-    The same bits at every call; the host waits for nothing."""
-    return op(gradients_of("unscale_check_finite_", grads), inverse_scale, backend=backend)

@@ -22,7 +22,7 @@ needs_nvcc = pytest.mark.skipif(not cuda_toolkit.tool("nvcc"), reason="no nvcc: 
 
 
 def has_cuda_kernel(op: str) -> bool:
-    names = [name for name in (op, f"{op}_") if ops._op.known(f"finetune::{name}")]
+    names = [name for name in (op, f"{op}_") if ops._backends.known(f"finetune::{name}")]
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(f"finetune::{name}", "CUDA") for name in names)
 
 
@@ -47,10 +47,10 @@ def test_the_build_tells_its_architectures():
 @pytest.mark.skipif(not shutil.which("readelf"), reason="needs binutils")
 def test_the_library_links_as_a_cuda_torch_needs_it():
     """libtorch stays needed (it registers torch's CUDA side), the stream's symbol is weak, cudart is inside."""
-    needed = subprocess.run(["readelf", "-d", ops._op.LIBRARY], capture_output=True, text=True, check=True).stdout
+    needed = subprocess.run(["readelf", "-d", ops._backends.LIBRARY], capture_output=True, text=True, check=True).stdout
     assert "[libtorch.so]" in needed
     assert "libcudart" not in needed
-    symbols = subprocess.run(["nm", "-D", ops._op.LIBRARY], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(["nm", "-D", ops._backends.LIBRARY], capture_output=True, text=True, check=True).stdout
     assert " w aoti_torch_get_current_cuda_stream" in symbols
     assert " T cuda" not in symbols, "the static runtime is hidden from others"
 
@@ -112,7 +112,7 @@ def test_the_same_library_in_a_cuda_torch():
     if version.returncode or version.stdout.strip() == "None":
         pytest.skip(f"{python} has no CUDA build of torch; FINETUNE_CUDA_PYTHON names one that has")
     stream = "import ctypes; assert ctypes.CDLL(None).aoti_torch_get_current_cuda_stream\n"
-    command = [python, "-c", DISPATCH + stream, ops._op.LIBRARY]
+    command = [python, "-c", DISPATCH + stream, ops._backends.LIBRARY]
     out = subprocess.run(command, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
 

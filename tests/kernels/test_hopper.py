@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
+from finetune import ops
 from finetune.kernels import cuda_toolkit, emulator, faults, static_table
-from finetune.ops._op import Sample
-from finetune.ops.attention import overload, reference
+from finetune.ops._samples import Sample
 
 SOURCE = (emulator.ROOT / "csrc/cuda/attention_hopper.cu").read_text()
 FAULTS = faults.listed("attention_hopper")
@@ -37,7 +37,7 @@ def reset(controls, checker):
 
 
 def hopper(q, k, v, build="emulated", **kwargs):
-    _, args = overload(q, k, v, **kwargs)
+    _, args = ops.attention.overload("finetune", q, k, v, **kwargs)
     return getattr(torch.ops, f"finetune_{build}").attention_hopper(*args)
 
 
@@ -78,14 +78,14 @@ def poison(args, lengths):
 
 def verify(given, dtype, build="emulated"):
     args = given.cast(dtype)
-    exact = reference(*(x.double() for x in args), **given.kwargs)
+    exact = ops.attention.reference(*(x.double() for x in args), **given.kwargs)
     mine = given.cast(dtype)
     if given is PADDED:
         poison(mine, given.kwargs["lengths"])
     if given is BLIND:
         mine[0][:, :71] = torch.nan
     ours, top, total = hopper(*mine, build=build, **given.kwargs)
-    bound = 2 * (reference(*args, **given.kwargs).double() - exact).abs().max() if exact.numel() else 0
+    bound = 2 * (ops.attention.reference(*args, **given.kwargs).double() - exact).abs().max() if exact.numel() else 0
     unit = torch.finfo(dtype).eps * exact.abs().max() if exact.numel() else 0
     assert torch.isfinite(ours).all()
     assert not ours.numel() or (ours.double() - exact).abs().max() <= bound + unit
@@ -118,7 +118,7 @@ def test_no_wrong_access_and_no_race(checker, given, order, eager):
 @each_sample
 def test_statistics_are_those_of_the_generic_kernel(given):
     args, _, top, total = verify(given, torch.float16)
-    _, all_args = overload(*args, **given.kwargs)
+    _, all_args = ops.attention.overload("finetune", *args, **given.kwargs)
     _, want_top, want_total = torch.ops.finetune_emulated.attention(*all_args)
     assert torch.equal(torch.isinf(top), torch.isinf(want_top))
     seen = ~torch.isinf(top)
@@ -213,7 +213,7 @@ def test_the_checker_catches_it(checker, fault):
 
 
 def kernel_of(q, k, v, **kwargs):
-    _, args = overload(q, k, v, **kwargs)
+    _, args = ops.attention.overload("finetune", q, k, v, **kwargs)
     return torch.ops.finetune_emulated.attention_kernel(*args)
 
 

@@ -12,7 +12,7 @@ from finetune.kernels import emulator
 from finetune.memory.meters import peak_allocated
 from finetune.ops import attention
 from finetune.ops._check import check
-from finetune.ops._op import Sample
+from finetune.ops._samples import Sample
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp", "emulated"])
 KERNELS = pytest.mark.parametrize("backend", ["cpp", "emulated"])

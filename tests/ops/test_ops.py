@@ -1,11 +1,15 @@
 """Every op × backend × CPU level × sample × dtype against its float64 reference: values and gradients."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from finetune import ops
+from finetune.environment import CPU_LEVELS as LEVELS
 from finetune.kernels import emulator
 from finetune.ops import _triton
 from finetune.ops._check import GPU_ULPS, WrongResult, check, check_close, flat, run, unchanged
@@ -13,7 +17,6 @@ from finetune.ops._op import load_triton
 
 DTYPES = (torch.float32, torch.bfloat16)
 TAKES_FLOAT16 = ("cast", "clip_grad_norm", "global_norm", "loss_scale_update", "unscale_check_finite")  # on the CPU
-LEVELS = ("portable", "avx2", "avx512", "amx")
 
 
 def here(level: str) -> bool:
@@ -183,3 +186,15 @@ def test_far_samples_are_far():
         at, dimension = sample.far
         for t in flat([sample.cast(torch.float32)[at]]):
             assert (t.shape[dimension] - 1) * t.stride(dimension) > 2**32
+
+
+@pytest.mark.parametrize("variable", ["FINETUNE_BACKEND", "FINETUNE_CPU"])
+def test_a_wrong_value_in_the_environment_is_one_line(variable):
+    """Also where the library is imported without the command line."""
+    code = (
+        "from finetune.errors import UserError\ntry:\n  import finetune.ops\nexcept UserError as error:\n  print(error)"
+    )
+    env = os.environ | {variable: "gpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=emulator.ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{variable}=gpu: expected "), done.stderr
+    assert done.stdout.count("\n") == 1

@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 from finetune import ops
 from finetune.kernels import emulator
 from finetune.ops import _library, _triton
+from finetune.ops._backends import wrong_device
 from finetune.ops._check import cotangents, flat
-from finetune.ops._op import sparse, wrong_device
+from finetune.ops._samples import sparse
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:.*(reference runs it|torch.func|forward-mode|no backward pass)")
@@ -301,7 +302,7 @@ def test_lists_that_mix_or_hold_no_gradients_are_refused():
     plain = torch.ones(3)
     with pytest.raises(ValueError, match="item 0 is a parameter and item 1 is not"):
         ops.clip_grad_norm_([layer.weight, plain], 1.0)
-    with pytest.raises(TypeError, match=r"grads\[1\] is NoneType, not a tensor: leave out"):
+    with pytest.raises(TypeError, match=r"grads\[1\] is NoneType, not a tensor: omit"):
         ops.clip_grad_norm_([plain, None], 1.0)
     with pytest.raises(TypeError, match=r"grads\[0\] is float"):
         ops.clip_grad_norm_([1.0], 1.0)

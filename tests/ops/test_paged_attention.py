@@ -5,7 +5,6 @@ import torch
 
 from finetune import ops
 from finetune.memory.meters import peak_allocated
-from finetune.ops.attention import reference as dense_attention
 from finetune.ops.kv_cache import LARGEST, kv_cache_append_, kv_cache_gather, pool, quantize
 from finetune.ops.paged_attention import paged_attention
 
@@ -33,7 +32,7 @@ def close(a, b):
 def test_equals_attention_of_the_gathered_cache(backend, heads, block_size):
     q, k, v, table, lengths = case([70, 0, 1], heads, 2, 20, block_size=block_size)
     dense = [kv_cache_gather(cache, table, lengths, backend=backend) for cache in (k, v)]
-    want = dense_attention(q[:, None], *dense, causal=False, lengths=lengths)[:, 0]
+    want = ops.attention.reference(q[:, None], *dense, causal=False, lengths=lengths)[:, 0]
     got = paged_attention(q, k, v, table, lengths, backend=backend)
     assert close(got, want)
     assert not got[1].any()
@@ -43,7 +42,7 @@ def test_decoding_is_causal_attention(backend):
     """A prompt, then tokens one by one and three at a time, each appended before it is attended to."""
     g = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(1, 22, h, 16, generator=g) for h in (4, 2, 2))
-    want = dense_attention(q, k, v)[0]
+    want = ops.attention.reference(q, k, v)[0]
     (k_cache, _), (v_cache, _) = (pool(4, 8, 2, 16, torch.float32) for _ in range(2))
     table, done = torch.tensor([[2, 0, 3]]), 0
     for new in (7, 1, 1, 3, 1, 3, 3, 3):

@@ -12,8 +12,8 @@ import torch
 from finetune import ops
 from finetune.kernels import emulator
 from finetune.ops import _triton
+from finetune.ops._backends import device_for
 from finetune.ops._check import check, run, unchanged
-from finetune.ops._op import device_for
 
 pytest.importorskip("triton")
 DEVICE = device_for("triton")
