@@ -1,4 +1,4 @@
-"""The READMEs and learning pages as a static site: `make docs` builds it into build/docs and checks every link in it."""
+"""The READMEs and learning pages as a static site: `make docs` builds it into build/docs and checks every link."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ suppress_warnings = ["myst.header", "toc.not_included"]  # a README may begin wi
 
 
 def links(app, name: str, text: list[str]) -> None:
-    """Links as a repository shows them, for a site: a folder is its README, or plain text; a line of a file, the file."""
+    """Turns repository links into site links: a folder becomes its README or plain text, a line of a file the file."""
     here = (ROOT / name).parent
 
     def target(found: re.Match) -> str:
