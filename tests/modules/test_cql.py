@@ -1,14 +1,13 @@
-"""The cql module: losses and targets beside d3rlpy and torchrl, what α = 0 and the variants are, runs."""
+"""The cql module: losses, targets and gradients against d3rlpy and torchrl, its limits (α = 0) and variants, runs."""
 
 import copy
 import dataclasses
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
-from resumed import resumes_to_the_same_bytes
+from learner_state import continues_from_its_state
 
 from finetune.errors import UserError
 from finetune.rl.agents.networks import QNetwork, SquashedGaussian, TwinQ
@@ -16,13 +15,11 @@ from finetune.rl.agents.targets import double_dqn_target, gather_actions, polyak
 from finetune.rl.envs import logged_data
 from finetune.rl.envs.replay import Transitions
 from finetune.runs import registry
-from finetune.runs.run import Run, execute
+from finetune.runs.run import execute
 
 INFO = registry.find("cql")
 cql = registry.load(INFO)
-losses, discrete, continuous, plots = (
-    sys.modules[f"finetune_modules.cql.{n}"] for n in ("losses", "discrete", "continuous", "plots")
-)
+discrete, continuous = (registry.part("cql", name) for name in ("cql_discrete", "cql_continuous"))
 
 
 def toy(**changes):
@@ -33,13 +30,6 @@ def small(**changes):
     """Runs that are only to run."""
     fast = {"steps": 4, "updates": 5, "data_steps": 400, "fqe_steps": 2, "eval_every": 2, "eval_episodes": 2}
     return toy(**{**fast, "checkpoint_every": 2, "hidden": 8, "sets": "random"} | changes)
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """They take longer than these runs."""
-    monkeypatch.setattr(Run, "curves", lambda self: None)
-    monkeypatch.setattr(plots, "save", lambda made, path: None)
 
 
 def steps_of(count, actions=None, seed=0):
@@ -53,14 +43,14 @@ def steps_of(count, actions=None, seed=0):
 def learner(alpha, seed=0, actions=3, **changes):
     torch.manual_seed(seed)
     network = QNetwork(4, actions, [16, 16])
-    return discrete.QLearner(network, **{"alpha": alpha, "gamma": 0.9, "lr": 1e-2, "tau": 0.1} | changes)
+    return discrete.CQL(network, **{"alpha": alpha, "gamma": 0.9, "lr": 1e-2, "tau": 0.1} | changes)
 
 
 def actor_critic(alpha, seed=0, **changes):
     torch.manual_seed(seed)
-    policy = SquashedGaussian(4, [16, 16], torch.full((2,), -1.0), torch.full((2,), 1.0))
+    actor = SquashedGaussian(4, [16, 16], torch.full((2,), -1.0), torch.full((2,), 1.0))
     settings = {"alpha": alpha, "gamma": 0.9, "lr": 1e-3, "tau": 0.1, "samples": 6}
-    return continuous.ActorCritic(policy, TwinQ(4, 2, [16, 16]), **settings | changes)
+    return continuous.CQL(actor, TwinQ(4, 2, [16, 16]), **settings | changes)
 
 
 # --- Discrete
@@ -91,7 +81,7 @@ def test_alpha_zero_is_double_dqn_bit_for_bit():
 def test_the_gap_is_not_negative_and_its_gradient_is_the_policy_less_the_data():
     values = torch.randn(50, 3, dtype=torch.float64, requires_grad=True)
     actions = torch.randint(3, (50,))
-    gap = losses.cql_h(values, actions)
+    gap = discrete.cql_h(values, actions)
     assert bool((gap > 0).all())
     (gradient,) = torch.autograd.grad(gap.sum(), values)
     wanted = values.softmax(-1) - torch.nn.functional.one_hot(actions, 3)
@@ -106,13 +96,13 @@ def test_cql_rho_is_the_maximum_over_policies_near_rho_and_cql_h_less_a_constant
     def objective(log_mu):
         return (log_mu.exp() * (values - (log_mu - log_prior))).sum(-1)
 
-    soft = losses.cql_rho(values, actions, log_prior) + values[:, 0]
+    soft = discrete.cql_rho(values, actions, log_prior) + values[:, 0]
     assert torch.allclose(objective((values + log_prior).log_softmax(-1)), soft, atol=1e-12)
     for _ in range(20):
         assert (objective(torch.randn(20, 4, generator=g, dtype=torch.float64).log_softmax(-1)) <= soft).all()
     uniform = torch.full((20, 4), -math.log(4), dtype=torch.float64)
     assert torch.allclose(
-        losses.cql_rho(values, actions, uniform), losses.cql_h(values, actions) - math.log(4), atol=1e-12
+        discrete.cql_rho(values, actions, uniform), discrete.cql_h(values, actions) - math.log(4), atol=1e-12
     )
 
 
@@ -124,18 +114,8 @@ def test_lagrange_raises_alpha_above_the_threshold_and_lowers_it_below():
             one.update(batch)
         assert direction * (one.alpha - 1) > 0.01
     log_alpha = torch.zeros(2, requires_grad=True)
-    losses.dual_loss(log_alpha, torch.tensor([3.0, 1.0]), 2.0).backward()
+    discrete.lagrange_loss(log_alpha, torch.tensor([3.0, 1.0]), 2.0).backward()
     assert log_alpha.grad.tolist() == [-0.5, 0.5]
-
-
-def test_a_clone_draws_its_actions_as_often_as_the_behavior_took_them():
-    torch.manual_seed(0)
-    clone, batch = discrete.Clone(QNetwork(4, 2, [16]), 1e-2), steps_of(4000, 2)
-    batch.actions = (torch.rand(4000, generator=torch.Generator().manual_seed(1)) < 0.7).long()
-    for _ in range(200):
-        clone.update(batch)
-    drawn = clone.acting(torch.Generator().manual_seed(0))(torch.randn(4000, 4))
-    assert drawn.float().mean().item() == pytest.approx(0.7, abs=0.05)
 
 
 # --- Continuous
@@ -148,7 +128,7 @@ def test_the_sampled_logsumexp_finds_the_integral():
     params, after = torch.tensor([[0.3, -0.5]]), torch.tensor([[-0.8, 0.1]])
     n = 40_000
     uniform, noise = torch.rand(n, 1, 1), torch.randn(2, n, 1, 1)
-    actions, density = losses.sampled_actions(policy, params, after, uniform, noise)
+    actions, density = continuous.sample_actions(policy, params, after, uniform, noise)
     assert actions.shape == (3 * n, 1, 1)
     grid = torch.linspace(-2, 2, 20_001)
 
@@ -158,9 +138,9 @@ def test_the_sampled_logsumexp_finds_the_integral():
     exact = math.log(float(q(grid).exp().mean() * 4))
     for part in range(3):
         rows = slice(part * n, part * n + n)
-        found = losses.importance_logsumexp(q(actions[None, rows, :, 0]), density[rows]) - math.log(n)
+        found = continuous.importance_logsumexp(q(actions[None, rows, :, 0]), density[rows]) - math.log(n)
         assert found.item() == pytest.approx(exact, abs=0.05)
-    found = losses.importance_logsumexp(q(actions[None, :, :, 0]), density) - math.log(3 * n)
+    found = continuous.importance_logsumexp(q(actions[None, :, :, 0]), density) - math.log(3 * n)
     assert found.item() == pytest.approx(exact, abs=0.03)
 
 
@@ -170,18 +150,20 @@ def test_cal_ql_pushes_the_policys_actions_down_no_further_than_the_returns():
     low, high = torch.full((16,), -100.0), torch.full((16,), 100.0)
 
     def gap(**more):
-        return losses.conservative_gap(one.q, batch.observations, batch.actions, candidates, density, **more)[0]
+        return continuous.conservative_gap(one.critics, batch.observations, batch.actions, candidates, density, **more)[
+            0
+        ]
 
     assert torch.equal(gap(returns_to_go=low), gap())
     calibrated = gap(returns_to_go=high)
-    (gradient,) = torch.autograd.grad(calibrated.sum(), one.q.biases[-1])
+    (gradient,) = torch.autograd.grad(calibrated.sum(), one.critics.biases[-1])
     assert calibrated.min() > 90
     assert torch.allclose(gradient, torch.full_like(gradient, -1.0)), "only the data's actions have a gradient left"
 
 
 def test_alpha_zero_is_an_update_of_sac():
     one, batch = actor_critic(0.0), steps_of(16)
-    policy, q, target = (copy.deepcopy(part) for part in (one.policy, one.q, one.target))
+    policy, q, target = (copy.deepcopy(part) for part in (one.actor, one.critics, one.target))
     noise = torch.randn(20, 16, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         after, log_after = policy.rsample(policy(batch.next_observations), noise[0])
@@ -197,21 +179,21 @@ def test_alpha_zero_is_an_update_of_sac():
     descend(q, sum(((values - wanted) ** 2).mean() for values in q(batch.observations, batch.actions)))
     actions, log_probs = policy.rsample(policy(batch.observations), noise[7])
     descend(policy, (0.1 * log_probs - q(batch.observations, actions).min(0).values).mean())
-    one.update(batch, torch.zeros(16), torch.Generator().manual_seed(0))
-    for mine, theirs in ((one.q, q), (one.policy, policy)):
+    one.update(batch, torch.Generator().manual_seed(0))
+    for mine, theirs in ((one.critics, q), (one.actor, policy)):
         for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
             assert torch.allclose(a, b, atol=1e-6)
-    assert not torch.allclose(one.policy.net[0].weight, actor_critic(0.0).policy.net[0].weight, atol=1e-4)
+    assert not torch.allclose(one.actor.net[0].weight, actor_critic(0.0).actor.net[0].weight, atol=1e-4)
 
 
 def test_the_variants_differ_and_none_matters_at_alpha_zero():
-    batches = [(steps_of(16, seed=seed), torch.zeros(16)) for seed in range(3)]
+    batches = [dataclasses.replace(steps_of(16, seed=seed), returns_to_go=torch.zeros(16)) for seed in range(3)]
 
     def trained(**changes):
         one = actor_critic(**{"alpha": 0.0} | changes)
-        for i, (batch, to_go) in enumerate(batches):
-            one.update(batch, to_go, torch.Generator().manual_seed(i))
-        return torch.cat([p.detach().flatten() for p in (*one.q.parameters(), *one.policy.parameters())])
+        for i, batch in enumerate(batches):
+            one.update(batch, torch.Generator().manual_seed(i))
+        return torch.cat([p.detach().flatten() for p in (*one.critics.parameters(), *one.actor.parameters())])
 
     sac = trained()
     assert torch.equal(sac, trained(calibrated=True, rho=True))
@@ -228,12 +210,12 @@ def test_the_backups_are_their_definitions():
     batch, noise = steps_of(8), torch.randn(7, 8, 2)
     for backup in ("soft", "plain", "max"):
         one = actor_critic(1.0, backup=backup)
-        params = one.policy(batch.next_observations)
-        actions, log_probs = one.policy.rsample(params, noise)
+        params = one.actor(batch.next_observations)
+        actions, log_probs = one.actor.rsample(params, noise)
         values = one.target(batch.next_observations, actions).amin(0)
         wanted = {"max": values.amax(0), "plain": values[0], "soft": values[0] - 0.1 * log_probs[0]}[backup]
         target = batch.rewards + torch.where(batch.terminated, 0.0, 0.9 * wanted)
-        assert torch.allclose(one.wanted(batch, params, noise), target, atol=1e-6)
+        assert torch.allclose(one.td_targets(batch, params, noise), target, atol=1e-6)
 
 
 def test_a_warm_start_clones():
@@ -242,7 +224,7 @@ def test_a_warm_start_clones():
     cloned, other = (actor_critic(1.0, lr=1e-2, warm_start=n) for n in (60, 0))
     for i in range(60):
         for one in (cloned, other):
-            one.update(batch, torch.zeros(64), torch.Generator().manual_seed(i))
+            one.update(batch, torch.Generator().manual_seed(i))
     error = [(one.act(batch.observations) - 0.5).abs().mean().item() for one in (cloned, other)]
     assert error[0] < 0.1 < error[1]
 
@@ -325,7 +307,7 @@ def test_the_discrete_gap_is_torchrls():
     after = one.q(batch.next_observations)
     wanted = double_dqn_target(after, after, batch.rewards, batch.terminated, 0.9)
     taken = gather_actions(values, batch.actions)
-    assert found["loss_cql"] == pytest.approx(losses.cql_h(values, batch.actions).mean().item(), rel=1e-5)
+    assert found["loss_cql"] == pytest.approx(discrete.cql_h(values, batch.actions).mean().item(), rel=1e-5)
     assert found["loss_qvalue"] == pytest.approx(0.5 * (taken - wanted).square().mean().item(), rel=1e-5)
 
 
@@ -342,7 +324,7 @@ def test_the_continuous_gap_is_d3rlpys_on_the_same_noise(calibrated, monkeypatch
     )  # fmt: skip
     one, batch, to_go = actor_critic(1.0), steps_of(32), 0.2 * torch.randn(32)
     with torch.no_grad():
-        ours, theirs = linears(one.policy), linears(impl._modules.policy)
+        ours, theirs = linears(one.actor), linears(impl._modules.policy)
         for a, b in zip(ours[:2], theirs[:2], strict=True):
             b.load_state_dict(a.state_dict())
         for rows, b in zip((slice(0, 2), slice(2, 4)), (impl._modules.policy._mu, impl._modules.policy._logstd),
@@ -350,7 +332,7 @@ def test_the_continuous_gap_is_d3rlpys_on_the_same_noise(calibrated, monkeypatch
             b.weight.copy_(ours[2].weight[rows])
             b.bias.copy_(ours[2].bias[rows])
         for i, q in enumerate(impl._modules.q_funcs):
-            for layer, weight, bias in zip(linears(q), one.q.weights, one.q.biases, strict=True):
+            for layer, weight, bias in zip(linears(q), one.critics.weights, one.critics.biases, strict=True):
                 layer.weight.copy_(weight[i].T)
                 layer.bias.copy_(bias[i, 0])
     noise, uniform = torch.randn(2, 6, 32, 2), torch.rand(6, 32, 2)
@@ -361,13 +343,13 @@ def test_the_continuous_gap_is_d3rlpys_on_the_same_noise(calibrated, monkeypatch
     given = d3_batch(batch, to_go)
     wanted = impl._compute_conservative_loss(given.observations, given.actions, given.next_observations,
                                              given.returns_to_go)  # fmt: skip
-    params = one.policy(batch.observations), one.policy(batch.next_observations)
-    parts = losses.sampled_actions(one.policy, *params, uniform, noise)
-    found, _ = losses.conservative_gap(
-        one.q, batch.observations, batch.actions, *parts, returns_to_go=to_go if calibrated else None
+    params = one.actor(batch.observations), one.actor(batch.next_observations)
+    parts = continuous.sample_actions(one.actor, *params, uniform, noise)
+    found, _ = continuous.conservative_gap(
+        one.critics, batch.observations, batch.actions, *parts, returns_to_go=to_go if calibrated else None
     )
     assert torch.allclose(found, wanted, atol=1e-5)
-    mine = torch.autograd.grad(found.sum(), list(one.q.weights))
+    mine = torch.autograd.grad(found.sum(), list(one.critics.weights))
     wanted.sum().backward()
     for i, q in enumerate(impl._modules.q_funcs):
         for layer, gradient in zip(linears(q), mine, strict=True):
@@ -377,10 +359,17 @@ def test_the_continuous_gap_is_d3rlpys_on_the_same_noise(calibrated, monkeypatch
 # --- Runs
 
 
+def figures(summary):
+    """Headline results and checks."""
+    return summary["metrics"] | {name: check["value"] for name, check in summary["checks"].items()}
+
+
 @pytest.mark.slow
-def test_the_toy_reaches_its_targets(tmp_path):
-    summary = execute(INFO, toy(), tmp_path / "run", toy=True)
-    assert summary["passed"], summary["reached"]
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_toy_reaches_its_targets(seed, tmp_path):
+    summary = execute(INFO, toy(seed=seed), tmp_path / "run", toy=True)
+    assert summary["passed"], (summary["reached"], summary["checks"])
+    assert len(summary["metrics"]) <= 6, "headline results"
     for name in ("returns", "gaps", "values"):
         assert (tmp_path / f"run/{name}.png").stat().st_size > 10_000
 
@@ -395,29 +384,44 @@ def test_without_steps_rate_or_the_data_nothing_is_learned(change, tmp_path):
     assert not summary["reached"]["return_expert_cql"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-def test_a_cut_run_resumes(tmp_path):
-    """In the second set, behind its checkpoint: 4 steps and 2 of evaluation, then 3 more."""
-    resumes_to_the_same_bytes(INFO, small(sets="random,pendulum_mixed", threshold=1.0), tmp_path, 9)
+@pytest.mark.parametrize("factor", [100.0, 0.01])
+def test_an_experts_steps_teach_in_any_unit_of_rewards(factor, tmp_path):
+    """The bars of the toy on `expert`, with the rewards of its steps × 100 and × 0.01."""
+    made = logged_data.generate("CartPole-v1", "expert", 2000, 0)
+    dataclasses.replace(made, rewards=made.rewards * factor).save(tmp_path / "log.npz")
+    config = toy(data=tmp_path / "log.npz", fqe_steps=0, eval_every=24)
+    found = figures(execute(INFO, config, tmp_path / "run", toy=True))
+    assert found["return_data_cql"] >= 500 / 2
+    assert found["return_data_naive"] <= 500 / 4
+
+
+@pytest.mark.parametrize("threshold", [None, 1.0])
+def test_a_learner_continues_from_its_state(threshold):
+    """Fresh ones have other weights; α is learned where there is a threshold."""
+    seeds = iter(range(100))
+    continues_from_its_state(lambda: learner(1.0, next(seeds), threshold=threshold), steps_of(16, 3))
+    continues_from_its_state(lambda: actor_critic(1.0, next(seeds), threshold=threshold, warm_start=4), steps_of(16))
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_own_data_is_learned_from(tmp_path):
     logged_data.generate("Pendulum-v1", "medium", 200, 0).save(tmp_path / "own.npz")
     config = small(data=tmp_path / "own.npz", env="Pendulum-v1")
-    found = execute(INFO, config, tmp_path / "run", toy=True)["metrics"]
+    found = figures(execute(INFO, config, tmp_path / "run", toy=True))
     assert math.isfinite(found["return_data_cql"])
 
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_the_unit_of_rewards_changes_nothing_that_is_learned(env, tmp_path, capsys):
-    """A power of two to the last bit; and what is believed of such rewards is not compared with what came."""
+    """A power of two, to the last bit; believed values of such rewards are not compared with the environment's."""
     made, found = logged_data.generate(env, "medium", 600, 0), {}
     for factor in (1.0, 2.0**-7):
         dataclasses.replace(made, rewards=made.rewards * factor).save(tmp_path / f"{factor}.npz")
         config = small(data=tmp_path / f"{factor}.npz", env=env)
-        found[factor] = execute(INFO, config, tmp_path / f"run{factor}", toy=True)["metrics"]
+        found[factor] = figures(execute(INFO, config, tmp_path / f"run{factor}", toy=True))
         assert ("the two are not compared" in capsys.readouterr().out) == (factor != 1)
         assert ("overestimate_data_cql" in found[factor]) == (factor == 1)
     for name, value in found[2.0**-7].items():
@@ -449,7 +453,7 @@ def test_bad_settings_and_data_are_refused(tmp_path):
 
 
 def test_scores_are_measured_by_the_sets_themselves():
-    for env, (random, expert) in cql.SCALE.items():
+    for env, (random, expert) in cql.SCORE_RANGE.items():
         for quality, wanted in (("random", random), ("expert", expert)):
             found = np.mean(logged_data.generate(env, quality, 6000, 7).returns())
             assert found == pytest.approx(wanted, abs=0.12 * abs(expert - random))

@@ -6,7 +6,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.rl.agents import offline
-from finetune.rl.agents.networks import QNetwork, TwinQ
+from finetune.rl.agents.networks import Deterministic, QNetwork, TwinQ
 from finetune.rl.agents.targets import double_dqn_target, gather_actions
 from finetune.rl.envs import controllers, environments, logged_data
 from finetune.rl.envs.evaluation import true_returns
@@ -205,8 +205,8 @@ def test_fqe_of_continuous_actions_takes_the_policys_action():
 
 
 def test_fqe_keeps_within_what_rewards_allow():
-    assert offline.possible_returns(torch.tensor([1.0, 1.0]), 0.9) == pytest.approx((0, 10))
-    assert offline.possible_returns(torch.tensor([-16.0, -1.0]), 0.75) == pytest.approx((-64, 0))
+    assert offline.return_bounds(torch.tensor([1.0, 1.0]), 0.9) == pytest.approx((0, 10))
+    assert offline.return_bounds(torch.tensor([-16.0, -1.0]), 0.75) == pytest.approx((-64, 0))
     q = QNetwork(1, 2, [])
     data = Transitions(torch.ones(4, 1), torch.zeros(4).long(), torch.ones(4), torch.ones(4, 1), torch.zeros(4).bool())
     with torch.no_grad():
@@ -217,19 +217,19 @@ def test_fqe_keeps_within_what_rewards_allow():
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
-def test_it_is_seen_whether_the_logs_pay_as_the_environment_does(env):
+def test_rewards_of_logs_that_are_not_the_environments_are_noticed(env):
     envs = environments.make(env, 5)
     for quality in ("expert", "medium", "random"):
         data = logged_data.generate(env, quality, 2000, 0).transitions()
-        assert offline.paid(data, envs, range(5)) is None, quality
+        assert offline.reward_mismatch(data, envs, range(5)) is None, quality
         for changed in (100 * data.rewards, 0.1 * data.rewards, data.rewards + 3.0, -data.rewards):
             other = Transitions(data.observations, data.actions, changed, data.next_observations, data.terminated)
-            came, logged = offline.paid(other, envs, range(5))
+            came, logged = offline.reward_mismatch(other, envs, range(5))
             assert abs(came - logged) > 0.1 * abs(came), quality
     if env == "CartPole-v1":  # only the end is paid otherwise
         ends = torch.where(data.terminated, -10.0, data.rewards)
         other = Transitions(data.observations, data.actions, ends, data.next_observations, data.terminated)
-        assert offline.paid(other, envs, range(5)) is not None
+        assert offline.reward_mismatch(other, envs, range(5)) is not None
 
 
 def test_a_loss_that_is_not_finite_is_no_result():
@@ -240,12 +240,38 @@ def test_a_loss_that_is_not_finite_is_no_result():
         fqe.update(torch.arange(4))
 
 
-def test_cloning_and_scores():
+def test_cloning_samples_discrete_actions_as_often_as_the_behavior_policy_took_them():
+    torch.manual_seed(0)
+    cloning, g = offline.Cloning(QNetwork(4, 2, [16]), 1e-2), torch.Generator().manual_seed(1)
+    seen, actions = torch.randn(4000, 4, generator=g), (torch.rand(4000, generator=g) < 0.7).long()
+    batch = Transitions(seen, actions, torch.zeros(4000), seen, torch.zeros(4000).bool())
+    for _ in range(200):
+        cloning.update(batch)
+    sampled = cloning.act(seen, torch.Generator().manual_seed(0))
+    assert sampled.float().mean().item() == pytest.approx(0.7, abs=0.05)
+    assert torch.allclose(cloning.policy(seen).sum(1), torch.ones(4000))
+    assert cloning.value(seen, actions) is None
+
+
+def test_cloning_of_continuous_actions_finds_them():
+    torch.manual_seed(0)
+    low, high = torch.full((1,), -1.0), torch.full((1,), 1.0)
+    cloning, seen = offline.Cloning(Deterministic(2, [16], low, high), 1e-2), torch.randn(256, 2)
+    actions = seen[:, :1].tanh() / 2
+    batch = Transitions(seen, actions, torch.zeros(256), seen, torch.zeros(256).bool())
+    for _ in range(300):
+        cloning.update(batch)
+    acts = cloning.act(seen, torch.Generator())
+    assert (acts - actions).abs().mean() < 0.02
+    assert torch.equal(acts, cloning.policy(seen))
+
+
+def test_cloning_loss_and_scores():
     logits, actions = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([1, 0])
     wanted = -gather_actions(logits.log_softmax(-1), actions).mean()
     assert torch.equal(offline.cloning_loss(logits, actions), wanted)
     assert offline.cloning_loss(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [0.0]])) == 4.5
-    assert [offline.normalized(x, 20.0, 500.0) for x in (20.0, 500.0, 260.0)] == [0, 100, 50]
+    assert [offline.normalized_score(x, 20.0, 500.0) for x in (20.0, 500.0, 260.0)] == [0, 100, 50]
 
 
 def test_true_returns_are_discounted_and_end_with_the_episode():

@@ -1,15 +1,15 @@
-"""Batch-constrained Q-learning: from logged steps, and only with actions that the logs contain. Reads top to bottom.
+"""Batch-constrained Q-learning: how does a policy become better than the logs without actions that they lack?
 
     discrete     a = argmax { Q(s, a) : G(a|s) ≥ τ max G(·|s) }                      τ = 0: DQN, τ = 1: cloning
     continuous   a = argmax Q(s, aᵢ + Φ ξ(s, aᵢ)),  aᵢ from a VAE of the data's actions
 
-Fujimoto et al. 2018 and 2019 (arXiv:1812.02900, 1910.01708). The README explains every metric and every choice.
+Fujimoto et al. 2018 and 2019 (arXiv:1812.02900, 1910.01708). Compares BCQ with cloning, naive Q-learning, TD3+BC, IQL
+and AWAC on the same logs. The algorithms are in `bcq_discrete.py`, `bcq_continuous.py`, `td3_bc.py`, `iql.py` and
+`awac.py`.
 """
 
-import copy
-import dataclasses
 import math
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,20 +18,26 @@ from typing import Any
 import torch
 
 from finetune.errors import UserError
-from finetune.rl.agents.offline import paid
-from finetune.rl.envs import environments, logged_data
-from finetune.rl.envs.environments import action_bounds
-from finetune.rl.envs.logged_data import Dataset
-from finetune.rl.envs.replay import Transitions
-from finetune.rl.envs.rollout import episode_seeds
+from finetune.rl.agents.networks import Deterministic
+from finetune.rl.agents.offline import Cloning, OfflineLearner
+from finetune.rl.envs import environments
+from finetune.rl.envs.environments import Env
 from finetune.rl.statistics import standard_error
 from finetune.runs import config
 from finetune.runs.config import bounded
+from finetune.runs.run import Run
 
-from . import continuous, discrete, plots
-from .trial import Found, Scale, a_batch, evaluate, logged, train
+from . import bcq_continuous, bcq_discrete, plots
+from .awac import AWAC
+from .bcq_discrete import DQN, QAndImitator
+from .data import Task, generated_task, task_of_file
+from .evaluation import evaluate, fitted_q_evaluation
+from .iql import IQL
+from .td3_bc import TD3, TD3BC
 
-SPAN = {"CartPole-v1": 480.0, "Pendulum-v1": 1050.0}  # from random actions to a good policy, in return
+RETURN_RANGE = {"CartPole-v1": 480.0, "Pendulum-v1": 1050.0}  # return of a good policy minus that of random actions
+EVALUATED = ("dqn", "td3", "bc", "bcq")  # by fitted Q evaluation
+Found = dict[str, dict[str, float]]  # method → what `evaluate` finds after training, and `fqe`
 
 
 @dataclass
@@ -39,50 +45,57 @@ class Config(config.Config):
     steps: int = 3000  # updates of each method
     threads: int = 1  # networks so small are fastest on one
     checkpoint_every: int = 1000
+    # --- data
     envs: str = "CartPole-v1,Pendulum-v1"  # one after the other, separated by commas
-    # an npz of logged steps (README) of the one environment that --envs names; none: sets are made
+    # an npz of logged steps (README) of the one environment that --envs names; none: sets are generated
     data: Path | None = None
-    rows: int = bounded(10_000, at_least=100, at_most=10**7)  # of each set that is made
+    rows: int = bounded(10_000, at_least=100, at_most=10**7)  # of each generated set
     discrete_sets: str = "expert,random"  # of CartPole, to train on
     continuous_sets: str = "mixed,expert"  # of Pendulum
-    sweep_sets: str = "expert,medium,mixed"  # of CartPole, to go through the thresholds on; none: omit it
-    sweep: str = "0,0.1,0.3,0.6,1"  # thresholds
-    sweep_steps: int = bounded(2000, at_least=0, at_most=10**9)  # updates of each, but at most --steps
-    gamma: float = bounded(0.97, at_least=0, at_most=1)  # a horizon that the values reach within --steps
-    batch: int = bounded(64, at_least=1, at_most=10**6)  # discrete
+    shuffle_actions: bool = False  # control: actions are permuted over the set, so there is nothing to learn
+    # --- all methods
+    gamma: float = bounded(0.97, at_least=0, at_most=1)  # a horizon that values propagate over within --steps
     hidden: int = bounded(64, at_least=1, at_most=8192)  # width of the two hidden layers of every network
     lr: float = bounded(1e-3, at_least=0, at_most=10)  # Adam's, of every network
-    # threshold of discrete BCQ: what is less likely than τ times the likeliest is never taken
+    compared: str = "bc,td3,td3_bc,iql,awac"  # with continuous BCQ; td3 is the naive learner
+    # --- BCQ, discrete actions
+    batch: int = bounded(64, at_least=1, at_most=10**6)
+    # rewards are scaled so that the largest of the data is this: learning rate and temperatures then fit any unit
+    reward_scale: float = bounded(1.0, above=0, at_most=10**6)
+    # threshold: an action less likely than τ times the likeliest is never taken
     tau: float = bounded(0.3, at_least=0, at_most=1)
     beta: float = bounded(0.01, at_least=0, at_most=10**6)  # penalty on the imitator's squared logits
-    shared: bool = True  # discrete BCQ: Q and imitator share all layers but the last
-    target_every: int = bounded(50, at_least=1, at_most=10**9)  # discrete: steps between two copies to the target
+    shared: bool = True  # Q and imitator share all layers but the last
+    target_every: int = bounded(50, at_least=1, at_most=10**9)  # updates between two copies to the target network
+    # --- the sweep over thresholds
+    sweep_sets: str = "expert,medium,mixed"  # of CartPole; none: omit the sweep
+    sweep: str = "0,0.1,0.3,0.6,1"  # thresholds
+    sweep_steps: int = bounded(2000, at_least=0, at_most=10**9)  # updates of each, but at most --steps
+    # --- BCQ, continuous actions
     continuous_batch: int = bounded(64, at_least=1, at_most=10**6)
-    compared: str = "bc,td3,td3_bc,iql,awac"  # with continuous BCQ; td3 is the naive way
+    reward_scale_continuous: float = bounded(1.6, above=0, at_most=10**6)
     candidates: int = bounded(10, at_least=1, at_most=10_000)  # actions that the maximum of a target runs over
-    act_candidates: int = bounded(100, at_least=1, at_most=10_000)  # the same when it acts
-    phi: float = bounded(0.05, at_least=0, at_most=2)  # how far an action may be moved, of −1 … 1
-    # weight of the smaller of two critics; the rest is that of the larger
+    act_candidates: int = bounded(100, at_least=1, at_most=10_000)  # the same in acting
+    phi: float = bounded(0.05, at_least=0, at_most=2)  # how far an action may be perturbed, of −1 … 1
+    # weight of the smaller of two critics; the larger has the rest
     lam: float = bounded(0.75, at_least=0, at_most=1)
     kl: float = bounded(0.5, at_least=0, at_most=10**6)  # weight of the divergence in the VAE's loss
-    polyak: float = bounded(0.01, at_least=0, at_most=1)  # continuous: part of the way that targets follow in a step
+    polyak: float = bounded(0.01, at_least=0, at_most=1)  # how far target networks move in an update
+    # --- TD3+BC, IQL, AWAC
     alpha: float = bounded(2.5, at_least=0, at_most=10**6)  # TD3+BC: weight of Q
     expectile: float = bounded(0.7, at_least=0, at_most=1)  # IQL
-    temperature: float = bounded(1.0, at_least=0, at_most=10**6)  # IQL: A is multiplied by it
-    awac_lam: float = bounded(1.0, above=0, at_most=10**6)  # AWAC: A is divided by it
-    # what the largest reward of the data counts as in learning, with discrete and with continuous actions: so the
-    # learning rate and the temperatures hold, whatever unit the rewards have
-    reward_scale: float = bounded(1.0, above=0, at_most=10**6)
-    reward_scale_continuous: float = bounded(1.6, above=0, at_most=10**6)
-    shuffle_actions: bool = False  # control: the logged actions are dealt out anew, so there is nothing to learn
+    temperature: float = bounded(1.0, at_least=0, at_most=10**6)  # IQL: factor of the advantage in the exponent
+    awac_lam: float = bounded(1.0, above=0, at_most=10**6)  # AWAC: divisor of the advantage in the exponent
+    # --- evaluation
     fqe_steps: int = bounded(2000, at_least=0, at_most=10**9)  # of fitted Q evaluation, but at most --steps
     fqe_batch: int = bounded(256, at_least=1, at_most=10**6)
     fqe_polyak: float = bounded(0.05, at_least=0, at_most=1)
-    # steps between two points of the curves; each plays --eval-episodes
+    # updates between two points of the curves; each plays --eval-episodes
     eval_every: int = bounded(500, at_least=1, at_most=10**9)
     eval_episodes: int = bounded(20, at_least=2, at_most=10_000)
-    # an episode is cut off there if its environment has no time limit of its own
+    # an episode is truncated there if its environment has no time limit
     max_episode_steps: int = bounded(1000, at_least=1, at_most=10**6)
+    # ---
 
     @classmethod
     def toy(cls) -> "Config":
@@ -92,20 +105,18 @@ class Config(config.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in parts(self.compared):
-            if name not in continuous.LEARNERS or name == "bcq":
-                raise UserError(
-                    f"--compared: '{name}' is not one of {', '.join(n for n in continuous.LEARNERS if n != 'bcq')}"
-                )
+            if name not in COMPARED:
+                raise UserError(f"--compared: '{name}' is not one of {', '.join(COMPARED)}")
         for text in parts(self.sweep):
             try:
-                held = 0 <= float(text) <= 1
+                within = 0 <= float(text) <= 1
             except ValueError:
-                held = False
-            if not held:
-                raise UserError(f"--sweep: '{text}' is no threshold within 0 and 1")
+                within = False
+            if not within:
+                raise UserError(f"--sweep: '{text}' is not a threshold between 0 and 1")
         for key in ("envs", "discrete_sets", "continuous_sets", "sweep_sets", "sweep", "compared"):
-            named_ = parts(getattr(self, key))
-            if twice := next((name for name in named_ if named_.count(name) > 1), None):
+            named = parts(getattr(self, key))
+            if twice := next((name for name in named if named.count(name) > 1), None):
                 raise UserError(f"--{config.dashed(key)}: '{twice}' is there twice")
         if not parts(self.envs):
             raise UserError("--envs names no environment")
@@ -117,187 +128,181 @@ def parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip() not in ("", "none")]
 
 
-def main(cfg: Config, run) -> dict[str, Any]:
+def continuous_cloning(cfg: Config, obs_dim: int, action_dim: int) -> Cloning:
+    high = torch.ones(action_dim)
+    return Cloning(Deterministic(obs_dim, [cfg.hidden, cfg.hidden], -high, high), cfg.lr)
+
+
+# What continuous BCQ is compared with: --compared.
+COMPARED: dict[str, Callable[[Config, int, int], OfflineLearner]] = {
+    "bc": continuous_cloning, "td3": TD3, "td3_bc": TD3BC, "iql": IQL, "awac": AWAC
+}  # fmt: skip
+
+
+def main(cfg: Config, run: Run) -> dict[str, Any]:
     found: dict[str, Found] = {}
-    cut = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
-    for name in parts(cfg.envs):
-        envs = environments.make(name, cfg.eval_episodes, episode_limit=cut)
-        is_continuous = environments.sizes(envs[0])[2]
-        compare = on_continuous if is_continuous else on_discrete
-        sets = parts(cfg.continuous_sets if is_continuous else cfg.discrete_sets)
-        for data in [given(cfg, run, name, envs)] if cfg.data else [made(cfg, run, name, quality) for quality in sets]:
-            found[data.name] = compare(cfg, run, envs, data)
-        if not (is_continuous or cfg.data):
+    limit = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
+    for env in parts(cfg.envs):
+        envs = environments.make(env, cfg.eval_episodes, episode_limit=limit)
+        continuous = envs[0].continuous
+        if cfg.data:
+            tasks = [task_of_file(cfg, run, envs, env)]
+        else:
+            sets = parts(cfg.continuous_sets if continuous else cfg.discrete_sets)
+            tasks = [generated_task(cfg, run, envs, env, quality) for quality in sets]
+        for task in tasks:
+            found[task.name] = (compare_continuous if continuous else compare_discrete)(cfg, run, task)
+            report(cfg, run, task, found[task.name])
+        if not (continuous or cfg.data):
             for quality in parts(cfg.sweep_sets):
-                sweep(cfg, run, envs, made(cfg, run, name, quality))
+                sweep(cfg, run, generated_task(cfg, run, envs, env, quality))
     if cfg.steps:
-        plots.returns(run)
-        plots.values(run)
-        plots.evaluations(run, found)
-        plots.sweep(run)
-    return cut.summary()
+        plots.plot_returns(run)
+        plots.plot_values(run)
+        plots.plot_evaluations(run, found)
+        plots.plot_sweep(run)
+    return limit.summary()
 
 
-def made(cfg: Config, run, env: str, quality: str) -> Dataset:
-    seed = run.generator("data", env, quality).initial_seed() % 2**31
-    return named(logged_data.generate(env, quality, cfg.rows, seed), env)
+# --- Comparisons
 
 
-def given(cfg: Config, run, name: str, envs: list[Any]) -> Dataset:
-    data = logged_data.load(cfg.data).fit(envs[0])
-    if differ := paid(data.transitions(), envs[:5], episode_seeds(run, len(envs[:5]), "paid")):
-        run.print(
-            f"{cfg.data.name}: {name} pays {differ[0]:.3g} a step where the logs say {differ[1]:.3g}: returns are "
-            "the environment's, believed values the logs', and the two are not compared"
-        )
-        data = dataclasses.replace(data, comparable=False)
-    return named(data, name)
-
-
-def named(data: Dataset, env: str) -> Dataset:
-    """CartPole-v1, expert → cartpole_expert; mine:My-World-v0, a log → my_world_a_log: phases, files and results begin
-    so, whatever characters the names have."""
-    words = [re.sub(r"[^a-z0-9]+", "_", part.lower()).strip("_") for part in (short(env), data.name)]
-    return dataclasses.replace(data, name="_".join(words))
-
-
-def short(env: str) -> str:
-    """Without the module before the colon, the namespace and the version."""
-    return re.sub(r"-v\d+$", "", env.split(":")[-1].split("/")[-1])
-
-
-# --- Discrete actions
-
-
-def on_discrete(cfg: Config, run, envs: list[Any], data: Dataset) -> Found:
-    """DQN, cloning and BCQ, from the same weights and the same batches."""
-    apart, networks = (discrete_networks(cfg, run, envs[0], shared) for shared in (False, cfg.shared))
-    learners = {
-        "dqn": discrete.DQN(cfg, apart.q),
-        "bc": discrete.Cloning(cfg, apart.imitator),
-        "bcq": discrete.BCQ(cfg, networks, cfg.tau),
+def compare_discrete(cfg: Config, run: Run, task: Task) -> Found:
+    """DQN, cloning and BCQ, from the same initial weights and on the same batches."""
+    separate, networks = (q_and_imitator(cfg, run, task.envs[0], shared) for shared in (False, cfg.shared))
+    assert isinstance(separate.imitator, type(separate.q))
+    learners: dict[str, OfflineLearner] = {
+        "dqn": DQN(cfg, separate.q),
+        "bc": Cloning(separate.imitator, cfg.lr, cfg.beta),
+        "bcq": bcq_discrete.BCQ(cfg, networks, cfg.tau),
     }
-    scale = Scale(rewards=cfg.reward_scale / data.reward_size)
-    behavior, found = train(cfg, run, envs, data, learners, scale, cfg.batch)
-    for name in ("dqn", "bc"):
-        judge(cfg, run, data, name, found, behavior)
-    naive = found["dqn" if data.name == "cartpole_expert" else "bc"]["return"]
-    judge(cfg, run, data, "bcq", found, behavior, baseline=naive)
-    judge_values(cfg, run, data, found, "dqn")
-    return found
+    return train_all(cfg, run, task, learners)
 
 
-def discrete_networks(cfg: Config, run, env: Any, shared: bool) -> discrete.Networks:
+def q_and_imitator(cfg: Config, run: Run, env: Env, shared: bool) -> QAndImitator:
     run.seed("networks")
-    return discrete.Networks(*environments.sizes(env)[:2], cfg.hidden, shared)
+    return QAndImitator(env.obs_dim, env.action_dim, cfg.hidden, shared)
 
 
-def sweep(cfg: Config, run, envs: list[Any], data: Dataset) -> None:
-    """BCQ at every threshold, with Q and imitator apart: so its ends are DQN and cloning, to the last bit."""
-    scale = Scale(rewards=cfg.reward_scale / data.reward_size)
-    steps, taus = logged(cfg, run, data, scale), [float(text) for text in parts(cfg.sweep)]
-    apart: dict[str, float] = {}
-    for i in run.steps(
-        len(taus) if cfg.steps else 0, {"apart": apart, "cut": envs[0].episode_limit}, phase=f"{data.name}_sweep"
-    ):
-        networks = discrete_networks(cfg, run, envs[0], shared=False)
-        others = {
-            0.0: discrete.DQN(cfg, copy.deepcopy(networks.q)),
-            1.0: discrete.Cloning(cfg, copy.deepcopy(networks.imitator)),
-        }
-        learner, other = discrete.BCQ(cfg, networks, taus[i]), others.get(taus[i])
-        for step in range(min(cfg.sweep_steps, cfg.steps)):
-            batch = a_batch(run, steps, cfg.batch, step)
-            learner.update(*batch)
-            if other:
-                other.update(*batch)
-        run.log(i, tau=taus[i], **{"return": evaluate(cfg, run, envs, learner, scale)["return"]})
-        if other:
-            ours = networks.q if taus[i] == 0 else networks.imitator
-            difference = ours(steps.observations) - other.networks(steps.observations)
-            apart[f"{taus[i]:g}"] = difference.abs().max().item()
-    for tau, other in (("0", "dqn"), ("1", "bc")):
-        if tau in apart:
-            run.result(f"tau_{tau}_from_{other}_{data.name}", apart[tau], target=0, higher=False)
-
-
-# --- Continuous actions
-
-
-def on_continuous(cfg: Config, run, envs: list[Any], data: Dataset) -> Found:
-    scale = Scale.of(data, *action_bounds(envs[0]), cfg.reward_scale_continuous / data.reward_size)
-    learners = {}
+def compare_continuous(cfg: Config, run: Run, task: Task) -> Found:
+    learners: dict[str, OfflineLearner] = {}
     for name in ["bcq", *parts(cfg.compared)]:
         run.seed("networks")
-        learners[name] = continuous.LEARNERS[name](cfg, *environments.sizes(envs[0])[:2])
-    behavior, found = train(cfg, run, envs, data, learners, scale, cfg.continuous_batch)
-    judge(cfg, run, data, "bcq", found, behavior, baseline=behavior)
-    for name in parts(cfg.compared):
-        judge(cfg, run, data, name, found, behavior)
-    proposals(cfg, run, learners["bcq"], logged(cfg, run, data, scale), data)
-    judge_values(cfg, run, data, found, "td3")
+        make = bcq_continuous.BCQ if name == "bcq" else COMPARED[name]
+        learners[name] = make(cfg, task.envs[0].obs_dim, task.envs[0].action_dim)
+    found = train_all(cfg, run, task, learners)
+    bcq = learners["bcq"]
+    assert isinstance(bcq, bcq_continuous.BCQ)
+    check_proposals(cfg, run, task, bcq)
     return found
 
 
-def proposals(cfg: Config, run, learner: continuous.BCQ, steps: Transitions, data: Dataset) -> None:
-    """What the VAE proposes where the data have been: how far from the logged action; baseline: uniform actions."""
-    rows = torch.randperm(len(steps), generator=run.generator("places"))[:2000]
-    some, generator = steps[rows], run.generator("proposals")
+def train_all(cfg: Config, run: Run, task: Task, learners: dict[str, OfflineLearner]) -> Found:
+    """One learner after the other, each on the same batches; then fitted Q evaluation of some."""
+    train = bcq_continuous.train if task.data.continuous else bcq_discrete.train
+    returns = task.data.returns()
+    run.print(f"{task.name}: {len(task.data):,} steps" + (f", mean return {fmean(returns):.1f}" if returns else ""))
+    found: Found = {}
+    for name, learner in learners.items():
+        found[name] = train(cfg, run, task, name, learner)
+        run.print(f"{task.name}_{name}: {found[name]['return']:.1f}")
+    estimates: dict[str, float] = {}
+    names = [name for name in EVALUATED if name in learners] if cfg.steps and cfg.fqe_steps else []
+    for i in run.steps(len(names), {"estimates": estimates}, phase=f"{task.name}_fqe"):
+        estimates[names[i]] = fitted_q_evaluation(cfg, run, task, learners[names[i]])
+        run.log(i, estimate=estimates[names[i]])
+    for name, estimate in estimates.items():
+        found[name]["fqe"] = estimate
+    return found
+
+
+def sweep(cfg: Config, run: Run, task: Task) -> None:
+    """Discrete BCQ's return at every threshold. Q and imitator are separate: 0 is then DQN and 1 cloning, bit for bit
+    (test_either_end_of_the_threshold_is_dqn_or_cloning_to_the_last_bit)."""
+    thresholds = [float(text) for text in parts(cfg.sweep)]
+    state = {"limit": task.envs[0].episode_limit}
+    for i in run.steps(len(thresholds) if cfg.steps else 0, state, phase=f"{task.name}_sweep"):
+        learner = bcq_discrete.BCQ(cfg, q_and_imitator(cfg, run, task.envs[0], shared=False), thresholds[i])
+        for step in range(min(cfg.sweep_steps, cfg.steps)):
+            learner.update(task.steps.sample(cfg.batch, run.generator("batch", step)))
+        run.log(i, tau=thresholds[i], **{"return": evaluate(cfg, run, task, learner)["return"]})
+
+
+def check_proposals(cfg: Config, run: Run, task: Task, bcq: bcq_continuous.BCQ) -> None:
+    """Mean distance of the VAE's proposals from the logged actions in the same states, and that of uniform actions."""
+    rows = torch.randperm(len(task.steps), generator=run.generator("places"))[:2000]
+    some, rng = task.steps[rows], run.generator("proposals")
     with torch.no_grad():
-        proposed = learner.cvae.propose(some.observations, 1, generator)[:, 0]
-    uniform = 2 * torch.rand(proposed.shape, generator=generator) - 1
-    near, far = ((actions - some.actions).abs().flatten().tolist() for actions in (proposed, uniform))
-    run.result(f"proposal_distance_{data.name}", fmean(near), error=standard_error(near), baseline=fmean(far),
-              higher=False)  # fmt: skip
+        proposed = bcq.cvae.propose(some.observations, 1, rng)[:, 0]
+    uniform = 2 * torch.rand(proposed.shape, generator=rng) - 1
+    for name, actions in (("proposal", proposed), ("uniform", uniform)):
+        distances = (actions - some.actions).abs().flatten().tolist()
+        run.check(f"{name}_distance_{task.name}", fmean(distances), error=standard_error(distances))
     if cfg.steps:
-        chosen = learner.act(some.observations, generator)
-        plots.candidates(run, data.name, data.observations[rows], some.actions, proposed, chosen)
+        chosen = bcq.act(some.observations, rng)
+        plots.plot_candidates(run, task.name, task.data.observations[rows], some.actions, proposed, chosen)
 
 
-# --- What is judged
+# --- Results
 
 
-def bar(cfg: Config, name: str, method: str, behavior: float | None) -> tuple[float | None, bool]:
-    """(target, higher) of a method's return on a set that is made here, relative to what the data earn. On narrow data
-    the naive method has to fail. Of data of one's own only BCQ has a target: what they earn."""
+def bar(cfg: Config, task: Task, method: str) -> tuple[float | None, bool]:
+    """(target, higher) of a method's return on a generated set, relative to the return of the data. On narrow data the
+    naive method has to fail. On data of one's own BCQ's target is the return of the data."""
+    behavior = task.behavior
     if behavior is None:
         return None, True
-    if cfg.data:
-        return behavior if method == "bcq" else None, True
-    balance, swing = SPAN["CartPole-v1"], SPAN["Pendulum-v1"]
-    return {
-        ("cartpole_expert", "dqn"): (behavior - 0.75 * balance, False),
-        ("cartpole_expert", "bcq"): (behavior - 0.5 * balance, True),
-        ("cartpole_random", "bcq"): (2 * behavior, True),
-        ("pendulum_expert", "td3"): (behavior - 0.3 * swing, False),
-        ("pendulum_expert", "bcq"): (behavior - 0.25 * swing, True),
-        ("pendulum_mixed", "bcq"): (behavior + 0.2 * abs(behavior), True),
-    }.get((name, method), (behavior if method == "bcq" else None, True))
+    if not cfg.data:
+        balance, swing = RETURN_RANGE["CartPole-v1"], RETURN_RANGE["Pendulum-v1"]
+        targets = {
+            ("cartpole_expert", "dqn"): (behavior - 0.75 * balance, False),
+            ("cartpole_expert", "bcq"): (behavior - 0.5 * balance, True),
+            ("cartpole_random", "bcq"): (2 * behavior, True),
+            ("pendulum_expert", "td3"): (behavior - 0.3 * swing, False),
+            ("pendulum_expert", "bcq"): (behavior - 0.25 * swing, True),
+            ("pendulum_mixed", "bcq"): (behavior + 0.2 * abs(behavior), True),
+        }
+        if (task.name, method) in targets:
+            return targets[task.name, method]
+    return (behavior if method == "bcq" else None), True
 
 
-def judge(
-    cfg: Config, run, data: Dataset, method: str, found: Found, behavior: float | None, baseline: float | None = None
+def report(cfg: Config, run: Run, task: Task, found: Found) -> None:
+    """Headline results: BCQ's return, and on narrow data its overestimation. All other figures are checks.
+
+    BCQ's return is compared with the naive method's on narrow data, else with cloning's (discrete) or the data's."""
+    naive = "td3" if task.data.continuous else "dqn"
+    narrow = task.name.endswith("_expert") and not cfg.data
+    baseline = task.behavior if task.data.continuous else found["dqn" if narrow else "bc"]["return"]
+    for method, f in found.items():
+        name, value, error = f"return_{method}_{task.name}", f["return"], f["return_error"]
+        target, higher = bar(cfg, task, method)
+        if method == "bcq":
+            run.result(name, value, error=error, baseline=baseline, target=target)
+        elif higher:
+            run.check(name, value, error=error, at_least=target)
+        else:
+            run.check(name, value, error=error, at_most=target)
+    if task.comparable:
+        report_values(run, task.name, found["bcq"], found.get(naive), naive, narrow)
+
+
+def report_values(
+    run: Run, name: str, bcq: dict[str, float], naive: dict[str, float] | None, naive_name: str, narrow: bool
 ) -> None:
-    f, (target, higher) = found[method], bar(cfg, data.name, method, behavior)
-    run.result(f"return_{method}_{data.name}", f["return"], error=f["return_error"], baseline=baseline, target=target,
-              higher=higher)  # fmt: skip
-
-
-def judge_values(cfg: Config, run, data: Dataset, found: Found, naive: str) -> None:
-    """How much more than it then earns each believes in, and what fitted Q evaluation says of BCQ. On an expert's data
-    the naive method's excess has to be above 0, and BCQ's below that one, by three standard errors."""
-    if not data.comparable:
-        return
-    narrow = data.name.endswith("_expert") and not cfg.data
-    ours, theirs = found["bcq"], found.get(naive)
-    if theirs:
-        least = 3 * theirs["excess_error"] if narrow else None
-        run.result(f"excess_{naive}_{data.name}", theirs["excess"], error=theirs["excess_error"], target=least)
-    most = (
-        theirs["excess"] - 3 * math.hypot(theirs["excess_error"], ours["excess_error"]) if theirs and narrow else None
-    )
-    run.result(f"excess_bcq_{data.name}", ours["excess"], error=ours["excess_error"],
-              baseline=theirs["excess"] if theirs else None, target=most, higher=False)  # fmt: skip
-    run.result(f"true_bcq_{data.name}", ours["true"], error=ours["true_error"])
-    if "fqe" in ours:
-        run.result(f"fqe_bcq_{data.name}", ours["fqe"])
+    """believed − true. On narrow data the naive method's has to be above 0 and BCQ's below the naive method's, each by
+    three standard errors."""
+    value, error = bcq["overestimate"], bcq["overestimate_error"]
+    if naive:
+        other, other_error = naive["overestimate"], naive["overestimate_error"]
+        run.check(
+            f"overestimate_{naive_name}_{name}", other, error=other_error, at_least=3 * other_error if narrow else None
+        )
+    if naive and narrow:
+        bound = other - 3 * math.hypot(other_error, error)
+        run.result(f"overestimate_bcq_{name}", value, error=error, baseline=other, target=bound, higher=False)
+    else:
+        run.check(f"overestimate_bcq_{name}", value, error=error)
+    run.check(f"true_bcq_{name}", bcq["true"], error=bcq["true_error"])
+    if "fqe" in bcq:
+        run.check(f"fqe_bcq_{name}", bcq["fqe"])
