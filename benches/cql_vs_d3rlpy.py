@@ -1,12 +1,12 @@
-"""Updates a second of discrete CQL beside d3rlpy's DiscreteCQL: the same steps, network, weights and batch, one thread.
+"""Updates per second of discrete CQL and of d3rlpy's DiscreteCQL: same steps, network, weights and batch, one thread.
 
     python -m finetune bench cql_vs_d3rlpy [--rounds 30] [--updates 50] [--json FILE]
 
-Rounds of so many updates alternate in one process on one thread, timed by its CPU seconds, which other work on the
-machine hardly touches; a ratio is the median of the rounds' ratios (above 1: ours is faster). An update is what `fit`
-does: batch drawn from the data, loss, gradient, Adam, target network. `d3rlpy, batch given` leaves the drawing out on
-d3rlpy's side only, to show how much of the difference it is. Both must give the same loss on a first batch, or nothing
-is timed. Needs d3rlpy, as the Makefile installs it for the tests.
+Rounds of `--updates` updates alternate in one process on one thread and are timed by its CPU seconds, which other work
+on the machine hardly changes; a ratio is the median of the rounds' ratios (above 1: ours is faster). An update is what
+`fit` does: sample a batch, loss, gradient, Adam, target network. `d3rlpy, batch given` omits the sampling on d3rlpy's
+side only, to show its share of the difference. Both losses of a first batch must be equal, or nothing is timed. Needs
+d3rlpy, which the Makefile installs for the tests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BATCH, HIDDEN, ALPHA, GAMMA, LR = 64, 64, 1.0, 0.99, 1e-3
 
 
 def sides(data: logged_data.Dataset) -> tuple[dict[str, Callable[[], None]], float]:
-    """name → one update, and how far the two losses on the same first batch are apart, relative."""
+    """(name → one update, relative difference of the two losses on the same first batch)"""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # old gym's notice
             import d3rlpy
@@ -43,9 +43,9 @@ def sides(data: logged_data.Dataset) -> tuple[dict[str, Callable[[], None]], flo
     d3rlpy.logging.LOG.disabled = True
     from d3rlpy.torch_utility import TorchMiniBatch
 
-    module = registry.load(registry.find("cql"))
+    CQL = registry.part("cql", "cql_discrete").CQL
     torch.manual_seed(0)
-    ours = module.discrete.QLearner(QNetwork(4, 2, [HIDDEN] * 2), alpha=ALPHA, gamma=GAMMA, lr=LR, tau=0.005)
+    ours = CQL(QNetwork(4, 2, [HIDDEN] * 2), alpha=ALPHA, gamma=GAMMA, lr=LR, tau=0.005)
     config = d3rlpy.algos.DiscreteCQLConfig(
         learning_rate=LR, batch_size=BATCH, gamma=GAMMA, alpha=ALPHA, target_update_interval=100,
         encoder_factory=d3rlpy.models.VectorEncoderFactory([HIDDEN] * 2),
@@ -62,25 +62,25 @@ def sides(data: logged_data.Dataset) -> tuple[dict[str, Callable[[], None]], flo
         action_space=d3rlpy.ActionSpace.DISCRETE,
     )  # fmt: skip
 
-    steps, draw = data.transitions(), torch.Generator().manual_seed(0)
+    steps, rng = data.transitions(), torch.Generator().manual_seed(0)
     given = TorchMiniBatch.from_batch(logged.sample_transition_batch(BATCH), GAMMA, False, "cpu:0")
     same = type(steps)(given.observations, given.actions[:, 0].long(), given.rewards[:, 0], given.next_observations,
                        given.terminals[:, 0] > 0)  # fmt: skip
     td, gap, _ = ours.loss(same)
     mine = (td + ALPHA * gap).item()
-    apart = abs(mine / theirs.impl.compute_loss(given, theirs.impl.compute_target(given)).loss.item() - 1)
+    difference = abs(mine / theirs.impl.compute_loss(given, theirs.impl.compute_target(given)).loss.item() - 1)
     return {
-        "ours": lambda: ours.update(steps.sample(BATCH, draw)),
+        "ours": lambda: ours.update(steps.sample(BATCH, rng)),
         "d3rlpy": lambda: theirs.update(logged.sample_transition_batch(BATCH)),
         "d3rlpy, batch given": lambda: theirs.impl.update(given, 1),
-    }, apart
+    }, difference
 
 
 def measure(rounds: int, updates: int) -> dict:
     torch.set_num_threads(1)
-    calls, apart = sides(logged_data.generate("CartPole-v1", "random", 10_000, 0))
-    if not apart <= 1e-5:
-        raise UserError(f"the losses of the first batch differ by {apart:.1e}: nothing was timed")
+    calls, difference = sides(logged_data.generate("CartPole-v1", "random", 10_000, 0))
+    if not difference <= 1e-5:
+        raise UserError(f"the losses of the first batch differ by {difference:.1e}: nothing was timed")
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 2):  # two to warm up
         for name in [*calls][:: 1 if i % 2 else -1]:
@@ -95,7 +95,7 @@ def measure(rounds: int, updates: int) -> dict:
     return {
         "updates_per_second": {name: 1 / statistics.median(values) for name, values in kept.items()},
         "ratio": {name: dataclasses.asdict(ratio) for name, ratio in ratios.items() if name != "ours"},
-        "loss_difference": apart,
+        "loss_difference": difference,
     }
 
 
@@ -112,8 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for name, rate in found["updates_per_second"].items():
         ratio = found["ratio"].get(name)
-        beside = f", {ratio['median']:.2f}× ours ({ratio['p20']:.2f} … {ratio['p80']:.2f})" if ratio else ""
-        print(f"{name}: {rate:,.0f} updates/s{beside}")
+        times = f", {ratio['median']:.2f}× ours ({ratio['p20']:.2f} … {ratio['p80']:.2f})" if ratio else ""
+        print(f"{name}: {rate:,.0f} updates/s{times}")
     print(f"losses of the first batch within {found['loss_difference']:.0e}")
     if wanted.json:
         wanted.json.write_text(json.dumps({"machine": machine.describe(), "results": found}, indent=1) + "\n")

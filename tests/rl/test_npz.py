@@ -1,4 +1,4 @@
-"""Files of arrays that are broken in 370 ways, for all that reads an npz: one line each, bounded time and memory."""
+"""npz files that are broken in 370 ways, for every reader of one: a one-line error each, in bounded time and memory."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""rl.envs.logged_data and rl.agents.offline: files, sets of stated quality, targets, fitted Q evaluation."""
+"""rl.envs.logged_data and rl.agents.offline: files, generated sets, cloning, fitted Q evaluation, reward mismatch."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,10 @@ def test_returns_end_with_their_episodes(tmp_path):
         ({"actions": np.zeros(4, int)}, "actions has 4 rows, rewards has 5"),
         ({"actions": np.zeros(5)}, r"actions is float64: it must hold integers, or floats in rows \(N, A\)"),
         ({"actions": np.zeros((5, 1), int)}, r"actions are integers of shape \(5, 1\): classes have the shape \(5,\)"),
-        ({"actions": np.array([0, 1, 2**63, 0, 0], np.uint64)}, r"actions\[2\] is 9223372036854775808: no environ"),
+        (
+            {"actions": np.array([0, 1, 2**63, 0, 0], np.uint64)},
+            r"actions\[2\] is 9223372036854775808: no environment has so many",
+        ),
         ({"rewards": np.array([1, 2, 1e39, 4, 5])}, r"rewards\[2\] is 1e\+39: every number must be finite, in float32"),
         ({"observations": np.full((5, 2), -2e28, np.float32)}, r"observations\[0\] has a number beyond ±1e\+15"),
         ({"actions": np.full((5, 1), np.inf)}, r"actions\[0\] is \[inf\]"),
