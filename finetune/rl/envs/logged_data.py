@@ -1,4 +1,4 @@
-"""Datasets of logged steps for offline RL: read from an npz with Minari's field names, or generated at a chosen quality.
+"""Datasets of logged steps for offline RL: read from an npz with Minari's field names, or generated at a quality.
 
 The npz holds one row a step, episode after episode:
 
@@ -205,7 +205,7 @@ def _split_observations(arrays: dict[str, NDArray[Any]], steps: int) -> None:
     arrays["observations"], arrays["next_observations"] = observations[rows], observations[rows + 1]
 
 
-# --- Generated, at a chosen quality
+# --- Generated
 
 
 def generate(env: str, quality: str, steps: int, seed: int) -> Dataset:
