@@ -55,7 +55,7 @@ FOREIGN = {
     "波前": "wavefront", "屋顶线": "roofline", "内核": "kernel", "自举": "bootstrap", "离策略": "off-policy",
     "适配器": "adapter", "张量核心": "tensor core",
 }  # fmt: skip
-BRITISH = re.compile(r"\b\w*(?:learned|isation|ised|ising|behavior|neighbor|color)\b")
+BRITISH = re.compile(r"\b\w*(?:learnt|isation|ised|ising|behaviour|neighbour|colour)\b")
 
 
 CHINESE = [*FILES, *ROOT.glob("*.zh-CN.md"), *ROOT.glob("learning/*.zh-CN.md"), *ROOT.glob("learning/path.toml"),
