@@ -1,4 +1,4 @@
-"""What several kernel files need: shapes of tiles, tensors seen as rows, a sum over parts."""
+"""Shared by kernel files: shapes of tiles, tensors viewed as rows, a sum over parts."""
 
 from __future__ import annotations
 
@@ -28,44 +28,45 @@ def warps(elements: int) -> int:
     return min(max(triton.next_power_of_2(elements) // 512, 1), 16)
 
 
-def tile(rows: int, columns: int, elements: int = 2048, widest: int = 2048) -> dict[str, int]:
-    """ROWS × BLOCK ≈ `elements` of a (rows, columns) matrix: whole rows of up to `widest` columns, several if short."""
-    block = min(triton.next_power_of_2(columns), widest)
-    at_once = min(max(elements // block, 1), triton.next_power_of_2(rows))
-    return {"ROWS": at_once, "BLOCK": block, "num_warps": warps(at_once * block)}
+def tile(n_rows: int, n_cols: int, elements: int = 2048, widest: int = 2048) -> dict[str, int]:
+    """BLOCK_ROWS × BLOCK_SIZE ≈ `elements` of (n_rows, n_cols): whole rows up to `widest` columns, several if short."""
+    block = min(triton.next_power_of_2(n_cols), widest)
+    at_once = min(max(elements // block, 1), triton.next_power_of_2(n_rows))
+    return {"BLOCK_ROWS": at_once, "BLOCK_SIZE": block, "num_warps": warps(at_once * block)}
 
 
 def as_rows(t: Tensor) -> tuple[Tensor, int]:
     """A tensor (..., C) as (rows, C) with adjacent elements in a row, and the stride between rows: halves of a fused
     projection and the like are read in place, anything else is copied."""
-    columns = t.shape[-1]
-    if columns <= 1 or t.stride(-1) == 1:
+    n_cols = t.shape[-1]
+    if n_cols <= 1 or t.stride(-1) == 1:
         try:
-            seen = t.view(-1, columns) if columns else t.view(t.shape.numel(), 0)
+            seen = t.view(-1, n_cols) if n_cols else t.view(t.shape.numel(), 0)
         except RuntimeError:  # the rows are not at one stride
             pass
         else:
             return seen, seen.stride(0)
-    return t.contiguous(), columns
+    return t.contiguous(), n_cols
 
 
 @triton.jit
-def sum_parts_kernel(parts, out, count, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, count, ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row < count)[:, None] & (at < columns)[None, :]
-        sums += tl.sum(tl.load(parts + row.to(tl.int64)[:, None] * columns + at[None, :], mask=inside, other=0.0), 0)
-    tl.store(out + at, sums, mask=at < columns)
+def sum_parts_kernel(parts, out, count, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    sums = tl.zeros([BLOCK_SIZE], tl.float32)
+    for first in range(0, count, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        inside = (row < count)[:, None] & (at < n_cols)[None, :]
+        sums += tl.sum(tl.load(parts + row.to(tl.int64)[:, None] * n_cols + at[None, :], mask=inside, other=0.0), 0)
+    tl.store(out + at, sums, mask=at < n_cols)
 
 
 def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
     """out (C,) = the sum of parts (P, C) fp32 in a fixed order, rounded once."""
-    count, columns = parts.shape
-    if columns:
-        block = min(triton.next_power_of_2(columns), 64)
-        sum_parts_kernel[(triton.cdiv(columns, block),)](parts, out, count, columns, ROWS=32, BLOCK=block, num_warps=4)
+    count, n_cols = parts.shape
+    if n_cols:
+        block = min(triton.next_power_of_2(n_cols), 64)
+        grid = (triton.cdiv(n_cols, block),)
+        sum_parts_kernel[grid](parts, out, count, n_cols, BLOCK_ROWS=32, BLOCK_SIZE=block, num_warps=4)
     return out
 
 

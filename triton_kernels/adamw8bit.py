@@ -4,7 +4,7 @@
 
 Layout: a table of addresses (_tensors.py); a program takes BLOCK elements of one tensor, as rows of the 256 that share
 an absmax. Maps and middles (4 KB) are looked up in the first-level cache: one gather to widen a code, eight (a binary
-search) to find one. Every product and quotient rounds by itself (enable_fp_fusion=False, div_rn, sqrt_rn): the bits of
+search) to find one. Every product and quotient rounds separately (enable_fp_fusion=False, div_rn, sqrt_rn): the bits of
 the moments are those of the reference.
 Bytes: 16 a parameter in fp32 (read p, g and two codes, write p and two codes) and 1/16 for the maxima, against 28 with
 fp32 moments. FLOPs: about 60, 18 of them look-ups. Intensity: 4 operations a byte; the roof is memory bandwidth.

@@ -1,6 +1,6 @@
 """Attention without its score matrix: FlashAttention-2 (Dao 2023, arXiv:2307.08691), forward and backward.
 
-    o_i = Σ_j p_ij v_j,   p_ij = 2^(s_ij − top_i) / total_i,   s_ij = scale · log2(e) · q_i · k_j
+    o_i = Σ_j p_ij v_j,   p_ij = 2^(s_ij − m_i) / l_i,   s_ij = scale · log2(e) · q_i · k_j
     dv_j = Σ_i p_ij do_i        dp_ij = do_i · v_j        ds_ij = p_ij (dp_ij − δ_i)        δ_i = do_i · o_i
     dq_i = scale Σ_j ds_ij k_j  dk_j = scale Σ_i ds_ij q_i
 
@@ -8,15 +8,15 @@ The keys that a query sees are one interval [low, high), whatever hides the othe
 of its document. Blocks of keys that no query of a block sees are not visited. A block belongs to one document, and what
 lies behind a length or in another document is never loaded: it may be NaN.
 Layout: (B, T, H, D) with any strides but unit stride in D (else copied); D is padded to a power of two by masks. The
-forward pass gives a program BM queries of one head; it keeps q, the sums and the running top and total on chip, and
-streams k and v past them in blocks of BN. The backward pass has three kernels: δ; dk and dv (a program owns BN keys of
-one key head and streams the queries of all its query heads past); dq (as forward). Each output element has one owner
-and one order of sums: no atomics, the same bits every time. (top, total) rather than their log-sum-exp, whose rounding
-grows with the scores. fp32 products are "ieee": tf32 would have 10 bits.
+forward pass gives a program BLOCK_M queries of one head; it keeps q, the running maximum m and the sums l and o on
+chip, and streams k and v past them in blocks of BLOCK_N. The backward pass has three kernels: δ; dk and dv (a program
+owns BLOCK_N keys of one key head and streams the queries of all its query heads past); dq (as forward). Each output
+element has one owner and one order of sums: no atomics, the same bits every time. (m, l) rather than their log-sum-exp,
+whose rounding grows with the scores. fp32 products are "ieee": tf32 would have 10 bits.
 FLOPs: 4 D a visible (query, key, head) forward; 14 D backward (7 products, two of them recomputed scores and dp).
-Bytes, times the dtype's size: q and o once, k and v once for each of Tq / BM blocks (from L2 for the most part).
-Intensity: BM FLOP/byte or more in bf16, so from a few hundred tokens the roof is the tensor cores' rate; a single query
-(decode) is bound by the bandwidth of k and v. Source: the paper; Triton's tutorial 06.
+Bytes, times the dtype's size: q and o once, k and v once for each of Tq / BLOCK_M blocks (from L2 for the most part).
+Intensity: BLOCK_M FLOP/byte or more in bf16, so from a few hundred tokens the roof is the tensor cores' rate; a single
+query (decode) is bound by the bandwidth of k and v. Source: the paper; Triton's tutorial 06.
 """
 
 from __future__ import annotations
@@ -60,162 +60,163 @@ def visible_end(i, stop, end, shift, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def rows(x, first, end, token_stride, dim, ROWS: tl.constexpr, BD: tl.constexpr):
-    """Tokens first … first + ROWS − 1 of one head, (ROWS, BD); 0 from token `end` and column `dim` on."""
-    t, d = first + tl.arange(0, ROWS), tl.arange(0, BD)
+def rows(x, first, end, token_stride, dim, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_ROWS tokens of one head from `first` on, (BLOCK_ROWS, BLOCK_D); 0 from token `end` and column `dim` on."""
+    t, d = first + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_D)
     at = x + t.to(tl.int64)[:, None] * token_stride + d[None, :]
     return tl.load(at, mask=(t < end)[:, None] & (d < dim)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(x, value, first, end, token_stride, dim, ROWS: tl.constexpr, BD: tl.constexpr):
-    t, d = first + tl.arange(0, ROWS), tl.arange(0, BD)
+def store_rows(x, value, first, end, token_stride, dim, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    t, d = first + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_D)
     at = x + t.to(tl.int64)[:, None] * token_stride + d[None, :]
     tl.store(at, value, mask=(t < end)[:, None] & (d < dim)[None, :])
 
 
 @triton.jit
 def attention_kernel(
-    q, k, v, o, top, total, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
+    q, k, v, o, m, l, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
     h = (tl.program_id(0) // blocks % heads).to(tl.int64)
     n = blocks - 1 - tl.program_id(0) % blocks  # causal: the longest first
-    first, low, stop = own_block(n, blocks, table, queries, BM, DOCUMENTS)
-    i = first + tl.arange(0, BM)
+    first, low, stop = own_block(n, blocks, table, queries, BLOCK_M, DOCUMENTS)
+    i = first + tl.arange(0, BLOCK_M)
     high = visible_end(i, stop, real_keys(b, stop if DOCUMENTS else keys, lengths, LENGTHS), keys - queries, CAUSAL)
     end = tl.max(high, 0)
     k += b * k_batch + h // group * k_head
     v += b * v_batch + h // group * v_head
-    q_rows = rows(q + b * q_batch + h * q_head, first, stop, q_token, dim, BM, BD)
+    q_rows = rows(q + b * q_batch + h * q_head, first, stop, q_token, dim, BLOCK_M, BLOCK_D)
 
-    best = tl.full([BM], float("-inf"), tl.float32)
-    sums = tl.zeros([BM], tl.float32)
-    out = tl.zeros([BM, BD], tl.float32)
-    for start in range(low, end, BN):
-        j = start + tl.arange(0, BN)
-        s = tl.dot(q_rows, tl.trans(rows(k, start, end, k_token, dim, BN, BD)), input_precision="ieee") * log2_scale
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(low, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        k_rows = rows(k, start, end, k_token, dim, BLOCK_N, BLOCK_D)
+        s = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee") * log2_scale
         seen = j[None, :] < high[:, None]
         s = tl.where(seen, s, float("-inf"))
-        best_now = tl.maximum(best, tl.max(s, 1))
-        shift = tl.where(best_now == float("-inf"), 0.0, best_now)  # nothing seen yet: not −inf − −inf
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet: not −inf − −inf
         p = tl.exp2(s - shift[:, None])
-        decay = tl.exp2(best - shift)
-        sums = sums * decay + tl.sum(p, 1)
-        v_rows = rows(v, start, end, v_token, dim, BN, BD)
-        out = tl.dot(p.to(v_rows.dtype), v_rows, out * decay[:, None], input_precision="ieee")
-        best = best_now
+        alpha = tl.exp2(m_i - shift)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        v_rows = rows(v, start, end, v_token, dim, BLOCK_N, BLOCK_D)
+        acc = tl.dot(p.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision="ieee")
+        m_i = m_new
 
     row = (b * heads + h) * queries + i
-    tl.store(top + row, best, mask=i < stop)
-    tl.store(total + row, sums, mask=i < stop)
-    out = out / tl.where(sums == 0, 1.0, sums)[:, None]
-    store_rows(o + (b * queries * heads + h) * dim, out, first, stop, heads * dim, dim, BM, BD)
+    tl.store(m + row, m_i, mask=i < stop)
+    tl.store(l + row, l_i, mask=i < stop)
+    acc = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]
+    store_rows(o + (b * queries * heads + h) * dim, acc, first, stop, heads * dim, dim, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def delta_kernel(
-    o, grad_o, delta, queries, heads, dim, o_batch, o_token, o_head, g_batch, g_token, g_head,
-    BM: tl.constexpr, BD: tl.constexpr,
+    o, do, delta, queries, heads, dim, o_batch, o_token, o_head, g_batch, g_token, g_head,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """δ by the products that make dp, in their order: where p is 1 at one key, o is its v and dp − δ exactly 0."""
-    blocks = tl.cdiv(queries, BM)
-    first = tl.program_id(0) % blocks * BM
+    blocks = tl.cdiv(queries, BLOCK_M)
+    first = tl.program_id(0) % blocks * BLOCK_M
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
     h = (tl.program_id(0) // blocks % heads).to(tl.int64)
-    out = rows(o + b * o_batch + h * o_head, first, queries, o_token, dim, BM, BD)
-    grad = rows(grad_o + b * g_batch + h * g_head, first, queries, g_token, dim, BM, BD)
-    i = tl.arange(0, BM)
-    dots = tl.dot(grad, tl.trans(out), input_precision="ieee")
+    o_rows = rows(o + b * o_batch + h * o_head, first, queries, o_token, dim, BLOCK_M, BLOCK_D)
+    do_rows = rows(do + b * g_batch + h * g_head, first, queries, g_token, dim, BLOCK_M, BLOCK_D)
+    i = tl.arange(0, BLOCK_M)
+    dots = tl.dot(do_rows, tl.trans(o_rows), input_precision="ieee")
     own = tl.sum(tl.where(i[:, None] == i[None, :], dots, 0.0), 1)
     tl.store(delta + (b * heads + h) * queries + first + i, own, mask=first + i < queries)
 
 
 @triton.jit
-def row_statistics(top, total, delta, row, exists):
-    """top, 1 / total and δ of some queries; 1 / total is 0 for those that see nothing."""
-    sums = tl.load(total + row, mask=exists, other=0.0)
-    best = tl.where(sums == 0, 0.0, tl.load(top + row, mask=exists, other=0.0))
-    return best, tl.where(sums == 0, 0.0, 1 / sums), tl.load(delta + row, mask=exists, other=0.0)
+def row_statistics(m, l, delta, row, exists):
+    """m, 1 / l and δ of some queries; 1 / l is 0 for those that see nothing."""
+    l_i = tl.load(l + row, mask=exists, other=0.0)
+    m_i = tl.where(l_i == 0, 0.0, tl.load(m + row, mask=exists, other=0.0))
+    return m_i, tl.where(l_i == 0, 0.0, 1 / l_i), tl.load(delta + row, mask=exists, other=0.0)
 
 
 @triton.jit
 def attention_backward_keys_kernel(
-    q, k, v, grad_o, dk, dv, top, total, delta, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
+    q, k, v, do, dk, dv, m, l, delta, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
     scale, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     kv_heads = heads // group
     b = (tl.program_id(0) // blocks // kv_heads).to(tl.int64)
     g = (tl.program_id(0) // blocks % kv_heads).to(tl.int64)
-    first, low, stop = own_block(tl.program_id(0) % blocks, blocks, table, keys, BN, DOCUMENTS)
+    first, low, stop = own_block(tl.program_id(0) % blocks, blocks, table, keys, BLOCK_N, DOCUMENTS)
     end = real_keys(b, stop, lengths, LENGTHS)
-    j = first + tl.arange(0, BN)
-    k_rows = rows(k + b * k_batch + g * k_head, first, end, k_token, dim, BN, BD)
-    v_rows = rows(v + b * v_batch + g * v_head, first, end, v_token, dim, BN, BD)
+    j = first + tl.arange(0, BLOCK_N)
+    k_rows = rows(k + b * k_batch + g * k_head, first, end, k_token, dim, BLOCK_N, BLOCK_D)
+    v_rows = rows(v + b * v_batch + g * v_head, first, end, v_token, dim, BLOCK_N, BLOCK_D)
     begin, last = low, stop if DOCUMENTS else queries  # of the queries that may see a key of this block
     if CAUSAL:
         begin = tl.maximum(low, first - (keys - queries))
     last = tl.where(first < end, last, 0)
 
-    dk_rows = tl.zeros([BN, BD], tl.float32)
-    dv_rows = tl.zeros([BN, BD], tl.float32)
+    dk_rows = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_rows = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for each in range(group):
         h = g * group + each  # of 64 bits, as g
-        for start in range(begin, last, BM):
-            i = start + tl.arange(0, BM)
+        for start in range(begin, last, BLOCK_M):
+            i = start + tl.arange(0, BLOCK_M)
             high = visible_end(i, last, end, keys - queries, CAUSAL)
             row = (b * heads + h) * queries + i
-            best, inverse, d = row_statistics(top, total, delta, row, i < last)
-            q_rows = rows(q + b * q_batch + h * q_head, start, last, q_token, dim, BM, BD)
-            grad = rows(grad_o + b * g_batch + h * g_head, start, last, g_token, dim, BM, BD)
-            s = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee") * log2_scale  # (BN, BM)
+            m_i, inverse_l, d = row_statistics(m, l, delta, row, i < last)
+            q_rows = rows(q + b * q_batch + h * q_head, start, last, q_token, dim, BLOCK_M, BLOCK_D)
+            do_rows = rows(do + b * g_batch + h * g_head, start, last, g_token, dim, BLOCK_M, BLOCK_D)
+            s = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee") * log2_scale  # (BLOCK_N, BLOCK_M)
             seen = j[:, None] < high[None, :]
-            p = tl.where(seen, tl.exp2(s - best[None, :]) * inverse[None, :], 0.0)
-            dv_rows = tl.dot(p.to(grad.dtype), grad, dv_rows, input_precision="ieee")
-            dp = tl.dot(v_rows, tl.trans(grad), input_precision="ieee")
+            p = tl.where(seen, tl.exp2(s - m_i[None, :]) * inverse_l[None, :], 0.0)
+            dv_rows = tl.dot(p.to(do_rows.dtype), do_rows, dv_rows, input_precision="ieee")
+            dp = tl.dot(v_rows, tl.trans(do_rows), input_precision="ieee")
             ds = tl.where(seen, p * (dp - d[None, :]), 0.0)
             dk_rows = tl.dot(ds.to(q_rows.dtype), q_rows, dk_rows, input_precision="ieee")
     to = (b * keys * kv_heads + g) * dim
-    store_rows(dk + to, dk_rows * scale, first, stop, kv_heads * dim, dim, BN, BD)
-    store_rows(dv + to, dv_rows, first, stop, kv_heads * dim, dim, BN, BD)
+    store_rows(dk + to, dk_rows * scale, first, stop, kv_heads * dim, dim, BLOCK_N, BLOCK_D)
+    store_rows(dv + to, dv_rows, first, stop, kv_heads * dim, dim, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
 def attention_backward_queries_kernel(
-    q, k, v, grad_o, dq, top, total, delta, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
+    q, k, v, do, dq, m, l, delta, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
     scale, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
     CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
     h = (tl.program_id(0) // blocks % heads).to(tl.int64)
     n = blocks - 1 - tl.program_id(0) % blocks
-    first, low, stop = own_block(n, blocks, table, queries, BM, DOCUMENTS)
-    i = first + tl.arange(0, BM)
+    first, low, stop = own_block(n, blocks, table, queries, BLOCK_M, DOCUMENTS)
+    i = first + tl.arange(0, BLOCK_M)
     high = visible_end(i, stop, real_keys(b, stop if DOCUMENTS else keys, lengths, LENGTHS), keys - queries, CAUSAL)
     end = tl.max(high, 0)
-    best, inverse, d = row_statistics(top, total, delta, (b * heads + h) * queries + i, i < stop)
+    m_i, inverse_l, d = row_statistics(m, l, delta, (b * heads + h) * queries + i, i < stop)
     k += b * k_batch + h // group * k_head
     v += b * v_batch + h // group * v_head
-    q_rows = rows(q + b * q_batch + h * q_head, first, stop, q_token, dim, BM, BD)
-    grad = rows(grad_o + b * g_batch + h * g_head, first, stop, g_token, dim, BM, BD)
+    q_rows = rows(q + b * q_batch + h * q_head, first, stop, q_token, dim, BLOCK_M, BLOCK_D)
+    do_rows = rows(do + b * g_batch + h * g_head, first, stop, g_token, dim, BLOCK_M, BLOCK_D)
 
-    dq_rows = tl.zeros([BM, BD], tl.float32)
-    for start in range(low, end, BN):
-        j = start + tl.arange(0, BN)
-        k_rows = rows(k, start, end, k_token, dim, BN, BD)
+    dq_rows = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(low, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        k_rows = rows(k, start, end, k_token, dim, BLOCK_N, BLOCK_D)
         s = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee") * log2_scale
         seen = j[None, :] < high[:, None]
-        p = tl.where(seen, tl.exp2(s - best[:, None]) * inverse[:, None], 0.0)
-        dp = tl.dot(grad, tl.trans(rows(v, start, end, v_token, dim, BN, BD)), input_precision="ieee")
+        p = tl.where(seen, tl.exp2(s - m_i[:, None]) * inverse_l[:, None], 0.0)
+        dp = tl.dot(do_rows, tl.trans(rows(v, start, end, v_token, dim, BLOCK_N, BLOCK_D)), input_precision="ieee")
         ds = tl.where(seen, p * (dp - d[:, None]), 0.0)
         dq_rows = tl.dot(ds.to(k_rows.dtype), k_rows, dq_rows, input_precision="ieee")
-    store_rows(dq + (b * queries * heads + h) * dim, dq_rows * scale, first, stop, heads * dim, dim, BM, BD)
+    store_rows(dq + (b * queries * heads + h) * dim, dq_rows * scale, first, stop, heads * dim, dim, BLOCK_M, BLOCK_D)
 
 
 # (bits of the dtype, padded D at most) → own × stream tile, warps and stages, of the forward pass, of that for queries
@@ -241,14 +242,14 @@ FORWARD, QUERIES, KEYS = range(3)
 
 
 def tiles(t: Tensor, kernel: int, rows: int) -> dict[str, int]:
-    """BM, BN, BD, warps and stages for a kernel whose programs own BM queries or (KEYS) BN keys of `rows`."""
+    """Block sizes, warps and stages of a kernel whose programs own BLOCK_M queries or (KEYS) BLOCK_N keys of `rows`."""
     wide, bits = max(triton.next_power_of_2(t.shape[3]), 16), 8 * t.element_size()
     key = bits, min(max(wide, 64), 256)
     kind = HOPPER.get(key, TILES[key]) if capability() == 90 else TILES[key]
     mine, stream, warps, stages = kind[kernel] if wide <= 256 else (16, 16, 8, 1)
     mine = min(mine, max(triton.next_power_of_2(rows), 16))
-    sizes = {"BM": stream, "BN": mine} if kernel == KEYS else {"BM": mine, "BN": stream}
-    return {**sizes, "BD": wide, "num_warps": warps, "num_stages": stages}
+    sizes = {"BLOCK_M": stream, "BLOCK_N": mine} if kernel == KEYS else {"BLOCK_M": mine, "BLOCK_N": stream}
+    return {**sizes, "BLOCK_D": wide, "num_warps": warps, "num_stages": stages}
 
 
 def unit_stride(t: Tensor) -> Tensor:
@@ -293,48 +294,48 @@ def attention(
     q, k, v = (unit_stride(t) for t in (q, k, v))
     real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens)
     (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
-    o, top, total = q.new_empty(q.shape), *(empty_f32(q, batch, heads, queries) for _ in range(2))
+    o, m, l = q.new_empty(q.shape), *(empty_f32(q, batch, heads, queries) for _ in range(2))
     if ends is not None:  # tokens of no document, if cu_seqlens is wrong
         o.zero_()
-    if top.numel():
+    if m.numel():
         chosen = tiles(q, FORWARD, queries)
-        table, blocks = blocks_of(queries, chosen["BM"], ends, none)
+        table, blocks = blocks_of(queries, chosen["BLOCK_M"], ends, none)
         attention_kernel[(blocks * batch * heads,)](
-            q, k, v, o, top, total, real, table, blocks, queries, keys, heads, heads // kv_heads, dim,
+            q, k, v, o, m, l, real, table, blocks, queries, keys, heads, heads // kv_heads, dim,
             scale * math.log2(math.e),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **hidden, **chosen,
         )  # fmt: skip
-    return o, top, total
+    return o, m, l
 
 
 def attention_backward(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, top: Tensor, total: Tensor, causal: bool, scale: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, l: Tensor, causal: bool, scale: float,
     lengths: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_o, q, k, v, o = (unit_stride(t) for t in (grad_o, q, k, v, o))
-    top, total = top.contiguous(), total.contiguous()
+    do, q, k, v, o = (unit_stride(t) for t in (do, q, k, v, o))
+    m, l = m.contiguous(), l.contiguous()
     real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens)
     (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
     dq, dk, dv = ((t.new_empty if ends is None else t.new_zeros)(t.shape) for t in (q, k, v))
-    delta = torch.empty_like(top)
+    delta = torch.empty_like(m)
     if not dq.numel():
         return dq, dk.zero_(), dv.zero_()
     sizes = (queries, keys, heads, heads // kv_heads, dim, scale * math.log2(math.e), scale)
-    strides = [s for t in (q, k, v, grad_o) for s in t.stride()[:3]]
+    strides = [s for t in (q, k, v, do) for s in t.stride()[:3]]
     wide = max(triton.next_power_of_2(dim), 16)
     delta_kernel[(triton.cdiv(queries, 32) * batch * heads,)](
-        o, grad_o, delta, queries, heads, dim, *o.stride()[:3], *grad_o.stride()[:3], BM=32, BD=wide, num_warps=8
+        o, do, delta, queries, heads, dim, *o.stride()[:3], *do.stride()[:3], BLOCK_M=32, BLOCK_D=wide, num_warps=8
     )
     if keys:
         chosen = tiles(q, KEYS, keys)
-        table, blocks = blocks_of(keys, chosen["BN"], ends, none)
+        table, blocks = blocks_of(keys, chosen["BLOCK_N"], ends, none)
         attention_backward_keys_kernel[(blocks * batch * kv_heads,)](
-            q, k, v, grad_o, dk, dv, top, total, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
+            q, k, v, do, dk, dv, m, l, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
         )
     chosen = tiles(q, QUERIES, queries)
-    table, blocks = blocks_of(queries, chosen["BM"], ends, none)
+    table, blocks = blocks_of(queries, chosen["BLOCK_M"], ends, none)
     attention_backward_queries_kernel[(blocks * batch * heads,)](
-        q, k, v, grad_o, dq, top, total, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
+        q, k, v, do, dq, m, l, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
     )
     return dq, dk, dv
 

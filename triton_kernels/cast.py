@@ -1,7 +1,7 @@
 """Conversion between float32, bfloat16, float16, float8_e4m3fn and float8_e5m2:  y = round(x · scale), on the bits.
 
 With E exponent bits, M mantissa bits and bias 2^(E−1) − 1, an fp32 number that stays normal loses its lowest 23 − M
-bits, one that becomes subnormal more. What is kept goes up by one where what is lost is more than half (or half, and
+bits, one that becomes subnormal more. The kept part goes up by one where the lost part is more than half (or half, and
 the last bit kept is odd), or stochastically where a random word / 2^32 is below it; a carry runs into the exponent by
 itself. All formats share this code, and all architectures: Triton's own fp8 types need newer ones, and have no such
 rounding. Random words: Philox-4x32-10 (Salmon et al. 2011), word i mod 4 of counter i // 4 under the key `seed`; one
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._common import check
 
-# float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, as the page numbers them; 8 bits are stored as bytes
+# float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, as the op file numbers them; 8 bits are stored as bytes
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.uint8)
 LAYOUTS = (None, (8, 7, 0x7F80, 0x7FC0), (5, 10, 0x7C00, 0x7E00), (4, 3, 0x7F, 0x7F), (5, 2, 0x7C, 0x7F))
 BLOCK = 1024

@@ -1,6 +1,6 @@
 """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438) as a segmented scan backwards in time.
 
-A step is an affine map of what comes after it, and affine maps compose:
+A step is an affine map of the step after it, and affine maps compose:
 
     A_t = b_t + k_t · A_{t+1},   b = r + γ · V(next) − V (without V(next) where terminated),   k = γ λ, 0 at ends
     (k, b) after (k', b') is (k k', b + k b')

@@ -2,7 +2,7 @@
 
     dx = dy · (s + x · s · (1 − s) · (a + 3 b x²))          a = 2 √(2/π),  b = 0.044715 a
 
-Layout: contiguous, BLOCK elements a program. σ is computed again in the backward pass rather than kept.
+Layout: contiguous, BLOCK_SIZE elements a program. σ is computed again in the backward pass rather than kept.
 Bytes: 2 an element forward (read x, write y), 3 backward (read dy and x, write dx), times the dtype's size.
 FLOPs: about 8 forward and 17 backward, an exponential among them. Intensity: 3 FLOP/byte in bf16; the roof is memory
 bandwidth.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK_SIZE = 1024
 
 
 @triton.jit
@@ -29,16 +29,16 @@ def sigmoid(x, square):
 
 
 @triton.jit
-def gelu_kernel(x, y, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def gelu_kernel(x, y, size, BLOCK_SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     v = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
     s, _ = sigmoid(v, v * v)
     tl.store(y + at, v * s, mask=at < size)
 
 
 @triton.jit
-def gelu_backward_kernel(dy, x, dx, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def gelu_backward_kernel(dy, x, dx, size, BLOCK_SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     v = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
     d = tl.load(dy + at, mask=at < size, other=0.0).to(tl.float32)
     square = v * v
@@ -51,7 +51,7 @@ def gelu(x: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        gelu_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), BLOCK=BLOCK)
+        gelu_kernel[(triton.cdiv(x.numel(), BLOCK_SIZE),)](x, y, x.numel(), BLOCK_SIZE=BLOCK_SIZE)
     return y
 
 
@@ -59,7 +59,7 @@ def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     if x.numel():
-        gelu_backward_kernel[(triton.cdiv(x.numel(), BLOCK),)](dy, x, dx, x.numel(), BLOCK=BLOCK)
+        gelu_backward_kernel[(triton.cdiv(x.numel(), BLOCK_SIZE),)](dy, x, dx, x.numel(), BLOCK_SIZE=BLOCK_SIZE)
     return dx
 
 

@@ -3,8 +3,9 @@
     lse = log Σ exp(l_j)      loss = lse − l_t + z · lse²
     D_j = softmax(l)_j · (1 + 2 z lse) − [j = t]      dx = D · W      dW = Dᵀ · x
 
-1. statistics: a program makes BM × BN tiles of L along its part of the vocabulary and keeps each row's running maximum
-   and sum of exponentials in registers; the target's logit is stored where it passes by. Nothing else is written.
+1. statistics: a program makes BLOCK_M × BLOCK_N tiles of L along its part of the vocabulary and keeps each row's
+   running maximum m and sum l of exponentials in registers; the target's logit is stored where it passes by. Nothing
+   else is written.
 2. join: the parts of each row, its loss.
 3. for each chunk of rows: D, from a second product, in the inputs' dtype (the only buffer: CHUNK_BYTES); then dx and dW
    by torch's matrix products, dW summed over the chunks in fp32.
@@ -13,9 +14,9 @@ The forward part is that of Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.0
 the forward pass are Liger-Kernel's (Hsu et al. 2024, arXiv:2410.10989). Rows with ignore_index are left out of all
 products: the host waits once, to know how many there are. Sums go in fixed orders, without atomics. D is multiplied by
 1 / rows before it is rounded, by 1/1024 at the least, lest fp16 lose it.
-FLOPs: 2 N V C forward, 6 N V C more with both gradients (8 with the product made again). Bytes: W once for each BM rows
-forward (from L2 for the most part), D three times. Intensity: about BM FLOP/byte in bf16 forward: the tensor cores'
-rate is the roof. fp32 products are "ieee".
+FLOPs: 2 N V C forward, 6 N V C more with both gradients (8 with the product made again). Bytes: W once for each BLOCK_M
+rows forward (from L2 for the most part), D three times. Intensity: about BLOCK_M FLOP/byte in bf16 forward: the tensor
+cores' rate is the roof. fp32 products are "ieee".
 """
 
 from __future__ import annotations
@@ -33,94 +34,94 @@ PROGRAMS = 1024  # about as many in the first step, by parts of the vocabulary w
 
 @triton.jit
 def logits_tile(
-    x, weight, row, word, rows, vocab, dim, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):  # (BM,) and (BN,) → (BM, BN) fp32
-    out = tl.zeros([BM, BN], tl.float32)
-    x += row.to(tl.int64)[:, None] * dim
-    weight += word.to(tl.int64)[None, :] * dim
-    for first in range(0, dim, BK):
-        column = first + tl.arange(0, BK)
-        a = tl.load(x + column[None, :], mask=(row < rows)[:, None] & (column < dim)[None, :], other=0.0)
-        b = tl.load(weight + column[:, None], mask=(word < vocab)[None, :] & (column < dim)[:, None], other=0.0)
+    x, weight, row, token, n_rows, vocab, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # (BLOCK_M,) and (BLOCK_N,) → (BLOCK_M, BLOCK_N) fp32
+    out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    x += row.to(tl.int64)[:, None] * n_cols
+    weight += token.to(tl.int64)[None, :] * n_cols
+    for first in range(0, n_cols, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        a = tl.load(x + k[None, :], mask=(row < n_rows)[:, None] & (k < n_cols)[None, :], other=0.0)
+        b = tl.load(weight + k[:, None], mask=(token < vocab)[None, :] & (k < n_cols)[:, None], other=0.0)
         out = tl.dot(a, b, out, input_precision="ieee")
     return out
 
 
 @triton.jit
 def statistics_kernel(
-    x, weight, targets, tops, sums, hits, rows, vocab, dim, words_of_part,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, weight, targets, m_parts, l_parts, target_logits, n_rows, vocab, n_cols, tokens_of_part,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(rows, BM)
+    blocks = tl.cdiv(n_rows, BLOCK_M)
     part = tl.program_id(0) // blocks  # rows fastest: neighbors read one part of the weight
-    row = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
-    target = tl.load(targets + row, mask=row < rows, other=-1)
-    best = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    end = tl.minimum((part + 1) * words_of_part, vocab)
-    for first in range(part * words_of_part, end, BN):
-        word = first + tl.arange(0, BN)
-        tile = logits_tile(x, weight, row, word, rows, vocab, dim, BM, BN, BK)
-        is_target = word[None, :] == target[:, None]
-        found = (target >= first) & (target < first + BN)
-        tl.store(hits + row, tl.sum(tl.where(is_target, tile, 0.0), 1), mask=found & (row < rows))
-        tile = tl.where((word < end)[None, :], tile, float("-inf"))
-        best_now = tl.maximum(best, tl.max(tile, 1))
-        total = total * tl.exp(best - best_now) + tl.sum(tl.exp(tile - best_now[:, None]), 1)
-        best = best_now
-    tl.store(tops + part.to(tl.int64) * rows + row, best, mask=row < rows)
-    tl.store(sums + part.to(tl.int64) * rows + row, total, mask=row < rows)
+    row = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    target = tl.load(targets + row, mask=row < n_rows, other=-1)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    end = tl.minimum((part + 1) * tokens_of_part, vocab)
+    for first in range(part * tokens_of_part, end, BLOCK_N):
+        token = first + tl.arange(0, BLOCK_N)
+        tile = logits_tile(x, weight, row, token, n_rows, vocab, n_cols, BLOCK_M, BLOCK_N, BLOCK_K)
+        is_target = token[None, :] == target[:, None]
+        found = (target >= first) & (target < first + BLOCK_N)
+        tl.store(target_logits + row, tl.sum(tl.where(is_target, tile, 0.0), 1), mask=found & (row < n_rows))
+        tile = tl.where((token < end)[None, :], tile, float("-inf"))
+        m_new = tl.maximum(m, tl.max(tile, 1))
+        l = l * tl.exp(m - m_new) + tl.sum(tl.exp(tile - m_new[:, None]), 1)
+        m = m_new
+    tl.store(m_parts + part.to(tl.int64) * n_rows + row, m, mask=row < n_rows)
+    tl.store(l_parts + part.to(tl.int64) * n_rows + row, l, mask=row < n_rows)
 
 
 @triton.jit
-def join_kernel(tops, sums, hits, losses, stats, rows, parts, z_loss, BLOCK: tl.constexpr):
-    """losses (rows,); stats (3, rows): the maximum, the logarithm of the sum, and 1 + 2 z lse."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = row < rows
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+def join_kernel(m_parts, l_parts, target_logits, losses, stats, n_rows, parts, z_loss, BLOCK_SIZE: tl.constexpr):
+    """losses (n_rows,); stats (3, n_rows): the maximum, the logarithm of the sum, and 1 + 2 z lse."""
+    row = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    here = row < n_rows
+    m = tl.full([BLOCK_SIZE], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_SIZE], tl.float32)
     for part in range(parts):
-        at = tl.cast(part, tl.int64) * rows + row
-        top = tl.load(tops + at, mask=here, other=0.0)
-        best_now = tl.maximum(best, top)
-        total = total * tl.exp(best - best_now) + tl.load(sums + at, mask=here, other=1.0) * tl.exp(top - best_now)
-        best = best_now
-    log_sum = tl.log(total)
-    lse = best + log_sum
-    loss = best - tl.load(hits + row, mask=here, other=0.0) + log_sum + z_loss * lse * lse
+        at = tl.cast(part, tl.int64) * n_rows + row
+        m_part, l_part = tl.load(m_parts + at, mask=here, other=0.0), tl.load(l_parts + at, mask=here, other=1.0)
+        m_new = tl.maximum(m, m_part)
+        l = l * tl.exp(m - m_new) + l_part * tl.exp(m_part - m_new)
+        m = m_new
+    log_sum = tl.log(l)
+    lse = m + log_sum
+    loss = m - tl.load(target_logits + row, mask=here, other=0.0) + log_sum + z_loss * lse * lse
     tl.store(losses + row, loss, mask=here)
-    tl.store(stats + row, best, mask=here)
-    tl.store(stats + rows + row, log_sum, mask=here)
-    tl.store(stats + 2 * rows + row, 1 + 2 * z_loss * lse, mask=here)
+    tl.store(stats + row, m, mask=here)
+    tl.store(stats + n_rows + row, log_sum, mask=here)
+    tl.store(stats + 2 * n_rows + row, 1 + 2 * z_loss * lse, mask=here)
 
 
 @triton.jit
 def dlogits_kernel(
-    x, weight, targets, stats, dlogits, start, rows, chunk, vocab, dim, scale,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, weight, targets, stats, dlogits, start, n_rows, chunk, vocab, n_cols, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """D of the rows start … start + chunk − 1, (chunk, V)."""
-    blocks = tl.cdiv(chunk, BM)
-    at = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
+    blocks = tl.cdiv(chunk, BLOCK_M)
+    at = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     row, here = start + at, at < chunk
-    word = tl.program_id(0) // blocks * BN + tl.arange(0, BN)
-    tile = logits_tile(x, weight, row, word, rows, vocab, dim, BM, BN, BK)
-    top, log_sum = tl.load(stats + row, mask=here, other=0.0), tl.load(stats + rows + row, mask=here, other=0.0)
-    factor = tl.load(stats + 2 * rows + row, mask=here, other=0.0)
+    token = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = logits_tile(x, weight, row, token, n_rows, vocab, n_cols, BLOCK_M, BLOCK_N, BLOCK_K)
+    m, log_sum = tl.load(stats + row, mask=here, other=0.0), tl.load(stats + n_rows + row, mask=here, other=0.0)
+    factor = tl.load(stats + 2 * n_rows + row, mask=here, other=0.0)
     target = tl.load(targets + row, mask=here, other=-1)
-    p = tl.exp(tile - top[:, None] - log_sum[:, None]) * factor[:, None]
-    d = (p - (word[None, :] == target[:, None]).to(tl.float32)) * scale
-    to = dlogits + at.to(tl.int64)[:, None] * vocab + word[None, :]
-    tl.store(to, d, mask=here[:, None] & (word < vocab)[None, :])
+    p = tl.exp(tile - m[:, None] - log_sum[:, None]) * factor[:, None]
+    d = (p - (token[None, :] == target[:, None]).to(tl.float32)) * scale
+    to = dlogits + at.to(tl.int64)[:, None] * vocab + token[None, :]
+    tl.store(to, d, mask=here[:, None] & (token < vocab)[None, :])
 
 
-TILES = {16: (64, 128, 64, 8, 3), 32: (32, 32, 16, 4, 2)}  # bits of the dtype → BM, BN, BK, warps, stages; no spills
+TILES = {16: (64, 128, 64, 8, 3), 32: (32, 32, 16, 4, 2)}  # bits of the dtype → M, N, K, warps, stages; no spills
 
 
 def tiles(x: Tensor) -> dict[str, int]:
-    rows, words, depth, warps, stages = TILES[8 * x.element_size()]
-    rows = min(rows, max(triton.next_power_of_2(len(x)), 16))
-    return {"BM": rows, "BN": words, "BK": depth, "num_warps": warps, "num_stages": stages}
+    n_rows, tokens, depth, warps, stages = TILES[8 * x.element_size()]
+    n_rows = min(n_rows, max(triton.next_power_of_2(len(x)), 16))
+    return {"BLOCK_M": n_rows, "BLOCK_N": tokens, "BLOCK_K": depth, "num_warps": warps, "num_stages": stages}
 
 
 def kept(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
@@ -138,15 +139,18 @@ def kept(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
 
 
 def statistics(x: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    (rows, dim), vocab, shape = x.shape, len(weight), tiles(x)
-    blocks, tiles_of_row = triton.cdiv(rows, shape["BM"]), triton.cdiv(vocab, shape["BN"])
-    words = triton.cdiv(tiles_of_row, max(min(PROGRAMS // blocks, tiles_of_row), 1)) * shape["BN"]
-    parts = triton.cdiv(vocab, words)
-    tops, sums = (empty_f32(x, parts, rows) for _ in range(2))
-    hits, losses, stats = empty_f32(x, rows), empty_f32(x, rows), empty_f32(x, 3, rows)
-    statistics_kernel[(blocks * parts,)](x, weight, targets, tops, sums, hits, rows, vocab, dim, words, **shape)
-    grid = (triton.cdiv(rows, 256),)
-    join_kernel[grid](tops, sums, hits, losses, stats, rows, parts, z_loss, BLOCK=256, num_warps=4)
+    (n_rows, n_cols), vocab, shape = x.shape, len(weight), tiles(x)
+    blocks, tiles_of_row = triton.cdiv(n_rows, shape["BLOCK_M"]), triton.cdiv(vocab, shape["BLOCK_N"])
+    tokens = triton.cdiv(tiles_of_row, max(min(PROGRAMS // blocks, tiles_of_row), 1)) * shape["BLOCK_N"]
+    parts = triton.cdiv(vocab, tokens)
+    m_parts, l_parts = (empty_f32(x, parts, n_rows) for _ in range(2))
+    target_logits, losses, stats = empty_f32(x, n_rows), empty_f32(x, n_rows), empty_f32(x, 3, n_rows)
+    statistics_kernel[(blocks * parts,)](
+        x, weight, targets, m_parts, l_parts, target_logits, n_rows, vocab, n_cols, tokens, **shape,
+    )  # fmt: skip
+    join_kernel[(triton.cdiv(n_rows, 256),)](
+        m_parts, l_parts, target_logits, losses, stats, n_rows, parts, z_loss, BLOCK_SIZE=256, num_warps=4,
+    )  # fmt: skip
     return losses, stats
 
 
@@ -154,18 +158,18 @@ def gradients(
     x: Tensor, weight: Tensor, targets: Tensor, stats: Tensor, scale: float, dx: Tensor | None, dweight: Tensor | None
 ) -> None:
     """Fills dx (rows, C) and dweight (V, C), where wanted."""
-    (rows, dim), vocab, shape = x.shape, len(weight), tiles(x)
+    (n_rows, n_cols), vocab, shape = x.shape, len(weight), tiles(x)
     most = max(CHUNK_BYTES // (vocab * x.element_size()), 64)
-    chunk = triton.cdiv(rows, triton.cdiv(rows, most))
+    chunk = triton.cdiv(n_rows, triton.cdiv(n_rows, most))
     before = max(scale, 1 / 1024)
     after = scale / before
     dlogits = x.new_empty(chunk, vocab)
-    dweight_sum = None if dweight is None or chunk == rows else torch.zeros_like(weight, dtype=torch.float32)
-    for start in range(0, rows, chunk):
+    dweight_sum = None if dweight is None or chunk == n_rows else torch.zeros_like(weight, dtype=torch.float32)
+    for start in range(0, n_rows, chunk):
         part = x[start : start + chunk]
         d = dlogits[: len(part)]
-        grid = (triton.cdiv(len(part), shape["BM"]) * triton.cdiv(vocab, shape["BN"]),)
-        dlogits_kernel[grid](x, weight, targets, stats, d, start, rows, len(part), vocab, dim, before, **shape)
+        grid = (triton.cdiv(len(part), shape["BLOCK_M"]) * triton.cdiv(vocab, shape["BLOCK_N"]),)
+        dlogits_kernel[grid](x, weight, targets, stats, d, start, n_rows, len(part), vocab, n_cols, before, **shape)
         if dx is not None:
             torch.mm(d, weight, out=dx[start : start + chunk])
         if dweight_sum is not None:
@@ -187,17 +191,17 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     check(x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1], op, "x (N, C) and weight (V, C) expected")
     check(targets.shape == x.shape[:1] and targets.dtype == torch.int64, op, "targets must be (N,) int64 for x (N, C)")
-    weight, (vocab, dim) = weight.contiguous(), weight.shape
+    weight, (vocab, n_cols) = weight.contiguous(), weight.shape
     positions = kept(targets, ignore_index, vocab)
-    rows = len(positions)
-    dx = torch.zeros(len(x) if x_grad else 0, dim, dtype=x.dtype, device=x.device)
-    dweight = weight.new_zeros(vocab if weight_grad else 0, dim)
-    if not rows:
+    n_rows = len(positions)
+    dx = torch.zeros(len(x) if x_grad else 0, n_cols, dtype=x.dtype, device=x.device)
+    dweight = weight.new_zeros(vocab if weight_grad else 0, n_cols)
+    if not n_rows:
         return empty_f32(x).zero_(), dx, dweight
-    few = rows < len(x)
+    few = n_rows < len(x)
     given, wanted = (x[positions], targets[positions]) if few else (x.contiguous(), targets.contiguous())
     losses, stats = statistics(given, weight, wanted, z_loss)
-    scale = 1 / rows if mean else 1.0
+    scale = 1 / n_rows if mean else 1.0
     if x_grad or weight_grad:
         dgiven = (torch.empty_like(given) if few else dx) if x_grad else None
         gradients(given, weight, wanted, stats, scale, dgiven, dweight if weight_grad else None)

@@ -1,10 +1,10 @@
 """Attention of a few queries over a paged cache (Kwon et al. 2023, arXiv:2309.06180) with split keys (Dao et al. 2023,
 Flash-Decoding). With s_j = scale · log2(e) · q·k_j over the tokens of a piece of 256:
-    top = max s_j,  total = Σ 2^(s_j − top),  sum = Σ 2^(s_j − top) v_j;   then the pieces are joined by their tops.
+    m = max s_j,  l = Σ 2^(s_j − m),  acc = Σ 2^(s_j − m) v_j;   then the pieces are combined by their maxima.
 
-A program takes a piece of a sequence and kv head for up to ROWS rows (queries of all heads that share the kv head), so
-keys and values come from memory once, TOKENS at a time by an online softmax. Products run on tensor cores: in the
-dtype of q, in which 8-bit elements are exact; their scales multiply scores and probabilities.
+A program takes a piece of a sequence and kv head for up to BLOCK_ROWS rows (queries of all heads that share the kv
+head), so keys and values come from memory once, BLOCK_TOKENS at a time, by an online softmax. Products run on tensor
+cores in the dtype of q, in which 8-bit elements are exact; their scales multiply scores and probabilities.
 Bytes: 2 · tokens · Hkv · (D · bytes [+ 4 with 8 bits]) of the cache, and 8 · D a row and piece of sums. 4 · rows FLOPs
 an element of the cache: with 8 rows 16 FLOPs a byte in bf16. The roof is memory bandwidth.
 Source: the definition, finetune/ops/paged_attention.py.
@@ -25,27 +25,27 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def write(out, lse, row, element, exists, sum, top, total, dim):
-    """Results of rows whose pieces are all in (sum, top, total)."""
-    factor = tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))
-    tl.store(out + row[:, None] * dim + element[None, :], sum * factor[:, None], mask=exists)
-    seen = total != 0
-    sums = tl.where(seen, (tl.where(seen, top, 0.0) + tl.log2(tl.where(seen, total, 1.0))) / LOG2E, float("-inf"))
-    tl.store(lse + row, sums, mask=tl.max(exists.to(tl.int32), 1) == 1)
+def write(out, lse, row, element, exists, acc, m, l, dim):
+    """Results of rows whose pieces are all in (acc, m, l)."""
+    factor = tl.where(l == 0, 0.0, 1 / tl.where(l == 0, 1.0, l))
+    tl.store(out + row[:, None] * dim + element[None, :], acc * factor[:, None], mask=exists)
+    seen = l != 0
+    acc_parts = tl.where(seen, (tl.where(seen, m, 0.0) + tl.log2(tl.where(seen, l, 1.0))) / LOG2E, float("-inf"))
+    tl.store(lse + row, acc_parts, mask=tl.max(exists.to(tl.int32), 1) == 1)
 
 
 @triton.jit
 def attend_kernel(
-    q, k_cache, v_cache, k_scale, v_scale, table, lengths, out, lse, sums, tops, q_batch, q_query, q_head, k_block,
-    v_block, k_scale_block, v_scale_block, queries, heads, kv_heads, dim, block_size, width, pieces, scale, window,
-    SCALED: tl.constexpr, FP8: tl.constexpr, JOINED: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, DIM: tl.constexpr,
+    q, k_cache, v_cache, k_scale, v_scale, table, lengths, out, lse, acc_parts, m_and_l, q_batch, q_query, q_head,
+    k_block, v_block, k_scale_block, v_scale_block, queries, heads, kv_heads, dim, block_size, width,
+    pieces, scale, window, SCALED: tl.constexpr, FP8: tl.constexpr, JOINED: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     group = heads // kv_heads
-    row_blocks = tl.cdiv(queries * group, ROWS)
+    row_blocks = tl.cdiv(queries * group, BLOCK_ROWS)
     index, piece = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    b, kv_head, row0 = index // (kv_heads * row_blocks), index // row_blocks % kv_heads, index % row_blocks * ROWS
-    row, element = row0 + tl.arange(0, ROWS), tl.arange(0, DIM)
+    b, kv_head, row0 = index // (kv_heads * row_blocks), index // row_blocks % kv_heads, index % row_blocks * BLOCK_ROWS
+    row, element = row0 + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_D)
     query, head = row // group, kv_head * group + row % group
     wanted = (element < dim)[None, :]
     exists = (row < queries * group)[:, None] & wanted
@@ -56,11 +56,11 @@ def attend_kernel(
     end = tl.minimum((piece + 1) * PIECE, tl.max(tl.where(row < queries * group, last, 0), 0))
     at = b * q_batch + query * q_query + head * q_head
     q_tile = tl.load(q + at[:, None] + element[None, :], mask=exists, other=0.0)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sum = tl.zeros([ROWS, DIM], tl.float32)
-    for start in range(begin, end, TOKENS):
-        token = start + tl.arange(0, TOKENS)
+    m = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_ROWS], tl.float32)
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_TOKENS):
+        token = start + tl.arange(0, BLOCK_TOKENS)
         here = token < end
         block = tl.load(table + b * width + token // block_size, mask=here, other=0).to(tl.int64)
         slot = token % block_size * kv_heads + kv_head
@@ -73,49 +73,49 @@ def attend_kernel(
             score *= tl.load(k_scale + block * k_scale_block + slot, mask=here, other=0.0)[None, :]
         seen = (token[None, :] >= first[:, None]) & (token[None, :] < tl.minimum(last, end)[:, None])
         score = tl.where(seen, score, float("-inf"))
-        new = tl.maximum(top, tl.max(score, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)  # a row that sees nothing yet
+        m_new = tl.maximum(m, tl.max(score, 1))
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that sees nothing yet
         p = tl.exp2(score - base[:, None])
-        old = tl.exp2(top - base)
-        total = total * old + tl.sum(p, 1)
-        top = new
+        alpha = tl.exp2(m - base)
+        l = l * alpha + tl.sum(p, 1)
+        m = m_new
         v = tl.load(v_cache + (block * v_block + slot * dim)[:, None] + element[None, :], mask=inside, other=0)
         if SCALED:
             v = widen(v, FP8).to(q_tile.dtype)
             p *= tl.load(v_scale + block * v_scale_block + slot, mask=here, other=0.0)[None, :]
-        sum = sum * old[:, None] + tl.dot(p.to(q_tile.dtype), v, input_precision="ieee")
+        acc = acc * alpha[:, None] + tl.dot(p.to(q_tile.dtype), v, input_precision="ieee")
     result = (b * queries + query) * heads + head
     if JOINED:
-        write(out, lse, result, element, exists, sum, top, total, dim)
+        write(out, lse, result, element, exists, acc, m, l, dim)
     else:
         part = result * pieces + piece
-        tl.store(sums + part[:, None] * dim + element[None, :], sum, mask=exists)
-        tl.store(tops + 2 * part, top, mask=row < queries * group)
-        tl.store(tops + 2 * part + 1, total, mask=row < queries * group)
+        tl.store(acc_parts + part[:, None] * dim + element[None, :], acc, mask=exists)
+        tl.store(m_and_l + 2 * part, m, mask=row < queries * group)
+        tl.store(m_and_l + 2 * part + 1, l, mask=row < queries * group)
 
 
 @triton.jit
 def join_kernel(
-    out, lse, lengths, sums, tops, rows, queries, heads, dim, longest, pieces, window,
-    PIECE: tl.constexpr, DIM: tl.constexpr,
+    out, lse, lengths, acc_parts, m_and_l, n_rows, queries, heads, dim, longest, pieces, window,
+    PIECE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row, element = tl.program_id(0).to(tl.int64) + tl.arange(0, 1), tl.arange(0, DIM)
-    exists = (row < rows)[:, None] & (element < dim)[None, :]
+    row, element = tl.program_id(0).to(tl.int64) + tl.arange(0, 1), tl.arange(0, BLOCK_D)
+    exists = (row < n_rows)[:, None] & (element < dim)[None, :]
     b, query = tl.program_id(0) // (queries * heads), tl.program_id(0) // heads % queries
     length = tl.minimum(tl.load(lengths + b).to(tl.int64), longest)
     end = tl.maximum(length - queries + query + 1, 0)
     begin = tl.maximum(tl.where(window > 0, end - window, 0), 0)
-    top = tl.full([1], float("-inf"), tl.float32)
+    m = tl.full([1], float("-inf"), tl.float32)
     for piece in range(begin // PIECE, tl.cdiv(end, PIECE)):
-        top = tl.maximum(top, tl.load(tops + 2 * (row * pieces + piece)))
-    total = tl.zeros([1], tl.float32)
-    sum = tl.zeros([1, DIM], tl.float32)
+        m = tl.maximum(m, tl.load(m_and_l + 2 * (row * pieces + piece)))
+    l = tl.zeros([1], tl.float32)
+    acc = tl.zeros([1, BLOCK_D], tl.float32)
     for piece in range(begin // PIECE, tl.cdiv(end, PIECE)):
         part = row * pieces + piece
-        weight = tl.exp2(tl.load(tops + 2 * part) - top)
-        total += tl.load(tops + 2 * part + 1) * weight
-        sum += tl.load(sums + part[:, None] * dim + element[None, :], mask=exists, other=0.0) * weight[:, None]
-    write(out, lse, row, element, exists, sum, top, total, dim)
+        weight = tl.exp2(tl.load(m_and_l + 2 * part) - m)
+        l += tl.load(m_and_l + 2 * part + 1) * weight
+        acc += tl.load(acc_parts + part[:, None] * dim + element[None, :], mask=exists, other=0.0) * weight[:, None]
+    write(out, lse, row, element, exists, acc, m, l, dim)
 
 
 def paged_attention(
@@ -130,22 +130,23 @@ def paged_attention(
     out, lse = q.new_empty(q.shape), empty_f32(q, batch, queries, heads)
     if not out.numel():
         return out, lse
-    rows = batch * queries * heads
-    sums, tops = (empty_f32(q, rows * pieces if pieces > 1 else 0, n) for n in (dim, 2))
+    n_rows = batch * queries * heads
+    acc_parts, m_and_l = (empty_f32(q, n_rows * pieces if pieces > 1 else 0, n) for n in (dim, 2))
     block, wide = max(16, triton.next_power_of_2(dim)), q.dtype == torch.float32
     tokens = 16 if wide else 64 if block <= 128 else 32  # products in fp32 hold their operands in registers
     grid = (batch * kv_heads * triton.cdiv(queries * (heads // kv_heads), 16), pieces)
     scales = [(cache, 0) if s is None else (s, s.stride(0)) for cache, s in ((k_cache, k_scale), (v_cache, v_scale))]
     attend_kernel[grid](
-        q, k_cache, v_cache, scales[0][0], scales[1][0], table, lengths, out, lse, sums, tops, q.stride(0), q.stride(1),
-        q.stride(2), k_cache.stride(0), v_cache.stride(0), scales[0][1], scales[1][1], queries, heads, kv_heads, dim,
+        q, k_cache, v_cache, scales[0][0], scales[1][0], table, lengths, out, lse, acc_parts, m_and_l,
+        q.stride(0), q.stride(1), q.stride(2), k_cache.stride(0), v_cache.stride(0), scales[0][1], scales[1][1],
+        queries, heads, kv_heads, dim,
         block_size, width, pieces, scale, window, SCALED=k_scale is not None, FP8=is_fp8(k_cache), JOINED=pieces == 1,
-        PIECE=PIECE, ROWS=16, TOKENS=tokens, DIM=block, num_warps=8 if wide else 4,
+        PIECE=PIECE, BLOCK_ROWS=16, BLOCK_TOKENS=tokens, BLOCK_D=block, num_warps=8 if wide else 4,
     )  # fmt: skip
     if pieces > 1:
-        join_kernel[(rows,)](
-            out, lse, lengths, sums, tops, rows, queries, heads, dim, width * block_size, pieces, window, PIECE=PIECE,
-            DIM=block, num_warps=1,
+        join_kernel[(n_rows,)](
+            out, lse, lengths, acc_parts, m_and_l, n_rows, queries, heads, dim, width * block_size, pieces, window,
+            PIECE=PIECE, BLOCK_D=block, num_warps=1,
         )  # fmt: skip
     return out, lse
 

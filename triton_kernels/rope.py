@@ -3,8 +3,8 @@
     y1 = x1 · cos − x2 · sin,   y2 = x2 · cos + x1 · sin,   x1 = x[..., :D/2], x2 = x[..., D/2:]
 
 cos and sin are rows of two fp32 tables, chosen by the tokens' positions; the gradient is the rotation by the opposite
-angle (`inverse`). Layout: x (B, T, H, D) with any strides but unit stride in D, y contiguous; a program takes ROWS
-heads (b, t, h) × D/2 pairs. A position outside the tables reads nothing and makes its token NaN.
+angle (`inverse`). Layout: x (B, T, H, D) with any strides but unit stride in D, y contiguous; a program takes
+BLOCK_ROWS heads (b, t, h) × D/2 pairs. A position outside the tables reads nothing and makes its token NaN.
 Bytes: 2 an element (read x, write y) times the dtype's size; a token's table rows (4 · D bytes) serve all its heads
 from the cache. FLOPs: 3 an element. Intensity: 0.75 FLOP/byte in bf16; the roof is memory bandwidth.
 Source: the formulas; Liger-Kernel's rope.py.
@@ -22,12 +22,12 @@ from ._common import check, tile
 
 @triton.jit
 def rope_kernel(
-    x, cos, sin, positions, y, rows, length, heads, half, limit, batch_stride, token_stride, head_stride,
-    INVERSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, cos, sin, positions, y, n_rows, length, heads, half, limit, batch_stride, token_stride, head_stride,
+    INVERSE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (batch, token, head)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    here, inside = row < rows, (row < rows)[:, None] & (column < half)[None, :]
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # (batch, token, head)
+    column = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    here, inside = row < n_rows, (row < n_rows)[:, None] & (column < half)[None, :]
     token = row // heads
     position = tl.load(positions + token, mask=here, other=0)
     known = inside & ((position >= 0) & (position < limit))[:, None]
@@ -54,11 +54,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool =
     if not y.numel():
         return y
     x = x if x.stride(3) == 1 else x.contiguous()
-    rows = y.numel() // dim
-    shape = tile(rows, dim // 2, 1024)
-    grid = (triton.cdiv(rows, shape["ROWS"]), triton.cdiv(dim // 2, shape["BLOCK"]))
+    n_rows = y.numel() // dim
+    shape = tile(n_rows, dim // 2, 1024)
+    grid = (triton.cdiv(n_rows, shape["BLOCK_ROWS"]), triton.cdiv(dim // 2, shape["BLOCK_SIZE"]))
     rope_kernel[grid](
-        x, cos.contiguous(), sin.contiguous(), positions.contiguous(), y, rows, length, heads, dim // 2, len(cos),
+        x, cos.contiguous(), sin.contiguous(), positions.contiguous(), y, n_rows, length, heads, dim // 2, len(cos),
         *x.stride()[:3], INVERSE=inverse, **shape,
     )  # fmt: skip
     return y
