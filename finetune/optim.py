@@ -1,5 +1,4 @@
-"""The optimizer of the project's training loops, over ops.adamw_ and ops.adamw8bit_, and learning-rate schedules as
-plain functions.
+"""AdamW over ops.adamw_ and ops.adamw8bit_, and learning-rate schedules as plain functions.
 
 optimizer = AdamW(decay_groups(model.parameters(), 0.1), lr=1e-3)
 for step in range(total):
@@ -33,13 +32,13 @@ MOMENTS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
 class AdamW(torch.optim.Optimizer):
     """AdamW (arXiv:1711.05101) with fp32 or 8-bit moments, and fp32 masters for parameters of fewer bits.
 
-    params: parameters, or groups of them as torch.optim takes them; a group may set any of the hyperparameters.
+    params: parameters, or groups of them as in torch.optim; a group may set any of the hyperparameters.
     master: "auto" keeps an fp32 copy of each bfloat16 parameter, updates that and rounds it to the parameter;
     False updates the parameter itself (which then loses updates below half its last bit).
     moments: "fp32", or "8bit": a byte each and 8 bytes for every 256 elements (arXiv:2110.02861, ops.adamw8bit_).
 
     State of a parameter: step (int), exp_avg, exp_avg_sq (fp32, or uint8 codes with the fp32 exp_avg_max and
-    exp_avg_sq_max) and, if kept, master (fp32). `state_dict()` holds nothing but tensors, numbers, strings, lists and
+    exp_avg_sq_max) and, if kept, master (fp32). `state_dict()` contains only tensors, numbers, strings, lists and
     dicts, and loading it restores every bit.
     """
 
@@ -73,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
         """Updates every parameter that has a gradient.
 
         lr: sets the learning rate of all groups first. grad_scale: a number or 0-d fp32 tensor that multiplies the
-        gradients, which stay as they are (clipping without a sweep of its own).
+        gradients, which stay as they are (clipping without another sweep).
         """
         loss = None
         if closure is not None:
@@ -82,7 +81,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if lr is not None:
                 group["lr"] = lr
-            # One call for all tensors of one dtype and age: a parameter without a gradient is left out and ages later.
+            # One call for all tensors of one dtype and age: a parameter without a gradient is skipped and ages later.
             alike: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
@@ -111,7 +110,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _begin(self, p: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
         if p.grad is not None and p.grad.is_sparse:
-            raise ValueError("AdamW takes no sparse gradients")
+            raise ValueError("AdamW: gradients must be dense")
         state = self.state[p]
         state["step"] = 0
         if group["moments"] == "8bit":
@@ -139,7 +138,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One step of the optimizer's own parameters; those of others that the loss has passed through get no gradient."""
+    """One step of the optimizer's own parameters; other parameters in the loss's graph get no gradient."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         p.grad = g
@@ -149,7 +148,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 def decay_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups that decay matrices (two dimensions or more) and spare vectors: norms and biases.
 
-    Parameters that need no gradient are left out.
+    Parameters that need no gradient are omitted.
     """
     wanted = [p for p in params if p.requires_grad]
     groups = [
@@ -160,11 +159,11 @@ def decay_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[di
 
 
 # --- Schedules: the learning rate of step 0, 1, … total - 1. `warmup` steps rise linearly to the peak, the last of
-# --- them reaches it; what is left falls from the peak towards the floor, which step `total` would reach.
+# --- them reaches it; the rest falls from the peak towards the floor, which step `total` would reach.
 
 
 def constant(step: int, total: int, warmup: int, peak: float, floor: float = 0.0) -> float:
-    """The peak after the warmup. `total` and `floor` are there so that schedules can be exchanged."""
+    """The peak after the warmup. `total` and `floor` are unused: all schedules have one signature."""
     return peak * min(1.0, (step + 1) / warmup) if warmup else peak
 
 
@@ -184,7 +183,7 @@ def cosine(step: int, total: int, warmup: int, peak: float, floor: float = 0.0) 
 
 def wsd(step: int, total: int, warmup: int, peak: float, floor: float = 0.0, tail: float = 0.2) -> float:
     """Warm-up, stable, decay: the peak until the last `tail` of all steps, then down as 1 − √ (Hu et al. 2024,
-    arXiv:2404.06395; the shape of Hägele et al. 2024, arXiv:2405.18392). Training can go on from the peak."""
+    arXiv:2404.06395; the shape of Hägele et al. 2024, arXiv:2405.18392). Training can continue from the peak."""
     begin = total - math.ceil(tail * total)
     if step < begin or step < warmup:
         return constant(step, total, warmup, peak)

@@ -1,4 +1,4 @@
-"""Is a backend right on a sample? What the tests and the benches ask before they believe a kernel.
+"""Comparison of a backend with the reference on a sample: results, changed arguments and gradients, within a bound.
 
 Bound (flash-attention's): the error may be twice that of torch in the same dtype, plus one unit of that dtype at the
 largest magnitude of the result; both errors against float64 on the same, already rounded, inputs. Torch's error is that

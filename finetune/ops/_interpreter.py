@@ -1,4 +1,4 @@
-"""Triton's interpreter, made right for bfloat16.
+"""Repair of Triton's interpreter for bfloat16.
 
 TRITON_INTERPRET=1 runs kernels in numpy, which has no bfloat16: Triton 3.9 keeps the bits in uint16, computes with them
 as if they were integers, truncates where a cast should round, and has no atomics for them. `repair()` makes casts round

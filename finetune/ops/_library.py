@@ -1,4 +1,4 @@
-"""What an op registers for its operators in one torch library: shape functions, and derivatives of any order.
+"""Registration of an op's operators in one torch library: shape functions, and derivatives of any order.
 
 First derivatives come from an operator of the library. When the backward pass itself is recorded (create_graph=True:
 gradient penalties, Hessian-vector products, MAML), the op's plain-torch reference replaces it, with a warning the first

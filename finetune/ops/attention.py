@@ -231,7 +231,7 @@ def samples() -> Iterator[Sample]:
         yield Sample(name, (q, k, v.masked_fill(token >= 50, torch.nan)), kwargs, grad=(0, 1, 2))
 
     yield from make("aligned", 1, 20, 40, 2, 1, 64, lengths=ints(33)).at_odd_addresses()
-    fused = torch.randn(1, 45, 3, 2, 64, generator=g, dtype=torch.float64)  # every tensor with strides of its own
+    fused = torch.randn(1, 45, 3, 2, 64, generator=g, dtype=torch.float64)  # every tensor with different strides
     q, k, v = fused[:, :, 0], fused[:, :, 1], torch.randn(1, 2, 45, 64, generator=g, dtype=torch.float64)
     yield Sample("strides", (q, k, v.transpose(1, 2)), grad=(0, 1, 2))
     every = [(argument, dimension) for argument in range(3) for dimension in range(3)]
