@@ -1,7 +1,6 @@
 """The unit of an environment's rewards changes nothing that is learned: with a power of two not one bit."""
 
 import dataclasses
-import sys
 
 import gymnasium
 import pytest
@@ -12,8 +11,9 @@ from finetune.runs import registry
 from finetune.runs.run import Run, execute
 
 SETTINGS = {
-    "actor_critic": {"repeats": 1, "envs": 2, "eval_episodes": 2, "hold": 1, "hold_steps": 1, "hidden": 8, "horizon": 4,
-                     "continuous_hidden": 8, "batch": 8, "warmup": 60},
+    "actor_critic": {"repeats": 1, "envs": 2, "eval_episodes": 2, "freeze_after": 1, "critic_steps": 1,
+                     "critic_states": 4, "critic_episodes": 2,
+                     "hidden": 8, "horizon": 4, "continuous_hidden": 8, "batch": 8, "warmup": 60},
     "policy_gradient": {"methods": "reinforce,trpo", "hidden": 8, "episodes": 4, "eval_episodes": 2,
                         "corridor_steps": 0, "score_episodes": 1000, "variance_groups": 0},
     "gae": {"ppo_repeats": 1, "ppo_hidden": 8, "ppo_horizon": 32, "ppo_envs": 2, "ppo_lams": "0.95", "samples": 1,
@@ -44,8 +44,9 @@ def learned(module, folder, factor, **settings):
     """Returns before and after and what critics are off by, in rewards of 1."""
     info = registry.find(module)
     config = dataclasses.replace(registry.load(info).Config.toy(), threads=1, seed=3, **SETTINGS[module] | settings)
-    metrics = execute(info, config, folder, toy=True)["metrics"]
-    return {n: v / factor for n, v in metrics.items() if "return" in n or "critic_bias" in n}
+    summary = execute(info, config, folder, toy=True)
+    found = summary["metrics"] | {n: row["value"] for n, row in summary["checks"].items()}
+    return {n: v / factor for n, v in found.items() if "return" in n or "critic_bias" in n}
 
 
 METHODS = [("actor_critic", "CartPole-v1", {"steps": 2, "methods": m}) for m in ("one_step", "a2c", "lambda", "vtrace")]
@@ -55,11 +56,7 @@ METHODS += [("policy_gradient", "CartPole-v1", {"steps": 3}), ("gae", "CartPole-
 
 @pytest.mark.parametrize(("module", "env", "settings"), METHODS)
 def test_what_is_learned_does_not_depend_on_the_unit(module, env, settings, tmp_path, scaled, monkeypatch):
-    main = registry.load(registry.find(module))
-    monkeypatch.setattr(sys.modules[f"finetune_modules.{module}.plots"], "save", lambda made, path: None)
-    if module == "actor_critic":
-        monkeypatch.setattr(main, "STATES", 4)
-        monkeypatch.setattr(main, "FORKS", 2)
+    monkeypatch.setattr(registry.part(module, "plots"), "save", lambda made, path: None)
     field = {"gae": "ppo_env", "policy_gradient": "env"}.get(
         module, "env" if env == "CartPole-v1" else "continuous_env"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 Batch = TypeVar("Batch", contravariant=True)  # Transitions of a replay or of logged data, or a Rollout
 
 
+@runtime_checkable
 class Learner(Protocol[Batch]):
     def act(self, observations: Tensor, rng: torch.Generator) -> Tensor:
         """Actions sampled from the policy that is learned."""
@@ -23,3 +24,9 @@ class Learner(Protocol[Batch]):
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint saves: name → network, optimizer, or a dict of tensors and numbers (`run.steps`)."""
+
+
+def mean_metrics(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over several updates. A figure that not every update has is averaged over those that have it."""
+    names = dict.fromkeys(name for each in metrics for name in each)
+    return {name: float(torch.stack([each[name] for each in metrics if name in each]).mean()) for name in names}
