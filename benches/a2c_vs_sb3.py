@@ -1,11 +1,11 @@
-"""A2C beside stable-baselines3's: steps of the environments a second, with the same networks and environments.
+"""A2C against stable-baselines3's: environment steps per second with the same networks and environments.
 
     python -m finetune bench a2c_vs_sb3 [--horizon 5 16] [--rounds 12] [--steps 2000] [--json FILE]
 
-Both learn CartPole-v1 in eight environments in one process, two layers of 64 with tanh for the policy and two for V,
-with Adam, one update a horizon, on one thread. The weights are copied at the start: both must then give the same
-probabilities and values, or nothing is timed. They take turns of --steps steps; a ratio is the median of the rounds'
-ratios (above 1: ours is faster). Needs the peers extra: pip install -e '.[peers]'.
+Both learn CartPole-v1 in eight environments in one process on one thread, with Adam, an update a horizon, and two tanh
+layers of 64 each for the policy and for V. Ours copies their weights at the start; unless both then compute the same
+probabilities and values, nothing is timed. They take turns of --steps steps. A ratio is the median over the rounds
+(above 1: ours is faster). Needs the peers extra: pip install -e '.[peers]'.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENVS, WIDTH, LR, CLIP = 8, 64, 1e-3, 1000.0
 
 
 def both(horizon: int) -> tuple[Any, Any]:
-    """Our learner and stable-baselines3's model, with the same weights."""
+    """Our A2C and stable-baselines3's, with the same weights."""
     try:
         from stable_baselines3 import A2C
         from stable_baselines3.common.env_util import make_vec_env
@@ -40,11 +40,10 @@ def both(horizon: int) -> tuple[Any, Any]:
     except ImportError:
         raise UserError("stable-baselines3 is not installed: pip install -e '.[peers]'") from None
 
-    module = registry.load(registry.find("actor_critic"))
-    onpolicy = sys.modules["finetune_modules.actor_critic.onpolicy"]
-    cfg = module.Config(horizon=horizon, envs=ENVS, hidden=WIDTH, lr=LR, clip=CLIP, value_scale=1.0, entropy=0.01)
+    config = registry.load(registry.find("actor_critic")).Config
+    cfg = config(horizon=horizon, envs=ENVS, hidden=WIDTH, lr=LR, clip=CLIP, value_scale=1.0, entropy=0.01)
     torch.manual_seed(0)
-    ours = onpolicy.LEARNERS["a2c"](cfg, "a2c", VectorEnv(environments.make("CartPole-v1", ENVS), 0))
+    ours = registry.part("actor_critic", "a2c").A2C(cfg, VectorEnv(environments.make("CartPole-v1", ENVS), 0))
     theirs = A2C(
         "MlpPolicy", make_vec_env("CartPole-v1", ENVS, seed=0), learning_rate=LR, n_steps=horizon, gamma=cfg.gamma,
         gae_lambda=1.0, ent_coef=cfg.entropy, vf_coef=cfg.value_weight, max_grad_norm=CLIP, use_rms_prop=False,
@@ -54,25 +53,27 @@ def both(horizon: int) -> tuple[Any, Any]:
     parts = theirs.policy.mlp_extractor
     layers = [*parts.policy_net, theirs.policy.action_net, *parts.value_net, theirs.policy.value_net]
     own = [*ours.model.policy.net, *ours.model.value.net]
-    pairs = zip(*([x for x in found if isinstance(x, torch.nn.Linear)] for found in (own, layers)), strict=True)
+    pairs = zip(*([x for x in each if isinstance(x, torch.nn.Linear)] for each in (own, layers)), strict=True)
     for mine, other in pairs:
         mine.load_state_dict(other.state_dict())
-    seen = torch.randn(64, 4)
+    obs = torch.randn(64, 4)
     with torch.no_grad():
-        params, values = ours.model(seen)
-        wanted = theirs.policy.get_distribution(seen).distribution.logits, theirs.policy.predict_values(seen)[:, 0]
-    if not (torch.allclose(params, wanted[0], atol=1e-5) and torch.allclose(values, wanted[1], atol=1e-4)):
-        raise UserError("not timed: the two networks do not give the same")
+        log_probs, values = ours.model(obs)
+        theirs_now: Any = theirs.policy.get_distribution(obs).distribution
+        same = torch.allclose(log_probs, theirs_now.logits, atol=1e-5)
+        same &= torch.allclose(values, theirs.policy.predict_values(obs)[:, 0], atol=1e-4)
+    if not same:
+        raise UserError("not timed: the two networks compute different outputs")
     return ours, theirs
 
 
 def measure(horizon: int, rounds: int, steps: int) -> dict[str, Any]:
     ours, theirs = both(horizon)
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     each = horizon * ENVS
     steps = each * max(1, round(steps / each))
     sides = {
-        "ours": lambda: ours.chunk(steps, 1.0, generator),
+        "ours": lambda: ours.train_for(steps, 1.0, rng),
         "sb3": lambda: theirs.learn(steps, log_interval=10**9, reset_num_timesteps=False),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}

@@ -56,7 +56,7 @@ SMALLER = {
 }
 STEPS = {"cuda": "5", "td_learning": "8"}  # of the runs here; else 2
 SETTINGS = {
-    "actor_critic": ["--warmup", "300", "--repeats", "1", "--eval-episodes", "2", "--hold-steps", "1"],
+    "actor_critic": ["--warmup", "300", "--repeats", "1", "--eval-episodes", "2", "--critic-steps", "1"],
     "bcq": ["--rows", "300", "--fqe-steps", "2", "--eval-episodes", "2", "--sweep", "0,1"],
     "cql": ["--updates", "5", "--data-steps", "500", "--fqe-steps", "1", "--eval-episodes", "2"],
     "td_learning": [
