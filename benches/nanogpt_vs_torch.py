@@ -89,7 +89,7 @@ def measure(threads: int, steps: int) -> dict:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     text = "".join(module.open_text(cfg.data).pieces())
-    tokenizer = module.make_tokenizer(cfg, text)
+    tokenizer = module.make_tokenizer(cfg.tokenizer, cfg.vocab, [text])
     tokens = torch.tensor(tokenizer.encode(text))
     ours = module.GPT(module.model_config(cfg, tokenizer.vocab_size))
     theirs = PlainGPT(ours)

@@ -8,9 +8,9 @@ for `python -m finetune memory NAME`, and ends its run with
 
     config, setup = memory_plan(cfg)
     setup = replace(setup, batch=B, seq=T)                          # of the real micro-batch below
-    run.record_memory(memory.for_training(config, setup, model=model, optimizer=optimizer, loss=lambda: loss_of(batch)))
+    memory.record_step(run, config, setup, model=model, optimizer=optimizer, loss=lambda: loss_of(batch))
 
-`loss` runs one real forward of one micro-batch and returns the scalar to call backward on. `for_training` drops the
+`loss` runs one real forward of one micro-batch and returns the scalar to call backward on. `record_step` drops the
 gradients, runs forward and backward twice (once to walk the saved tensors, once for the resident set), drops the
 gradients again and changes nothing else: no optimizer step, so parameters and optimizer states stay as they are.
 
@@ -26,7 +26,7 @@ from finetune.memory.formulas import Setup, Shape, Term, parameters, predict, sh
 from finetune.memory.room import check_disk, check_memory
 
 if TYPE_CHECKING:
-    from finetune.memory.meters import Peak, for_training, measure, table
+    from finetune.memory.meters import Peak, for_training, measure, record_step, table
 
 __all__ = [
     "Peak",
@@ -38,6 +38,7 @@ __all__ = [
     "for_training",
     "measure",
     "predict",
+    "record_step",
     "shape_of",
 ]
 __all__ += ["parameters", "table"]

@@ -288,6 +288,20 @@ def table(predicted: dict[str, int], measured: dict[str, int]) -> list[dict[str,
     ]
 
 
+def record_step(
+    run: Any,
+    config: Any,
+    setup: Setup,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], Tensor],
+) -> None:
+    """Measures a training step and records it in the run next to its prediction (see `for_training`)."""
+    run.print("measuring the memory of a step …")
+    run.record_memory(for_training(config, setup, model=model, optimizer=optimizer, loss=loss))
+
+
 def for_training(
     config: Any, setup: Setup, *, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
 ) -> list[dict[str, Any]]:

@@ -242,4 +242,3 @@ def test_names_that_no_system_has():
         with pytest.raises(UserError) as caught:
             hub.resolve(name)
         assert "\n" not in str(caught.value)
-        assert hub.local("model", name) == {}

@@ -35,6 +35,7 @@ from finetune.runs.run import execute
 
 ROOT = Path(__file__).parents[2]
 sft = registry.load(registry.find("sft"))
+data = registry.part("sft", "data")
 
 
 def toy(**changes):
@@ -185,7 +186,7 @@ def test_accuracy_is_what_greedy_decoding_answers(trained):
     """The teacher-forced share of right answers in summary.json, against real generation from the saved model."""
     folder, summary = trained
     model, tokenizer = load.llama(folder / "model"), load.tokenizer(folder / "model")
-    rows = sft.load_data(toy())["held_out"]
+    rows = data.load_data(toy())["held_out"]
     prompts = [tokenizer.render(row[:-1], add_generation_prompt=True)[0] for row in rows]
     new = generate(model, prompts, 8, stop_ids=[tokenizer.eos_id])
     right = [tokenizer.decode(ids, True) == row[-1]["content"] for ids, row in zip(new, rows, strict=True)]
@@ -277,7 +278,7 @@ def test_smollm2_adapter(tmp_path, smollm2, smollm2_tokenizer):
     assert (smollm2 / "model.safetensors").read_bytes()[:1000] == before
     model = load.llama(smollm2)
     load_adapter(model, tmp_path / "run" / "model")
-    sets = sft.load_data(config)
+    sets = data.load_data(config)
     docs = {"held_out": packing.tokenize(sets["held_out"], smollm2_tokenizer.render, config.max_length)[0]}
     assert sft.evaluate(model, docs, config)["held_out_loss"] == pytest.approx(
         summary["metrics"]["held_out_loss"], 1e-5
@@ -335,8 +336,8 @@ def test_same_seed_same_bytes(trained, tmp_path):
     ("change", "message"),
     [
         ({"batch": 0}, "--batch 0 is too small"),
-        ({"accumulate": 9}, "--accumulate 9"),
-        ({"method": "lora", "targets": "q,x"}, "--targets: 'x' is no linear layer"),
+        ({"accumulate": 9}, "--accumulate 9 exceeds the batch of 8 rows"),
+        ({"method": "lora", "targets": "q,x"}, "--targets: 'x' is not a linear layer"),
         ({"model": "smollm2", "max_length": 9000}, "--max-length 9000: the model's own is 8192"),
         ({"max_length": 10}, "no row has an answer within 10 tokens"),
         ({"lr": 1e38, "warmup": 0}, "became nan|became inf"),
@@ -427,7 +428,7 @@ def test_chats_of_any_shape_end_well(tmp_path, own_model):
     long = next(
         row for row in (pair(i, words=200) for i in range(1000)) if row in [
             {"prompt": r[0]["content"], "completion": r[1]["content"]}
-            for r in sft.split([conversations.read_row(x) for x in [*short, row]], tmp_path)[1]
+            for r in data.split([conversations.read_row(x) for x in [*short, row]], tmp_path)[1]
         ]
     )  # fmt: skip
     summary, _ = tuned(tmp_path, own_model[0], [*short, long])
@@ -437,11 +438,11 @@ def test_chats_of_any_shape_end_well(tmp_path, own_model):
 
 
 def test_the_model_is_saved_before_what_can_fail(tmp_path, own_model, monkeypatch):
-    def fail(*_):
+    def fail(*_, **named):
         raise UserError("no room for the picture")
 
-    monkeypatch.setattr(sft, "measure_memory", fail)
-    monkeypatch.setattr(sft, "judge", fail)
+    monkeypatch.setattr(sft.memory, "record_step", fail, raising=False)
+    monkeypatch.setattr(sft, "report", fail)
     with pytest.raises(UserError, match="no room"):
         tuned(tmp_path, own_model[0], [pair(i) for i in range(20)], method="full")
     (saved,) = tmp_path.glob("run*/model")
@@ -453,11 +454,10 @@ def test_the_last_act_repeated_gives_the_same(tmp_path, own_model, monkeypatch):
     """A run that failed behind its last step, resumed: the same metrics, samples and bytes as one that did not."""
     rows, given = [pair(i) for i in range(40)], {"method": "lora", "eval_every": 1, "steps": 3, "dropout": 0.1}
     whole, first = tuned(tmp_path, own_model[0], rows, **given)
-    measure = sft.measure_memory
-    monkeypatch.setattr(sft, "measure_memory", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        tuned(tmp_path, own_model[0], rows, **given)
-    monkeypatch.setattr(sft, "measure_memory", measure)
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.memory, "record_step", lambda *_, **named: 1 / 0, raising=False)
+        with pytest.raises(ZeroDivisionError):
+            tuned(tmp_path, own_model[0], rows, **given)
     (second,) = set(tmp_path.glob("run*")) - {first}
     config = sft.Config(**given | {"model": str(own_model[0]), "data": tmp_path / "rows.jsonl", "batch": 2,
                                    "max_length": 96, "eval_rows": 4, "threads": 1, "samples": 2})  # fmt: skip
@@ -498,7 +498,7 @@ def test_own_data(tmp_path):
     file = tmp_path / "own.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     summary = run(tmp_path / "run", data=file, steps=60)
-    train, held_out = sft.split(conversations.read_jsonl(file), file)
+    train, held_out = data.split(conversations.read_jsonl(file), file)
     assert (len(train), len(held_out)) == (57, 3)
     assert summary["metrics"]["held_out_loss"] < summary["metrics"]["loss_before"]
     file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]))

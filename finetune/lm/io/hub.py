@@ -69,12 +69,6 @@ def resolve(path: str | Path, console: Console | None = None) -> Path:
     return fetch_hub(str(path))
 
 
-def local(setting: str, path: str) -> dict[str, Path]:
-    """{setting: path} of a model that is a folder or file here: what a run with it depends on (`Config.inputs`)."""
-    place = reading.home_path(path)
-    return {setting: place} if os.path.exists(place) else {}
-
-
 def fetch_hub(name: str) -> Path:
     """The folder of a hub model in Hugging Face's own cache; UserError if the hub lacks it or is out of reach."""
     from huggingface_hub import snapshot_download
@@ -92,13 +86,18 @@ def fetch_hub(name: str) -> Path:
         raise UserError(f"there is no folder {name}, and the hub is out of reach for it ({reason})") from None
 
 
+def smollm2_folder() -> Path:
+    """Where `fetch_smollm2` keeps the model. Its files are known by their hash."""
+    return cache_dir() / "smollm2-135m-instruct"
+
+
 def fetch_smollm2(console: Console | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct (bf16 safetensors, config.json, tokenizer.json), fetched and converted once.
 
     Every stage is checked by SHA-256 and put in place by renaming, so an interrupted call continues where it stopped; a
     lock keeps two processes from doing the work twice. UserError if the index is out of reach or the disk is full.
     """
-    folder = cache_dir() / "smollm2-135m-instruct"
+    folder = smollm2_folder()
     if intact(folder):
         return folder
     from filelock import FileLock

@@ -5,7 +5,19 @@
 h: the n − 1 characters before c; h′: h without its first; types(h): how many different characters followed h.
 """
 
+import math
+
 import numpy as np
+
+
+def held_out_bits(train: str, held_out: str) -> dict[str, float]:
+    """Held-out bits per character of n-gram models. All characters that training lacks count as one."""
+    vocab = sorted(set(train))
+    number = {character: i for i, character in enumerate(vocab, start=1)}
+    train_ids, held_out_ids = (np.array([number.get(c, 0) for c in part]) for part in (train, held_out))
+    nats = held_out_nats(train_ids, held_out_ids, len(vocab) + 1, 5)
+    names = ("unigram", "bigram", "trigram", "four_gram", "five_gram")
+    return {name: value / math.log(2) for name, value in zip(names, nats, strict=True) if name != "four_gram"}
 
 
 def held_out_nats(train: np.ndarray, held_out: np.ndarray, vocab: int, order: int) -> list[float]:
