@@ -3,6 +3,7 @@ finetune/peft/lora.py, finetune/peft/virtual_tokens.py and finetune/peft/quantiz
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from finetune.peft.quantize import quantize_linears
 from finetune.peft.virtual_tokens import Prefix, Prompt
 
 ADAPTERS = ("lora", "rslora", "dora", "pissa")
-QUANTIZED = {"nf4": "nf4_double", "int8": "int8"}  # LoRA over weights in this form
-VIRTUAL = {"prompt": Prompt, "prefix": Prefix}
+QUANTIZED: dict[str, Any] = {"nf4": "nf4_double", "int8": "int8"}  # LoRA over weights in this form
+VIRTUAL: dict[str, Any] = {"prompt": Prompt, "prefix": Prefix}
 MOST = 1 << 16  # rank or virtual tokens
 KINDS = (*ADAPTERS, *QUANTIZED, *VIRTUAL)
 Forward = Callable[[Batch], Tensor]  # the state after the last norm of each token, (T, C)
@@ -25,26 +26,29 @@ Forward = Callable[[Batch], Tensor]  # the state after the last norm of each tok
 
 @dataclass(frozen=True)
 class Method:
+    """A kind of fine-tuning and its size."""
+
     kind: str
     size: int = 0  # rank, or number of virtual tokens
 
     @property
     def name(self) -> str:
+        """As --methods has it."""
         return f"{self.kind}_{self.size}" if self.size else self.kind
 
     @property
     def exact(self) -> bool:
-        """Does it start as the base model, to the last bit?"""
+        """Whether it starts as the base model, to the last bit."""
         return self.kind in ("full", "lora", "rslora", "dora")
 
 
 def parse(text: str) -> Method:
-    """UserError for what is no method."""
+    """The method of a name. UserError if there is none."""
     kind, _, size = text.partition("_")
     if text == "full":
         return Method("full")
     if kind not in KINDS:
-        raise UserError(f"--methods: '{text}' is none: they are full, {', '.join(f'{k}_N' for k in KINDS)}"
+        raise UserError(f"--methods: '{text}' is not a method: they are full, {', '.join(f'{k}_N' for k in KINDS)}"
                         f"{nearest(kind, [*KINDS, 'full'])}")  # fmt: skip
     if not size.isdecimal() or not 1 <= int(size[:9]) <= MOST:
         what = "virtual tokens" if kind in VIRTUAL else "rank"
@@ -54,7 +58,7 @@ def parse(text: str) -> Method:
 
 @dataclass
 class Adapted:
-    """A model with what a method trains, by name, and how it is run."""
+    """A model with a method on it: the parameters that are trained, by name, and its forward pass."""
 
     model: Llama
     trained: dict[str, torch.nn.Parameter]
@@ -66,7 +70,7 @@ def adapt(
     method: Method, model: Llama, alpha: float, dropout: float, targets: list[str], text: Tensor,
     generator: torch.Generator,
 ) -> Adapted:  # fmt: skip
-    """Puts the method on the model, which is changed. Virtual tokens begin as the first ones of `text`."""
+    """Puts the method on the model, in place. Virtual tokens start as the first tokens of `text`."""
     if method.kind == "full":
         model.requires_grad_(True)
         return Adapted(model, dict(model.named_parameters()), lambda batch: plain(model, batch))
@@ -83,23 +87,25 @@ def adapt(
 
 
 def plain(model: Llama, batch: Batch) -> Tensor:
+    """The state after the last norm (T, C) of a packed batch."""
     return model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, hidden=True)[0]
 
 
 def prompted(part: Prompt, model: Llama, batch: Batch) -> Tensor:
+    """The same behind a trained prompt."""
     return part(model, batch.tokens, cu_seqlens=batch.cu_seqlens, hidden=True)[0]
 
 
 def prefixed(part: Prefix, model: Llama, batch: Batch) -> Tensor:
-    """Keys of packed documents cannot be more than their queries, so each has a row of its own here."""
+    """The same behind a trained prefix. Packed documents have as many keys as queries: each gets its own row here."""
     lengths = batch.cu_seqlens.diff().long()
     real = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, longest)
     tokens = torch.zeros_like(real, dtype=torch.int64).masked_scatter(real, batch.tokens)
     return part(model, tokens, lengths=lengths, hidden=True)[real]
 
 
-def setup(method: Method, batch: Batch, dtype: str, targets: str) -> memory.Setup:
-    """For the memory formulas: the method on this batch."""
+def setup(method: Method, batch: Batch, dtype: Literal["fp32", "bf16", "fp16"], targets: str) -> memory.Setup:
+    """A step of the method on this batch, for the memory formulas."""
     count, longest = len(batch.cu_seqlens) - 1, int(batch.cu_seqlens.diff().max())
     made = memory.Setup(batch=1, seq=batch.tokens.numel(), dtype=dtype)
     if method.kind == "prompt":
@@ -108,6 +114,6 @@ def setup(method: Method, batch: Batch, dtype: str, targets: str) -> memory.Setu
         return replace(made, batch=count, seq=longest, prefix=method.size)
     if method.kind == "full":
         return made
-    adapter = method.kind if method.kind in ("dora", "pissa") else "lora"
+    adapter: Any = method.kind if method.kind in ("dora", "pissa") else "lora"
     return replace(made, lora_rank=method.size, lora_targets=targets, adapter=adapter,
                    quantized=QUANTIZED.get(method.kind, "none"))  # fmt: skip

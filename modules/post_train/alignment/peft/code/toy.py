@@ -1,7 +1,7 @@
-"""The toy setting: a small Llama learns a house's directory in the run; then all people move, and it has to adapt.
+"""The toy setting: a small Llama learns the directory of a house; then all people move, and it has to adapt.
 
-The first task is the new floors, the second the new doors. Some wordings of a fact are held out, so that the answer to
-a held-out question was learned under others only.
+The first task is the new floors, the second the new doors. Some phrasings of a fact are held out, so answering them
+requires generalizing across phrasings.
 """
 
 import math
@@ -15,11 +15,11 @@ CHANCE = math.log(10) / 2  # nats a token: the number can only be guessed, the e
 
 
 def directories(seed: int) -> dict[str, list[Conversation]]:
-    """Conversations: the old `base`, and of either task what is trained on and what is held out."""
-    draw = random.Random(seed)
-    sets = {"base": [row for what in ("floor", "door") for row in asked(what, deal(draw))]}
+    """Conversations of the old directory (`base`), and for each task a training and a held-out set."""
+    rng = random.Random(seed)
+    sets = {"base": [row for what in ("floor", "door") for row in asked(what, deal(rng))]}
     for task, what in (("first", "floor"), ("second", "door")):
-        rows = asked(what, deal(draw))
-        draw.shuffle(rows)
+        rows = asked(what, deal(rng))
+        rng.shuffle(rows)
         sets[task], sets[f"{task}_held_out"] = rows[HELD_OUT:], rows[:HELD_OUT]
     return sets

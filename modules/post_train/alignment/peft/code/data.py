@@ -1,12 +1,11 @@
-"""What is learned: two tasks in conversations, for a model that is loaded, or made in the run."""
+"""Data of the module: a base model, loaded or trained here, and the two tasks that it is adapted to."""
 
 import random
 from dataclasses import dataclass
-from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
 
-from finetune import ops, optim
 from finetune.data import conversations, packing, python_docs
 from finetune.data.conversations import Conversation
 from finetune.data.packing import Document
@@ -15,13 +14,20 @@ from finetune.errors import UserError
 from finetune.lm.io import hub, load
 from finetune.lm.llama import Llama
 from finetune.lm.tokenizer import Tokenizer
+from finetune.runs.run import Run
 
 from . import toy
-from .methods import Adapted, Method, adapt
+from .methods import Method, adapt
+from .training import train
+
+if TYPE_CHECKING:
+    from .main import Config
 
 
 @dataclass
 class Task:
+    """A base model, and two tasks to adapt it to."""
+
     base: Llama
     tokenizer: Tokenizer
     train: list[Document]
@@ -30,7 +36,8 @@ class Task:
     second_held_out: list[Document]
 
 
-def load_task(cfg, run) -> Task:
+def load_task(cfg: "Config", run: Run) -> Task:
+    """The tasks, tokenized, and the base model, which from scratch is trained here."""
     sets = task_conversations(cfg)
     if cfg.model == "scratch":
         tokenizer = small_tokenizer(sets)
@@ -38,7 +45,7 @@ def load_task(cfg, run) -> Task:
         base = small_llama(small_config(tokenizer.vocab_size, cfg.max_length + longest(cfg)))
     else:
         source = hub.resolve(cfg.model, run.console)
-        if cfg.model != "smollm2":  # whose files are known by their hash already
+        if source != hub.smollm2_folder():  # whose files are known by their hash already
             run.depends_on("model", source)
         room = load.llama_config(source).max_length
         if cfg.max_length + longest(cfg) > room:
@@ -51,7 +58,7 @@ def load_task(cfg, run) -> Task:
         documents[name], cut, dropped = packing.fitting(rows, tokenizer.render, cfg.max_length)
         if cut or dropped:
             run.print(
-                f"{name}: of {len(rows)} conversations {cut} were cut to {cfg.max_length} tokens and {dropped} left out"
+                f"{name}: of {len(rows)} conversations {cut} were cut to {cfg.max_length} tokens and {dropped} dropped"
             )
     if tokenizer.unwritten:
         run.print(f"the chat template does not write these keys of messages: {', '.join(sorted(tokenizer.unwritten))}")
@@ -66,18 +73,20 @@ def load_task(cfg, run) -> Task:
     if longest(cfg) > count:
         raise UserError(f"--methods: {longest(cfg)} virtual tokens begin as tokens of the rows, which have {count}")
     if cfg.model == "scratch":
-        pretrain(cfg, run, base, documents["base"])
+        whole = adapt(Method("full"), base, 1.0, 0.0, [], torch.empty(0), run.generator("base"))
+        train(cfg, run, whole, documents["base"], cfg.lr_full, "base", cfg.base_steps, "base")
     return Task(base, tokenizer, documents["first"], documents["first_held_out"], documents.get("second", []),
                 documents.get("second_held_out", []))  # fmt: skip
 
 
 def small_tokenizer(sets: dict[str, list[Conversation]]) -> Tokenizer:
+    """A BPE of 512 tokens, trained on all sets."""
     return Tokenizer.train(
         [m.get("content", "") for rows in sets.values() for row in rows for m in row], vocab_size=512
     )
 
 
-def task_conversations(cfg) -> dict[str, list[Conversation]]:
+def task_conversations(cfg: "Config") -> dict[str, list[Conversation]]:
     """first, first_held_out and, unless there is --data, the same of a second task; base for a model from scratch."""
     if cfg.model == "scratch":
         sets = toy.directories(cfg.seed)
@@ -98,72 +107,22 @@ def task_conversations(cfg) -> dict[str, list[Conversation]]:
             sets[name] = random.Random(0).sample(sets[name], min(cfg.eval_rows, len(sets[name])))
     if cfg.shuffle_answers:
         dealt = random.Random(cfg.seed).sample(sets["first"], len(sets["first"]))
-        pairs = zip(sets["first"], dealt, strict=True)
-        sets["first"] = [conversations.with_answer_of(row, other) for row, other in pairs]
+        both = zip(sets["first"], dealt, strict=True)
+        sets["first"] = [conversations.with_answer_of(row, other) for row, other in both]
     return sets
 
 
 def backwards(pair: python_docs.Pair) -> Conversation:
-    """The documentation as the question, what it is about as the answer."""
+    """The second task: the documentation is the question, the name of what it documents the answer."""
     question = f"What in Python is documented so: {pair.answer}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": pair.name}]
 
 
-def longest(cfg) -> int:
+def longest(cfg: "Config") -> int:
     """The most virtual tokens of any method."""
     return max((m.size for m in cfg.chosen if m.kind in ("prompt", "prefix")), default=0)
 
 
-def tokenized(cfg, rows: list[Conversation], tokenizer: Tokenizer) -> list[Document]:
+def tokenize(cfg: "Config", rows: list[Conversation], tokenizer: Tokenizer) -> list[Document]:
+    """The rows that have an answer within the length."""
     return packing.tokenize(rows, tokenizer.render, cfg.max_length)[0]
-
-
-# --- Training and evaluation, the same for all methods
-
-
-def batch_of(cfg, run, documents: list[Document], rows: list[list[int]], step: int, phase: str) -> packing.Batch:
-    chosen = packing.batch_indices(len(rows), cfg.batch, step, lambda epoch: run.generator(phase, epoch))
-    return packing.collate([documents[i] for row in chosen for i in rows[row]])
-
-
-def packed(cfg, documents: list[Document]) -> list[list[int]]:
-    return packing.pack([len(d) for d in documents], cfg.max_length)
-
-
-def loss_of(adapted: Adapted, batch: packing.Batch, reduction: str = "mean") -> torch.Tensor:
-    """Cross entropy (nats) of the learned tokens; scalar fp32. The logits never exist at once."""
-    return ops.linear_cross_entropy(
-        adapted.forward(batch), adapted.model.head_weight, batch.targets[0], reduction=reduction
-    )
-
-
-def train(cfg, run, adapted: Adapted, documents: list[Document], lr: float, phase: str, steps: int, order: str):
-    """The optimizer and the median seconds of a step. All methods of one `order` see the same batches."""
-    rows, parameters = packed(cfg, documents), list(adapted.trained.values())
-    optimizer = optim.AdamW(optim.decay_groups(parameters, 0.0), lr=lr)
-    clock = {"seconds": torch.zeros(steps)}
-    for step in run.steps(steps, {"trained": adapted.trained, "optimizer": optimizer, "clock": clock}, phase=phase):
-        began = perf_counter()
-        loss = loss_of(adapted, batch_of(cfg, run, documents, rows, step, order))
-        loss.backward()
-        ops.clip_grad_norm_([p.grad for p in parameters if p.grad is not None], cfg.clip)
-        optimizer.step(lr=optim.cosine(step, steps, steps // 10, lr, lr / 10))
-        optimizer.zero_grad()
-        clock["seconds"][step] = perf_counter() - began
-        run.log(step, loss=loss)
-    return optimizer, clock["seconds"].median().item() if steps else None
-
-
-@torch.no_grad()
-def evaluate(cfg, adapted: Adapted, documents: list[Document]) -> float:
-    """Mean loss (nats) of the learned tokens."""
-    adapted.model.eval()
-    batches = [packing.collate([documents[i] for i in row]) for row in packed(cfg, documents)]
-    total = sum(loss_of(adapted, batch, "sum").item() for batch in batches)
-    adapted.model.train()
-    return total / sum(batch.learned for batch in batches)
-
-
-def pretrain(cfg, run, base: Llama, documents: list[Document]) -> None:
-    whole = adapt(Method("full"), base, 1.0, 0.0, [], torch.empty(0), run.generator("base"))
-    train(cfg, run, whole, documents, cfg.lr_full, "base", cfg.base_steps, "base")
