@@ -29,7 +29,7 @@ def answer(
     import torch
 
     from finetune import memory
-    from finetune.lm.generate import check_sampling, generate, said, stop_ids
+    from finetune.lm.generate import answer_text, check_sampling, generate, stop_ids
     from finetune.lm.io import hub, load
     from finetune.peft import adapters, lora
 
@@ -63,7 +63,7 @@ def answer(
         lora.merge(model)
     stops = stop_ids(model, tokenizer)
     new = generate(model, rows, stop_ids=stops, generator=torch.Generator().manual_seed(seed), **sampling)
-    return [said(tokenizer, ids, stops) for ids in new]
+    return [answer_text(tokenizer, ids, stops) for ids in new]
 
 
 def base_folder(adapter: Path, base: str | None, console: "Console | None") -> Path:

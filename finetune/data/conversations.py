@@ -1,26 +1,21 @@
-"""Chat rows from JSONL: what a conversation is, how its files are read, and what is refused.
+"""Conversations from JSONL files, checked.
 
 A conversation is a list of {"role": "system" | "user" | "assistant" | "tool", "content": text}. Messages keep their
 other keys (`tool_calls`, `reasoning_content`, `weight`, …), which the model's chat template may write; what a row holds
-for the whole conversation (`tools`, `documents`, `chat_template_kwargs`) stands in its first message.
+for the whole conversation (`tools`, `documents`, `chat_template_kwargs`) is in its first message.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.errors import UserError
 from finetune.lm.tokenizer import CONTEXT, REASONING
 from finetune.runs import reading
 
-if TYPE_CHECKING:
-    pass
-
 Conversation = list[dict[str, Any]]
-Render = Callable[[Conversation], tuple[Sequence[int], Sequence[int]]]  # as Tokenizer.render: ids and loss mask
 
 ROLES = ("system", "user", "assistant", "tool")
 # Keys that change what is to be learned, in ways that no chat template is told of.
@@ -31,7 +26,7 @@ LIMIT = 4 << 30  # bytes of a JSONL file
 def read_jsonl(path: str | Path) -> list[Conversation]:
     """The conversations of a JSONL file: rows {"messages": […]} or {"prompt": text, "completion": text}.
 
-    Other keys of a row are left alone, blank lines are skipped. UserError names the file, the line and what is wrong.
+    Other keys of a row are ignored, blank lines are skipped. UserError names the file, the line and what is wrong.
     """
     path = reading.home_path(path)
     raw = reading.file_bytes(path, LIMIT)
@@ -108,7 +103,7 @@ def check_messages(messages: Any) -> Conversation:
             raise ValueError(f"the tool_calls of message {i} must be a list of objects")
         for key in ("function_call", *CONTEXT):
             if key in message:
-                where = "put it beside 'messages'" if key in CONTEXT else "write it as 'tool_calls'"
+                where = "put it next to 'messages'" if key in CONTEXT else "write it as 'tool_calls'"
                 raise ValueError(f"message {i} has {key!r}: {where}")
         if isinstance(weight, bool) or weight not in (0, 1) or ("weight" in message and message["role"] != "assistant"):
             raise ValueError(f"message {i} has the weight {weight!r}: it must be 0 or 1, of an assistant's message")
@@ -127,7 +122,7 @@ def check_messages(messages: Any) -> Conversation:
 
 
 def learnable(message: dict[str, Any]) -> bool:
-    """Is it an answer that says something, and not of weight 0?"""
+    """Whether it is an answer with content and a weight other than 0."""
     says = message.get("content", "").strip() or message.get("tool_calls") or any(map(message.get, REASONING))
     return message["role"] == "assistant" and bool(says) and message.get("weight") != 0
 
@@ -141,7 +136,7 @@ def exchanges(row: Conversation) -> list[int]:
 
 
 def with_answer_of(row: Conversation, other: Conversation) -> Conversation:
-    """The row up to its last answer, which is the other's instead."""
+    """The row up to its last answer, which is replaced by the last answer of `other`."""
     ends = [max(i for i, message in enumerate(one) if message["role"] == "assistant") for one in (row, other)]
     answer = {key: value for key, value in other[ends[1]].items() if key not in CONTEXT}
     context = {key: row[0][key] for key in CONTEXT if key in row[0]} if ends[0] == 0 else {}
@@ -149,6 +144,7 @@ def with_answer_of(row: Conversation, other: Conversation) -> Conversation:
 
 
 def check_text(name: str, value: Any) -> None:
+    """ValueError unless it is a text that UTF-8 can hold."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a text, not {kind(value)}")
     try:
@@ -158,6 +154,7 @@ def check_text(name: str, value: Any) -> None:
 
 
 def check_encodable(name: str, value: Any) -> None:
+    """ValueError if a text in it cannot be encoded as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -165,6 +162,6 @@ def check_encodable(name: str, value: Any) -> None:
 
 
 def kind(value: Any) -> str:
-    """What JSON value this is, in words."""
+    """The type of a JSON value, in words."""
     words = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number"}
     return words.get(type(value), "nothing" if value is None else "a number")

@@ -1,4 +1,4 @@
-"""Conversations in tokens with a loss mask, packed into rows, and the batches of a step."""
+"""Tokenized conversations with a loss mask, packed into rows; the batches of a step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Document:
 
 
 def tokenize(rows: Sequence[Conversation], render: Render, max_length: int) -> tuple[list[Document], int, int]:
-    """`fitting`; UserError if no row remains."""
+    """The rows as documents, as `fitting` returns them; UserError if no row remains."""
     found = fitting(rows, render, max_length)
     if not found[0]:
         raise UserError(f"no row has an answer within {max_length} tokens: raise --max-length or shorten the prompts")
@@ -48,8 +48,8 @@ def tokenize(rows: Sequence[Conversation], render: Render, max_length: int) -> t
 
 
 def fitting(rows: Sequence[Conversation], render: Render, max_length: int) -> tuple[list[Document], int, int]:
-    """(documents, number cut, number left out): a conversation longer than `max_length` tokens loses its end, and one
-    with no token to learn within them is left out. UserError names the row that the template refuses."""
+    """(documents, number cut, number dropped): a conversation longer than `max_length` tokens is cut, and one with no
+    token to learn within them is dropped. UserError names the row that the template refuses."""
     documents, cut, dropped = [], 0, 0
     for row in rows:
         try:
@@ -157,7 +157,7 @@ def collate(documents: Sequence[Document]) -> Batch:
 
 
 def batch_indices(count: int, size: int, step: int, generator: Callable[[int], torch.Generator]) -> list[int]:
-    """Which of `count` rows step `step` (from 0) takes: `size` at a time through a new permutation each epoch.
+    """Indices of the rows of step `step` (from 0) among `count`: `size` at a time through a new permutation each epoch.
 
     A function of its arguments only, so a resumed run needs no stored position; `generator(epoch)` seeds an epoch.
     """

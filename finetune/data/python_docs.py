@@ -43,8 +43,8 @@ LONGEST_ANSWER = 300  # characters, about 70 tokens
 
 
 def python_pairs() -> list[Pair]:
-    """What Python's documentation says about its modules' functions, classes and methods (first paragraphs of the
-    standard library's docstrings) and about its language (`pydoc_data.topics`).
+    """Question–answer pairs from Python's documentation: functions, classes and methods (first paragraphs of the
+    standard library's docstrings) and the language (`pydoc_data.topics`).
 
     The same for the same Python version, another for another (`pairs_hash`). No two answers are alike.
     """
@@ -100,7 +100,7 @@ def reference() -> Iterator[tuple[str, str, str]]:
             lines = paragraph.split("\n")
             if len(lines) == 2 and re.fullmatch(r"[*=\-~^]{3,}", lines[1]):
                 heading = lines[0]
-            # Prose starts in the first column; indented text is code or grammar, and notes on versions are no answer.
+            # Prose starts in the first column; indented text is code or grammar, and notes on versions answer nothing.
             elif heading and re.match(r"(?!New in|Changed in|See also|Note)\w", paragraph) and paragraph[-1] == ".":
                 yield f"reference: {page}", f"reference's section {heading}", paragraph
                 heading = ""

@@ -1,5 +1,6 @@
-"""What toy runs learn: the directory of a house. Each of 40 people has a floor and a door, 0 to 9, asked for in eight
-wordings, so that the answer to a question can be learned under others only. And a small Llama to learn it from scratch.
+"""Toy question–answer data: floor and door of 40 people, each asked in 8 phrasings; and a small Llama to learn them.
+
+Modules hold out some phrasings, so that answering them requires generalizing across phrasings.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NAMES = [
     "Gita", "Hal", "Hana", "Ida", "Ivo", "Jon", "June", "Kim", "Kofi", "Leo", "Lin", "Mia", "Max", "Ned",
     "Nora", "Ola", "Omar", "Pia", "Paul", "Quinn", "Rosa", "Ravi", "Sam", "Sue", "Tom", "Tara",
 ]  # fmt: skip
-WORDINGS = (  # no name begins a text: without a space before it it would be another token
+PHRASINGS = (  # no text begins with a name: without a space before it, a name is another token
     "On which {what} does {name} live?",
     "Which {what} is {name} at?",
     "I am looking for {name}: which {what}?",
@@ -29,30 +30,31 @@ WORDINGS = (  # no name begins a text: without a space before it it would be ano
 )
 
 
-def deal(draw: random.Random) -> dict[str, str]:
-    """A number for each person, each number as often as any other."""
-    return {name: str(i % 10) for i, name in enumerate(draw.sample(NAMES, len(NAMES)))}
+def assign_numbers(rng: random.Random) -> dict[str, str]:
+    """A random number 0 … 9 for each person, each number equally often."""
+    return {name: str(i % 10) for i, name in enumerate(rng.sample(NAMES, len(NAMES)))}
 
 
-def asked(what: str, numbers: dict[str, str]) -> list[Conversation]:
-    """Each person's number, asked for in every wording."""
+def questions(what: str, numbers: dict[str, str]) -> list[Conversation]:
+    """A conversation for each person and phrasing."""
     return [
         [
-            {"role": "user", "content": wording.format(name=name, what=what)},
+            {"role": "user", "content": phrasing.format(name=name, what=what)},
             {"role": "assistant", "content": number},
         ]
         for name, number in numbers.items()
-        for wording in WORDINGS
+        for phrasing in PHRASINGS
     ]
 
 
 def small_config(vocab_size: int, max_length: int) -> LlamaConfig:
+    """The shape of a Llama with 0.1 million parameters."""
     return LlamaConfig(vocab_size, dim=64, layers=2, heads=4, kv_heads=2, hidden=192, max_length=max_length)
 
 
 def small_llama(config: LlamaConfig) -> Llama:
-    """GPT-2's standard deviation of .02 is made for widths above 700: at 64 the signal would be lost in the residual
-    stream and nothing learned for hundreds of steps, so 1/√C is used."""
+    """A Llama with initial weights of standard deviation 1/√C. GPT-2's .02 is made for widths above 700: at 64 the
+    signal would be lost in the residual stream, and nothing learned for hundreds of steps."""
     model = Llama(config)
     for parameter in model.parameters():
         if parameter.dim() == 2:

@@ -1,5 +1,7 @@
-"""Chat templates: Jinja with Hugging Face's `{% generation %}` … `{% endgeneration %}` markers, run in a process of its
-own (finetune/lm/sandbox.py), so that one that does not end or asks for all memory is one line of error."""
+"""Chat templates: Jinja with Hugging Face's `{% generation %}` … `{% endgeneration %}` markers.
+
+They run in a separate process (finetune/lm/sandbox.py), so that a template that does not end or allocates all memory
+is one line of error."""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ class ChatTemplate:
 
 
 class Worker:
-    """The process that renders, begun with the first request and again after one that it did not survive."""
+    """The process that renders, started with the first request and restarted after one that ended it."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -99,7 +101,7 @@ class Worker:
                 except OSError:  # what was still to be written
                     continue
         try:
-            return process.wait(timeout=0.5)  # it may be ending by itself
+            return process.wait(timeout=0.5)  # it may be about to end
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()
@@ -111,7 +113,7 @@ atexit.register(worker.stop)
 
 def chatml(default_system: str = "") -> str:
     """The project's ChatML template (Jinja), with generation markers around what the assistant has to learn: each
-    answer and the `<|im_end|>` behind it. `default_system` is put first where the messages begin with no system one."""
+    answer and its `<|im_end|>`. `default_system` precedes messages that do not begin with a system message."""
     first = ""
     if default_system:
         turn = json.dumps(f"<|im_start|>system\n{default_system}<|im_end|>\n", ensure_ascii=False)
@@ -139,7 +141,7 @@ def same_text(one: str, other: str) -> bool:
 
 
 def with_markers(template: str | None) -> str | None:
-    """Our template in place of SmolLM's own, which is recognized by its default system message and its ChatML."""
+    """Our template in place of SmolLM's, recognized by its default system message, if both render the same text."""
     if template is None or SMOLLM_SYSTEM not in template:
         return template
     ours = chatml(SMOLLM_SYSTEM)

@@ -136,7 +136,7 @@ def stop_ids(model: Llama | GPT, tokenizer: Tokenizer) -> set[int]:
     return {i for i in found if i is not None}
 
 
-def said(tokenizer: Tokenizer, ids: Sequence[int], stops: Iterable[int]) -> str:
+def answer_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Iterable[int]) -> str:
     """The text of an answer, without the token that ended it."""
     ended = bool(ids) and ids[-1] in set(stops)
     return tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)

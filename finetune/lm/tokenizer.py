@@ -29,8 +29,8 @@ class Tokenizer:
     """Text ↔ ids. `bos_id`, `eos_id`, `pad_id` are None where the model has no such token.
 
     `backend` is the `tokenizers.Tokenizer`; `chat_template` a Jinja template, or None; `others` further special tokens
-    that templates name (`unk_token`, …). `cut`: an expression behind whose matches a text may be cut without another id
-    (`CUT` for GPT-2's pre-tokenizer), so that a long one is encoded in pieces, for a tenth of the memory.
+    that templates name (`unk_token`, …). `cut`: an expression after whose matches a text may be cut without changing
+    its ids (`CUT` for GPT-2's pre-tokenizer), so that a long text is encoded in pieces, with a tenth of the memory.
     """
 
     def __init__(
@@ -78,18 +78,19 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of ids. One without a token (a model's table often has more rows than there are tokens) writes
-        nothing; UserError for what is no id at all."""
+        nothing; UserError for a number that is not an id."""
         for token in ids:
             if not 0 <= token < 1 << 32:
-                raise UserError(f"{token} is no token's number: they are 0 or more")
+                raise UserError(f"{token} is not a token id: ids are 0 or more")
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
         """(ids, mask) of a conversation [{"role": …, "content": …}, …]; mask[i] is 1 for the tokens that the assistant
         has to produce: its answers and the end token of each, but for those whose message has the weight 0.
 
-        Which they are, the template's generation markers say. Without markers an answer is what the text with it has
-        more than the text that asks for it. UserError if that is not so, or if the template omits part of a message.
+        The template's generation markers tell which they are. Without markers an answer is what the text with it has in
+        addition to the text that prompts for it. UserError if that does not hold, or if the template omits part of a
+        message.
         """
         text, spans = self.render_text(messages, add_generation_prompt)
         if not add_generation_prompt:
@@ -132,7 +133,7 @@ class Tokenizer:
         )
 
     def turns(self, messages: Sequence[Message], text: str) -> dict[int, Span]:
-        """For each message of the assistant the characters that it adds to the text that asks for it."""
+        """For each message of the assistant the characters that it adds to the text that prompts for it."""
         plain, context = parted(messages)
         ends = tuple(token.content for token in self.backend.get_added_tokens_decoder().values())
         found = {}
@@ -226,7 +227,7 @@ class Tokenizer:
 
 
 def parted(messages: Sequence[Message]) -> tuple[list[Message], dict[str, Any]]:
-    """The messages by themselves, and what the first one holds for all of them."""
+    """The messages without what the first one holds for the whole conversation, and that."""
     context = {key: messages[0][key] for key in CONTEXT if messages and key in messages[0]}
     return [{k: v for k, v in message.items() if k not in context} for message in messages], context
 

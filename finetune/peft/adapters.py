@@ -1,5 +1,5 @@
-"""Adapter folders in peft's format, both ways: LoRA, rsLoRA, DoRA, PiSSA (finetune/peft/lora.py), prompts and prefixes
-(finetune/peft/virtual_tokens.py). A folder holds adapter_config.json and adapter_model.safetensors."""
+"""Adapter folders in peft's format, read and written: LoRA, rsLoRA, DoRA, PiSSA (finetune/peft/lora.py), prompts and
+prefixes (finetune/peft/virtual_tokens.py). A folder holds adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
 
 class LoRAConfig(msgspec.Struct):
-    """What is read of adapter_config.json, in addition to what must have one value (`UNSUPPORTED`)."""
+    """The keys of adapter_config.json that are read; for those of `UNSUPPORTED` only some values are accepted."""
 
     r: Rank
     lora_alpha: reading.Positive
@@ -149,7 +149,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     known = linear_layers(model)
     for at in targets:
         if at not in known:
-            raise UserError(f"{folder}: the adapter is for a layer {at}, which this model has not")
+            raise UserError(f"{folder}: the adapter is for a layer {at}, which this model does not have")
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     ranks = {at: first_fit(ranks, hf_module(at), rank) for at in targets}
     for at in targets:  # before anything of that size is made

@@ -1,4 +1,4 @@
-"""LoRA and its kin on frozen linear layers: y = x Wᵀ + s (x Aᵀ) Bᵀ with A (r, in), B (out, r).
+"""LoRA and its variants on frozen linear layers: y = x Wᵀ + s (x Aᵀ) Bᵀ with A (r, in), B (out, r).
 
     LoRA    s = alpha / r, A uniform, B = 0                        Hu et al. 2021, arXiv:2106.09685
     rsLoRA  s = alpha / √r, so that a larger r does not shrink it  Kalajdzievski 2023, arXiv:2312.03732
@@ -34,8 +34,8 @@ Term = tuple[Tensor, Tensor, float]  # A, B, s
 
 
 class LoRAFunction(torch.autograd.Function):
-    """x Wᵀ + Σ s (x Aᵀ) Bᵀ over adapters, saving x, and x Aᵀ where B learns (autograd would also keep what it adds).
-    `base.weight` is asked for in both passes and not kept: of a quantized layer it is a dense copy.
+    """x Wᵀ + Σ s (x Aᵀ) Bᵀ over adapters, saving x, and x Aᵀ where B is trained (autograd would also keep the terms).
+    `base.weight` is read in both passes and not kept: of a quantized layer it is a dense copy.
 
     With g the gradient of y and h = s · g B:   dx = g W + Σ h A,   dA = hᵀ x,   dB = s · gᵀ (x Aᵀ).
     """
@@ -168,10 +168,11 @@ class LoRALinear(nn.Module):
         self.active = dict.fromkeys(parts, 1.0)
 
     def terms(self) -> list[Term]:
-        """Of all active adapters, each s times the adapter's weight."""
+        """The terms of all active adapters, each s multiplied by the adapter's weight."""
         return [(a, b, w * s) for name, w in self.active.items() for a, b, s in self.part(name).terms()]
 
     def part(self, name: str) -> LoRA:
+        """The adapter of this name."""
         part = self.parts[name]
         assert isinstance(part, LoRA)
         return part
@@ -190,16 +191,17 @@ class LoRALinear(nn.Module):
         return y if factor is None else (y * factor).to(x.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
+        """The forward pass with dropout, on autograd."""
         y = self.base(x).float()
         for name, weight in self.active.items():
             part = self.part(name)
-            inputs = F.dropout(x, part.dropout).float(), x.float()  # PiSSA takes off what it started from whole
+            inputs = F.dropout(x, part.dropout).float(), x.float()  # PiSSA subtracts its start without dropout
             for (a, b, scale), given in zip(part.terms(), inputs, strict=False):
                 y = y + weight * scale * F.linear(F.linear(given, a), b)
         return y.to(x.dtype)
 
     def factor(self) -> Tensor | None:
-        """DoRA's, if the active adapter is one: it is the only one then (`activate`)."""
+        """DoRA's factor, if the active adapter is DoRA: it is then the only one (`activate`)."""
         part = self.part(next(iter(self.active))) if self.active else None
         if part is None or part.magnitude is None:
             return None
@@ -234,8 +236,8 @@ def apply_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> list[nn.Parameter]:
-    """Freezes `model`, gives every linear layer that a target names the adapter `name`, and makes it the active one;
-    its parameters.
+    """Freezes `model`, adds the adapter `name` to every linear layer that a target names, and makes it the
+    active one; returns its parameters.
 
     Targets, and the keys of `rank_pattern` and `alpha_pattern`, are regular expressions for the end of a layer's name,
     beginning at a dot: `q`, `attn.q`, `blocks.[01].mlp.(up|down)`. Of several patterns the first that fits counts.
@@ -271,14 +273,15 @@ def apply_lora(
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Is there an ending of the name, beginning at a dot, that the regular expression matches as a whole?"""
+    """Whether the regular expression matches an ending of the name that begins at a dot."""
     try:
         return bool(re.fullmatch(rf"(.*\.)?({pattern})", name))
     except re.error as error:
-        raise UserError(f"'{pattern}' is no regular expression: {error}") from None
+        raise UserError(f"'{pattern}' is not a regular expression: {error}") from None
 
 
 def first_fit(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that fits the name."""
     return next((value for pattern, value in patterns.items() if fits(pattern, name)), default)
 
 
@@ -304,13 +307,14 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replaces the module of this name."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, module)
 
 
 def activate(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Switches: these adapters count, each times its weight, and no others; {} is the base model. UserError for an
-    unknown name, and for DoRA beside another or with a weight: it is no sum of W and something."""
+    unknown name, and for DoRA with another adapter or with a weight: it is not a sum of W and a change."""
     layers = list(adapters(model))
     known = {name for _, layer in layers for name in layer.parts}
     for name in weights:
@@ -341,8 +345,8 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
 
 
 def merge(model: nn.Module, keep: bool = False) -> None:
-    """Puts a plain layer of W and the active adapters in the place of every adapted one. With `keep` the adapted layers
-    are remembered for `unmerge`: taking the sum apart again would leave W rounded, and of codes there is no sum."""
+    """Replaces every adapted layer by a plain one of W and the active adapters. With `keep` the adapted layers are
+    remembered for `unmerge`: subtracting the adapters again would leave W rounded, and quantized codes have no sum."""
     for name, layer in list(adapters(model)):
         linear = layer.merged()
         if keep:

@@ -5,8 +5,8 @@ int8 by rows (Dettmers et al. 2022, arXiv:2208.07339, without its outlier column
     twice: absmax ≈ map[code] · absmax of 256 of them + their mean      4 bits + 8 / 64 + 32 / (64 · 256) = 4.127
     int8:  w ≈ code · absmax of its row / 127                           8 bits + 32 / in
 
-Codes and scales are bitsandbytes', bit for bit. A layer widens its weight when it needs it, in the forward and again in
-the backward pass, and lets it go: at most one layer's weight is dense at a time.
+Codes and scales are bitsandbytes', bit for bit. A layer dequantizes its weight in the forward and again in the
+backward pass, and drops it: at most one layer's weight is dense at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from finetune.ops.adamw8bit import dynamic_map
 
-BLOCK, MAXIMA = 64, 256  # weights with one absmax; absmax with one of their own
+BLOCK, MAXIMA = 64, 256  # weights that share an absmax; absmax that share one when quantized again
 Format = Literal["nf4", "nf4_double", "int8"]
 
 # The 16 quantiles of N(0, 1), scaled to [-1, 1] and with an exact 0 (paper, appendix E).
@@ -64,6 +64,7 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def double_dequantize(codes: Tensor, maxima: Tensor, offset: Tensor) -> Tensor:
+    """The absmax (fp32) of `double_quantize`'s result."""
     values = dynamic_map(True).to(codes.device)[codes.int()]
     return values * maxima.repeat_interleave(MAXIMA)[: len(codes)] + offset
 
@@ -75,7 +76,7 @@ def int8_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x Wᵀ with a weight that is not kept: dx = g W, with W widened anew."""
+    """x Wᵀ with a weight that is not kept: dx = g W, with W dequantized again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
@@ -92,12 +93,12 @@ class FrozenLinear(nn.Module):
 
     in_features: int
     out_features: int
-    dtype: torch.dtype  # what the weight was in, and what `weight` gives
+    dtype: torch.dtype  # of the original weight and of `weight`
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         if linear.bias is not None:
-            raise ValueError(f"{type(self).__name__} takes linear layers without a bias")
+            raise ValueError(f"{type(self).__name__} replaces linear layers without a bias")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
 
@@ -111,6 +112,8 @@ class FrozenLinear(nn.Module):
 
 
 class NF4Linear(FrozenLinear):
+    """A frozen linear layer in NF4, with double quantization unless `double` is false."""
+
     codes: Tensor  # (out · in / 2,) uint8
     absmax: Tensor  # (blocks,) fp32, or uint8 codes with `double`
     maxima: Tensor  # (⌈blocks / 256⌉,) fp32
@@ -137,6 +140,8 @@ class NF4Linear(FrozenLinear):
 
 
 class Int8Linear(FrozenLinear):
+    """A frozen linear layer in int8 with one absmax a row."""
+
     codes: Tensor  # (out, in) int8
     absmax: Tensor  # (out,) fp32
 
@@ -152,8 +157,8 @@ class Int8Linear(FrozenLinear):
 
 
 def quantize_linears(model: nn.Module, format: Format, skip: tuple[str, ...] = ("head",)) -> None:
-    """Puts every linear layer of the model, in place, into `format`, but for those named in `skip`. Embeddings, norms
-    and the head stay what they are, as in QLoRA."""
+    """Quantizes every linear layer of the model in place, except those named in `skip`. Embeddings, norms and the head
+    are not quantized, as in QLoRA."""
     for name, linear in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]:
         if name in skip:
             continue

@@ -1,9 +1,9 @@
 """Trained context instead of trained weights: virtual tokens before every row, of a frozen Llama.
 
-    prompt tuning  P vectors in the place of the first tokens' embeddings   Lester et al. 2021, arXiv:2104.08691
+    prompt tuning  P vectors before the embeddings of each row's tokens     Lester et al. 2021, arXiv:2104.08691
     prefix tuning  P keys and values in every layer                         Li & Liang 2021, arXiv:2101.00190
 
-Both begin as what the model makes of P real tokens (`from_tokens`), which learns far sooner than a random start; so at
+Both start as what the model makes of P real tokens (`from_tokens`), which learns far sooner than a random start: at
 step 0 they are the model with those tokens before the row. The vectors are fp32 whatever the dtype of the model.
 """
 
@@ -17,7 +17,7 @@ from finetune.lm.llama import Llama
 
 
 class Prompt(nn.Module):
-    """`vectors` (P, C)."""
+    """Prompt tuning: `vectors` (P, C) before every row."""
 
     def __init__(self, vectors: Tensor) -> None:
         super().__init__()
@@ -49,7 +49,8 @@ class Prompt(nn.Module):
 
 
 class Prefix(nn.Module):
-    """`vectors` (P, 2 · layers · Hkv · D): for each token and layer its key, then its value, in peft's order."""
+    """Prefix tuning: `vectors` (P, 2 · layers · Hkv · D), for each token and layer its key, then its value, in peft's
+    order."""
 
     def __init__(self, vectors: Tensor) -> None:
         super().__init__()

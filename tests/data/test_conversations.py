@@ -59,7 +59,7 @@ def test_both_forms_of_rows(tmp_path):
         ({"messages": [USER, ASSISTANT | {"tool_calls": "f"}]}, "tool_calls of message 1 must be a list"),
         ({"messages": [USER, ASSISTANT | {"reasoning_content": 3}]}, "reasoning_content of message 1 must be a text"),
         ({"messages": [USER, ASSISTANT | {"function_call": {}}]}, "write it as 'tool_calls'"),
-        ({"messages": [USER | {"tools": []}, ASSISTANT]}, "put it beside 'messages'"),
+        ({"messages": [USER | {"tools": []}, ASSISTANT]}, "put it next to 'messages'"),
         ({"messages": [USER, ASSISTANT | {"name": "\ud800"}]}, "half of a surrogate pair"),
         (GOOD | {"tools": {}, "documents": 3}, "'documents' must be a list of objects"),
         (GOOD | {"tools": ["f"]}, "'tools' must be a list of objects"),

@@ -95,7 +95,7 @@ def test_tokenizer_there_and_back(tmp_path):
 
 def test_ends_of_turns_and_what_llama3_does(tmp_path):
     """add_bos_token, ignore_merges and eot are read; what is saved lists every end of a turn."""
-    from finetune.lm.generate import said, stop_ids
+    from finetune.lm.generate import answer_text, stop_ids
     from finetune.lm.tokenizer import Tokenizer
 
     tokenizer, model = Tokenizer.train([TEXT], 300), tiny()
@@ -120,8 +120,8 @@ def test_ends_of_turns_and_what_llama3_does(tmp_path):
     again = load.llama(tmp_path / "saved")
     assert again.generation_ids["eos_token_id"] == [2, 7, 8]
     assert load.tokenizer(tmp_path / "saved").encode(" hello") == [1, 299]
-    assert said(with_bos, [299, 7], {7}) == " hello"
-    assert said(with_bos, [299, 299], {7}) == " hello hello"
+    assert answer_text(with_bos, [299, 7], {7}) == " hello"
+    assert answer_text(with_bos, [299, 299], {7}) == " hello hello"
 
 
 @pytest.mark.parametrize(

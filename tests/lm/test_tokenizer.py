@@ -130,7 +130,7 @@ def test_errors(tmp_path, small):
         with pytest.raises(UserError, match=match):
             call(*args)
 
-    fails("-1 is no token's number", small.decode, [-1])
+    fails("-1 is not a token id", small.decode, [-1])
     assert small.decode([5, 400, 6]) == small.decode([5, 6])  # a model's table may have more rows than there are tokens
     fails("message 1 needs", small.render, [CHATS[0][0], {"role": "user"}])
     fails("message 0 needs", small.render, [{"role": "user", "content": None}])

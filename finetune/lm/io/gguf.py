@@ -1,6 +1,6 @@
 """GGUF files (the container of llama.cpp): weights dequantized in numpy, configuration of a Llama, special tokens.
 
-The container is read here too: gguf's own reader trusts the counts and offsets that a file gives. Layouts: ggml's
+The container is read here too: gguf's own reader trusts the counts and offsets in a file. Layouts: ggml's
 `ggml-common.h` (block_q4_0, block_q4_1, block_q8_0, block_q6_K).
 """
 
@@ -157,7 +157,7 @@ class Header(msgspec.Struct, rename=lambda name: f"llama.{name}"):
 
 
 class GGUFModel:
-    """An opened file of a Llama. UserError if it is missing, no GGUF, damaged, or of another architecture."""
+    """An opened file of a Llama. UserError if it is missing, not GGUF, damaged, or of another architecture."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -236,7 +236,7 @@ class GGUFModel:
 
     def token_ids(self) -> dict[str, int]:
         """bos_token_id, eos_token_id, unk_token_id and pad_token_id, as far as the file names them. A pad that is the
-        end token is left out: masking the padding would then mask every end, and a model so trained never stops."""
+        end token is omitted: masking the padding would mask every end, and a model so trained never stops."""
         found = {f"{key}_token_id": self.token_id(name) for key, name in TOKEN_KEYS.items()}
         if found["pad_token_id"] == found["eos_token_id"]:
             del found["pad_token_id"]
@@ -268,6 +268,8 @@ def decimal(value: float) -> float:
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """Where a tensor is in the file, and how it is stored."""
+
     kind: str  # ggml's name of the type
     shape: tuple[int, ...]  # rows first, as torch has it
     start: int  # byte of the file
@@ -280,7 +282,7 @@ MOST_HEADER = 1 << 30  # bytes before the weights
 
 
 class Damaged(ValueError):
-    pass
+    """The file contradicts itself."""
 
 
 class Bytes:
@@ -291,7 +293,7 @@ class Bytes:
 
     def take(self, count: int) -> bytes:
         if not 0 <= count <= len(self.data) - self.at or self.at + count > MOST_HEADER:
-            raise Damaged(f"{count} bytes are asked for at byte {self.at}, {len(self.data) - self.at} are left")
+            raise Damaged(f"{count} bytes are expected at byte {self.at}, {len(self.data) - self.at} are left")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -311,18 +313,18 @@ class Bytes:
         inner, count = self.number("I"), self.number("Q")
         if inner in SCALARS:
             width = struct.calcsize(f"<{SCALARS[inner]}")
-            if count > len(self.data):  # a format string of so many characters would be made first
+            if count > len(self.data):  # a format string of that length would be made first
                 raise Damaged(f"a list of {count} values")
             return list(struct.unpack(f"<{count}{SCALARS[inner]}", self.take(count * width)))
-        if count > len(self.data) - self.at:  # each takes a byte at least
+        if count > len(self.data) - self.at:  # each needs at least one byte
             raise Damaged(f"a list of {count} values")
         return [self.value(inner, depth + 1) for _ in range(count)]
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Metadata and tensors of a GGUF file. UserError if it is missing, no GGUF, cut short, or says what cannot be."""
+    """Metadata and tensors of a GGUF file. UserError if it is missing, not GGUF, cut short, or inconsistent."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist, or is no file")
+        raise UserError(f"{path} does not exist, or is not a file")
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -341,7 +343,7 @@ def parse(data: Bytes) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     if version not in (2, 3):
         raise Damaged(f"version {version}; 2 and 3 are read")
     metadata: dict[str, Any] = {}
-    for _ in range(pairs):  # each takes bytes, so that a wrong count ends at the file's end
+    for _ in range(pairs):  # each needs bytes, so that a wrong count ends at the file's end
         key = data.text()
         metadata[key] = data.value(data.number("I"))
     found = []

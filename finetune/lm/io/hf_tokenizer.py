@@ -74,7 +74,7 @@ def read(folder: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
     except UserError:
         raise
-    except BaseException as error:  # the library raises plain Exception, and panics of Rust are no Exception
+    except BaseException as error:  # the library raises plain Exception; panics of Rust are not even that
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         why = " ".join(str(error).split())[:200]

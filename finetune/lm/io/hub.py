@@ -105,7 +105,7 @@ def fetch_smollm2(console: Console | None = None) -> Path:
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir() / "smollm2.lock"):
-            if not intact(folder):  # another process may have done it meanwhile
+            if not intact(folder):  # another process may have done it in the meantime
                 prepare_smollm2(folder, console)
     except OSError as error:
         raise UserError(f"cannot write to the cache {cache_dir()} ({error}): free it or set FINETUNE_CACHE") from None

@@ -111,5 +111,5 @@ class AdapterConfig(msgspec.Struct):
 
 
 def adapter_base(folder: str | Path) -> str:
-    """The name of the base model that an adapter's folder gives; an empty string if it gives none."""
+    """The name of the base model in an adapter's folder; an empty string if there is none."""
     return reading.json_file(Path(folder) / ADAPTER_CONFIG, AdapterConfig).base_model_name_or_path or ""

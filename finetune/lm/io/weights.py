@@ -90,8 +90,8 @@ def fill(model: nn.Module, pairs: Iterable[tuple[str, Tensor]], dtype: torch.dty
     """Gives every parameter of `model` (built on the meta device) its tensor, as a contiguous copy in `dtype`.
 
     One tensor at a time, so the peak is the model plus its largest tensor. UserError on a missing, unexpected or
-    wrongly shaped tensor, one that does not hold floating-point numbers, and one with NaN or infinities; `source` names
-    the place in the message.
+    wrongly shaped tensor, one that does not hold floating-point numbers, and one with NaN or infinities; `source` is
+    named in the message.
     """
     missing = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, tensor in pairs:

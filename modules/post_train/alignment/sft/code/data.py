@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from finetune.data import conversations, packing, python_docs
 from finetune.data.conversations import Conversation
 from finetune.data.packing import Document
-from finetune.data.toy_directory import asked, deal
+from finetune.data.toy_directory import assign_numbers, questions
 from finetune.errors import UserError
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs.run import Run
@@ -90,7 +90,7 @@ def directory(seed: int) -> tuple[list[Conversation], list[Conversation]]:
     Some phrasings of a fact are held out, so answering them requires generalizing across phrasings.
     """
     rng = random.Random(seed)
-    rows = [row for what in ("floor", "door") for row in asked(what, deal(rng))]
+    rows = [row for what in ("floor", "door") for row in questions(what, assign_numbers(rng))]
     rng.shuffle(rows)
     return rows[HELD_OUT:], rows[:HELD_OUT]
 

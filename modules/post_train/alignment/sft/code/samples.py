@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from finetune.data import conversations
 from finetune.data.packing import Document
-from finetune.lm.generate import generate, said, stop_ids
+from finetune.lm.generate import answer_text, generate, stop_ids
 from finetune.lm.llama import Llama
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs.run import Run
@@ -48,4 +48,4 @@ def answers(model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], m
     model.eval()
     new = generate(model, prompts, min(max_new_tokens, room), stop_ids=stops)
     model.train()
-    return [said(tokenizer, ids, stops) for ids in new]
+    return [answer_text(tokenizer, ids, stops) for ids in new]

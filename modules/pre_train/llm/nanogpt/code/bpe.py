@@ -19,7 +19,7 @@ Pair = tuple[int, int]
 def train_merges(words: Counter[str], vocab: list[str], size: int) -> list[Pair]:
     """The merges, in order, until `vocab` (grown in place) has `size` tokens or no pair occurs twice.
 
-    words: how often each occurs, in the alphabet of `vocab`. What a merge changes is counted anew, nothing else.
+    words: how often each occurs, in the alphabet of `vocab`. Only what a merge changes is counted again.
     """
     ids = {token: i for i, token in enumerate(vocab)}
     spelled = [[ids[letter] for letter in word] for word in words]
