@@ -1,7 +1,7 @@
-"""Arrays out of an npz that somebody else wrote: plain numbers only, as many as the header says, in bounded memory.
+"""A reader of untrusted npz files: arrays of plain numbers, with bounds on file size and memory, without pickle.
 
-An npz is a zip of .npy members, each a short header (type, order, shape) and the numbers. Nothing is unpickled, and
-no more is decompressed than a header that was checked asks for.
+An npz is a zip of .npy members, each a short header (type, order, shape) and the numbers. The header is checked first,
+and no more is decompressed than it announces.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 from finetune.errors import UserError
 from finetune.runs import reading
 
-FILE = 1 << 30  # bytes of a file
-NUMBERS = 1 << 28  # in all arrays together: 1 GiB as float32
-HEADER = 4096  # bytes; those that numpy writes have 128
-MEMBERS = 100
+FILE = 1 << 30  # most bytes of a file
+NUMBERS = 1 << 28  # most numbers in all arrays together: 1 GiB as float32
+HEADER = 4096  # most bytes; numpy writes 128
+MEMBERS = 100  # most arrays of a file
 METHODS = {zipfile.ZIP_STORED: "none", zipfile.ZIP_DEFLATED: "deflate"}
 
 
 def read(path: Path, fields: Collection[str], numbers: int = NUMBERS) -> tuple[dict[str, NDArray[Any]], list[str]]:
-    """({name: array} of those `fields` that the file has, the names of the others). UserError if it is no such file, or
-    holds more than so many numbers."""
+    """({name: array} of those `fields` that the file has, names of its other arrays). UserError if it is not such a file
+    or holds more than `numbers` numbers."""
     data = reading.file_bytes(path, FILE)
     if data.startswith(b"\x93NUMPY"):
         raise UserError(f"{path} is one array: an npz of {', '.join(fields)} is needed (numpy.savez)")
@@ -87,7 +87,7 @@ def _header(stream: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any
     start = stream.read(12)
     version = start[6:8]
     if start[:6] != b"\x93NUMPY" or version not in (b"\x01\x00", b"\x02\x00"):
-        raise UserError(f"{name} is no array of numpy's")
+        raise UserError(f"{name} is not a numpy array")
     old = version[0] == 1
     length, before = int.from_bytes(start[8:10] if old else start[8:12], "little"), 10 if old else 12
     if length > HEADER:

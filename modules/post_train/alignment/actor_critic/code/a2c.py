@@ -94,10 +94,11 @@ class A2C:
         cfg, policy = self.cfg, self.model.policy
         params, values = self.model(rollout.observations)  # (T, N, P), (T, N)
         baseline = values.detach()
+        # (T, N) each; λ = 1: all rewards that are left in the rollout, then V
         advantages, returns = ops.gae(
             rollout.rewards, baseline, next_state_values(self.model, rollout, baseline),
             rollout.terminated, rollout.truncated, gamma=cfg.gamma, lam=1.0,
-        )  # fmt: skip  # (T, N) each; λ = 1: all rewards that are left, then V
+        )  # fmt: skip
         if cfg.shuffle:
             advantages = shuffled(advantages, rng)
         log_probs, entropies = policy.log_prob(params, rollout.actions), policy.entropy(params)  # (T, N)

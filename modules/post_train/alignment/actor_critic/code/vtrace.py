@@ -75,11 +75,11 @@ class VTrace:
         with torch.no_grad():
             old_params = self.behavior.distribution(rollout.observations)  # (T, N, P)
             log_ratios = log_probs - policy.log_prob(old_params, rollout.actions)  # log π/μ (T, N)
-        advantages, targets = estimators.vtrace(
+        advantages, targets = estimators.vtrace(  # (T, N) each
             rollout.rewards, baseline, next_state_values(self.model, rollout, baseline),
             rollout.terminated, rollout.truncated, log_ratios,
             gamma=cfg.gamma, rho_bar=cfg.rho_bar, c_bar=cfg.c_bar,
-        )  # fmt: skip  # (T, N) each
+        )  # fmt: skip
         if cfg.lag:
             self.past["parameters"][self.past["updates"] % cfg.lag] = flat(self.model)
         if cfg.shuffle:
