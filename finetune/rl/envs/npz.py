@@ -27,7 +27,7 @@ METHODS = {zipfile.ZIP_STORED: "none", zipfile.ZIP_DEFLATED: "deflate"}
 
 
 def read(path: Path, fields: Collection[str], numbers: int = NUMBERS) -> tuple[dict[str, NDArray[Any]], list[str]]:
-    """({name: array} of those `fields` that the file has, names of its other arrays). UserError if it is not such a file
+    """({name: array} of the `fields` that the file has, names of its other arrays). UserError if it is not an npz file
     or holds more than `numbers` numbers."""
     data = reading.file_bytes(path, FILE)
     if data.startswith(b"\x93NUMPY"):
