@@ -1,7 +1,6 @@
 """DQN of the td_learning module: losses equal to torchrl's and d3rlpy's, learners that do not mix, what is learned."""
 
 import copy
-import importlib
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from finetune.runs.run import execute
 
 INFO = registry.find("td_learning")
 main = registry.load(INFO)
-dqn = importlib.import_module("finetune_modules.td_learning.dqn")
+dqn = registry.part("td_learning", "dqn")
 
 
 def made(name, count=1, **settings):
@@ -96,7 +95,7 @@ def test_losses_of_dqn_are_d3rlpys(name, theirs):
     learner = getattr(d3rlpy.algos, f"{theirs}Config")(encoder_factory=encoder, gamma=0.9).create(device="cpu:0")
     learner.create_impl((4,), 2)
     impl = learner.impl
-    size = torch.tensor(dqn.SIZE)
+    size = torch.tensor(dqn.OBS_SCALE)
     for q, network in ((one.q, impl._modules.q_funcs[0]), (one.target, impl._modules.targ_q_funcs[0])):
         layers = [m for m in network.modules() if isinstance(m, torch.nn.Linear)]
         for i, (layer, weight, bias) in enumerate(zip(layers, q.weights, q.biases, strict=True)):
@@ -120,7 +119,7 @@ def test_weights_of_priorities_count_in_the_loss():
 
 @pytest.mark.parametrize("name", list(dqn.VARIANTS))
 def test_a_learner_learns_by_its_own_steps_only(name):
-    """Learner 0 beside another whose steps are changed, to the last bit; and each action is its own network's."""
+    """Learner 0 next to another whose steps are changed, to the last bit; and each action is its own network's."""
     after = []
     for change in (0.0, 1.0):
         one, batch = made(name, count=2, capacity=500)
@@ -129,9 +128,9 @@ def test_a_learner_learns_by_its_own_steps_only(name):
         rows = one.replay.add(Transitions(*columns))
         if one.priorities is not None:
             one.priorities.add(rows)
-        draw = torch.Generator().manual_seed(2)
+        rng = torch.Generator().manual_seed(2)
         for _ in range(30):
-            one.update(0.5, draw)
+            one.update(one.sample(rng), rng)
         after.append([p.detach().clone() for p in one.q.parameters()])
         assert any(not torch.equal(a, b) for a, b in zip(one.q.parameters(), one.target.parameters(), strict=True))
     for a, b in zip(*after, strict=True):
@@ -144,14 +143,90 @@ def test_a_learner_learns_by_its_own_steps_only(name):
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [21, 22, 23])
-def test_with_all_four_the_worst_of_three_learners_balances_the_pole(tmp_path, seed, monkeypatch):
+def test_with_all_four_the_worst_of_three_learners_balances_the_pole(tmp_path, seed):
     """The default of a run, without the other experiments."""
-    monkeypatch.setattr(main, "experiment", lambda *_: None)
-    monkeypatch.setattr(main, "in_short", lambda *_: {})
-    monkeypatch.setattr(main, "JUDGES", {})
-    monkeypatch.setattr(main, "compare", lambda *_: None)
-    monkeypatch.setattr(main.plots, "draw", lambda *_: None)
-    cfg = main.Config(seed=seed, threads=1, taxi_steps=1, variants="n_step,all", checkpoint_every=40)
-    metrics = execute(INFO, cfg, tmp_path / "run")["metrics"]
-    assert metrics["cartpole_worst"] >= 400
-    assert metrics["cartpole_n_step"] >= 250
+    cfg = main.Config(seed=seed, threads=1, experiment="dqn", variants="n_step,all", checkpoint_every=40)
+    checks = execute(INFO, cfg, tmp_path / "run")["checks"]
+    assert checks["cartpole_all_worst"]["value"] >= 400
+    assert checks["cartpole_n_step"]["value"] >= 250
+
+
+class Scaled(VectorEnv):
+    """CartPole whose rewards are multiplied."""
+
+    factor = 1.0
+
+    def collect(self, act, steps):
+        rollout = super().collect(act, steps)
+        rollout.rewards = self.factor * rollout.rewards
+        return rollout
+
+
+def trained(name, factor, steps, count=1):
+    torch.manual_seed(0)
+    envs = Scaled(environments.make("CartPole-v1", 4 * count), 0)
+    envs.factor = factor
+    one = dqn.DQN(dqn.VARIANTS[name], envs, count, dqn.Settings(every=4))
+    for part in range(8):
+        one.train(steps // 8, part / 8, (part + 1) / 8, 1.0, torch.Generator().manual_seed(part))
+    return one
+
+
+@pytest.mark.parametrize("name", list(dqn.VARIANTS))
+def test_the_unit_of_rewards_changes_no_bit(name):
+    plain, *others = (trained(name, factor, 1600) for factor in (1.0, 100.0, 0.01))
+    assert plain.updates > 100
+    for other in others:
+        for a, b in zip(plain.q.parameters(), other.q.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_larger_reward_rescales_what_is_in_the_replay_buffer():
+    """Rewards count as shares of the largest so far, old ones too."""
+    envs = VectorEnv(environments.make("CartPole-v1", 2), 0)
+    one = dqn.DQN(dqn.VARIANTS["dqn"], envs, 2, dqn.Settings())
+    for scale in (1.0, 4.0):
+        rollout = envs.collect(lambda x: torch.zeros(len(x), dtype=torch.int64), 3)
+        rollout.rewards = scale * rollout.rewards
+        one.remember(rollout)
+    assert torch.allclose(one.replay.rows.rewards[:6].mean(1), torch.tensor([0.025] * 3 + [0.1] * 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [100.0, 0.01])
+def test_dqn_learns_in_any_unit_of_reward(factor):
+    """A quarter of the way from random actions, 22, to the most, 500: the toy's target."""
+    one = trained("all", factor, 16_000)
+    envs = environments.make("CartPole-v1", 20)
+    assert one.evaluate(envs, range(20)).item() >= 22 + 0.25 * (500 - 22)
+
+
+@pytest.mark.parametrize("name", ["prioritized", "n_step"])
+def test_what_a_checkpoint_holds_is_the_whole_state(name):
+    """After two parts of a training, saved, and loaded into fresh learners: the next part is the same."""
+    one, other = trained(name, 1.0, 1600), trained(name, 1.0, 0)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for learner in (one, other):
+        learner.train(200, 0.5, 0.6, 1.0, torch.Generator().manual_seed(9))
+    assert one.updates == other.updates > 100
+    for a, b in zip(one.q.parameters(), other.q.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+def test_q_networks_are_separate_and_the_mean_of_a_dueling_q_is_its_value(dueling):
+    q, obs = dqn.QNetworks(3, 4, [8, 8], [1.0, 2.0], dueling), torch.randn(3, 5, 2)
+    got = q(obs)
+    assert got.shape == (3, 5, 4)
+    for k in range(3):
+        x = obs[k] / torch.tensor([1.0, 2.0])
+        for i, (weight, bias) in enumerate(zip(q.weights, q.biases, strict=True)):
+            x = (x.relu() if i else x) @ weight[k] + bias[k]
+        if dueling:
+            assert torch.allclose(got[k].mean(-1), x[:, 0], atol=1e-6)
+            assert torch.allclose(got[k] - got[k][:, :1], x[:, 1:] - x[:, 1:2], atol=1e-6)
+        else:
+            assert torch.allclose(got[k], x, atol=1e-6)
+    for gradient in torch.autograd.grad(got[1].sum(), list(q.parameters())):
+        assert not gradient[[0, 2]].any()
+        assert gradient[1].any()

@@ -17,7 +17,7 @@ from . import pomdp
 from .policy_iteration import improve, policy_iteration
 from .value_iteration import in_place, synchronous
 
-Stages = list[tuple[Array, Array]]  # of pomdp.solve
+Stages = list[pomdp.Stage]
 COLORS = {"value_iteration": "#1769aa", "in_place": "#2e7d32", "prioritized": "#b7791f", "modified": "#805ad5",
            "policy_iteration": "#c53030"}  # fmt: skip
 

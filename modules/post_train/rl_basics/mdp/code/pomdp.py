@@ -10,9 +10,12 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import MDP, Array
+
+Stage = tuple[Array, NDArray[np.intp]]  # α-vectors (K, S), and the first action (K,) of each plan
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def update(pomdp: POMDP, beliefs: Array, action: int) -> tuple[Array, Array]:
 # --- The value function
 
 
-def solve(pomdp: POMDP, horizon: int, margin: float = 1e-10) -> list[tuple[Array, Array]]:
+def solve(pomdp: POMDP, horizon: int, margin: float = 1e-10) -> list[Stage]:
     """Stages [Γ_1, …, Γ_horizon]: the useful α-vectors (K, S) with h steps to go, and the first action (K,) of each.
 
     Incremental pruning (Cassandra, Littman & Zhang 1997): the vectors of one observation, summed with those of the
@@ -53,7 +56,7 @@ def solve(pomdp: POMDP, horizon: int, margin: float = 1e-10) -> list[tuple[Array
     """
     mdp, (S, A) = pomdp.mdp, pomdp.mdp.size
     margin = margin * abs(mdp.R).max()
-    alphas, stages = np.zeros((1, S)), []
+    alphas, stages = np.zeros((1, S)), list[Stage]()
     for _ in range(horizon):
         vectors, actions = [], []
         for a in range(A):
@@ -131,17 +134,17 @@ def largest_gap(vector: Array, others: Array) -> tuple[Array, float]:
 # --- Acting on it
 
 
-def value(beliefs: Array, stage: tuple[Array, Array]) -> Array:
+def value(beliefs: Array, stage: Stage) -> Array:
     """V (…,) at beliefs (…, S)."""
     return (beliefs @ stage[0].T).max(-1)
 
 
-def optimal_action(beliefs: Array, stage: tuple[Array, Array]) -> Array:
+def optimal_action(beliefs: Array, stage: Stage) -> NDArray[np.intp]:
     """The first action (…,) of the optimal plan at beliefs (…, S)."""
     return stage[1][(beliefs @ stage[0].T).argmax(-1)]
 
 
-def qmdp(pomdp: POMDP, horizon: int) -> tuple[Array, Array]:
+def qmdp(pomdp: POMDP, horizon: int) -> Stage:
     """The QMDP approximation as a stage: α_a = Q_h(·, a) of the fully observed MDP (Littman, Cassandra & Kaelbling
     1995). An upper bound of V_h: it assumes the state is observed from the next step on, so it never gathers
     information."""
@@ -151,9 +154,7 @@ def qmdp(pomdp: POMDP, horizon: int) -> tuple[Array, Array]:
     return tables.action_values(pomdp.mdp, V).T, np.arange(pomdp.mdp.size[1])
 
 
-def simulate(
-    pomdp: POMDP, stages: list[tuple[Array, Array]], count: int, rng: np.random.Generator
-) -> tuple[Array, Array]:
+def simulate(pomdp: POMDP, stages: list[Stage], count: int, rng: np.random.Generator) -> tuple[Array, NDArray[np.intp]]:
     """Discounted returns (count,) over as many steps as there are stages, and the actions (steps, count). The state is
     drawn from mdp.start and hidden: the policy sees observations and updates a belief."""
     mdp = pomdp.mdp

@@ -1,11 +1,11 @@
-"""What TD(0) and Monte Carlo make of a fixed batch of episodes that they see again and again (sections 6.3, 6.4).
+"""Batch updating: TD(0) and Monte Carlo on a fixed batch of episodes, repeated until convergence (sections 6.3, 6.4).
 
-A sweep adds up the increments of all steps of the batch, and changes V after it. So a batch is as good as its counts:
+A sweep sums the increments of all steps of the batch and then applies them. It depends on the counts alone:
 
     TD(0)        V(s) += α (Σ R + γ Σ_s' C(s, s') V(s') − N(s) V(s))      → the values of the most likely Markov process
     Monte Carlo  V(s) += α (Σ G − N(s) V(s))                              → the mean of the returns
 
-`textbook.batch` sweeps over the episodes themselves; the tests hold the two equal.
+`textbook_more.batch` sweeps over the episodes themselves; the tests show the two equal.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ METHODS: tuple[Method, ...] = ("td", "mc")
 
 @dataclass
 class Counts:
-    """Of R batches: how often each state was left, for which, and what that paid."""
+    """Sufficient statistics of R batches."""
 
-    visits: Array  # (R, S)
-    after: Array  # (R, S, S); going to an end counts as going there
+    visits: Array  # (R, S) how often each state was left
+    transitions: Array  # (R, S, S) how often, for which next state
     rewards: Array  # (R, S) sum of R
     returns: Array  # (R, S) sum of G
 
@@ -39,11 +39,11 @@ class Counts:
         return cls(np.zeros(table), np.zeros((*table, states)), np.zeros(table), np.zeros(table))
 
     def add(self, stream: Stream, G: Array, episode: int) -> None:
-        """The steps of the episode of this number; G (T, R) is what `prediction.returns` has of each."""
+        """Adds the steps of one episode of every run. G (T, R): their returns, of `prediction.returns`."""
         t, run = np.nonzero(stream.live & (stream.episode == episode))
         state = stream.states[t, run]
         np.add.at(self.visits, (run, state), 1.0)
-        np.add.at(self.after, (run, state, stream.after[t, run]), 1.0)
+        np.add.at(self.transitions, (run, state, stream.next_states[t, run]), 1.0)
         np.add.at(self.rewards, (run, state), stream.rewards[t, run])
         np.add.at(self.returns, (run, state), G[t, run])
 
@@ -56,14 +56,14 @@ def converge(
     method: Method,
     *,
     tolerance: float = 1e-6,
-    most: int = 100_000,
+    max_sweeps: int = 100_000,
 ) -> Array:
-    """Sweeps from V (R, S) until none moves a value by more than `tolerance` · α. The step is α over the visits of the
-    state that has the most, with which it converges for every α up to 1."""
+    """Sweeps from V (R, S) until no value changes by more than `tolerance` · α. The step size is α divided by the
+    visits of the most visited state, which converges for every α up to 1."""
     V, step = V.copy(), alpha / counts.visits.max(1, keepdims=True).clip(1)
-    for _ in range(most):
+    for _ in range(max_sweeps):
         if method == "td":
-            targets = counts.rewards + gamma * (counts.after @ V[:, :, None])[:, :, 0]
+            targets = counts.rewards + gamma * (counts.transitions @ V[:, :, None])[:, :, 0]
         else:
             targets = counts.returns
         change = step * (targets - counts.visits * V)
@@ -74,18 +74,18 @@ def converge(
 
 
 def certainty_equivalence(counts: Counts, run: int, gamma: float) -> Array:
-    """The exact values (S,) of the Markov reward process under which the batch is most likely: every transition as
-    probable as it was frequent. States that were never left are worth 0."""
+    """The exact values (S,) of the maximum-likelihood Markov reward process of a batch, whose transition probabilities
+    are the observed frequencies. States that were never left have value 0."""
     visits = counts.visits[run][:, None]
-    P = np.where(visits > 0, counts.after[run] / visits.clip(1), np.eye(len(visits)))
+    P = np.where(visits > 0, counts.transitions[run] / visits.clip(1), np.eye(len(visits)))
     model = tables.make(P[:, None], counts.rewards[run][:, None] / visits.clip(1), gamma, terminal=visits[:, 0] == 0)
     return tables.solve(model, tables.uniform(model))
 
 
 def predictor() -> Stream:
-    """Example 6.4 as one run of eight episodes: A leads once to B for nothing; B ends six times with 1, twice with 0.
-    States: A, B, the end."""
+    """The batch of Example 6.4, eight episodes: A leads once to B with reward 0; B ends six times with 1, twice with 0.
+    States: A, B, terminal."""
     steps = [(0, 1, 0.0), (1, 2, 0.0), *[(1, 2, 1.0)] * 6, (1, 2, 0.0)]
-    states, after, rewards = (np.array(column)[:, None] for column in zip(*steps, strict=True))
-    ends = after == 2
-    return Stream(states, after, rewards, ends, np.ones_like(ends), ends.cumsum(0) - ends)
+    states, next_states, rewards = (np.array(column)[:, None] for column in zip(*steps, strict=True))
+    ends = next_states == 2
+    return Stream(states, next_states, rewards, ends, np.ones_like(ends), ends.cumsum(0) - ends)

@@ -1,53 +1,34 @@
-"""The module's pictures: the book's figures with bands of two standard errors over runs."""
+"""Pictures of a run: the book's figures with bands of two standard errors over runs."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.rl.envs.rollout import numpy_generator
 from finetune.rl.tabular import worlds
-from finetune.rl.tabular.mdp import Array, one_hot
+from finetune.rl.tabular.mdp import MDP, Array, one_hot
 from finetune.rl.tabular.plots import value_map
 from finetune.runs.plots import INK, figure, save
+from finetune.runs.run import Run
 
-from . import control, dqn, experiments, linear
-from .experiments import (
-    ACTING,
-    ALPHAS,
-    BIAS_KINDS,
-    CAR_ALPHAS,
-    EPISODES,
-    LAMBDA,
-    LAMBDAS,
-    LOOPS,
-    MC_ALPHAS,
-    METHODS,
-    SEVERAL,
-    STEPS,
-    TD_ALPHAS,
-    Totals,
-)
+from . import control, figures_prediction, mountain_car
+from .dqn import VARIANTS
+from .experiments import Totals
+from .figures_control import BAIRD_STEPS, BIAS_KINDS, CAR_ALPHAS, CLIFF_KINDS, LAMBDA, METHODS, N_STEPS
+from .figures_prediction import ALPHAS, EPISODES, LAMBDAS, LOOPS, MC_ALPHAS, STEPS, TD_ALPHAS, TRACES
 
 BLUE, GREEN, AMBER, RED, VIOLET = "#1769aa", "#2e7d32", "#b7791f", "#c53030", "#805ad5"
 NAMES = {"sarsa": "SARSA", "expected_sarsa": "expected SARSA", "q_learning": "Q-learning", "double_q": "double Q",
-         "tree_backup": f"{SEVERAL}-step tree backup, σ = 0", "q_sigma": f"{SEVERAL}-step Q(σ), σ = 0.5",
-         "n_step_sarsa": f"{SEVERAL}-step SARSA, σ = 1", "sarsa_lambda": f"SARSA(λ), λ = {LAMBDA:g}",
+         "tree_backup": f"{N_STEPS}-step tree backup, σ = 0", "q_sigma": f"{N_STEPS}-step Q(σ), σ = 0.5",
+         "n_step_sarsa": f"{N_STEPS}-step SARSA, σ = 1", "sarsa_lambda": f"SARSA(λ), λ = {LAMBDA:g}",
          "q_lambda": f"Watkins' Q(λ), λ = {LAMBDA:g}"}  # fmt: skip
-COLOURS = {"sarsa": BLUE, "expected_sarsa": GREEN, "q_learning": RED, "double_q": VIOLET, "tree_backup": GREEN,
+COLORS = {"sarsa": BLUE, "expected_sarsa": GREEN, "q_learning": RED, "double_q": VIOLET, "tree_backup": GREEN,
            "q_sigma": AMBER, "n_step_sarsa": BLUE, "sarsa_lambda": VIOLET, "q_lambda": RED}  # fmt: skip
 
 
-def draw(run, totals: Totals, done: Sequence[str]) -> None:
-    """The pictures of the experiments that were run."""
-    every = {"five_states": five_states, "nineteen_states": by_rate, "cliff": cliff, "bias": bias, "car": car,
-             "baird": baird, "batch": batch, "importance": importance}  # fmt: skip
-    for name in done:
-        every[name](run, totals)
-
-
-def band(ax: Any, x: Array, mean: Array, error: Array, color: Any, label: str, **style: Any) -> None:
+def band(ax: Any, x: NDArray[Any], mean: Array, error: Array, color: Any, label: str, **style: Any) -> None:
     ax.plot(x, mean, color=color, label=label, **{"linewidth": 1.7, **style})
     ax.fill_between(x, mean - 2 * error, mean + 2 * error, color=color, alpha=0.18, linewidth=0)
 
@@ -65,7 +46,7 @@ def titled(ax: Any, title: str, x: str, y: str) -> None:
     ax.set_ylabel(y, color=INK)
 
 
-def five_states(run, totals: Totals) -> None:
+def five_states(run: Run, totals: Totals) -> None:
     """random_walk.png, Example 6.2."""
     made, (left, right) = figure(12.5, 4.8, 1, 2)
     x = np.arange(1, 101)
@@ -88,7 +69,7 @@ def five_states(run, totals: Totals) -> None:
     save(made, run.dir / "random_walk.png")
 
 
-def by_rate(run, totals: Totals) -> None:
+def nineteen_states(run: Run, totals: Totals) -> None:
     """n_step.png, Figure 7.2; lambda.png, Figure 12.6 with the other traces."""
     made, (left, right) = figure(12, 4.8, 1, 2)
     mean, error = totals.mean("7.2"), totals.error("7.2")
@@ -107,9 +88,9 @@ def by_rate(run, totals: Totals) -> None:
     titled(right, "at the best α: between TD(0) and Monte Carlo", "n", "RMS error")
     save(made, run.dir / "n_step.png")
 
-    made, axes = figure(15, 4.6, 1, len(experiments.TRACES))
+    made, axes = figure(15, 4.6, 1, len(TRACES))
     titles = ("accumulating (Figure 12.6)", "replacing", "dutch", "true online TD(λ)")
-    for ax, trace, title in zip(axes, experiments.TRACES, titles, strict=True):
+    for ax, trace, title in zip(axes, TRACES, titles, strict=True):
         mean, error = totals.mean(f"12.6 {trace}"), totals.error(f"12.6 {trace}")
         for k, color in enumerate(shades("viridis", len(LAMBDAS))):
             shown = mean[k] < 1.5
@@ -120,7 +101,7 @@ def by_rate(run, totals: Totals) -> None:
     save(made, run.dir / "lambda.png")
 
 
-def cliff(run, totals: Totals) -> None:
+def cliff(run: Run, totals: Totals) -> None:
     """cliff.png, Example 6.6: returns while learning; the greedy paths of SARSA and Q-learning."""
     from matplotlib.figure import Figure
 
@@ -128,14 +109,14 @@ def cliff(run, totals: Totals) -> None:
     axes = made.subplot_mosaic([["one", "q_learning"], ["several", "sarsa"]], width_ratios=[1, 1.25])
     mean, error = totals.mean("6.6"), totals.error("6.6")
     titles = {"one": "Example 6.6: cliff walking, ε = 0.1, α = 0.5", "several": "several steps at once, and traces"}
-    for name, kinds in (("one", control.KINDS), ("several", ACTING[len(control.KINDS) :])):
+    for name, kinds in (("one", control.KINDS), ("several", CLIFF_KINDS[len(control.KINDS) :])):
         ax = axes[name]
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(True, color="#e4e7eb", linewidth=0.7)
         for kind in kinds:
-            k = ACTING.index(kind)
-            x, y, e = smooth(mean[k]), smooth(mean[k], mean[k]), smooth(mean[k], error[k])
-            band(ax, x, y, e / 3, COLOURS[kind], NAMES[kind])  # means of about ten episodes
+            k = CLIFF_KINDS.index(kind)
+            x, y, e = smooth(np.arange(1.0, len(mean[k]) + 1)), smooth(mean[k]), smooth(error[k])
+            band(ax, x, y, e / 3, COLORS[kind], NAMES[kind])  # means of about ten episodes
         ax.set_ylim(-100, -10)
         ax.legend(fontsize=9, frameon=False, loc="lower right")
         titled(ax, titles[name], "episodes", "sum of rewards of an episode")
@@ -149,30 +130,31 @@ def cliff(run, totals: Totals) -> None:
     save(made, run.dir / "cliff.png")
 
 
-def smooth(like: Array, values: Array | None = None, width: int = 10) -> Array:
-    """Means of `width` neighbors; without values, of the episode numbers 1, 2, …"""
-    values = np.arange(1, len(like) + 1) if values is None else values
+def smooth(values: Array, width: int = 10) -> Array:
+    """Moving average over `width` neighbors."""
     width = min(width, len(values))
     return np.convolve(values, np.ones(width) / width, mode="valid")
 
 
-def path(world: Any, policy: Array) -> tuple[list[int], list[int]]:
-    """Columns and rows of the cells from the start, until the end or a cell comes again."""
+def path(world: MDP, policy: Array) -> tuple[list[int], list[int]]:
+    """Columns and rows of the cells from the start to the end, or until a cell recurs."""
     state, seen = int(world.start.argmax()), []
     while state not in seen:
         seen.append(state)
         if world.terminal[state]:
             break
         state = int(world.P[state, policy[state].argmax()].argmax())
-    return [s % world.shape[1] for s in seen], [s // world.shape[1] for s in seen]
+    assert world.shape is not None
+    columns = world.shape[1]
+    return [s % columns for s in seen], [s // columns for s in seen]
 
 
-def bias(run, totals: Totals) -> None:
+def bias(run: Run, totals: Totals) -> None:
     """bias.png, Example 6.7."""
     made, (ax,) = figure(8, 4.6)
     mean, error = 100 * totals.mean("6.7"), 100 * totals.error("6.7")
     for k, kind in enumerate(BIAS_KINDS):
-        band(ax, np.arange(1, mean.shape[1] + 1), mean[k], error[k], COLOURS[kind], NAMES[kind])
+        band(ax, np.arange(1, mean.shape[1] + 1), mean[k], error[k], COLORS[kind], NAMES[kind])
     ax.axhline(5, color=INK, linestyle="--", linewidth=1.2, label="optimal: ε/2")
     ax.set_ylim(0, 100)
     ax.legend(fontsize=9, frameon=False)
@@ -180,7 +162,7 @@ def bias(run, totals: Totals) -> None:
     save(made, run.dir / "bias.png")
 
 
-def car(run, totals: Totals) -> None:
+def car(run: Run, totals: Totals) -> None:
     """mountain_car.png: Figures 10.1 and 10.2."""
     made, (left, right) = figure(12, 4.8, 1, 2)
     mean, error = totals.mean("car"), totals.error("car")
@@ -190,7 +172,7 @@ def car(run, totals: Totals) -> None:
     left.legend(fontsize=9, frameon=False)
     titled(left, "Mountain Car: semi-gradient SARSA, 8 tilings", "episodes", "steps to the goal")
     surface = totals.mean("car surface")
-    low, high = linear.LOW, linear.HIGH
+    low, high = mountain_car.LOW, mountain_car.HIGH
     image = right.imshow(
         surface, origin="lower", aspect="auto", cmap="magma", extent=[low[0], high[0], low[1], high[1]]
     )
@@ -202,10 +184,10 @@ def car(run, totals: Totals) -> None:
     save(made, run.dir / "mountain_car.png")
 
 
-def baird(run, totals: Totals) -> None:
+def baird(run: Run, totals: Totals) -> None:
     """baird.png, Figures 11.2 and 11.5."""
     made, axes = figure(16.5, 4.4, 1, 4)
-    x = np.arange(experiments.BAIRD_STEPS + 1)
+    x = np.arange(BAIRD_STEPS + 1)
     titles = {"td": "semi-gradient TD, α = 0.01: diverges", "tdc": "TDC, α = 0.005, β = 0.05", "gtd2": "GTD2, the same"}
     for ax, (method, title) in zip(axes, titles.items(), strict=False):
         mean, error = totals.mean(f"baird {method} weights"), totals.error(f"baird {method} weights")
@@ -222,14 +204,14 @@ def baird(run, totals: Totals) -> None:
     save(made, run.dir / "baird.png")
 
 
-def positive(ax: Any, x: Array, mean: Array, error: Array, color: Any, label: str) -> None:
-    """A band on a logarithmic axis, which cannot show where it would reach below 0."""
+def positive(ax: Any, x: NDArray[Any], mean: Array, error: Array, color: Any, label: str) -> None:
+    """A band on a logarithmic axis, cut off where it would reach below 0."""
     ax.set_yscale("log")
     ax.plot(x, mean, color=color, linewidth=1.7, label=label)
     ax.fill_between(x, (mean - 2 * error).clip(mean / 20), mean + 2 * error, color=color, alpha=0.18, linewidth=0)
 
 
-def batch(run, totals: Totals) -> None:
+def batch(run: Run, totals: Totals) -> None:
     """batch.png: Figure 6.2 and Example 6.4."""
     made, (left, right) = figure(12, 4.6, 1, 2)
     x = np.arange(1, 101)
@@ -250,7 +232,7 @@ def batch(run, totals: Totals) -> None:
     save(made, run.dir / "batch.png")
 
 
-def importance(run, totals: Totals) -> None:
+def importance(run: Run, totals: Totals) -> None:
     """importance.png: Figures 5.3 and 5.4, and weights of each decision."""
     made, (left, middle, right) = figure(16, 4.6, 1, 3)
     shown = {"ordinary": GREEN, "weighted": RED, "per_decision": BLUE}
@@ -263,7 +245,7 @@ def importance(run, totals: Totals) -> None:
         ax.legend(fontsize=9, frameon=False)
     titled(left, "Figure 5.3: the value of a blackjack state", "episodes", "mean squared error")
     titled(right, "rewards at every step: a ratio for each", "episodes", "mean squared error")
-    for name, paths in experiments.loop_paths(numpy_generator(run, "paths")).items():
+    for name, paths in figures_prediction.loop_paths(numpy_generator(run, "paths")).items():
         for k, path in enumerate(paths):
             middle.plot(LOOPS, path, color=shown[name], linewidth=1.3, label="" if k else name, alpha=0.8)
     middle.set_xscale("log")
@@ -273,11 +255,11 @@ def importance(run, totals: Totals) -> None:
     save(made, run.dir / "importance.png")
 
 
-def poles(run, curves: dict[str, Tensor], each: int) -> None:
-    """dqn.png: what the greedy policies were worth, (times, learners) each: of every learner, and the mean with a band;
-    beside it that of the first, plain DQN."""
-    names = {"dqn": "DQN", "n_step": f"{dqn.VARIANTS['n_step'].n}-step", "all": "all four"}
-    colors = dict(zip(dqn.VARIANTS, (RED, AMBER, VIOLET, "#4a5568", BLUE, GREEN), strict=True))
+def dqn_curves(run: Run, curves: dict[str, Tensor], each: int) -> None:
+    """dqn.png: returns of the greedy policies (evaluations, learners) of each variant, their mean with a band, and the
+    mean of plain DQN for comparison."""
+    names = {"dqn": "DQN", "n_step": f"{VARIANTS['n_step'].n}-step", "all": "all four"}
+    colors = dict(zip(VARIANTS, (RED, AMBER, VIOLET, "#4a5568", BLUE, GREEN), strict=True))
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     made, axes = figure(1 + 4.4 * columns, 0.6 + 3.5 * rows, rows, columns)

@@ -1,7 +1,7 @@
-"""Learning the values of a given policy from episodes: Monte Carlo, TD(0), n-step TD, TD(λ) with four kinds of trace.
+"""Prediction, many runs in lockstep: Monte Carlo, n-step TD (n = 1: TD(0)), TD(λ) with four kinds of trace.
 
-Every function learns many tables at once, V (K, R, S): K settings, R independent runs, which all see the same episodes.
-`textbook.py` has each algorithm as the book prints it, for one table; the tests hold the two equal.
+Every function learns many tables at once, V (K, R, S): K settings, R independent runs; all settings see the same
+episodes. `textbook.py` has each algorithm as the book prints it, for one table; the tests show the two equal.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ Trace = Literal["accumulating", "replacing", "dutch", "true_online"]
 
 @dataclass
 class Stream:
-    """The first E episodes of each of R runs, end to end; runs that are through wait with live = False."""
+    """The first E episodes of each of R runs, one after the other. A run that is done waits with live = False."""
 
     states: NDArray[np.intp]  # (T, R)
-    after: NDArray[np.intp]  # (T, R) the next state
+    next_states: NDArray[np.intp]  # (T, R)
     rewards: Array  # (T, R)
     ends: NDArray[np.bool_]  # (T, R) the episode ends with this step
     live: NDArray[np.bool_]  # (T, R)
     episode: NDArray[np.intp]  # (T, R) its number
 
 
-def sample(mdp: MDP, runs: int, episodes: int, generator: np.random.Generator) -> Stream:
-    """Episodes under the uniform policy, which on the random walks is the only one."""
+def sample(mdp: MDP, runs: int, episodes: int, rng: np.random.Generator) -> Stream:
+    """Episodes under the uniform policy; the random walks have no other."""
     policy, first = uniform(mdp), mdp.start.cumsum()[None]
-    states = pick(first, generator.random(runs))
+    states = pick(first, rng.random(runs))
     parts: list[list[NDArray]] = []
     done = np.zeros(runs, np.intp)
     while (done < episodes).any():
-        chunk = sample_tabular(mdp, policy, 256, states, generator)
+        chunk = sample_tabular(mdp, policy, 256, states, rng)
         arrays = [x.numpy() for x in (chunk.observations, chunk.next_observations, chunk.rewards, chunk.terminated)]
         parts.append(arrays)
         done += arrays[3].sum(0)
-        states = np.where(arrays[3][-1], pick(first, generator.random(runs)), arrays[1][-1])
-    observed, after, rewards, ends = (np.concatenate([part[i] for part in parts]) for i in range(4))
+        states = np.where(arrays[3][-1], pick(first, rng.random(runs)), arrays[1][-1])
+    observed, next_states, rewards, ends = (np.concatenate([part[i] for part in parts]) for i in range(4))
     episode = ends.cumsum(0) - ends
     live = episode < episodes
     length = int(live.any(1).sum())
-    return Stream(*(x[:length] for x in (observed, after, rewards, ends & live, live, episode)))
+    return Stream(*(x[:length] for x in (observed, next_states, rewards, ends & live, live, episode)))
 
 
 class Record:
@@ -65,8 +65,8 @@ class Record:
 
 
 def returns(stream: Stream, gamma: float, n: int | None = None) -> tuple[Array, NDArray[np.intp], Array]:
-    """Of each step: the discounted sum of the next n rewards (none: all to the episode's end), the state to bootstrap
-    from, and its factor γⁿ, which is 0 if the episode ends before."""
+    """n-step returns in three parts: the discounted sum of the next n rewards (None: of all rewards to the end of the
+    episode), the state to bootstrap from, and its factor γⁿ, 0 if the episode ends before."""
     T, _ = stream.rewards.shape
     total = np.zeros_like(stream.rewards)
     if n is None:
@@ -74,13 +74,13 @@ def returns(stream: Stream, gamma: float, n: int | None = None) -> tuple[Array, 
         for t in reversed(range(T)):
             running = stream.rewards[t] + gamma * np.where(stream.ends[t], 0.0, running)
             total[t] = running
-        return total, stream.after, np.zeros_like(total)
-    going = np.ones_like(stream.ends)  # has the episode of step t gone on until now?
-    boot = stream.after.copy()
+        return total, stream.next_states, np.zeros_like(total)
+    going = np.ones_like(stream.ends)  # does the episode of step t last until t + k?
+    boot = stream.next_states.copy()
     for k in range(min(n, T)):
         there = slice(0, T - k)
         total[there] += gamma**k * np.where(going[there], stream.rewards[k:], 0.0)
-        boot[there] = np.where(going[there], stream.after[k:], boot[there])
+        boot[there] = np.where(going[there], stream.next_states[k:], boot[there])
         going[there] &= ~stream.ends[k:]
         going[T - k :] = False
         if not going.any():
@@ -92,9 +92,9 @@ def returns(stream: Stream, gamma: float, n: int | None = None) -> tuple[Array, 
 def monte_carlo(
     mdp: MDP, stream: Stream, V0: Array, alphas: Array | None, truth: Array, *, first_visit: bool = False
 ) -> tuple[Array, Array]:
-    """V(s) moves by α towards the return of each visit, or of the first in an episode; α = 1/visits without alphas.
+    """V(s) ← V(s) + α (G − V(s)) at every visit, or at the first of an episode; α = 1/visits without alphas.
 
-    The target is no value, so it makes no difference that the book waits for the end of the episode.
+    The returns depend on no value, so updating before the end of the episode changes nothing.
     """
     G, _, _ = returns(stream, mdp.gamma)
     settings = 1 if alphas is None else len(alphas)
@@ -118,7 +118,7 @@ def n_step(
 ) -> tuple[Array, Array]:
     """n-step TD for K pairs of (n, α): V(S_t) moves towards R_{t+1} + … + γⁿ⁻¹ R_{t+n} + γⁿ V(S_{t+n}). n = 1 is TD(0).
 
-    Updates come in the order of t. The book makes that of t once S_{t+n} is known, by when those before have been made.
+    Updates are made in the order of t. The book updates S_t once S_{t+n} is known, after all earlier states: the same.
     """
     kinds, which = np.unique(n, return_inverse=True)
     G, boot, factor = (np.stack(x) for x in zip(*(returns(stream, mdp.gamma, int(k)) for k in kinds), strict=True))
@@ -139,17 +139,17 @@ def td_lambda(
     """TD(λ) for K pairs of (λ, α): every state is updated by α δ_t e(s), with a trace e that decays by γλ.
 
     The trace of S_t becomes e + 1 (accumulating), 1 (replacing) or (1 − α) e + 1 (dutch). True online TD(λ) (van Seijen
-    et al. 2016) has the dutch one and corrects for the values that have moved since the step before; it equals the
-    online λ-return algorithm exactly.
+    et al. 2016) uses the dutch trace and corrects for the change of V(S_t) in the last update; it equals the online
+    λ-return algorithm exactly.
     """
     V, record = _tables(V0, len(lambdas), stream), Record(mdp, truth, len(lambdas), stream)
     e, runs = np.zeros_like(V), np.arange(V.shape[1])
     a, decay = alphas[:, None], (mdp.gamma * lambdas)[:, None, None]
     old = np.zeros(V.shape[:2])  # the value that S_t had before the last update
-    with np.errstate(over="ignore", invalid="ignore"):  # settings that diverge are part of the picture
+    with np.errstate(over="ignore", invalid="ignore"):  # some settings diverge, as in the figure
         for t in range(len(stream.states)):
             s, live, ends = stream.states[t], stream.live[t], stream.ends[t]
-            here, after = V[:, runs, s], V[:, runs, stream.after[t]]
+            here, after = V[:, runs, s], V[:, runs, stream.next_states[t]]
             delta = stream.rewards[t] + mdp.gamma * np.where(ends, 0.0, after) - here  # (K, R)
             e *= decay
             if trace == "accumulating":
