@@ -263,25 +263,6 @@ def test_critics_are_separate_networks_and_broadcast():
     assert g[1].any()
 
 
-@pytest.mark.parametrize("dueling", [False, True])
-def test_q_networks_are_separate_and_the_mean_of_a_dueling_q_is_its_value(dueling):
-    q, seen = networks.QNetworks(3, 4, [8, 8], [1.0, 2.0], dueling), torch.randn(3, 5, 2)
-    got = q(seen)
-    assert got.shape == (3, 5, 4)
-    for k in range(3):
-        x = seen[k] / torch.tensor([1.0, 2.0])
-        for i, (weight, bias) in enumerate(zip(q.weights, q.biases, strict=True)):
-            x = (x.relu() if i else x) @ weight[k] + bias[k]
-        if dueling:
-            assert torch.allclose(got[k].mean(-1), x[:, 0], atol=1e-6)
-            assert torch.allclose(got[k] - got[k][:, :1], x[:, 1:] - x[:, 1:2], atol=1e-6)
-        else:
-            assert torch.allclose(got[k], x, atol=1e-6)
-    for gradient in torch.autograd.grad(got[1].sum(), list(q.parameters())):
-        assert not gradient[[0, 2]].any()
-        assert gradient[1].any()
-
-
 def test_polyak_is_the_weighted_mean():
     a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     wanted = 0.9 * a.weight + 0.1 * b.weight

@@ -241,30 +241,6 @@ class QNetwork(nn.Module):
         return self.net(observations)  # (N, A)
 
 
-class QNetworks(Ensemble):
-    """`count` independent networks of Q(s, ·), with or without a dueling head. obs_scale divides the observations."""
-
-    obs_scale: Tensor  # (D,)
-
-    def __init__(
-        self, count: int, actions: int, hidden: list[int], obs_scale: Tensor | list[float], dueling: bool = False
-    ) -> None:
-        super().__init__(count, [len(obs_scale), *hidden, actions + dueling])
-        self.register_buffer("obs_scale", torch.as_tensor(obs_scale), persistent=False)
-        self.dueling = dueling
-
-    def forward(self, observations: Tensor) -> Tensor:
-        """(count, N, D) → (count, N, A)"""
-        outputs = super().forward(observations / self.obs_scale)
-        return dueling_q(outputs) if self.dueling else outputs
-
-
-def dueling_q(outputs: Tensor) -> Tensor:
-    """Dueling head (Wang et al. 2016, arXiv:1511.06581): (…, 1 + A) → Q = V + advantages − their mean (…, A)."""
-    value, advantages = outputs[..., :1], outputs[..., 1:]
-    return value + advantages - advantages.mean(-1, keepdim=True)
-
-
 def greedy_policy(q: nn.Module) -> Act:
     """The policy that takes the action of the largest output."""
 

@@ -33,12 +33,6 @@ def gather_actions(values: Tensor, actions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def dqn_target(target: Tensor, rewards: Tensor, terminated: Tensor, gamma: float | Tensor) -> Tensor:
-    """r + γ max_a Q_target(s', a). target: Q_target(s', ·) (…, A)."""
-    return td_target(rewards, target.amax(-1), terminated, gamma)
-
-
-@torch.no_grad()
 def double_dqn_target(
     online: Tensor, target: Tensor, rewards: Tensor, terminated: Tensor, gamma: float | Tensor
 ) -> Tensor:
