@@ -47,10 +47,10 @@ def cliff(cfg: Config, totals: Totals, rng: np.random.Generator) -> None:
     totals.add("6.6", online, axis=1)
     totals.add("6.6 last", online[:, :, -100:].mean(2))
     totals.add("6.6 first", online[:, :, :50].mean(2))
-    tables = learners.Q.sum(0).reshape(-1, runs, *mdp.size)
-    tables[control.KINDS.index("double_q")] /= 2
-    totals.add("6.6 Q", tables, axis=1)
-    greedy = tables[control.KINDS.index("q_learning")].argmax(-1)
+    learned = learners.Q.sum(0).reshape(-1, runs, *mdp.size)
+    learned[control.KINDS.index("double_q")] /= 2
+    totals.add("6.6 Q", learned, axis=1)
+    greedy = learned[control.KINDS.index("q_learning")].argmax(-1)
     totals.add("6.6 path", np.array([truncated_value(mdp, actions, 100) for actions in greedy]))
 
 
