@@ -104,15 +104,15 @@ def test_a2cs_loss_and_gradient_are_torchrls():
     peer = A2CLoss(ProbabilisticTensorDictSequential(net, draw), value, critic_coeff=0.5, entropy_coeff=0.01,
                    loss_critic_type="l2")  # fmt: skip
     g = seeded()
-    seen, advantages, targets = (torch.randn(50, *shape, generator=g, dtype=torch.float64) for shape in ((3,), (), ()))
+    obs, advantages, targets = (torch.randn(50, *shape, generator=g, dtype=torch.float64) for shape in ((3,), (), ()))
     actions = torch.randint(4, (50,), generator=g)
     data = TensorDict(
-        {"observation": seen, "action": actions, "advantage": advantages[:, None], "value_target": targets[:, None]},
+        {"observation": obs, "action": actions, "advantage": advantages[:, None], "value_target": targets[:, None]},
         [50],
     )
     parts = peer(data)
     theirs = parts["loss_objective"] + parts["loss_critic"] + parts["loss_entropy"]
-    params, values = model(seen)
+    params, values = model(obs)
     weight = float(np.float32(0.01))  # as it is kept there
     given = model.policy.log_prob(params, actions), advantages, values, targets, model.policy.entropy(params)
     mine, _ = a2c.a2c_loss(*given, entropy_weight=weight)
@@ -161,12 +161,12 @@ def test_traces_without_decay_are_one_step_actor_critic():
 
 def test_vtrace_acts_with_the_policy_of_lag_updates_ago():
     one = new_agent("vtrace", lag=3, lr=0.01)
-    seen = [vtrace.flat(one.model)]
+    past = [vtrace.flat(one.model)]
     for _ in range(8):
         one.collect(seeded())
-        assert torch.equal(vtrace.flat(one.behavior), seen[max(0, len(seen) - 4)])
-        one.train_for(1, 1.0, seeded(len(seen)))
-        seen.append(vtrace.flat(one.model))
+        assert torch.equal(vtrace.flat(one.behavior), past[max(0, len(past) - 4)])
+        one.train_for(1, 1.0, seeded(len(past)))
+        past.append(vtrace.flat(one.model))
 
 
 def test_vtrace_without_a_lag_is_a2c():
@@ -260,8 +260,8 @@ def test_actions_are_sampled_again_from_the_state_on():
     g = seeded()
     envs = environments.make("CartPole-v1", 400)
 
-    def act(seen):
-        return torch.randint(2, seen.shape[:1], generator=g)
+    def act(obs):
+        return torch.randint(2, obs.shape[:1], generator=g)
 
     ((_, mean),) = critic_check.values_and_returns(envs, act, lambda s: s[:, 0], [5], 1.0, seeded(), latest=1)
     alone = environments.play(envs, act, [5] * 400).rewards.sum(0)
@@ -277,7 +277,7 @@ def test_a_soft_critic_is_compared_with_returns_and_their_entropy_bonus():
         act = lambda s: (s[:, 2] > 0).long()  # noqa: E731
         return critic_check.values_and_returns(envs, act, lambda s: s[:, 0], range(20), 0.9, seeded(), bonus=bonus)
 
-    plain, paid = pairs(None), pairs(lambda seen, _: torch.ones(seen.shape[:2]))
+    plain, paid = pairs(None), pairs(lambda obs, _: torch.ones(obs.shape[:2]))
     assert torch.allclose(paid[:, 1], 2 * plain[:, 1])
 
 

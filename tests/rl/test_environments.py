@@ -19,8 +19,8 @@ UNIT = Box(-1, 1, (3,), np.float32)
 class World(gymnasium.Env):
     """Ends after `length` steps; `gives` replaces parts of what a step returns, `begins` what a reset does."""
 
-    def __init__(self, seen=UNIT, taken=None, length=5, gives=None, begins=None):
-        self.observation_space, self.action_space = seen, taken or Discrete(2)
+    def __init__(self, obs=UNIT, taken=None, length=5, gives=None, begins=None):
+        self.observation_space, self.action_space = obs, taken or Discrete(2)
         self.length, self.gives, self.begins, self.taken = length, gives or {}, begins, []
 
     def observed(self):
@@ -56,8 +56,8 @@ def drawing(envs):
     g = torch.Generator().manual_seed(0)
     _, n, continuous = environments.sizes(envs[0])
     if continuous:
-        return lambda seen: 5 * torch.randn(len(seen), n, generator=g)
-    return lambda seen: torch.randint(n, (len(seen),), generator=g)
+        return lambda obs: 5 * torch.randn(len(obs), n, generator=g)
+    return lambda obs: torch.randint(n, (len(obs),), generator=g)
 
 
 # --- Spaces
@@ -82,7 +82,7 @@ def test_actions_are_those_of_the_space_wherever_it_starts(start, dtype):
 
 @pytest.mark.parametrize("start", [-1, 0, 5])
 def test_states_are_unit_vectors_wherever_they_start(start):
-    with world(1, seen=Discrete(3, start=start)) as envs:
+    with world(1, obs=Discrete(3, start=start)) as envs:
         rollout = environments.play(envs, drawing(envs), [0])
         assert rollout.observations[:, 0].argmax(-1).tolist() == [0, 1, 2, 0, 1]
         assert rollout.next_observations[:, 0].argmax(-1).tolist() == [1, 2, 0, 1, 2]
@@ -117,10 +117,10 @@ def test_a_log_counts_its_actions_as_its_environment_does(tmp_path):
 @pytest.mark.parametrize(
     ("spaces", "message"),
     [
-        ({"seen": Box(0, 255, (8, 8, 3), np.uint8)}, "observations of Box"),
-        ({"seen": Dict({"a": UNIT})}, "observations of Dict"),
-        ({"seen": Box(0, 1, (), np.float32)}, "observations of Box"),
-        ({"seen": Discrete(10**9)}, "observations of 1,000,000,000 numbers"),
+        ({"obs": Box(0, 255, (8, 8, 3), np.uint8)}, "observations of Box"),
+        ({"obs": Dict({"a": UNIT})}, "observations of Dict"),
+        ({"obs": Box(0, 1, (), np.float32)}, "observations of Box"),
+        ({"obs": Discrete(10**9)}, "observations of 1,000,000,000 numbers"),
         ({"taken": MultiDiscrete([2, 3])}, "actions of MultiDiscrete"),
         ({"taken": MultiBinary(3)}, "actions of MultiBinary"),
         ({"taken": Box(-1, 1, (2, 2))}, "actions of Box"),
@@ -208,8 +208,8 @@ def test_resets_are_checked_too(begins, message):
 
 def test_a_fault_that_comes_late_is_seen_and_what_is_huge_is_none():
     def late(w):
-        seen = np.full(3, np.nan if w.t == 40 else 1e30, np.float32)
-        return seen, 1.0, False, False, {}
+        obs = np.full(3, np.nan if w.t == 40 else 1e30, np.float32)
+        return obs, 1.0, False, False, {}
 
     with world(gives=late) as envs:
         vector = VectorEnv(envs, 0)
@@ -236,13 +236,13 @@ def test_an_environment_without_spaces_or_seeds_is_refused():
 def test_states_outside_of_their_space_are_refused():
     for state in (3, -1, 1.0, None, np.array([1])):
         message = r"gave the observation .*one integer of its space, 0 … 2"
-        with world(seen=Discrete(3), gives={"observation": state}) as envs, pytest.raises(UserError, match=message):
+        with world(obs=Discrete(3), gives={"observation": state}) as envs, pytest.raises(UserError, match=message):
             environments.play(envs, drawing(envs), [0])
 
 
 def test_an_action_that_is_not_finite_is_the_policys_fault():
     with world(taken=Box(-1, 1, (2,))) as envs, pytest.raises(UserError, match=r"the policy's action .* became nan"):
-        VectorEnv(envs, 0).collect(lambda seen: torch.full((len(seen), 2), torch.nan), 1)
+        VectorEnv(envs, 0).collect(lambda obs: torch.full((len(obs), 2), torch.nan), 1)
 
 
 def test_observations_that_the_environment_changes_later_are_copies():

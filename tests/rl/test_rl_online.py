@@ -1,4 +1,4 @@
-"""finetune.rl: environments side by side, replay, and policies, values, targets, losses of continuous actions."""
+"""finetune.rl: vector environments, replay, networks, and targets and losses against torchrl."""
 
 import copy
 
@@ -16,7 +16,7 @@ from finetune.rl.envs.vector import VectorEnv
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 0.5])
 
 
-def double():
+def rng():
     return torch.Generator().manual_seed(3)
 
 
@@ -36,8 +36,8 @@ class Counting(gymnasium.Env):
 
     def step(self, action):
         self.t += 1
-        seen = np.array([self.length + self.np_random.random(), self.t, action], np.float32)
-        return seen, self.t + action, self.t == self.length, False, {}
+        obs = np.array([self.length + self.np_random.random(), self.t, action], np.float32)
+        return obs, self.t + action, self.t == self.length, False, {}
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_an_episode_is_a_function_of_seed_row_and_number(counting):
 def test_what_was_saved_goes_on_to_the_same_bytes(name, actions):
     def act(g):
         if actions:
-            return lambda seen: torch.randint(actions, (len(seen),), generator=g)
-        return lambda seen: 3 * torch.randn(len(seen), 1, generator=g)
+            return lambda obs: torch.randint(actions, (len(obs),), generator=g)
+        return lambda obs: 3 * torch.randn(len(obs), 1, generator=g)
 
     g = torch.Generator().manual_seed(0)
     first = VectorEnv(environments.make(name, 3), 5)
@@ -125,11 +125,11 @@ def rows(first, count):
 def test_the_ring_keeps_the_newest_and_samples_whole_rows_alike():
     ring = Replay(10)
     with pytest.raises(ValueError, match="nothing was added"):
-        ring.sample(1, double())
+        ring.sample(1, rng())
     for first in range(0, 12, 4):
         ring.add(rows(first, 4))
     assert len(ring) == 10
-    got = ring.sample(20_000, double())
+    got = ring.sample(20_000, rng())
     assert torch.equal(got.rewards, 10.0 * got.actions)
     assert torch.equal(got.observations[:, 1] + 0.5, got.next_observations[:, 0])
     assert torch.equal(got.terminated, got.actions % 2 == 0)
@@ -146,7 +146,7 @@ def test_a_ring_that_was_saved_goes_on_alike():
     other.load_state_dict(copy.deepcopy(ring.state_dict()))
     for each in (ring, other):
         each.add(rows(7, 8))
-    for a, b in zip(ring.sample(50, double()).columns(), other.sample(50, double()).columns(), strict=True):
+    for a, b in zip(ring.sample(50, rng()).columns(), other.sample(50, rng()).columns(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -189,13 +189,13 @@ def test_rows_are_drawn_in_proportion_to_their_priorities_and_weighted_back():
     """Two learners; of ten rows the first six are there. With β = 1 weighted means are those of uniform draws."""
     given = Priorities(2, 10, alpha=0.5, floor=0.01)
     given.add(torch.arange(6))
-    rows, weights = given.sample(600, 1.0, double())
+    rows, weights = given.sample(600, 1.0, rng())
     assert torch.equal(weights, torch.ones(2, 600)), "new rows are all alike"
     assert torch.bincount(rows[0], minlength=10)[:6].sub(100).abs().max() <= 1, "one from each of equal parts"
     errors = torch.tensor([[0.0, 1, -2, 3, 8, 24], [5.0, 5, 5, 5, 5, 0]])
     given.update(torch.arange(6).expand(2, 6), errors)
     p = (errors.abs() + 0.01).sqrt()
-    rows, weights = given.sample(100_000, 1.0, double())
+    rows, weights = given.sample(100_000, 1.0, rng())
     values = torch.arange(6.0) ** 2
     for learner in range(2):
         share = torch.bincount(rows[learner], minlength=10) / 100_000
@@ -205,12 +205,12 @@ def test_rows_are_drawn_in_proportion_to_their_priorities_and_weighted_back():
         assert torch.allclose(weights[learner], wanted, rtol=1e-5)
         mean = (weights[learner] * values[rows[learner]]).sum() / weights[learner].sum()
         assert mean == pytest.approx(values.mean().item(), rel=1e-3)
-    assert torch.equal(given.sample(50, 0.0, double())[1], torch.ones(2, 50)), "β = 0 corrects nothing"
+    assert torch.equal(given.sample(50, 0.0, rng())[1], torch.ones(2, 50)), "β = 0 corrects nothing"
     given.add(torch.tensor([6]))
     assert torch.allclose(given.p[:, 6].float(), p.amax(1)), "a new row has the largest priority so far"
     other = Priorities(2, 10, alpha=0.5, floor=0.01)
     other.load_state_dict(copy.deepcopy(given.state_dict()))
-    for a, b in zip(given.sample(20, 0.4, double()), other.sample(20, 0.4, double()), strict=True):
+    for a, b in zip(given.sample(20, 0.4, rng()), other.sample(20, 0.4, rng()), strict=True):
         assert torch.equal(a, b)
 
 
@@ -225,7 +225,7 @@ def test_log_pi_is_the_density_of_the_action():
     middles = (edges[1:] + edges[:-1]) / 2
     density = policy.log_prob(params.expand(len(middles), 2), middles[:, None]).exp()
     assert density.sum() * (edges[1] - edges[0]) == pytest.approx(1, abs=1e-6)
-    noise = torch.randn(200_000, 1, generator=double(), dtype=torch.float64)
+    noise = torch.randn(200_000, 1, generator=rng(), dtype=torch.float64)
     actions, log_prob = policy.rsample(params.expand(len(noise), 2), noise)
     assert (actions < 0.5).double().mean() == pytest.approx(float(density[middles < 0.5].sum() / 5000), abs=5e-3)
     assert torch.allclose(policy.log_prob(params, actions), log_prob, atol=1e-8)
@@ -235,30 +235,30 @@ def test_log_pi_is_the_density_of_the_action():
 def test_actions_keep_their_bounds_and_log_pi_stays_finite_where_tanh_rounds_to_one():
     policy = networks.SquashedGaussian(3, [8], LOW, HIGH)
     params = torch.tensor([[50.0, -50.0, 1.0, 1.0]], requires_grad=True)
-    actions, log_prob = policy.rsample(params, torch.randn(1, 2, generator=double()))
+    actions, log_prob = policy.rsample(params, torch.randn(1, 2, generator=rng()))
     assert torch.equal(actions, torch.stack([HIGH[:1], LOW[1:]], 1))
     log_prob.sum().backward()
     assert params.grad.isfinite().all()
     assert log_prob.item() == pytest.approx(2 * 100, rel=0.1), "log(1 − tanh² u) is about −2 |u|"
-    seen = 100 * torch.randn(50, 3, generator=double())
-    fixed = networks.Deterministic(3, [8], LOW, HIGH)(seen)
+    obs = 100 * torch.randn(50, 3, generator=rng())
+    fixed = networks.Deterministic(3, [8], LOW, HIGH)(obs)
     assert ((fixed >= LOW) & (fixed <= HIGH)).all()
-    assert policy(seen).chunk(2, -1)[1].max() <= policy.LOG_STD_MAX
+    assert policy(obs).chunk(2, -1)[1].max() <= policy.LOG_STD_MAX
     assert policy.target_entropy == pytest.approx(np.log(2) + np.log(0.25) - 2)
 
 
 def test_critics_are_separate_networks_and_broadcast():
     q = networks.TwinQ(3, 2, [16, 16], count=3).double()
-    seen, actions = (torch.randn(5, n, generator=double(), dtype=torch.float64) for n in (3, 2))
+    obs, actions = (torch.randn(5, n, generator=rng(), dtype=torch.float64) for n in (3, 2))
     for i in range(3):
-        x = torch.cat([seen, actions], 1)
+        x = torch.cat([obs, actions], 1)
         for j, (w, b) in enumerate(zip(q.weights, q.biases, strict=True)):
             x = (x.relu() if j else x) @ w[i] + b[i]
-        assert torch.allclose(q(seen, actions)[i], x[:, 0], atol=1e-12)
-    many = q(seen[:, None], actions[None])
+        assert torch.allclose(q(obs, actions)[i], x[:, 0], atol=1e-12)
+    many = q(obs[:, None], actions[None])
     assert many.shape == (3, 5, 5)
-    assert torch.allclose(many[:, 2, 4], q(seen[2], actions[4]), atol=1e-12)
-    (g,) = torch.autograd.grad(q(seen, actions)[1].sum(), q.weights[0])
+    assert torch.allclose(many[:, 2, 4], q(obs[2], actions[4]), atol=1e-12)
+    (g,) = torch.autograd.grad(q(obs, actions)[1].sum(), q.weights[0])
     assert not g[0].any()
     assert g[1].any()
 
@@ -283,7 +283,7 @@ def test_bounds_are_those_of_the_environment():
         environments.action_bounds(env)
 
 
-# --- Beside torchrl
+# --- Against torchrl
 
 
 class Peer:
@@ -295,7 +295,7 @@ class Peer:
 
         torch.manual_seed(0)
         self.q, self.old_q = (networks.TwinQ(3, 2, [8, 8]).double() for _ in range(2))
-        g, many = double(), (64,)
+        g, many = rng(), (64,)
         self.batch = Transitions(
             torch.randn(64, 3, generator=g, dtype=torch.float64),
             LOW + (HIGH - LOW) * torch.rand(64, 2, generator=g, dtype=torch.float64),
@@ -314,8 +314,8 @@ class Peer:
                 super().__init__()
                 self.net = net
 
-            def forward(self, seen, action):
-                return self.net(torch.cat([seen, action], -1))
+            def forward(self, obs, action):
+                return self.net(torch.cat([obs, action], -1))
 
         self.critic = TensorDictModule(Critic(), in_keys=["observation", "action"], out_keys=["state_action_value"])
 
@@ -344,9 +344,9 @@ def test_sac_is_torchrls():
     policy = networks.SquashedGaussian(3, [8], LOW, HIGH).double()
 
     class Parameters(torch.nn.Module):
-        def forward(self, seen):
-            mean, log_deviation = policy(seen).chunk(2, -1)
-            return mean, log_deviation.exp()
+        def forward(self, obs):
+            mean, log_std = policy(obs).chunk(2, -1)
+            return mean, log_std.exp()
 
     actor = ProbabilisticActor(
         TensorDictModule(Parameters(), in_keys=["observation"], out_keys=["loc", "scale"]), in_keys=["loc", "scale"],
@@ -367,10 +367,10 @@ def test_sac_is_torchrls():
     mine = targets.critic_loss(peer.q(b.observations, b.actions), target)
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-10)
     torch.manual_seed(2)
-    theirs, seen = loss.actor_loss(peer.data)
+    theirs, obs = loss.actor_loss(peer.data)
     actions, log_probs = policy.rsample(policy(b.observations), peer.noise(2))
     mine = targets.sac_policy_loss(peer.q(b.observations, actions), log_probs, alpha)
-    assert torch.allclose(seen["log_prob"], log_probs, atol=1e-12)
+    assert torch.allclose(obs["log_prob"], log_probs, atol=1e-12)
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-10)
     log_alpha = loss.log_alpha.detach()
     mine = targets.temperature_loss(log_alpha, log_probs, -1.5)
