@@ -11,7 +11,8 @@ from typing import Any
 from finetune.interview.compare import HEADS
 from finetune.interview.content import LANGUAGES
 from finetune.memory import cli
-from finetune.memory.formulas import MEANING, Setup, shape_of
+from finetune.memory.formulas import MEANING
+from finetune.memory.setup import Setup, shape_of
 from finetune.memory.sheet import ENTRIES
 from finetune.runs import registry
 

@@ -1,4 +1,4 @@
-"""Memory: what training should need (`formulas.py`) beside what it does need (`meters.py`).
+"""Memory of training: predicted from shapes (`formulas.py`) and measured on live tensors (`meters.py`).
 
 A module that trains a language model offers in its code/main.py
 
@@ -15,15 +15,17 @@ gradients, runs forward and backward twice (once to walk the saved tensors, once
 gradients again and changes nothing else: no optimizer step, so parameters and optimizer states stay as they are.
 
 `sheet.py` lists the settings of the cheat sheet, `lab.py` measures each (`memory NAME --measure`), `simulate.py` takes
-a step in shapes only, of models that do not fit and of ranks that are not there (`memory MODEL --simulate`).
+a step in shapes only, of models that do not fit and of ranks that do not exist (`memory MODEL --simulate`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from finetune.memory.formulas import Setup, Shape, Term, parameters, predict, shape_of
+from finetune.memory.counts import parameters
+from finetune.memory.formulas import predict
 from finetune.memory.room import check_disk, check_memory
+from finetune.memory.setup import Setup, Shape, Term, shape_of
 
 if TYPE_CHECKING:
     from finetune.memory.meters import Peak, for_training, measure, record_step, table
@@ -45,7 +47,7 @@ __all__ += ["parameters", "table"]
 
 
 def __getattr__(name: str) -> Any:
-    """The meters need torch, the formulas do not: `python -m finetune memory llama-7b` starts without it."""
+    """The meters import torch; the command line's tables of names do not need it."""
     if name in __all__:
         from finetune.memory import meters
 

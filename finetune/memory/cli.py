@@ -1,5 +1,5 @@
-"""`python -m finetune memory MODULE [--toy] [--key value …]` and `memory MODEL [--batch 8 --seq 4096 …]`: what training
-needs, by the formulas: nothing is loaded, trained or allocated. --measure and --simulate set what is found beside."""
+"""`python -m finetune memory MODULE [--toy] [--key value …]` and `memory MODEL [--batch 8 --seq 4096 …]`: the memory
+of training by the formulas, without loading or training anything. --measure and --simulate add a column to compare."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError, nearest
 from finetune.lm import presets
-from finetune.memory.formulas import MEANING, Setup, Shape, Term, block_saved, parameters, predict, shape_of, symbols
+from finetune.memory.activations import block_saved
+from finetune.memory.counts import parameters
+from finetune.memory.formulas import MEANING, predict, symbols
 from finetune.memory.room import size
+from finetune.memory.setup import Setup, Shape, Term, shape_of
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""What a model does need in memory, measured: tensors that are alive, tensors saved for a backward pass, allocations,
+"""Measured memory of a model: tensors that are alive, tensors saved for a backward pass, allocations,
 and the resident set of the process.
 
 Tensors are counted by their storages, each once, whole: views, tied weights and shared inputs cost nothing extra.
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.memory.formulas import Setup, Shape, predict, shape_of
+from finetune.memory.formulas import predict
+from finetune.memory.setup import Setup, Shape, shape_of
 from finetune.runs import machine
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,7 +74,7 @@ def constants(model: nn.Module) -> Iterator[Tensor]:
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     """Bytes that autograd keeps between `forward()` and its backward pass, without the model's own tensors; from hooks
-    on every tensor that is saved. What checkpointed blocks compute again is not kept and not counted."""
+    on every tensor that is saved. Tensors that checkpointed blocks compute again are not kept and not counted."""
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
     def pack(tensor: Tensor) -> None:
@@ -132,7 +133,7 @@ def trim_heap() -> bool:
 def mmap_threshold(size: int) -> bool:
     """Blocks of at least `size` bytes come from the system and go back at once, instead of leaving holes in the heap:
     with glibc's own moving threshold (up to 32 MiB) the holes of a training step came to 15 % of it, with checkpointing
-    to 75 %. The price is that the system clears each block anew. False where the C library cannot."""
+    to 75 %. The price is that the system clears each block again. False where the C library cannot."""
     try:
         libc = ctypes.CDLL(None)
         return bool(libc.mallopt(-3, size)) and bool(libc.mallopt(-1, 2 * size))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -143,8 +144,8 @@ def mmap_threshold(size: int) -> bool:
 def plug_holes(least: int = 4096) -> list[int]:
     """Takes the heap's free blocks of at least `least` bytes, without touching them; the pointers, for `unplug_holes`.
 
-    glibc serves large requests, too, from the holes that earlier work left in the heap, and what comes and goes there
-    stays resident: a step of 149 MB then seemed to need 199. [] where the C library is another.
+    glibc serves large requests, too, from the holes that earlier work left in the heap, and memory taken and returned
+    there stays resident: a step of 149 MB then seemed to need 199. [] where the C library is another.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
@@ -246,7 +247,7 @@ def build(config: Any, setup: Setup) -> Any:
     return model
 
 
-# ---- predicted beside measured ---------------------------------------------------------------------------------------
+# ---- predicted and measured ---------------------------------------------------------------------------------------
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""Refusal of what cannot fit, by the formulas, before anything of that size is made."""
+"""Refusal of a run that cannot fit into memory or onto the disk, before anything of that size is made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.memory.formulas import Setup, predict, shape_of
+from finetune.memory.formulas import predict
+from finetune.memory.setup import Setup, shape_of
 from finetune.runs import machine
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.memory.formulas import Setup, Shape, Term, block, predict
+from finetune.memory.activations import block
+from finetune.memory.formulas import predict
+from finetune.memory.setup import Setup, Shape, Term
 
 RANKS, RANK = 8, 8  # of the settings with ZeRO and with LoRA
 
@@ -92,7 +94,7 @@ ENTRIES = (
         {"dtype": "bf16", "lora_rank": RANK},
         (*STATES, "activations"),
         (
-            "A (r × in) and B (out × r) beside a frozen matrix are r·(in + out) numbers, in fp32; gradients and "
+            "A (r × in) and B (out × r) next to a frozen matrix are r·(in + out) numbers, in fp32; gradients and "
             "moments "
             "exist for them alone. Activations stay: an adapter needs its layer's input too, and adds its r numbers.",
             "冻结矩阵旁的 A (r × in) 与 B (out × r) 共 r·(in + out) 个 fp32 数；梯度与矩只为它们存在。激活并不减少："
@@ -147,7 +149,7 @@ ENTRIES = (
         ("activations of a block", "activations"),
         (
             "Without an online softmax the probabilities of every pair stay: for each head T numbers a token, here "
-            "twice and in fp32, beside the mask, and k and v for every query head. This is what flash attention does "
+            "twice and in fp32, with the mask, and k and v for every query head. This is what flash attention does "
             "not keep.",
             "没有在线 softmax 时，每一对位置的概率都要保存：每个头、每个 token T 个数，这里以 fp32 存两份，另有 mask，"
             "k、v 扩展到每个 query 头。"
@@ -261,7 +263,7 @@ ENTRIES = (
         {"dtype": "bf16", "algorithm": "grpo"},
         (*STATES, "reference model"),
         (
-            "As DPO: the group's mean reward stands for the value model, and a rule for the reward model. The "
+            "As DPO: the group's mean reward replaces the value model, and a rule the reward model. The "
             "samples' "
             "KV cache comes on top while they are drawn.",
             "与 DPO 相同：组内平均奖励代替价值模型，规则代替奖励模型。采样时另有 KV cache。",

@@ -3,7 +3,7 @@ the loss and the optimizer, nothing is allocated, and a tracker adds up the byte
 
 Ranks exist in name only (torch's "fake" process group): with ZeRO-3 the model is sharded by torch's fully_shard, whose
 bookkeeping is then rank 0's; with ZeRO-1 and 2 the optimizer gets rank 0's slice of each parameter, and with 2 a
-gradient is cut to its slice as soon as it is whole. What this gives is simulated, not measured: no allocator, no
+gradient is cut to its slice as soon as it is whole. The result is simulated, not measured: no allocator, no
 library's scratch.
 """
 
@@ -20,7 +20,7 @@ from torch import nn
 from finetune import ops, optim
 from finetune.errors import UserError
 from finetune.memory import meters
-from finetune.memory.formulas import Setup
+from finetune.memory.setup import Setup
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def shard(model: Any, mesh: Any) -> None:
 
 
 def own(tensor: Any, setup: Setup, stage: int) -> Any:
-    """Rank 0's part of what ZeRO shares out from this stage on; fully_shard has done it where the stage is 3."""
+    """Rank 0's part of the numbers that ZeRO divides from this stage on; fully_shard has done it at stage 3."""
     if hasattr(tensor, "to_local"):
         return tensor.to_local()
     if setup.ranks == 1 or setup.zero < stage:
@@ -62,7 +62,7 @@ def total(tensors: Iterable[torch.Tensor]) -> int:
 
 def simulate(config: dict[str, Any], setup: Setup) -> dict[str, int]:
     """Bytes of rank 0 by the names of `predict`: weights, gradients, optimizer states, activations. `config` as in
-    finetune.shapes. UserError for what is not simulated: LoRA and inference."""
+    finetune.lm.presets. UserError for LoRA and inference, which are not simulated."""
     if setup.frozen or not setup.training:
         raise UserError("simulated are training steps of all parameters: no LoRA, no inference")
     config = {**config, "max_length": max(setup.seq, config.get("max_length", 0))}

@@ -13,7 +13,7 @@ from finetune.lm import presets
 from finetune.lm.generate import KVCache
 from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.llama import Llama, LlamaConfig
-from finetune.memory import Setup, formulas, meters, predict, shape_of
+from finetune.memory import Setup, activations, counts, formulas, meters, predict, shape_of, states
 from finetune.ops.kv_cache import pool
 from finetune.runs import plots
 
@@ -222,8 +222,8 @@ def test_formulas_give_their_bytes():
 def test_tensors_of_what_is_trained(config, setup):
     if setup.lora_targets == "all" and (config is LLAMA or not setup.frozen):
         shape = shape_of(config)
-        sizes = formulas.trained_tensors(shape, setup)
-        assert sum(count * size for count, size in sizes) == formulas.trained(shape, setup)[0]
+        sizes = counts.trained_tensors(shape, setup)
+        assert sum(count * size for count, size in sizes) == counts.trained(shape, setup)[0]
 
 
 def test_published_figures():
@@ -231,7 +231,7 @@ def test_published_figures():
     (124 M). 16 bytes a parameter with bf16 and Adam: Rajbhandari et al. 2020 (arXiv:1910.02054, §3.1: 7.5 billion need
     120 GB). KV cache: Llama-2-7B 512 KiB, Llama-3-8B 128 KiB, the 70Bs 320 KiB a token in 16 bits. Attention's
     5·a·s²/(s·h) of Korthikanti et al. 2022 is not kept at all."""
-    count = {name: formulas.parameters(shape_of(shape)) for name, shape in (presets.LLAMA | presets.GPT).items()}
+    count = {name: counts.parameters(shape_of(shape)) for name, shape in (presets.LLAMA | presets.GPT).items()}
     assert count["llama-7b"] == 6_738_415_616
     assert count["smollm2-135m"] == 134_515_008
     assert count["gpt2"] == 124_439_808
@@ -239,7 +239,7 @@ def test_published_figures():
         terms = {t.name: t.bytes for t in predict(shape_of((presets.LLAMA | presets.GPT)[name]), Setup(dtype="bf16"))}
         assert sum(terms[n] for n in ("weights", "gradients", "optimizer states")) == 16 * count[name]
     per_token = {
-        name: formulas.kv_cache(shape_of(presets.LLAMA[name]), Setup(dtype="bf16", optimizer="none", seq=1)).bytes
+        name: states.kv_cache(shape_of(presets.LLAMA[name]), Setup(dtype="bf16", optimizer="none", seq=1)).bytes
         for name in presets.LLAMA
     }
     assert per_token["llama-7b"] == 512 * 1024
@@ -251,7 +251,7 @@ def test_lora_shares():
     """Hu et al. 2021: r·(in + out) for each adapted layer; SmolLM2 at r = 8 on all linear layers."""
     shape = shape_of(presets.LLAMA["smollm2-135m"])
     want = 30 * 8 * sum(i + o for i, o in shape.linears.values())
-    assert formulas.adapter_parameters(shape, 8, tuple(shape.linears)) == want == 2_442_240
+    assert counts.adapter_parameters(shape, 8, tuple(shape.linears)) == want == 2_442_240
 
 
 def test_rows_of_a_run():
@@ -298,7 +298,7 @@ def test_the_picture_stacks_what_the_rows_say(tmp_path, monkeypatch):
 def test_zero_as_published(ranks, gigabytes):
     """Rajbhandari et al. 2020 (arXiv:1910.02054), table 1, the model of 7.5 billion: GB of model states a rank."""
     shape = shape_of(presets.LLAMA["llama-7b"])
-    scale = 7.5e9 / formulas.parameters(shape)
+    scale = 7.5e9 / counts.parameters(shape)
     for stage, published in zip((1, 2, 3), gigabytes, strict=True):
         terms = by_name(presets.LLAMA["llama-7b"], Setup(dtype="bf16", zero=stage, ranks=ranks))
         found = sum(terms[name] for name in ("weights", "gradients", "optimizer states")) * scale / 1e9
@@ -310,19 +310,20 @@ def test_activations_of_the_megatron_paper():
     attention saves 70 % for GPT-3 (5·a·s/h = 80) and 65 % for MT-NLG (64)."""
     for heads, length, width, ratio, saved in ((96, 2048, 12288, 80, 0.70), (128, 2048, 20480, 64, 0.65)):
         assert 5 * heads * length / width == ratio
-        whole = formulas.megatron_layer(length, 1, width, heads)
+        whole = activations.megatron_layer(length, 1, width, heads)
         assert whole == length * width * (34 + ratio)
-        assert 1 - formulas.megatron_layer(length, 1, width, heads, selective=True) / whole == pytest.approx(
+        assert 1 - activations.megatron_layer(length, 1, width, heads, selective=True) / whole == pytest.approx(
             saved, abs=0.005
         )
-        assert formulas.megatron_layer(length, 1, width, heads, ranks=8, sequence=True) == whole / 8
-        assert formulas.megatron_layer(length, 1, width, heads, ranks=8) == length * width * (10 + 24 / 8 + ratio / 8)
+        assert activations.megatron_layer(length, 1, width, heads, ranks=8, sequence=True) == whole / 8
+        parallel = activations.megatron_layer(length, 1, width, heads, ranks=8)
+        assert parallel == length * width * (10 + 24 / 8 + ratio / 8)
 
 
 def test_the_models_of_an_algorithm():
     """bf16 with AdamW is 16 bytes a trained parameter, 2 a frozen one: SFT 16, DPO and GRPO 18, PPO 16 + 2 + 2 + 16."""
     config = presets.LLAMA["smollm2-135m"]
-    count = formulas.parameters(shape_of(config))
+    count = counts.parameters(shape_of(config))
     kept = ("weights", "gradients", "optimizer states", "reference model", "reward model", "value model")
 
     def total(**kwargs):

@@ -9,7 +9,7 @@ from finetune.cli import main
 from finetune.interview import cheat_sheet
 from finetune.lm.gpt import GPTConfig
 from finetune.lm.llama import LlamaConfig
-from finetune.memory import Setup, formulas, lab, predict, shape_of
+from finetune.memory import Setup, activations, formulas, lab, predict, shape_of
 from finetune.memory.sheet import ENTRIES, entries_for
 from finetune.runs import machine
 
@@ -51,8 +51,8 @@ def test_of_a_gpt_too(monkeypatch):
     monkeypatch.setattr(lab, "entries_for", lambda shape: [e for e in entries_for(shape) if "zero" not in e.changes])
     compare(lab.measure(GPT2, Setup(batch=2, seq=96, checkpointing=True), lambda done, of: None))
     shape, alone = shape_of(GPT2), Setup(batch=1, seq=96, attention="naive")
-    found = lab.measured(GPT2, alone, {"activations of a block": formulas.block(shape, alone)})
-    assert found == {"activations of a block": formulas.block(shape, alone).bytes}
+    found = lab.measured(GPT2, alone, {"activations of a block": activations.block(shape, alone)})
+    assert found == {"activations of a block": activations.block(shape, alone).bytes}
 
 
 def test_a_measurement_is_of_the_setting_it_names(rows):

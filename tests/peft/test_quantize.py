@@ -134,7 +134,7 @@ def test_bytes_are_predicted_and_nothing_dense_is_kept(format):
     assert sum(isinstance(m, FrozenLinear) for m in model.modules()) == 7 * CONFIG.layers
     setup = memory.Setup(batch=1, seq=40, lora_rank=2, quantized=format)
     terms = {t.name: t.bytes for t in memory.predict(memory.shape_of(CONFIG), setup)}
-    adapters = 4 * memory.formulas.adapter_parameters(memory.shape_of(CONFIG), 2, memory.shape_of(CONFIG).linears)
+    adapters = 4 * memory.counts.adapter_parameters(memory.shape_of(CONFIG), 2, memory.shape_of(CONFIG).linears)
     assert meters.weight_bytes(model) == terms["weights"] - adapters
     error = (model(torch.arange(40)[None]) - plain).abs().max() / plain.abs().max()
     assert 0 < error < (0.02 if format == "int8" else 0.3)

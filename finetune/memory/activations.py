@@ -1,0 +1,168 @@
+"""Bytes that a training step needs for a while: activations kept for the backward pass, the loss, gradients in flight.
+
+Activations follow the method of Korthikanti et al. 2022 (arXiv:2205.05198, §4: add up what each operation keeps for its
+backward pass) applied to the operations of this project, which keep less than theirs: norms keep their input and one
+or two fp32 numbers a row, attention its q, k, v, output and two numbers a row and head instead of T×T matrices, and
+there is no dropout mask. A tensor that two operations keep is counted once.
+"""
+
+from __future__ import annotations
+
+from finetune.memory.counts import outputs, parameters, rest
+from finetune.memory.setup import Setup, Shape, Term
+from finetune.memory.states import gradients
+
+# Constants of csrc/bindings/linear_cross_entropy.cpp, see `loss_plan`.
+LOGIT_BYTES, LEAST_ROWS, TASKS, LEAST_TILE, LEAST_BLOCK = 24 << 20, 64, 32, 256, 16
+
+
+def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tuple[int, str]]:
+    """Tensors that one block keeps of a token for its backward pass: name → (bytes, formula).
+
+    Frozen linear layers keep nothing (their dx needs the weight alone); one that is trained, or has an adapter, keeps
+    its input; an adapter also the r numbers between A and B, and its input in fp32 where activations are bf16; DoRA
+    each output before it is scaled. The `first` block of a LoRA model has an input without gradient: nothing before its
+    first adapter is kept, and with a prefix nothing before its keys.
+    """
+    e, c, f, heads, kv = setup.element, shape.dim, shape.hidden, shape.heads, shape.kv_heads
+    llama, linears, targets = shape.family == "llama", shape.linears, setup.targets(shape)
+    active = targets if setup.frozen else tuple(linears)  # linear layers with something to train
+    norm = 4 if llama else 8  # 1/rms; or mean and 1/std: fp32
+    saved: dict[str, tuple[int, str]] = {}
+
+    def any_of(*names: str) -> bool:
+        return any(name in active for name in names)
+
+    flowing = not (first and setup.frozen and not setup.prompt)  # does a gradient flow through here?
+    if flowing:
+        saved["norm 1: input, statistics"] = c * e + norm, f"C·e + {norm}"
+    if any_of("q", "k", "v", "qkv"):
+        saved["q, k, v: input"] = c * e, "C·e"
+        flowing = True
+    flowing = flowing or bool(setup.prefix)
+    if flowing and setup.attention == "flash":
+        saved["attention: q, k, v"] = (heads + 2 * kv) * shape.head_dim * e, "(H + 2·K)·D·e"
+        saved["attention: maxima, sums"] = 8 * heads, "8·H"
+    elif flowing:  # the reference widens all three to fp32 and k, v to all heads
+        saved["attention: q, k, v"] = 12 * heads * shape.head_dim, "12·H·D"
+        saved["attention: T×T probabilities, twice; masks"] = (8 * heads + 1) * setup.seq + 1, "(8·H + 1)·T + 1"
+    if any_of("o") or (flowing and setup.attention == "flash"):
+        saved["attention: output"] = heads * shape.head_dim * e, "H·D·e"
+    flowing = flowing or any_of("o")
+    if flowing:
+        saved["norm 2: input, statistics"] = c * e + norm, f"C·e + {norm}"
+    if any_of("gate", "up"):
+        saved["MLP: input"] = c * e, "C·e"
+        flowing = True
+    if flowing:
+        inner = 2 if llama else 1
+        saved["MLP: before the non-linearity"] = inner * f * e, f"{inner}·F·e"
+    if any_of("down"):
+        saved["down: input"] = f * e, "F·e"
+    if targets:
+        saved["adapters: x·Aᵀ"] = 4 * setup.lora_rank * len(targets), f"{4 * len(targets)}·r"
+        if setup.adapter == "dora":
+            saved["DoRA: outputs unscaled"] = outputs(shape, setup) * e, "O·e"
+    return saved
+
+
+def block(shape: Shape, setup: Setup, first: bool = False) -> Term:
+    saved = block_saved(shape, setup, first).values()
+    text = f"N·({' + '.join(text for _, text in saved)})"
+    return Term("activations of a block", setup.tokens * sum(size for size, _ in saved), text, "")
+
+
+def megatron_layer(
+    seq: int, batch: int, dim: int, heads: int, ranks: int = 1, sequence: bool = False, selective: bool = False
+) -> float:
+    """Bytes that one layer of Megatron-LM keeps, 16-bit, with dropout: s·b·h·(10 + 24/t + 5·a·s/(h·t)) on t
+    tensor-parallel ranks, all of it divided by t with `sequence` parallelism, without the last summand where attention
+    is computed again (`selective`). Korthikanti et al. 2022 (arXiv:2205.05198), §4; not this project's layers."""
+    scores = 0 if selective else 5 * heads * seq / dim
+    each = (34 + scores) / ranks if sequence else 10 + (24 + scores) / ranks
+    return seq * batch * dim * each
+
+
+def activations(shape: Shape, setup: Setup) -> Term:
+    """Tensors that are alive between a forward pass and its backward pass.
+
+    Without checkpointing those that L blocks keep; with it (Chen et al. 2016, arXiv:1604.06174) the input of each. Then
+    the last norm's input and statistics, the loss's input, and positions, targets and (if its table is trained) the
+    embedding's tokens, 8 bytes each.
+    """
+    if not setup.training:
+        return Term("activations", 0, "0", "inference keeps nothing")
+    n, width, norm = setup.tokens, shape.dim * setup.element, 4 if shape.family == "llama" else 8
+    if setup.checkpointing:
+        blocks, text = shape.layers * n * width, "N·L·C·e"
+    else:
+        each, first = block(shape, setup), block(shape, setup, first=True)
+        blocks = (shape.layers - 1) * each.bytes + first.bytes
+        text = f"L·{each.formula}" if each == first else f"(L - 1)·{each.formula} + {first.formula}"
+    integers = 16 if setup.frozen else 24
+    total, text = blocks + n * (2 * width + norm + integers), f"{text} + N·(2·C·e + {norm + integers})"
+    if setup.adapter == "dora" and setup.lora_rank:  # the factors of the outputs, and the norms in them
+        total, text = total + shape.layers * 8 * outputs(shape, setup), f"{text} + L·O·8"
+    if setup.prefix:  # each row's copy, in addition to its own keys and values
+        size = setup.batch * setup.prefix * 2 * shape.kv_heads * shape.head_dim * setup.element
+        total, text = total + shape.layers * size, f"{text} + L·B·A·2·K·D·e"
+    return Term("activations", total, text, "what each op saves, once a tensor")
+
+
+def loss_plan(shape: Shape, setup: Setup) -> tuple[int, int, int]:
+    """(rows of a chunk, tiles of the vocabulary, blocks of rows) of ops.linear_cross_entropy, for products in fp32: the
+    arithmetic and the constants of `Plan` in csrc/bindings/linear_cross_entropy.cpp."""
+    most = max(LEAST_ROWS, LOGIT_BYTES // (4 * shape.vocab))
+    chunk = -(-setup.tokens // -(-setup.tokens // most))
+    tiles = -(-shape.vocab // max(LEAST_TILE, -(-shape.vocab // TASKS)))
+    block = max(LEAST_BLOCK, -(-chunk // max(TASKS // tiles, 1)))
+    return chunk, tiles, -(-chunk // block)
+
+
+def logits(shape: Shape, setup: Setup) -> Term:
+    """Memory of the loss without its input. Chunked: a chunk of fp32 logits, each tile's part of the gradient of its
+    input, maxima and sums, and the gradients that the forward pass makes: of all inputs, and of the head where it is
+    trained (Hsu et al. 2024, arXiv:2410.10989). Full: log-probabilities, their gradient and the logits' gradient, N·V
+    fp32 each. Inference: the last position's logits of each row."""
+    n, e, c, v = setup.tokens, setup.element, shape.dim, shape.vocab
+    if not setup.training:
+        return Term("logits", setup.batch * v * 4, "B·V·4", "generate.py: the last position only")
+    if setup.loss == "full":
+        return Term("logits", 3 * n * v * 4, "3·N·V·4", "torch.nn.functional.cross_entropy")
+    chunk, tiles, blocks = loss_plan(shape, setup)
+    parts = tiles * chunk
+    total, text = chunk * v * 4 + parts * (c * 4 + 12) + n * c * e, "S·V·4 + J·(C·4 + 12) + N·C·e"
+    if e < 4:
+        total, text = total + chunk * c * 4, text + " + S·C·4"
+    if not setup.frozen:
+        several = blocks > 1 or e < 4
+        total, text = total + v * c * (e + 4 * blocks * several), text + " + V·C·" + ("(e + 4·U)" if several else "e")
+    return Term("logits", total, text, f"ops.linear_cross_entropy, {chunk} tokens a chunk")
+
+
+def step_growth(shape: Shape, setup: Setup) -> Term:
+    """Memory that a training step adds at its peak to weights and optimizer states: the largest of four moments.
+
+    In the loss: all activations and the loss's own. In the last block's backward: the blocks' activations, the head's
+    gradient, and gradients that pass through the MLP (of its output, of gate and up). In the first block's: its
+    activations and nearly all gradients. At the end: all gradients; a tied table's comes in two parts until then, from
+    the head and from the embedding. Between the last and the first block the sum changes evenly, so its ends suffice.
+    """
+    n, e, c, v = setup.tokens, setup.element, shape.dim, shape.vocab
+    saved, all_gradients = activations(shape, setup).bytes, gradients(shape, setup).bytes
+    head = 0 if setup.frozen else v * c * e
+    table = head if shape.tied else 0
+    passing = n * (c + (2 if shape.family == "llama" else 1) * shape.hidden) * e
+    one = block(shape, setup).bytes
+    again = one if setup.checkpointing else 0  # computed again
+    inputs = n * 2 * c * e  # of the last norm and the loss: gone by then
+    if setup.zero >= 2 and setup.ranks > 1:  # a block's gradients are whole until they are summed over the ranks
+        passing += (parameters(shape) - rest(shape)) // shape.layers * e
+    moments = {
+        "in the loss: activations + logits": saved + logits(shape, setup).bytes,
+        "in the last block's backward: activations + gradients in flight": saved - inputs + again + head + passing,
+        "in the first block's backward: gradients + gradients in flight": all_gradients + one + passing,
+        "at the backward's end: gradients": all_gradients + table,
+    }
+    text = max(moments, key=lambda moment: moments[moment])
+    return Term("step growth", moments[text], text, "")
