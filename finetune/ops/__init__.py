@@ -1,4 +1,6 @@
-"""The ops of the project: `from finetune import ops; ops.rms_norm(x, weight)`. See `_op.py`."""
+"""The ops of the project: `from finetune import ops; ops.rms_norm(x, weight)`. `_op.py` explains how a call runs."""
+
+# ruff: noqa: F401
 
 from finetune.environment import BACKENDS
 from finetune.ops._op import REGISTRY, BackendUnavailable, Op, register_all, table, use_backend
@@ -23,33 +25,3 @@ from finetune.ops.token_logprobs import token_logprobs
 from finetune.ops.unscale_check_finite import unscale_check_finite_
 
 register_all()
-
-__all__ = [
-    "BACKENDS",
-    "REGISTRY",
-    "BackendUnavailable",
-    "Op",
-    "Sample",
-    "adamw8bit_",
-    "adamw_",
-    "attention",
-    "cast",
-    "clip_grad_norm_",
-    "gae",
-    "gelu",
-    "global_norm",
-    "kv_cache_append_",
-    "kv_cache_copy_",
-    "kv_cache_gather",
-    "layer_norm",
-    "linear_cross_entropy",
-    "loss_scale_update_",
-    "paged_attention",
-    "rms_norm",
-    "rope",
-    "swiglu",
-    "table",
-    "token_logprobs",
-    "unscale_check_finite_",
-    "use_backend",
-]
