@@ -1,4 +1,4 @@
-"""The number formats, and what each needs beside its dtype: a master copy, stochastic rounding, delayed scaling.
+"""The number formats and their remedies: a master copy, stochastic rounding, delayed scaling for fp8.
 
               exponent, mantissa bits   largest    smallest normal, subnormal   last bit at 1
 fp32                 8, 23              3.4e38     1.2e-38, 1.4e-45             1.2e-7
@@ -25,9 +25,11 @@ LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 
 @dataclass(frozen=True)
 class Format:
+    """How a model is stored and updated."""
+
     dtype: torch.dtype  # of weights, activations and gradients
-    master: bool = True  # the optimizer keeps weights of less than fp32 a second time, in fp32
-    stochastic: bool = False  # without a master: round the updated weight up or down at random
+    master: bool = True  # the optimizer keeps an fp32 copy of 16-bit weights
+    stochastic: bool = False  # without a master: the updated weight is rounded stochastically
     scaled: bool = False  # dynamic loss scaling
     fp8: bool = False  # the blocks' linear layers multiply in fp8
 
@@ -47,11 +49,11 @@ FORMATS = {
 
 
 def round_by_hand(x: Tensor, noise: Tensor) -> Tensor:
-    """fp32 → bf16, up with the probability of the distance that is cut off, so that the mean is x.
+    """fp32 → bf16, rounded up with the probability of the fraction that is cut off, so that the mean is x.
 
     A bf16 is the upper half of an fp32: adding a random number of 16 bits (`noise`, int32 in [0, 65536)) to the lower
-    half carries into the upper half exactly so often. `ops.cast(…, rounding="stochastic")` does it for every format;
-    the tests hold them equal bit for bit.
+    half carries into the upper half with exactly that probability. `ops.cast(…, rounding="stochastic")` does it for
+    every format; the tests hold them equal bit for bit.
     """
     bits = (x.contiguous().view(torch.int32) + noise) & -65536
     return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)
@@ -94,10 +96,10 @@ class StochasticAdamW:
 
 
 class Amax(nn.Module):
-    """The largest magnitudes that a tensor had in its last calls, and the factor that they call for.
+    """The largest magnitudes of a tensor in its last calls, and the factor that scales it to the range of fp8.
 
     The factor is needed before the tensor is known, so it comes from the past: delayed scaling (Micikevicius et al.
-    2022, arXiv:2209.05433; TransformerEngine's DelayedScaling). What exceeds the past is saturated.
+    2022, arXiv:2209.05433; TransformerEngine's DelayedScaling). A value beyond them saturates.
     """
 
     history: Tensor
@@ -117,7 +119,7 @@ class Amax(nn.Module):
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
-    """x · factor in fp8, to nearest even; what is too large becomes the largest."""
+    """x · factor in fp8, rounded to nearest even; a value that is too large becomes the largest."""
     return ops.cast(x, dtype, scale=factor, saturate=True)
 
 
@@ -138,6 +140,8 @@ class Fp8Linear(nn.Module):
 
 
 class Fp8Product(torch.autograd.Function):
+    """x · Wᵀ, forward and backward, in fp8."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, layer: Fp8Linear) -> Tensor:
         x8, x_factor = layer.x_amax.quantize(x.detach())

@@ -1,4 +1,4 @@
-"""Mixed precision: the same small GPT, data and seed in seven number formats, and why each needs what it needs.
+"""Mixed precision: one small GPT trained in seven number formats, from the same weights on the same data.
 
     g = scale · dL/dθ in fp16     only if every element is finite: θ32 ← AdamW(θ32, g / scale), θ16 ← round(θ32)
 
@@ -7,6 +7,7 @@ Micikevicius et al. 2018 (arXiv:1710.03740): fp16 weights, activations and gradi
 
 import copy
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +18,19 @@ from torch import Tensor
 from finetune import memory, ops, optim
 from finetune.errors import UserError
 from finetune.lm.gpt import GPT, GPTConfig
-from finetune.memory import formulas, meters
+from finetune.memory import meters
+from finetune.memory import states as formulas
 from finetune.runs import config
 from finetune.runs.config import bounded
+from finetune.runs.run import Run
 
 from . import plots
 from .formats import FORMATS, Format, StochasticAdamW, use_fp8
 from .scaling import LossScaler
 from .text import Text, load
+
+Optimizer = optim.AdamW | StochasticAdamW
+TOLERANCE = 0.05  # nats a character between fp32 and a format that trains as well
 
 
 @dataclass
@@ -32,11 +38,13 @@ class Config(config.Config):
     steps: int = 300
     checkpoint_every: int = 100
     data: Path | None = None  # a text file; none: the standard library's own reference (pydoc_data.topics)
-    formats: str = ",".join(FORMATS)  # which to train, separated by commas; fp32 is what the others are compared with
+    formats: str = ",".join(FORMATS)  # formats to train, separated by commas; the others are compared with fp32
+    # --- model
     dim: int = bounded(128, at_least=1, at_most=1 << 20)  # width of the GPT
     layers: int = bounded(4, at_least=1, at_most=1 << 12)
     heads: int = bounded(4, at_least=1, at_most=1 << 16)
     length: int = bounded(128, at_least=1, at_most=1 << 24)  # characters of a row
+    # --- training
     batch: int = bounded(8, at_least=1, at_most=1 << 24)  # rows of a step
     # tokens of the whole step, of which these rows are one rank's micro-batch: the loss is a sum divided by it, so that
     # the ranks' gradients add up. 3.2 million is GPT-3's batch (Brown et al. 2020, table 2.1); it makes gradients small
@@ -46,15 +54,18 @@ class Config(config.Config):
     warmup: int = bounded(20, at_least=0, at_most=10**9)
     weight_decay: float = bounded(0.1, at_least=0)  # AdamW's, on matrices only
     clip: float = bounded(1.0, above=0)  # largest norm of the gradient
-    policy: Literal["torch", "deepspeed"] = "torch"  # of dynamic loss scaling
+    # --- loss scaling (fp16_scaled)
+    policy: Literal["torch", "deepspeed"] = "torch"  # rule by which the scale changes
     # too large on purpose, so that the first steps show how it is found
     init_scale: float = bounded(2.0**30, above=0, at_most=2.0**126)
     # good steps until the scale doubles (torch's default: 2000)
     growth_interval: int = bounded(50, at_least=1, at_most=10**9)
     # deepspeed: overflows until the scale is halved
     hysteresis: int = bounded(2, at_least=1, at_most=10**9)
-    # fp8: calls whose maximum decides the factor
+    # --- fp8
+    # calls whose maximum decides the factor
     amax_history: int = bounded(16, at_least=1, at_most=1 << 16)
+    # --- evaluation
     eval_batches: int = bounded(8, at_least=1, at_most=10**6)  # held-out batches to evaluate on
 
     @classmethod
@@ -70,7 +81,7 @@ class Config(config.Config):
                 raise UserError(f"--formats: '{name}' is not one of {', '.join(FORMATS)}")
 
 
-def main(cfg: Config, run) -> dict[str, Any]:
+def main(cfg: Config, run: Run) -> dict[str, Any]:
     text = load(cfg.data, cfg.length)
     names = cfg.formats.split(",")
     shape = GPTConfig(len(text.vocabulary), cfg.dim, cfg.layers, cfg.heads, cfg.length)
@@ -82,29 +93,30 @@ def main(cfg: Config, run) -> dict[str, Any]:
     run.print(
         f"{len(text.train):,} characters to train on, {len(text.vocabulary)} different; formats: {', '.join(names)}"
     )
-    losses, found, rows = {}, {}, []
+    losses: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
     for name in names:
         model, optimizer, skipped = train(cfg, run, name, text)
         losses[name] = evaluate(cfg, model, text, FORMATS[name])
         run.print(f"{name}: held-out loss {losses[name]:.4f}")
         if name == "fp16_scaled":
-            found["skipped_steps"] = skipped
+            run.check("skipped_steps", skipped)
         if name == "fp32":
-            found |= lost_gradients(cfg, run, model, text)
+            check_lost_gradients(cfg, run, model, text)
         rows += memory_rows(cfg, name, model, optimizer, text) if cfg.steps else []
     before = evaluate(cfg, new_model(cfg, run, FORMATS["fp32"], text), text, FORMATS["fp32"])
     run.record_memory(rows)
-    judge(run, losses, before, found)
-    judge_sums(run)
+    show(run, losses, before)
+    check_sums(run)
     plots.losses(run, losses)
-    plots.loss_scale(run)
-    return {"loss_before": before, **{k: v for k, v in found.items() if k not in run.judged}}
+    plots.loss_scale(run, cfg.policy)
+    return {}
 
 
 # --- One format
 
 
-def new_model(cfg: Config, run, format: Format, text: Text) -> GPT:
+def new_model(cfg: Config, run: Run, format: Format, text: Text) -> GPT:
     """The same weights for every format, rounded to it."""
     run.seed("model")
     model = GPT(GPTConfig(len(text.vocabulary), cfg.dim, cfg.layers, cfg.heads, cfg.length)).to(format.dtype)
@@ -113,12 +125,13 @@ def new_model(cfg: Config, run, format: Format, text: Text) -> GPT:
     return model
 
 
-def train(cfg: Config, run, name: str, text: Text) -> tuple[GPT, Any, int]:
-    """The trained model, its optimizer and the number of skipped steps."""
+def train(cfg: Config, run: Run, name: str, text: Text) -> tuple[GPT, Optimizer, int]:
+    """Trains one format; the model, its optimizer and the number of skipped steps."""
     format = FORMATS[name]
     model = new_model(cfg, run, format, text)
+    optimizer: Optimizer
     if format.stochastic:
-        optimizer: Any = StochasticAdamW(model.parameters(), cfg.weight_decay, cfg.seed)
+        optimizer = StochasticAdamW(model.parameters(), cfg.weight_decay, cfg.seed)
     else:
         master: Any = "auto" if format.master else False
         optimizer = optim.AdamW(optim.decay_groups(model.parameters(), cfg.weight_decay), lr=cfg.lr, master=master)
@@ -129,14 +142,16 @@ def train(cfg: Config, run, name: str, text: Text) -> tuple[GPT, Any, int]:
     for step in run.steps(cfg.steps, state, phase=name):
         inputs, targets = text.batch(text.train, cfg.batch, cfg.length, run.generator("batch", step))
         scale = float(scaler.scale)
+        # forward and backward in the format, on the scaled loss
         with arithmetic(format):
             loss = loss_sum(model, inputs, targets)
             (loss * (scale / cfg.tokens_per_step)).backward()
-        # The gradients stay scaled (by 1: nothing is rounded): in fp16 the unscaled ones would underflow again.
+        # check, clip and unscale. The gradients stay scaled in memory (1.0 rounds nothing), since the unscaled ones
+        # would underflow in fp16 again; AdamW multiplies by 1 / scale in fp32
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         found_inf, square = ops.unscale_check_finite_(grads, torch.tensor(1.0))
         overflow = bool(found_inf)
-        # The sum over all ranks: they are as many as make up tokens_per_step, and all alike here.
+        # The sum over all ranks: together they have tokens_per_step tokens, and here all are alike.
         unscale = cfg.tokens_per_step / inputs.numel() / scale
         if not overflow:
             clip = min(1.0, cfg.clip / (math.sqrt(float(square)) * unscale + 1e-6))
@@ -151,9 +166,9 @@ def train(cfg: Config, run, name: str, text: Text) -> tuple[GPT, Any, int]:
     return model, optimizer, counts["skipped"]
 
 
-def arithmetic(format: Format):
-    """fp16 has no kernels of ours on the CPU: norms, attention, loss and AdamW go by their references, which compute in
-    fp32 and round between the ops. The products of fp16 are torch's own."""
+def arithmetic(format: Format) -> AbstractContextManager[None]:
+    """The backend of the ops inside. There are no fp16 kernels for the CPU: norms, attention, loss and AdamW run their
+    references, which compute in fp32 and round between the ops. The products of fp16 are torch's own."""
     return ops.use_backend("reference") if format.dtype == torch.float16 else ops.use_backend(None)
 
 
@@ -174,11 +189,11 @@ def evaluate(cfg: Config, model: GPT, text: Text, format: Format) -> float:
     return total / cfg.eval_batches
 
 
-# --- What fp16 loses
+# --- Why fp16 needs a scale, and bf16 a master copy
 
 
-def lost_gradients(cfg: Config, run, model: GPT, text: Text) -> dict[str, float]:
-    """Of the gradient elements that are not 0 in fp32: the share that fp16 makes 0, without and with a scaled loss.
+def check_lost_gradients(cfg: Config, run: Run, model: GPT, text: Text) -> None:
+    """The share of the nonzero fp32 gradients that are 0 in fp16, without and with a scaled loss.
 
     The trained fp32 model's weights, one batch. `lost_weights`: gradients of the parameters; `lost_activations`:
     gradients of the blocks' outputs.
@@ -186,19 +201,22 @@ def lost_gradients(cfg: Config, run, model: GPT, text: Text) -> dict[str, float]
     batch = text.batch(text.train, cfg.batch, cfg.length, torch.Generator().manual_seed(0))
     wide = all_gradients(cfg, model, batch, 1.0)
     half = copy.deepcopy(model).half()
-    found = {}
-    for scale, ending in ((1.0, ""), (65536.0, "_scaled")):
-        narrow = all_gradients(cfg, half, batch, scale)
-        for part in wide:
-            there = wide[part] != 0
-            found[f"lost_{part}{ending}"] = float((narrow[part][there] == 0).double().mean())
+    plain, scaled = (all_gradients(cfg, half, batch, scale) for scale in (1.0, 65536.0))
+    for part, gradients in wide.items():
+        lost, lost_scaled = (float((g[part][gradients != 0] == 0).double().mean()) for g in (plain, scaled))
+        run.check(f"lost_{part}", lost, at_least=0.3)
+        run.check(f"lost_{part}_scaled", lost_scaled, at_most=0.01)
     plots.exponents(run, wide)
-    return found
 
 
 def all_gradients(cfg: Config, model: GPT, batch: tuple[Tensor, Tensor], scale: float) -> dict[str, Tensor]:
+    """Gradients of the parameters and of the blocks' outputs, of `scale` times the loss."""
     kept: list[Tensor] = []
-    handles = [b.register_full_backward_hook(lambda _m, _i, out: kept.append(out[0].flatten())) for b in model.blocks]
+
+    def keep(module: torch.nn.Module, of_inputs: Any, of_outputs: Any) -> None:
+        kept.append(of_outputs[0].flatten())
+
+    handles = [block.register_full_backward_hook(keep) for block in model.blocks]
     with ops.use_backend("reference"):
         (loss_sum(model, *batch) * (scale / cfg.tokens_per_step)).backward()
     for handle in handles:
@@ -208,29 +226,10 @@ def all_gradients(cfg: Config, model: GPT, batch: tuple[Tensor, Tensor], scale: 
     return {"weights": weights, "activations": torch.cat(kept)}
 
 
-# --- What is shown
-
-
-def judge(run, losses: dict[str, float], before: float, found: dict[str, float]) -> None:
-    """Every sound format within 0.05 nat of fp32; fp16 without scaling not."""
-    reference = losses.get("fp32")
-    for name, loss in losses.items():
-        if name == "fp32" or reference is None:
-            run.result(f"loss_{name}", loss, baseline=before, target=before, higher=False)
-        elif name in ("bf16", "fp16_scaled", "fp8", "bf16_stochastic"):
-            run.result(f"loss_{name}", loss, baseline=before, target=reference + 0.05, higher=False)
-        else:
-            run.result(f"loss_{name}", loss)
-    if reference is not None and "fp16" in losses:
-        run.result("fp16_is_worse_by", losses["fp16"] - reference, baseline=0.0, target=0.1)
-    for name in ("lost_weights", "lost_activations"):
-        if name in found:
-            run.result(name, found[name], baseline=found[f"{name}_scaled"], target=0.3)
-
-
-def judge_sums(run) -> None:
-    """1 + 1000 · 1e-4 in bf16: the last bit at 1 is 1/128, so each addition by itself is rounded away."""
-    plain, stochastic, master = (torch.tensor(1.0, dtype=torch.bfloat16) for _ in range(3))
+def check_sums(run: Run) -> None:
+    """1 + 1000 · 1e-4 in bf16, whose last bit at 1 is 1/128: every addition is rounded away, unless the sum is kept in
+    fp32 or rounded stochastically."""
+    plain, master = (torch.tensor(1.0, dtype=torch.bfloat16) for _ in range(2))
     wide = torch.tensor(1.0)
     many = torch.ones(1000, dtype=torch.bfloat16)
     for step in range(1000):
@@ -238,11 +237,28 @@ def judge_sums(run) -> None:
         wide += 1e-4
         master = wide.bfloat16()
         many = ops.cast(many.float() + 1e-4, many.dtype, rounding="stochastic", seed=step)
-    stochastic = many.float().mean()
-    run.result("sum_bf16", float(plain), target=1.0, higher=False)
-    run.result("sum_master", float(master), baseline=float(plain), target=1.095)
-    run.result("sum_stochastic_error", abs(float(stochastic) - 1.1), baseline=abs(float(plain) - 1.1), target=0.01,
-              higher=False)  # fmt: skip
+    run.check("sum_bf16", float(plain), at_most=1.0)
+    run.check("sum_master", float(master), at_least=1.095)
+    run.check("sum_stochastic_error", abs(float(many.float().mean()) - 1.1), at_most=0.01)
+
+
+# --- Results
+
+
+def show(run: Run, losses: dict[str, float], before: float) -> None:
+    """fp32 must learn, the sound formats end within `TOLERANCE` of it, and fp16 without a scale further away."""
+    reference = losses.get("fp32")
+    for name, loss in losses.items():
+        if name == "fp32" or reference is None:
+            run.result(f"loss_{name}", loss, baseline=before, target=before, higher=False)
+        elif name in ("bf16", "fp16_scaled", "fp8", "bf16_stochastic"):
+            run.result(f"loss_{name}", loss, baseline=before, target=reference + TOLERANCE, higher=False)
+        elif name == "fp16":
+            run.result("loss_fp16", loss, baseline=before)
+            run.check("fp16_is_worse_by", loss - reference, at_least=0.1)
+        else:
+            run.check(f"loss_{name}", loss)
+    run.check("loss_before", before)
 
 
 # --- Memory
@@ -255,14 +271,14 @@ def memory_plan(cfg: Config) -> tuple[GPTConfig, memory.Setup]:
     return shape, memory.Setup(batch=cfg.batch, seq=cfg.length, dtype="bf16")
 
 
-def memory_rows(cfg: Config, name: str, model: GPT, optimizer: Any, text: Text) -> list[dict[str, Any]]:
-    """What stays in memory for this format, by formula and as found. Weights, gradients, moments, master copy."""
+def memory_rows(cfg: Config, name: str, model: GPT, optimizer: Optimizer, text: Text) -> list[dict[str, Any]]:
+    """Weights, gradients and optimizer states (moments, master copy) of this format: by formula and as measured."""
     format = FORMATS[name]
     with arithmetic(format):
         loss_sum(model, *text.batch(text.train, 1, cfg.length, torch.Generator().manual_seed(0))).backward()
     shape = memory.shape_of(model.config)
     setup = memory.Setup(dtype=NAMES[format.dtype], master=format.master)
-    if format.stochastic:
+    if isinstance(optimizer, StochasticAdamW):
         states = meters.storage_bytes([*optimizer.exp_avg, *optimizer.exp_avg_sq])
     else:
         states = meters.optimizer_bytes(optimizer)

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from finetune.runs.plots import GOOD, INK, figure, moving_average, save
+from finetune.runs.run import Run
 
-COLOURS = {"fp32": "#1f2933", "bf16": "#1769aa", "bf16_no_master": "#b7791f", "bf16_stochastic": "#63b3ed",
+COLORS = {"fp32": "#1f2933", "bf16": "#1769aa", "bf16_no_master": "#b7791f", "bf16_stochastic": "#63b3ed",
            "fp16": "#c53030", "fp16_scaled": "#2e7d32", "fp8": "#805ad5"}  # fmt: skip
 
 
-def losses(run, held_out: dict[str, float]) -> None:
+def losses(run: Run, held_out: dict[str, float]) -> None:
     """loss_by_format.png: moving averages of the training loss; the held-out loss in the legend."""
     series = run.metrics.series()
     if not series:
@@ -20,7 +21,7 @@ def losses(run, held_out: dict[str, float]) -> None:
             continue
         xs, ys = series[f"{name}: loss"]
         line = {"linestyle": "--", "linewidth": 1.6} if name == "fp32" else {"linewidth": 1.8, "alpha": 0.85}
-        axes.plot(xs, moving_average(ys, max(3, len(ys) // 20)), color=COLOURS[name], label=f"{name}  {value:.3f}",
+        axes.plot(xs, moving_average(ys, max(3, len(ys) // 20)), color=COLORS[name], label=f"{name}  {value:.3f}",
                   zorder=3 if name == "fp32" else 2, **line)  # fmt: skip
     axes.set_title("training loss by number format (moving average)", loc="left", fontsize=12, color=INK)
     axes.set_xlabel("step", color=INK)
@@ -31,8 +32,8 @@ def losses(run, held_out: dict[str, float]) -> None:
     save(made, run.dir / "loss_by_format.png")
 
 
-def exponents(run, gradients: dict[str, Tensor]) -> None:
-    """gradient_exponents.png: where the fp32 gradients lie, and what fp16 can hold of them."""
+def exponents(run: Run, gradients: dict[str, Tensor]) -> None:
+    """gradient_exponents.png: the exponents of the fp32 gradients, over the range of fp16."""
     made, [axes] = figure(8.6, 4.6)
     kept = {name: g[g != 0].abs().double().log2().floor() for name, g in gradients.items()}
     low = min(-44, *(int(x.quantile(0.001)) for x in map(sample, kept.values()))) - 1
@@ -62,7 +63,7 @@ def sample(x: Tensor) -> Tensor:
     return x[:: max(1, len(x) // 100_000)]
 
 
-def loss_scale(run) -> None:
+def loss_scale(run: Run, policy: str) -> None:
     """loss_scale.png: the factor at each step, and the steps that overflowed and were skipped."""
     series = run.metrics.series().get("fp16_scaled: scale")
     if series is None:
@@ -75,7 +76,7 @@ def loss_scale(run) -> None:
         skipped, [ys[xs.index(x)] for x in skipped], "x", color="#c53030", markersize=7, label="overflow: skipped"
     )
     axes.set_yscale("log", base=2)
-    axes.set_title(f"dynamic loss scaling, policy: {run.cfg.policy}", loc="left", fontsize=12, color=INK)
+    axes.set_title(f"dynamic loss scaling, policy: {policy}", loc="left", fontsize=12, color=INK)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("factor", color=INK)
     axes.legend(fontsize=9, frameon=False)

@@ -1,10 +1,10 @@
-"""Loss scaling: multiply the loss so that small gradients survive in fp16, divide in fp32 before the update.
+"""Dynamic loss scaling: the loss is multiplied so that small gradients survive in fp16, and divided in fp32 again.
 
 Dynamic scaling looks for the largest factor that does not overflow (Micikevicius et al. 2018, arXiv:1710.03740, §3.2):
 a step with an inf or NaN is skipped and the factor shrinks; after `interval` good steps it grows. The two policies in
 use differ in when it shrinks and in what they count:
 
-torch      (torch.amp.GradScaler) shrinks at every overflow; counts good steps and begins anew after each change.
+torch      (torch.amp.GradScaler) shrinks at every overflow; counts good steps and starts again after each change.
 deepspeed  (DynamicLossScaler) forgives `hysteresis` − 1 overflows before it shrinks; grows at a good step that comes
            after `interval` (or a multiple) good ones since the last overflow, and only then forgives again.
 """
@@ -20,7 +20,7 @@ LARGEST = 3.4028234663852886e38  # fp32: torch's scale is a tensor and stays whe
 
 
 class LossScaler:
-    """The factor, and what decides it, as tensors: a GPU never has to tell the host that something overflowed.
+    """The factor and its counters as tensors, so that a GPU never has to tell the host that something overflowed.
 
     `update(found_inf)` after every step, taken or skipped.
     """
@@ -46,7 +46,7 @@ class LossScaler:
 
 
 class PlainScaler:
-    """The same in plain numbers, to be read."""
+    """The same rules in plain numbers: the definition that tests compare with."""
 
     def __init__(
         self,

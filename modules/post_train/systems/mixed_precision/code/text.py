@@ -1,4 +1,4 @@
-"""Characters to train on: the standard library's own reference, or a text file."""
+"""Text as characters: the standard library's own reference (pydoc_data.topics), or a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,15 @@ LIMIT = 1 << 30  # bytes of a text
 
 @dataclass(frozen=True)
 class Text:
+    """A text as numbers, its last tenth held out."""
+
     vocabulary: list[str]
     train: Tensor  # (N,) int32
     held_out: Tensor  # the last tenth
 
-    def batch(self, part: Tensor, rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (rows, length), from random places."""
-        at = torch.randint(len(part) - length, (rows, 1), generator=generator) + torch.arange(length + 1)
+    def batch(self, part: Tensor, rows: int, length: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (rows, length), at random positions."""
+        at = torch.randint(len(part) - length, (rows, 1), generator=rng) + torch.arange(length + 1)
         return part[at[:, :-1]].long(), part[at[:, 1:]].long()
 
 
