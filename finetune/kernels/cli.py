@@ -16,16 +16,16 @@ ROOT = Path(__file__).parents[2]
 
 @click.group()
 def kernels() -> None:
-    """The CUDA kernels without a GPU, by emulation: their memory accesses, their faults."""
+    """The CUDA kernels without a GPU: memory accesses, deliberate faults, static counts."""
 
 
 def find(op: str, runs: bool = True) -> str:
     """`op`, if it has a CUDA kernel; `runs`: one that runs as an op of its own, not a variant for one architecture."""
     if not (ROOT / "csrc" / "cuda").is_dir():
         raise UserError(f"there is no {ROOT / 'csrc'}: `kernels` needs a checkout, installed by pip install -e .")
-    pages = ROOT / "finetune" / "ops"
+    op_files = ROOT / "finetune" / "ops"
     found = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    known = [name for name in found if not runs or (pages / f"{name}.py").exists()]
+    known = [name for name in found if not runs or (op_files / f"{name}.py").exists()]
     if op not in known:
         raise UserError(f"no CUDA kernel '{op}'{nearest(op, known)}: there are {', '.join(known)}")
     return op
@@ -33,7 +33,7 @@ def find(op: str, runs: bool = True) -> str:
 
 @kernels.command()
 @click.argument("op")
-@click.option("--sample", "name", help="One of the op's samples (see its page); default: the largest of the tests.")
+@click.option("--sample", "name", help="One of the op's samples (see its op file); default: the largest of the tests.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="f16", show_default=True)
 @click.option(
     "--shape", help="Of the first tensor instead, such as 4x64; the others' follow where they are its suffix."
@@ -41,7 +41,7 @@ def find(op: str, runs: bool = True) -> str:
 @click.option("--forward", is_flag=True, help="Without the backward.")
 @JSON
 def trace(op: str, name: str | None, dtype: str, shape: str | None, forward: bool, json: bool) -> None:
-    """Count a kernel's memory accesses by source line: sectors and bank conflicts beside the fewest possible."""
+    """Count a kernel's memory accesses by source line: sectors and bank conflicts, next to the fewest possible."""
     import dataclasses
 
     import torch
@@ -153,7 +153,7 @@ def faults(op: str | None, json: bool) -> int:
         rows: list[Any] = []
         for v in verdicts:
             by = v.by or ("nothing", "red")
-            how = v.message if v.reached else ("no sample comes by it", "red")
+            how = v.message if v.reached else ("no sample reaches it", "red")
             rows.append([v.op, v.fault.removeprefix(f"{v.op}."), by, f"{v.sample} {v.dtype}", how])
         display.table(console, ("op", "fault", "caught by", "on", "how"), rows)
         console.print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} caught", highlight=False)
@@ -168,7 +168,7 @@ def faults(op: str | None, json: bool) -> int:
 @click.option("--debug", is_flag=True, help="Run --level once, compiled for a debugger (see the module's README).")
 @JSON
 def levels(topic: str | None, number: int | None, size: str, markdown: bool, debug: bool, json: bool) -> None:
-    """The ladder of the cuda module: what each level does to memory, beside the level before it."""
+    """The ladder of the cuda module: what each level does to memory, compared with the level before it."""
     from finetune.runs import display, registry
     from finetune.runs.machine import physical_cores
 
@@ -224,7 +224,7 @@ def static(ops: tuple[str, ...], archs: tuple[str, ...], write: bool, jobs: int,
     from finetune.kernels import static_table
 
     if write and archs:
-        raise UserError("--write takes all architectures: leave --arch away")
+        raise UserError("--write needs all architectures: omit --arch")
     rows = static_table.table([find(op, runs=False) for op in ops], archs or static_table.ARCHS, jobs)
     if write:
         static_table.write(rows)

@@ -1,6 +1,6 @@
 """Where the CUDA compiler and its companions are: a toolkit, NVIDIA's wheels from PyPI (the test extra), or Triton's.
 
-setup.py runs this file by itself, so it imports nothing of the project.
+setup.py runs this file on its own, so it imports nothing of the project.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from finetune import ops
-from finetune.kernels import beyond, emulator, weave
+from finetune.kernels import emulator, extra_cases, weave
 from finetune.ops._check import WrongResult, check_close, flat, run, unchanged
 from finetune.ops._samples import Sample
 
@@ -25,8 +25,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one fault. `by`: "numbers", "emulator" (a deadlock and the like, which the plain build sees too)
-    or "checker"; None if it survived. `reached`: did any kernel come by it?"""
+    """The outcome of one fault. `by`: "numbers", "emulator" (a deadlock and the like, which the plain build sees too)
+    or "checker"; None if it survived. `reached`: did any kernel execute its line?"""
 
     op: str
     fault: str
@@ -107,7 +107,7 @@ def expected(op: str, index: int) -> tuple[list[list[torch.Tensor]], list[torch.
     return [run(op, sample, dtype, how) for how in hows], run(op, sample, dtype, "reference", wide=True)
 
 
-def check_case(case: beyond.Case, backend: str) -> None:
+def check_case(case: extra_cases.Case, backend: str) -> None:
     """Raises WrongResult unless the case's pairs agree."""
     for got, want in case(backend):
         if not unchanged(got, want):
@@ -115,12 +115,12 @@ def check_case(case: beyond.Case, backend: str) -> None:
 
 
 def told(op: str, error: RuntimeError) -> str:
-    """What the emulator says, without torch's words around it."""
+    """The emulator's message, without torch's words around it."""
     return str(error).splitlines()[0].partition(f"finetune::{op}")[2].partition(": ")[2] or str(error)
 
 
 def judge(op: str, fault: str) -> Verdict:
-    """Runs the fault's case in `beyond`, if it has one, and the op's samples with this fault, on the checked and on the
+    """Runs the fault's extra case, if it has one, and the op's samples with this fault, on the checked and on the
     plain build, until something notices. The checked build goes first: where a fault reads a wild address it says so,
     and the plain one ends the process."""
     builds = {name: emulator.load(name) for name in ("checked", "emulated")}
@@ -128,14 +128,14 @@ def judge(op: str, fault: str) -> Verdict:
     try:
         for build in builds.values():
             build.set_bug(fault)
-        for name, build in builds.items() if fault in beyond.CASES else ():
+        for name, build in builds.items() if fault in extra_cases.CASES else ():
             try:
-                check_case(beyond.CASES[fault], name)
+                check_case(extra_cases.CASES[fault], name)
             except WrongResult as error:
-                return Verdict(op, fault, "numbers", build.bug_reached(), "beyond", "float16", str(error))
+                return Verdict(op, fault, "numbers", build.bug_reached(), "extra case", "float16", str(error))
             except RuntimeError as error:
                 by = "checker" if name == "checked" else "emulator"
-                return Verdict(op, fault, by, build.bug_reached(), "beyond", "float16", told(op, error))
+                return Verdict(op, fault, by, build.bug_reached(), "extra case", "float16", told(op, error))
         for index, (sample, dtype) in enumerate(cases(op)):
             if ops.REGISTRY[op].why_not("emulated", *sample.cast(dtype), **sample.kwargs):
                 continue

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune import ops
-from finetune.kernels import beyond, emulator, faults
+from finetune.kernels import emulator, extra_cases, faults
 from finetune.ops._check import check, run, unchanged
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,11 +81,11 @@ def test_checked_in_every_order_and_copy_mode(emulated, op):
 
 
 @pytest.mark.parametrize("backend", ["emulated", "checked"])
-@pytest.mark.parametrize("fault", beyond.CASES)
-def test_what_samples_cannot_ask(fault, backend):
-    """Offsets of more than 32 bits, memory at odd places, what the reference refuses."""
+@pytest.mark.parametrize("fault", extra_cases.CASES)
+def test_extra_cases(fault, backend):
+    """Offsets of more than 32 bits, and what the reference refuses."""
     emulator.load(backend)
-    faults.check_case(beyond.CASES[fault], backend)
+    faults.check_case(extra_cases.CASES[fault], backend)
 
 
 def test_faults_are_all_listed():

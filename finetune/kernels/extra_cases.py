@@ -1,8 +1,8 @@
-"""What the samples of an op cannot ask of its CUDA kernel, each for one deliberate fault: a contiguous tensor of more
-than 2^32 elements, what the reference refuses. `finetune.faults` tries a fault's case here before the samples; tests
-run every case without a fault, too.
+"""Test cases that an op's samples cannot express, each for one deliberate fault: a contiguous tensor of more than 2^32
+elements, and targets that the reference refuses.
 
-A case is called with a backend and returns pairs of tensors that must agree to the bit, NaN with NaN.
+A case is called with a backend and returns pairs of tensors that must be equal to the bit, NaN with NaN. faults.py
+tries the case of a fault before the samples; the tests run every case without a fault, too.
 """
 
 from __future__ import annotations
