@@ -236,7 +236,7 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned v, emulator::Site site
   return sum;
 }
 
-// --- atomics: fibres do not preempt each other, so only the checks must know
+// --- atomics: fibers do not preempt each other, so only the checks must know
 
 template <class T, class F>
 EMULATOR_UNCHECKED T emulated_atomic(T* p, F&& update, emulator::Site site) {

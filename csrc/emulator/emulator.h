@@ -1,4 +1,4 @@
-// The CUDA execution model on the CPU, for the kernels of csrc/cuda as they stand: every thread of a block is a fibre,
+// The CUDA execution model on the CPU, for the kernels of csrc/cuda as they stand: every thread of a block is a fiber,
 // blocks run one after another, a warp's collective is executed by the last of its lanes to arrive. Nothing here is
 // fast, and nothing here is timed: it finds wrong numbers, and, in the checked build, wrong memory accesses, races and
 // missing barriers, by source line.
@@ -38,7 +38,7 @@ std::string take_fault();
 
 // --- for launch.cuh
 
-// body(context) is what each thread runs; the context, of so many bytes, holds the kernel's arguments.
+// body(context) is what each thread runs; the context, of `context_bytes` bytes, holds the kernel's arguments.
 bool run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context,
               size_t context_bytes);
 
@@ -94,7 +94,7 @@ bool bug_reached();  // has a kernel asked for the active one?
 // --- for tests (csrc/emulator/python.cpp)
 
 struct Options {
-  int order = 0;  // of the fibres: 0 as numbered, 1 reversed, 2 … shuffled by that seed. Odd: the last TMA copy lands
+  int order = 0;  // of the fibers: 0 as numbered, 1 reversed, 2 … shuffled by that seed. Odd: the last TMA copy lands
                   // first
   bool eager = false;  // asynchronous copies
   std::string bug;     // the active deliberate fault
@@ -111,6 +111,7 @@ struct Row {
   long requests, units, ideal, width;
 };
 void set_counting(bool on);
+uint64_t take_largest_grid();  // blocks of the largest launch since the last call
 std::vector<Row> statistics();
 
 template <class T>

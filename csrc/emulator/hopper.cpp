@@ -122,7 +122,9 @@ void start(Transfer&& t) {
   if (products_read(t.to)) fault("a copy into shared memory that a wgmma under way reads", t.site);
   const int bytes = static_cast<int>(t.to.end - t.to.begin);
   checker::act_as(t.bar, self->id, 1);
-  touch(t.to.begin, bytes, Access::write, t.site, "TMA");
+  for (int row = 0; row < bytes; row += 128) {
+    touch(t.to.begin + row, std::min(128, bytes - row), Access::write, t.site, "TMA to shared");
+  }
   checker::act_no_more();
   checker::in_flight(t.to.begin, bytes, true, t.site);
   if (options().eager) {
@@ -178,7 +180,7 @@ void mbarrier_wait(uint64_t* bar, unsigned parity, Site site) {
 void bulk_copy(void* shared, const void* global, unsigned bytes, uint64_t* bar, Site site) {
   require_global(global, 16, "a bulk copy's source", site);
   if (bytes % 16 || !bytes) fault("a bulk copy of no multiple of 16 bytes", site);
-  touch(global, static_cast<int>(bytes), Access::read, site, "TMA");
+  touch(global, static_cast<int>(bytes), Access::read, site, "TMA from global");
   auto* to = static_cast<char*>(shared);
   start({{to, to + bytes}, static_cast<const char*>(global), {}, {}, false, bar, self, site});
 }
@@ -188,7 +190,7 @@ void tensor_copy(void* shared, const TensorMap& map, const int (&at)[4], uint64_
   if (!is_argument(map)) fault("a tensor map that is no argument of the kernel", site);
   auto* to = static_cast<char*>(shared);
   for_each_row(map, at, [&](int, const char* from, int first, int last) {
-    if (first < last) touch(from + 2 * first, 2 * (last - first), Access::read, site, "TMA");
+    if (first < last) touch(from + 2 * first, 2 * (last - first), Access::read, site, "TMA from global");
   });
   start({{to, to + 128 * map.box[1] * map.box[2] * map.box[3]},
          nullptr,

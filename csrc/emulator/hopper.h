@@ -53,11 +53,11 @@ void wgmma(const Product& product, Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int groups_left, Site site);
 
-// setmaxnreg: so many registers a thread of this warpgroup from now on, more or fewer than it has.
+// setmaxnreg: the number of registers a thread of this warpgroup has from now on, more or fewer than it has.
 void set_registers(int count, bool more, Site site);
 
 // For the scheduler: a block begins; all its threads have passed a barrier; no thread can go on, so what is under way
-// goes on by a step (false: nothing is); what is unfinished at the end, or "".
+// continues by a step (false: nothing is); what is unfinished at the end, or "".
 void begin_asynchronous();
 void join_asynchronous();
 bool land_one();

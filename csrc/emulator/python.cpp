@@ -19,6 +19,7 @@ PYBIND11_MODULE(EMULATOR_MODULE, m) {
   m.def("bug_reached", &emulator::bug_reached, "Whether a kernel has come by the active deliberate fault.");
   m.def("set_counting", &emulator::set_counting,
         "Count accesses by source line (the checked build only); True forgets what was counted before.");
+  m.def("take_largest_grid", &emulator::take_largest_grid, "Blocks of the largest launch since the last call.");
   m.def(
       "statistics",
       [] {

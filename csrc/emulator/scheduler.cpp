@@ -1,4 +1,4 @@
-// Fibres, barriers, warp collectives, shared memory and asynchronous copies: how a grid runs.
+// Fibers, barriers, warp collectives, shared memory and asynchronous copies: how a grid runs.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -68,7 +68,7 @@ emulator_switch:
   ret
 .size emulator_switch, .-emulator_switch
 )");
-void* scheduler = nullptr;  // its stack pointer while a fibre runs
+void* scheduler = nullptr;  // its stack pointer while a fiber runs
 
 void* prepare(unsigned char* top, void (*entry)()) {
   auto** slot = reinterpret_cast<void**>(top);  // 16-byte aligned; at a function's entry rsp is 8 past a multiple of 16
@@ -308,12 +308,14 @@ Options& options() { return chosen; }
 
 namespace {
 std::string reached;  // the fault that a kernel last asked for and got
+uint64_t largest_grid = 0;
 }
 bool bug(const char* name) {
   if (chosen.bug.empty() || chosen.bug != name) return false;
   reached = name;
   return true;
 }
+uint64_t take_largest_grid() { return std::exchange(largest_grid, 0); }
 bool bug_reached() { return !chosen.bug.empty() && reached == chosen.bug; }
 
 bool run_grid(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*body)(void*), void* context,
@@ -332,6 +334,7 @@ bool run_grid(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, voi
     arena = static_cast<unsigned char*>(map(2 * kSharedBytes));
     arena += (1024 - reinterpret_cast<uintptr_t>(arena) % 1024) % 1024;
   }
+  largest_grid = std::max(largest_grid, blocks);
   block.grid = grid;
   block.size = size;
   block.threads = static_cast<unsigned>(threads);

@@ -1,4 +1,4 @@
-// What the emulator's own files share: the running block and its fibres.
+// What the emulator's own files share: the running block and its fibers.
 #pragma once
 
 #include <vector>
@@ -64,10 +64,10 @@ struct Block {
 };
 
 extern Block block;
-extern Fiber* self;                  // the running fibre
+extern Fiber* self;                  // the running fiber
 extern unsigned char* stacks;        // kMostThreads of kStackBytes
 extern unsigned char* arena;         // shared memory: dynamic first, then the static arrays
-void yield(State state, Site site);  // waits until somebody makes this fibre ready
+void yield(State state, Site site);  // waits until somebody makes this fiber ready
 
 bool is_register_under_way(const void* variable);  // of a product of the running thread's warpgroup (wgmma.cpp)
 
@@ -90,7 +90,7 @@ void complete(const void* mbarrier);
 void acquire(const void* mbarrier);
 void mbarrier_memory(const void* mbarrier, bool begins, Site site);
 void proxy_fence();  // the running thread's
-// Asynchronous units: what follows is done by `unit`, given to it by so many threads, which knows what all of them know
+// Asynchronous units: what follows is done by `unit`, given to it by that number of threads, which knows what all of them know
 // (or, again, what it knew); until it acts no more. next_time: what it did until now was at this time, what follows is
 // later. land: a copy's bytes are counted at its mbarrier. learn: these threads have waited for the unit, to that time.
 void act_as(const void* unit, unsigned first, unsigned count);

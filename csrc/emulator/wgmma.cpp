@@ -120,7 +120,7 @@ void read_matrices(const Operation& operation) {
   const auto read = [&](uint64_t matrix, bool transposed, int rows) {
     for (int mn = 0; mn < rows; mn += transposed ? 8 : 1) {
       for (int k = 0; k < 16; k += transposed ? 1 : 8) {
-        touch(element(matrix, transposed, mn, k), 16, Access::read, operation.site, "wgmma");
+        touch(element(matrix, transposed, mn, k), 16, Access::read, operation.site, "wgmma from shared");
       }
     }
   };

@@ -43,7 +43,7 @@ __device__ __forceinline__ void mbarrier_arrive(Mbarrier* bar CALL_SITE) {
 #endif
 }
 
-// Arrives, and lets the phase wait for so many bytes more.
+// Arrives, and lets the phase wait for `bytes` more bytes.
 __device__ __forceinline__ void mbarrier_expect(Mbarrier* bar, unsigned bytes CALL_SITE) {
 #if defined(__CUDACC__)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
@@ -337,7 +337,7 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], const unsigned (&a)[4],
 #undef WGMMA_REGISTERS_64
 #undef WGMMA_REGISTERS_128
 
-// The warpgroup gives registers back, or takes more: so many a thread from now on.
+// The warpgroup gives registers back, or takes more: kRegisters a thread from now on.
 template <int kRegisters>
 __device__ __forceinline__ void fewer_registers(CALL_SITE_ONLY) {
 #if defined(__CUDACC__)
