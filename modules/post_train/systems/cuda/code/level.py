@@ -1,4 +1,4 @@
-"""A rung of the ladder: one .cu file, compiled for the emulator by itself and called through ctypes.
+"""A level of a ladder: one .cu file, compiled for the emulator on its own and called through ctypes.
 
 A level is standalone: a kernel, and `extern "C" int launch_level(…)` with the arguments that all levels of its topic
 share (topics.py). The same file compiles with nvcc. What a build was made of is in its name, so that nothing is ever

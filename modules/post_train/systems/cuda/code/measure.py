@@ -7,8 +7,8 @@ from .level import Level, load
 from .topics import Problem
 
 SECTOR = 32  # bytes: what global memory is fetched in
-GLOBAL = ("global load", "global store", "global atomic", "cp.async from global")
-SHARED = ("shared load", "shared store", "shared atomic", "ldmatrix", "cp.async to shared")
+GLOBAL = ("global load", "global store", "global atomic", "cp.async from global", "TMA from global")
+SHARED = ("shared load", "shared store", "shared atomic", "ldmatrix", "cp.async to shared", "TMA to shared")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class Count:
 
     sectors      32-byte pieces of global memory that the requests touch. Times 32 this is the traffic if no cache ever
                  helped: the model of DRAM used here.
-    wavefronts   rounds in which shared memory serves the requests; `ideal` without any bank conflict.
+    wavefronts   rounds in which shared memory serves the requests; `ideal` without any bank conflict. What wgmma reads
+                 there itself is no request.
+    blocks       of the largest grid: how many multiprocessors have work.
     """
 
     level: int
@@ -31,10 +33,12 @@ class Count:
     ideal: int
     atomics: int
     mma: int
+    wgmma: int
     ldmatrix: int
     cp_async: int
     shuffles: int
     barriers: int
+    blocks: int
 
     @property
     def bytes(self) -> int:
@@ -58,8 +62,9 @@ def measure(level: Level, problem: Problem) -> Count:
     """Runs a level in the checked build, compares it with float64 and counts. Raises if it is wrong in any way."""
     kernel = load(level, "checked")
     kernel.controls.set_counting(True)
+    kernel.controls.take_largest_grid()
     result = problem.run(kernel)
-    rows = kernel.controls.statistics()
+    rows, blocks = kernel.controls.statistics(), kernel.controls.take_largest_grid()
     kernel.controls.set_counting(False)
 
     def total(field: str, *kinds: str) -> int:
@@ -77,15 +82,17 @@ def measure(level: Level, problem: Problem) -> Count:
         ideal=total("ideal", *SHARED),
         atomics=total("requests", "global atomic"),
         mma=total("requests", "mma"),
+        wgmma=total("requests", "wgmma"),
         ldmatrix=total("requests", "ldmatrix"),
         cp_async=total("requests", "cp.async to shared"),
         shuffles=total("requests", "shuffle"),
         barriers=total("requests", "__syncthreads"),
+        blocks=blocks,
     )
 
 
 def lines(level: Level, problem: Problem) -> list[dict[str, Any]]:
-    """The same by source line: the rows of finetune.emulator.trace."""
+    """The same by source line: rows as of finetune.kernels.emulator.trace."""
     kernel = load(level, "checked")
     kernel.controls.set_counting(True)
     problem.run(kernel)

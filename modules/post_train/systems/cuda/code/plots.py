@@ -1,4 +1,6 @@
-"""roofline.png and levels.png."""
+"""The pictures of a run: every level under the roofs of two GPUs, and what each level does to memory."""
+
+from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
@@ -7,15 +9,19 @@ from finetune.runs.checkpoint import atomic_write
 from finetune.runs.plots import FAINT, INK, LINE
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from finetune.runs.run import Run
+
     from .measure import Count
 
 # Peaks without sparsity: TFLOP/s of fp32 and of bf16 tensor cores, TB/s of the memory.
 # NVIDIA A100 Tensor Core GPU datasheet (SXM, 80 GB); NVIDIA H100 Tensor Core GPU datasheet (SXM: 1,979 with sparsity).
 GPUS = {"A100": (19.5, 312.0, 2.039), "H100": (67.0, 989.5, 3.35)}
-COLOURS = {"reduction": "#8a6d3b", "softmax": "#2e7d32", "matmul": "#1769aa", "attention": "#c53030"}
+COLORS = {"reduction": "#8a6d3b", "softmax": "#2e7d32", "matmul": "#1769aa", "attention": "#c53030"}
 
 
-def roofline(run, found: dict[str, list["Count"]]) -> None:
+def roofline(run: Run, found: dict[str, list[Count]]) -> None:
     """Every level at its arithmetic intensity, on the roof that it is under. A model: nothing was timed."""
     shown = {topic: [c for c in counts if c.flops] for topic, counts in found.items()}
     shown = {topic: counts for topic, counts in shown.items() if counts}
@@ -37,10 +43,10 @@ def roofline(run, found: dict[str, list["Count"]]) -> None:
         axes.annotate(f"memory: {memory:g} TB/s", (2.0, 2.0 * memory), textcoords="offset points", xytext=(12, -8),
                       fontsize=9, color=INK)  # fmt: skip
         for topic, counts in shown.items():
-            points = [(c.intensity, min(tensor if c.mma else plain, memory * c.intensity)) for c in counts]
-            axes.plot(*zip(*points, strict=True), color=COLOURS[topic], linewidth=0.8, alpha=0.5, zorder=2)
-            axes.scatter(*zip(*points, strict=True), color=COLOURS[topic], s=36, zorder=3, label=topic)
-            label(axes, counts, points, COLOURS[topic], below=topic == "matmul")
+            points = [(c.intensity, min(tensor if c.mma + c.wgmma else plain, memory * c.intensity)) for c in counts]
+            axes.plot(*zip(*points, strict=True), color=COLORS[topic], linewidth=0.8, alpha=0.5, zorder=2)
+            axes.scatter(*zip(*points, strict=True), color=COLORS[topic], s=36, zorder=3, label=topic)
+            label(axes, counts, points, COLORS[topic], below=topic == "matmul")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(f"{gpu}: peaks of the data sheet", loc="left", fontsize=11.5, color=INK)
@@ -56,19 +62,33 @@ def roofline(run, found: dict[str, list["Count"]]) -> None:
         figure.savefig(temporary, format="png")
 
 
-def label(axes, counts: list["Count"], points: list[tuple[float, float]], color: str, below: bool) -> None:
-    """The levels' numbers beside their points; levels at one place share a label."""
+def label(axes: Axes, counts: list[Count], points: list[tuple[float, float]], color: str, below: bool) -> None:
+    """The levels' numbers at their points; levels at one place share a label."""
     groups: list[tuple[tuple[float, float], list[int]]] = []
     for c, point in zip(counts, points, strict=True):
-        near = groups and all(abs(math.log10(a / b)) < 0.05 for a, b in zip(point, groups[-1][0], strict=True))
-        groups[-1][1].append(c.level) if near else groups.append((point, [c.level]))
+        for place, numbers in groups:
+            if all(abs(math.log10(a / b)) < 0.05 for a, b in zip(point, place, strict=True)):
+                numbers.append(c.level)
+                break
+        else:
+            groups.append((point, [c.level]))
     for point, numbers in groups:
-        text = f"{numbers[0]}–{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
-        axes.annotate(text, point, textcoords="offset points", xytext=(7, -14) if below else (-5, 5),
+        axes.annotate(ranges(numbers), point, textcoords="offset points", xytext=(7, -14) if below else (-5, 5),
                       ha="center" if below else "right", fontsize=8.5, color=color)  # fmt: skip
 
 
-def bars(run, found: dict[str, list["Count"]]) -> None:
+def ranges(numbers: list[int]) -> str:
+    """`4–5, 7` of 4, 5, 7."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def bars(run: Run, found: dict[str, list[Count]]) -> None:
     """Sectors of global memory and wavefronts of shared memory, level by level."""
     found = {topic: counts for topic, counts in found.items() if counts}
     if not found:

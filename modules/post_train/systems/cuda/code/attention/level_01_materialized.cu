@@ -8,42 +8,44 @@
 namespace finetune {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int BLOCK_SIZE = 128;
 
 struct Shape {
   int64_t heads, q_len, k_len, dim;
 };
 
-__device__ __forceinline__ int64_t my_index() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
+__device__ __forceinline__ int64_t my_index() { return static_cast<int64_t>(blockIdx.x) * BLOCK_SIZE + threadIdx.x; }
 
-__global__ void __launch_bounds__(kThreads) multiply(const bf16* q, const bf16* k, float* scores, Shape s) {
+// A thread computes one score.
+__global__ void __launch_bounds__(BLOCK_SIZE) multiply_qk(const bf16* q, const bf16* k, float* scores, Shape s) {
   const int64_t i = my_index(), row = i / s.k_len, head = row / s.q_len;  // row counts through all heads
   if (i >= s.heads * s.q_len * s.k_len) return;
-  const bf16 *mine = q + row * s.dim, *key = k + (head * s.k_len + i % s.k_len) * s.dim;
+  const bf16 *query = q + row * s.dim, *key = k + (head * s.k_len + i % s.k_len) * s.dim;
   float sum = 0.0f;
-  for (int64_t d = 0; d < s.dim; ++d) sum += to_float(mine[d]) * to_float(key[d]);
+  for (int64_t d = 0; d < s.dim; ++d) sum += to_float(query[d]) * to_float(key[d]);
   scores[i] = sum * rsqrtf(static_cast<float>(s.dim));
 }
 
-__global__ void __launch_bounds__(kThreads) softmax(float* scores, Shape s) {
+// A thread takes one row.
+__global__ void __launch_bounds__(BLOCK_SIZE) softmax(float* scores, Shape s) {
   const int64_t row = my_index();
   if (row >= s.heads * s.q_len) return;
-  float *mine = scores + row * s.k_len, most = -INFINITY, sum = 0.0f;
-  for (int64_t i = 0; i < s.k_len; ++i) most = fmaxf(most, mine[i]);
-  for (int64_t i = 0; i < s.k_len; ++i) sum += __expf(mine[i] - most);
-  for (int64_t i = 0; i < s.k_len; ++i) mine[i] = __expf(mine[i] - most) / sum;
+  float *x = scores + row * s.k_len, m = -INFINITY, l = 0.0f;
+  for (int64_t j = 0; j < s.k_len; ++j) m = fmaxf(m, x[j]);
+  for (int64_t j = 0; j < s.k_len; ++j) l += __expf(x[j] - m);
+  for (int64_t j = 0; j < s.k_len; ++j) x[j] = __expf(x[j] - m) / l;
 }
 
-__global__ void __launch_bounds__(kThreads) weigh(const float* scores, const bf16* v, float* out, Shape s) {
+// A thread computes one element of the output.
+__global__ void __launch_bounds__(BLOCK_SIZE) multiply_pv(const float* p, const bf16* v, float* out, Shape s) {
   const int64_t i = my_index(), row = i / s.dim, d = i % s.dim, head = row / s.q_len;
   if (i >= s.heads * s.q_len * s.dim) return;
   float sum = 0.0f;
-  for (int64_t j = 0; j < s.k_len; ++j)
-    sum += scores[row * s.k_len + j] * to_float(v[(head * s.k_len + j) * s.dim + d]);
+  for (int64_t j = 0; j < s.k_len; ++j) sum += p[row * s.k_len + j] * to_float(v[(head * s.k_len + j) * s.dim + d]);
   out[i] = sum;
 }
 
-dim3 blocks(int64_t threads) { return dim3(static_cast<unsigned>(ceil_div(threads, kThreads))); }
+dim3 blocks(int64_t threads) { return dim3(static_cast<unsigned>(ceil_div(threads, BLOCK_SIZE))); }
 
 }  // namespace
 }  // namespace finetune
@@ -52,10 +54,10 @@ extern "C" int launch_level(const void* q, const void* k, const void* v, float* 
                             int64_t q_len, int64_t k_len, int64_t dim, void* stream) {
   using namespace finetune;
   const Shape s{heads, q_len, k_len, dim};
-  const auto *queries = static_cast<const bf16*>(q), *keys = static_cast<const bf16*>(k);
-  Status status = launch(multiply, blocks(heads * q_len * k_len), dim3(kThreads), 0, stream, queries, keys, scores, s);
-  if (status == Status::ok) status = launch(softmax, blocks(heads * q_len), dim3(kThreads), 0, stream, scores, s);
+  Status status = launch(multiply_qk, blocks(heads * q_len * k_len), dim3(BLOCK_SIZE), 0, stream,
+                         static_cast<const bf16*>(q), static_cast<const bf16*>(k), scores, s);
+  if (status == Status::ok) status = launch(softmax, blocks(heads * q_len), dim3(BLOCK_SIZE), 0, stream, scores, s);
   if (status != Status::ok) return static_cast<int>(status);
-  return static_cast<int>(launch(weigh, blocks(heads * q_len * dim), dim3(kThreads), 0, stream, scores,
+  return static_cast<int>(launch(multiply_pv, blocks(heads * q_len * dim), dim3(BLOCK_SIZE), 0, stream, scores,
                                  static_cast<const bf16*>(v), out, s));
 }

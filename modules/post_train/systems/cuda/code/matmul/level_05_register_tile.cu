@@ -10,7 +10,7 @@
 namespace finetune {
 namespace {
 
-constexpr int kTile = 64, kDeep = 16, kEach = 4, kSide = kTile / kEach, kThreads = kSide * kSide;
+constexpr int kTile = 64, kDeep = 16, kEach = 4, kSide = kTile / kEach, BLOCK_SIZE = kSide * kSide;
 constexpr int kWide = 8;
 using Group = Vector<bf16, kWide>;
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ Group fetch(const bf16* x, int64_t row, int64_t rows,
   return v;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(BLOCK_SIZE)
     matmul(const bf16* a, const bf16* b, float* c, int64_t m, int64_t n, int64_t k) {
   SHARED(Group, as, [kTile][kDeep / kWide]);
   SHARED(Group, bs, [kDeep][kTile / kWide]);
@@ -35,11 +35,11 @@ __global__ void __launch_bounds__(kThreads)
   const bool a_aligned = are_aligned(a) && k % kWide == 0, b_aligned = are_aligned(b) && n % kWide == 0;
   float sum[kEach][kEach] = {};
   for (int64_t first = 0; first < k; first += kDeep) {
-    if (t < kThreads / 2) {  // half of the threads fetch eight elements of A each, the others of B
+    if (t < BLOCK_SIZE / 2) {  // half of the threads fetch eight elements of A each, the others of B
       const int row = t / 2, at = t % 2;
       as[row][at] = fetch(a, top + row, m, first + at * kWide, k, a_aligned);
     } else {
-      const int row = (t - kThreads / 2) / 8, at = t % 8;
+      const int row = (t - BLOCK_SIZE / 2) / 8, at = t % 8;
       bs[row][at] = fetch(b, first + row, k, left + at * kWide, n, b_aligned);
     }
     __syncthreads();
@@ -71,6 +71,6 @@ __global__ void __launch_bounds__(kThreads)
 extern "C" int launch_level(const void* a, const void* b, float* c, int64_t m, int64_t n, int64_t k, void* stream) {
   using namespace finetune;
   const dim3 grid(static_cast<unsigned>(ceil_div(m, kTile) * ceil_div(n, kTile)));
-  return static_cast<int>(launch(matmul, grid, dim3(kThreads), 0, stream, static_cast<const bf16*>(a),
+  return static_cast<int>(launch(matmul, grid, dim3(BLOCK_SIZE), 0, stream, static_cast<const bf16*>(a),
                                  static_cast<const bf16*>(b), c, m, n, k));
 }

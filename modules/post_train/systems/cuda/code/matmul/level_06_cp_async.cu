@@ -10,7 +10,7 @@
 namespace finetune {
 namespace {
 
-constexpr int kTile = 64, kDeep = 16, kEach = 4, kSide = kTile / kEach, kThreads = kSide * kSide;
+constexpr int kTile = 64, kDeep = 16, kEach = 4, kSide = kTile / kEach, BLOCK_SIZE = kSide * kSide;
 constexpr int kWide = 8;
 using Group = Vector<bf16, kWide>;
 
@@ -27,7 +27,7 @@ __device__ __forceinline__ void fetch(Group& to, const bf16* x, int64_t row, int
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(BLOCK_SIZE)
     matmul(const bf16* a, const bf16* b, float* c, int64_t m, int64_t n, int64_t k) {
   SHARED(Group, as, [2][kTile][kDeep / kWide]);
   SHARED(Group, bs, [2][kDeep][kTile / kWide]);
@@ -37,11 +37,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t steps = ceil_div(k, kDeep);
   const auto fetch_step = [&](int64_t step) {
     const int buffer = step % 2;
-    if (t < kThreads / 2) {
+    if (t < BLOCK_SIZE / 2) {
       const int row = t / 2, at = t % 2;
       fetch(as[buffer][row][at], a, top + row, m, step * kDeep + at * kWide, k, a_aligned);
     } else {
-      const int row = (t - kThreads / 2) / 8, at = t % 8;
+      const int row = (t - BLOCK_SIZE / 2) / 8, at = t % 8;
       fetch(bs[buffer][row][at], b, step * kDeep + row, k, left + at * kWide, n, b_aligned);
     }
   };
@@ -82,6 +82,6 @@ __global__ void __launch_bounds__(kThreads)
 extern "C" int launch_level(const void* a, const void* b, float* c, int64_t m, int64_t n, int64_t k, void* stream) {
   using namespace finetune;
   const dim3 grid(static_cast<unsigned>(ceil_div(m, kTile) * ceil_div(n, kTile)));
-  return static_cast<int>(launch(matmul, grid, dim3(kThreads), 0, stream, static_cast<const bf16*>(a),
+  return static_cast<int>(launch(matmul, grid, dim3(BLOCK_SIZE), 0, stream, static_cast<const bf16*>(a),
                                  static_cast<const bf16*>(b), c, m, n, k));
 }

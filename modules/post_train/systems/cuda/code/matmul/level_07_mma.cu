@@ -10,7 +10,7 @@
 namespace finetune {
 namespace {
 
-constexpr int kTile = 64, kThreads = 128, kWide = 8, kChunks = kTile / kWide;
+constexpr int kTile = 64, BLOCK_SIZE = 128, kWide = 8, kChunks = kTile / kWide;
 using Chunk = Vector<bf16, kWide>;
 
 // Where chunk `chunk` of row `row` of a 64 × 64 tile lies.
@@ -19,7 +19,7 @@ __device__ __forceinline__ int place(int row, int chunk) { return row * kChunks 
 // A 64 × 64 tile at (top, left); what is outside the matrix becomes 0.
 __device__ __forceinline__ void fetch(Chunk* tile, const bf16* x, int64_t top, int64_t rows, int64_t left,
                                       int64_t columns, bool aligned) {
-  for (int i = threadIdx.x; i < kTile * kChunks; i += kThreads) {
+  for (int i = threadIdx.x; i < kTile * kChunks; i += BLOCK_SIZE) {
     const int row = i / kChunks, chunk = i % kChunks;
     Chunk& to = tile[place(row, chunk)];
     const int64_t r = top + row, column = left + chunk * kWide;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void fetch(Chunk* tile, const bf16* x, int64_t top, i
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(BLOCK_SIZE)
     matmul(const bf16* a, const bf16* b, float* c, int64_t m, int64_t n, int64_t k) {
   SHARED(Chunk, as, [2][kTile * kChunks]);
   SHARED(Chunk, bs, [2][kTile * kChunks]);
@@ -99,6 +99,6 @@ __global__ void __launch_bounds__(kThreads)
 extern "C" int launch_level(const void* a, const void* b, float* c, int64_t m, int64_t n, int64_t k, void* stream) {
   using namespace finetune;
   const dim3 grid(static_cast<unsigned>(ceil_div(m, kTile) * ceil_div(n, kTile)));
-  return static_cast<int>(launch(matmul, grid, dim3(kThreads), 0, stream, static_cast<const bf16*>(a),
+  return static_cast<int>(launch(matmul, grid, dim3(BLOCK_SIZE), 0, stream, static_cast<const bf16*>(a),
                                  static_cast<const bf16*>(b), c, m, n, k));
 }

@@ -9,11 +9,11 @@
 namespace finetune {
 namespace {
 
-constexpr int kThreads = 256, kMostBlocks = 1024, kWide = 4;  // partial has kMostBlocks elements
+constexpr int BLOCK_SIZE = 256, kMostBlocks = 1024, kWide = 4;  // partial has kMostBlocks elements
 
-__global__ void __launch_bounds__(kThreads) add_part(const float* x, float* partial, int64_t n) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads, groups = are_aligned(x) ? n / kWide : 0;
+__global__ void __launch_bounds__(BLOCK_SIZE) add_part(const float* x, float* partial, int64_t n) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * BLOCK_SIZE + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * BLOCK_SIZE, groups = are_aligned(x) ? n / kWide : 0;
   float v = 0.0f;
   for (int64_t i = thread; i < groups; i += threads) {
     const auto four = load<float, kWide>(x + i * kWide);
@@ -24,9 +24,9 @@ __global__ void __launch_bounds__(kThreads) add_part(const float* x, float* part
   if (threadIdx.x == 0) partial[blockIdx.x] = v;
 }
 
-__global__ void __launch_bounds__(kThreads) join(const float* partial, int blocks, float* sum) {
+__global__ void __launch_bounds__(BLOCK_SIZE) join(const float* partial, int blocks, float* sum) {
   float v = 0.0f;
-  for (int i = threadIdx.x; i < blocks; i += kThreads) v += partial[i];
+  for (int i = threadIdx.x; i < blocks; i += BLOCK_SIZE) v += partial[i];
   v = block_sum(v);
   if (threadIdx.x == 0) *sum = v;
 }
@@ -36,9 +36,9 @@ __global__ void __launch_bounds__(kThreads) join(const float* partial, int block
 
 extern "C" int launch_level(const float* x, float* partial, float* sum, int64_t n, void* stream) {
   using namespace finetune;
-  const int64_t wanted = ceil_div(n, 8 * kWide * kThreads);  // eight loads a thread
+  const int64_t wanted = ceil_div(n, 8 * kWide * BLOCK_SIZE);  // eight loads a thread
   const int blocks = static_cast<int>(wanted < kMostBlocks ? wanted : kMostBlocks);
-  const Status status = launch(add_part, dim3(blocks), dim3(kThreads), 0, stream, x, partial, n);
+  const Status status = launch(add_part, dim3(blocks), dim3(BLOCK_SIZE), 0, stream, x, partial, n);
   if (status != Status::ok) return static_cast<int>(status);
-  return static_cast<int>(launch(join, dim3(1), dim3(kThreads), 0, stream, partial, blocks, sum));
+  return static_cast<int>(launch(join, dim3(1), dim3(BLOCK_SIZE), 0, stream, partial, blocks, sum));
 }

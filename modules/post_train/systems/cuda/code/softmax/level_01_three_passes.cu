@@ -8,18 +8,18 @@
 namespace finetune {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int BLOCK_SIZE = 128;
 
-__global__ void __launch_bounds__(kThreads) softmax(const float* x, float* y, int64_t rows, int64_t columns) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(BLOCK_SIZE) softmax(const float* x, float* y, int64_t rows, int64_t columns) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * BLOCK_SIZE + threadIdx.x;
   if (row >= rows) return;
   x += row * columns;
   y += row * columns;
-  float most = -INFINITY;
-  for (int64_t i = 0; i < columns; ++i) most = fmaxf(most, x[i]);
-  float sum = 0.0f;
-  for (int64_t i = 0; i < columns; ++i) sum += __expf(x[i] - most);
-  for (int64_t i = 0; i < columns; ++i) y[i] = __expf(x[i] - most) / sum;
+  float row_max = -INFINITY;
+  for (int64_t i = 0; i < columns; ++i) row_max = fmaxf(row_max, x[i]);
+  float row_sum = 0.0f;
+  for (int64_t i = 0; i < columns; ++i) row_sum += __expf(x[i] - row_max);
+  for (int64_t i = 0; i < columns; ++i) y[i] = __expf(x[i] - row_max) / row_sum;
 }
 
 }  // namespace
@@ -27,6 +27,6 @@ __global__ void __launch_bounds__(kThreads) softmax(const float* x, float* y, in
 
 extern "C" int launch_level(const float* x, float* y, int64_t rows, int64_t columns, void* stream) {
   using namespace finetune;
-  const dim3 grid(static_cast<unsigned>(ceil_div(rows, kThreads)));
-  return static_cast<int>(launch(softmax, grid, dim3(kThreads), 0, stream, x, y, rows, columns));
+  const dim3 grid(static_cast<unsigned>(ceil_div(rows, BLOCK_SIZE)));
+  return static_cast<int>(launch(softmax, grid, dim3(BLOCK_SIZE), 0, stream, x, y, rows, columns));
 }

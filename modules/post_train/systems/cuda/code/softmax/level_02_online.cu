@@ -8,21 +8,21 @@
 namespace finetune {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int BLOCK_SIZE = 128;
 
-__global__ void __launch_bounds__(kThreads) softmax(const float* x, float* y, int64_t rows, int64_t columns) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(BLOCK_SIZE) softmax(const float* x, float* y, int64_t rows, int64_t columns) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * BLOCK_SIZE + threadIdx.x;
   if (row >= rows) return;
   x += row * columns;
   y += row * columns;
-  float most = -INFINITY, sum = 0.0f;
+  float row_max = -INFINITY, row_sum = 0.0f;
   for (int64_t i = 0; i < columns; ++i) {
-    const float v = x[i], larger = fmaxf(most, v);
-    const float rescale = __expf(most - larger);
-    sum = sum * rescale + __expf(v - larger);
-    most = larger;
+    const float v = x[i], new_max = fmaxf(row_max, v);
+    const float rescale = __expf(row_max - new_max);
+    row_sum = row_sum * rescale + __expf(v - new_max);
+    row_max = new_max;
   }
-  for (int64_t i = 0; i < columns; ++i) y[i] = __expf(x[i] - most) / sum;
+  for (int64_t i = 0; i < columns; ++i) y[i] = __expf(x[i] - row_max) / row_sum;
 }
 
 }  // namespace
@@ -30,6 +30,6 @@ __global__ void __launch_bounds__(kThreads) softmax(const float* x, float* y, in
 
 extern "C" int launch_level(const float* x, float* y, int64_t rows, int64_t columns, void* stream) {
   using namespace finetune;
-  const dim3 grid(static_cast<unsigned>(ceil_div(rows, kThreads)));
-  return static_cast<int>(launch(softmax, grid, dim3(kThreads), 0, stream, x, y, rows, columns));
+  const dim3 grid(static_cast<unsigned>(ceil_div(rows, BLOCK_SIZE)));
+  return static_cast<int>(launch(softmax, grid, dim3(BLOCK_SIZE), 0, stream, x, y, rows, columns));
 }

@@ -16,21 +16,22 @@ __global__ void __launch_bounds__(kWarps * 32) softmax(const float* x, float* y,
   if (row >= rows) return;  // the whole warp leaves
   x += row * columns;
   y += row * columns;
-  float most = -INFINITY, sum = 0.0f;
+  float row_max = -INFINITY, row_sum = 0.0f;
   for (int64_t i = lane; i < columns; i += 32) {
-    const float v = x[i], larger = fmaxf(most, v);
-    sum = sum * __expf(most - larger) + __expf(v - larger);
-    most = larger;
+    const float v = x[i], new_max = fmaxf(row_max, v);
+    row_sum = row_sum * __expf(row_max - new_max) + __expf(v - new_max);
+    row_max = new_max;
   }
   for (int bits = 16; bits; bits /= 2) {
-    const float other = __shfl_xor_sync(0xffffffffu, most, bits), other_sum = __shfl_xor_sync(0xffffffffu, sum, bits);
-    const float larger = fmaxf(most, other);
-    if (larger == -INFINITY) continue;  // neither lane has an element
-    const float rescale = __expf(most - larger);
-    sum = sum * rescale + other_sum * __expf(other - larger);
-    most = larger;
+    const float other = __shfl_xor_sync(0xffffffffu, row_max, bits),
+                other_sum = __shfl_xor_sync(0xffffffffu, row_sum, bits);
+    const float new_max = fmaxf(row_max, other);
+    if (new_max == -INFINITY) continue;  // neither lane has an element
+    const float rescale = __expf(row_max - new_max);
+    row_sum = row_sum * rescale + other_sum * __expf(other - new_max);
+    row_max = new_max;
   }
-  for (int64_t i = lane; i < columns; i += 32) y[i] = __expf(x[i] - most) / sum;
+  for (int64_t i = lane; i < columns; i += 32) y[i] = __expf(x[i] - row_max) / row_sum;
 }
 
 }  // namespace

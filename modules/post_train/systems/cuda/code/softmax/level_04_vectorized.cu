@@ -25,24 +25,24 @@ __global__ void __launch_bounds__(kWarps * 32) softmax(const float* x, float* y,
   x += row * columns;
   y += row * columns;
   const bool aligned = are_aligned(x, y);
-  float most = -INFINITY, sum = 0.0f;
+  float row_max = -INFINITY, row_sum = 0.0f;
   for_each_of_lane(columns, aligned, lane, [&]<int N>(int64_t i) {
     const auto v = load<float, N>(x + i);
-    float larger = most;
+    float new_max = row_max;
 #pragma unroll
-    for (int j = 0; j < N; ++j) larger = fmaxf(larger, v.at[j]);
-    sum *= __expf(most - larger);
+    for (int j = 0; j < N; ++j) new_max = fmaxf(new_max, v.at[j]);
+    row_sum *= __expf(row_max - new_max);
 #pragma unroll
-    for (int j = 0; j < N; ++j) sum += __expf(v.at[j] - larger);
-    most = larger;
+    for (int j = 0; j < N; ++j) row_sum += __expf(v.at[j] - new_max);
+    row_max = new_max;
   });
-  const float all = warp_max(most);
-  sum = warp_sum(most == -INFINITY ? 0.0f : sum * __expf(most - all));
+  const float all = warp_max(row_max);
+  row_sum = warp_sum(row_max == -INFINITY ? 0.0f : row_sum * __expf(row_max - all));
   for_each_of_lane(columns, aligned, lane, [&]<int N>(int64_t i) {
     const auto v = load<float, N>(x + i);
     Vector<float, N> out;
 #pragma unroll
-    for (int j = 0; j < N; ++j) out.at[j] = __expf(v.at[j] - all) / sum;
+    for (int j = 0; j < N; ++j) out.at[j] = __expf(v.at[j] - all) / row_sum;
     store(y + i, out);
   });
 }

@@ -37,32 +37,32 @@ __global__ void __launch_bounds__(kWarps * 32) softmax(const float* x, float* y,
   y += row * columns;
   const bool aligned = are_aligned(x, y);
   Group held[kGroups];
-  float most = -INFINITY, sum = 0.0f;
+  float row_max = -INFINITY, row_sum = 0.0f;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     held[g] = fetch(x, first + g * step, columns, aligned);
-    for (float v : held[g].at) most = fmaxf(most, v);
+    for (float v : held[g].at) row_max = fmaxf(row_max, v);
   }
   for (int64_t i = first + kHeld; i < columns; i += step) {
-    for (float v : fetch(x, i, columns, aligned).at) most = fmaxf(most, v);
+    for (float v : fetch(x, i, columns, aligned).at) row_max = fmaxf(row_max, v);
   }
-  most = warp_max(most);
+  row_max = warp_max(row_max);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    for (float& v : held[g].at) sum += v = __expf(v - most);
+    for (float& v : held[g].at) row_sum += v = __expf(v - row_max);
   }
   for (int64_t i = first + kHeld; i < columns; i += step) {
-    for (float v : fetch(x, i, columns, aligned).at) sum += __expf(v - most);
+    for (float v : fetch(x, i, columns, aligned).at) row_sum += __expf(v - row_max);
   }
-  sum = warp_sum(sum);
+  row_sum = warp_sum(row_sum);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    for (float& v : held[g].at) v /= sum;
+    for (float& v : held[g].at) v /= row_sum;
     put(y, first + g * step, columns, aligned, held[g]);
   }
   for (int64_t i = first + kHeld; i < columns; i += step) {
     Group v = fetch(x, i, columns, aligned);
-    for (float& e : v.at) e = __expf(e - most) / sum;
+    for (float& e : v.at) e = __expf(e - row_max) / row_sum;
     put(y, i, columns, aligned, v);
   }
 }
