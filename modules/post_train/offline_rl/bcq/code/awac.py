@@ -24,6 +24,8 @@ def awac_weights(advantages: Tensor, lam: float) -> Tensor:
 
 
 class AWAC:
+    """Twin critics and a Gaussian policy."""
+
     def __init__(self, cfg: Config, obs_dim: int, action_dim: int) -> None:
         self.cfg, hidden = cfg, [cfg.hidden, cfg.hidden]
         self.critic = TwinQ(obs_dim, action_dim, hidden)

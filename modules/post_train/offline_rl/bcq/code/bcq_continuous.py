@@ -102,6 +102,8 @@ def best_candidate(q: Tensor, lam: float) -> Tensor:
 
 
 class BCQ:
+    """Twin critics, the generative model of actions and the perturbation, each with its own optimizer."""
+
     def __init__(self, cfg: Config, obs_dim: int, action_dim: int) -> None:
         self.cfg = cfg
         self.critic = TwinQ(obs_dim, action_dim, [cfg.hidden, cfg.hidden])

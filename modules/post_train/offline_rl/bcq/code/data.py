@@ -58,6 +58,8 @@ class Scale:
 
 @dataclass
 class Task:
+    """A data set and what is needed to learn from it and to evaluate the result."""
+
     name: str  # such as cartpole_expert: phases, pictures and results begin with it
     data: Dataset
     scale: Scale

@@ -29,6 +29,8 @@ def iql_weights(advantages: Tensor, temperature: float, largest: float = 100.0) 
 
 
 class IQL:
+    """Twin critics, V, and a Gaussian policy."""
+
     def __init__(self, cfg: Config, obs_dim: int, action_dim: int) -> None:
         self.cfg, hidden = cfg, [cfg.hidden, cfg.hidden]
         self.critic = TwinQ(obs_dim, action_dim, hidden)

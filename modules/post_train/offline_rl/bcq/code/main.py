@@ -49,7 +49,7 @@ class Config(config.Config):
     envs: str = "CartPole-v1,Pendulum-v1"  # one after the other, separated by commas
     # an npz of logged steps (README) of the one environment that --envs names; none: sets are generated
     data: Path | None = None
-    rows: int = bounded(10_000, at_least=100, at_most=10**7)  # of each generated set
+    rows: int = bounded(10_000, at_least=100, at_most=10**7)  # steps of each generated set
     discrete_sets: str = "expert,random"  # of CartPole, to train on
     continuous_sets: str = "mixed,expert"  # of Pendulum
     shuffle_actions: bool = False  # control: actions are permuted over the set, so there is nothing to learn
@@ -59,7 +59,7 @@ class Config(config.Config):
     lr: float = bounded(1e-3, at_least=0, at_most=10)  # Adam's, of every network
     compared: str = "bc,td3,td3_bc,iql,awac"  # with continuous BCQ; td3 is the naive learner
     # --- BCQ, discrete actions
-    batch: int = bounded(64, at_least=1, at_most=10**6)
+    batch: int = bounded(64, at_least=1, at_most=10**6)  # rows of an update
     # rewards are scaled so that the largest of the data is this: learning rate and temperatures then fit any unit
     reward_scale: float = bounded(1.0, above=0, at_most=10**6)
     # threshold: an action less likely than τ times the likeliest is never taken
@@ -72,8 +72,8 @@ class Config(config.Config):
     sweep: str = "0,0.1,0.3,0.6,1"  # thresholds
     sweep_steps: int = bounded(2000, at_least=0, at_most=10**9)  # updates of each, but at most --steps
     # --- BCQ, continuous actions
-    continuous_batch: int = bounded(64, at_least=1, at_most=10**6)
-    reward_scale_continuous: float = bounded(1.6, above=0, at_most=10**6)
+    continuous_batch: int = bounded(64, at_least=1, at_most=10**6)  # rows of an update
+    reward_scale_continuous: float = bounded(1.6, above=0, at_most=10**6)  # the same as --reward-scale
     candidates: int = bounded(10, at_least=1, at_most=10_000)  # actions that the maximum of a target runs over
     act_candidates: int = bounded(100, at_least=1, at_most=10_000)  # the same in acting
     phi: float = bounded(0.05, at_least=0, at_most=2)  # how far an action may be perturbed, of −1 … 1
@@ -83,16 +83,16 @@ class Config(config.Config):
     polyak: float = bounded(0.01, at_least=0, at_most=1)  # how far target networks move in an update
     # --- TD3+BC, IQL, AWAC
     alpha: float = bounded(2.5, at_least=0, at_most=10**6)  # TD3+BC: weight of Q
-    expectile: float = bounded(0.7, at_least=0, at_most=1)  # IQL
+    expectile: float = bounded(0.7, at_least=0, at_most=1)  # IQL: V is this expectile of Q
     temperature: float = bounded(1.0, at_least=0, at_most=10**6)  # IQL: factor of the advantage in the exponent
     awac_lam: float = bounded(1.0, above=0, at_most=10**6)  # AWAC: divisor of the advantage in the exponent
     # --- evaluation
     fqe_steps: int = bounded(2000, at_least=0, at_most=10**9)  # of fitted Q evaluation, but at most --steps
-    fqe_batch: int = bounded(256, at_least=1, at_most=10**6)
-    fqe_polyak: float = bounded(0.05, at_least=0, at_most=1)
+    fqe_batch: int = bounded(256, at_least=1, at_most=10**6)  # rows of an update
+    fqe_polyak: float = bounded(0.05, at_least=0, at_most=1)  # how far its target network moves in an update
     # updates between two points of the curves; each plays --eval-episodes
     eval_every: int = bounded(500, at_least=1, at_most=10**9)
-    eval_episodes: int = bounded(20, at_least=2, at_most=10_000)
+    eval_episodes: int = bounded(20, at_least=2, at_most=10_000)  # episodes of an evaluation
     # an episode is truncated there if its environment has no time limit
     max_episode_steps: int = bounded(1000, at_least=1, at_most=10**6)
     # ---
@@ -185,6 +185,7 @@ def q_and_imitator(cfg: Config, run: Run, env: Env, shared: bool) -> QAndImitato
 
 
 def compare_continuous(cfg: Config, run: Run, task: Task) -> Found:
+    """BCQ and the methods of --compared, on the same batches."""
     learners: dict[str, OfflineLearner] = {}
     for name in ["bcq", *parts(cfg.compared)]:
         run.seed("networks")

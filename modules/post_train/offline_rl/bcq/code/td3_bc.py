@@ -27,7 +27,7 @@ def td3_bc_loss(q: Tensor, policy_actions: Tensor, actions: Tensor, alpha: float
 
 
 class TD3:
-    """Without `behavior_cloning` it is TD3."""
+    """TD3: twin critics, smoothed target actions, a policy that is updated every second time."""
 
     behavior_cloning = False
 
@@ -86,4 +86,6 @@ class TD3:
 
 
 class TD3BC(TD3):
+    """TD3 with the cloning term in the policy's loss."""
+
     behavior_cloning = True

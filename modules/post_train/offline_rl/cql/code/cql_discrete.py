@@ -58,8 +58,11 @@ def lagrange_loss(log_alpha: Tensor, gap: Tensor, threshold: float) -> Tensor:
 
 
 class CQL:
-    """α: weight of the gap; 0 is double DQN, the naive learner. rho: CQL(ρ) with ρ the softmax of the target network.
-    threshold: learn α so that the gap approaches it (CQL-Lagrange); `alpha` is the initial value."""
+    """Double DQN with the gap in its loss.
+
+    alpha: weight of the gap; 0 is double DQN, the naive learner. rho: CQL(ρ), with ρ the softmax of the target network.
+    threshold: learn α so that the gap approaches it (CQL-Lagrange); `alpha` is the initial value.
+    """
 
     def __init__(
         self,

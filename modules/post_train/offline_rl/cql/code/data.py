@@ -27,6 +27,8 @@ SETS = {
 
 @dataclass
 class Task:
+    """A data set and what is needed to learn from it and to evaluate the result."""
+
     name: str
     data: Dataset
     steps: Transitions  # the data as learned from, with scaled rewards
@@ -39,6 +41,7 @@ class Task:
 
 
 def prepare(cfg: Config, run: Run, name: str, limit: environments.EpisodeLimit) -> Task:
+    """Generates the set of this name, or reads --data."""
     env, quality = (cfg.env, "") if cfg.data else SETS[name]
     envs = environments.make(env, cfg.eval_episodes, episode_limit=limit)
     if cfg.data:

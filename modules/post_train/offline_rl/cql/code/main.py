@@ -31,7 +31,7 @@ SCORE_RANGE = {"CartPole-v1": (22.0, 500.0), "Pendulum-v1": (-1200.0, -150.0)}
 
 @dataclass
 class Config(config.Config):
-    steps: int = 60  # of each data set; one is `updates` updates of every learner
+    steps: int = 60  # steps on each data set; one is `updates` updates of every learner
     checkpoint_every: int = 10
     threads: int = 1  # networks so small are fastest on one
     # --- data
@@ -41,7 +41,7 @@ class Config(config.Config):
     data_steps: int = bounded(50_000, at_least=100, at_most=10**7)  # of a generated set; an expert's has 1/25 of it
     shuffle_actions: bool = False  # control: actions are permuted over the set, so there is nothing to learn
     # --- all learners
-    updates: int = bounded(100, at_least=1, at_most=10**6)  # of a step
+    updates: int = bounded(100, at_least=1, at_most=10**6)  # updates of each learner in a step
     hidden: int = bounded(64, at_least=1, at_most=8192)  # width of the two hidden layers of every network
     lr: float = bounded(1e-3, at_least=0, at_most=10)  # Adam's, decays linearly to 0
     tau: float = bounded(0.01, at_least=0, at_most=1)  # how far the target network moves in an update (Polyak)
@@ -52,22 +52,22 @@ class Config(config.Config):
     # --- CQL, discrete actions
     # weight of the conservative term (the min-Q weight); 0 is the naive learner
     alpha: float = bounded(0.5, at_least=0, at_most=10**6)
-    gamma: float = bounded(0.98, at_least=0, below=1)
-    batch: int = bounded(256, at_least=2, at_most=10**6)
+    gamma: float = bounded(0.98, at_least=0, below=1)  # discount
+    batch: int = bounded(256, at_least=2, at_most=10**6)  # rows of an update
     # rewards are scaled so that the largest of the data is this: α and the learning rate then fit rewards of any unit
     reward_scale: float = bounded(1.0, above=0, at_most=10**6)
     # --- CQL, continuous actions (with SAC)
     alpha_continuous: float = bounded(0.2, at_least=0, at_most=10**6)  # weight of the conservative term
-    gamma_continuous: float = bounded(0.9, at_least=0, below=1)
-    batch_continuous: int = bounded(64, at_least=2, at_most=10**6)
-    reward_scale_continuous: float = bounded(1.6, above=0, at_most=10**6)
+    gamma_continuous: float = bounded(0.9, at_least=0, below=1)  # discount
+    batch_continuous: int = bounded(64, at_least=2, at_most=10**6)  # rows of an update
+    reward_scale_continuous: float = bounded(1.6, above=0, at_most=10**6)  # the same as --reward-scale
     samples: int = bounded(5, at_least=1, at_most=1000)  # actions from each of the three proposals of the integral
     backup: Literal["soft", "plain", "max"] = "soft"  # V(s') with entropy, without, the best of `samples` actions
     warm_start: int = bounded(0, at_least=0, at_most=10**9)  # first updates, in which the actor clones the data
     calibrated: bool = False  # Cal-QL: Q is pushed down to the behavior policy's returns at most
     # --- evaluation
     eval_every: int = bounded(10, at_least=1, at_most=10**9)  # steps between two evaluations
-    eval_episodes: int = bounded(20, at_least=2, at_most=10_000)
+    eval_episodes: int = bounded(20, at_least=2, at_most=10_000)  # episodes of an evaluation
     # fitted Q evaluation after training: steps of `updates` updates; 0: omit it
     fqe_steps: int = bounded(30, at_least=0, at_most=10**6)
     # an episode is truncated there if its environment has no time limit
