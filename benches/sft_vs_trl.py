@@ -1,12 +1,12 @@
-"""One SFT step with LoRA beside TRL's SFTTrainer: seconds and memory on the same rows, weights, adapters and threads.
+"""One SFT step with LoRA, ours and TRL's SFTTrainer: seconds and memory on the same rows, weights, adapters and threads.
 
     python benches/sft_vs_trl.py [--steps 5] [--rows 64] [--threads 2] [--dtype float32 bfloat16] [--json FILE]
                                  [--trl-checkpointing | --no-trl-checkpointing] [--checkpointing] [--model FOLDER]
 
-Each side is a process of its own, so its peak resident set is its own, and they take turns step by step, so other work
-on the machine meets all; a ratio is the median of the rounds' ratios (above 1: ours is faster). TRL runs twice, with
-gradient checkpointing (its default, and its leanest) and without (its fastest). The first step is not timed: it is
-where both must give the same loss, or nothing is timed. Needs the peers extra: pip install -e '.[peers]'.
+Each side is a separate process with its own peak resident set. They take turns step by step, so that other work on the
+machine slows all of them; a ratio is the median of the rounds' ratios (above 1: ours is faster). TRL runs twice, with
+gradient checkpointing (its default, and its leanest) and without (its fastest). The first step is not timed: both
+must give the same loss there, or nothing is timed. Needs the peers extra: pip install -e '.[peers]'.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from finetune.data import packing, python_docs
 from finetune.errors import UserError
 from finetune.runs import display, machine
 
-BATCH, TOKENS = 8, 960  # rows of a step, and about how many tokens they are to have
+BATCH, TOKENS = 8, 960  # rows of a step, and roughly their number of tokens
 RANK, ALPHA, LR, CLIP = 8, 16.0, 1e-3, 1.0
 # float32: rounding. bfloat16: TRL computes the adapters and the head in bfloat16 too, ours in float32.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -42,7 +42,7 @@ SIDES = {  # name → (which, gradient checkpointing)
     "TRL, no checkpointing": ("trl", False),
 }
 
-# --- the two sides, each in a process of its own. One line "step" comes in, one JSON object a step goes out.
+# --- the two sides, each in its own process. One line "step" comes in, one JSON object a step goes out.
 
 
 def ours(task: dict[str, Any], turn: Turn) -> None:
@@ -67,14 +67,14 @@ def ours(task: dict[str, Any], turn: Turn) -> None:
         turn.wait()
         chosen = [documents[(step * BATCH + i) % len(documents)] for i in range(BATCH)]
         loss = sft.accumulate_gradients(model, [packing.collate(chosen)])
-        norm = ops.clip_grad_norm_([p.grad for p in trained], CLIP)
+        norm = ops.clip_grad_norm_([p.grad for p in trained if p.grad is not None], CLIP)
         optimizer.step(lr=LR)
         optimizer.zero_grad()
         turn.done(loss, float(norm))
 
 
 def trl(task: dict[str, Any], turn: Turn) -> None:
-    """SFTTrainer at its defaults (padded rows, no packing, its fused head) but for what both sides share."""
+    """SFTTrainer at its defaults (padded rows, no packing, its fused head), except for settings that both sides share."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig, set_peft_model_state_dict
@@ -87,7 +87,8 @@ def trl(task: dict[str, Any], turn: Turn) -> None:
             turn.ready()
             turn.wait()
 
-        def on_log(self, args, state, control, logs, **_):  # a step's last act, with its loss
+        def on_log(self, args, state, control, **given):  # the end of a step, with its loss
+            logs = given["logs"]
             if "loss" in logs:
                 turn.done(logs["loss"], logs["grad_norm"])
                 if state.global_step < state.max_steps:
@@ -98,7 +99,7 @@ def trl(task: dict[str, Any], turn: Turn) -> None:
         gradient_checkpointing=task["checkpointing"],
         per_device_train_batch_size=BATCH,
         max_steps=task["steps"],
-        train_sampling_strategy="sequential",  # as ours: the rows in order, again and again
+        train_sampling_strategy="sequential",  # as in ours: the rows in order, repeated
         learning_rate=LR,
         lr_scheduler_type="constant",
         weight_decay=0.0,
@@ -115,10 +116,10 @@ def trl(task: dict[str, Any], turn: Turn) -> None:
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(task["model"], dtype=getattr(torch, task["dtype"])),
         config,
-        # TRL takes `assistant_masks` of rows that are tokens already as it takes those that it makes itself.
+        # TRL reads `assistant_masks` of tokenized rows as if it had made them itself.
         train_dataset=Dataset.from_list(task["rows"]),
         processing_class=AutoTokenizer.from_pretrained(task["model"]),
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[TakeTurns()],
     )
     trainer.remove_callback(PrinterCallback)

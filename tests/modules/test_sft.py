@@ -217,7 +217,7 @@ def test_without_training_there_is_no_gain(tmp_path, change):
     ids=lambda change: next(iter(change)),
 )
 def test_every_variant_learns(tmp_path, change):
-    summary = run(tmp_path / "run", **{"steps": 100, **change})
+    summary = run(tmp_path / "run", **{"steps": 50, "eval_rows": 32, "samples": 0, **change})
     assert summary["metrics"]["held_out_loss"] < 0.7 * summary["metrics"]["loss_before"]
 
 
