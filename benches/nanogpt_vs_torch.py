@@ -1,11 +1,11 @@
-"""One training step of nanogpt's default setting beside nanoGPT's own, on the same rows and threads:
+"""One training step of nanogpt's default setting, ours and nanoGPT's own, on the same rows and threads:
 
     python -m finetune bench nanogpt_vs_torch [--threads 1 2] [--steps 60] [--json FILE]
 
 The other side is what nanoGPT's train.py runs on a CPU: torch's own layers, F.scaled_dot_product_attention, the exact
 GELU (its losses differ by that in the fourth digit), F.cross_entropy on all logits, AdamW that is not fused, and
-clip_grad_norm_. Steps alternate in one process; the ratio is the median of the pairs' ratios. `best` is the ratio that
-is left if nothing but the matrix products took time: both sides need the same ones, at the rate that each has here.
+clip_grad_norm_. Steps alternate in one process; the ratio is the median of the pairs' ratios. `best` is the ratio if
+only the matrix products took time: both sides need the same ones, at the rate that each has here.
 """
 
 from __future__ import annotations

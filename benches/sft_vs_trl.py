@@ -1,4 +1,4 @@
-"""One SFT step with LoRA, ours and TRL's SFTTrainer: seconds and memory on the same rows, weights, adapters and threads.
+"""One SFT step with LoRA, ours and TRL's SFTTrainer: time and memory on the same rows, weights, adapters and threads.
 
     python benches/sft_vs_trl.py [--steps 5] [--rows 64] [--threads 2] [--dtype float32 bfloat16] [--json FILE]
                                  [--trl-checkpointing | --no-trl-checkpointing] [--checkpointing] [--model FOLDER]
@@ -74,7 +74,7 @@ def ours(task: dict[str, Any], turn: Turn) -> None:
 
 
 def trl(task: dict[str, Any], turn: Turn) -> None:
-    """SFTTrainer at its defaults (padded rows, no packing, its fused head), except for settings that both sides share."""
+    """SFTTrainer at its defaults (padded rows, no packing, its fused head), except for shared settings."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig, set_peft_model_state_dict

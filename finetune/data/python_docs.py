@@ -122,6 +122,7 @@ def cut_sentences(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
+    """The words of a text in lower case."""
     return re.findall(r"\w+", text.lower())
 
 

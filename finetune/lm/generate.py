@@ -172,6 +172,7 @@ def warp(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float 
 
 
 def as_lists(prompts: Sequence[Sequence[int]] | Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The prompts as lists of ids, without padding."""
     if not isinstance(prompts, Tensor):
         return [list(row) for row in prompts]
     if prompts.dim() != 2 or (mask is not None and mask.shape != prompts.shape):
@@ -182,6 +183,7 @@ def as_lists(prompts: Sequence[Sequence[int]] | Tensor, mask: Tensor | None) -> 
 
 
 def check_prompts(model: Llama | GPT, rows: list[list[int]], max_new_tokens: int) -> None:
+    """UserError for a prompt that is empty, too long, or outside the vocabulary."""
     limit = model.config.max_length
     for i, row in enumerate(rows):
         if not row:

@@ -62,6 +62,7 @@ class PlainNamespace(Namespace):
 
 
 def refuse_private(name: Any) -> None:
+    """SecurityError for a name that begins with an underscore."""
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"a namespace cannot hold the name {name!r}")
 
@@ -81,11 +82,13 @@ def to_json(
 
 
 def complain(message: str) -> NoReturn:
+    """Hugging Face's `raise_exception`."""
     raise TemplateError(message)
 
 
 @lru_cache(maxsize=16)
 def compiled(source: str) -> Template:
+    """The template with its extensions, filters and functions. TemplateError if it does not compile."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -126,6 +129,7 @@ def render(source: str, values: dict[str, Any]) -> tuple[str, list[Span]]:
 
 
 def written(template: Template, values: dict[str, Any]) -> str:
+    """The text of a rendering. TooLong beyond MOST_CHARACTERS."""
     pieces, size = [], 0
     for piece in template.generate(**values):
         size += len(piece)

