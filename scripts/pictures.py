@@ -16,7 +16,7 @@ MOST_BYTES, WIDTH = 150_000, 1400
 
 
 def shrunk(path: Path) -> bytes:
-    """The picture in a palette of 256 colors, as wide as it fits into MOST_BYTES. MAXCOVERAGE keeps thin lines' hues."""
+    """The picture in a palette of 256 colors, as wide as it fits into MOST_BYTES. MAXCOVERAGE keeps thin lines."""
     picture, width = Image.open(path).convert("RGB"), WIDTH
     while True:
         small = picture.copy()

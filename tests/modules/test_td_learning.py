@@ -598,7 +598,7 @@ def test_prediction_learns_in_any_unit_of_reward(factor):
 
 def test_the_textbook_trains(tmp_path):
     """`--experiment textbook`: each loop learns, and metrics.csv has its curve."""
-    summary = run(tmp_path / "run", experiment="textbook", steps=40)
+    summary = run(tmp_path / "run", experiment="textbook", steps=16)
     assert summary["passed"]
     assert set(summary["metrics"]) == {"error_td_0", "return_sarsa", "return_q_learning"}
     header = (tmp_path / "run/metrics.csv").read_text().splitlines()[0]
