@@ -1,8 +1,7 @@
-"""The policy_gradient module: the loss by definition and beside torchrl, natural steps, the corridor, runs."""
+"""The policy_gradient module: the estimate against torchrl and exact gradients, natural steps, the corridor, runs."""
 
 import dataclasses
 import math
-import sys
 
 import gymnasium
 import numpy as np
@@ -13,15 +12,14 @@ from resumed import resumes_to_the_same_bytes
 from finetune.errors import UserError
 from finetune.rl.agents.networks import Categorical
 from finetune.rl.envs.rollout import Rollout
-from finetune.rl.tabular import mdp as tables
 from finetune.runs import registry
 from finetune.runs.run import execute
 
 INFO = registry.find("policy_gradient")
 pg = registry.load(INFO)
-losses, natural, tabular, enumerated, offpolicy, variance = (
-    sys.modules[f"finetune_modules.policy_gradient.{n}"]
-    for n in ("losses", "natural", "tabular", "enumerated", "offpolicy", "variance")
+baselines, reinforce, trpo, corridor, enumerated, exact_cases, off_policy, variance = (
+    registry.part("policy_gradient", name)
+    for name in ("baselines", "reinforce", "trpo", "corridor", "enumerated", "exact_cases", "off_policy", "variance")
 )
 
 
@@ -44,20 +42,20 @@ def two_episodes():
 
 def test_returns_and_baselines():
     rollout = two_episodes()
-    psi, returns = losses.advantages(rollout, 0.5, "none", None)
+    advantages, returns = baselines.advantages(rollout, 0.5, "none")
     assert returns.tolist() == [[3.0, 8.0], [4.0, 0.0], [4.0, 0.0]]
-    assert torch.equal(psi, returns)
-    psi, _ = losses.advantages(rollout, 0.5, "leave_one_out", None)
-    assert psi.tolist() == [[-5.0, 5.0], [4.0, 0.0], [4.0, 0.0]]
-    psi, _ = losses.advantages(rollout, 0.5, "mean", None)
-    assert psi.tolist() == [[-2.5, 2.5], [2.0, 0.0], [2.0, 0.0]]
+    assert torch.equal(advantages, returns)
+    advantages, _ = baselines.advantages(rollout, 0.5, "leave_one_out")
+    assert advantages.tolist() == [[-5.0, 5.0], [4.0, 0.0], [4.0, 0.0]]
+    advantages, _ = baselines.advantages(rollout, 0.5, "mean")
+    assert advantages.tolist() == [[-2.5, 2.5], [2.0, 0.0], [2.0, 0.0]]
 
 
 def test_a_learned_baseline_bootstraps_once_and_only_where_a_limit_cut():
-    values, after = torch.full((3, 2), 10.0), torch.full((3, 2), 16.0)
-    psi, returns = losses.advantages(two_episodes(), 0.5, "learned", values, after)
+    values, next_values = torch.full((3, 2), 10.0), torch.full((3, 2), 16.0)
+    advantages, returns = baselines.advantages(two_episodes(), 0.5, "learned", values, next_values)
     assert returns.tolist() == [[5.0, 8.0], [8.0, 0.0], [12.0, 0.0]]
-    assert psi.tolist() == [[-5.0, -2.0], [-2.0, 0.0], [2.0, 0.0]]
+    assert advantages.tolist() == [[-5.0, -2.0], [-2.0, 0.0], [2.0, 0.0]]
 
 
 @pytest.mark.slow
@@ -78,14 +76,15 @@ def test_the_gradient_is_that_of_torchrls_reinforce_loss():
     )  # fmt: skip
     critic = ValueOperator(torch.nn.Linear(3, 1), in_keys=["observation"])
     loss = ReinforceLoss(ProbabilisticTensorDictSequential(net, draw), critic)
-    observations, actions, psi = torch.randn(50, 3), torch.randint(4, (50,)), torch.randn(50)
+    observations, actions, advantages = torch.randn(50, 3), torch.randint(4, (50,)), torch.randn(50)
     data = TensorDict(
-        {"observation": observations, "action": actions, "advantage": psi[:, None],
+        {"observation": observations, "action": actions, "advantage": advantages[:, None],
          "value_target": torch.zeros(50, 1), "next": {"reward": torch.zeros(50, 1)}}, [50]
     )  # fmt: skip
     loss(data)["loss_actor"].backward()
     theirs = [p.grad.clone() for p in policy.parameters()]
-    mine = losses.policy_loss(policy.log_prob(policy(observations), actions), psi, torch.ones(50)) / 50
+    log_probs = policy.log_prob(policy(observations), actions)
+    mine = reinforce.policy_loss(log_probs, advantages, torch.ones(50)) / 50
     for a, b in zip(torch.autograd.grad(mine, list(policy.parameters())), theirs, strict=True):
         assert torch.allclose(a, b, atol=1e-7)
 
@@ -99,7 +98,7 @@ def listed(seed):
 
 def performance(mdp, logits, steps=2):
     """J of so many steps, by dynamic programming."""
-    policy, V = tabular.probabilities(mdp, logits), np.zeros(len(mdp.start))
+    policy, V = corridor.policy_of(mdp, logits), np.zeros(len(mdp.start))
     for _ in range(steps):
         V = (policy * (mdp.R + mdp.gamma * mdp.P @ V)).sum(1)
     return float(mdp.start @ V)
@@ -119,17 +118,17 @@ def test_each_baseline_leaves_the_mean_and_only_that_of_the_batch_shrinks_it(see
     _, logits, rollout, world, _ = listed(seed)
     found = variance.listed(np.random.default_rng(seed), 20_000, 16)
     assert max(f.z for name, f in found.items() if name != "mean") < 4 < found["mean"].z
-    assert found["mean"].share == pytest.approx((15 / 16) ** 2 * found["leave_one_out"].share)
+    assert found["mean"].ratio == pytest.approx((15 / 16) ** 2 * found["leave_one_out"].ratio)
     alone = variance.exact_variance(rollout, world, logits, 0.9, None)
     known = variance.exact_baselines(rollout, world, logits, 0.9)
     for name, baseline in {"none": None, **known}.items():
         exact = variance.exact_variance(rollout, world, logits, 0.9, baseline) / alone
-        assert abs(found[name].share - exact) < 4 * found[name].error + 1e-9  # the error is what it says
+        assert abs(found[name].ratio - exact) < 4 * found[name].error + 1e-9  # the error is what it says
         assert found[name].error < 0.1 * exact  # 1250 estimates of six numbers
-    assert found["optimal"].share < min(found[name].share for name in ("none", "learned", "leave_one_out"))
+    assert found["optimal"].ratio < min(found[name].ratio for name in ("none", "learned", "leave_one_out"))
 
 
-def test_the_optimal_baseline_cannot_be_bettered():
+def test_no_other_baseline_has_less_variance_than_the_optimal_one():
     _, logits, rollout, world, _ = listed(0)
     best = variance.exact_baselines(rollout, world, logits, 0.9)["optimal"]
     least = variance.exact_variance(rollout, world, logits, 0.9, best)
@@ -143,80 +142,85 @@ def test_the_optimal_baseline_cannot_be_bettered():
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gradient_has_the_discount_and_the_usual_form_is_no_gradient(seed):
     mdp, logits, rollout, world, gradient = listed(seed)
-    p, psi = enumerated.probabilities(rollout, world, logits), enumerated.to_go(rollout, mdp.gamma)
-    corrected = p @ enumerated.by_episode(rollout, logits, enumerated.discounts(mdp.gamma, psi) * psi)
+    p, G = enumerated.probabilities(rollout, world, logits), enumerated.to_go(rollout, mdp.gamma)
+    corrected = p @ enumerated.episode_gradients(rollout, logits, baselines.discounts(mdp.gamma, G) * G)
     assert torch.allclose(corrected, gradient, atol=1e-12)
-    assert (enumerated.usual(rollout, world, logits, mdp.gamma) - gradient).norm() > 0.02 * gradient.norm()
-    assert torch.allclose(enumerated.usual(rollout, world, logits, 1.0),
+    assert (enumerated.usual_form(rollout, world, logits, mdp.gamma) - gradient).norm() > 0.02 * gradient.norm()
+    assert torch.allclose(enumerated.usual_form(rollout, world, logits, 1.0),
                           enumerated.gradient(rollout, world, logits, 1.0), atol=1e-12)  # fmt: skip
 
-    def undiscounted(at):  # of γ = 1 the two are one
-        return enumerated.usual(rollout, world, at, 1.0)
+    def undiscounted(at):  # at γ = 1 both forms are the same
+        return enumerated.usual_form(rollout, world, at, 1.0)
 
     assert enumerated.asymmetry(undiscounted, logits) < 1e-12
-    assert enumerated.asymmetry(lambda at: enumerated.usual(rollout, world, at, mdp.gamma), logits) > 1e-3
+    assert enumerated.asymmetry(lambda at: enumerated.usual_form(rollout, world, at, mdp.gamma), logits) > 1e-3
 
 
-def test_by_episode_is_what_autograd_finds():
+def test_episode_gradients_are_autograds():
     _, logits, rollout, _, _ = listed(0)
-    psi = torch.randn(rollout.rewards.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    advantages = torch.randn(rollout.rewards.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theta = logits.clone().requires_grad_()
-    loss = losses.policy_loss(enumerated.log_probs(rollout, theta), psi, rollout.first_episode)
+    loss = reinforce.policy_loss(enumerated.log_probs(rollout, theta), advantages, rollout.first_episode)
     assert torch.allclose(-torch.autograd.grad(loss, theta)[0].flatten(),
-                          enumerated.by_episode(rollout, logits, psi).sum(0), atol=1e-12)  # fmt: skip
+                          enumerated.episode_gradients(rollout, logits, advantages).sum(0), atol=1e-12)  # fmt: skip
 
 
 # --- Off policy
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_importance_sampling_is_unbiased_by_trajectory_and_by_decision_only(seed):
+def test_only_trajectory_and_per_decision_weights_are_unbiased(seed):
     """Exactly: the expectation over all trajectories of μ."""
     mdp, logits, rollout, world, gradient = listed(seed)
     behavior = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     off = {}
-    for way in ("uncorrected", "step", "truncated", "trajectory", "decision"):
-        found = offpolicy.expected(rollout, world, logits, behavior, mdp.gamma, way, bound=1.2)
-        off[way] = float((found - gradient).norm() / gradient.norm())
-    assert max(off["trajectory"], off["decision"]) < 1e-12
+    for weights in ("uncorrected", "step", "truncated", "trajectory", "per_decision"):
+        found = off_policy.expectation(rollout, world, logits, behavior, mdp.gamma, weights, bound=1.2)
+        off[weights] = float((found - gradient).norm() / gradient.norm())
+    assert max(off["trajectory"], off["per_decision"]) < 1e-12
     assert min(off["uncorrected"], off["step"], off["truncated"]) > 0.01
     assert off["step"] < off["uncorrected"]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_estimates_from_other_policies(seed):
-    found = offpolicy.compare(np.random.default_rng(seed), 30_000)
-    assert max(b for way in offpolicy.UNBIASED for b in found[way]["bias"]) < 1e-10
-    assert max(z for way in offpolicy.UNBIASED for z in found[way]["z"]) < 6
-    assert min(found[way]["z"][-1] for way in ("uncorrected", "truncated", "weighted")) > 10
-    for way in offpolicy.UNBIASED:
-        assert found[way]["variance"][-1] > 3 * found[way]["variance"][0]
+    found = off_policy.compare(np.random.default_rng(seed), 30_000)
+    assert max(b for weights in off_policy.UNBIASED for b in found[weights]["bias"]) < 1e-10
+    assert max(z for weights in off_policy.UNBIASED for z in found[weights]["z"]) < 6
+    assert min(found[weights]["z"][-1] for weights in ("uncorrected", "truncated", "weighted")) > 10
+    for weights in off_policy.UNBIASED:
+        assert found[weights]["variance"][-1] > 3 * found[weights]["variance"][0]
     effective = found["sample"]["effective"]
     assert effective[0] == pytest.approx(1)
     assert effective[-1] < effective[1] < 1
 
 
-def test_weighted_sampling_divides_by_the_mean_ratio_and_bounds_cut():
+def test_each_importance_weight_by_hand():
     rewards, no = torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool)
     log_ratios = torch.tensor([[4.0, 0.25], [2.0, 1.0]]).log()
-    given = {way: offpolicy.weighed(rewards, no, log_ratios, 0.5, way) for way in offpolicy.WAYS}
+    given = {
+        weights: off_policy.weighted_returns(rewards, no, log_ratios, 0.5, weights) for weights in off_policy.WEIGHTS
+    }
     assert torch.allclose(given["trajectory"], torch.tensor([[12.0, 0.375], [8.0, 0.25]]))
     assert torch.allclose(given["weighted"], given["trajectory"] / 4.125)
     assert torch.allclose(given["truncated"], torch.tensor([[3.0, 0.375], [2.0, 0.25]]))
-    assert torch.allclose(given["decision"], torch.tensor([[8.0, 0.375], [8.0, 0.25]]))
+    assert torch.allclose(given["per_decision"], torch.tensor([[8.0, 0.375], [8.0, 0.25]]))
     assert torch.allclose(given["step"], torch.tensor([[6.0, 0.375], [2.0, 1.0]]))
-    assert offpolicy.effective_size(torch.tensor([[1.0, 1, 1, 1], [2, 0, 0, 0]])).tolist() == [4.0, 1.0]
+    assert off_policy.effective_sample_size(torch.tensor([[1.0, 1, 1, 1], [2, 0, 0, 0]])).tolist() == [4.0, 1.0]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_batch_used_again_needs_the_ratios(seed):
-    ends = {way: offpolicy.reuse(np.random.default_rng(seed), way)[-1] for way in ("uncorrected", "decision")}
-    assert ends["decision"] > ends["uncorrected"] + 0.05
+def test_a_reused_batch_needs_the_ratios(seed):
+    ends = {
+        weights: off_policy.reuse(np.random.default_rng(seed), weights)[-1]
+        for weights in ("uncorrected", "per_decision")
+    }
+    assert ends["per_decision"] > ends["uncorrected"] + 0.05
 
 
-def test_a_constant_on_the_rewards_moves_nothing_under_a_baseline():
+def test_with_a_baseline_a_constant_on_the_rewards_changes_nothing():
     def learned(baseline, shift):
-        return tabular.shifted(baseline, shift, [np.random.default_rng(i) for i in range(2)], 20)[0]
+        return exact_cases.shifted(baseline, shift, [np.random.default_rng(i) for i in range(2)], 20)
 
     for baseline in ("mean", "leave_one_out"):
         assert abs(learned(baseline, 0.0) - learned(baseline, 100.0)).max() < 1e-10
@@ -234,7 +238,7 @@ def test_conjugate_gradients_solve_and_the_fisher_product_is_the_fisher_matrix()
         return (observations @ theta.view(3, 2)).log_softmax(-1)
 
     theta = torch.randn(6, dtype=torch.float64)
-    product = natural.fisher_product(distribution, Categorical.kl, theta, damping=0.1)
+    product = trpo.fisher_product(distribution, Categorical.kl, theta, damping=0.1)
     F = torch.zeros(6, 6, dtype=torch.float64)
     probabilities = distribution(theta).exp()
     for a in range(2):
@@ -242,12 +246,12 @@ def test_conjugate_gradients_solve_and_the_fisher_product_is_the_fisher_matrix()
         F += torch.einsum("n,ni,nj->ij", probabilities[:, a], scores, scores) / 40
     v = torch.randn(6, dtype=torch.float64)
     assert torch.allclose(product(v), F @ v + 0.1 * v, atol=1e-12)
-    assert torch.allclose(product(natural.conjugate_gradient(product, v, 20)), v, atol=1e-8)
+    assert torch.allclose(product(trpo.conjugate_gradient(product, v, 20)), v, atol=1e-8)
 
 
 def test_the_natural_gradient_does_not_depend_on_the_coordinates():
     for seed in range(3):
-        invariant, plain = tabular.reparametrized(torch.Generator().manual_seed(seed))
+        invariant, plain = exact_cases.reparametrized(torch.Generator().manual_seed(seed))
         assert invariant < 1e-4
         assert plain > 0.1
 
@@ -255,27 +259,23 @@ def test_the_natural_gradient_does_not_depend_on_the_coordinates():
 def test_trpo_keeps_within_delta_and_raises_the_surrogate_or_stays():
     theta = torch.zeros(1)
     step = torch.ones(1)
-    new, taken = natural.line_search(lambda t: t.sum(), lambda t: t.square().sum(), theta, step, delta=0.3)
+    new, taken = trpo.line_search(lambda t: t.sum(), lambda t: t.square().sum(), theta, step, delta=0.3)
     assert taken == pytest.approx(0.8**3)
     assert new.square() <= 0.3
-    new, taken = natural.line_search(lambda t: -t.sum(), lambda t: t.square().sum(), theta, step, delta=0.3)
+    new, taken = trpo.line_search(lambda t: -t.sum(), lambda t: t.square().sum(), theta, step, delta=0.3)
     assert (new.item(), taken) == (0.0, 0.0)
 
 
 # --- The corridor
 
 
-def test_the_corridor_is_the_books():
-    mdp = tabular.corridor()
-
-    def value(p):
-        return tables.performance(mdp, np.tile([1 - p, p], (4, 1)))
-
+def test_the_corridor_is_that_of_sutton_and_barto():
+    value = corridor.value_of
     assert value(0.05) == pytest.approx(-82.1, abs=0.1)
     assert value(0.95) == pytest.approx(-44.2, abs=0.1)
-    assert value(tabular.BEST_RIGHT) == pytest.approx(-11.657, abs=1e-3)
-    assert abs(tabular.BEST_RIGHT - 0.586) < 1e-3
-    assert all(value(tabular.BEST_RIGHT) > value(tabular.BEST_RIGHT + d) for d in (-0.01, 0.01))
+    assert value(corridor.BEST_RIGHT) == pytest.approx(-11.657, abs=1e-3)
+    assert abs(corridor.BEST_RIGHT - 0.586) < 1e-3
+    assert all(value(corridor.BEST_RIGHT) > value(corridor.BEST_RIGHT + d) for d in (-0.01, 0.01))
 
 
 # --- Runs

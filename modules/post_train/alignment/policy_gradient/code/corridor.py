@@ -1,28 +1,42 @@
-"""Policy gradients in tables: Sutton & Barto's short corridor, shifted rewards, other coordinates."""
+"""REINFORCE on the short corridor of Sutton & Barto (example 13.1), with each baseline: world, update, loop.
+
+Three states in a row look alike to the policy, and in the second one the actions are swapped. No deterministic policy
+is good; the best one goes right with probability 2 − √2.
+"""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.rl.agents.networks import Categorical
-from finetune.rl.envs.rollout import Rollout
+from finetune.rl.envs.evaluation import interval
+from finetune.rl.envs.rollout import Rollout, numpy_generator
+from finetune.rl.statistics import mean_and_error
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import MDP
 from finetune.rl.tabular.sample import sample_tabular
+from finetune.runs.display import uncertain
+from finetune.runs.run import Run
 
-from .losses import advantages, policy_loss
-from .natural import natural_direction
+from . import plots
+from .baselines import BASELINES, advantages
+from .reinforce import policy_loss
 
-BEST_RIGHT = 2 - math.sqrt(2)  # of the corridor: where (2p − 4) / (p (1 − p)) is largest
-RIGHT = 1
+if TYPE_CHECKING:
+    from .main import Config
+
+BEST_RIGHT = 2 - math.sqrt(2)  # where the value of the start, (2p − 4) / (p (1 − p)), is largest
+RIGHT = 1  # the action
+EPISODES, LONGEST = 8, 1000  # episodes of an update, and their time limit
+REACH = 0.2  # a target: at most this part of the way from the best policy to the better ε-greedy one
 
 
 def corridor() -> MDP:
-    """Sutton & Barto, example 13.1: three states in a row and the goal, −1 a step; in the second the actions are
-    swapped. The policy cannot tell the states apart."""
+    """Three states and the goal, −1 a step; the start is the leftmost."""
     P = np.zeros((4, 2, 4))
     for s, (left, right) in enumerate([(0, 1), (2, 0), (1, 3), (3, 3)]):
         P[s, 0, left] = P[s, 1, right] = 1
@@ -32,89 +46,73 @@ def corridor() -> MDP:
     return tables.make(P, rewards, 1.0, start=start, actions=("left", "right"), name="short corridor")
 
 
-def corridor_value(right: float) -> float:
-    """Of the start, where every state goes right with this probability."""
+def value_of(right: float) -> float:
+    """Exact value of the start under the policy that goes right with this probability in every state."""
     return tables.performance(corridor(), np.tile([1 - right, right], (4, 1)))
 
 
-def episodes(mdp: MDP, policy: np.ndarray, count: int, length: int, draw: np.random.Generator) -> Rollout:
-    """One episode a row, at most `length` steps."""
-    starts = draw.choice(len(mdp.start), count, p=mdp.start)
-    return sample_tabular(mdp, policy, length, starts, draw, one_episode=True)
+def policy_of(mdp: MDP, logits: Tensor) -> np.ndarray:
+    """Softmax policy (S, A) of logits (S, A), or (A,) where all states share them."""
+    return logits.expand(mdp.size).softmax(-1).numpy()
 
 
-def ascend(
+def update(
     mdp: MDP, logits: Tensor, rollout: Rollout, baseline: str, values: Tensor | None, lr: float, shift: float = 0.0
 ) -> None:
-    """One step of plain gradient ascent on the logits (S, A), or (A,) where all states share them; `values` (S,) is the
-    learned baseline, moved halfway to the mean return of each state that was seen."""
+    """One step of REINFORCE on a table of logits, in place. `values` (S,) is the learned baseline: it moves halfway to
+    the mean return of each state that was seen. `shift` is added to every reward."""
     theta = logits.clone().requires_grad_()
     params = theta.expand(mdp.size).log_softmax(-1)[rollout.observations]
     rollout.rewards = rollout.rewards + shift
-    given = None if values is None else values[rollout.observations]
-    psi, returns = advantages(rollout, mdp.gamma, baseline, given)
+    A, returns = advantages(rollout, mdp.gamma, baseline, None if values is None else values[rollout.observations])
     log_probs = params.gather(-1, rollout.actions[..., None])[..., 0]
-    loss = policy_loss(log_probs, psi, rollout.first_episode) / log_probs.shape[1]
+    loss = policy_loss(log_probs, A, rollout.first_episode) / log_probs.shape[1]
     loss.backward()
     logits -= lr * theta.grad
     if values is not None:
         alive = rollout.first_episode
-        states, seen = rollout.observations[alive], torch.zeros_like(values)
-        seen.index_add_(0, states, torch.ones(len(states), dtype=values.dtype))
-        total = torch.zeros_like(values).index_add_(0, states, returns[alive])
-        values += torch.where(seen > 0, 0.5 * (total / seen.clamp(min=1) - values), 0.0)
+        states, visits = rollout.observations[alive], torch.zeros_like(values)
+        visits.index_add_(0, states, torch.ones(len(states), dtype=values.dtype))
+        sums = torch.zeros_like(values).index_add_(0, states, returns[alive])
+        values += torch.where(visits > 0, 0.5 * (sums / visits.clamp(min=1) - values), 0.0)
 
 
-def probabilities(mdp: MDP, logits: Tensor) -> np.ndarray:
-    return logits.expand(mdp.size).softmax(-1).numpy()
+def train(cfg: Config, run: Run, baseline: str) -> list[np.ndarray]:
+    """The policies that `--corridor-repeats` trainings from p(right) = 0.05 end with."""
+    mdp = corridor()
+    logits = torch.tensor([0.95, 0.05], dtype=torch.float64).log().repeat(cfg.corridor_repeats, 1)
+    values = torch.zeros(cfg.corridor_repeats, 4, dtype=torch.float64)
+    state = {"table": {"logits": logits, "values": values}}
+    for step in run.steps(min(cfg.corridor_steps, 5 * cfg.steps), state, phase=f"corridor_{baseline}"):
+        for i in range(cfg.corridor_repeats):
+            rng = numpy_generator(run, "corridor", i, step)
+            starts = rng.choice(len(mdp.start), EPISODES, p=mdp.start)
+            rollout = sample_tabular(mdp, policy_of(mdp, logits[i]), LONGEST, starts, rng, one_episode=True)
+            update(mdp, logits[i], rollout, baseline, values[i] if baseline == "learned" else None, cfg.corridor_lr)
+        mean, half = interval([tables.performance(mdp, policy_of(mdp, row)) for row in logits])
+        run.log(step, value=mean, half_width=half, right=logits.softmax(-1)[:, RIGHT].mean())
+    return [policy_of(mdp, row) for row in logits]
 
 
-# --- Rewards with a constant added
-
-
-def shifted(
-    baseline: str, shift: float, generators: list[np.random.Generator], steps: int = 60
-) -> tuple[np.ndarray, float]:
-    """The policy learned on episodes of ten steps with every reward moved by `shift`, and its performance without."""
-    mdp = tables.garnet(5, 3, 2, generators[0], 0.9)
-    logits = torch.zeros(mdp.size, dtype=torch.float64)
-    for _ in range(steps):
-        rollout = sample_tabular(mdp, probabilities(mdp, logits), 10, generators[1].choice(5, 32), generators[1])
-        ascend(mdp, logits, rollout, baseline, None, 0.05, shift)
-    policy = probabilities(mdp, logits)
-    return policy, tables.performance(mdp, policy)
-
-
-# --- Other coordinates
-
-
-def reparametrized(generator: torch.Generator) -> tuple[float, float]:
-    """A logistic policy with θ itself as parameters and with ψ, θ = sinh(W ψ): how much the step in θ differs that the
-    natural and that the plain gradient take, relative to its size."""
-    d = 5
-    observations = torch.randn(64, d, generator=generator, dtype=torch.float64)
-    actions = torch.randint(2, (64,), generator=generator)
-    psi_t = torch.randn(64, generator=generator, dtype=torch.float64)
-    W = torch.randn(d, d, generator=generator, dtype=torch.float64) + 2 * torch.eye(d, dtype=torch.float64)
-    theta = torch.randn(d, generator=generator, dtype=torch.float64)
-
-    def log_policy(theta: Tensor) -> Tensor:
-        right = observations @ theta
-        return torch.stack([torch.zeros_like(right), right], -1).log_softmax(-1)
-
-    def to_theta(psi: Tensor) -> Tensor:
-        return torch.sinh(W @ psi)
-
-    def steps(to: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
-        """What the natural and the plain gradient in these coordinates do to θ."""
-        at = at.clone().requires_grad_()
-        log_probs = Categorical.log_prob(log_policy(to(at)), actions)
-        (gradient,) = torch.autograd.grad((log_probs * psi_t).mean(), at)
-        natural, _ = natural_direction(lambda x: log_policy(to(x)), Categorical.kl, at.detach(), gradient, 0.0, 50)
-        jacobian = torch.autograd.functional.jacobian(to, at.detach())
-        return jacobian @ natural, jacobian @ gradient
-
-    ones = steps(lambda x: x, theta)
-    others = steps(to_theta, torch.linalg.solve(W, torch.asinh(theta)))
-    natural, vanilla = (float((a - b).norm() / a.norm()) for a, b in zip(ones, others, strict=True))
-    return natural, vanilla
+def compare(cfg: Config, run: Run) -> None:
+    """Trains with every baseline. The result is that of the learned one; the others are checked against its target."""
+    best, epsilon_greedy = value_of(BEST_RIGHT), value_of(0.95)
+    target = best + REACH * (epsilon_greedy - best)
+    rows = []
+    for baseline in BASELINES:
+        trained = train(cfg, run, baseline)
+        value, error = mean_and_error([[tables.performance(corridor(), policy)] for policy in trained])
+        right, right_error = mean_and_error([[float(policy[0, RIGHT])] for policy in trained])
+        if baseline == "learned":
+            run.result("corridor_value_learned", value, error=error, baseline=value_of(0.05), target=target)
+        else:
+            run.check(f"corridor_value_{baseline}", value, error=error, at_least=target)
+        run.check(f"corridor_right_{baseline}", right, error=right_error)
+        rows.append({"policy": baseline.replace("_", " "), "p(right)": uncertain(right, right_error),
+                     "value of the start": uncertain(value, error)})  # fmt: skip
+    fixed = [("start of the training, ε-greedy left", 0.05), ("ε-greedy right", 0.95), ("best", BEST_RIGHT)]
+    rows += [{"policy": name, "p(right)": f"{p:.3f}", "value of the start": f"{value_of(p):.2f}"} for name, p in fixed]
+    run.table("the short corridor: policies learned with each baseline, ± standard error, and what they compare with",
+              rows)  # fmt: skip
+    if cfg.steps:
+        plots.corridor(run, BASELINES, BEST_RIGHT, value_of)

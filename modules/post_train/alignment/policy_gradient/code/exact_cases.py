@@ -1,121 +1,121 @@
-"""What is known exactly: the short corridor, the enumerated gradient, other people's episodes, other coordinates."""
+"""Exact cases of the policy gradient: the factor γ^t, a constant added to the rewards, other coordinates of the policy.
+
+Each has an answer that is known without training; they are checks of a run.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from finetune.rl.envs.evaluation import interval
+from finetune.rl.agents.networks import Categorical
 from finetune.rl.envs.rollout import numpy_generator
-from finetune.rl.statistics import critical_z, mean_and_error
+from finetune.rl.statistics import critical_z
 from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular.sample import sample_tabular
+from finetune.runs.run import Run
 
-from . import enumerated, offpolicy, plots, tabular, variance
-from .enumerated import batch_means, by_episode, discounts, z_score
-from .losses import BASELINES
-
-FAR = 0.2  # part of the way from the best policy to the better ε-greedy one, within which what is learned has to be
-
-
-def walk(cfg: Any, run, baseline: str) -> None:
-    """REINFORCE on the short corridor from p(right) = 0.05, several times."""
-    mdp = tabular.corridor()
-    start = torch.tensor([0.95, 0.05], dtype=torch.float64).log()
-    logits = start.repeat(cfg.corridor_repeats, 1)
-    values = torch.zeros(cfg.corridor_repeats, 4, dtype=torch.float64)
-    state = {"table": {"logits": logits, "values": values}}
-    for step in run.steps(min(cfg.corridor_steps, 5 * cfg.steps), state, phase=f"corridor_{baseline}"):
-        for i in range(cfg.corridor_repeats):
-            draw = numpy_generator(run, "corridor", i, step)
-            rollout = tabular.episodes(mdp, tabular.probabilities(mdp, logits[i]), 8, 1000, draw)
-            tabular.ascend(
-                mdp, logits[i], rollout, baseline, values[i] if baseline == "learned" else None, cfg.corridor_lr
-            )
-        found = [tables.performance(mdp, tabular.probabilities(mdp, row)) for row in logits]
-        mean, half = interval(found)
-        run.log(step, value=mean, half_width=half, right=logits.softmax(-1)[:, tabular.RIGHT].mean())
-    policies_ = [tabular.probabilities(mdp, row) for row in logits]
-    value, value_error = mean_and_error([[tables.performance(mdp, p)] for p in policies_])
-    right, right_error = mean_and_error([[float(p[0, tabular.RIGHT])] for p in policies_])
-    greedy = tables.performance(mdp, tabular.probabilities(mdp, start))
-    best, epsilon = tabular.corridor_value(tabular.BEST_RIGHT), tabular.corridor_value(0.95)
-    target = best + FAR * (epsilon - best)
-    run.result(f"corridor_value_{baseline}", value, error=value_error, baseline=greedy, target=target)
-    run.result(f"corridor_right_{baseline}", right, error=right_error)
+from . import corridor, enumerated
+from .baselines import discounts
+from .enumerated import batch_means, episode_gradients, z_score
+from .trpo import natural_direction
 
 
-def judge_corridor(cfg: Any, run) -> None:
-    """The book's two ε-greedy policies, ε = 0.1: what a method of action values would end with."""
-    for name, right in (("left", 0.05), ("right", 0.95)):
-        run.result(f"corridor_epsilon_greedy_{name}", tabular.corridor_value(right))
-    if cfg.steps:
-        plots.corridor(run, BASELINES, tabular.BEST_RIGHT, tabular.corridor_value)
+def check(run: Run, episodes: int) -> None:
+    """All cases, as checks of the run; `episodes` are sampled where an estimate is compared."""
+    discount_factor(run, episodes)
+    constant_reward(run)
+    natural, plain = reparametrized(run.generator("coordinates"))
+    run.check("reparametrization_changes_natural_step_by", natural, at_most=1e-4)
+    run.check("reparametrization_changes_plain_step_by", plain)
 
 
-def judge_gradient(run, episodes: int, rows: int) -> dict[str, variance.Share]:
-    """The estimate with each baseline against the enumerated gradient; the mean baseline is biased. Returns its
-    variance and z by baseline."""
-    listed = variance.listed(numpy_generator(run, "score"), episodes, rows)
-    right = [found.z for name, found in listed.items() if name != "mean"]
-    bar = critical_z(len(right))
-    run.result("score_function_z", max(right), baseline=listed["mean"].z, target=bar, higher=False)
-    return listed
+# --- The factor γ^t
 
 
-def judge_discount(run, episodes: int) -> None:
-    """With γ^t the estimate is that of ∇J; without, of a field that is no gradient at all."""
-    draw = numpy_generator(run, "discount")
-    mdp, logits = enumerated.process(draw)
+def discount_factor(run: Run, episodes: int) -> None:
+    """With γ^t the estimate is that of ∇J. Without it, it estimates a vector field that is no function's gradient."""
+    rng = numpy_generator(run, "discount")
+    mdp, logits = enumerated.process(rng)
     mdp = mdp.discounted(0.5)
     everything, world = enumerated.trajectories(mdp)
-    wanted = enumerated.gradient(everything, world, logits, mdp.gamma)
-    rollout = enumerated.sample(mdp, logits, episodes, draw)
-    psi = enumerated.to_go(rollout, mdp.gamma)
-    usual, right = (batch_means(by_episode(rollout, logits, p), 16) for p in (psi, discounts(mdp.gamma, psi) * psi))
-    z, other = z_score(right, wanted), z_score(usual, wanted)
-    run.result("discount_correction_z", z, baseline=other, target=critical_z(), higher=False)
+    exact = enumerated.gradient(everything, world, logits, mdp.gamma)
+    rollout = enumerated.sample(mdp, logits, episodes, rng)
+    G = enumerated.to_go(rollout, mdp.gamma)
+    usual, corrected = (
+        batch_means(episode_gradients(rollout, logits, A), 16) for A in (G, discounts(mdp.gamma, G) * G)
+    )
+    run.check("discount_correction_z", z_score(corrected, exact), at_most=critical_z())
+    run.check("discount_omitted_z", z_score(usual, exact))
 
-    def field(x: torch.Tensor) -> torch.Tensor:
-        return enumerated.usual(everything, world, x, mdp.gamma)
+    def field(x: Tensor) -> Tensor:
+        return enumerated.usual_form(everything, world, x, mdp.gamma)
 
-    def gradient(x: torch.Tensor) -> torch.Tensor:
+    def gradient(x: Tensor) -> Tensor:
         J = enumerated.objective(everything, world, x, mdp.gamma)
         return torch.autograd.grad(J, x, create_graph=True)[0].flatten()
 
-    twisted, straight = (enumerated.asymmetry(f, logits) for f in (field, gradient))
-    run.result("usual_form_asymmetry", twisted, baseline=straight, target=1e-3)
+    run.check("usual_form_asymmetry", enumerated.asymmetry(field, logits), at_least=1e-3)
+    run.check("gradient_asymmetry", enumerated.asymmetry(gradient, logits))
 
 
-def judge_off_policy(run, episodes: int) -> None:
-    """Episodes of another policy, weighed six ways; then one batch of the first policy, used again and again."""
-    found = offpolicy.compare(numpy_generator(run, "off_policy"), episodes)
-    turned, right = offpolicy.DISTANCES.index(2.0), offpolicy.UNBIASED
-    bias = max(b for way in right for b in found[way]["bias"])
-    wrong, sample = found["uncorrected"], found["sample"]
-    run.result("off_policy_bias", bias, baseline=wrong["bias"][turned], target=1e-10, higher=False)
-    z, bar = max(found[way]["z"][turned] for way in right), critical_z(len(right))
-    run.result("off_policy_z", z, baseline=wrong["z"][turned], target=bar, higher=False)
-    share, error = (found["decision"][part][turned] for part in ("share", "share_error"))
-    run.result("per_decision_variance", share, error=error, baseline=1.0, higher=False)
-    part, error = sample["effective"][turned], sample["effective_error"][turned]
-    run.result("effective_part", part, error=error, baseline=1.0, higher=False)
-    paths = {w: offpolicy.reuse(numpy_generator(run, "reuse"), w) for w in ("uncorrected", "step", "decision")}
-    run.result("reuse_corrected", paths["decision"][-1], baseline=paths["uncorrected"][-1])
-    plots.off_policy(run, offpolicy.DISTANCES, found, paths)
+# --- A constant added to every reward
 
 
-def judge_invariance(run) -> None:
-    """Rewards moved by 100; the natural gradient in other coordinates."""
-    for baseline in ("mean", "none"):
-        (before, _), (after, _) = (
-            tabular.shifted(baseline, shift, [numpy_generator(run, "shift", part) for part in range(2)])
+def constant_reward(run: Run) -> None:
+    """A constant on every reward of episodes of equal length: a baseline cancels it exactly."""
+    for baseline, bound in (("mean", {"at_most": 1e-6}), ("none", {"at_least": 0.01})):
+        before, after = (
+            shifted(baseline, shift, [numpy_generator(run, "shift", part) for part in range(2)])
             for shift in (0.0, 100.0)
         )
-        moved = float(abs(after - before).max())
-        if baseline == "mean":
-            run.result("shift_moves_policy_with_baseline", moved, target=1e-6, higher=False)
-        else:
-            run.result("shift_moves_policy_without", moved, target=0.01)
-    natural, vanilla = tabular.reparametrized(run.generator("coordinates"))
-    run.result("natural_gradient_invariance", natural, baseline=vanilla, target=1e-4, higher=False)
+        which = "with_baseline" if baseline == "mean" else "without_baseline"
+        run.check(f"reward_shift_moves_policy_{which}", float(abs(after - before).max()), **bound)
+
+
+def shifted(baseline: str, shift: float, rngs: list[np.random.Generator], steps: int = 60) -> np.ndarray:
+    """The policy that REINFORCE learns on episodes of ten steps with every reward moved by `shift`."""
+    mdp = tables.garnet(5, 3, 2, rngs[0], 0.9)
+    logits = torch.zeros(mdp.size, dtype=torch.float64)
+    for _ in range(steps):
+        starts = rngs[1].choice(5, 32)
+        rollout = sample_tabular(mdp, corridor.policy_of(mdp, logits), 10, starts, rngs[1])
+        corridor.update(mdp, logits, rollout, baseline, None, 0.05, shift)
+    return corridor.policy_of(mdp, logits)
+
+
+# --- Other coordinates
+
+
+def reparametrized(generator: torch.Generator) -> tuple[float, float]:
+    """A logistic policy parametrized by θ, and by φ with θ = sinh(W φ): the relative difference of the steps in θ, of
+    the natural gradient and of the plain one."""
+    d = 5
+    observations = torch.randn(64, d, generator=generator, dtype=torch.float64)
+    actions = torch.randint(2, (64,), generator=generator)
+    advantages = torch.randn(64, generator=generator, dtype=torch.float64)
+    W = torch.randn(d, d, generator=generator, dtype=torch.float64) + 2 * torch.eye(d, dtype=torch.float64)
+    theta = torch.randn(d, generator=generator, dtype=torch.float64)
+
+    def log_policy(theta: Tensor) -> Tensor:
+        right = observations @ theta
+        return torch.stack([torch.zeros_like(right), right], -1).log_softmax(-1)
+
+    def steps(to_theta: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+        """The steps in θ of the natural and the plain gradient in the coordinates `at`."""
+        at = at.clone().requires_grad_()
+        log_probs = Categorical.log_prob(log_policy(to_theta(at)), actions)
+        (gradient,) = torch.autograd.grad((log_probs * advantages).mean(), at)
+        natural, _ = natural_direction(
+            lambda x: log_policy(to_theta(x)), Categorical.kl, at.detach(), gradient, damping=0.0, iterations=50
+        )
+        jacobian = torch.autograd.functional.jacobian(to_theta, at.detach())
+        return jacobian @ natural, jacobian @ gradient
+
+    in_theta = steps(lambda x: x, theta)
+    in_phi = steps(lambda x: torch.sinh(W @ x), torch.linalg.solve(W, torch.asinh(theta)))
+    natural, plain = (float((a - b).norm() / a.norm()) for a, b in zip(in_theta, in_phi, strict=True))
+    return natural, plain

@@ -1,23 +1,27 @@
-"""The module's own pictures: returns by method, the short corridor, estimates off policy, variance by baseline."""
+"""Pictures of the policy_gradient module: returns, the short corridor, off-policy estimates, variance by baseline."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetune.runs.display import uncertain
 from finetune.runs.plots import GOOD, GREY, INK, figure, moving_average, save
+from finetune.runs.run import Run
 
-from .offpolicy import WAYS
+if TYPE_CHECKING:
+    from .main import Config
 
-COLOURS = {"reinforce": "#1769aa", "natural": "#b7791f", "trpo": "#805ad5",
+COLORS = {"reinforce": "#1769aa", "natural": "#b7791f", "trpo": "#805ad5",
            "none": "#c53030", "mean": "#1769aa", "leave_one_out": "#2e7d32", "learned": "#805ad5", "optimal": "#8a6d3b",
            "uncorrected": "#c53030", "step": "#b7791f", "truncated": "#8a6d3b", "weighted": "#805ad5",
-           "trajectory": "#1769aa", "decision": "#2e7d32"}  # fmt: skip
+           "trajectory": "#1769aa", "per_decision": "#2e7d32"}  # fmt: skip
 
 
-def learning(run, cfg) -> None:
-    """returns.png: mean return of each update's episodes, and the KL of each step."""
+def learning(run: Run, cfg: Config) -> None:
+    """returns.png: learning curves by method, and the KL of each step."""
     series = run.metrics.series()
     names = [name for name in cfg.methods.split(",") if f"{name}: return" in series]
     if not names:
@@ -25,22 +29,22 @@ def learning(run, cfg) -> None:
     made, (left, right) = figure(11.5, 4.4, 1, 2)
     for name in names:
         xs, ys = series[f"{name}: return"]
-        left.plot(xs, ys, color=COLOURS[name], linewidth=0.8, alpha=0.35)
-        left.plot(xs, moving_average(ys, max(3, len(ys) // 20)), color=COLOURS[name], linewidth=2, label=name)
-        right.plot(*series[f"{name}: kl"], color=COLOURS[name], linewidth=1.2, label=name)
+        left.plot(xs, ys, color=COLORS[name], linewidth=0.8, alpha=0.35)
+        left.plot(xs, moving_average(ys, max(3, len(ys) // 20)), color=COLORS[name], linewidth=2, label=name)
+        right.plot(*series[f"{name}: kl"], color=COLORS[name], linewidth=1.2, label=name)
     right.axhline(cfg.delta, color=GREY, linestyle="--", linewidth=1.2, label=f"δ = {cfg.delta:g}")
     right.set_yscale("log")
     left.set_title(f"{cfg.env}: mean return of {cfg.episodes} episodes", loc="left", fontsize=11, color=INK)
-    right.set_title("KL of the policy before an update from that after it", loc="left", fontsize=11, color=INK)
+    right.set_title("KL(policy before ‖ after an update)", loc="left", fontsize=11, color=INK)
     for axes in (left, right):
         axes.set_xlabel("update", color=INK)
         axes.legend(fontsize=9, frameon=False)
     save(made, run.dir / "returns.png")
 
 
-def corridor(run, baselines: tuple[str, ...], best: float, value_of: Callable[[float], float]) -> None:
-    """corridor.png: the value of the start over p(right) (the book's figure), and both as they are learned, with 95 %
-    bands over the repetitions."""
+def corridor(run: Run, baselines: tuple[str, ...], best: float, value_of: Callable[[float], float]) -> None:
+    """corridor.png: the value of the start over p(right), the book's figure, and both over training, with 95 % bands
+    over the repetitions."""
     series = run.metrics.series()
     made, (book, left, right) = figure(15.5, 4.4, 1, 3)
     ps = np.linspace(0.03, 0.97, 95)
@@ -54,11 +58,11 @@ def corridor(run, baselines: tuple[str, ...], best: float, value_of: Callable[[f
     for name in baselines:
         xs, values = series[f"corridor_{name}: value"]
         values, half = np.array(values), np.array(series[f"corridor_{name}: half_width"][1])
-        left.plot(xs, values, color=COLOURS[name], linewidth=1.8, label=name.replace("_", " "))
+        left.plot(xs, values, color=COLORS[name], linewidth=1.8, label=name.replace("_", " "))
         left.fill_between(
-            xs, values - half, np.minimum(values + half, -11.6), color=COLOURS[name], alpha=0.15, linewidth=0
+            xs, values - half, np.minimum(values + half, -11.6), color=COLORS[name], alpha=0.15, linewidth=0
         )
-        right.plot(*series[f"corridor_{name}: right"], color=COLOURS[name], linewidth=1.8, label=name.replace("_", " "))
+        right.plot(*series[f"corridor_{name}: right"], color=COLORS[name], linewidth=1.8, label=name.replace("_", " "))
     left.axhline(value_of(best), color=GOOD, linestyle="--", linewidth=1.2, label=f"best {value_of(best):.2f}")
     left.set_ylim(-45, -10)
     right.axhline(best, color=GOOD, linestyle="--", linewidth=1.2, label=f"best {best:.3f}")
@@ -76,38 +80,30 @@ def corridor(run, baselines: tuple[str, ...], best: float, value_of: Callable[[f
 
 
 def off_policy(
-    run, distances: tuple[float, ...], found: dict[str, dict[str, list[float]]], paths: dict[str, list[float]]
+    run: Run, distances: tuple[float, ...], found: dict[str, dict[str, list[float]]], paths: dict[str, list[float]]
 ) -> None:
-    """off_policy.png: bias, variance and effective sample by how far the other policy is; one batch used many times."""
+    """off_policy.png: bias, variance and effective sample over the distance of μ; J while one batch is used often."""
     made, (bias, spread, size, reuse) = figure(11.5, 8.0, 2, 2)
     sample = found["sample"]
-    marks = dict(zip(WAYS, "os^vD", strict=False)) | {"decision": "x"}
-    for way, values in found.items():
-        if way != "sample":
-            look = {"color": COLOURS[way], "marker": marks[way], "linewidth": 1.6, "markersize": 5}
-            bias.plot(distances, values["bias"], label=way, **look)
+    for (name, values), marker in zip(found.items(), "os^vDx", strict=False):
+        if name != "sample":
+            look = {"color": COLORS[name], "marker": marker, "linewidth": 1.6, "markersize": 5}
+            bias.plot(distances, values["bias"], label=name.replace("_", " "), **look)
             spread.plot(distances, values["variance"], **look)
     size.plot(distances, sample["effective"], "o-", color=INK, linewidth=1.8, label="effective part of the episodes")
     size.plot(distances, sample["kl"], "s--", color=GREY, linewidth=1.4, label="KL(μ ‖ π) of an episode, nats")
-    for way, path in paths.items():
-        reuse.plot(path, color=COLOURS[way], linewidth=1.8)
+    for name, path in paths.items():
+        reuse.plot(path, color=COLORS[name], linewidth=1.8)
     bias.set_yscale("symlog", linthresh=0.1)
     bias.set_yticks([0, 0.05, 0.1, 0.5, 1, 5], ["0", "0.05", "0.1", "0.5", "1", "5"])
     bias.set_ylim(bottom=-0.01)
     spread.set_ylim(bottom=0)
+    distance = "distance of μ from π; 1: μ is uniform, 2: π reversed"
     for axes, title, x in (
-        (
-            bias,
-            "|E[estimate] − ∇J| / |∇J|: exact, but of weighted",
-            "distance of μ from π; 1: μ is uniform, 2: π turned round",
-        ),
-        (
-            spread,
-            "variance of an estimate from 32 episodes of μ",
-            "distance of μ from π; 1: μ is uniform, 2: π turned round",
-        ),
-        (size, "how much the episodes of μ are worth", "distance of μ from π; 1: μ is uniform, 2: π turned round"),
-        (reuse, "exact J while one batch of the first policy is followed", "update on the same batch"),
+        (bias, "|E[estimate] − ∇J| / |∇J|: exact, except for weighted", distance),
+        (spread, "variance of an estimate from 32 episodes of μ", distance),
+        (size, "how much the episodes of μ are worth", distance),
+        (reuse, "exact J while one batch of the first policy is used", "update on the same batch"),
     ):
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel(x, color=INK)
@@ -117,21 +113,21 @@ def off_policy(
     save(made, run.dir / "off_policy.png")
 
 
-def variance(run, env: str, listed: dict[str, Any], network: dict[str, Any]) -> None:
-    """variance.png: variance of the gradient estimate by baseline ± its standard error, as a part of that without."""
+def variance(run: Run, env: str, listed: dict[str, Any], network: dict[str, Any]) -> None:
+    """variance.png: variance of the gradient estimate by baseline ± standard error, without a baseline = 1."""
     made, axes = figure(10.5, 4.0, 1, 2)
     for place, values, title in (
         (axes[0], listed, "two-step MDP (learned: the exact V)"),
         (axes[1], network, f"{env}, the untrained network"),
     ):
         names = list(values)
-        shares, errors = [values[n].share for n in names], [values[n].error for n in names]
-        bars = place.barh([n.replace("_", " ") for n in names], shares, xerr=errors, capsize=2,
-                          color=[COLOURS[n] for n in names], height=0.6)  # fmt: skip
-        labels = [uncertain(share, error) for share, error in zip(shares, errors, strict=True)]
+        ratios, errors = [values[n].ratio for n in names], [values[n].error for n in names]
+        bars = place.barh([n.replace("_", " ") for n in names], ratios, xerr=errors, capsize=2,
+                          color=[COLORS[n] for n in names], height=0.6)  # fmt: skip
+        labels = [uncertain(ratio, error) for ratio, error in zip(ratios, errors, strict=True)]
         place.bar_label(bars, labels, padding=3, fontsize=9, color=INK)
         place.invert_yaxis()
-        place.set_xlim(0, 1.3 * max(s + e for s, e in zip(shares, errors, strict=True)))
+        place.set_xlim(0, 1.3 * max(s + e for s, e in zip(ratios, errors, strict=True)))
         place.set_title(title, loc="left", fontsize=11, color=INK)
         place.set_xlabel("variance of the gradient / variance without a baseline", color=INK)
         place.grid(False, axis="y")

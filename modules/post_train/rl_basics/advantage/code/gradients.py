@@ -1,7 +1,10 @@
-"""The policy gradient of a softmax over the table's logits, exactly and from rollouts, by what stands at ∇ log π.
+"""Policy gradients of a softmax over a table's logits: exact, and sampled with ten factors of ∇ log π.
 
+∇J = Σ_t γ^t E[∇ log π(a_t|s_t) · Ψ_t]        Ψ = return, reward-to-go, advantage, …
 ∂ log π(a|s) / ∂ θ(s, b) = 1[a = b] − π(b|s)
 """
+
+from __future__ import annotations
 
 import numpy as np
 import torch
@@ -11,31 +14,34 @@ from finetune import ops
 from finetune.rl.advantages import group_normalized, leave_one_out, returns_to_go, whitened
 from finetune.rl.agents.reward_scale import RewardScale
 from finetune.rl.envs.rollout import Rollout
-from finetune.rl.statistics import chi_square_z_correlated
+from finetune.rl.statistics import chi_square_z_correlated, critical_z
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.mdp import MDP
+from finetune.runs.display import uncertain
+from finetune.runs.run import Run
+
+from . import plots
 
 UNBIASED_GRADIENTS = (
     "total_return", "reward_to_go", "value_baseline", "optimal_baseline", "leave_one_out", "gae", "advantage",
 )  # fmt: skip
-RESCALED_GRADIENTS = ("whitened", "scaled_rewards", "group_normalized")
-GRADIENTS = (*UNBIASED_GRADIENTS, *RESCALED_GRADIENTS)
+GRADIENTS = (*UNBIASED_GRADIENTS, "whitened", "scaled_rewards", "group_normalized")
 
 
 def exact_gradient(mdp: MDP, policy: np.ndarray, steps: int) -> np.ndarray:
-    """Σ_{t<steps} γ^t Σ_s Pr(s_t = s) π(a|s) A^π(s, a) for every (s, a): the policy gradient theorem."""
+    """The policy gradient theorem: Σ_{t<steps} γ^t Pr(s_t = s) π(a|s) A^π(s, a) for every (s, a)."""
     P, _ = tables.under(mdp, policy)
-    seen, now = np.zeros(len(P)), np.array(mdp.start)
+    visits, now = np.zeros(len(P)), np.array(mdp.start)
     for t in range(steps):
-        seen += mdp.gamma**t * now
+        visits += mdp.gamma**t * now
         now = now @ P
     A = np.where(mdp.allowed, tables.advantages(mdp, policy), 0.0)
-    return seen[:, None] * policy * A
+    return visits[:, None] * policy * A
 
 
 def optimal_baseline(mdp: MDP, policy: np.ndarray, V: np.ndarray) -> np.ndarray:
-    """b(s) = E[|∇ log π|² Q] / E[|∇ log π|²] (S,): of all functions of the state the one that leaves the least variance
-    to a step's own term. |∇ log π(a|s)|² = 1 − 2 π(a|s) + Σ_b π(b|s)²."""
+    """b(s) = E[|∇ log π|² Q] / E[|∇ log π|²] (S,): the baseline of least variance for a step's own term (Greensmith et
+    al. 2004). |∇ log π(a|s)|² = 1 − 2 π(a|s) + Σ_b π(b|s)²."""
     weights = policy * (1 - 2 * policy + (policy**2).sum(1, keepdims=True))
     Q = np.where(mdp.allowed, tables.action_values(mdp, V), 0.0)
     total = weights.sum(1)
@@ -45,25 +51,23 @@ def optimal_baseline(mdp: MDP, policy: np.ndarray, V: np.ndarray) -> np.ndarray:
 SUMS = ("count", "sums", "squares", "outer", "batches", "products")
 
 
-class Slopes:
-    """Mean, variance and covariance of the gradients of each factor (K) by D logits; a run's checkpoints hold it.
+class GradientMoments:
+    """Running mean, variance and covariance of sampled gradients (D,) with each of K factors.
 
-    The covariance is kept along at most 64 directions: all there are in a small table, random ones in a large one.
+    The covariance is kept along at most 64 directions: all of them in a small table, random ones in a large one.
     """
 
-    def __init__(self, wanted: np.ndarray, generator: np.random.Generator) -> None:
-        self.wanted = wanted.ravel()  # the exact gradient
-        d, k = len(self.wanted), len(GRADIENTS)
+    def __init__(self, exact: np.ndarray, rng: np.random.Generator) -> None:
+        self.exact = exact.ravel()
+        d, k = len(self.exact), len(GRADIENTS)
         m = min(d, 64)
-        self.basis = torch.from_numpy(
-            np.linalg.qr(np.column_stack([self.wanted, generator.normal(size=(d, m - 1))]))[0]
-        )
+        self.basis = torch.from_numpy(np.linalg.qr(np.column_stack([self.exact, rng.normal(size=(d, m - 1))]))[0])
         self.count = torch.zeros((), dtype=torch.float64)
         self.sums, self.squares, self.outer = (torch.zeros(k, *n, dtype=torch.float64) for n in ((d,), (), (m, m)))
         self.batches, self.products = torch.zeros(k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64)
 
     def add(self, samples: Tensor) -> None:
-        """(K, N, D)"""
+        """Adds N samples (K, N, D)."""
         self.count += samples.shape[1]
         self.sums += samples.sum(1)
         self.squares += samples.square().sum((1, 2))
@@ -77,22 +81,22 @@ class Slopes:
         return (self.sums / self.count).numpy()  # (K, D)
 
     def variance(self) -> np.ndarray:
-        """(K,) trace of the covariance of one sample."""
+        """The trace of the covariance of one sample (K,)."""
         return (self.squares / self.count).numpy() - (self.mean() ** 2).sum(-1)
 
-    def share_error(self, whole: int) -> np.ndarray:
-        """(K,) standard error of a factor's variance as a part of that of the factor `whole`, from how the batches
-        differ. Both come of the same rollouts, so that much of the noise cancels."""
-        part = self.batches / self.batches[whole]
-        off = self.products.diag() - 2 * part * self.products[:, whole] + part**2 * self.products[whole, whole]
-        return (off.clamp(min=0).sqrt() / self.batches[whole]).numpy()
+    def ratio_error(self, reference: int) -> np.ndarray:
+        """Standard error (K,) of each factor's variance relative to that of the factor `reference`, from the spread of
+        the batches. Both use the same rollouts, so much of the noise cancels."""
+        ratio, cross = self.batches / self.batches[reference], self.products[:, reference]
+        square = self.products.diag() - 2 * ratio * cross + ratio**2 * self.products[reference, reference]
+        return (square.clamp(min=0).sqrt() / self.batches[reference]).numpy()
 
     def z(self) -> np.ndarray:
-        """(K,) |mean − exact|², in standard deviations of what chance does."""
+        """z-score of |mean − exact|² for each factor (K,)."""
         mean = self.mean() @ self.basis.numpy()
         C = ((self.outer / self.count).numpy() - mean[:, :, None] * mean[:, None]) / float(self.count)
-        size = float(abs(self.wanted).max())
-        return chi_square_z_correlated(mean - self.wanted @ self.basis.numpy(), C, size)
+        size = float(abs(self.exact).max())
+        return chi_square_z_correlated(mean - self.exact @ self.basis.numpy(), C, size)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in SUMS}
@@ -101,11 +105,11 @@ class Slopes:
         vars(self).update(state)
 
 
-def gradients(
+def sampled(
     group: int, lam: float, mdp: MDP, rollout: Rollout, policy: np.ndarray, V: np.ndarray, scale: RewardScale
 ) -> Tensor:
-    """(factors, groups, S·A): the mean over a group of rollouts of Σ_t γ^t ∇ log π(a_t|s_t) Ψ_t, up to the rollout's
-    first end. The critic is exact."""
+    """(factors, groups, S·A): the mean over each group of rollouts of Σ_t γ^t ∇ log π(a_t|s_t) Ψ_t, up to a rollout's
+    first end. The critic V is exact."""
     states, actions, gamma = rollout.observations, rollout.actions, mdp.gamma
     values, table = torch.from_numpy(V), torch.from_numpy(policy)
     given = (
@@ -117,28 +121,57 @@ def gradients(
     exact = torch.from_numpy(np.where(mdp.allowed, tables.advantages(mdp, policy), 0.0))
     grouped = returns[0].view(-1, group)
     discount = gamma ** torch.arange(len(states), dtype=torch.float64)[:, None]
-    alone, alive = torch.ones_like(discount), rollout.first_episode
+    every, alive = torch.ones_like(discount), rollout.first_episode
     last = rollout.ends.clone()
-    last[-1] = True  # the rows of the next batch are not these
-    factors = {  # Ψ, (T, N) or (N,)
-        "total_return": alone * returns[0],
+    last[-1] = True  # the next batch has other rollouts
+    factors = {  # Ψ (T, N)
+        "total_return": every * returns[0],
         "reward_to_go": discount * returns,
         "value_baseline": discount * baselined,
         "optimal_baseline": discount * (returns - best[states]),
-        "leave_one_out": alone * leave_one_out(grouped).flatten(),
+        "leave_one_out": every * leave_one_out(grouped).flatten(),
         "gae": discount * smoothed,
         "advantage": discount * exact[states, actions],
         "whitened": discount * whitened(smoothed, alive),
         "scaled_rewards": discount * returns_to_go(scale(rollout.rewards, last), rollout.ends, gamma),
-        "group_normalized": alone * group_normalized(grouped).flatten(),
+        "group_normalized": every * group_normalized(grouped).flatten(),
     }
     rows, (S, A) = states.shape[1], policy.shape
     at = (torch.arange(rows) * S * A + states * A + actions).flatten()
     found = []
     for name in GRADIENTS:
-        taken = torch.zeros(rows * S * A, dtype=torch.float64)
-        taken.index_add_(0, at, (factors[name] * alive).flatten())
-        weights = taken.view(rows, S, A)
-        slope = weights - weights.sum(-1, keepdim=True) * table  # (N, S, A)
-        found.append(slope.view(-1, group, S * A).mean(1))
+        sums = torch.zeros(rows * S * A, dtype=torch.float64)
+        weights = sums.index_add_(0, at, (factors[name] * alive).flatten()).view(rows, S, A)
+        gradient = weights - weights.sum(-1, keepdim=True) * table  # (N, S, A)
+        found.append(gradient.view(-1, group, S * A).mean(1))
     return torch.stack(found)
+
+
+def report(run: Run, moments: GradientMoments, drawn: bool) -> None:
+    """The result is the variance with the optimal baseline; that the unbiased factors are unbiased is checked. In an
+    MDP of one's own the variance has no target: how much a baseline saves depends on the rewards."""
+    mean, exact, variance = moments.mean(), moments.exact, moments.variance()
+    reference = GRADIENTS.index("reward_to_go")
+    z = dict(zip(GRADIENTS, moments.z(), strict=True))
+    ratio = dict(zip(GRADIENTS, variance / (variance[reference] or 1.0), strict=True))  # 0 in a world without chance
+    error = dict(zip(GRADIENTS, moments.ratio_error(reference), strict=True))
+    lengths = np.linalg.norm(mean, axis=1) * np.linalg.norm(exact)
+    cosine = dict(zip(GRADIENTS, mean @ exact / np.maximum(lengths, 1e-300), strict=True))
+    worst = max(z[name] for name in UNBIASED_GRADIENTS)
+    run.check("gradient_z", worst, at_most=critical_z(len(UNBIASED_GRADIENTS)))
+    run.check("gradient_z_group_normalized", z["group_normalized"])
+    run.result("variance_with_optimal_baseline", ratio["optimal_baseline"], error=error["optimal_baseline"],
+               baseline=1.0, target=0.5 if drawn else None, higher=False)  # fmt: skip
+    run.table(
+        "the policy gradient by its factor Ψ: z of the mean, variance (reward-to-go = 1), cosine with ∇J",
+        [
+            {
+                "factor": name,
+                "z": f"{z[name]:.1f}",
+                "variance": uncertain(ratio[name], error[name]),
+                "cosine": f"{cosine[name]:.4f}",
+            }
+            for name in GRADIENTS
+        ],
+    )
+    plots.gradient_variance(run, {name: (ratio[name], error[name]) for name in UNBIASED_GRADIENTS})

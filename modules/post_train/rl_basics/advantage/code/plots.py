@@ -1,11 +1,14 @@
-"""The module's own pictures: bias against deviation, errors over samples, variance of the gradient by its factor."""
+"""Pictures of the advantage module: bias and noise, error over samples, gradient variance, rescaling, tokens."""
+
+from __future__ import annotations
 
 import numpy as np
 
 from finetune.runs.display import uncertain
 from finetune.runs.plots import INK, figure, save
+from finetune.runs.run import Run
 
-COLOURS = (
+COLORS = (
     "#1769aa",
     "#c53030",
     "#2e7d32",
@@ -20,17 +23,16 @@ COLOURS = (
 )
 
 
-def estimators(run, found: dict[str, dict[str, float]], names: tuple[str, ...]) -> None:
-    """estimators.png: bias, ± a standard error, and deviation of each with the half-learned critic."""
+def estimators(run: Run, found: dict[str, dict[str, float]]) -> None:
+    """estimators.png: bias ± standard error over the standard deviation of one estimate, half-learned critic."""
     made, [axes] = figure(8.6, 4.8)
-    for name, color in zip(names, COLOURS, strict=True):
-        f = found[name]
+    for (name, f), color in zip(found.items(), COLORS, strict=True):
         around = [[f["bias"] - f["low"]], [f["high"] - f["bias"]]]
         within = f["low"] == 0
-        axes.errorbar(f["deviation"], f["bias"], around, fmt="o", color=color, markersize=8, linewidth=1.4, capsize=3,
+        axes.errorbar(f["std"], f["bias"], around, fmt="o", color=color, markersize=8, linewidth=1.4, capsize=3,
                       markerfacecolor="white" if within else color, label=name.replace("_", " "))  # fmt: skip
     axes.set_title(
-        "with a half-learned critic: bias ± s.e. against deviation (hollow: within its noise of zero)",
+        "half-learned critic: bias ± standard error over noise (hollow: within its noise of zero)",
         loc="left", fontsize=11, color=INK,
     )  # fmt: skip
     axes.set_xlabel("standard deviation of one estimate", color=INK)
@@ -41,11 +43,11 @@ def estimators(run, found: dict[str, dict[str, float]], names: tuple[str, ...]) 
     save(made, run.dir / "estimators.png")
 
 
-def errors(run, per_step: int, names: tuple[str, ...]) -> None:
-    """error_over_samples.png: the error of the mean of n estimates falls as 1/√n down to the bias."""
+def errors(run: Run, per_step: int, names: list[str]) -> None:
+    """error_over_samples.png: the error of the mean of n estimates, which falls as 1/√n down to the bias."""
     series = run.metrics.series()
     made, [axes] = figure(8.6, 4.8)
-    for name, color in zip(names, COLOURS, strict=True):
+    for name, color in zip(names, COLORS, strict=True):
         xs, ys = series[f"error_{name}"]
         axes.plot((np.array(xs) + 1) * per_step, ys, color=color, linewidth=1.8, label=name.replace("_", " "))
     axes.set_xscale("log")
@@ -57,8 +59,8 @@ def errors(run, per_step: int, names: tuple[str, ...]) -> None:
     save(made, run.dir / "error_over_samples.png")
 
 
-def gradient_variance(run, spread: dict[str, tuple[float, float]]) -> None:
-    """gradient_variance.png: the variance of one rollout's gradient ± its standard error, reward-to-go = 1."""
+def gradient_variance(run: Run, spread: dict[str, tuple[float, float]]) -> None:
+    """gradient_variance.png: variance of the sampled gradient by factor ± standard error, reward-to-go = 1."""
     made, [axes] = figure(7.6, 4.2)
     names = sorted(spread, key=lambda name: -spread[name][0])
     values, errors = zip(*(spread[name] for name in names), strict=True)
@@ -75,14 +77,16 @@ def gradient_variance(run, spread: dict[str, tuple[float, float]]) -> None:
     save(made, run.dir / "gradient_variance.png")
 
 
-def scaling(run, sizes: tuple[int, ...], angles: dict[str, list[float]], lengths: dict[str, list[float]]) -> None:
-    """scaling.png: direction and length of the mean gradient by the size of the batch or group."""
+def rescaling(
+    run: Run, sizes: tuple[int, ...], angles: dict[str, list[float]], lengths: dict[str, list[float]]
+) -> None:
+    """rescaling.png: direction and length of the mean gradient over the size of the batch or group."""
     made, (left, right) = figure(10.4, 4.2, 1, 2)
     for axes, found, title, unit in (
-        (left, angles, "direction: degrees off ∇J", "degrees"),
+        (left, angles, "direction: angle to ∇J", "degrees"),
         (right, lengths, "length: |E[ĝ]| / |∇J|", "of the exact gradient's"),
     ):
-        for (name, ys), color, marker in zip(found.items(), COLOURS, "os^vD", strict=False):
+        for (name, ys), color, marker in zip(found.items(), COLORS, "os^vD", strict=False):
             axes.plot(sizes, ys, color=color, marker=marker, linewidth=1.8, markersize=6, label=name.replace("_", " "))
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(n) for n in sizes])
@@ -92,19 +96,19 @@ def scaling(run, sizes: tuple[int, ...], angles: dict[str, list[float]], lengths
         axes.set_ylabel(unit, color=INK)
         axes.set_ylim(bottom=0 if axes is right else None)
     right.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    save(made, run.dir / "scaling.png")
+    save(made, run.dir / "rescaling.png")
 
 
 def token_credit(
-    run, tokens: list[str], truth: np.ndarray, found: dict[str, np.ndarray], by_place: dict[str, list[float]]
+    run: Run, tokens: list[str], truth: np.ndarray, found: dict[str, np.ndarray], by_place: dict[str, list[float]]
 ) -> None:
-    """token_credit.png: one answer, its tokens on x, the exact advantage as bars; and the error by place of all."""
+    """token_credit.png: the credit of one answer's tokens by estimator; the error over the place of the token."""
     made, (left, right) = figure(12.5, 4.6, 1, 2)
     places = np.arange(len(tokens))
     left.bar(places, truth, color="#d5dbe1", width=0.7, label="exact A")
     shown = ("gae_rough", "td_rough", "discounted", "leave_one_out", "group_normalized")
     for name, marker in zip(shown, "os^vD", strict=True):
-        left.plot(places, found[name], marker=marker, markersize=6, linewidth=1.2, color=TOKEN_COLOURS[name],
+        left.plot(places, found[name], marker=marker, markersize=6, linewidth=1.2, color=TOKEN_COLORS[name],
                   label=name.replace("_", " "))  # fmt: skip
     left.legend(fontsize=8.5, frameon=False)
     left.axhline(0, color=INK, linewidth=0.8)
@@ -113,7 +117,7 @@ def token_credit(
     left.set_xlabel("token; the second and the last but one decide the score", color=INK)
     left.set_ylabel("advantage", color=INK)
     for name, errors in by_place.items():
-        right.plot(places + 1, errors, marker="o", markersize=4, linewidth=1.8, color=TOKEN_COLOURS[name],
+        right.plot(places + 1, errors, marker="o", markersize=4, linewidth=1.8, color=TOKEN_COLORS[name],
                    label=name.replace("_", " "))  # fmt: skip
     right.set_xticks(places + 1)
     right.set_ylim(bottom=0)
@@ -124,7 +128,7 @@ def token_credit(
     save(made, run.dir / "token_credit.png")
 
 
-TOKEN_COLOURS = {
+TOKEN_COLORS = {
     "td": "#2e7d32",
     "gae": "#1769aa",
     "mc": "#8a8f98",

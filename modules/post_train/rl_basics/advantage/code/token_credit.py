@@ -1,9 +1,11 @@
-"""Credit by token: answers of a language model small enough to write all of them down, with every exact advantage.
+"""Credit by token: the advantages of a tiny language model's tokens, exact over all answers, by eight estimators.
 
-A state is the prompt and the tokens so far, an action the next token; what follows is certain. Token 0 ends the
-answer. The score comes with the last token, −β (log π − log π_ref) with each. There is one point for a 1 as the second
-token and one for a 2 as the last but one; every other token can only end the answer too early.
+A state is the prompt and the tokens so far, an action the next token; transitions are deterministic. Token 0 ends the
+answer. The score is a reward at the last token, −β (log π − log π_ref) one at each token. A 1 as the second token and a
+2 as the last but one score a point each; every other token can only end the answer too early.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
@@ -16,6 +18,7 @@ from finetune import ops
 from finetune.rl.advantages import group_normalized, last_token, leave_one_out, returns_to_go, token_rewards
 from finetune.rl.envs.rollout import numpy_generator
 from finetune.runs.display import uncertain
+from finetune.runs.run import Run
 
 from . import plots
 
@@ -26,10 +29,10 @@ ESTIMATORS = ("td", "gae", "mc", "td_rough", "gae_rough", "discounted", "leave_o
 
 @dataclass
 class Answers:
-    """All N of them, at most T tokens each; (T, N) where nothing else is said, 0 behind the end."""
+    """All N possible answers of at most T tokens; (T, N) unless stated otherwise, 0 behind the end."""
 
     tokens: Tensor
-    mask: Tensor  # bool: up to the end and with it
+    mask: Tensor  # bool: up to and including the end
     node: Tensor  # number of the pair (tokens so far, token)
     rewards: Tensor
     last: Tensor  # bool
@@ -38,8 +41,8 @@ class Answers:
     chance: Tensor  # (N,) probability of the answer
 
 
-def answers(length: int, beta: float, draw: np.random.Generator) -> Answers:
-    """Policy and reference are random tables, with a word for each (tokens so far, token)."""
+def answers(length: int, beta: float, rng: np.random.Generator) -> Answers:
+    """Policy and reference model are random tables over (tokens so far, next token)."""
     tokens = np.array([a for a in product(range(VOCABULARY), repeat=length) if _padded(a)]).T  # (T, N)
     T, N = tokens.shape
     mask = np.concatenate([np.ones((1, N), bool), tokens[:-1] != 0])
@@ -49,14 +52,14 @@ def answers(length: int, beta: float, draw: np.random.Generator) -> Answers:
     log_policy, log_reference = (np.empty((T, N)) for _ in range(2))
     for t in range(T):
         for table in (log_policy, log_reference):
-            logits = draw.standard_normal((VOCABULARY**t, VOCABULARY)) - [1.0, 0.0, 0.0]  # ends are rarer
+            logits = rng.standard_normal((VOCABULARY**t, VOCABULARY)) - [1.0, 0.0, 0.0]  # ends are rarer
             table[t] = (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[prefix[t], tokens[t]]
     score = (tokens[1] == 1) * 1.0 + (tokens[-2] == 2)
     turned = [torch.from_numpy(x) for x in (score, log_policy, log_reference, mask)]
     rewards = token_rewards(*turned, beta)
     chance = np.exp((log_policy * mask).sum(0))
     node = np.stack([VOCABULARY ** (t + 1) + prefix[t] * VOCABULARY + tokens[t] for t in range(T)])  # lengths apart
-    # V of some tokens: what the answers that begin so earn from there on, on average. γ = 1.
+    # V of a prefix: the mean reward-to-go of the answers that begin with it, at γ = 1.
     to_go = rewards.numpy()[::-1].cumsum(0)[::-1]
     parent = node // VOCABULARY
     Q, V = (conditional_mean(torch.from_numpy(to_go.copy()), torch.from_numpy(x), turned[3], torch.from_numpy(chance))
@@ -67,7 +70,7 @@ def answers(length: int, beta: float, draw: np.random.Generator) -> Answers:
 
 
 def conditional_mean(x: Tensor, node: Tensor, mask: Tensor, chance: Tensor) -> Tensor:
-    """(T, N): the mean of x over all answers that pass the same node, by their chance; 0 where the mask is."""
+    """(T, N): the mean of x over all answers through the same node, weighted by probability; 0 where masked."""
     weights = chance * mask
     sums, total = (
         torch.zeros(int(node.max()) + 1, dtype=torch.float64).index_add_(0, node.flatten(), y.flatten())
@@ -82,18 +85,18 @@ def _padded(answer: tuple[int, ...]) -> bool:
 
 
 def rough(found: Answers) -> Tensor:
-    """(T, N) a critic that knows how many tokens there are so far, and not which: the mean of V^π."""
+    """(T, N) values of a rough critic, which knows the number of tokens so far but not the tokens: the mean of V^π."""
     place = torch.arange(len(found.tokens))[:, None].expand_as(found.tokens)
     return conditional_mean(found.values, place, found.mask, found.chance)
 
 
 def estimates(found: Answers, lam: float, gamma: float) -> dict[str, Tensor]:
-    """(T, N) for every answer. `whole` is the return of the answer with its KL, which the group forms take."""
+    """Advantages (T, N) of every answer. `whole` is the answer's return with its KL, the input of RLOO and GRPO."""
     none = torch.zeros_like(found.last)
 
     def gae(values: Tensor, lam: float) -> Tensor:
-        after = torch.cat([values[1:], torch.zeros_like(values[:1])])
-        return ops.gae(found.rewards, values, after, found.last, none, gamma=1.0, lam=lam)[0]
+        next_values = torch.cat([values[1:], torch.zeros_like(values[:1])])
+        return ops.gae(found.rewards, values, next_values, found.last, none, gamma=1.0, lam=lam)[0]
 
     roughly = rough(found)
     made = {
@@ -109,8 +112,8 @@ def estimates(found: Answers, lam: float, gamma: float) -> dict[str, Tensor]:
 
 
 def bias_seen(found: Answers, x: Tensor) -> float:
-    """Root mean square over tokens of E[x | node] − A^π, less its mean over the tokens that could stand there: what a
-    gradient can see of the error. x (T, N) of all answers; a sum over them, so exact."""
+    """The bias of x (T, N) that a gradient sees: the root mean square over tokens of E[x | node] − A^π, minus its mean
+    over the tokens that are possible there. A sum over all answers, so exact."""
     off = conditional_mean(x, found.node, found.mask, found.chance) - found.advantages
     off = off - conditional_mean(off, found.node // VOCABULARY, found.mask, found.chance)
     return rms(off, found.mask, found.chance)
@@ -122,21 +125,22 @@ def rms(x: Tensor, mask: Tensor, chance: Tensor) -> float:
 
 
 def rms_error(x: Tensor, mask: Tensor) -> float:
-    """Standard error of the root mean square of x (T, GROUPS · GROUP), from how the groups differ."""
+    """Standard error of the root mean square of x (T, GROUPS · GROUP), from the spread over the groups."""
     squares, counts = ((mask * y).sum(0).double().view(GROUPS, GROUP).sum(1) for y in (x**2, torch.ones_like(x)))
     mean = squares.sum() / counts.sum()
     off = (squares - mean * counts).square().sum().sqrt() / counts.sum()
     return float(off / (2 * mean.sqrt())) if mean else 0.0
 
 
-def judge(run, length: int, beta: float, lam: float, gamma: float) -> None:
+def report(run: Run, length: int, beta: float, lam: float, gamma: float) -> None:
+    """The result is GAE's error with the exact critic, against one number for all tokens (RLOO)."""
     found = answers(length, beta, numpy_generator(run, "answers"))
     every = estimates(found, lam, gamma)
     bias = {name: bias_seen(found, x) for name, x in every.items()}
     bias["leave_one_out"] = bias.pop("whole")  # on average it is that less a constant
 
-    draw = numpy_generator(run, "groups")
-    columns = torch.from_numpy(draw.choice(len(found.chance), GROUPS * GROUP, p=found.chance / found.chance.sum()))
+    rng = numpy_generator(run, "groups")
+    columns = torch.from_numpy(rng.choice(len(found.chance), GROUPS * GROUP, p=found.chance / found.chance.sum()))
     truth, mask = found.advantages[:, columns], found.mask[:, columns]
     drawn = {name: x[:, columns] for name, x in every.items()}
     grouped = drawn.pop("whole")[0].view(GROUPS, GROUP)
@@ -145,12 +149,13 @@ def judge(run, length: int, beta: float, lam: float, gamma: float) -> None:
     error = {name: rms(drawn[name] - truth, mask, alone) for name in ESTIMATORS}
     around = {name: rms_error(drawn[name] - truth, mask) for name in ESTIMATORS}
     close = 1e-8 * max(1.0, float(found.rewards.abs().max()))
-    run.result("token_error_td", error["td"], baseline=error["leave_one_out"], target=close, higher=False)
+    run.check("token_error_td", error["td"], at_most=close)  # the next state is certain
     run.result("token_error_gae", error["gae"], error=around["gae"], baseline=error["leave_one_out"], higher=False)
     unbiased = max(bias[name] for name in ("td", "gae", "mc", "leave_one_out"))
-    run.result("token_bias", unbiased, baseline=bias["discounted"], target=close, higher=False)
+    run.check("token_bias", unbiased, at_most=close)
+    run.check("token_bias_discounted", bias["discounted"])
     run.table(
-        "credit by token: error against the exact A^π of a token, and what of it a gradient sees on average",
+        "credit by token: root mean square error against the exact A^π, and the bias that a gradient sees",
         [
             {
                 "estimator": n,
