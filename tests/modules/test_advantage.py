@@ -1,7 +1,6 @@
 """The advantage module: gradients against automatic differentiation, the optimal baseline, the run and its controls."""
 
 import dataclasses
-import sys
 from itertools import product
 
 import numpy as np
@@ -13,13 +12,14 @@ from finetune.errors import UserError
 from finetune.rl.advantages import group_normalized, leave_one_out, whitened
 from finetune.rl.agents.reward_scale import RewardScale
 from finetune.rl.tabular import mdp as tables
+from finetune.rl.tabular.sample import sample_tabular
 from finetune.runs import registry
 from finetune.runs.run import execute
 
 INFO = registry.find("advantage")
 advantage = registry.load(INFO)
-gradients, scaling, dueling, tokens = (
-    sys.modules[f"finetune_modules.advantage.{name}"] for name in ("gradients", "scaling", "dueling", "tokens")
+estimators, gradients, rescaling, dueling, token_credit = (
+    registry.part("advantage", name) for name in ("estimators", "gradients", "rescaling", "dueling", "token_credit")
 )
 
 
@@ -28,9 +28,9 @@ def toy(**changes):
 
 
 def case():
-    draw = np.random.default_rng(0)
-    mdp = tables.garnet(5, 3, 2, draw, 0.9, ending=0.1)
-    return mdp, draw.normal(size=(6, 3))
+    rng = np.random.default_rng(0)
+    mdp = tables.garnet(5, 3, 2, rng, 0.9, ending=0.1)
+    return mdp, rng.normal(size=(6, 3))
 
 
 def test_the_exact_gradient_is_that_of_the_performance():
@@ -64,7 +64,7 @@ def test_no_baseline_leaves_less_variance_than_the_optimal_one():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_mean_gradient_of_rescaled_batches_is_that_of_every_batch_through_the_library(seed):
     """All 6³ batches of three pairs, and all 3³ groups of three actions, each through what training would call."""
-    policy, rewards = scaling.problem(np.random.default_rng(seed))
+    policy, rewards = rescaling.problem(np.random.default_rng(seed))
     chance, r = torch.from_numpy(policy / 2).flatten(), torch.from_numpy(rewards).flatten()
     A = (torch.from_numpy(rewards) - torch.from_numpy((policy * rewards).sum(1))[:, None]).flatten()
 
@@ -84,20 +84,54 @@ def test_the_mean_gradient_of_rescaled_batches_is_that_of_every_batch_through_th
     for f in (leave_one_out, group_normalized):
         found[f.__name__] = sum(mean(f, group, 2 * chance, r) for group in (range(3), range(3, 6))) / 2
     for name, weights in found.items():
-        wanted = scaling.through_softmax(weights.view(2, 3).numpy(), policy)
-        assert np.allclose(scaling.mean_gradient(name, 3, policy, rewards), wanted, atol=1e-10), name
-    exact = scaling.exact(policy, rewards)
-    assert np.allclose(scaling.mean_gradient("leave_one_out", 3, policy, rewards), exact, atol=1e-12)
-    assert np.allclose(scaling.mean_gradient("centered", 3, policy, rewards), exact * 2 / 3, atol=1e-12)
+        wanted = rescaling.through_softmax(weights.view(2, 3).numpy(), policy)
+        assert np.allclose(rescaling.mean_gradient(name, 3, policy, rewards), wanted, atol=1e-10), name
+    exact = rescaling.exact(policy, rewards)
+    assert np.allclose(rescaling.mean_gradient("leave_one_out", 3, policy, rewards), exact, atol=1e-12)
+    assert np.allclose(rescaling.mean_gradient("centered", 3, policy, rewards), exact * 2 / 3, atol=1e-12)
     off = {
-        name: [scaling.angle(scaling.mean_gradient(name, n, policy, rewards), exact) for n in (4, 16)] for name in found
+        name: [rescaling.angle(rescaling.mean_gradient(name, n, policy, rewards), exact) for n in (4, 16)]
+        for name in found
     }
     for name in ("whitened", "scaled_rewards"):
         assert off[name][1] < 0.6 * off[name][0], "the direction comes back as the batch grows"
     assert off["group_normalized"][1] > 0.6 * off["group_normalized"][0], "that of a group does not"
 
 
-def test_only_a_mean_makes_value_and_advantage_of_q_known():
+def sampled(policy_is_behavior):
+    """A batch of random rollouts for the estimators, and their MDP."""
+    mdp, logits = case()
+    policy, rng = torch.tensor(logits).softmax(1).numpy(), np.random.default_rng(1)
+    behavior = policy if policy_is_behavior else tables.uniform(mdp)
+    rollout = sample_tabular(mdp, behavior, 30, np.repeat(np.arange(5), 4), rng)
+    return estimators.Batch.of(toy(group=4), mdp, rollout, policy, behavior, rng.normal(size=6))
+
+
+def test_on_policy_importance_sampling_and_vtrace_are_monte_carlo():
+    """With μ = π all ratios are 1."""
+    batch = sampled(policy_is_behavior=True)
+    mc = estimators.mc(batch)
+    assert torch.allclose(estimators.importance(batch), mc, atol=1e-12)
+    assert torch.allclose(estimators.vtrace(batch), mc, atol=1e-12)
+
+
+def test_importance_sampling_is_the_sum_of_rewards_times_products_of_ratios():
+    """By definition: Σ γ^t (Π_{k=1..t} π/μ) δ_t, where the ratio of the first action is divided out."""
+    batch = sampled(policy_is_behavior=False)
+    T, N = batch.rewards.shape
+    expected, ends = torch.zeros(N, dtype=torch.float64), batch.terminated | batch.truncated
+    for n in range(N):
+        weight = 1.0
+        for t in range(T):
+            weight *= 1.0 if t == 0 else 0.9 * float(batch.log_ratios[t, n].exp())
+            bootstrap = 0.0 if batch.terminated[t, n] else 0.9 * batch.next_values[t, n]
+            expected[n] += weight * (batch.rewards[t, n] + bootstrap - batch.values[t, n])
+            if ends[t, n]:
+                break
+    assert torch.allclose(estimators.importance(batch), expected, atol=1e-10)
+
+
+def test_only_with_a_mean_does_q_identify_value_and_advantage():
     mdp, logits = case()
     policy = torch.tensor(logits).softmax(1).numpy()[:5]
     Q = tables.action_values(mdp, tables.solve(mdp, np.vstack([policy, np.eye(3)[:1]])))[:5]
@@ -116,7 +150,7 @@ def test_only_a_mean_makes_value_and_advantage_of_q_known():
 def test_advantages_of_tokens_are_those_of_the_tree_as_an_mdp():
     """The same tree as a table: a state for each sequence of tokens without an end, one more for the end."""
     length, beta = 4, 0.3
-    found = tokens.answers(length, beta, np.random.default_rng(5))
+    found = token_credit.answers(length, beta, np.random.default_rng(5))
     assert abs(float(found.chance.sum()) - 1) < 1e-12
     T, N = found.tokens.shape
     names = sorted({tuple(found.tokens[:t, n].tolist()) for n in range(N) for t in range(T) if found.mask[t, n]})
@@ -140,8 +174,8 @@ def test_advantages_of_tokens_are_those_of_the_tree_as_an_mdp():
             if found.mask[t, n]:
                 s = names.index(tuple(found.tokens[:t, n].tolist()))
                 assert abs(A[s, found.tokens[t, n]] - found.advantages[t, n]) < 1e-12
-    every = tokens.estimates(found, 0.9, 0.9)
-    bias = {name: tokens.bias_seen(found, x) for name, x in every.items()}
+    every = token_credit.estimates(found, 0.9, 0.9)
+    bias = {name: token_credit.bias_seen(found, x) for name, x in every.items()}
     assert max(bias[name] for name in ("td", "gae", "mc", "whole")) < 1e-12
     assert min(bias[name] for name in ("td_rough", "gae_rough", "discounted")) > 1e-3
 
@@ -149,9 +183,9 @@ def test_advantages_of_tokens_are_those_of_the_tree_as_an_mdp():
 def test_the_toy_reaches_its_targets(tmp_path):
     summary = execute(INFO, toy(), tmp_path / "run", toy=True)
     assert summary["passed"], summary["reached"]
-    found = summary["metrics"]
-    assert found["deviation_td"] < found["deviation_gae"] < found["deviation_mc"] < found["deviation_importance"]
-    for name in ("estimators", "error_over_samples", "gradient_variance", "scaling", "token_credit"):
+    std = {name: summary["checks"][f"std_{name}"]["value"] for name in ("td", "mc", "importance")}
+    assert std["td"] < summary["metrics"]["std_gae"] < std["mc"] < std["importance"]
+    for name in ("estimators", "error_over_samples", "gradient_variance", "rescaling", "token_credit"):
         assert (tmp_path / f"run/{name}.png").stat().st_size > 10_000
 
 
@@ -162,8 +196,8 @@ def test_without_steps_or_rewards_nothing_is_gained(change, tmp_path):
     assert abs(summary["metrics"]["gain_gae"]) < 0.3
 
 
-def test_a_cut_run_resumes(tmp_path):
-    resumes_to_the_same_bytes(INFO, toy(steps=5, length=8, groups=2, checkpoint_every=2), tmp_path, 4)
+def test_a_cut_run_resumes(tmp_path, no_pictures):
+    resumes_to_the_same_bytes(INFO, toy(steps=2, length=8, groups=2, checkpoint_every=1), tmp_path, 2)
 
 
 def test_bad_settings_are_refused():
@@ -187,4 +221,4 @@ def test_a_world_without_chance_has_results_too(tmp_path):
     config = toy(data=tmp_path / "one.npz", steps=3, groups=1)
     summary = execute(INFO, config, tmp_path / "run", toy=True)
     assert summary["passed"], summary["reached"]
-    assert summary["metrics"]["deviation_mc"] == 0
+    assert summary["checks"]["std_mc"]["value"] == 0

@@ -67,8 +67,8 @@ def update(
     A, returns = advantages(rollout, mdp.gamma, baseline, None if values is None else values[rollout.observations])
     log_probs = params.gather(-1, rollout.actions[..., None])[..., 0]
     loss = policy_loss(log_probs, A, rollout.first_episode) / log_probs.shape[1]
-    loss.backward()
-    logits -= lr * theta.grad
+    (gradient,) = torch.autograd.grad(loss, theta)
+    logits -= lr * gradient
     if values is not None:
         alive = rollout.first_episode
         states, visits = rollout.observations[alive], torch.zeros_like(values)

@@ -44,8 +44,8 @@ def trajectories(mdp: MDP, steps: int = STEPS) -> tuple[Rollout, Tensor]:
                 world.append(p)
     s, a, s_next = np.array(found).transpose(1, 2, 0)  # (T, K) each
     no = torch.zeros(s.shape, dtype=torch.bool)
-    columns = map(torch.from_numpy, (s, a, mdp.rewards[s, a, s_next], s_next))
-    return Rollout(*columns, no, no), torch.tensor(world, dtype=torch.float64)
+    s, a, rewards, s_next = map(torch.from_numpy, (s, a, mdp.rewards[s, a, s_next], s_next))
+    return Rollout(s, a, rewards, s_next, no, no), torch.tensor(world, dtype=torch.float64)
 
 
 def sample(mdp: MDP, logits: Tensor, rows: int, rng: np.random.Generator) -> Rollout:

@@ -114,7 +114,10 @@ def compare(rng: np.random.Generator, episodes: int) -> dict[str, dict[str, list
         for weights in WEIGHTS:
             rows = EPISODES if weights == "weighted" else rollout.rewards.shape[1]  # it divides by the batch's mean
             columns = [x.split(rows, 1) for x in (rollout.rewards, rollout.ends, log_ratios)]
-            parts = [weighted_returns(*part, mdp.gamma, weights) for part in zip(*columns, strict=True)]
+            parts = [
+                weighted_returns(rewards, ends, part_ratios, mdp.gamma, weights)
+                for rewards, ends, part_ratios in zip(*columns, strict=True)
+            ]
             returns = discounts(mdp.gamma, log_ratios) * torch.cat(parts, 1)
             means = batch_means(episode_gradients(rollout, logits, returns), EPISODES)
             if weights == "weighted":
@@ -150,5 +153,5 @@ def report(run: Run, episodes: int) -> None:
     part, error = sample["effective"][REVERSED], sample["effective_error"][REVERSED]
     run.check("effective_sample_fraction", part, error=error)
     paths = {name: reuse(numpy_generator(run, "reuse"), name) for name in ("uncorrected", "step", "per_decision")}
-    run.result("return_reused_batch", paths["per_decision"][-1], baseline=paths["uncorrected"][-1])
+    run.result("reused_batch_value", paths["per_decision"][-1], baseline=paths["uncorrected"][-1])
     plots.off_policy(run, DISTANCES, found, paths)

@@ -56,8 +56,8 @@ def corridor(run: Run, baselines: tuple[str, ...], best: float, value_of: Callab
                       ha="center" if p == best else "left" if p < 0.5 else "right", fontsize=9, color=INK)  # fmt: skip
     book.set_ylim(-105, -5)
     for name in baselines:
-        xs, values = series[f"corridor_{name}: value"]
-        values, half = np.array(values), np.array(series[f"corridor_{name}: half_width"][1])
+        xs, ys = series[f"corridor_{name}: value"]
+        values, half = np.array(ys), np.array(series[f"corridor_{name}: half_width"][1])
         left.plot(xs, values, color=COLORS[name], linewidth=1.8, label=name.replace("_", " "))
         left.fill_between(
             xs, values - half, np.minimum(values + half, -11.6), color=COLORS[name], alpha=0.15, linewidth=0

@@ -61,11 +61,11 @@ class Batch:
         )  # fmt: skip
 
     @property
-    def with_values(self) -> tuple[Tensor, ...]:
+    def with_values(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.rewards, self.values, self.next_values, self.terminated, self.truncated
 
     @property
-    def with_action_values(self) -> tuple[Tensor, ...]:
+    def with_action_values(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.rewards, self.action_values, self.next_expected_values, self.terminated, self.truncated
 
 

@@ -55,17 +55,17 @@ def answers(length: int, beta: float, rng: np.random.Generator) -> Answers:
             logits = rng.standard_normal((VOCABULARY**t, VOCABULARY)) - [1.0, 0.0, 0.0]  # ends are rarer
             table[t] = (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[prefix[t], tokens[t]]
     score = (tokens[1] == 1) * 1.0 + (tokens[-2] == 2)
-    turned = [torch.from_numpy(x) for x in (score, log_policy, log_reference, mask)]
-    rewards = token_rewards(*turned, beta)
+    scores, log_probs, log_references, masks = map(torch.from_numpy, (score, log_policy, log_reference, mask))
+    rewards = token_rewards(scores, log_probs, log_references, masks, beta)
     chance = np.exp((log_policy * mask).sum(0))
     node = np.stack([VOCABULARY ** (t + 1) + prefix[t] * VOCABULARY + tokens[t] for t in range(T)])  # lengths apart
     # V of a prefix: the mean reward-to-go of the answers that begin with it, at γ = 1.
     to_go = rewards.numpy()[::-1].cumsum(0)[::-1]
     parent = node // VOCABULARY
-    Q, V = (conditional_mean(torch.from_numpy(to_go.copy()), torch.from_numpy(x), turned[3], torch.from_numpy(chance))
+    Q, V = (conditional_mean(torch.from_numpy(to_go.copy()), torch.from_numpy(x), masks, torch.from_numpy(chance))
             for x in (node, parent))  # fmt: skip
-    last = last_token(turned[3])
-    return Answers(torch.from_numpy(tokens), turned[3], torch.from_numpy(node), rewards, last, V, Q - V,
+    last = last_token(masks)
+    return Answers(torch.from_numpy(tokens), masks, torch.from_numpy(node), rewards, last, V, Q - V,
                    torch.from_numpy(chance))  # fmt: skip
 
 

@@ -144,10 +144,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         rollout = sample_tabular(mdp, policy, cfg.length, first[:, 0], rng, actions=first[:, 1])
         A = bias_variance.estimates(rollout, list(critics.values()), cfg)
         moments.add(torch.from_numpy(first @ [counted.shape[1], 1]), A)
-        error = (moments.mean().reshape(len(critics), -1, counted.size)[:, 0] - expected["exact"][0])[
-            :, counted.ravel()
-        ]
-        bias = np.sqrt((error**2).mean(-1))  # of each critic, at the first λ
+        means = moments.mean().reshape(len(critics), -1, counted.size)[:, 0]  # of each critic, at the first λ
+        bias = np.sqrt(((means - expected["exact"][0])[:, counted.ravel()] ** 2).mean(-1))
         errors = {name: rmse(V) for name, V in learned.items()}
         run.log(step, **errors, lr=lr, bias_exact_v=bias[0], bias_half_learned_v=bias[1])
 
@@ -158,14 +156,14 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     run.result(VALUE_ERRORS[1], wrong, baseline=right, target=3 * right if random else None)
     if cfg.steps:
         bias_variance.report(cfg, run, policy, counted, moments, expected, float(abs(exact).max()))
-        plots.time_limits(run, exact[~mdp.terminal], {n: V[inner].numpy() for n, V in learned.items()})
+        plots.time_limits(cfg, run, exact[~mdp.terminal], {n: V[inner].numpy() for n, V in learned.items()})
     variants.report(cfg, run)
     if not cfg.ppo_repeats:
         return {}
     limit = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
     trained = ppo.compare(cfg, run, limit)
     if min(cfg.steps, cfg.ppo_updates):
-        plots.ppo_lambda(run, trained, cfg.ppo_horizon * cfg.ppo_envs, ppo.SOLVED)
+        plots.ppo_lambda(cfg, run, trained, cfg.ppo_horizon * cfg.ppo_envs, ppo.SOLVED)
     return limit.summary()
 
 

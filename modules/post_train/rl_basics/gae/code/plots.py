@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ from finetune.runs.plots import INK, figure, save
 from finetune.runs.run import Run
 
 if TYPE_CHECKING:
+    from .main import Config
     from .ppo import Training
 
 COLORS = {"exact": "#1769aa", "half_learned": "#c53030"}
@@ -20,7 +22,7 @@ def bias_variance(
     run: Run,
     lambdas: list[float],
     bias: np.ndarray,
-    measured: dict[str, tuple[np.ndarray, ...]],
+    measured: Mapping[str, tuple[np.ndarray, ...]],
     noise: dict[str, np.ndarray],
 ) -> None:
     """bias_variance.png: bias, standard deviation and error over λ. `bias` is the half-learned critic's, by dynamic
@@ -55,7 +57,7 @@ def bias_variance(
     save(made, run.dir / "bias_variance.png")
 
 
-def time_limits(run: Run, exact: np.ndarray, learned: dict[str, np.ndarray]) -> None:
+def time_limits(cfg: Config, run: Run, exact: np.ndarray, learned: dict[str, np.ndarray]) -> None:
     """time_limits.png: learned against exact values, a point a state."""
     made, [axes] = figure(5.6, 5.2)
     low, high = exact.min(), exact.max()
@@ -67,14 +69,14 @@ def time_limits(run: Run, exact: np.ndarray, learned: dict[str, np.ndarray]) -> 
     for name, values in learned.items():
         color, marker, label = looks[name]
         axes.plot(exact, values, marker, color=color, markersize=6, label=label)
-    axes.set_title(f"two critics, the same episodes of {run.cfg.limit} steps", loc="left", fontsize=11, color=INK)
+    axes.set_title(f"two critics, the same episodes of {cfg.limit} steps", loc="left", fontsize=11, color=INK)
     axes.set_xlabel("exact value of a state", color=INK)
     axes.set_ylabel("learned", color=INK)
     axes.legend(fontsize=8.5, frameon=False)
     save(made, run.dir / "time_limits.png")
 
 
-def ppo_lambda(run: Run, trained: dict[float, list[Training]], size: int, solved: float) -> None:
+def ppo_lambda(cfg: Config, run: Run, trained: dict[float, list[Training]], size: int, solved: float) -> None:
     """ppo_lambda.png: learning curves by λ, median and range of the repetitions, and when each was first solved."""
     made, (left, right) = figure(12.0, 4.4, 1, 2)
     shades = ("#c53030", "#b7791f", "#1769aa", "#805ad5", "#2e7d32", "#8a6d3b")
@@ -88,7 +90,7 @@ def ppo_lambda(run: Run, trained: dict[float, list[Training]], size: int, solved
             right.plot(x, t.steps, marker, color=color, markerfacecolor=face, markersize=7)
         middle = float(np.median([t.steps for t in trainings]))
         right.plot([i - 0.3, i + 0.3], [middle, middle], color=color, linewidth=2.2)
-    if run.cfg.ppo_env == "CartPole-v1":
+    if cfg.ppo_env == "CartPole-v1":
         left.axhline(solved, color=INK, linestyle="--", linewidth=1)
         left.set_ylim(0, 1.15 * solved)
     left.legend(fontsize=9, frameon=False, loc="upper left")
@@ -96,6 +98,6 @@ def ppo_lambda(run: Run, trained: dict[float, list[Training]], size: int, solved
     right.set_xticks(range(len(trained)), [f"λ = {lam:g}" for lam in trained])
     right.set_xlim(-0.6, len(trained) - 0.4)
     right.set_ylim(0, 1.06 * max(t.steps for trainings in trained.values() for t in trainings))
-    left.set_title(f"PPO on {run.cfg.ppo_env}: mean of the last episodes", loc="left", fontsize=11, color=INK)
+    left.set_title(f"PPO on {cfg.ppo_env}: mean of the last episodes", loc="left", fontsize=11, color=INK)
     right.set_title(f"steps until it is {solved:g}; △: never, bar: median", loc="left", fontsize=11, color=INK)
     save(made, run.dir / "ppo_lambda.png")

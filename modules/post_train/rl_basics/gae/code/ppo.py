@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,7 @@ class PPO:
                 loss, log_ratios = self.loss(batch.rows(chosen))
                 self.optimizer.zero_grad()
                 loss.backward()
-                ops.clip_grad_norm_([p.grad for p in self.parameters], cfg.ppo_max_norm)
+                ops.clip_grad_norm_([p.grad for p in self.parameters if p.grad is not None], cfg.ppo_max_norm)
                 self.optimizer.step()
                 kl.append(approximate_kl(log_ratios).mean())
                 clipped.append(clip_fraction(log_ratios, cfg.ppo_clip))
@@ -150,7 +151,7 @@ def train(cfg: Config, run: Run, lam: float, repeat: int, envs: list[environment
         rng = run.generator("ppo", repeat, step)
         for group in learner.optimizer.param_groups:
             group["lr"] = cfg.ppo_lr * (1 - step / updates)
-        rollout = vector.collect(lambda observations, rng=rng: learner.act(observations, rng), cfg.ppo_horizon)
+        rollout = vector.collect(partial(learner.act, rng=rng), cfg.ppo_horizon)
         rollout.rewards = rollout.rewards / unit.see(rollout.rewards)
         found = learner.update(rollout, rng)
         past["recent"] = (past["recent"] + [earned for earned, _ in vector.pop_finished()])[-WINDOW:]
@@ -171,7 +172,7 @@ def evaluate(
     seeds = episode_seeds(run, 20, "evaluation", when, repeat)
     rng = run.generator("evaluation", when, repeat)
     envs = environments.make(cfg.ppo_env, 20, episode_limit=limit)
-    return returns(envs, lambda observations: learner.act(observations, rng), seeds)
+    return returns(envs, partial(learner.act, rng=rng), seeds)
 
 
 # --- Comparison over λ
