@@ -200,6 +200,20 @@ def test_a_cut_run_resumes(tmp_path, no_pictures):
     resumes_to_the_same_bytes(INFO, toy(steps=2, length=8, groups=2, checkpoint_every=1), tmp_path, 2)
 
 
+@pytest.mark.parametrize("factor", [100.0, 0.01])
+def test_rewards_in_another_unit_have_the_same_bias_and_noise(factor, tmp_path, no_pictures):
+    mdp = tables.garnet(6, 3, 2, np.random.default_rng(0), 0.9, mean=1.0, ending=0.02)
+    found = {}
+    for unit in (1.0, factor):
+        np.savez(tmp_path / "mdp.npz", P=mdp.P, R=unit * mdp.rewards)
+        config = toy(data=tmp_path / "mdp.npz", steps=20, groups=4)
+        summary = execute(INFO, config, tmp_path / f"{unit}", toy=True)
+        assert summary["passed"], summary["checks"]
+        assert summary["metrics"]["gain_gae"] > 0.8
+        found[unit] = np.array([summary["metrics"][name] / unit for name in ("bias_gae", "std_gae")])
+    assert np.allclose(found[factor], found[1.0])
+
+
 def test_bad_settings_are_refused():
     for change, message in (
         ({"group": 1}, "--group 1 is too small"),

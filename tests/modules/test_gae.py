@@ -174,6 +174,16 @@ def test_the_toy_reaches_its_targets(tmp_path):
     assert (tmp_path / "run/ppo_lambda.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("factor", [100.0, 0.01])
+def test_a_critic_learns_from_rewards_in_another_unit(factor, tmp_path, no_pictures):
+    mdp = tables.garnet(8, 3, 2, np.random.default_rng(0), 0.9, mean=1.0, ending=0.02)
+    np.savez(tmp_path / "mdp.npz", P=mdp.P, R=factor * mdp.rewards)
+    config = toy(data=tmp_path / "mdp.npz", samples=1, bench_steps=8, ppo_repeats=0)
+    summary = execute(INFO, config, tmp_path / "run", toy=True)
+    assert summary["metrics"]["value_rmse"] < 0.5 * summary["baseline"]["value_rmse"]
+    assert summary["metrics"]["bias_largest_lambda"] < 0.1 * summary["baseline"]["bias_largest_lambda"]
+
+
 @pytest.mark.parametrize("change", [{"steps": 0}, {"lr": 0.0}, {"shuffle_rewards": True}])
 def test_without_steps_rate_or_rewards_nothing_is_learned(change, tmp_path):
     summary = execute(INFO, toy(samples=1, ppo_repeats=0, **change), tmp_path / "run", toy=True)

@@ -1,4 +1,4 @@
-"""The unit of an environment's rewards changes nothing that is learned: with a power of two not one bit."""
+"""Rewards in another unit: a power of two changes no bit of what is learned, and × 100 or × 0.01 learns as well."""
 
 import dataclasses
 
@@ -66,6 +66,27 @@ def test_what_is_learned_does_not_depend_on_the_unit(module, env, settings, tmp_
         found[factor] = learned(module, tmp_path / f"{factor}", factor, **given)
     assert found[1.0]
     assert found[2.0**-7] == found[1.0]
+
+
+TRAININGS = {
+    "policy_gradient": {"corridor_steps": 0, "score_episodes": 1000, "variance_groups": 0},
+    "gae": {"ppo_lams": "0.95", "samples": 1, "rows": 1, "steps": 20, "bench_steps": 8},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [100.0, 0.01])
+@pytest.mark.parametrize("module", TRAININGS)
+def test_a_training_on_scaled_rewards_reaches_the_scaled_target(module, factor, tmp_path, scaled, no_pictures):
+    """The toy's own targets: a quarter of the way to the best return with TRPO, 195 with PPO."""
+    info = registry.find(module)
+    field, result = {"gae": ("ppo_env", "ppo_return_0_95"), "policy_gradient": ("env", "return_trpo")}[module]
+    changes = TRAININGS[module] | {field: scaled("CartPole-v1", factor), "threads": 1}
+    summary = execute(
+        info, dataclasses.replace(registry.load(info).Config.toy(), **changes), tmp_path / "run", toy=True
+    )
+    after, before = summary["metrics"][result] / factor, summary["baseline"][result] / factor
+    assert after > (195 if module == "gae" else before + 0.25 * (500 - before))
 
 
 def test_the_size_is_that_of_the_largest_so_far():
