@@ -65,7 +65,8 @@ def facts(folder: Path) -> Facts:
 
 def gather(summary: dict[str, Any], settings: dict[str, Any]) -> Facts:
     found = {**_plain(settings), **_plain(summary), **_plain(summary["metrics"])}
-    found |= {name: check["value"] for name, check in summary.get("checks", {}).items()}
+    for name, check in summary.get("checks", {}).items():
+        found |= {name: check["value"]} | ({f"error.{name}": check["error"]} if "error" in check else {})
     for group in ("baseline", "target", "standard_error"):
         short = group.removeprefix("standard_")
         found |= {f"{short}.{name}": value for name, value in _plain(summary.get(group) or {}).items()}

@@ -188,7 +188,7 @@ def test_lambda_zero_is_spoken_of_if_it_was_trained():
     interview = content.read(registry.find("gae"))
     facts = toy_run("gae")
     assert "lambda zero" not in " ".join(brief.passages(interview, facts, "en"))
-    assert "lambda zero it came to 51" in " ".join(brief.passages(interview, facts | {"ppo_return_0": 51}, "en"))
+    assert "lambda zero it reached 51" in " ".join(brief.passages(interview, facts | {"ppo_return_0": 51}, "en"))
     assert "lambda zero" not in " ".join(brief.passages(interview, facts | {"ppo_return_0": 500.0}, "en"))
 
 
