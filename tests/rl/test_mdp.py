@@ -10,10 +10,10 @@ from finetune.rl.tabular.gymnasium_tables import from_gymnasium
 
 
 def random_mdp(states=7, actions=3, gamma=0.9, seed=0, terminal=1):
-    draw = np.random.default_rng(seed)
-    P = draw.dirichlet(np.full(states, 0.4), (states, actions))
+    rng = np.random.default_rng(seed)
+    P = rng.dirichlet(np.full(states, 0.4), (states, actions))
     ends = np.arange(states) >= states - terminal
-    return tables.make(P, draw.normal(size=(states, actions, states)), gamma, terminal=ends)
+    return tables.make(P, rng.normal(size=(states, actions, states)), gamma, terminal=ends)
 
 
 def random_policy(mdp, seed=0):
@@ -57,12 +57,12 @@ def test_the_performance_difference_lemma():
 
 def test_sampling_follows_the_table(monkeypatch):
     mdp = random_mdp(states=5)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     count = 40_000
     states, actions = np.full(count, 2), np.full(count, 1)
-    found = np.bincount(tables.sample_next(mdp, states, actions, draw.random(count)), minlength=5) / count
+    found = np.bincount(tables.sample_next(mdp, states, actions, rng.random(count)), minlength=5) / count
     assert (abs(found - mdp.P[2, 1]) < 4 * np.sqrt(mdp.P[2, 1] * (1 - mdp.P[2, 1]) / count) + 1e-12).all()
-    whole = tables.sample_next(mdp, states, actions, uniforms := draw.random(count))
+    whole = tables.sample_next(mdp, states, actions, uniforms := rng.random(count))
     monkeypatch.setattr(tables, "CHUNK", 5 * 999)  # in pieces
     assert np.array_equal(tables.sample_next(mdp, states, actions, uniforms), whole)
     assert tables.sample_next(mdp, states[:0], actions[:0], uniforms[:0]).shape == (0,)
@@ -104,10 +104,10 @@ def test_gymnasiums_tables_are_its_steps(name, kwargs):
     """The empirical next states and rewards of the environment itself, one state and action after the other."""
     env = gymnasium.make(name, **kwargs).unwrapped
     mdp = from_gymnasium(name, 0.9, **kwargs)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     state, _ = env.reset(seed=0)
     for _ in range(400):
-        action = int(draw.integers(mdp.size[1]))
+        action = int(rng.integers(mdp.size[1]))
         after, reward, done, _, _ = env.step(action)
         seen = after if mdp.P[state, action, after] else len(env.P)
         assert mdp.P[state, action, seen] > 0
