@@ -1,7 +1,7 @@
-"""PPO's losses (Schulman et al. 2017, arXiv:1707.06347), and what is watched while one batch makes several updates.
+"""PPO's losses (Schulman et al. 2017, arXiv:1707.06347) and its diagnostics: KL, clip fraction, explained variance.
 
-`log_ratios` are log π(a|s) − log π_old(a|s) of the actions that π_old took. Losses are element by element, to be
-minimized: whoever calls takes the mean over what counts (all steps, or the tokens of the answers).
+`log_ratios` are log π(a|s) − log π_old(a|s) of the actions that π_old took. Losses are per element and to be minimized:
+the caller takes the mean over what counts (all steps, or the tokens of the answers).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 def clipped_surrogate(log_ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """−min(r A, clamp(r, 1 − clip, 1 + clip) A), eq. 7: no gain from moving a probability further than `clip`.
 
-    The minimum is the pessimist's: a ratio that has gone the wrong way is not clipped, so it can come back.
+    The minimum is pessimistic: a ratio that moved the wrong way is not clipped, so its gradient can bring it back.
     """
     ratios = log_ratios.exp()
     return -torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
@@ -37,12 +37,12 @@ def approximate_kl(log_ratios: Tensor) -> Tensor:
 
 @torch.no_grad()
 def clip_fraction(log_ratios: Tensor, clip: float) -> Tensor:
-    """The part of the ratios that lies outside 1 ± clip."""
+    """The share of ratios outside 1 ± clip."""
     return (log_ratios.expm1().abs() > clip).float().mean()
 
 
 @torch.no_grad()
 def explained_variance(values: Tensor, targets: Tensor) -> Tensor:
-    """1 − Var(target − V) / Var(target): 1 of a perfect critic, 0 of a constant one; NaN if all targets are alike."""
+    """1 − Var(target − V) / Var(target): 1 for a perfect critic, 0 for a constant one; NaN if all targets are equal."""
     spread = targets.var()
     return torch.where(spread > 0, 1 - (targets - values).var() / spread, torch.nan)
