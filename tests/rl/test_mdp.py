@@ -200,15 +200,15 @@ THIRDS = np.full((3, 2, 3), 1 / 3)
         (SHARP.round(8).astype(np.float32), 1e-6),
     ],
 )
-def test_rows_that_were_rounded_are_taken_and_said_once(tmp_path, P, within):
+def test_rounded_rows_are_normalized_and_reported_once(tmp_path, P, within):
     """To a type, or to decimals: then they are divided by their sums."""
     np.savez(tmp_path / "mdp.npz", P=P, R=np.arange(len(P) * P.shape[1]).reshape(P.shape[:2]), gamma=0.9)
-    said = []
-    mdp = tables.load(tmp_path / "mdp.npz", say=said.append)
+    reported = []
+    mdp = tables.load(tmp_path / "mdp.npz", report=reported.append)
     assert abs(mdp.P.sum(2) - 1).max() < 1e-14
     assert abs(mdp.P - P).max() < within
-    assert len(said) == 1
-    assert "divided by its sum" in said[0]
+    assert len(reported) == 1
+    assert "divided by its sum" in reported[0]
 
 
 def test_rounding_does_not_cover_errors():
