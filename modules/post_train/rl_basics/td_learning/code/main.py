@@ -53,6 +53,8 @@ EXPERIMENTS = {
     "car": Experiment(fc.car, fc.car_summary, fc.judge_car, plots.car),
     "cliff": Experiment(fc.cliff, fc.cliff_summary, fc.judge_cliff, plots.cliff),
 }
+Chosen = Literal["all", "textbook", "taxi", "dqn", "baird", "five_states", "bias", "batch", "importance",
+                 "nineteen_states", "car", "cliff"]  # fmt: skip
 
 
 @dataclass
@@ -61,25 +63,22 @@ class Config(config.Config):
     steps: int = 40  # each runs a batch of one of the eight experiments, in turn; Taxi and DQN train in every step
     checkpoint_every: int = 1
     # textbook: the book's loops, printed as they learn; all: the vectorized experiments; or one of them
-    experiment: Literal[
-        "all", "textbook", "taxi", "dqn", "baird", "five_states", "bias", "batch", "importance", "nineteen_states",
-        "car", "cliff"
-    ] = "all"  # fmt: skip
+    experiment: Chosen = "all"
     # multiplies every learning rate; with 0 nothing is learned
     rate: float = bounded(1.0, at_least=0, at_most=1)
     # --- random walks, Baird, importance sampling
     runs: int = bounded(100, at_least=1, at_most=100_000)  # in a batch
     # --- cliff
-    cliff_runs: int = bounded(36, at_least=1, at_most=100_000)
-    cliff_episodes: int = bounded(500, at_least=1, at_most=10**6)
+    cliff_runs: int = bounded(36, at_least=1, at_most=100_000)  # of each algorithm in a batch
+    cliff_episodes: int = bounded(500, at_least=1, at_most=10**6)  # of each run
     # --- maximization bias
-    bias_runs: int = bounded(1000, at_least=1, at_most=10**6)
-    bias_episodes: int = bounded(300, at_least=1, at_most=10**6)
+    bias_runs: int = bounded(1000, at_least=1, at_most=10**6)  # of each algorithm in a batch
+    bias_episodes: int = bounded(300, at_least=1, at_most=10**6)  # of each run
     # --- Mountain Car
-    car_runs: int = bounded(5, at_least=1, at_most=10_000)
-    car_episodes: int = bounded(150, at_least=1, at_most=10**6)
+    car_runs: int = bounded(5, at_least=1, at_most=10_000)  # of each learning rate in a batch
+    car_episodes: int = bounded(150, at_least=1, at_most=10**6)  # of each run
     # --- Taxi
-    taxi_runs: int = bounded(8, at_least=1, at_most=10_000)
+    taxi_runs: int = bounded(8, at_least=1, at_most=10_000)  # independent tables
     taxi_steps: int = bounded(6000, at_least=1, at_most=10**9)  # of each run in a step
     # --- DQN
     variants: str = "dqn,double,dueling,prioritized,n_step,all"  # separated by commas; the last one has a target
