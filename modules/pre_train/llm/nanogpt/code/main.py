@@ -43,9 +43,9 @@ class Config(config.Config):
     vocab: int = bounded(512, at_least=1, at_most=1 << 22)  # BPE: number of tokens
     # --- Model
     blocks: Literal["gpt2", "llama"] = "gpt2"  # LayerNorm, GELU, learned positions; or RMSNorm, SwiGLU, rotary, GQA
-    layers: int = bounded(4, at_least=1, at_most=1 << 12)
-    heads: int = bounded(4, at_least=1, at_most=1 << 16)
-    dim: int = bounded(128, at_least=1, at_most=1 << 20)
+    layers: int = bounded(4, at_least=1, at_most=1 << 12)  # number of blocks
+    heads: int = bounded(4, at_least=1, at_most=1 << 16)  # attention heads of a block
+    dim: int = bounded(128, at_least=1, at_most=1 << 20)  # width of the residual stream
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 has float32 masters
     # --- Batches
     length: int = bounded(64, at_least=2, at_most=1 << 24)  # tokens of context
@@ -53,22 +53,22 @@ class Config(config.Config):
     # micro-batches of a step, computed one after the other to save memory
     accumulate: int = bounded(1, at_least=1, at_most=1 << 24)
     # --- Optimizer
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # of the learning rate, after the warm-up
     lr: float = bounded(1e-3, at_least=0)  # peak learning rate; it falls to a tenth
     warmup: int = bounded(100, at_least=0, at_most=10**9)  # steps until the peak
     weight_decay: float = bounded(0.1, at_least=0)  # AdamW's, on matrices only
-    beta2: float = bounded(0.99, at_least=0, below=1)
+    beta2: float = bounded(0.99, at_least=0, below=1)  # AdamW's decay of the squared gradient
     clip: float = bounded(1.0, above=0)  # largest norm of the gradient
     # --- Evaluation
     eval_every: int = bounded(250, at_least=0, at_most=10**9)  # steps between two evaluations; 0: only at the end
     # rows of an evaluation during training; the last one reads the whole held-out text
     eval_rows: int = bounded(100, at_least=1, at_most=10**9)
     # --- Sampling
-    prompt: str = "\n"
-    sample_tokens: int = bounded(200, at_least=0, at_most=1 << 20)
-    temperature: float = bounded(0.8, at_least=0)
-    top_k: int = bounded(0, at_least=0, at_most=1 << 22)
-    top_p: float = bounded(0.95, above=0, at_most=1)
+    prompt: str = "\n"  # text to continue when training has ended
+    sample_tokens: int = bounded(200, at_least=0, at_most=1 << 20)  # tokens to write
+    temperature: float = bounded(0.8, at_least=0)  # 0: greedy
+    top_k: int = bounded(0, at_least=0, at_most=1 << 22)  # sample among the k likeliest tokens; 0: all
+    top_p: float = bounded(0.95, above=0, at_most=1)  # sample among the likeliest tokens that together reach p
     # ---
     # control: the training text's characters in random order, so that only their frequencies can be learned
     shuffle: bool = False
