@@ -1,4 +1,8 @@
-"""The interface of a deep RL algorithm: what a loop needs to train, evaluate and checkpoint it."""
+"""The interface of a deep RL algorithm: what a loop needs to train, evaluate and checkpoint it.
+
+A learner with exploration also has `greedy(observations)`, the policy's actions without it. One of logged data is an
+`OfflineLearner` (offline.py), which adds its own estimates of values.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,7 @@ Batch = TypeVar("Batch", contravariant=True)  # Transitions of a replay or of lo
 @runtime_checkable
 class Learner(Protocol[Batch]):
     def act(self, observations: Tensor, rng: torch.Generator) -> Tensor:
-        """Actions sampled from the policy that is learned."""
-
-    def greedy(self, observations: Tensor) -> Tensor:
-        """The policy's actions without its noise."""
+        """Actions (N,) or (N, A) of the policy that is learned, for observations (N, D)."""
 
     def update(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
         """One update of all networks; the figures to log, each a tensor of one number."""

@@ -14,31 +14,22 @@ from torch import Tensor, nn
 
 from finetune.errors import UserError
 from finetune.optim import descend
+from finetune.rl.agents.learner import Learner
 from finetune.rl.agents.networks import Categorical, Deterministic, QNetwork
 from finetune.rl.agents.targets import gather_actions, polyak_, td_target
 from finetune.rl.envs.environments import Env, play
 from finetune.rl.envs.replay import Transitions
 
 
-class OfflineLearner(Protocol):
-    """The interface of an offline RL algorithm. As `Learner`, but with one policy, the one that would be deployed, and
-    with what the algorithm believes of it."""
-
-    def update(self, batch: Transitions, rng: torch.Generator) -> dict[str, Tensor]:
-        """One update of all networks; the figures to log, each a tensor of one number."""
-
-    def act(self, observations: Tensor, rng: torch.Generator) -> Tensor:
-        """The policy's actions (N,) or (N, A)."""
+class OfflineLearner(Learner[Transitions], Protocol):
+    """The interface of an offline RL algorithm: a `Learner` whose policy is the one that would be deployed, with the
+    algorithm's own estimate of that policy's value."""
 
     def policy(self, observations: Tensor, rng: torch.Generator) -> Tensor:
         """The policy as `state_value` needs it: probabilities (N, A) of discrete actions, or continuous actions."""
 
     def value(self, observations: Tensor, actions: Tensor) -> Tensor | None:
         """The learner's own Q(s, a) (N,); None if it learns no values."""
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint saves: name → network, optimizer, or a dict of tensors and numbers (`run.steps`)."""
 
 
 def set_lr(learner: OfflineLearner, lr: float) -> None:
