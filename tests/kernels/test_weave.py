@@ -1,6 +1,8 @@
 """Deliberate faults as they are written down and woven into a copy of a source."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -122,6 +124,17 @@ def test_copies_keep_their_lines_and_are_written_once(tmp_path):
     weave.copy_folder(tmp_path / "cuda", tmp_path / "woven")
     assert copy.stat().st_mtime_ns == written
     assert not (tmp_path / "woven/gone.cu").exists()
+
+
+def test_the_build_names_a_fault_that_does_not_fit(tmp_path):
+    """As CMake calls it, after a line of rope.cu has changed under its faults."""
+    folder = shutil.copytree(faults.FOLDER, tmp_path / "cuda")
+    source = folder / "rope.cu"
+    source.write_text(source.read_text().replace("a.inverse ? -s[j] : s[j]", "a.back ? -s[j] : s[j]"))
+    done = subprocess.run([sys.executable, weave.__file__, folder, tmp_path / "woven"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("rope.faults:")
+    assert "rope.no_inverse: 'turn = a.inverse ? -s[j] : s[j]' is 0 times in rope.cu" in done.stderr
 
 
 def test_the_sources_do_not_know_of_their_faults():
