@@ -116,7 +116,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         row: dict[str, float] = {}
         if taxi:
             train_taxi(taxi, cfg.taxi_steps, numpy_generator(run, "drive", step))
-            row["taxi"] = fmean(taxi_values(taxi))
+            row["taxi"] = float(np.mean(taxi_values(taxi)))
         for kind, learner in poles.items():
             learner.train(cfg.dqn_steps, step / cfg.steps, (step + 1) / cfg.steps, cfg.rate, run.generator(kind, step))
             learner.curve.append(learner.evaluate(envs, seeds))
