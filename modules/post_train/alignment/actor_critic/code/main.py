@@ -148,13 +148,13 @@ class Training:
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     methods, limit = cfg.methods.split(","), EpisodeLimit(cfg.max_episode_steps, run.print)
-    kinds = sorted({method in OFF_POLICY for method in methods})
-    envs = {off_policy: Envs(cfg, off_policy, limit) for off_policy in kinds}  # raises now, if at all
+    # Both before anything is trained: a wrong environment is refused now.
+    envs_by_kind = {off: Envs(cfg, off, limit) for off in sorted({method in OFF_POLICY for method in methods})}
     trainings: dict[str, list[Training]] = {}
     for method in methods:
-        place = envs[method in OFF_POLICY]
-        trainings[method] = [train(cfg, run, method, repeat, place) for repeat in range(cfg.repeats)]
-        report(cfg, run, method, place.name, trainings[method])
+        envs = envs_by_kind[method in OFF_POLICY]
+        trainings[method] = [train(cfg, run, method, repeat, envs) for repeat in range(cfg.repeats)]
+        report(cfg, run, method, envs.name, trainings[method])
     if cfg.steps:
         groups = [(cfg.env, [m for m in methods if m in ON_POLICY])]
         groups += [(cfg.continuous_env, [m for m in methods if m in OFF_POLICY])]
