@@ -117,7 +117,7 @@ def test_packed_and_padded_sequences_are_each_their_own():
     packed = ops.gae(*(torch.cat(column) for column in zip(*parts, strict=True)))[0]
     close(packed, torch.cat(alone))
     padded = [torch.nn.utils.rnn.pad_sequence([x[:, 0] for x in column]) for column in zip(*parts, strict=True)]
-    padded[0][padded[0] == 0] = 1e6  # what stands in the padding does not matter
+    padded[0][padded[0] == 0] = 1e6  # the values in the padding do not matter
     together = ops.gae(*padded)[0]
     for i, n in enumerate(lengths):
         close(together[:n, i : i + 1], alone[i])

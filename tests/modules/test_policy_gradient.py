@@ -70,12 +70,12 @@ def test_the_gradient_is_that_of_torchrls_reinforce_loss():
     torch.manual_seed(0)
     policy = Categorical(3, 4, [8])
     net = TensorDictModule(policy.net, in_keys=["observation"], out_keys=["logits"])
-    draw = ProbabilisticTensorDictModule(
+    sampler = ProbabilisticTensorDictModule(
         in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical,
         return_log_prob=True,
     )  # fmt: skip
     critic = ValueOperator(torch.nn.Linear(3, 1), in_keys=["observation"])
-    loss = ReinforceLoss(ProbabilisticTensorDictSequential(net, draw), critic)
+    loss = ReinforceLoss(ProbabilisticTensorDictSequential(net, sampler), critic)
     observations, actions, advantages = torch.randn(50, 3), torch.randint(4, (50,)), torch.randn(50)
     data = TensorDict(
         {"observation": observations, "action": actions, "advantage": advantages[:, None],
@@ -97,7 +97,7 @@ def listed(seed):
 
 
 def performance(mdp, logits, steps=2):
-    """J of so many steps, by dynamic programming."""
+    """J over `steps` steps, by dynamic programming."""
     policy, V = corridor.policy_of(mdp, logits), np.zeros(len(mdp.start))
     for _ in range(steps):
         V = (policy * (mdp.R + mdp.gamma * mdp.P @ V)).sum(1)

@@ -26,9 +26,9 @@ def garnet(**changes):
 
 
 def test_tabular_rollouts_follow_policy_table_and_start():
-    mdp, draw = garnet(), np.random.default_rng(1)
-    policy = draw.dirichlet(np.ones(3), 7)
-    rollout = sample_tabular(mdp, policy, 60, np.zeros(2000, np.intp), draw)
+    mdp, rng = garnet(), np.random.default_rng(1)
+    policy = rng.dirichlet(np.ones(3), 7)
+    rollout = sample_tabular(mdp, policy, 60, np.zeros(2000, np.intp), rng)
     s, a, after = rollout.observations, rollout.actions, rollout.next_observations
     seen = torch.zeros(7, 3, 7).index_put_((s, a, after), torch.ones(()), accumulate=True).numpy()
     assert not seen[6].any(), "no step begins in the terminal state"
@@ -47,8 +47,8 @@ def test_tabular_rollouts_follow_policy_table_and_start():
 def test_tabular_rollouts_take_the_first_actions_and_the_time_limit():
     mdp, first = garnet(ending=0.0), np.arange(300) % 3
     policy = tables.one_hot(mdp, np.zeros(6, int))
-    draw = np.random.default_rng(0)
-    rollout = sample_tabular(mdp, policy, 7, np.full(300, 2), draw, actions=first, limit=3)
+    rng = np.random.default_rng(0)
+    rollout = sample_tabular(mdp, policy, 7, np.full(300, 2), rng, actions=first, limit=3)
     assert np.array_equal(rollout.actions[0].numpy(), first)
     assert not rollout.actions[1:].any()
     assert rollout.truncated.all(1).tolist() == [False, False, True, False, False, True, False]
@@ -280,8 +280,8 @@ def test_reward_scale_is_that_of_stable_baselines3():
 def test_the_clipped_surrogate_has_no_slope_where_nothing_is_to_be_gained():
     """Ratio above and below the bounds, with a good and a bad action: only two of the four are cut off."""
     log_ratios = torch.tensor([1.5, 1.5, 0.5, 0.5]).log().requires_grad_()
-    psi = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    loss = surrogate.clipped_surrogate(log_ratios, psi, 0.2)
+    A = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss = surrogate.clipped_surrogate(log_ratios, A, 0.2)
     assert torch.allclose(loss, torch.tensor([-1.2, 1.5, -0.5, 0.8]))
     (slope,) = torch.autograd.grad(loss.sum(), log_ratios)
     assert torch.allclose(slope, torch.tensor([0.0, 1.5, -0.5, 0.0]))
@@ -313,25 +313,25 @@ def test_ppos_losses_and_gradient_are_torchrls(clip_value):
     torch.manual_seed(0)
     policy, value = networks.Categorical(3, 4, [8]), networks.Value(3, [8])
     net = TensorDictModule(policy.net, in_keys=["observation"], out_keys=["logits"])
-    draw = ProbabilisticTensorDictModule(
+    sampler = ProbabilisticTensorDictModule(
         in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical,
         return_log_prob=True,
     )  # fmt: skip
     critic = ValueOperator(value.net, in_keys=["observation"])
-    theirs = ClipPPOLoss(ProbabilisticTensorDictSequential(net, draw), critic, clip_epsilon=0.2, entropy_coeff=0.01,
+    theirs = ClipPPOLoss(ProbabilisticTensorDictSequential(net, sampler), critic, clip_epsilon=0.2, entropy_coeff=0.01,
                          critic_coeff=0.5, loss_critic_type="l2", clip_value=clip_value)  # fmt: skip
     observations, actions = torch.randn(60, 3), torch.randint(4, (60,))
-    psi, targets, old_values = torch.randn(60), torch.randn(60), 0.3 * torch.randn(60)
+    A, targets, old_values = torch.randn(60), torch.randn(60), 0.3 * torch.randn(60)
     params = policy(observations)
     log_probs = policy.log_prob(params, actions)
     old = log_probs.detach() + 0.5 * torch.randn(60)
     data = TensorDict(
-        {"observation": observations, "action": actions, "action_log_prob": old, "advantage": psi[:, None],
+        {"observation": observations, "action": actions, "action_log_prob": old, "advantage": A[:, None],
          "value_target": targets[:, None], "state_value": old_values[:, None]}, [60]
     )  # fmt: skip
     found = theirs(data)
     mine = {
-        "loss_objective": surrogate.clipped_surrogate(log_probs - old, psi, 0.2).mean(),
+        "loss_objective": surrogate.clipped_surrogate(log_probs - old, A, 0.2).mean(),
         "loss_critic": 0.5 * surrogate.value_loss(
             value(observations), targets, None if clip_value is None else old_values
         ).mean(),
@@ -348,16 +348,16 @@ def test_ppos_losses_and_gradient_are_torchrls(clip_value):
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 0.1, 0.01], [1.0] * 40])
 def test_a_sum_of_squares_passes_3_as_often_as_a_normal_number_does(weights):
-    draw, v = np.random.default_rng(5), np.array(weights)
-    off = draw.standard_normal((200_000, len(v))) * np.sqrt(v)
+    rng, v = np.random.default_rng(5), np.array(weights)
+    off = rng.standard_normal((200_000, len(v))) * np.sqrt(v)
     for found in (chi_square_z(off, np.broadcast_to(v, off.shape)), chi_square_z_correlated(off, np.diag(v))):
         for bar, often in ((2, 0.0228), (3, 0.00135)):
             assert (found > bar).mean() == pytest.approx(often, rel=0.25)
 
 
 def test_moments_are_numpys_and_know_what_chance_does():
-    draw = np.random.default_rng(0)
-    cells, values = torch.from_numpy(draw.integers(0, 5, 4000)), torch.from_numpy(draw.normal(2.0, 3.0, (2, 4000)))
+    rng = np.random.default_rng(0)
+    cells, values = torch.from_numpy(rng.integers(0, 5, 4000)), torch.from_numpy(rng.normal(2.0, 3.0, (2, 4000)))
     found = Moments(2, 6)
     found.add(cells[:1000], values[:, :1000])
     found.add(cells[1000:], values[:, 1000:])
@@ -428,6 +428,6 @@ def test_the_interval_is_students():
     assert mean == pytest.approx(7 / 3)
     assert half == pytest.approx(4.303 * np.std([1, 2, 4], ddof=1) / 3**0.5)
     assert interval([3.0])[1] == float("inf")
-    draw = np.random.default_rng(0)
-    inside = [abs(m) <= h for m, h in (interval(draw.normal(size=5).tolist()) for _ in range(4000))]
+    rng = np.random.default_rng(0)
+    inside = [abs(m) <= h for m, h in (interval(rng.normal(size=5).tolist()) for _ in range(4000))]
     assert np.mean(inside) == pytest.approx(0.95, abs=0.015)

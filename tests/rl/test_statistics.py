@@ -23,11 +23,11 @@ ACTIONS = 3
 @pytest.mark.parametrize(("size", "cover"), [(0.0, (0.9, 1.0)), (1.0, (0.6, 0.76))])
 def test_the_interval_of_a_bias_holds_it_as_often_as_it_says(size, cover):
     """One standard error holds 68 % of normal numbers; the interval of no bias begins at 0, so it holds more."""
-    draw = np.random.default_rng(0)
-    policy, counted = draw.dirichlet(np.ones(ACTIONS), 6), np.ones((6, ACTIONS), bool)
+    rng = np.random.default_rng(0)
+    policy, counted = rng.dirichlet(np.ones(ACTIONS), 6), np.ones((6, ACTIONS), bool)
     counted[0] = False
-    variance, bias = draw.uniform(0.01, 0.05, 6 * ACTIONS), size * draw.standard_normal(6 * ACTIONS)
-    measured = bias + draw.standard_normal((2000, len(bias))) * np.sqrt(variance)
+    variance, bias = rng.uniform(0.01, 0.05, 6 * ACTIONS), size * rng.standard_normal(6 * ACTIONS)
+    measured = bias + rng.standard_normal((2000, len(bias))) * np.sqrt(variance)
     variances = np.broadcast_to(variance, measured.shape)
     middle, low, high = gradient_bias_interval(measured, policy, counted, variances)
     true = gradient_bias(bias, policy, counted)
@@ -38,11 +38,11 @@ def test_the_interval_of_a_bias_holds_it_as_often_as_it_says(size, cover):
 
 def test_the_error_of_a_variance_is_how_far_it_scatters():
     """Of a distribution with heavy tails too, where that of normal numbers would be far too small."""
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     found, errors = [], []
     for _ in range(200):
         moments = Moments(1, 2)
-        x = torch.randn(400, generator=draw, dtype=torch.float64).mul(0.8).exp()
+        x = torch.randn(400, generator=rng, dtype=torch.float64).mul(0.8).exp()
         moments.add(torch.arange(400) % 2, x[None])
         variance, error = moments.average_variance(np.array([True, True]))
         found.append(variance[0])
@@ -61,14 +61,14 @@ def test_a_variance_survives_a_large_mean():
 
 
 def test_the_error_of_a_share_of_variance_knows_that_the_samples_are_the_same():
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     found, errors, apart = [], [], []
     for _ in range(300):
-        whole = draw.standard_normal((50, 3))
-        share, error = variance_ratio(0.5 * whole + 0.1 * draw.standard_normal((50, 3)), whole)
+        whole = rng.standard_normal((50, 3))
+        share, error = variance_ratio(0.5 * whole + 0.1 * rng.standard_normal((50, 3)), whole)
         found.append(share)
         errors.append(error)
-        apart.append(variance_ratio(0.5 * draw.standard_normal((50, 3)), whole)[0])
+        apart.append(variance_ratio(0.5 * rng.standard_normal((50, 3)), whole)[0])
     assert np.mean(found) == pytest.approx(0.26, abs=0.01)
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.15)
     assert np.std(apart) > 3 * np.std(found)  # independent samples scatter far more

@@ -33,7 +33,7 @@ class Config(config.Config):
     env: str = "CartPole-v1"  # a gymnasium id with vectors for observations
     methods: str = ",".join(METHODS)  # which to train, separated by commas
     episodes: int = config.bounded(16, at_least=2, at_most=10_000)  # of an update
-    # an episode is cut off there if its environment has no time limit of its own
+    # steps after which an episode is truncated if its environment sets no time limit
     max_episode_steps: int = config.bounded(1000, at_least=1, at_most=10**6)
     gamma: float = config.bounded(0.99, at_least=0, at_most=1)
     discount_correction: bool = False  # the factor γ^t of the theorem, which is usually omitted

@@ -65,7 +65,7 @@ class Config(config.Config):
     ppo_repeats: int = config.bounded(5, at_least=0, at_most=1000)  # trainings with each λ; 0: none
     ppo_env: str = "CartPole-v1"  # a gymnasium id with vectors for observations
     ppo_envs: int = config.bounded(8, at_least=1, at_most=1000)  # environments in parallel
-    # an episode is cut off there if its environment has no time limit of its own
+    # steps after which an episode is truncated if its environment sets no time limit
     max_episode_steps: int = config.bounded(1000, at_least=1, at_most=10**6)
     ppo_horizon: int = config.bounded(128, at_least=1, at_most=10**6)  # steps of each environment in an update
     ppo_epochs: int = config.bounded(5, at_least=1, at_most=1000)  # passes over them
