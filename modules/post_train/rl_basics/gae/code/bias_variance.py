@@ -62,7 +62,7 @@ def report(
     run.check("exact_critic_z", z["exact"], at_most=bar)
     run.check("half_learned_critic_z", z["half_learned"], at_most=bar)  # against its own expectation
     against_truth = chi_square_z(mean["half_learned"] - truth, noise["half_learned"], size)
-    run.check("half_learned_critic_bias_z", against_truth.max())
+    run.check("half_learned_v_bias_z", against_truth.max())
     bias = gradient_bias(expected["half_learned"] - truth, policy, counted)  # (λ,)
     measured = {n: gradient_bias_interval(mean[n] - truth, policy, counted, noise[n]) for n in expected}
     variance, variance_error = map(split, moments.average_variance(counted.ravel()))  # (λ,)
