@@ -14,8 +14,6 @@ from finetune.errors import UserError
 from finetune.lm.chat_template import ChatTemplate, chatml
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad (and unknown), begin, end
-
-
 CONTEXT = ("tools", "documents", "chat_template_kwargs")  # of a whole conversation: its first message holds them
 REASONING = ("reasoning_content", "thinking", "reasoning")  # three names for the same
 # What is to be learned, or what it is learned from: a template that does not write it would teach something else.
@@ -86,7 +84,7 @@ class Tokenizer:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
         """(ids, mask) of a conversation [{"role": …, "content": …}, …]; mask[i] is 1 for the tokens that the assistant
-        has to produce: its answers and the end token of each, but for those whose message has the weight 0.
+        has to produce: its answers and the end token of each, except those whose message has the weight 0.
 
         The template's generation markers tell which they are. Without markers an answer is what the text with it has in
         addition to the text that prompts for it. UserError if that does not hold, or if the template omits part of a
