@@ -1,7 +1,7 @@
 """Where models come from: local folders, GGUF files, the Hugging Face hub, and SmolLM2 from the Python package index.
 
-The cache is $FINETUNE_CACHE, else the platform's user cache. A model there is used only if its files are those that were
-put there: `manifest.json` holds size, time and SHA-256 of each, and a model that differs is made again.
+The cache is $FINETUNE_CACHE, else the platform's user cache. A model there is used only if its files are those that
+were put there: `manifest.json` holds size, time and SHA-256 of each, and a model that differs is made again.
 """
 
 from __future__ import annotations
