@@ -11,7 +11,8 @@
 // the same kernels with 32 own rows, one stage and no tensor cores (Warp<float, D>). Head dims are padded with zeros to
 // 32, 64, 128 or 256, in shared memory only. Nothing is summed by atomics: the same bits at every run.
 //   attention_common.cuh    masks, tiles, copies      attention_warp.cuh       products by a warp
-//   attention_forward.cuh   o, top, total             attention_backward.cuh   dq, then dk and dv
+//   attention_softmax.cuh   m, l, P of a tile         attention_forward.cuh    o, m, l
+//   attention_backward.cuh  dq, then dk and dv
 //
 // Shared memory, of 16-bit types, forward / backward: D = 64 40 / 50 KiB, 128 80 / 65, 256 96 / 97.
 // DRAM: q, k, v, o once (k and v come again for each query tile, from L2 where they fit). FLOPs for each visible

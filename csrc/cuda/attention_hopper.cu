@@ -9,22 +9,24 @@
 // warps have read) of each stage; a phase's parity is that of the times the stage was used.
 //
 // Shared memory: tiles as TMA leaves them, panels of 64 columns with rows of 128 bytes, swizzled; q, then k and v of
-// each stage: 80 KiB for D = 64, 160 KiB for 128. DRAM and FLOPs as in attention.cu: q, k, v, o once, 4 D FLOPs for
-// each visible pair; 128 queries take 128 FLOPs from each byte of k and v, so from about a thousand tokens on the roof
-// is the tensor cores.
+// each stage: 80 KiB for D = 64, 160 KiB for 128. 168 registers a thread, moved to the consumers; no spills. DRAM and
+// FLOPs as in attention.cu: q, k, v, o once, 4 D FLOPs for each visible pair; 128 queries take 128 FLOPs from each byte
+// of k and v, so from about a thousand tokens on the roof is the tensor cores. In addition to products a score costs
+// four instructions, FMNMX, FFMA, MUFU and FADD (attention_softmax.cuh); seven, with FMUL, ISETP and FSEL, before the
+// scale went into the FFMA and masks to the last tiles.
 //
 // Faults: attention_hopper.wrong_parity attention_hopper.wrong_parity_of_v attention_hopper.no_expect
 //   attention_hopper.no_init_fence attention_hopper.no_wgmma_fence attention_hopper.no_wait_for_scores
 //   attention_hopper.no_wait_for_result attention_hopper.no_wait_for_empty attention_hopper.early_release
 //   attention_hopper.no_swizzle attention_hopper.steps_a_row attention_hopper.next_rows_too_near
-//   attention_hopper.swapped_fragment attention_hopper.no_rescale attention_hopper.no_tail_mask
-//   attention_hopper.no_wait_for_q attention_hopper.no_wait_for_k attention_hopper.no_wait_for_v
-//   attention_hopper.no_release_of_k attention_hopper.no_release_of_v attention_hopper.padding_counts
-//   attention_hopper.no_proxy_fence attention_hopper.no_barrier_after_clearing
-//   attention_hopper.probabilities_after_the_fence attention_hopper.v_strides_of_k
-#include "attention_common.cuh"
-#include "finetune/attention_hopper.h"
+//   attention_hopper.swapped_fragment attention_hopper.no_tail_mask attention_hopper.no_wait_for_q
+//   attention_hopper.no_wait_for_k attention_hopper.no_wait_for_v attention_hopper.no_release_of_k
+//   attention_hopper.no_release_of_v attention_hopper.padding_counts attention_hopper.no_proxy_fence
+//   attention_hopper.no_barrier_after_clearing attention_hopper.probabilities_after_the_fence
+//   attention_hopper.v_strides_of_k
+#include "attention_softmax.cuh"
 #include "device/ptx_hopper.cuh"
+#include "finetune/attention_hopper.h"
 
 namespace finetune {
 namespace {
@@ -91,11 +93,16 @@ __device__ __forceinline__ void produce(const Arguments& a, const Memory<T, D>& 
   }
 }
 
-template <class F>
-__device__ __forceinline__ float over_row(float x, F&& join) {  // four lanes have a row
-  x = join(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return join(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
+// A warpgroup's (64, N) result of wgmma: a lane has rows lane / 4 and lane / 4 + 8 of its warp's 16, and of every eight
+// columns two, from 2 (lane % 4) on.
+template <int N>
+struct Accumulator {
+  static constexpr int kColumns = N / 4;
+  float d[N / 2];
+  __device__ float& at(int r, int c) { return d[4 * (c / 2) + 2 * r + c % 2]; }
+};
+
+__device__ __forceinline__ int column_of(int c) { return c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2; }
 
 __device__ __forceinline__ uint64_t tile_matrix(const void* p, unsigned stride, unsigned leading) {
   const uint64_t m = ptx::matrix(p, stride, leading);
@@ -122,12 +129,17 @@ template <class T, int D>
 __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& m, const Place& p, int tiles, int own) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, first = own + 16 * warp + lane / 4;
   const int least = p.s.limit(p.first + own);
+  const auto over_row = [](float x, auto&& join) {  // four lanes have a row
+    x = join(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return join(x, __shfl_xor_sync(0xffffffffu, x, 2));
+  };
   int limit[2];
-  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, o[D / 2];
+  attention::OnlineSoftmax<2> softmax(a.scale);
+  Accumulator<D> acc;
 #pragma unroll
   for (int r = 0; r < 2; ++r) limit[r] = p.s.limit(min(p.first + first + 8 * r, p.s.queries - 1));
 #pragma unroll
-  for (int i = 0; i < D / 2; ++i) o[i] = 0;
+  for (int i = 0; i < D / 2; ++i) acc.d[i] = 0;
 
   if (tiles && !BUG("attention_hopper.no_wait_for_q")) ptx::mbarrier_wait(m.q_full(), 0);
   for (int n = 0; n < tiles; ++n) {
@@ -135,64 +147,30 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
     const auto release = [&](Mbarrier* empty) {
       if (lane == 0) ptx::mbarrier_arrive(empty);
     };
-    float s[kKeys / 2];
+    Accumulator<kKeys> s;
     if (!BUG("attention_hopper.no_wait_for_k")) {
       ptx::mbarrier_wait(m.k_full(stage), BUG("attention_hopper.wrong_parity") ? parity ^ 1 : parity);
     }
-    if (!BUG("attention_hopper.no_wgmma_fence")) ptx::wgmma_fence(s);
+    if (!BUG("attention_hopper.no_wgmma_fence")) ptx::wgmma_fence(s.d);
 #pragma unroll
     for (int c = 0; c < D; c += 16) {
       const int at = BUG("attention_hopper.steps_a_row") ? c / 16 * kPanel : c / kPanel * kRows * kPanel + c % kPanel;
       const unsigned stride = BUG("attention_hopper.next_rows_too_near") ? kEightRows / 2 : kEightRows;
-      ptx::wgmma<T, kKeys>(s, tile_matrix(m.q() + own * kPanel + at, kEightRows, 16),
+      ptx::wgmma<T, kKeys>(s.d, tile_matrix(m.q() + own * kPanel + at, kEightRows, 16),
                            tile_matrix(m.k(stage) + at, stride, 16), c > 0);
     }
     ptx::wgmma_commit();
     if (BUG("attention_hopper.early_release")) release(m.k_empty(stage));
     if (BUG("attention_hopper.no_wait_for_scores")) {
-      ptx::wgmma_wait<1>(s);
+      ptx::wgmma_wait<1>(s.d);
     } else {
-      ptx::wgmma_wait<0>(s);
+      ptx::wgmma_wait<0>(s.d);
     }
     if (!BUG("attention_hopper.early_release") && !BUG("attention_hopper.no_release_of_k")) release(m.k_empty(stage));
 
-    // s[4 j + 2 r + i]: row first + 8 r, key 8 j + 2 (lane % 4) + i
-    const int key = n * kKeys + lane % 4 * 2;
-    const bool whole = BUG("attention_hopper.no_tail_mask") || (n + 1) * kKeys <= least;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float highest = top[r];
-#pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[4 * j + 2 * r + i];
-          x = __fmul_rn(x, a.scale * attention::kLog2e);
-          if (!whole && key + 8 * j + i >= limit[r]) x = -INFINITY;
-          highest = fmaxf(highest, x);
-        }
-      }
-      highest = over_row(highest, [](float x, float y) { return fmaxf(x, y); });
-      const float base = highest == -INFINITY ? 0.0f : highest;  // nothing visible yet: avoid inf − inf
-      const float rescale = BUG("attention_hopper.no_rescale") ? 1.0f : ptx::exp2(top[r] - base);
-      float sum = 0;
-#pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[4 * j + 2 * r + i];
-          x = ptx::exp2(x - base);
-          sum += x;
-        }
-      }
-      top[r] = highest;
-      total[r] = total[r] * rescale + sum;
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) o[4 * j + 2 * r + i] *= rescale;
-      }
-    }
+    const int key = n * kKeys;
+    const bool masked = key + kKeys > least && !BUG("attention_hopper.no_tail_mask");  // the last tiles alone
+    softmax.step(s, acc, masked, [&](int r, int c) { return key + column_of(c) < limit[r]; }, over_row);
 
     unsigned probability[kKeys / 16][4];
 #pragma unroll
@@ -200,7 +178,7 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int from = BUG("attention_hopper.swapped_fragment") && i % 3 ? 3 - i : i;
-        probability[c][i] = ptx::pack<T>(s[8 * c + 2 * from], s[8 * c + 2 * from + 1]);
+        probability[c][i] = ptx::pack<T>(s.d[8 * c + 2 * from], s.d[8 * c + 2 * from + 1]);
       }
     }
     if (!BUG("attention_hopper.no_wait_for_v")) {
@@ -208,40 +186,40 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
     }
     if (n + 1 == tiles && p.s.keys < a.keys) clear_behind_the_end<T, D>(m.v(stage), p.s.keys - n * kKeys);
     if (BUG("attention_hopper.probabilities_after_the_fence")) {
-      ptx::wgmma_fence(o);
-      for (int i = 0; i < 4; ++i) probability[0][i] = ptx::pack<T>(s[2 * i], s[2 * i + 1]);
+      ptx::wgmma_fence(acc.d);
+      for (int i = 0; i < 4; ++i) probability[0][i] = ptx::pack<T>(s.d[2 * i], s.d[2 * i + 1]);
     } else {
-      ptx::wgmma_fence(o, probability);
+      ptx::wgmma_fence(acc.d, probability);
     }
 #pragma unroll
     for (int c = 0; c < kKeys / 16; ++c) {
-      ptx::wgmma<T, D>(o, probability[c],
+      ptx::wgmma<T, D>(acc.d, probability[c],
                        tile_matrix(m.v(stage) + c * 16 * kPanel, kEightRows, kKeys * kPanel * sizeof(T)), true);
     }
     ptx::wgmma_commit();
     if (BUG("attention_hopper.no_wait_for_result")) {
-      ptx::wgmma_wait<1>(o, probability);
+      ptx::wgmma_wait<1>(acc.d, probability);
     } else {
-      ptx::wgmma_wait<0>(o, probability);
+      ptx::wgmma_wait<0>(acc.d, probability);
     }
     if (!BUG("attention_hopper.no_release_of_v")) release(m.v_empty(stage));
   }
 
+  softmax.finish(over_row);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    total[r] = over_row(total[r], [](float x, float y) { return x + y; });
-    const float factor = total[r] == 0 ? 0.0f : 1 / total[r];
+    const float factor = softmax.inverse_sum(r);
     const int row = first + 8 * r;
     if (row >= p.rows) continue;
     const int64_t i = attention::row_index(a, p.s, p.head, p.first + row);
     if (lane % 4 == 0) {
-      a.top[i] = top[r];
-      a.total[i] = total[r];
+      a.top[i] = softmax.log2_max(r);
+      a.total[i] = softmax.l[r];
     }
     T* const to = attention::at<T>(a.o, p.s, p.first + row, p.head) + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
-      const float* x = o + 4 * j + 2 * r;
+      const float* x = acc.d + 4 * j + 2 * r;
       *reinterpret_cast<unsigned*>(to + 8 * j) = ptx::pack<T>(x[0] * factor, x[1] * factor);
     }
   }

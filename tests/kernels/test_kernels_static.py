@@ -127,6 +127,20 @@ def test_attention_has_one_fma_for_each_exponential_and_no_mask_in_the_main_loop
         assert around["ISETP"] <= 4
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_hopper_attention_has_one_fma_for_each_exponential_and_no_mask_in_the_main_loop(kind, dim):
+    """A lane has 64 scores of a tile. It had 64 FMUL, 126 FADD, 66 FSEL and 66 ISETP a tile in addition to products,
+    maxima and exponentials; now 64 FFMA and 64 FADD, and the branch of large scores."""
+    _, rows = static_table.golden()
+    around = rows["attention_hopper"]["90a"][f"forward<{kind}, {dim}>"]["around"]
+    assert around["FFMA"] == 64, around
+    assert around["MUFU"] == 128
+    assert around["FMUL"] <= 64
+    assert around.get("FSEL", 0) <= 2
+    assert around["ISETP"] <= 4
+
+
 def test_around_counts_straight_lines_with_products():
     code = ["FMUL R1", "ISETP P0", "@P0 BRA 0x50", "HMMA.16816 R1", "FFMA R1", "MUFU.EX2 R1", "@!PT HMMA R1", "EXIT"]
     sass = "".join(f"        /*{16 * i:04x}*/ {line} ;\n" for i, line in enumerate(code))
