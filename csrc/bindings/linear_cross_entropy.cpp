@@ -238,15 +238,16 @@ std::tuple<Tensor, Tensor, Tensor> by_kernels(const Tensor& x, const Tensor& wei
   check(a.vocab > 0, "linear_cross_entropy", "the vocabulary is empty");
   const bool grad = x_grad || weight_grad;
   const Tensor kept = torch::stable::new_empty(targets, {a.rows}), place = torch::stable::new_empty(targets, {a.rows}),
-               count = torch::stable::new_empty(targets, {1}), tops = empty_f32(x, {a.parts(), a.rows}),
-               sums = empty_f32(x, {a.parts(), a.rows}), per_row = empty_f32(x, {4, a.rows}),
+               count = torch::stable::new_empty(targets, {1}), part_m = empty_f32(x, {a.parts(), a.rows}),
+               part_l = empty_f32(x, {a.parts(), a.rows}), per_row = empty_f32(x, {4, a.rows}),
                dlogits = torch::stable::new_empty(x, {grad ? a.chunk_here() : 0, a.tile_here()}),
-               dx_sum = empty_f32(x, {x_grad ? a.rows : 0, a.dim}),
+               dx_sum = empty_f32(x, {x_grad ? a.dx_splits() * a.rows : 0, a.dim}),
                dweight_sum = empty_f32(x, {weight_grad && a.rows > a.chunk ? a.tile_here() : 0, a.dim});
   a.x = in(x), a.weight = in(weight), a.targets = in<int64_t>(targets), a.loss = out<float>(loss);
   a.dx = x_grad ? out(dx) : nullptr, a.dweight = weight_grad ? out(dweight) : nullptr;
   a.kept = out<int64_t>(kept), a.place = out<int64_t>(place), a.count = out<int64_t>(count);
-  a.tops = out<float>(tops), a.sums = out<float>(sums), a.per_row = out<float>(per_row), a.dlogits = out(dlogits);
+  a.part_m = out<float>(part_m), a.part_l = out<float>(part_l), a.per_row = out<float>(per_row),
+  a.dlogits = out(dlogits);
   a.dx_sum = out<float>(dx_sum), a.dweight_sum = out<float>(dweight_sum);
   run_device("linear_cross_entropy", x, a);
   return {loss, dx, dweight};

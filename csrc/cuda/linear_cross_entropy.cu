@@ -4,34 +4,46 @@
 //   D_j, dx = D · W,   dW = Dᵀ · x.
 //
 //   1. find_kept     the rows that count, as a list: the others are never multiplied
-//   2. statistics    a block makes 64 × 64 squares of L along its part of the vocabulary and keeps, in registers, each
-//                    row's running maximum and sum of exponentials; the target's logit is stored where it passes by
+//   2. statistics    a block makes 128 × 128 squares of L along its part of the vocabulary and keeps, in registers,
+//   each
+//                    row's running maximum m and sum of exponentials l; the target's logit is stored where it passes by
 //   3. join_parts, add_losses
-//   4. for each tile of 8192 words and chunk of 1024 rows: make_dlogits makes the tile's logits anew, to the same bits,
-//      and from them D (16 MB in 16 bits, which stays in L2); multiply_dx and multiply_dweight add its products in fp32
+//   4. for each tile of 4096 words and chunk of 4096 rows: make_dlogits makes the tile's logits again, to the same
+//   bits,
+//      and from them D (32 MB in 16 bits); multiply_dx and multiply_dweight add its products in fp32
 //   5. spread_dx     to the places of the rows that count, rounded once
 // Sums go in a fixed order, without atomics. The number of rows that count stays on the device, and scales the ends.
 //
-// All four products are one function: tiles of 64 × 64 bytes through cp.async, double buffered, rows padded by 16 bytes
-// (so that ldmatrix meets no bank twice), 4 warps of 32 × 32 outputs each, mma m16n8k16 for 16-bit elements; fp32 by
-// fused multiply-adds in the same fragments. FLOPs: 2 · N · V · C forward, three times that backward. A square reads
-// 128 · C elements for 64 · 64 · 2 · C FLOPs, 32 FLOPs a byte of L2 with 16 bits; DRAM sees W once per chunk: compute
-// and L2 are the roofs.
-// Faults: linear_cross_entropy.no_barrier linear_cross_entropy.no_second_barrier linear_cross_entropy.wait_count
-//         linear_cross_entropy.fragment linear_cross_entropy.no_rescale linear_cross_entropy.no_mask
-//         linear_cross_entropy.stale_tail linear_cross_entropy.global_store linear_cross_entropy.overwrite
-//         linear_cross_entropy.mean_of_all linear_cross_entropy.offsets_of_32_bits linear_cross_entropy.odd_base
-//         linear_cross_entropy.no_nan
-#include "finetune/linear_cross_entropy.h"
+// All four products are one function: tiles of 128 × 64 bytes through cp.async, three stages, rows padded by 16 bytes
+// (so that ldmatrix meets no bank twice), 4 warps of 64 × 64 outputs each, mma m16n8k16 for 16-bit elements; fp32 by
+// fused multiply-adds in the same fragments. FLOPs: 2 · N · V · C forward, three times that backward. DRAM sees W once
+// per chunk: compute and L2 are the roofs. Of a warp's step of 16 terms, with 16 bits:
+//                                             64 × 64 squares, two stages      128 × 128, three stages
+//   FLOPs a byte of L2 (cp.async)                        32                              64
+//   FLOPs a byte of shared memory (ldmatrix)             16                              32
+//   ldmatrix, barriers for each mma                 1/2, 1/8                        1/4, 1/64
+//   shared memory                                    20 KiB                          60 KiB
+//   registers (sm_80) of statistics, make_dlogits, multiply_dx, multiply_dweight
+//                                          125, 72, 111, 96                 REGISTERS
+//   dW and its fp32 sum in DRAM: one pass for each chunk of 1024 rows, now 4096
+// An A100's multiprocessor makes 2048 FLOPs in the time of 128 bytes of shared memory, so 16 a byte, without anything
+// else, was its roof.
+//
+// Faults: linear_cross_entropy.no_barrier linear_cross_entropy.no_barrier_between_squares
+//   linear_cross_entropy.overwrites_early linear_cross_entropy.wait_count linear_cross_entropy.fragment
+//   linear_cross_entropy.no_rescale linear_cross_entropy.no_mask linear_cross_entropy.stale_tail
+//   linear_cross_entropy.global_store linear_cross_entropy.overwrite linear_cross_entropy.mean_of_all
+//   linear_cross_entropy.offsets_of_32_bits linear_cross_entropy.odd_base linear_cross_entropy.no_nan
 #include "device/launch.cuh"
 #include "device/ptx.cuh"
 #include "device/vector.cuh"
+#include "finetune/linear_cross_entropy.h"
 
 namespace finetune {
 namespace {
 
 using Args = LinearCrossEntropy;
-constexpr int kThreads = 128, kSide = Args::side;
+constexpr int kThreads = 128, kSide = Args::side, kStages = 3;
 constexpr float kLowest = -3.402823466e38f;    // of a finite float: where a maximum starts, for −inf − −inf is NaN
 constexpr int kTileBytes = kSide * (64 + 16);  // of an operand in shared memory
 
@@ -48,120 +60,160 @@ struct Operand {
   int64_t stride;
   const int64_t* rows;
   int64_t outer, depth;
-  bool aligned = stride % kVector<T> == 0 && (are_aligned(data) || BUG("linear_cross_entropy.odd_base"));
+
+  __device__ const T* row(int64_t i) const {
+    const int64_t offset = (rows ? rows[i] : i) * stride;
+    return data + (BUG("linear_cross_entropy.offsets_of_32_bits") ? static_cast<unsigned>(offset) : offset);
+  }
 };
 
-// Copies the tile at (outer0, depth0), zeros where the matrix ends.
+// A thread's share of the copies of an operand's tiles at `outer0`: 16 bytes of each of four rows, zeros where the
+// matrix ends. The rows of an (outer, depth) matrix stay the same for all tiles, so their addresses are kept.
 template <class T, bool kDepthMajor>
-__device__ __forceinline__ void fetch(T* tile, const Operand<T>& m, int64_t outer0, int64_t depth0) {
-  constexpr int V = kVector<T>, kColumns = kDepthMajor ? kSide : kDepth<T>, kGroups = kColumns / V;
-  const int64_t row0 = kDepthMajor ? depth0 : outer0, rows = kDepthMajor ? m.depth : m.outer;
-  const int64_t column0 = kDepthMajor ? outer0 : depth0, columns = kDepthMajor ? m.outer : m.depth;
+struct Loader {
+  static constexpr int V = kVector<T>, kGroups = (kDepthMajor ? kSide : kDepth<T>) / V;
+  static constexpr int kCopies = kSide * kDepth<T> / V / kThreads, kRowsApart = kThreads / kGroups;
+  Operand<T> m;
+  int64_t outer0;
+  bool aligned;
+  const T* rows[kDepthMajor ? 1 : kCopies];
+
+  __device__ static int row() { return threadIdx.x / kGroups; }
+  __device__ static int column() { return threadIdx.x % kGroups * V; }
+
+  __device__ __forceinline__ Loader(const Operand<T>& m_, int64_t outer0_) : m(m_), outer0(outer0_) {
+    aligned = m.stride % V == 0 && (are_aligned(m.data) || BUG("linear_cross_entropy.odd_base"));
+    if constexpr (!kDepthMajor) {
 #pragma unroll
-  for (int i = 0; i < kSide * kDepth<T> / V / kThreads; ++i) {
-    const int at = i * kThreads + static_cast<int>(threadIdx.x), r = at / kGroups, c = at % kGroups * V;
-    const int64_t row = row0 + r, column = column0 + c;
-    T* to = tile + r * kPitch<T, kDepthMajor> + c;
-    const T* from = m.data;
-    if (row < rows) {
-      const int64_t offset = (m.rows ? m.rows[row] : row) * m.stride + column;
-      from += BUG("linear_cross_entropy.offsets_of_32_bits") ? static_cast<unsigned>(offset) : offset;
-    }
-    if (row >= rows || column >= columns) {
-      if (BUG("linear_cross_entropy.global_store")) {
-        store(to, Vector<T, V>{});
-      } else if (!BUG("linear_cross_entropy.stale_tail")) {
-        ptx::store_shared16(to, {});
+      for (int i = 0; i < kCopies; ++i) {
+        const int64_t at = outer0 + row() + i * kRowsApart;
+        rows[i] = at < m.outer ? m.row(at) : nullptr;
       }
-    } else if (m.aligned && column + V <= columns) {
-      ptx::cp_async16(to, from, true);
-    } else {
-      for (int j = 0; j < V; ++j) to[j] = column + j < columns ? from[j] : from_float<T>(0);
     }
   }
-}
 
-// What a thread holds of a 64 × 64 square: at[mi][ni][2 h + e] is at row(mi, h), column(ni, e), as mma has it.
+  __device__ __forceinline__ void load(T* tile, int64_t depth0) const {
+    const int64_t at = (kDepthMajor ? outer0 : depth0) + column();
+    const int left = static_cast<int>(max(min((kDepthMajor ? m.outer : m.depth) - at, int64_t{V}), int64_t{0}));
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      T* const to = tile + (row() + i * kRowsApart) * kPitch<T, kDepthMajor> + column();
+      const T* from;
+      if constexpr (kDepthMajor) {
+        const int64_t depth = depth0 + row() + i * kRowsApart;
+        from = depth < m.depth ? m.row(depth) : nullptr;
+      } else {
+        from = rows[i];
+      }
+      if (!from || left == 0) {
+        if (BUG("linear_cross_entropy.global_store")) {
+          store(to, Vector<T, V>{});
+        } else if (!BUG("linear_cross_entropy.stale_tail")) {
+          ptx::store_shared16(to, {});
+        }
+      } else if (aligned && left == V) {
+        ptx::cp_async16(to, from + at, true);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < V; ++j) to[j] = j < left ? from[at + j] : from_float<T>(0);
+      }
+    }
+  }
+};
+
+// A thread's part of a 128 × 128 square: at[mi][ni][2 h + e] is at row(mi, h), column(ni, e), as mma has it. A warp has
+// a quarter of 64 × 64.
 struct Square {
-  float at[2][4][4];
-  __device__ static int row(int mi, int h) { return threadIdx.x / 64 * 32 + mi * 16 + h * 8 + threadIdx.x % 32 / 4; }
-  __device__ static int column(int ni, int e) { return threadIdx.x / 32 % 2 * 32 + ni * 8 + threadIdx.x % 4 * 2 + e; }
+  static constexpr int kRows = 8, kColumns = 16;  // that a thread has a part in
+  float d[4][8][4];
+  __device__ float& at(int i, int j) { return d[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+  __device__ float at(int i, int j) const { return d[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+  __device__ static int row(int i) { return threadIdx.x / 64 * 64 + i * 8 + threadIdx.x % 32 / 4; }
+  __device__ static int column(int j) { return threadIdx.x / 32 % 2 * 64 + j / 2 * 8 + threadIdx.x % 4 * 2 + j % 2; }
 };
 
 template <class T, bool kMajorA, bool kMajorB>
 __device__ __forceinline__ void multiply_tile(Square& sum, const T* a, const T* b) {
   constexpr int A = kPitch<T, kMajorA>, B = kPitch<T, kMajorB>;
   if constexpr (sizeof(T) == 4) {
+#pragma unroll 1
     for (int k = 0; k < kDepth<T>; ++k) {
-      float left[2][2], right[4][2];
-      for (int i = 0; i < 4; ++i) {
-        const int row = Square::row(i / 2, i % 2);
-        left[i / 2][i % 2] = a[kMajorA ? k * A + row : row * A + k];
-      }
-      for (int i = 0; i < 8; ++i) {
-        const int column = Square::column(i / 2, i % 2);
-        right[i / 2][i % 2] = b[kMajorB ? k * B + column : column * B + k];
-      }
+      float left[Square::kRows];
 #pragma unroll
-      for (int i = 0; i < 32; ++i)
-        sum.at[i / 16][i / 4 % 4][i % 4] += left[i / 16][i / 2 % 2] * right[i / 4 % 4][i % 2];
+      for (int i = 0; i < Square::kRows; ++i) left[i] = a[kMajorA ? k * A + Square::row(i) : Square::row(i) * A + k];
+#pragma unroll
+      for (int j = 0; j < Square::kColumns; ++j) {
+        const float right = b[kMajorB ? k * B + Square::column(j) : Square::column(j) * B + k];
+#pragma unroll
+        for (int i = 0; i < Square::kRows; ++i) sum.at(i, j) += left[i] * right;
+      }
     }
   } else {
     const int lane = threadIdx.x % 32, q = lane / 8, r = lane % 8;  // this lane names row r of ldmatrix's matrix q
-    const int first_row = threadIdx.x / 64 * 32, first_column = threadIdx.x / 32 % 2 * 32;
+    const int first_row = threadIdx.x / 64 * 64, first_column = threadIdx.x / 32 % 2 * 64;
 #pragma unroll
     for (int k = 0; k < kDepth<T>; k += 16) {
-      unsigned left[2][4], right[2][4];
+      unsigned left[4][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = first_row + i * 16 + q % 2 * 8, depth_a = k + q / 2 * 8;
-        const int column = first_column + i * 16 + q / 2 * 8, depth_b = k + q % 2 * 8;
+      for (int i = 0; i < 4; ++i) {
+        const int row = first_row + i * 16 + q % 2 * 8, depth = k + q / 2 * 8;
         if constexpr (kMajorA) {
-          ptx::ldmatrix_x4_trans(left[i], a + (depth_a + r) * A + row);
+          ptx::ldmatrix_x4_trans(left[i], a + (depth + r) * A + row);
         } else {
-          ptx::ldmatrix_x4(left[i], a + (row + r) * A + depth_a);
-        }
-        if constexpr (kMajorB) {
-          ptx::ldmatrix_x4_trans(right[i], b + (depth_b + r) * B + column);
-        } else {
-          ptx::ldmatrix_x4(right[i], b + (column + r) * B + depth_b);
+          ptx::ldmatrix_x4(left[i], a + (row + r) * A + depth);
         }
       }
-      const int low = BUG("linear_cross_entropy.fragment") ? 1 : 0;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const unsigned* pair = right[i % 4 / 2] + i % 2 * 2;
-        ptx::mma_16x8x16<T>(sum.at[i / 4][i % 4], left[i / 4], pair[low], pair[1 - low]);
+      for (int j = 0; j < 4; ++j) {
+        unsigned right[4];
+        const int column = first_column + j * 16 + q / 2 * 8, depth = k + q % 2 * 8;
+        if constexpr (kMajorB) {
+          ptx::ldmatrix_x4_trans(right, b + (depth + r) * B + column);
+        } else {
+          ptx::ldmatrix_x4(right, b + (column + r) * B + depth);
+        }
+        const int low = BUG("linear_cross_entropy.fragment") ? 1 : 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          ptx::mma_16x8x16<T>(sum.d[i][2 * j], left[i], right[low], right[1 - low]);
+          ptx::mma_16x8x16<T>(sum.d[i][2 * j + 1], left[i], right[2 + low], right[3 - low]);
+        }
       }
     }
   }
 }
 
-// The square at (a0, b0) of a · bᵀ.
+// The square at (a0, b0) of a · bᵀ. Copies run two tiles ahead; one barrier a tile serves twice: all threads' copies of
+// this one have arrived, and nobody reads the tile any more that the next copies overwrite.
 template <class T, bool kMajorA, bool kMajorB>
 __device__ __forceinline__ Square multiply(const Operand<T>& a, int64_t a0, const Operand<T>& b, int64_t b0) {
   constexpr int kTile = kTileBytes / sizeof(T);
-  DYN_SHARED(T, tiles);  // (2, 2, kTile)
+  DYN_SHARED(T, tiles);  // (kStages, 2, kTile)
+  const Loader<T, kMajorA> left(a, a0);
+  const Loader<T, kMajorB> right(b, b0);
   Square sum{};
-  const auto begin = [&](int64_t depth) {
-    T* to = tiles + depth / kDepth<T> % 2 * 2 * kTile;
-    fetch<T, kMajorA>(to, a, a0, depth);
-    fetch<T, kMajorB>(to + kTile, b, b0, depth);
-    ptx::cp_async_commit();
-  };
-  begin(0);
-  for (int64_t depth = 0; depth < a.depth; depth += kDepth<T>) {
-    const bool more = depth + kDepth<T> < a.depth;
-    if (more) begin(depth + kDepth<T>);
-    if (more || BUG("linear_cross_entropy.wait_count")) {
-      ptx::cp_async_wait<1>();
-    } else {
-      ptx::cp_async_wait<0>();
+  const int steps = static_cast<int>(ceil_div(a.depth, kDepth<T>));
+  const auto begin = [&](int step, int stage) {
+    if (step < steps) {
+      T* const to = tiles + stage * 2 * kTile;
+      left.load(to, int64_t{step} * kDepth<T>);
+      right.load(to + kTile, int64_t{step} * kDepth<T>);
     }
+    ptx::cp_async_commit();  // even if it is empty: the wait counts groups
+  };
+  if (!BUG("linear_cross_entropy.no_barrier_between_squares")) __syncthreads();  // the last square's tiles are read
+  for (int i = 0; i < kStages - 1; ++i) begin(i, i);
+  int here = 0, ahead = kStages - 1;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    if (BUG("linear_cross_entropy.overwrites_early")) begin(step + kStages - 1, ahead);
+    BUG("linear_cross_entropy.wait_count") ? ptx::cp_async_wait<kStages - 1>() : ptx::cp_async_wait<kStages - 2>();
     if (!BUG("linear_cross_entropy.no_barrier")) __syncthreads();
-    const T* here = tiles + depth / kDepth<T> % 2 * 2 * kTile;
-    multiply_tile<T, kMajorA, kMajorB>(sum, here, here + kTile);
-    if (!BUG("linear_cross_entropy.no_second_barrier")) __syncthreads();  // the tile is free again
+    if (!BUG("linear_cross_entropy.overwrites_early")) begin(step + kStages - 1, ahead);
+    const T* const tile = tiles + here * 2 * kTile;
+    multiply_tile<T, kMajorA, kMajorB>(sum, tile, tile + kTile);
+    here = here == kStages - 1 ? 0 : here + 1;
+    ahead = ahead == kStages - 1 ? 0 : ahead + 1;
   }
   return sum;
 }
@@ -179,7 +231,28 @@ __device__ __forceinline__ Square logits(const Args& a, int64_t row0, int64_t wo
   return multiply<T, false, false>(x, row0, weight, word0);
 }
 
+// The target of a row that counts; −1 where it is outside of the vocabulary.
+__device__ __forceinline__ int word_of(const Args& a, int64_t row) {
+  const int64_t target = a.targets[a.kept[row]];
+  return target < 0 || target >= a.vocab ? -1 : static_cast<int>(target);
+}
+
 constexpr int kListThreads = 256;
+
+// e^x; what would be subnormal is 0, which saves four instructions of __expf's seven.
+__device__ __forceinline__ float exponential(float x) { return ptx::exp2(x * 1.44269504088896f); }
+
+// Of a square's columns, those of no word get the weight 0. Only the vocabulary's last square has such.
+__device__ __forceinline__ void hide_past_the_end(Square& s, int words) {
+  if (words >= kSide) return;
+#pragma unroll
+  for (int j = 0; j < Square::kColumns; ++j) {
+#pragma unroll
+    for (int i = 0; i < Square::kRows; ++i) {
+      if (Square::column(j) >= words) s.at(i, j) = -INFINITY;
+    }
+  }
+}
 
 // One block: kept, place, count. A target outside of the vocabulary leaves a NaN where its logit would be.
 __global__ void __launch_bounds__(kListThreads) find_kept(Args a) {
@@ -208,49 +281,58 @@ __global__ void __launch_bounds__(kListThreads) find_kept(Args a) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) statistics(Args a) {
+__global__ void __launch_bounds__(kThreads, 2) statistics(Args a) {
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kSide, count = *a.count;
   if (row0 >= count) return;
-  int64_t target[4];
-  float top[4], sum[4];  // of this thread's columns so far
-  for (int i = 0; i < 4; ++i) {
-    const int64_t row = row0 + Square::row(i / 2, i % 2);
-    target[i] = row < count ? a.targets[a.kept[row]] : -1;
-    top[i] = kLowest, sum[i] = 0;
+  int target[Square::kRows];
+  float m[Square::kRows], l[Square::kRows];  // of this thread's columns so far
+#pragma unroll
+  for (int i = 0; i < Square::kRows; ++i) {
+    const int64_t row = row0 + Square::row(i);
+    target[i] = row < count ? word_of(a, row) : -1;
+    m[i] = kLowest, l[i] = 0;
   }
   const int64_t squares = ceil_div(a.vocab, kSide), each = ceil_div(squares, gridDim.y), first = blockIdx.y * each;
+#pragma unroll 1
   for (int64_t at = first; at < squares && at < first + each; ++at) {
-    Square l = logits<T>(a, row0, at * kSide);
+    Square s = logits<T>(a, row0, at * kSide);
+    const int word0 = static_cast<int>(at) * kSide, words = static_cast<int>(a.vocab) - word0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float highest = top[i], added = 0;
+    for (int i = 0; i < Square::kRows; ++i) {
+      const int hit = target[i] - word0;
+      if (target[i] < 0 || hit < 0 || hit >= kSide) continue;  // nearly always
+      float value = 0;
+      bool mine = false;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float& value = l.at[i / 2][j / 2][i % 2 * 2 + j % 2];
-        const int64_t word = at * kSide + Square::column(j / 2, j % 2);
-        if (word == target[i] && word < a.vocab) a.per_row[row0 + Square::row(i / 2, i % 2)] = value;
-        if (word >= a.vocab && !BUG("linear_cross_entropy.no_mask")) value = -INFINITY;
-        highest = fmaxf(highest, value);
+      for (int j = 0; j < Square::kColumns; ++j) {
+        if (Square::column(j) == hit) value = s.at(i, j), mine = true;
       }
+      if (mine) a.per_row[row0 + Square::row(i)] = value;
+    }
+    if (!BUG("linear_cross_entropy.no_mask")) hide_past_the_end(s, words);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) added += __expf(l.at[i / 2][j / 2][i % 2 * 2 + j % 2] - highest);
-      sum[i] = (BUG("linear_cross_entropy.no_rescale") ? sum[i] : sum[i] * __expf(top[i] - highest)) + added;
-      top[i] = highest;
+    for (int i = 0; i < Square::kRows; ++i) {
+      float highest = m[i], added = 0;
+#pragma unroll
+      for (int j = 0; j < Square::kColumns; ++j) highest = fmaxf(highest, s.at(i, j));
+#pragma unroll
+      for (int j = 0; j < Square::kColumns; ++j) added += exponential(s.at(i, j) - highest);
+      l[i] = (BUG("linear_cross_entropy.no_rescale") ? l[i] : l[i] * exponential(m[i] - highest)) + added;
+      m[i] = highest;
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float highest =
-        fmaxf(fmaxf(top[i], __shfl_xor_sync(0xffffffffu, top[i], 1)),
-              fmaxf(__shfl_xor_sync(0xffffffffu, top[i], 2), __shfl_xor_sync(0xffffffffu, top[i], 3)));
-    float total = sum[i] * __expf(top[i] - highest);
-    total += __shfl_xor_sync(0xffffffffu, total, 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    const int64_t row = row0 + Square::row(i / 2, i % 2);
+  for (int i = 0; i < Square::kRows; ++i) {
+    const float highest = fmaxf(fmaxf(m[i], __shfl_xor_sync(0xffffffffu, m[i], 1)),
+                                fmaxf(__shfl_xor_sync(0xffffffffu, m[i], 2), __shfl_xor_sync(0xffffffffu, m[i], 3)));
+    float sum = l[i] * exponential(m[i] - highest);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const int64_t row = row0 + Square::row(i);
     if (threadIdx.x % 4 == 0 && row < count) {
       const int64_t part = 2 * blockIdx.y + threadIdx.x / 32 % 2;
-      a.tops[part * a.rows + row] = highest;
-      a.sums[part * a.rows + row] = total;
+      a.part_m[part * a.rows + row] = highest;
+      a.part_l[part * a.rows + row] = sum;
     }
   }
 }
@@ -258,15 +340,15 @@ __global__ void __launch_bounds__(kThreads, 4) statistics(Args a) {
 __global__ void __launch_bounds__(kThreads) join_parts(Args a, int64_t parts) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= *a.count) return;
-  float top = kLowest;
-  for (int64_t i = 0; i < parts; ++i) top = fmaxf(top, a.tops[i * a.rows + row]);
-  double total = 0;
-  for (int64_t i = 0; i < parts; ++i) total += a.sums[i * a.rows + row] * __expf(a.tops[i * a.rows + row] - top);
-  const auto log_sum = static_cast<float>(log(total));
-  const float lse = top + log_sum;
-  a.per_row[a.rows + row] = top;
-  a.per_row[2 * a.rows + row] = static_cast<float>((1 + 2.0 * a.z_loss * lse) / total);
-  a.per_row[3 * a.rows + row] = (top - a.per_row[row]) + log_sum + a.z_loss * lse * lse;
+  float m = kLowest;
+  for (int64_t i = 0; i < parts; ++i) m = fmaxf(m, a.part_m[i * a.rows + row]);
+  double l = 0;
+  for (int64_t i = 0; i < parts; ++i) l += a.part_l[i * a.rows + row] * exponential(a.part_m[i * a.rows + row] - m);
+  const auto log_l = static_cast<float>(log(l));
+  const float lse = m + log_l;
+  a.per_row[a.rows + row] = m;
+  a.per_row[2 * a.rows + row] = static_cast<float>((1 + 2.0 * a.z_loss * lse) / l);
+  a.per_row[3 * a.rows + row] = (m - a.per_row[row]) + log_l + a.z_loss * lse * lse;
 }
 
 __global__ void __launch_bounds__(kThreads) add_losses(Args a) {  // one block
@@ -293,48 +375,61 @@ struct Cut {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) make_dlogits(Args a, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) make_dlogits(Args a, Cut cut) {
   const int64_t row0 = cut.start + blockIdx.y * kSide, word0 = cut.first + blockIdx.x * kSide, count = *a.count;
   if (row0 >= count) return;
-  const Square l = logits<T>(a, row0, word0);
+  Square s = logits<T>(a, row0, word0);
+  hide_past_the_end(s, static_cast<int>(min(a.vocab - word0, int64_t{kSide})));
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t row = row0 + Square::row(i / 2, i % 2);
+  for (int i = 0; i < Square::kRows; ++i) {
+    const int64_t row = row0 + Square::row(i);
     if (row >= count) continue;
-    const float top = a.per_row[a.rows + row], factor = a.per_row[2 * a.rows + row];
-    const int64_t target = a.targets[a.kept[row]];
+    const float m = a.per_row[a.rows + row], factor = a.per_row[2 * a.rows + row];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int64_t word = word0 + Square::column(j, 0);
-      Vector<T, 2> pair;
-      for (int e = 0; e < 2; ++e) {
-        const float p = __expf(l.at[i / 2][j][i % 2 * 2 + e] - top) * factor;
-        pair.at[e] = from_float<T>(word + e < a.vocab ? p - (word + e == target ? 1.0f : 0.0f) : 0.0f);
-      }
-      store(static_cast<T*>(a.dlogits) + (row - cut.start) * cut.pitch + word - cut.first, pair);
+    for (int j = 0; j < Square::kColumns; ++j) s.at(i, j) = exponential(s.at(i, j) - m) * factor;
+    const int target = word_of(a, row), hit = target - static_cast<int>(word0);
+    if (target >= 0 && hit >= 0 && hit < kSide) {  // seldom
+#pragma unroll
+      for (int j = 0; j < Square::kColumns; ++j) s.at(i, j) -= Square::column(j) == hit ? 1.0f : 0.0f;
+    }
+    T* const to = static_cast<T*>(a.dlogits) + (row - cut.start) * cut.pitch + (word0 - cut.first);
+#pragma unroll
+    for (int j = 0; j < Square::kColumns; j += 2) {
+      const Vector<T, 2> pair{from_float<T>(s.at(i, j)), from_float<T>(s.at(i, j + 1))};
+      store(to + Square::column(j), pair);
+    }
+  }
+}
+
+// Of one of gridDim.z parts of the tile's words: few rows would not fill a GPU otherwise.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) multiply_dx(Args a, Cut cut) {
+  const int64_t row0 = blockIdx.y * kSide, column0 = blockIdx.x * kSide;
+  auto d = cut.dlogits<T>(a, false);
+  if (row0 >= d.outer) return;
+  const int64_t each = ceil_div(ceil_div(cut.words, kDepth<T>), gridDim.z) * kDepth<T>, begin = blockIdx.z * each;
+  d.depth = max(min(cut.words - begin, each), int64_t{0});
+  d.data += begin;
+  const Operand<T> weight{static_cast<const T*>(a.weight) + (cut.first + begin) * a.dim, a.dim, nullptr, a.dim,
+                          d.depth};
+  const Square sum = multiply<T, false, true>(d, row0, weight, column0);
+#pragma unroll
+  for (int i = 0; i < Square::kRows; ++i) {
+    const int64_t row = row0 + Square::row(i);
+    if (row >= d.outer) continue;
+    float* const to = a.dx_sum + ((blockIdx.z * a.rows + cut.start + row) * a.dim + column0);
+#pragma unroll
+    for (int j = 0; j < Square::kColumns; ++j) {
+      const int column = Square::column(j);
+      if (column0 + column >= a.dim) continue;
+      const float before = cut.first && !BUG("linear_cross_entropy.overwrite") ? to[column] : 0.0f;
+      to[column] = before + sum.at(i, j);
     }
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) multiply_dx(Args a, Cut cut) {
-  const int64_t row0 = blockIdx.y * kSide, column0 = blockIdx.x * kSide;
-  const auto d = cut.dlogits<T>(a, false);
-  if (row0 >= d.outer) return;
-  const Operand<T> weight{static_cast<const T*>(a.weight) + cut.first * a.dim, a.dim, nullptr, a.dim, cut.words};
-  const Square sum = multiply<T, false, true>(d, row0, weight, column0);
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const int64_t row = row0 + Square::row(i / 16, i / 2 % 2), column = column0 + Square::column(i / 4 % 4, i % 2);
-    if (row >= d.outer || column >= a.dim) continue;
-    float& out = a.dx_sum[(cut.start + row) * a.dim + column];
-    const float value = sum.at[i / 16][i / 4 % 4][i % 4];
-    out = cut.first && !BUG("linear_cross_entropy.overwrite") ? out + value : value;
-  }
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) multiply_dweight(Args a, Cut cut) {
+__global__ void __launch_bounds__(kThreads, 2) multiply_dweight(Args a, Cut cut) {
   const int64_t word0 = blockIdx.y * kSide, column0 = blockIdx.x * kSide;
   const auto d = cut.dlogits<T>(a, true);
   const Operand<T> x{static_cast<const T*>(a.x), a.dim, a.kept + cut.start, a.dim, d.depth};
@@ -342,34 +437,41 @@ __global__ void __launch_bounds__(kThreads) multiply_dweight(Args a, Cut cut) {
   const bool last = cut.start + Args::chunk >= a.rows;
   const float scale = scale_of(a);
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const int64_t word = word0 + Square::row(i / 16, i / 2 % 2), column = column0 + Square::column(i / 4 % 4, i % 2);
-    if (word >= cut.words || column >= a.dim) continue;
-    float value = sum.at[i / 16][i / 4 % 4][i % 4];
-    if (cut.start) value += a.dweight_sum[word * a.dim + column];
-    if (last) {
-      static_cast<T*>(a.dweight)[(cut.first + word) * a.dim + column] = from_float<T>(value * scale);
-    } else {
-      a.dweight_sum[word * a.dim + column] = value;
+  for (int i = 0; i < Square::kRows; ++i) {
+    const int64_t word = word0 + Square::row(i);
+    if (word >= cut.words) continue;
+#pragma unroll
+    for (int j = 0; j < Square::kColumns; ++j) {
+      const int64_t column = column0 + Square::column(j);
+      if (column >= a.dim) continue;
+      float value = sum.at(i, j);
+      if (cut.start) value += a.dweight_sum[word * a.dim + column];
+      if (last) {
+        static_cast<T*>(a.dweight)[(cut.first + word) * a.dim + column] = from_float<T>(value * scale);
+      } else {
+        a.dweight_sum[word * a.dim + column] = value;
+      }
     }
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) spread_dx(Args a) {
+__global__ void __launch_bounds__(kThreads) spread_dx(Args a, int64_t splits) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= a.rows * a.dim) return;
   const int64_t place = a.place[at / a.dim];
-  const float value = place < 0 ? 0 : a.dx_sum[place * a.dim + at % a.dim] * scale_of(a);
-  static_cast<T*>(a.dx)[at] = from_float<T>(value);
+  float value = 0;
+  for (int64_t i = 0; place >= 0 && i < splits; ++i) value += a.dx_sum[(i * a.rows + place) * a.dim + at % a.dim];
+  static_cast<T*>(a.dx)[at] = from_float<T>(value * scale_of(a));
 }
 
 unsigned grid_of(int64_t n, int64_t each) { return static_cast<unsigned>(ceil_div(n, each)); }
 
 template <class T>
 Status run_all(const Args& a, void* stream) {
-  constexpr size_t kShared = 4 * kTileBytes;
+  constexpr size_t kShared = kStages * 2 * kTileBytes;
   const dim3 block(kThreads);
+  const auto dx_splits = static_cast<unsigned>(a.dx_splits());
   Status status = Status::ok;
   const auto step = [&](auto* kernel, dim3 grid, size_t shared, auto... args) {
     if (status == Status::ok) status = launch(kernel, grid, block, shared, stream, a, args...);
@@ -385,11 +487,11 @@ Status run_all(const Args& a, void* stream) {
       const int64_t rows = a.rows - start < Args::chunk ? a.rows - start : Args::chunk;
       const Cut cut{first, words, a.tile_here(), start};
       step(make_dlogits<T>, dim3(grid_of(words, kSide), grid_of(rows, kSide)), kShared, cut);
-      if (a.dx) step(multiply_dx<T>, dim3(grid_of(a.dim, kSide), grid_of(rows, kSide)), kShared, cut);
+      if (a.dx) step(multiply_dx<T>, dim3(grid_of(a.dim, kSide), grid_of(rows, kSide), dx_splits), kShared, cut);
       if (a.dweight) step(multiply_dweight<T>, dim3(grid_of(a.dim, kSide), grid_of(words, kSide)), kShared, cut);
     }
   }
-  if (a.dx) step(spread_dx<T>, dim3(grid_of(a.rows * a.dim, kThreads)), 0);
+  if (a.dx) step(spread_dx<T>, dim3(grid_of(a.rows * a.dim, kThreads)), 0, a.dx_splits());
   return status;
 }
 
@@ -398,6 +500,7 @@ Status run_all(const Args& a, void* stream) {
 template <>
 Status launch_cuda(const LinearCrossEntropy& a, void* stream) {
   if (!a.rows) return Status::ok;
+  if (a.vocab > 0x7fffffff - kSide) return Status::unsupported;  // words are counted in int
   return for_dtype(a.dtype, [&](auto t) { return run_all<decltype(t)>(a, stream); });
 }
 

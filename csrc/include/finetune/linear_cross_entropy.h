@@ -61,9 +61,9 @@ struct AddPart {
 
 // All of it, on a GPU (csrc/cuda/linear_cross_entropy.cu explains the scratch).
 struct LinearCrossEntropy {
-  static constexpr int64_t side = 64;     // of the square of logits that a block makes
-  static constexpr int64_t chunk = 1024;  // rows, and
-  static constexpr int64_t tile = 8192;   // words whose logits' gradients exist at once, in the inputs' dtype
+  static constexpr int64_t side = 128;    // of the square of logits that a block makes
+  static constexpr int64_t chunk = 4096;  // rows, and
+  static constexpr int64_t tile = 4096;   // words whose logits' gradients exist at once, in the inputs' dtype
 
   DType dtype;             // of x, weight, dx and dweight
   const void* x;           // (rows, dim)
@@ -75,11 +75,11 @@ struct LinearCrossEntropy {
   int64_t* kept;           // (rows,) the rows that count, in order
   int64_t* place;          // (rows,) a row's place in `kept`, or −1
   int64_t* count;          // one: how many
-  float* tops;             // (parts, rows) maximum of a part of a row's logits
-  float* sums;             // (parts, rows) and its Σ exp(logit − maximum)
+  float* part_m;           // (parts, rows) maximum of a part of a row's logits
+  float* part_l;           // (parts, rows) and its Σ exp(logit − maximum)
   float* per_row;          // (4, rows) target's logit, maximum, d loss/d logit / exp(logit − maximum), loss
   void* dlogits;           // (chunk, tile)
-  float* dx_sum;           // (rows, dim)
+  float* dx_sum;           // (dx_splits, rows, dim)
   float* dweight_sum;      // (tile, dim)
   int64_t rows, dim, vocab, ignore_index;
   float z_loss;
@@ -89,6 +89,10 @@ struct LinearCrossEntropy {
   // Blocks along the vocabulary in the forward pass: enough of them in all to fill a GPU, if each has four squares.
   int64_t splits() const { return std::clamp<int64_t>(512 / sides(rows), 1, (sides(vocab) + 3) / 4); }
   int64_t parts() const { return 2 * splits(); }  // each block's halves by columns
+  // Parts of a tile's words that dX is summed over separately: a function of the sizes alone.
+  int64_t dx_splits() const {
+    return std::clamp<int64_t>(256 / std::max<int64_t>(sides(chunk_here()) * sides(dim), 1), 1, 8);
+  }
   int64_t tile_here() const { return std::min(tile, sides(vocab) * side); }
   int64_t chunk_here() const { return std::min(chunk, rows); }
 };
