@@ -106,6 +106,8 @@ struct ForwardOnDevice {
   Problem p;
   Tensor o, top, total;
   OptionalTensor kept[2];
+  int64_t splits;
+  Tensor split_rows, split_acc;  // m and l, and acc
   AttentionCuda args;
 
   ForwardOnDevice(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
@@ -113,10 +115,20 @@ struct ForwardOnDevice {
       : p(q, k, v, causal, scale, lengths, cu_seqlens),
         o(torch::stable::new_empty(p.q, {p.shape.batch, p.shape.queries, p.shape.heads, p.shape.dim})),
         top(empty_f32(p.q, {p.shape.batch, p.shape.heads, p.shape.queries})),
-        total(empty_f32(p.q, {p.shape.batch, p.shape.heads, p.shape.queries})) {
+        total(empty_f32(p.q, {p.shape.batch, p.shape.heads, p.shape.queries})),
+        splits(attention_splits(p.shape, cu_seqlens.has_value())),
+        split_rows(empty_f32(p.q, {2, splits > 1 ? splits * top.numel() : 0})),
+        split_acc(empty_f32(p.q, {split_rows.numel() / 2, attention_tile_dim(p.shape.dim)})) {
     const AttentionCudaShape shape{p.shape, device_integers(lengths, p.q, kept[0]),
                                    device_integers(cu_seqlens, p.q, kept[1]), p.shape.documents};
-    args = {shape, read(p.q), read(p.k), read(p.v), written(o), out<float>(top), out<float>(total)};
+    args = {shape,
+            read(p.q),
+            read(p.k),
+            read(p.v),
+            written(o),
+            out<float>(top),
+            out<float>(total),
+            {splits, out<float>(split_rows), out<float>(split_rows) + split_rows.numel() / 2, out<float>(split_acc)}};
   }
 };
 
@@ -132,6 +144,7 @@ std::atomic<bool> tensor_maps_refused = false;  // once is enough: it is the dri
 
 // Why the kernel for sm_90 does not run, or null.
 const char* why_not(const ForwardOnDevice& f) {
+  if (f.splits) return "few queries: their heads are packed and their keys split";
   if (tensor_maps_refused) return "the driver refuses its tensor maps (cuTensorMapEncodeTiled)";
 #if !defined(FINETUNE_EMULATED)
   const torch::stable::accelerator::DeviceGuard guard(f.p.q.get_device_index());  // it asks the current GPU

@@ -12,7 +12,7 @@
 // 32, 64, 128 or 256, in shared memory only. Nothing is summed by atomics: the same bits at every run.
 //   attention_common.cuh    masks, tiles, copies      attention_warp.cuh       products by a warp
 //   attention_softmax.cuh   m, l, P of a tile         attention_forward.cuh    o, m, l
-//   attention_backward.cuh  dq, then dk and dv
+//   attention_decode.cuh    o, m, l of few queries     attention_backward.cuh   dq, then dk and dv
 //
 // Shared memory, of 16-bit types, forward / backward: D = 64 40 / 50 KiB, 128 80 / 65, 256 96 / 97.
 // DRAM: q, k, v, o once (k and v come again for each query tile, from L2 where they fit). FLOPs for each visible
@@ -29,9 +29,11 @@
 //   attention.no_rescale attention.total_not_rescaled attention.past_the_end attention.no_delta
 //   attention.no_barrier_after_delta attention.first_head_of_the_group attention.no_causal_mask_for_dk
 //   attention.sign_of_the_scale attention.always_fused attention.no_share attention.dk_not_scaled
-//   attention.no_mask_for_dq attention.offsets_of_32_bits
+//   attention.no_mask_for_dq attention.offsets_of_32_bits attention.first_group_of_heads
+//   attention.last_split_left_out attention.splits_not_rescaled
 // Slow: attention.no_swizzle
 #include "attention_backward.cuh"
+#include "attention_decode.cuh"
 #include "attention_forward.cuh"
 
 namespace finetune {
@@ -39,14 +41,20 @@ namespace {
 
 using attention::kThreads;
 
-// Calls f with the head dim that the tiles have: the next of 32, 64, 128, 256.
+// Calls f with the head dim that the tiles have.
 template <class F>
 Status for_dim(int64_t dim, F&& f) {
-  if (dim <= 32) return f(std::integral_constant<int, 32>{});
-  if (dim <= 64) return f(std::integral_constant<int, 64>{});
-  if (dim <= 128) return f(std::integral_constant<int, 128>{});
-  if (dim <= kAttentionCudaDim) return f(std::integral_constant<int, 256>{});
-  return Status::unsupported;
+  if (dim > kAttentionCudaDim) return Status::unsupported;
+  switch (attention_tile_dim(dim)) {
+    case 32:
+      return f(std::integral_constant<int, 32>{});
+    case 64:
+      return f(std::integral_constant<int, 64>{});
+    case 128:
+      return f(std::integral_constant<int, 128>{});
+    default:
+      return f(std::integral_constant<int, 256>{});
+  }
 }
 
 template <class Args>
@@ -65,9 +73,17 @@ Status launch_cuda(const AttentionCuda& a, void* stream) {
     return for_dim(a.dim, [&](auto dim) {
       using T = decltype(t);
       constexpr int D = dim, kOwn = attention::Warp<T, D>::kOwn;
-      const int64_t tiles = attention::tiles_of(a, a.queries, kOwn);
-      return launch_blocks(attention::forward<T, D>, a.batch * a.heads * tiles, attention::kForwardBytes<T, D>, stream,
-                           a);
+      constexpr size_t kBytes = attention::ForwardMemory<T, D>::kBytes;
+      if (!a.splits.count) {
+        const int64_t blocks = a.batch * a.heads * attention::tiles_of(a, a.queries, kOwn);
+        return launch_blocks(attention::forward<T, D>, blocks, kBytes, stream, a);
+      }
+      const int64_t row_tiles = ceil_div(a.queries * (a.heads / a.kv_heads), kOwn);
+      const int64_t blocks = a.batch * a.kv_heads * row_tiles * a.splits.count;
+      const Status status = launch_blocks(attention::decode<T, D>, blocks, kBytes, stream, a);
+      if (status != Status::ok || a.splits.count == 1) return status;
+      const int64_t rows = a.batch * a.heads * a.queries;
+      return launch_blocks(attention::combine<T, D>, ceil_div(rows, attention::kWarps), 0, stream, a);
     });
   });
 }

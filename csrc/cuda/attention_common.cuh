@@ -1,10 +1,10 @@
 // What attention's kernels share: which rows and keys a block has, tiles in shared memory, the copy pipeline.
 #pragma once
 
-#include "finetune/attention.h"
 #include "device/launch.cuh"
 #include "device/ptx.cuh"
 #include "device/vector.cuh"
+#include "finetune/attention.h"
 
 namespace finetune::attention {
 
@@ -49,6 +49,13 @@ __host__ __device__ inline int64_t tiles_of(const AttentionCudaShape& a, int64_t
   return a.offsets.data ? tokens / size + a.documents : ceil_div(tokens, size);
 }
 
+// A sequence of the batch, without documents.
+__device__ __forceinline__ Sequence sequence(const AttentionCudaShape& a, int batch) {
+  const int queries = static_cast<int>(a.queries), keys = static_cast<int>(a.keys);
+  const int real = a.lengths.data ? bounded(integer(a.lengths, batch), 0, keys) : keys;
+  return {batch, 0, queries, real, keys - queries, a.causal};
+}
+
 // The place of block `index` where blocks are numbered (batch, head, tile, part); of_keys: tokens are keys.
 __device__ __forceinline__ Place place(const AttentionCudaShape& a, int index, bool of_keys, int size, int parts) {
   const int heads = static_cast<int>(of_keys ? a.kv_heads : a.heads);
@@ -59,12 +66,8 @@ __device__ __forceinline__ Place place(const AttentionCudaShape& a, int index, b
   index /= parts;
   int tile = index % tiles;
   p.head = index / tiles % heads;
-  p.s.batch = index / tiles / heads;
-  p.s.begin = 0;
-  p.s.queries = static_cast<int>(a.queries);
-  p.s.keys = static_cast<int>(a.keys);
-  p.s.shift = p.s.keys - p.s.queries;
-  p.s.causal = a.causal;
+  p.s = sequence(a, index / tiles / heads);
+  int own = tokens;
   if (a.offsets.data) {
     int low = 0, high = static_cast<int>(a.documents);  // document `low` begins at or before the tile, `high` after it
     while (high - low > 1) {
@@ -72,13 +75,12 @@ __device__ __forceinline__ Place place(const AttentionCudaShape& a, int index, b
       (bounded(integer(a.offsets, middle), 0, tokens) / size + middle <= tile ? low : high) = middle;
     }
     p.s.begin = bounded(integer(a.offsets, low), 0, tokens);
-    p.s.queries = p.s.keys = bounded(integer(a.offsets, low + 1), p.s.begin, tokens) - p.s.begin;
+    own = p.s.queries = p.s.keys = bounded(integer(a.offsets, low + 1), p.s.begin, tokens) - p.s.begin;
     p.s.shift = 0;
     tile -= p.s.begin / size + low;
   }
   p.first = bounded(int64_t{tile} * size, 0, 0x7fffffff);
-  p.rows = min(max((of_keys ? p.s.keys : p.s.queries) - p.first, 0), size);
-  if (a.lengths.data) p.s.keys = bounded(integer(a.lengths, p.s.batch), 0, static_cast<int>(a.keys));
+  p.rows = min(max(own - p.first, 0), size);
   return p;
 }
 
@@ -87,6 +89,7 @@ __device__ __forceinline__ T* at(const AttentionView& x, const Sequence& s, int 
   const int64_t offset = s.batch * x.batch + (int64_t{s.begin} + token) * x.token + head * x.head;
   return static_cast<T*>(x.data) + (BUG("attention.offsets_of_32_bits") ? static_cast<unsigned>(offset) : offset);
 }
+__device__ __forceinline__ int64_t attention_rows(const AttentionSizes& a) { return a.batch * a.heads * a.queries; }
 __device__ __forceinline__ int64_t row_index(const AttentionSizes& a, const Sequence& s, int head, int query) {
   return (s.batch * a.heads + head) * a.queries + s.begin + query;
 }
@@ -117,27 +120,33 @@ struct Tile {
   __device__ T* element(int row, int column) const { return read(row, column / kVector<T>) + column % kVector<T>; }
 };
 
-// Copies kRows rows of a view, `stride` elements apart, by all threads of the block; rows past `rows` and columns past
-// `dim` become zeros. By cp.async where `chunks` says that 16 bytes may move at once, else element by element.
+// Copies kRows rows, row_at(r) each, by all threads of the block; rows past `rows` and columns past `dim` become zeros.
+// By cp.async where `chunks` says that 16 bytes may move at once, else element by element.
 // Unrolled, the addresses of its copies would take the registers that the sums need.
-template <int kRows, class T, int D>
-__device__ __forceinline__ void load_tile(Tile<T, D> tile, const T* from, int64_t stride, int rows, int64_t dim,
-                                          bool chunks) {
+template <int kRows, class T, int D, class RowAt>
+__device__ __forceinline__ void load_rows(Tile<T, D> tile, RowAt&& row_at, int rows, int64_t dim, bool chunks) {
   constexpr int V = kVector<T>;
   const int64_t columns = BUG("attention.reads_past_dim") ? D : dim;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * tile.kChunks; i += kThreads) {
     const int row = i / tile.kChunks, chunk = i % tile.kChunks, column = chunk * V;
-    const T* const source = from + row * stride + column;
     if (chunks) {
       const bool inside = row < rows && column < columns;
-      ptx::cp_async16(tile.write(row, chunk), inside ? source : from, inside);
+      ptx::cp_async16(tile.write(row, chunk), inside ? row_at(row) + column : row_at(0), inside);
     } else {
       T* const to = tile.write(row, chunk);
 #pragma unroll 1
-      for (int j = 0; j < V; ++j) to[j] = row < rows && column + j < columns ? source[j] : from_float<T>(0);
+      for (int j = 0; j < V; ++j) {
+        to[j] = row < rows && column + j < columns ? row_at(row)[column + j] : from_float<T>(0);
+      }
     }
   }
+}
+// The same of rows that are `stride` elements apart.
+template <int kRows, class T, int D>
+__device__ __forceinline__ void load_tile(Tile<T, D> tile, const T* from, int64_t stride, int rows, int64_t dim,
+                                          bool chunks) {
+  load_rows<kRows>(tile, [=](int row) { return from + row * stride; }, rows, dim, chunks);
 }
 
 // One warp writes rows of a tile, which it alone has filled, to a view; the columns [begin, end) of them.

@@ -6,6 +6,7 @@
 //   multiply     matrix = own · streamedᵀ over the D columns of two tiles
 //   accumulate   sums += matrix · streamed
 //   kDiagonal    streamed rows from diagonal() on that take in the warp's own rows' numbers
+//   store_row    a row of a matrix to global memory
 //   over_row     joins a value of each of the lanes that share a row
 #pragma once
 
@@ -78,6 +79,14 @@ struct Warp {
         ptx::mma_16x8x16<T>(sums.d[2 * j], a, b[0], b[1]);
         ptx::mma_16x8x16<T>(sums.d[2 * j + 1], a, b[2], b[3]);
       }
+    }
+  }
+
+  // Row r of the matrix to global memory, where D floats have place.
+  __device__ void store_row(Matrix<D>& x, int r, float* to) const {
+#pragma unroll
+    for (int c = 0; c < x.kColumns; c += 2) {
+      finetune::store(to + column(c), Vector<float, 2>{x.at(r, c), x.at(r, c + 1)});
     }
   }
 
@@ -159,6 +168,11 @@ struct Warp<float, D> {
       }
     }
     if (!BUG("attention.no_second_warp_barrier")) __syncwarp();  // the next matrix overwrites this one
+  }
+
+  __device__ void store_row(Matrix<D>& x, int r, float* to) const {
+#pragma unroll
+    for (int c = 0; c < x.kColumns; ++c) to[column(c)] = x.at(r, c);
   }
 
   __device__ void put(Matrix<D>& x, const float (&factor)[kRows], Tile<float, D> tile, int) const {

@@ -199,6 +199,11 @@ def samples() -> Iterator[Sample]:
     yield make("many keys", 1, 21, 150, 2, 1, 7)
     yield make("more queries", 1, 41, 29, 2, 1, 12)  # the first 12 rows see nothing
     yield make("decode", 3, 1, 71, 4, 2, 40, lengths=ints(71, 13, 0))
+    # what the CUDA kernels split over blocks: packed heads; a split that sees nothing; two tiles of fp32 rows
+    yield make("decode long", 2, 1, 600, 4, 2, 16, lengths=ints(600, 300))
+    yield make("decode several", 1, 5, 530, 6, 2, 40)
+    yield make("decode rows", 1, 10, 270, 4, 1, 8, causal=False)
+    yield make("decode wide", 1, 2, 300, 1, 1, 200)
     yield make("lengths", 3, 45, 45, 2, 1, 16, lengths=ints(45, 17, 0, dtype=torch.int32))
     yield make("full lengths", 3, 45, 50, 2, 1, 16, causal=False, lengths=ints(50, 1, 0))
     yield make("packed", 1, 90, 90, 4, 2, 16, cu_seqlens=ints(0, 1, 1, 40, 67, 90))

@@ -223,6 +223,9 @@ def test_the_choice_between_the_kernels():
 
     q = half(2, 4, 2, 64)
     assert kernel_of(q, q, q) == "attention_hopper"
+    few = "attention: few queries: their heads are packed and their keys split"
+    assert kernel_of(half(1, 1, 2, 64), half(1, 600, 2, 64), half(1, 600, 2, 64)) == few
+    assert kernel_of(half(1, 9, 4, 64), half(1, 9, 2, 64), half(1, 9, 2, 64)) == few
     odd = half(2, 4, 2, 65)[..., :64]
     for reason, args, kwargs in (
         ("it takes head dims 64 and 128", (half(1, 4, 1, 32),) * 3, {}),

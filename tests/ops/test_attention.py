@@ -295,6 +295,34 @@ def test_work_is_what_the_algorithm_asks_for():
     assert units(rows, "ldmatrix") == 4 * (mma // 2 + 2 * (3 * (1 + 4) * own + diagonal))  # a right one makes two mma
 
 
+def test_a_decoding_step_reads_keys_and_values_once():
+    """8 query heads in groups of 4, 600 keys in 3 splits: a group is one tile, of which one warp's 16 rows multiply."""
+    q, k, v = (x.to(torch.bfloat16) for x in qkv(tq=1, tk=600, heads=8, kv_heads=2, dim=64))
+    rows = emulator.trace(lambda: attention(q, k, v, backend="checked"))
+    assert not emulator.excess(rows, "ldmatrix")
+    sector, splits, tiles = 32, 3, 10
+    assert units(rows, "cp.async from global") == 2 * (k.numel() + v.numel() + splits * q.numel()) // sector
+    mma = sum(row["requests"] for row in rows if row["kind"] == "mma")
+    assert mma == 2 * tiles * 2 * (4 * 8)  # of two heads, 64 keys and two products of 16×64×64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("f32", "bf16"))
+def test_split_keys_are_checked_in_every_order_and_copy_mode(dtype):
+    checked = emulator.load("checked")
+    first = None
+    try:
+        for order, eager in ((0, False), (1, True), (5, False), (6, True)):
+            checked.set_order(order)
+            checked.set_eager(eager)
+            inputs = [x.to(dtype) for x in qkv(tq=2, tk=520, heads=4, kv_heads=2, dim=32)]
+            out = attention(*inputs, backend="checked")
+            first = out if first is None else first
+            assert torch.equal(out, first)
+    finally:
+        checked.set_order(0)
+        checked.set_eager(False)
+
+
 @pytest.mark.parametrize(("dim", "times"), [(32, 4), (64, 8), (128, 8)])
 def test_without_the_swizzle_ldmatrix_takes_so_many_times_as_long(dim, times):
     plain, swizzled = accesses(torch.bfloat16, dim, "attention.no_swizzle"), accesses(torch.bfloat16, dim)

@@ -55,9 +55,16 @@ struct AttentionCudaShape : AttentionSizes {
   int64_t documents;
 };
 
+// The keys of a decoding step are split over blocks (csrc/cuda/attention_decode.cuh). Rows are (batch, heads, queries).
+struct AttentionSplits {
+  int64_t count;       // attention_splits(); 0: another kernel's work
+  float *m, *l, *acc;  // scratch where count > 1: (count, rows), (count, rows), (count, rows, attention_tile_dim())
+};
+
 struct AttentionCuda : AttentionCudaShape {
   AttentionView q, k, v, o;
   float *top, *total;
+  AttentionSplits splits;
 };
 
 // What the backward pass needs of a row: dS_j = P_j (dP_j - delta), P_j = 2^(s_j - top) · share.
@@ -72,6 +79,23 @@ struct AttentionBackwardCuda : AttentionCudaShape {
 };
 
 constexpr int64_t kAttentionCudaDim = 256;  // the largest head dim of the CUDA kernels
+
+// Head dims of their tiles: the others are padded with zeros.
+constexpr int64_t attention_tile_dim(int64_t dim) { return dim <= 32 ? 32 : dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
+
+// A decoding step has at most so many rows (queries of the heads that share a key/value head). Its keys are split, 256
+// at least to a block, until there are 264 blocks: two for each multiprocessor of an H100. That number does not follow
+// the device: it would change the order of sums, and with it bits.
+constexpr int64_t kAttentionDecodeRows = 64, kAttentionDecodeBlocks = 2 * 132, kAttentionSplitKeys = 256;
+
+// Blocks over which the keys of a row are split; 0 where this is no decoding step, or has nothing to gain as one.
+constexpr int64_t attention_splits(const AttentionSizes& a, bool documents) {
+  const int64_t group = a.heads / a.kv_heads, pairs = a.batch * a.kv_heads;
+  if (documents || !pairs || !a.keys || !a.queries || a.queries * group > kAttentionDecodeRows) return 0;
+  const int64_t most = (a.keys + kAttentionSplitKeys - 1) / kAttentionSplitKeys;
+  const int64_t wanted = kAttentionDecodeBlocks / pairs, splits = wanted < 1 ? 1 : wanted < most ? wanted : most;
+  return splits > 1 || group > 1 ? splits : 0;
+}
 
 // --- CPU
 
