@@ -2,14 +2,14 @@
 // online softmax of Milakov & Gimelshein 2018 (arXiv:1805.02867). Per row of q, over tiles of keys, with the scores
 // s = scale log2(e) q·k:
 //   m' = max(m, max s),   p = 2^(s − m'),   l = 2^(m − m') l + Σ p,   o = 2^(m − m') o + p V;   at the end o / l.
-// m and l are kept (top, total). Backward, with P = 2^(s − top) / total made again and delta = rowsum(dO ∘ O):
+// m and l are kept. Backward, with P = 2^(s − m) / l made again and delta = rowsum(dO ∘ O):
 //   dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − delta),   dQ = scale dS K,   dK = scale dSᵀ Q.
 //
-// A block has a tile of tokens of one head ("own": 64 queries, or keys for dK and dV), a warp 16 rows of it; the other
-// side is streamed past through shared memory, by cp.async into two stages of pairs (k and v, or q and dO), swizzled so
+// A block holds a tile of tokens of one head (64 queries, or keys for dK and dV), a warp 16 rows of it; the tiles of
+// the other side come through shared memory, by cp.async into two stages of pairs (k and v, or q and dO), swizzled so
 // that ldmatrix meets no bank conflict. P goes from one mma's result to the next one's operand in registers. fp32 has
-// the same kernels with 32 own rows, one stage and no tensor cores (Warp<float, D>). Head dims are padded with zeros to
-// 32, 64, 128 or 256, in shared memory only. Nothing is summed by atomics: the same bits at every run.
+// the same kernels with tiles of 32 rows, one stage and no tensor cores (Warp<float, D>). Head dims are padded with
+// zeros to 32, 64, 128 or 256, in shared memory only. Nothing is summed by atomics: the same bits at every run.
 //   attention_common.cuh    masks, tiles, copies      attention_warp.cuh       products by a warp
 //   attention_softmax.cuh   m, l, P of a tile         attention_forward.cuh    o, m, l
 //   attention_decode.cuh    o, m, l of few queries     attention_backward.cuh   dq, then dk and dv
@@ -72,13 +72,13 @@ Status launch_cuda(const AttentionCuda& a, void* stream) {
   return for_dtype(a.dtype, [&](auto t) {
     return for_dim(a.dim, [&](auto dim) {
       using T = decltype(t);
-      constexpr int D = dim, kOwn = attention::Warp<T, D>::kOwn;
+      constexpr int D = dim, kBlockRows = attention::Warp<T, D>::kBlockRows;
       constexpr size_t kBytes = attention::ForwardMemory<T, D>::kBytes;
       if (!a.splits.count) {
-        const int64_t blocks = a.batch * a.heads * attention::tiles_of(a, a.queries, kOwn);
+        const int64_t blocks = a.batch * a.heads * attention::tiles_of(a, a.queries, kBlockRows);
         return launch_blocks(attention::forward<T, D>, blocks, kBytes, stream, a);
       }
-      const int64_t row_tiles = ceil_div(a.queries * (a.heads / a.kv_heads), kOwn);
+      const int64_t row_tiles = ceil_div(a.queries * (a.heads / a.kv_heads), kBlockRows);
       const int64_t blocks = a.batch * a.kv_heads * row_tiles * a.splits.count;
       const Status status = launch_blocks(attention::decode<T, D>, blocks, kBytes, stream, a);
       if (status != Status::ok || a.splits.count == 1) return status;
@@ -96,11 +96,11 @@ Status launch_cuda(const AttentionBackwardCuda& a, void* stream) {
       constexpr int D = dim;
       using W = attention::Warp<T, D>;
       constexpr size_t kBytes = attention::BackwardMemory<T, D>::kBytes;
-      const int64_t tiles = attention::tiles_of(a, a.queries, W::kOwn);
+      const int64_t tiles = attention::tiles_of(a, a.queries, W::kBlockRows);
       const Status status =
           launch_blocks(attention::backward_queries<T, D>, a.batch * a.heads * tiles, kBytes, stream, a);
       if (status != Status::ok) return status;
-      const int64_t parts = D / W::kKeyColumns, key_tiles = attention::tiles_of(a, a.keys, W::kOwn);
+      const int64_t parts = D / W::kKeyColumns, key_tiles = attention::tiles_of(a, a.keys, W::kBlockRows);
       return launch_blocks(attention::backward_keys<T, D>, a.batch * a.kv_heads * key_tiles * parts, kBytes, stream, a);
     });
   });

@@ -11,23 +11,23 @@
 
 namespace finetune::attention {
 
-// Shared memory of both kernels: the block's own two tiles, two streamed tiles and their rows' statistics for each
-// stage, the warps' scratch.
+// Shared memory of both kernels: the two tiles that the block holds (q and dO, or k and v), the two that it loops over
+// with their rows' statistics for each stage, the warps' scratch.
 template <class T, int D>
 struct BackwardMemory {
   using W = Warp<T, D>;
-  static constexpr int N = W::kBackwardStream;
-  static constexpr int kRowsOfO = W::kOwn > W::kDiagonal ? W::kOwn : W::kDiagonal;  // where the streamed tiles will be
+  static constexpr int N = W::kBackwardStep;
+  static constexpr int kRowsOfO = W::kBlockRows > W::kDiagonal ? W::kBlockRows : W::kDiagonal;  // where k and v will be
   static_assert(2 * W::kStages * N >= kRowsOfO);
-  static constexpr size_t kOwnBytes = W::kOwn * D * sizeof(T), kStreamBytes = N * D * sizeof(T),
-                          kStatistics = 2 * kOwnBytes + 2 * W::kStages * kStreamBytes,
+  static constexpr size_t kBlockBytes = W::kBlockRows * D * sizeof(T), kStepBytes = N * D * sizeof(T),
+                          kStatistics = 2 * kBlockBytes + 2 * W::kStages * kStepBytes,
                           kScratch = kStatistics + W::kStages * N * sizeof(AttentionRow),
                           kBytes = kScratch + W::kScratch;
   unsigned char* memory;
 
-  __device__ Tile<T, D> own(int which) const { return {reinterpret_cast<T*>(memory + which * kOwnBytes)}; }
-  __device__ Tile<T, D> streamed(int which, int stage) const {
-    return {reinterpret_cast<T*>(memory + 2 * kOwnBytes + (2 * stage + which) * kStreamBytes)};
+  __device__ Tile<T, D> held(int which) const { return {reinterpret_cast<T*>(memory + which * kBlockBytes)}; }
+  __device__ Tile<T, D> step(int which, int stage) const {
+    return {reinterpret_cast<T*>(memory + 2 * kBlockBytes + (2 * stage + which) * kStepBytes)};
   }
   __device__ AttentionRow* rows(int stage) const {
     return reinterpret_cast<AttentionRow*>(memory + kStatistics) + stage * N;
@@ -35,164 +35,168 @@ struct BackwardMemory {
   __device__ unsigned char* scratch() const { return memory + kScratch; }
 };
 
-// Of a query tile; the keys stream past.  S = Q Kᵀ,   dP = dO Vᵀ,   dS = P ∘ (dP − delta),   dQ += dS K.
+// A block per tile of BLOCK_M queries; it loops over tiles of BLOCK_N keys:
+//   S = Q Kᵀ,   dP = dO Vᵀ,   dS = P ∘ (dP − delta),   dQ += dS K.
 // delta = dO · O comes from the products that make dP, and so in their order: where a row's P is 1 at one key and 0
 // elsewhere, they cancel to the bit, as they should. It is left in a.rows for backward_keys.
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwardCuda a) {
   using W = Warp<T, D>;
-  constexpr int N = W::kBackwardStream, kRows = W::kRows;
-  DYN_SHARED(unsigned char, memory);
-  const BackwardMemory<T, D> m{memory};
-  const Place p = place(a, gridDim.x - 1 - blockIdx.x, false, W::kOwn, 1);
-  if (!p.rows) return;
-  const W w(m.scratch());
+  constexpr int BLOCK_M = W::kBlockRows, BLOCK_N = W::kBackwardStep, kRows = W::kRows;
+  DYN_SHARED(unsigned char, shared);
+  const BackwardMemory<T, D> memory{shared};
+  const WorkTile work = work_tile(a, gridDim.x - 1 - blockIdx.x, false, BLOCK_M, 1);
+  if (!work.rows) return;
+  const W w(memory.scratch());
 
-  const int kv_head = p.head / static_cast<int>(a.heads / a.kv_heads);
-  const int least = p.s.limit(p.first), most = p.s.limit(p.first + p.rows - 1);
+  const int kv_head = work.head / static_cast<int>(a.heads / a.kv_heads);
+  const int least = work.s.limit(work.first), most = work.s.limit(work.first + work.rows - 1);
   const bool chunks_k = in_chunks<T>(a.k, a.dim), chunks_v = in_chunks<T>(a.v, a.dim);
   const auto load = [&](int n, int stage) {
-    const int key = n * N;
-    load_tile<N>(m.streamed(0, stage), at<const T>(a.k, p.s, key, kv_head), a.k.token, most - key, a.dim, chunks_k);
-    load_tile<N>(m.streamed(1, stage), at<const T>(a.v, p.s, key, kv_head), a.v.token, most - key, a.dim, chunks_v);
+    const int key = n * BLOCK_N;
+    load_tile<BLOCK_N>(memory.step(0, stage), at<const T>(a.k, work.s, key, kv_head), a.k.token, most - key, a.dim,
+                       chunks_k);
+    load_tile<BLOCK_N>(memory.step(1, stage), at<const T>(a.v, work.s, key, kv_head), a.v.token, most - key, a.dim,
+                       chunks_v);
   };
 
-  const Tile<T, D> o = m.streamed(0, 0);  // until the first keys come
-  load_tile<W::kOwn>(m.own(0), at<const T>(a.q, p.s, p.first, p.head), a.q.token, p.rows, a.dim,
+  const Tile<T, D> o = memory.step(0, 0);  // until the first keys come
+  load_tile<BLOCK_M>(memory.held(0), at<const T>(a.q, work.s, work.first, work.head), a.q.token, work.rows, a.dim,
                      in_chunks<T>(a.q, a.dim));
-  load_tile<W::kOwn>(m.own(1), at<const T>(a.grad_o, p.s, p.first, p.head), a.grad_o.token, p.rows, a.dim,
-                     in_chunks<T>(a.grad_o, a.dim));
-  load_tile<BackwardMemory<T, D>::kRowsOfO>(o, at<const T>(a.o, p.s, p.first, p.head), a.o.token, p.rows, a.dim,
-                                            in_chunks<T>(a.o, a.dim));
+  load_tile<BLOCK_M>(memory.held(1), at<const T>(a.grad_o, work.s, work.first, work.head), a.grad_o.token, work.rows,
+                     a.dim, in_chunks<T>(a.grad_o, a.dim));
+  load_tile<BackwardMemory<T, D>::kRowsOfO>(o, at<const T>(a.o, work.s, work.first, work.head), a.o.token, work.rows,
+                                            a.dim, in_chunks<T>(a.o, a.dim));
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
   typename W::template Matrix<W::kDiagonal> dots;  // of the warp's rows of dO with rows of O, among them the same ones
   const int other = w.diagonal();
-  w.multiply(m.own(1), Tile<T, D>{o.data + other * D}, dots);
+  w.multiply(memory.held(1), Tile<T, D>{o.data + other * D}, dots);
 
   int limit[kRows];
   AttentionRow rows[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = w.row(r);
-    limit[r] = p.s.limit(min(p.first + row, p.s.queries - 1));
+    limit[r] = work.s.limit(min(work.first + row, work.s.queries - 1));
     float delta = 0;
 #pragma unroll
     for (int c = 0; c < dots.kColumns; ++c) delta = other + w.column(c) == row ? dots.at(r, c) : delta;
     delta = w.over_row(delta, [](float x, float y) { return x + y; });
     rows[r] = {0, 0, BUG("attention.no_delta") ? 0.0f : delta, 0};
-    if (row >= p.rows) continue;
-    const int64_t i = row_index(a, p.s, p.head, p.first + row);
-    if (a.total[i] != 0) rows[r].top = a.top[i], rows[r].share = 1 / a.total[i];
+    if (row >= work.rows) continue;
+    const int64_t i = row_index(a, work.s, work.head, work.first + row);
+    if (a.l[i] != 0) rows[r].m = a.m[i], rows[r].inverse_l = 1 / a.l[i];
     if (w.column(0) == 0) a.rows[i] = rows[r];
   }
   if (!BUG("attention.no_barrier_after_delta")) __syncthreads();
 
   typename W::template Matrix<D> dq;
-  pipeline<W::kStages>(static_cast<int>(ceil_div(most, N)), load, [&](int n, int stage) {
-    const Tile<T, D> k = m.streamed(0, stage), v = m.streamed(1, stage);
-    const int key = n * N;
-    const bool whole = key + N <= least;
-    typename W::template Matrix<N> x, slope;  // S; dP, then dS
-    w.multiply(m.own(0), k, x);
-    w.multiply(m.own(1), v, slope);
+  pipeline<W::kStages>(static_cast<int>(ceil_div(most, BLOCK_N)), load, [&](int n, int stage) {
+    const Tile<T, D> k = memory.step(0, stage), v = memory.step(1, stage);
+    const int key = n * BLOCK_N;
+    const bool whole = key + BLOCK_N <= least;
+    typename W::template Matrix<BLOCK_N> p, ds;  // S; dP, then dS
+    w.multiply(memory.held(0), k, p);
+    w.multiply(memory.held(1), v, ds);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-      for (int c = 0; c < x.kColumns; ++c) {
-        const float y = ptx::exp2(__fmul_rn(x.at(r, c), a.scale * kLog2e) - rows[r].top) * rows[r].share;
-        slope.at(r, c) = y * (slope.at(r, c) - rows[r].delta);
+      for (int c = 0; c < p.kColumns; ++c) {
+        const float weight = ptx::exp2(__fmul_rn(p.at(r, c), a.scale * kLog2e) - rows[r].m) * rows[r].inverse_l;
+        ds.at(r, c) = weight * (ds.at(r, c) - rows[r].delta);
       }
     }
     if (!whole && !BUG("attention.no_mask_for_dq")) {  // the last tiles
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-        for (int c = 0; c < x.kColumns; ++c) {
-          if (key + w.column(c) >= limit[r]) slope.at(r, c) = 0;
+        for (int c = 0; c < p.kColumns; ++c) {
+          if (key + w.column(c) >= limit[r]) ds.at(r, c) = 0;
         }
       }
     }
-    w.accumulate(slope, k, 0, dq);
+    w.accumulate(ds, k, 0, dq);
   });
 
   float scale[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) scale[r] = a.scale;
-  w.put(dq, scale, m.own(0), 0);
-  store_rows(m.own(0), w.first, min(max(p.rows - w.first, 0), W::kWarpRows),
-             at<T>(a.dq, p.s, p.first + w.first, p.head), a.dq.token, 0, a.dim, in_chunks<T>(a.dq, a.dim));
+  w.to_shared(dq, scale, memory.held(0), 0);
+  store_rows(memory.held(0), w.first, min(max(work.rows - w.first, 0), W::kWarpRows),
+             at<T>(a.dq, work.s, work.first + w.first, work.head), a.dq.token, 0, a.dim, in_chunks<T>(a.dq, a.dim));
 }
 
-// Of a key tile and one key/value head; where a block's registers do not hold all columns (D = 256), for a part of
-// them. The queries of all the heads that share it stream past.
-// Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q.
+// A block per tile of BLOCK_N keys of one key/value head; where a block's registers do not hold all columns (D = 256),
+// for a part of them. It loops over tiles of BLOCK_M queries of all the heads that share it:
+//   Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q.
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCuda a) {
   using W = Warp<T, D>;
-  constexpr int N = W::kBackwardStream, kRows = W::kRows, kColumns = W::kKeyColumns;
-  DYN_SHARED(unsigned char, memory);
-  const BackwardMemory<T, D> m{memory};
-  const Place p = place(a, blockIdx.x, true, W::kOwn, D / kColumns);
-  if (!p.rows) return;
-  const W w(m.scratch());
+  constexpr int BLOCK_M = W::kBackwardStep, BLOCK_N = W::kBlockRows, kRows = W::kRows, kColumns = W::kKeyColumns;
+  DYN_SHARED(unsigned char, shared);
+  const BackwardMemory<T, D> memory{shared};
+  const WorkTile work = work_tile(a, blockIdx.x, true, BLOCK_N, D / kColumns);
+  if (!work.rows) return;
+  const W w(memory.scratch());
 
   const int group = static_cast<int>(a.heads / a.kv_heads);
-  const int real = min(max(p.s.keys - p.first, 0), p.rows);  // keys past the length get the gradient 0
-  const int from = real ? min(p.s.since(p.first), p.s.queries) : p.s.queries;
-  const int steps = static_cast<int>(ceil_div(p.s.queries - from, N));  // for each head
+  const int real = min(max(work.s.keys - work.first, 0), work.rows);  // keys past the length get the gradient 0
+  const int from = real ? min(work.s.since(work.first), work.s.queries) : work.s.queries;
+  const int steps = static_cast<int>(ceil_div(work.s.queries - from, BLOCK_M));  // for each head
   const bool chunks_q = in_chunks<T>(a.q, a.dim), chunks_g = in_chunks<T>(a.grad_o, a.dim);
   const auto load = [&](int n, int stage) {
     if (n == 0) {
-      load_tile<W::kOwn>(m.own(0), at<const T>(a.k, p.s, p.first, p.head), a.k.token, real, a.dim,
+      load_tile<BLOCK_N>(memory.held(0), at<const T>(a.k, work.s, work.first, work.head), a.k.token, real, a.dim,
                          in_chunks<T>(a.k, a.dim));
-      load_tile<W::kOwn>(m.own(1), at<const T>(a.v, p.s, p.first, p.head), a.v.token, real, a.dim,
+      load_tile<BLOCK_N>(memory.held(1), at<const T>(a.v, work.s, work.first, work.head), a.v.token, real, a.dim,
                          in_chunks<T>(a.v, a.dim));
     }
-    const int head = p.head * group + (BUG("attention.first_head_of_the_group") ? 0 : n / steps);
-    const int query = from + n % steps * N, left = p.s.queries - query;
-    load_tile<N>(m.streamed(0, stage), at<const T>(a.q, p.s, query, head), a.q.token, left, a.dim, chunks_q);
-    load_tile<N>(m.streamed(1, stage), at<const T>(a.grad_o, p.s, query, head), a.grad_o.token, left, a.dim, chunks_g);
-    const AttentionRow* const rows = a.rows + row_index(a, p.s, head, query);
-    for (int i = threadIdx.x; i < N; i += kThreads) {
-      ptx::cp_async16(m.rows(stage) + i, i < left ? rows + i : a.rows, i < left);
+    const int head = work.head * group + (BUG("attention.first_head_of_the_group") ? 0 : n / steps);
+    const int query = from + n % steps * BLOCK_M, left = work.s.queries - query;
+    load_tile<BLOCK_M>(memory.step(0, stage), at<const T>(a.q, work.s, query, head), a.q.token, left, a.dim, chunks_q);
+    load_tile<BLOCK_M>(memory.step(1, stage), at<const T>(a.grad_o, work.s, query, head), a.grad_o.token, left, a.dim,
+                       chunks_g);
+    const AttentionRow* const rows = a.rows + row_index(a, work.s, head, query);
+    for (int i = threadIdx.x; i < BLOCK_M; i += kThreads) {
+      ptx::cp_async16(memory.rows(stage) + i, i < left ? rows + i : a.rows, i < left);
     }
   };
 
   int since[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) since[r] = w.row(r) < real ? p.s.since(p.first + w.row(r)) : 0x7fffffff;
+  for (int r = 0; r < kRows; ++r) since[r] = w.row(r) < real ? work.s.since(work.first + w.row(r)) : 0x7fffffff;
   typename W::template Matrix<kColumns> dk, dv;
   pipeline<W::kStages>(group * steps, load, [&](int n, int stage) {
-    const Tile<T, D> q = m.streamed(0, stage), grad = m.streamed(1, stage);
-    const int query = from + n % steps * N;
+    const Tile<T, D> q = memory.step(0, stage), grad = memory.step(1, stage);
+    const int query = from + n % steps * BLOCK_M;
     const bool whole =
-        real == W::kOwn && (query >= p.s.since(p.first + real - 1) || BUG("attention.no_causal_mask_for_dk"));
-    typename W::template Matrix<N> x, slope;  // Sᵀ, then Pᵀ; dPᵀ, then dSᵀ
-    w.multiply(m.own(0), q, x);
-    w.multiply(m.own(1), grad, slope);
+        real == BLOCK_N && (query >= work.s.since(work.first + real - 1) || BUG("attention.no_causal_mask_for_dk"));
+    typename W::template Matrix<BLOCK_M> p, ds;  // Sᵀ, then Pᵀ; dPᵀ, then dSᵀ
+    w.multiply(memory.held(0), q, p);
+    w.multiply(memory.held(1), grad, ds);
 #pragma unroll
-    for (int c = 0; c < x.kColumns; ++c) {
-      const AttentionRow row = m.rows(stage)[w.column(c)];  // past the last query the share is 0
-      const float share = BUG("attention.no_share") ? 1.0f : row.share;
+    for (int c = 0; c < p.kColumns; ++c) {
+      const AttentionRow row = memory.rows(stage)[w.column(c)];  // 0, and so inverse_l, past the last query
+      const float inverse_l = BUG("attention.no_share") ? 1.0f : row.inverse_l;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        x.at(r, c) = ptx::exp2(__fmul_rn(x.at(r, c), a.scale * kLog2e) - row.top) * share;
-        slope.at(r, c) = x.at(r, c) * (slope.at(r, c) - row.delta);
+        p.at(r, c) = ptx::exp2(__fmul_rn(p.at(r, c), a.scale * kLog2e) - row.m) * inverse_l;
+        ds.at(r, c) = p.at(r, c) * (ds.at(r, c) - row.delta);
       }
     }
     if (!whole) {  // the first tiles, and the last keys
 #pragma unroll
-      for (int c = 0; c < x.kColumns; ++c) {
+      for (int c = 0; c < p.kColumns; ++c) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          if (query + w.column(c) < since[r]) x.at(r, c) = slope.at(r, c) = 0;
+          if (query + w.column(c) < since[r]) p.at(r, c) = ds.at(r, c) = 0;
         }
       }
     }
-    w.accumulate(x, grad, p.part * kColumns, dv);
-    w.accumulate(slope, q, p.part * kColumns, dk);
+    w.accumulate(p, grad, work.part * kColumns, dv);
+    w.accumulate(ds, q, work.part * kColumns, dk);
   });
 
   float scale[kRows], one[kRows];
@@ -201,14 +205,14 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
     scale[r] = BUG("attention.dk_not_scaled") ? 1.0f : a.scale;
     one[r] = 1;
   }
-  const int begin = p.part * kColumns, count = min(max(p.rows - w.first, 0), W::kWarpRows);
+  const int begin = work.part * kColumns, count = min(max(work.rows - w.first, 0), W::kWarpRows);
   const int64_t end = a.dim < begin + kColumns ? a.dim : begin + kColumns;
-  w.put(dk, scale, m.own(0), begin);
-  w.put(dv, one, m.own(1), begin);
-  store_rows(m.own(0), w.first, count, at<T>(a.dk, p.s, p.first + w.first, p.head), a.dk.token, begin, end,
-             in_chunks<T>(a.dk, a.dim));
-  store_rows(m.own(1), w.first, count, at<T>(a.dv, p.s, p.first + w.first, p.head), a.dv.token, begin, end,
-             in_chunks<T>(a.dv, a.dim));
+  w.to_shared(dk, scale, memory.held(0), begin);
+  w.to_shared(dv, one, memory.held(1), begin);
+  store_rows(memory.held(0), w.first, count, at<T>(a.dk, work.s, work.first + w.first, work.head), a.dk.token, begin,
+             end, in_chunks<T>(a.dk, a.dim));
+  store_rows(memory.held(1), w.first, count, at<T>(a.dv, work.s, work.first + w.first, work.head), a.dv.token, begin,
+             end, in_chunks<T>(a.dv, a.dim));
 }
 
 }  // namespace finetune::attention

@@ -38,7 +38,7 @@ struct Sequence {
 };
 
 // A block's share of the work: `rows` tokens (queries or keys) of one head from token `first` of a sequence.
-struct Place {
+struct WorkTile {
   Sequence s;
   int head, first, rows, part;
 };
@@ -57,31 +57,32 @@ __device__ __forceinline__ Sequence sequence(const AttentionCudaShape& a, int ba
 }
 
 // The place of block `index` where blocks are numbered (batch, head, tile, part); of_keys: tokens are keys.
-__device__ __forceinline__ Place place(const AttentionCudaShape& a, int index, bool of_keys, int size, int parts) {
+__device__ __forceinline__ WorkTile work_tile(const AttentionCudaShape& a, int index, bool of_keys, int size,
+                                              int parts) {
   const int heads = static_cast<int>(of_keys ? a.kv_heads : a.heads);
   const int tokens = static_cast<int>(of_keys ? a.keys : a.queries);
   const int tiles = static_cast<int>(tiles_of(a, tokens, size));
-  Place p;
-  p.part = index % parts;
+  WorkTile work;
+  work.part = index % parts;
   index /= parts;
   int tile = index % tiles;
-  p.head = index / tiles % heads;
-  p.s = sequence(a, index / tiles / heads);
-  int own = tokens;
+  work.head = index / tiles % heads;
+  work.s = sequence(a, index / tiles / heads);
+  int here = tokens;
   if (a.offsets.data) {
     int low = 0, high = static_cast<int>(a.documents);  // document `low` begins at or before the tile, `high` after it
     while (high - low > 1) {
       const int middle = low + (high - low) / 2;
       (bounded(integer(a.offsets, middle), 0, tokens) / size + middle <= tile ? low : high) = middle;
     }
-    p.s.begin = bounded(integer(a.offsets, low), 0, tokens);
-    own = p.s.queries = p.s.keys = bounded(integer(a.offsets, low + 1), p.s.begin, tokens) - p.s.begin;
-    p.s.shift = 0;
-    tile -= p.s.begin / size + low;
+    work.s.begin = bounded(integer(a.offsets, low), 0, tokens);
+    here = work.s.queries = work.s.keys = bounded(integer(a.offsets, low + 1), work.s.begin, tokens) - work.s.begin;
+    work.s.shift = 0;
+    tile -= work.s.begin / size + low;
   }
-  p.first = bounded(int64_t{tile} * size, 0, 0x7fffffff);
-  p.rows = min(max(own - p.first, 0), size);
-  return p;
+  work.first = bounded(int64_t{tile} * size, 0, 0x7fffffff);
+  work.rows = min(max(here - work.first, 0), size);
+  return work;
 }
 
 template <class T>

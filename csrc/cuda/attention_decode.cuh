@@ -4,7 +4,7 @@
 //   m = max m_s,   l = Σ 2^(m_s − m) l_s,   o = Σ 2^(m_s − m) acc_s / l
 // The splits are a function of the sizes alone (attention_splits): the same bits on every GPU and at every run.
 //
-// Blocks: batch · kv_heads · splits, at least 264 where the keys allow it, instead of batch · heads. Bytes: keys and
+// Blocks: batch · kv_heads · splits, up to 264 as far as there are keys, instead of batch · heads. Bytes: keys and
 // values once, not once for each head of a group; and 8 D for each row and split, in fp32, there and back: with 256
 // keys a split, 16 bits and 8 rows, 6 % of the keys and values. FLOPs: of 64 rows of a tile only warps that have rows
 // of their own multiply; 8 rows cost one warp's mma instead of eight tiles of four.
@@ -28,28 +28,28 @@ struct PackedRows {
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1) decode(AttentionCuda a) {
   using W = Warp<T, D>;
-  constexpr int kRows = W::kRows;
+  constexpr int BLOCK_M = W::kBlockRows, BLOCK_N = W::kStep, kRows = W::kRows;
   DYN_SHARED(unsigned char, shared);
   const ForwardMemory<T, D> memory{shared};
   const W w(memory.scratch());
   const int group = static_cast<int>(a.heads / a.kv_heads), packed = static_cast<int>(a.queries) * group;
-  const int splits = static_cast<int>(a.splits.count), tiles = static_cast<int>(ceil_div(packed, W::kOwn));
+  const int splits = static_cast<int>(a.splits.count), tiles = static_cast<int>(ceil_div(packed, BLOCK_M));
   int index = blockIdx.x;
   const int split = index % splits;
   index /= splits;
-  const int first = index % tiles * W::kOwn, rows = min(packed - first, W::kOwn);
+  const int first = index % tiles * BLOCK_M, rows = min(packed - first, BLOCK_M);
   const int kv_head = index / tiles % static_cast<int>(a.kv_heads);
   const Sequence s = sequence(a, index / tiles / static_cast<int>(a.kv_heads));
   const PackedRows packing{kv_head * group, group, first};
 
-  const int each = static_cast<int>(ceil_div(ceil_div(a.keys, W::kStream), splits)) * W::kStream, begin = split * each;
+  const int each = static_cast<int>(ceil_div(ceil_div(a.keys, BLOCK_N), splits)) * BLOCK_N, begin = split * each;
   const int least = s.limit(packing.query(0)), most = s.limit(packing.query(rows - 1));
   int limit[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) limit[r] = s.limit(packing.query(min(w.row(r), rows - 1)));
   const bool chunks = in_chunks<T>(a.q, a.dim);
   const auto load_q = [&] {
-    load_rows<W::kOwn>(
+    load_rows<BLOCK_M>(
         memory.q(), [&](int i) { return at<const T>(a.q, s, packing.query(i), packing.head(i)); }, rows, a.dim, chunks);
   };
   OnlineSoftmax<kRows> softmax(a.scale);
@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode(AttentionCuda a) {
     if (i >= rows) continue;
     const int64_t row = row_index(a, s, packing.head(i), packing.query(i)), part = split * attention_rows(a) + row;
     if (w.column(0) == 0) {
-      (splits == 1 ? a.top : a.splits.m)[part] = softmax.log2_max(r);
-      (splits == 1 ? a.total : a.splits.l)[part] = softmax.l[r];
+      (splits == 1 ? a.m : a.splits.m)[part] = softmax.log2_max(r);
+      (splits == 1 ? a.l : a.splits.l)[part] = softmax.l[r];
     }
     if (splits == 1) {
       T* const to = at<T>(a.o, s, packing.query(i), packing.head(i));
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) combine(AttentionCuda a) {
   for (int j = 0; j < D / 32; ++j) {
     if (32 * j + lane < a.dim) to[32 * j + lane] = from_float<T>(acc[j] * factor);
   }
-  if (lane == 0) a.top[row] = m, a.total[row] = l;
+  if (lane == 0) a.m[row] = m, a.l[row] = l;
 }
 
 }  // namespace finetune::attention

@@ -31,10 +31,10 @@
 namespace finetune {
 namespace {
 
-using attention::Place;
+using attention::WorkTile;
 using ptx::Mbarrier;
 
-constexpr int kRows = 128, kKeys = 128, kStages = 2, kThreads = 3 * 128, kConsumers = 2 * 128;
+constexpr int BLOCK_M = 128, BLOCK_N = 128, kStages = 2, kThreads = 3 * 128, kConsumers = 2 * 128;
 constexpr int kPanel = 64;                // columns of a tile that lie together, 128 bytes a row
 constexpr unsigned kEightRows = 8 * 128;  // bytes
 // A block's registers, as ptxas deals them out at its start (tests hold it to that), and as they are moved.
@@ -48,13 +48,13 @@ struct Arguments : AttentionCuda {
 
 template <class T, int D>
 struct Memory {
-  static constexpr size_t kTiles = (kRows + 2 * kStages * kKeys) * D * sizeof(T);
+  static constexpr size_t kTiles = (BLOCK_M + 2 * kStages * BLOCK_N) * D * sizeof(T);
   static constexpr size_t kBytes = kTiles + (1 + 4 * kStages) * sizeof(Mbarrier);
   unsigned char* start;
 
   __device__ T* q() const { return reinterpret_cast<T*>(start); }
-  __device__ T* k(int stage) const { return q() + (kRows + 2 * stage * kKeys) * D; }
-  __device__ T* v(int stage) const { return k(stage) + kKeys * D; }
+  __device__ T* k(int stage) const { return q() + (BLOCK_M + 2 * stage * BLOCK_N) * D; }
+  __device__ T* v(int stage) const { return k(stage) + BLOCK_N * D; }
   __device__ Mbarrier* q_full() const { return reinterpret_cast<Mbarrier*>(start + kTiles); }
   __device__ Mbarrier* k_full(int stage) const { return q_full() + 1 + 4 * stage; }
   __device__ Mbarrier* v_full(int stage) const { return k_full(stage) + 1; }
@@ -66,8 +66,8 @@ struct Memory {
 template <class T, int D>
 __device__ __forceinline__ void copy_tile(T* to, const ptx::TensorMap* map, int64_t head, int64_t token, int64_t batch,
                                           Mbarrier* full) {
-  static_assert(kRows == kKeys);
-  const unsigned bytes = kRows * D * sizeof(T);
+  static_assert(BLOCK_M == BLOCK_N);
+  const unsigned bytes = BLOCK_M * D * sizeof(T);
   if (BUG("attention_hopper.no_expect")) {
     ptx::mbarrier_arrive(full);
   } else {
@@ -75,21 +75,21 @@ __device__ __forceinline__ void copy_tile(T* to, const ptx::TensorMap* map, int6
   }
 #pragma unroll
   for (int c = 0; c < D; c += kPanel) {
-    ptx::tensor_copy(to + c * kRows, map, c, static_cast<int>(head), static_cast<int>(token), static_cast<int>(batch),
+    ptx::tensor_copy(to + c * BLOCK_M, map, c, static_cast<int>(head), static_cast<int>(token), static_cast<int>(batch),
                      full);
   }
 }
 
 template <class T, int D>
-__device__ __forceinline__ void produce(const Arguments& a, const Memory<T, D>& m, const Place& p, int tiles) {
-  const int64_t kv_head = p.head / (a.heads / a.kv_heads);
-  if (tiles) copy_tile<T, D>(m.q(), &a.q_map, p.head, p.first, p.s.batch, m.q_full());
+__device__ __forceinline__ void produce(const Arguments& a, const Memory<T, D>& m, const WorkTile& work, int tiles) {
+  const int64_t kv_head = work.head / (a.heads / a.kv_heads);
+  if (tiles) copy_tile<T, D>(m.q(), &a.q_map, work.head, work.first, work.s.batch, m.q_full());
   for (int n = 0; n < tiles; ++n) {
     const int stage = n % kStages, parity = n / kStages % 2;
     if (!BUG("attention_hopper.no_wait_for_empty")) ptx::mbarrier_wait(m.k_empty(stage), parity ^ 1);
-    copy_tile<T, D>(m.k(stage), &a.k_map, kv_head, n * kKeys, p.s.batch, m.k_full(stage));
+    copy_tile<T, D>(m.k(stage), &a.k_map, kv_head, n * BLOCK_N, work.s.batch, m.k_full(stage));
     if (!BUG("attention_hopper.no_wait_for_empty")) ptx::mbarrier_wait(m.v_empty(stage), parity ^ 1);
-    copy_tile<T, D>(m.v(stage), &a.v_map, kv_head, n * kKeys, p.s.batch, m.v_full(stage));
+    copy_tile<T, D>(m.v(stage), &a.v_map, kv_head, n * BLOCK_N, work.s.batch, m.v_full(stage));
   }
 }
 
@@ -114,21 +114,22 @@ __device__ __forceinline__ uint64_t tile_matrix(const void* p, unsigned stride, 
 template <class T, int D>
 __device__ __forceinline__ void clear_behind_the_end(T* v, int end) {
   constexpr int V = kVector<T>, kChunks = kPanel / V;
-  if (end >= kKeys || BUG("attention_hopper.padding_counts")) return;
+  if (end >= BLOCK_N || BUG("attention_hopper.padding_counts")) return;
   const int thread = static_cast<int>(threadIdx.x) - (kThreads - kConsumers);
-  for (int i = thread; i < (kKeys - end) * (D / V); i += kConsumers) {  // whole rows: the swizzle stays within them
+  for (int i = thread; i < (BLOCK_N - end) * (D / V); i += kConsumers) {  // whole rows: the swizzle stays within them
     const int row = end + i / (D / V), panel = i % (D / V) / kChunks;
-    ptx::store_shared16(v + (panel * kKeys + row) * kPanel + i % kChunks * V, {});
+    ptx::store_shared16(v + (panel * BLOCK_N + row) * kPanel + i % kChunks * V, {});
   }
   if (!BUG("attention_hopper.no_proxy_fence")) ptx::async_proxy_fence();
   if (!BUG("attention_hopper.no_barrier_after_clearing")) ptx::named_barrier<1, kConsumers>();
 }
 
-// A consumer warpgroup's 64 queries, from `own` of the block's tile on.
+// A consumer warpgroup's 64 queries, from `first_row` of the block's on.
 template <class T, int D>
-__device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& m, const Place& p, int tiles, int own) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, first = own + 16 * warp + lane / 4;
-  const int least = p.s.limit(p.first + own);
+__device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& m, const WorkTile& work, int tiles,
+                                        int first_row) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, first = first_row + 16 * warp + lane / 4;
+  const int least = work.s.limit(work.first + first_row);
   const auto over_row = [](float x, auto&& join) {  // four lanes have a row
     x = join(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return join(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -137,7 +138,7 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
   attention::OnlineSoftmax<2> softmax(a.scale);
   Accumulator<D> acc;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) limit[r] = p.s.limit(min(p.first + first + 8 * r, p.s.queries - 1));
+  for (int r = 0; r < 2; ++r) limit[r] = work.s.limit(min(work.first + first + 8 * r, work.s.queries - 1));
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) acc.d[i] = 0;
 
@@ -147,17 +148,17 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
     const auto release = [&](Mbarrier* empty) {
       if (lane == 0) ptx::mbarrier_arrive(empty);
     };
-    Accumulator<kKeys> s;
+    Accumulator<BLOCK_N> s;
     if (!BUG("attention_hopper.no_wait_for_k")) {
       ptx::mbarrier_wait(m.k_full(stage), BUG("attention_hopper.wrong_parity") ? parity ^ 1 : parity);
     }
     if (!BUG("attention_hopper.no_wgmma_fence")) ptx::wgmma_fence(s.d);
 #pragma unroll
     for (int c = 0; c < D; c += 16) {
-      const int at = BUG("attention_hopper.steps_a_row") ? c / 16 * kPanel : c / kPanel * kRows * kPanel + c % kPanel;
+      const int at = BUG("attention_hopper.steps_a_row") ? c / 16 * kPanel : c / kPanel * BLOCK_M * kPanel + c % kPanel;
       const unsigned stride = BUG("attention_hopper.next_rows_too_near") ? kEightRows / 2 : kEightRows;
-      ptx::wgmma<T, kKeys>(s.d, tile_matrix(m.q() + own * kPanel + at, kEightRows, 16),
-                           tile_matrix(m.k(stage) + at, stride, 16), c > 0);
+      ptx::wgmma<T, BLOCK_N>(s.d, tile_matrix(m.q() + first_row * kPanel + at, kEightRows, 16),
+                             tile_matrix(m.k(stage) + at, stride, 16), c > 0);
     }
     ptx::wgmma_commit();
     if (BUG("attention_hopper.early_release")) release(m.k_empty(stage));
@@ -168,13 +169,13 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
     }
     if (!BUG("attention_hopper.early_release") && !BUG("attention_hopper.no_release_of_k")) release(m.k_empty(stage));
 
-    const int key = n * kKeys;
-    const bool masked = key + kKeys > least && !BUG("attention_hopper.no_tail_mask");  // the last tiles alone
+    const int key = n * BLOCK_N;
+    const bool masked = key + BLOCK_N > least && !BUG("attention_hopper.no_tail_mask");  // the last tiles alone
     softmax.step(s, acc, masked, [&](int r, int c) { return key + column_of(c) < limit[r]; }, over_row);
 
-    unsigned probability[kKeys / 16][4];
+    unsigned probability[BLOCK_N / 16][4];
 #pragma unroll
-    for (int c = 0; c < kKeys / 16; ++c) {
+    for (int c = 0; c < BLOCK_N / 16; ++c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int from = BUG("attention_hopper.swapped_fragment") && i % 3 ? 3 - i : i;
@@ -184,7 +185,7 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
     if (!BUG("attention_hopper.no_wait_for_v")) {
       ptx::mbarrier_wait(m.v_full(stage), BUG("attention_hopper.wrong_parity_of_v") ? parity ^ 1 : parity);
     }
-    if (n + 1 == tiles && p.s.keys < a.keys) clear_behind_the_end<T, D>(m.v(stage), p.s.keys - n * kKeys);
+    if (n + 1 == tiles && work.s.keys < a.keys) clear_behind_the_end<T, D>(m.v(stage), work.s.keys - n * BLOCK_N);
     if (BUG("attention_hopper.probabilities_after_the_fence")) {
       ptx::wgmma_fence(acc.d);
       for (int i = 0; i < 4; ++i) probability[0][i] = ptx::pack<T>(s.d[2 * i], s.d[2 * i + 1]);
@@ -192,9 +193,9 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
       ptx::wgmma_fence(acc.d, probability);
     }
 #pragma unroll
-    for (int c = 0; c < kKeys / 16; ++c) {
+    for (int c = 0; c < BLOCK_N / 16; ++c) {
       ptx::wgmma<T, D>(acc.d, probability[c],
-                       tile_matrix(m.v(stage) + c * 16 * kPanel, kEightRows, kKeys * kPanel * sizeof(T)), true);
+                       tile_matrix(m.v(stage) + c * 16 * kPanel, kEightRows, BLOCK_N * kPanel * sizeof(T)), true);
     }
     ptx::wgmma_commit();
     if (BUG("attention_hopper.no_wait_for_result")) {
@@ -210,13 +211,13 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
   for (int r = 0; r < 2; ++r) {
     const float factor = softmax.inverse_sum(r);
     const int row = first + 8 * r;
-    if (row >= p.rows) continue;
-    const int64_t i = attention::row_index(a, p.s, p.head, p.first + row);
+    if (row >= work.rows) continue;
+    const int64_t i = attention::row_index(a, work.s, work.head, work.first + row);
     if (lane % 4 == 0) {
-      a.top[i] = softmax.log2_max(r);
-      a.total[i] = softmax.l[r];
+      a.m[i] = softmax.log2_max(r);
+      a.l[i] = softmax.l[r];
     }
-    T* const to = attention::at<T>(a.o, p.s, p.first + row, p.head) + lane % 4 * 2;
+    T* const to = attention::at<T>(a.o, work.s, work.first + row, work.head) + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
       const float* x = acc.d + 4 * j + 2 * r;
@@ -228,8 +229,9 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Arguments a) {
   DYN_SHARED(unsigned char, memory);
-  const Place p = attention::place(a, gridDim.x - 1 - blockIdx.x, false, kRows, 1);  // long causal rows first
-  if (!p.rows) return;
+  const WorkTile work =
+      attention::work_tile(a, gridDim.x - 1 - blockIdx.x, false, BLOCK_M, 1);  // long causal rows first
+  if (!work.rows) return;
   const Memory<T, D> m{memory};
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(m.q_full(), 1);
@@ -242,14 +244,14 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ A
     if (!BUG("attention_hopper.no_init_fence")) ptx::mbarrier_init_fence();
   }
   __syncthreads();
-  const int tiles = static_cast<int>(ceil_div(p.s.limit(p.first + p.rows - 1), kKeys));
+  const int tiles = static_cast<int>(ceil_div(work.s.limit(work.first + work.rows - 1), BLOCK_N));
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::fewer_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<T, D>(a, m, p, tiles);
+    if (threadIdx.x == 0) produce<T, D>(a, m, work, tiles);
   } else {
     ptx::more_registers<kConsumerRegisters>();
-    consume<T, D>(a, m, p, tiles, (warpgroup - 1) * 64);
+    consume<T, D>(a, m, work, tiles, (warpgroup - 1) * 64);
   }
 }
 
@@ -276,12 +278,12 @@ template <class T>
 bool make_map(ptx::TensorMap& map, const AttentionView& x, int64_t dim, int64_t heads, int64_t tokens, int64_t batch) {
   int64_t strides[4];
   strides_of(strides, x, dim, heads, tokens, batch);
-  return ptx::make_tensor_map<T>(map, x.data, {dim, heads, tokens, batch}, strides, {kPanel, 1, kRows, 1});
+  return ptx::make_tensor_map<T>(map, x.data, {dim, heads, tokens, batch}, strides, {kPanel, 1, BLOCK_M, 1});
 }
 
 template <class T, int D>
 Status launch_forward(const AttentionCuda& a, void* stream) {
-  const int64_t blocks = a.batch * a.heads * attention::tiles_of(a, a.queries, kRows);
+  const int64_t blocks = a.batch * a.heads * attention::tiles_of(a, a.queries, BLOCK_M);
   if (!blocks) return Status::ok;
   if (blocks > 0x7fffffff) return Status::unsupported;
   Arguments args{a, {}, {}, {}};

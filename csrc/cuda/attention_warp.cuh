@@ -1,12 +1,13 @@
 // Products of small matrices by one warp, for attention's kernels: on tensor cores (bf16, f16) and without (f32). Both
 // forms of Warp<T, D> have
-//   kRows        rows of its matrices that a lane has a part in; kWarpRows rows of the warp, kOwn of the block
-//   kStream      rows of the tiles that are streamed past it, forward (kStream) and backward (kBackwardStream)
+//   kRows        rows of its matrices that a lane has a part in; kWarpRows rows of the warp
+//   kBlockRows   rows of the tiles that a block holds: 4 warps'
+//   kStep        rows of the tiles that it loops over, forward; kBackwardStep backward
 //   Matrix<N>    (kWarpRows, N) fp32 in registers; at(r, c): the lane's element in row row(r), column column(c)
-//   multiply     matrix = own · streamedᵀ over the D columns of two tiles
-//   accumulate   sums += matrix · streamed
-//   kDiagonal    streamed rows from diagonal() on that take in the warp's own rows' numbers
-//   store_row    a row of a matrix to global memory
+//   multiply     matrix = left · rightᵀ over the D columns of two tiles
+//   accumulate   acc += matrix · right
+//   kDiagonal    rows of `right` from diagonal() on that have the warp's own rows' numbers among them
+//   to_shared    the matrix to a tile; store_row: a row of it to global memory
 //   over_row     joins a value of each of the lanes that share a row
 #pragma once
 
@@ -17,8 +18,8 @@ namespace finetune::attention {
 template <class T, int D>
 struct Warp {
   static_assert(sizeof(T) == 2);
-  static constexpr int kStages = 2, kRows = 2, kWarpRows = 16, kOwn = kWarps * kWarpRows;
-  static constexpr int kStream = D <= 128 ? 64 : 32, kBackwardStream = D <= 64 ? 64 : D == 128 ? 32 : 16;
+  static constexpr int kStages = 2, kRows = 2, kWarpRows = 16, kBlockRows = kWarps * kWarpRows;
+  static constexpr int kStep = D <= 128 ? 64 : 32, kBackwardStep = D <= 64 ? 64 : D == 128 ? 32 : 16;
   static constexpr int kKeyColumns = D <= 128 ? D : 128;  // of dK and dV that a block can hold in registers
   static constexpr int kScratch = 0;                      // bytes of shared memory
 
@@ -46,15 +47,15 @@ struct Warp {
   }
 
   template <int N>
-  __device__ void multiply(Tile<T, D> own, Tile<T, D> streamed, Matrix<N>& s) const {
+  __device__ void multiply(Tile<T, D> left, Tile<T, D> right, Matrix<N>& s) const {
     s = {};
 #pragma unroll 4  // eight chunks, the swizzle's period: the next four steps' addresses are these, so much further on
     for (int k = 0; k < D / 16; ++k) {
       unsigned a[4], b[4];
-      ptx::ldmatrix_x4(a, own.read(first + lane % 16, 2 * k + lane / 16));
+      ptx::ldmatrix_x4(a, left.read(first + lane % 16, 2 * k + lane / 16));
 #pragma unroll
-      for (int j = 0; j < N / 16; ++j) {  // a row of `streamed` is a column of b
-        ptx::ldmatrix_x4(b, streamed.read(16 * j + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+      for (int j = 0; j < N / 16; ++j) {  // a row of `right` is a column of b
+        ptx::ldmatrix_x4(b, right.read(16 * j + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
         const bool swapped = BUG("attention.swapped_fragment");
         ptx::mma_16x8x16<T>(s.d[2 * j], a, b[swapped ? 1 : 0], b[swapped ? 0 : 1]);
         ptx::mma_16x8x16<T>(s.d[2 * j + 1], a, b[2], b[3]);
@@ -62,22 +63,22 @@ struct Warp {
     }
   }
 
-  // Columns [begin, begin + C) of `streamed`. What mma gives as a result it takes as an operand: two 16×8 make a 16×16.
+  // Columns [begin, begin + C) of `right`. What mma gives as a result it takes as an operand: two 16×8 make a 16×16.
   template <int N, int C>
-  __device__ void accumulate(Matrix<N>& p, Tile<T, D> streamed, int begin, Matrix<C>& sums) const {
+  __device__ void accumulate(Matrix<N>& p, Tile<T, D> right, int begin, Matrix<C>& acc) const {
 #pragma unroll
     for (int k = 0; k < N / 16; ++k) {
-      const float (&left)[4] = p.d[2 * k], (&right)[4] = p.d[2 * k + 1];
-      const unsigned a[4] = {ptx::pack<T>(left[0], left[1]), ptx::pack<T>(left[2], left[3]),
-                             ptx::pack<T>(right[0], right[1]), ptx::pack<T>(right[2], right[3])};
+      const float (&first)[4] = p.d[2 * k], (&second)[4] = p.d[2 * k + 1];
+      const unsigned a[4] = {ptx::pack<T>(first[0], first[1]), ptx::pack<T>(first[2], first[3]),
+                             ptx::pack<T>(second[0], second[1]), ptx::pack<T>(second[2], second[3])};
 #pragma unroll
       for (int j = 0; j < C / 16; ++j) {
         unsigned b[4];
         const int chunk = begin / 8 + 2 * j + lane / 16;
-        BUG("attention.not_transposed") ? ptx::ldmatrix_x4(b, streamed.read(16 * k + lane % 16, chunk))
-                                        : ptx::ldmatrix_x4_trans(b, streamed.read(16 * k + lane % 16, chunk));
-        ptx::mma_16x8x16<T>(sums.d[2 * j], a, b[0], b[1]);
-        ptx::mma_16x8x16<T>(sums.d[2 * j + 1], a, b[2], b[3]);
+        BUG("attention.not_transposed") ? ptx::ldmatrix_x4(b, right.read(16 * k + lane % 16, chunk))
+                                        : ptx::ldmatrix_x4_trans(b, right.read(16 * k + lane % 16, chunk));
+        ptx::mma_16x8x16<T>(acc.d[2 * j], a, b[0], b[1]);
+        ptx::mma_16x8x16<T>(acc.d[2 * j + 1], a, b[2], b[3]);
       }
     }
   }
@@ -90,9 +91,9 @@ struct Warp {
     }
   }
 
-  // Puts the matrix, times a factor per row, into columns [begin, begin + N) of the warp's rows of a tile.
+  // Writes the matrix, times a factor per row, into columns [begin, begin + N) of the warp's rows of a tile.
   template <int N>
-  __device__ void put(Matrix<N>& x, const float (&factor)[kRows], Tile<T, D> tile, int begin) const {
+  __device__ void to_shared(Matrix<N>& x, const float (&factor)[kRows], Tile<T, D> tile, int begin) const {
     if (!BUG("attention.no_warp_barrier_before_the_result")) __syncwarp();  // other lanes' ldmatrix read these rows
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
@@ -105,13 +106,13 @@ struct Warp {
   }
 };
 
-// fp32, without tensor cores (they would round to tf32): a lane has one streamed row (32 of them) and, of the sums,
-// every 32nd column.
+// fp32, without tensor cores (they would round to tf32): a lane has one of 32 rows of `right`
+// and, of acc, every 32nd column.
 template <int D>
 struct Warp<float, D> {
-  static constexpr int kStages = 1, kRows = D <= 128 ? 8 : 4, kWarpRows = kRows, kOwn = kWarps * kWarpRows;
-  static constexpr int kStream = 32, kBackwardStream = 32, kKeyColumns = D;
-  static constexpr int kScratch = kOwn * 32 * sizeof(float);
+  static constexpr int kStages = 1, kRows = D <= 128 ? 8 : 4, kWarpRows = kRows, kBlockRows = kWarps * kWarpRows;
+  static constexpr int kStep = 32, kBackwardStep = 32, kKeyColumns = D;
+  static constexpr int kScratch = kBlockRows * 32 * sizeof(float);
 
   template <int N>
   struct Matrix {
@@ -135,21 +136,21 @@ struct Warp<float, D> {
     return warp_reduce(v, join);
   }
 
-  __device__ void multiply(Tile<float, D> own, Tile<float, D> streamed, Matrix<32>& s) const {
+  __device__ void multiply(Tile<float, D> left, Tile<float, D> right, Matrix<32>& s) const {
     s = {};
 #pragma unroll 4
     for (int chunk = 0; chunk < D / 4; ++chunk) {
-      const auto b = load<float, 4>(streamed.read(lane, chunk));
+      const auto b = load<float, 4>(right.read(lane, chunk));
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const auto a = load<float, 4>(own.read(row(r), chunk));
+        const auto a = load<float, 4>(left.read(row(r), chunk));
 #pragma unroll
         for (int j = 0; j < 4; ++j) s.d[r][0] += a.at[j] * b.at[j];
       }
     }
   }
 
-  __device__ void accumulate(Matrix<32>& p, Tile<float, D> streamed, int, Matrix<D>& sums) const {
+  __device__ void accumulate(Matrix<32>& p, Tile<float, D> right, int, Matrix<D>& acc) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) scratch[r * 32 + lane] = p.d[r][0];
     if (!BUG("attention.no_warp_barrier")) __syncwarp();
@@ -161,9 +162,9 @@ struct Warp<float, D> {
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int c = 0; c < D / 32; ++c) {
-          const float b = *streamed.element(i + j, column(c));
+          const float b = *right.element(i + j, column(c));
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) sums.d[r][c] += weights[r].at[j] * b;
+          for (int r = 0; r < kRows; ++r) acc.d[r][c] += weights[r].at[j] * b;
         }
       }
     }
@@ -175,7 +176,7 @@ struct Warp<float, D> {
     for (int c = 0; c < x.kColumns; ++c) to[column(c)] = x.at(r, c);
   }
 
-  __device__ void put(Matrix<D>& x, const float (&factor)[kRows], Tile<float, D> tile, int) const {
+  __device__ void to_shared(Matrix<D>& x, const float (&factor)[kRows], Tile<float, D> tile, int) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll

@@ -63,18 +63,18 @@ struct AttentionSplits {
 
 struct AttentionCuda : AttentionCudaShape {
   AttentionView q, k, v, o;
-  float *top, *total;
+  float *m, *l;  // top and total above, by the papers' names
   AttentionSplits splits;
 };
 
-// What the backward pass needs of a row: dS_j = P_j (dP_j - delta), P_j = 2^(s_j - top) · share.
+// What the backward pass needs of a row: dS_j = P_j (dP_j - delta), P_j = 2^(s_j - m) · inverse_l.
 struct alignas(16) AttentionRow {
-  float top, share, delta, unused;
+  float m, inverse_l, delta, unused;
 };
 
 struct AttentionBackwardCuda : AttentionCudaShape {
   AttentionView q, k, v, o, grad_o, dq, dk, dv;
-  const float *top, *total;
+  const float *m, *l;
   AttentionRow* rows;  // scratch, (batch, heads, queries)
 };
 
