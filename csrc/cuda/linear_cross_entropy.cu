@@ -21,11 +21,10 @@
 //                                             64 × 64 squares, two stages      128 × 128, three stages
 //   FLOPs a byte of L2 (cp.async)                        32                              64
 //   FLOPs a byte of shared memory (ldmatrix)             16                              32
-//   ldmatrix, barriers for each mma                 1/2, 1/8                        1/4, 1/64
-//   shared memory                                    20 KiB                          60 KiB
-//   registers (sm_80) of statistics, make_dlogits, multiply_dx, multiply_dweight
-//                                          125, 72, 111, 96                 REGISTERS
-//   dW and its fp32 sum in DRAM: one pass for each chunk of 1024 rows, now 4096
+//   mma, ldmatrix in a step of 32 terms               16, 8                          64, 16
+//   barriers in it                                        2                               1
+//   shared memory, blocks of an A100's multiprocessor  20 KiB, 4 to 7                60 KiB, 2
+//   chunks of 1024 rows, for each dW and its fp32 sum go to DRAM and back; now of 4096
 // An A100's multiprocessor makes 2048 FLOPs in the time of 128 bytes of shared memory, so 16 a byte, without anything
 // else, was its roof.
 //
@@ -284,14 +283,9 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 2) statistics(Args a) {
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kSide, count = *a.count;
   if (row0 >= count) return;
-  int target[Square::kRows];
   float m[Square::kRows], l[Square::kRows];  // of this thread's columns so far
 #pragma unroll
-  for (int i = 0; i < Square::kRows; ++i) {
-    const int64_t row = row0 + Square::row(i);
-    target[i] = row < count ? word_of(a, row) : -1;
-    m[i] = kLowest, l[i] = 0;
-  }
+  for (int i = 0; i < Square::kRows; ++i) m[i] = kLowest, l[i] = 0;
   const int64_t squares = ceil_div(a.vocab, kSide), each = ceil_div(squares, gridDim.y), first = blockIdx.y * each;
 #pragma unroll 1
   for (int64_t at = first; at < squares && at < first + each; ++at) {
@@ -299,15 +293,16 @@ __global__ void __launch_bounds__(kThreads, 2) statistics(Args a) {
     const int word0 = static_cast<int>(at) * kSide, words = static_cast<int>(a.vocab) - word0;
 #pragma unroll
     for (int i = 0; i < Square::kRows; ++i) {
-      const int hit = target[i] - word0;
-      if (target[i] < 0 || hit < 0 || hit >= kSide) continue;  // nearly always
+      const int64_t row = row0 + Square::row(i);
+      const int target = row < count ? word_of(a, row) : -1, hit = target - word0;  // read again: registers are short
+      if (target < 0 || hit < 0 || hit >= kSide) continue;                          // nearly always
       float value = 0;
       bool mine = false;
 #pragma unroll
       for (int j = 0; j < Square::kColumns; ++j) {
         if (Square::column(j) == hit) value = s.at(i, j), mine = true;
       }
-      if (mine) a.per_row[row0 + Square::row(i)] = value;
+      if (mine) a.per_row[row] = value;
     }
     if (!BUG("linear_cross_entropy.no_mask")) hide_past_the_end(s, words);
 #pragma unroll

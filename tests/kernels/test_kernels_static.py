@@ -112,6 +112,17 @@ def test_tiles_in_shared_memory_are_not_stored_as_global_ones():
             assert row["code"].get("STS", 0) >= 8, f"sm_{arch} {name}"
 
 
+@pytest.mark.parametrize("kernel", ["statistics", "make_dlogits", "multiply_dx", "multiply_dweight"])
+def test_linear_cross_entropy_makes_four_mma_of_each_ldmatrix(kernel):
+    """With squares of 64 × 64 it made two, and shared memory was the roof. Registers hold the square: no spills."""
+    _, rows = static_table.golden()
+    for arch, found in rows["linear_cross_entropy"].items():
+        for kind in ("bf16", "f16"):
+            row = found[f"{kernel}<{kind}>"]
+            assert (row["code"]["HMMA"], row["code"]["LDSM"], row["code"]["BAR"]) == (64, 16, 2), arch
+            assert row["spills"] == row["stack"] == 0, arch
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 def test_attention_has_one_fma_for_each_exponential_and_no_mask_in_the_main_loop(kind, dim):
