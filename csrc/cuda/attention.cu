@@ -20,18 +20,6 @@
 // T tokens, causal, 16 bits: T² D · 2 FLOPs over 8 T D bytes = T / 4 FLOPs a byte: from about a thousand tokens on the
 // roof is the tensor cores (fp32: the FMA units), below it memory bandwidth. A warp's 16 rows take 16 FLOPs from each
 // byte that ldmatrix reads.
-//
-// Faults: attention.causal_off_by_one attention.since_off_by_one attention.swizzled_on_store_only
-//   attention.reads_past_dim attention.no_warp_barrier_before_the_store attention.overwrites_early
-//   attention.waits_one_short attention.no_barrier attention.no_barrier_before_overwriting attention.swapped_fragment
-//   attention.not_transposed attention.no_warp_barrier attention.no_warp_barrier_before_the_result
-//   attention.no_second_warp_barrier attention.wrong_kv_head attention.no_tail_mask attention.row_maximum_of_a_lane
-//   attention.no_rescale attention.total_not_rescaled attention.past_the_end attention.no_delta
-//   attention.no_barrier_after_delta attention.first_head_of_the_group attention.no_causal_mask_for_dk
-//   attention.sign_of_the_scale attention.always_fused attention.no_share attention.dk_not_scaled
-//   attention.no_mask_for_dq attention.offsets_of_32_bits attention.first_group_of_heads
-//   attention.last_split_left_out attention.splits_not_rescaled
-// Slow: attention.no_swizzle
 #include "attention_backward.cuh"
 #include "attention_decode.cuh"
 #include "attention_forward.cuh"

@@ -84,13 +84,13 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
 #pragma unroll
     for (int c = 0; c < dots.kColumns; ++c) delta = other + w.column(c) == row ? dots.at(r, c) : delta;
     delta = w.over_row(delta, [](float x, float y) { return x + y; });
-    rows[r] = {0, 0, BUG("attention.no_delta") ? 0.0f : delta, 0};
+    rows[r] = {0, 0, delta, 0};
     if (row >= work.rows) continue;
     const int64_t i = row_index(a, work.s, work.head, work.first + row);
     if (a.l[i] != 0) rows[r].m = a.m[i], rows[r].inverse_l = 1 / a.l[i];
     if (w.column(0) == 0) a.rows[i] = rows[r];
   }
-  if (!BUG("attention.no_barrier_after_delta")) __syncthreads();
+  __syncthreads();
 
   typename W::template Matrix<D> dq;
   pipeline<W::kStages>(static_cast<int>(ceil_div(most, BLOCK_N)), load, [&](int n, int stage) {
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
         ds.at(r, c) = weight * (ds.at(r, c) - rows[r].delta);
       }
     }
-    if (!whole && !BUG("attention.no_mask_for_dq")) {  // the last tiles
+    if (!whole) {  // the last tiles
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
       load_tile<BLOCK_N>(memory.held(1), at<const T>(a.v, work.s, work.first, work.head), a.v.token, real, a.dim,
                          in_chunks<T>(a.v, a.dim));
     }
-    const int head = work.head * group + (BUG("attention.first_head_of_the_group") ? 0 : n / steps);
+    const int head = work.head * group + n / steps;
     const int query = from + n % steps * BLOCK_M, left = work.s.queries - query;
     load_tile<BLOCK_M>(memory.step(0, stage), at<const T>(a.q, work.s, query, head), a.q.token, left, a.dim, chunks_q);
     load_tile<BLOCK_M>(memory.step(1, stage), at<const T>(a.grad_o, work.s, query, head), a.grad_o.token, left, a.dim,
@@ -171,18 +171,16 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
   pipeline<W::kStages>(group * steps, load, [&](int n, int stage) {
     const Tile<T, D> q = memory.step(0, stage), grad = memory.step(1, stage);
     const int query = from + n % steps * BLOCK_M;
-    const bool whole =
-        real == BLOCK_N && (query >= work.s.since(work.first + real - 1) || BUG("attention.no_causal_mask_for_dk"));
+    const bool whole = real == BLOCK_N && query >= work.s.since(work.first + real - 1);
     typename W::template Matrix<BLOCK_M> p, ds;  // Sᵀ, then Pᵀ; dPᵀ, then dSᵀ
     w.multiply(memory.held(0), q, p);
     w.multiply(memory.held(1), grad, ds);
 #pragma unroll
     for (int c = 0; c < p.kColumns; ++c) {
       const AttentionRow row = memory.rows(stage)[w.column(c)];  // 0, and so inverse_l, past the last query
-      const float inverse_l = BUG("attention.no_share") ? 1.0f : row.inverse_l;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        p.at(r, c) = ptx::exp2(__fmul_rn(p.at(r, c), a.scale * kLog2e) - row.m) * inverse_l;
+        p.at(r, c) = ptx::exp2(__fmul_rn(p.at(r, c), a.scale * kLog2e) - row.m) * row.inverse_l;
         ds.at(r, c) = p.at(r, c) * (ds.at(r, c) - row.delta);
       }
     }
@@ -202,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
   float scale[kRows], one[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    scale[r] = BUG("attention.dk_not_scaled") ? 1.0f : a.scale;
+    scale[r] = a.scale;
     one[r] = 1;
   }
   const int begin = work.part * kColumns, count = min(max(work.rows - w.first, 0), W::kWarpRows);

@@ -28,13 +28,11 @@ struct Sequence {
 
   // How many keys query i sees: the first so many.
   __device__ int limit(int i) const {
-    const int visible = i + shift + (BUG("attention.causal_off_by_one") ? 2 : 1);
+    const int visible = i + shift + 1;
     return causal ? min(max(visible, 0), keys) : keys;
   }
   // The first query that sees key j, if one does.
-  __device__ int since(int j) const {
-    return causal ? max(j - shift - (BUG("attention.since_off_by_one") ? 1 : 0), 0) : 0;
-  }
+  __device__ int since(int j) const { return causal ? max(j - shift, 0) : 0; }
 };
 
 // A block's share of the work: `rows` tokens (queries or keys) of one head from token `first` of a sequence.
@@ -88,7 +86,7 @@ __device__ __forceinline__ WorkTile work_tile(const AttentionCudaShape& a, int i
 template <class T>
 __device__ __forceinline__ T* at(const AttentionView& x, const Sequence& s, int token, int head) {
   const int64_t offset = s.batch * x.batch + (int64_t{s.begin} + token) * x.token + head * x.head;
-  return static_cast<T*>(x.data) + (BUG("attention.offsets_of_32_bits") ? static_cast<unsigned>(offset) : offset);
+  return static_cast<T*>(x.data) + offset;
 }
 __device__ __forceinline__ int64_t attention_rows(const AttentionSizes& a) { return a.batch * a.heads * a.queries; }
 __device__ __forceinline__ int64_t row_index(const AttentionSizes& a, const Sequence& s, int head, int query) {
@@ -112,12 +110,10 @@ struct Tile {
   T* data;
 
   __device__ T* write(int row, int chunk) const {
-    const int mixed = BUG("attention.no_swizzle") ? chunk : chunk ^ (kChunks >= 8 ? row % 8 : row / 2 % 4);
+    const int mixed = chunk ^ (kChunks >= 8 ? row % 8 : row / 2 % 4);
     return data + (row * kChunks + mixed) * kVector<T>;
   }
-  __device__ T* read(int row, int chunk) const {
-    return BUG("attention.swizzled_on_store_only") ? data + (row * kChunks + chunk) * kVector<T> : write(row, chunk);
-  }
+  __device__ T* read(int row, int chunk) const { return write(row, chunk); }
   __device__ T* element(int row, int column) const { return read(row, column / kVector<T>) + column % kVector<T>; }
 };
 
@@ -127,18 +123,17 @@ struct Tile {
 template <int kRows, class T, int D, class RowAt>
 __device__ __forceinline__ void load_rows(Tile<T, D> tile, RowAt&& row_at, int rows, int64_t dim, bool chunks) {
   constexpr int V = kVector<T>;
-  const int64_t columns = BUG("attention.reads_past_dim") ? D : dim;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * tile.kChunks; i += kThreads) {
     const int row = i / tile.kChunks, chunk = i % tile.kChunks, column = chunk * V;
     if (chunks) {
-      const bool inside = row < rows && column < columns;
+      const bool inside = row < rows && column < dim;
       ptx::cp_async16(tile.write(row, chunk), inside ? row_at(row) + column : row_at(0), inside);
     } else {
       T* const to = tile.write(row, chunk);
 #pragma unroll 1
       for (int j = 0; j < V; ++j) {
-        to[j] = row < rows && column + j < columns ? row_at(row)[column + j] : from_float<T>(0);
+        to[j] = row < rows && column + j < dim ? row_at(row)[column + j] : from_float<T>(0);
       }
     }
   }
@@ -155,7 +150,7 @@ template <class T, int D>
 __device__ __forceinline__ void store_rows(Tile<T, D> tile, int row, int count, T* to, int64_t stride, int begin,
                                            int64_t end, bool chunks) {
   constexpr int V = kVector<T>;
-  if (!BUG("attention.no_warp_barrier_before_the_store")) __syncwarp();
+  __syncwarp();
   const int lane = threadIdx.x % 32, width = static_cast<int>(ceil_div(end - begin, V));
   for (int i = lane; i < count * width; i += 32) {
     const int r = i / width, column = begin + i % width * V;
@@ -183,13 +178,12 @@ __device__ __forceinline__ void pipeline(int count, Load&& load, Compute&& compu
   };
   next(0);
   for (int n = 0; n < count; ++n) {
-    if (kStages == 2 && BUG("attention.overwrites_early")) next(n + 1);
-    BUG("attention.waits_one_short") ? ptx::cp_async_wait<1>() : ptx::cp_async_wait<0>();
-    if (!BUG("attention.no_barrier")) __syncthreads();
-    if (kStages == 2 && !BUG("attention.overwrites_early")) next(n + 1);
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (kStages == 2) next(n + 1);
     compute(n, n % kStages);
     if (kStages == 1) {
-      if (!BUG("attention.no_barrier_before_overwriting")) __syncthreads();
+      __syncthreads();
       next(n + 1);
     }
   }

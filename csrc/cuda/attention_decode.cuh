@@ -19,9 +19,7 @@ struct PackedRows {
   int first_head, group, first;
 
   __device__ int query(int i) const { return (first + i) / group; }
-  __device__ int head(int i) const {
-    return (BUG("attention.first_group_of_heads") ? 0 : first_head) + (first + i) % group;
-  }
+  __device__ int head(int i) const { return first_head + (first + i) % group; }
 };
 
 // Blocks are numbered (batch, kv head, tile of rows, split).
@@ -84,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) combine(AttentionCuda a) {
   const int lane = threadIdx.x % 32;
   const int64_t rows = attention_rows(a), row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (row >= rows) return;
-  const int splits = static_cast<int>(a.splits.count) - (BUG("attention.last_split_left_out") ? 1 : 0);
+  const int splits = static_cast<int>(a.splits.count);
   float m = -INFINITY;
   for (int i = lane; i < splits; i += 32) m = fmaxf(m, a.splits.m[i * rows + row]);
   m = warp_max(m);
@@ -92,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) combine(AttentionCuda a) {
   for (int i = 0; i < splits; ++i) {
     const float part = a.splits.l[i * rows + row];
     if (part == 0) continue;  // sees no key of this split
-    const float weight = BUG("attention.splits_not_rescaled") ? 1.0f : ptx::exp2(a.splits.m[i * rows + row] - m);
+    const float weight = ptx::exp2(a.splits.m[i * rows + row] - m);
     l += weight * part;
     const float* const from = a.splits.acc + (i * rows + row) * D;
 #pragma unroll

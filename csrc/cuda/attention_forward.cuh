@@ -42,9 +42,9 @@ __device__ __forceinline__ void attend(const AttentionCuda& a, const ForwardMemo
     if (w.first >= rows) return;  // none of the rows is this warp's
     typename W::template Matrix<BLOCK_N> scores;
     w.multiply(memory.q(), memory.k(stage), scores);
-    const int key = begin + n * BLOCK_N, seen = BUG("attention.no_tail_mask") ? least + BLOCK_N - 1 : least;
+    const int key = begin + n * BLOCK_N;
     const auto visible = [&](int r, int c) { return key + w.column(c) < limit[r]; };
-    softmax.step(scores, acc, key + BLOCK_N > seen, visible, over_row);
+    softmax.step(scores, acc, key + BLOCK_N > least, visible, over_row);
     w.accumulate(scores, memory.v(stage), 0, acc);
   });
   softmax.finish(over_row);
@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(AttentionCuda a) {
   const WorkTile work = work_tile(a, gridDim.x - 1 - blockIdx.x, false, BLOCK_M, 1);  // long causal rows first
   if (!work.rows) return;
   const W w(memory.scratch());
-  const int heads = static_cast<int>(a.kv_heads), group = static_cast<int>(a.heads) / heads;
-  const int kv_head = BUG("attention.wrong_kv_head") ? work.head % heads : work.head / group;
+  const int kv_head = work.head / static_cast<int>(a.heads / a.kv_heads);
   const int least = work.s.limit(work.first), most = work.s.limit(work.first + work.rows - 1);
   int limit[kRows];
 #pragma unroll
@@ -86,8 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(AttentionCuda a) {
     }
   }
   w.to_shared(acc, factor, memory.q(), 0);
-  const int rows = work.rows + (BUG("attention.past_the_end") ? 1 : 0);
-  store_rows(memory.q(), w.first, min(max(rows - w.first, 0), W::kWarpRows),
+  store_rows(memory.q(), w.first, min(max(work.rows - w.first, 0), W::kWarpRows),
              at<T>(a.o, work.s, work.first + w.first, work.head), a.o.token, 0, a.dim, in_chunks<T>(a.o, a.dim));
 }
 

@@ -14,19 +14,10 @@
 // of k and v, so from about a thousand tokens on the roof is the tensor cores. In addition to products a score costs
 // four instructions, FMNMX, FFMA, MUFU and FADD (attention_softmax.cuh); seven, with FMUL, ISETP and FSEL, before the
 // scale went into the FFMA and masks to the last tiles.
-//
-// Faults: attention_hopper.wrong_parity attention_hopper.wrong_parity_of_v attention_hopper.no_expect
-//   attention_hopper.no_init_fence attention_hopper.no_wgmma_fence attention_hopper.no_wait_for_scores
-//   attention_hopper.no_wait_for_result attention_hopper.no_wait_for_empty attention_hopper.early_release
-//   attention_hopper.no_swizzle attention_hopper.steps_a_row attention_hopper.next_rows_too_near
-//   attention_hopper.swapped_fragment attention_hopper.no_tail_mask attention_hopper.no_wait_for_q
-//   attention_hopper.no_wait_for_k attention_hopper.no_wait_for_v attention_hopper.no_release_of_k
-//   attention_hopper.no_release_of_v attention_hopper.padding_counts attention_hopper.no_proxy_fence
-//   attention_hopper.no_barrier_after_clearing attention_hopper.probabilities_after_the_fence
-//   attention_hopper.v_strides_of_k
+#include "finetune/attention_hopper.h"
+
 #include "attention_softmax.cuh"
 #include "device/ptx_hopper.cuh"
-#include "finetune/attention_hopper.h"
 
 namespace finetune {
 namespace {
@@ -68,11 +59,7 @@ __device__ __forceinline__ void copy_tile(T* to, const ptx::TensorMap* map, int6
                                           Mbarrier* full) {
   static_assert(BLOCK_M == BLOCK_N);
   const unsigned bytes = BLOCK_M * D * sizeof(T);
-  if (BUG("attention_hopper.no_expect")) {
-    ptx::mbarrier_arrive(full);
-  } else {
-    ptx::mbarrier_expect(full, bytes);
-  }
+  ptx::mbarrier_expect(full, bytes);
 #pragma unroll
   for (int c = 0; c < D; c += kPanel) {
     ptx::tensor_copy(to + c * BLOCK_M, map, c, static_cast<int>(head), static_cast<int>(token), static_cast<int>(batch),
@@ -86,9 +73,9 @@ __device__ __forceinline__ void produce(const Arguments& a, const Memory<T, D>& 
   if (tiles) copy_tile<T, D>(m.q(), &a.q_map, work.head, work.first, work.s.batch, m.q_full());
   for (int n = 0; n < tiles; ++n) {
     const int stage = n % kStages, parity = n / kStages % 2;
-    if (!BUG("attention_hopper.no_wait_for_empty")) ptx::mbarrier_wait(m.k_empty(stage), parity ^ 1);
+    ptx::mbarrier_wait(m.k_empty(stage), parity ^ 1);
     copy_tile<T, D>(m.k(stage), &a.k_map, kv_head, n * BLOCK_N, work.s.batch, m.k_full(stage));
-    if (!BUG("attention_hopper.no_wait_for_empty")) ptx::mbarrier_wait(m.v_empty(stage), parity ^ 1);
+    ptx::mbarrier_wait(m.v_empty(stage), parity ^ 1);
     copy_tile<T, D>(m.v(stage), &a.v_map, kv_head, n * BLOCK_N, work.s.batch, m.v_full(stage));
   }
 }
@@ -105,8 +92,7 @@ struct Accumulator {
 __device__ __forceinline__ int column_of(int c) { return c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2; }
 
 __device__ __forceinline__ uint64_t tile_matrix(const void* p, unsigned stride, unsigned leading) {
-  const uint64_t m = ptx::matrix(p, stride, leading);
-  return BUG("attention_hopper.no_swizzle") ? m ^ uint64_t{1} << 62 : m;
+  return ptx::matrix(p, stride, leading);
 }
 
 // The consumers' 256 threads: zeros for the rows of a tile of v from `end` on, which are behind the sequence's end.
@@ -114,14 +100,14 @@ __device__ __forceinline__ uint64_t tile_matrix(const void* p, unsigned stride, 
 template <class T, int D>
 __device__ __forceinline__ void clear_behind_the_end(T* v, int end) {
   constexpr int V = kVector<T>, kChunks = kPanel / V;
-  if (end >= BLOCK_N || BUG("attention_hopper.padding_counts")) return;
+  if (end >= BLOCK_N) return;
   const int thread = static_cast<int>(threadIdx.x) - (kThreads - kConsumers);
   for (int i = thread; i < (BLOCK_N - end) * (D / V); i += kConsumers) {  // whole rows: the swizzle stays within them
     const int row = end + i / (D / V), panel = i % (D / V) / kChunks;
     ptx::store_shared16(v + (panel * BLOCK_N + row) * kPanel + i % kChunks * V, {});
   }
-  if (!BUG("attention_hopper.no_proxy_fence")) ptx::async_proxy_fence();
-  if (!BUG("attention_hopper.no_barrier_after_clearing")) ptx::named_barrier<1, kConsumers>();
+  ptx::async_proxy_fence();
+  ptx::named_barrier<1, kConsumers>();
 }
 
 // A consumer warpgroup's 64 queries, from `first_row` of the block's on.
@@ -142,35 +128,27 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) acc.d[i] = 0;
 
-  if (tiles && !BUG("attention_hopper.no_wait_for_q")) ptx::mbarrier_wait(m.q_full(), 0);
+  if (tiles) ptx::mbarrier_wait(m.q_full(), 0);
   for (int n = 0; n < tiles; ++n) {
     const int stage = n % kStages, parity = n / kStages % 2;
     const auto release = [&](Mbarrier* empty) {
       if (lane == 0) ptx::mbarrier_arrive(empty);
     };
     Accumulator<BLOCK_N> s;
-    if (!BUG("attention_hopper.no_wait_for_k")) {
-      ptx::mbarrier_wait(m.k_full(stage), BUG("attention_hopper.wrong_parity") ? parity ^ 1 : parity);
-    }
-    if (!BUG("attention_hopper.no_wgmma_fence")) ptx::wgmma_fence(s.d);
+    ptx::mbarrier_wait(m.k_full(stage), parity);
+    ptx::wgmma_fence(s.d);
 #pragma unroll
     for (int c = 0; c < D; c += 16) {
-      const int at = BUG("attention_hopper.steps_a_row") ? c / 16 * kPanel : c / kPanel * BLOCK_M * kPanel + c % kPanel;
-      const unsigned stride = BUG("attention_hopper.next_rows_too_near") ? kEightRows / 2 : kEightRows;
+      const int at = c / kPanel * BLOCK_M * kPanel + c % kPanel;
       ptx::wgmma<T, BLOCK_N>(s.d, tile_matrix(m.q() + first_row * kPanel + at, kEightRows, 16),
-                             tile_matrix(m.k(stage) + at, stride, 16), c > 0);
+                             tile_matrix(m.k(stage) + at, kEightRows, 16), c > 0);
     }
     ptx::wgmma_commit();
-    if (BUG("attention_hopper.early_release")) release(m.k_empty(stage));
-    if (BUG("attention_hopper.no_wait_for_scores")) {
-      ptx::wgmma_wait<1>(s.d);
-    } else {
-      ptx::wgmma_wait<0>(s.d);
-    }
-    if (!BUG("attention_hopper.early_release") && !BUG("attention_hopper.no_release_of_k")) release(m.k_empty(stage));
+    ptx::wgmma_wait<0>(s.d);
+    release(m.k_empty(stage));
 
     const int key = n * BLOCK_N;
-    const bool masked = key + BLOCK_N > least && !BUG("attention_hopper.no_tail_mask");  // the last tiles alone
+    const bool masked = key + BLOCK_N > least;  // the last tiles alone
     softmax.step(s, acc, masked, [&](int r, int c) { return key + column_of(c) < limit[r]; }, over_row);
 
     unsigned probability[BLOCK_N / 16][4];
@@ -178,32 +156,20 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
     for (int c = 0; c < BLOCK_N / 16; ++c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int from = BUG("attention_hopper.swapped_fragment") && i % 3 ? 3 - i : i;
-        probability[c][i] = ptx::pack<T>(s.d[8 * c + 2 * from], s.d[8 * c + 2 * from + 1]);
+        probability[c][i] = ptx::pack<T>(s.d[8 * c + 2 * i], s.d[8 * c + 2 * i + 1]);
       }
     }
-    if (!BUG("attention_hopper.no_wait_for_v")) {
-      ptx::mbarrier_wait(m.v_full(stage), BUG("attention_hopper.wrong_parity_of_v") ? parity ^ 1 : parity);
-    }
+    ptx::mbarrier_wait(m.v_full(stage), parity);
     if (n + 1 == tiles && work.s.keys < a.keys) clear_behind_the_end<T, D>(m.v(stage), work.s.keys - n * BLOCK_N);
-    if (BUG("attention_hopper.probabilities_after_the_fence")) {
-      ptx::wgmma_fence(acc.d);
-      for (int i = 0; i < 4; ++i) probability[0][i] = ptx::pack<T>(s.d[2 * i], s.d[2 * i + 1]);
-    } else {
-      ptx::wgmma_fence(acc.d, probability);
-    }
+    ptx::wgmma_fence(acc.d, probability);
 #pragma unroll
     for (int c = 0; c < BLOCK_N / 16; ++c) {
       ptx::wgmma<T, D>(acc.d, probability[c],
                        tile_matrix(m.v(stage) + c * 16 * kPanel, kEightRows, BLOCK_N * kPanel * sizeof(T)), true);
     }
     ptx::wgmma_commit();
-    if (BUG("attention_hopper.no_wait_for_result")) {
-      ptx::wgmma_wait<1>(acc.d, probability);
-    } else {
-      ptx::wgmma_wait<0>(acc.d, probability);
-    }
-    if (!BUG("attention_hopper.no_release_of_v")) release(m.v_empty(stage));
+    ptx::wgmma_wait<0>(acc.d, probability);
+    release(m.v_empty(stage));
   }
 
   softmax.finish(over_row);
@@ -241,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ A
       ptx::mbarrier_init(m.k_empty(s), kConsumers / 32);
       ptx::mbarrier_init(m.v_empty(s), kConsumers / 32);
     }
-    if (!BUG("attention_hopper.no_init_fence")) ptx::mbarrier_init_fence();
+    ptx::mbarrier_init_fence();
   }
   __syncthreads();
   const int tiles = static_cast<int>(ceil_div(work.s.limit(work.first + work.rows - 1), BLOCK_N));
@@ -287,11 +253,9 @@ Status launch_forward(const AttentionCuda& a, void* stream) {
   if (!blocks) return Status::ok;
   if (blocks > 0x7fffffff) return Status::unsupported;
   Arguments args{a, {}, {}, {}};
-  AttentionView v = a.v;
-  if (BUG("attention_hopper.v_strides_of_k")) v = {a.v.data, a.k.batch, a.k.token, a.k.head};
   if (!make_map<T>(args.q_map, a.q, D, a.heads, a.queries, a.batch) ||
       !make_map<T>(args.k_map, a.k, D, a.kv_heads, a.keys, a.batch) ||
-      !make_map<T>(args.v_map, v, D, a.kv_heads, a.keys, a.batch)) {
+      !make_map<T>(args.v_map, a.v, D, a.kv_heads, a.keys, a.batch)) {
     return Status::no_tensor_map;
   }
   return launch(forward<T, D>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Memory<T, D>::kBytes, stream, args);

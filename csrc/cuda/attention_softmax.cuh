@@ -21,7 +21,7 @@ struct ScaleLog2 {
         factor(scale > 0   ? scale
                : scale < 0 ? -scale
                            : 1.0f) {}
-  __device__ bool positive() const { return scale > 0 || BUG("attention.sign_of_the_scale"); }
+  __device__ bool positive() const { return scale > 0; }
   __device__ float product(float x) const { return scale < 0 ? -x : x * scale; }  // where not positive()
 };
 
@@ -68,14 +68,12 @@ struct OnlineSoftmax {
       float highest = m[r];
 #pragma unroll
       for (int c = 0; c < S::kColumns; ++c) highest = fmaxf(highest, s.at(r, c));
-      if (!BUG("attention.row_maximum_of_a_lane")) {
-        highest = over_row(highest, [](float x, float y) { return fmaxf(x, y); });
-      }
+      highest = over_row(highest, [](float x, float y) { return fmaxf(x, y); });
       base[r] = highest == -INFINITY ? 0.0f : __fmul_rn(highest, f.factor);  // nothing visible yet: avoid inf − inf
       small = small && fabsf(base[r]) <= kFused;
-      const float rescale = BUG("attention.no_rescale") ? 1.0f : ptx::exp2(__fmul_rn(m[r], f.factor) - base[r]);
+      const float rescale = ptx::exp2(__fmul_rn(m[r], f.factor) - base[r]);
       m[r] = highest;
-      l[r] *= BUG("attention.total_not_rescaled") ? 1.0f : rescale;
+      l[r] *= rescale;
 #pragma unroll
       for (int c = 0; c < Acc::kColumns; ++c) acc.at(r, c) *= rescale;
     }
@@ -92,7 +90,7 @@ struct OnlineSoftmax {
         l[r] += sum;
       }
     };
-    if (__all_sync(0xffffffffu, small || BUG("attention.always_fused"))) {
+    if (__all_sync(0xffffffffu, small)) {
       exponentials([&](float x, float base) { return fmaf(x, f.factor, -base); });
     } else {
       exponentials([&](float x, float base) { return __fmul_rn(x, f.factor) - base; });

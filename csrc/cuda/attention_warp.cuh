@@ -56,8 +56,7 @@ struct Warp {
 #pragma unroll
       for (int j = 0; j < N / 16; ++j) {  // a row of `right` is a column of b
         ptx::ldmatrix_x4(b, right.read(16 * j + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-        const bool swapped = BUG("attention.swapped_fragment");
-        ptx::mma_16x8x16<T>(s.d[2 * j], a, b[swapped ? 1 : 0], b[swapped ? 0 : 1]);
+        ptx::mma_16x8x16<T>(s.d[2 * j], a, b[0], b[1]);
         ptx::mma_16x8x16<T>(s.d[2 * j + 1], a, b[2], b[3]);
       }
     }
@@ -75,8 +74,7 @@ struct Warp {
       for (int j = 0; j < C / 16; ++j) {
         unsigned b[4];
         const int chunk = begin / 8 + 2 * j + lane / 16;
-        BUG("attention.not_transposed") ? ptx::ldmatrix_x4(b, right.read(16 * k + lane % 16, chunk))
-                                        : ptx::ldmatrix_x4_trans(b, right.read(16 * k + lane % 16, chunk));
+        ptx::ldmatrix_x4_trans(b, right.read(16 * k + lane % 16, chunk));
         ptx::mma_16x8x16<T>(acc.d[2 * j], a, b[0], b[1]);
         ptx::mma_16x8x16<T>(acc.d[2 * j + 1], a, b[2], b[3]);
       }
@@ -94,7 +92,7 @@ struct Warp {
   // Writes the matrix, times a factor per row, into columns [begin, begin + N) of the warp's rows of a tile.
   template <int N>
   __device__ void to_shared(Matrix<N>& x, const float (&factor)[kRows], Tile<T, D> tile, int begin) const {
-    if (!BUG("attention.no_warp_barrier_before_the_result")) __syncwarp();  // other lanes' ldmatrix read these rows
+    __syncwarp();  // other lanes' ldmatrix read these rows
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
 #pragma unroll
@@ -153,7 +151,7 @@ struct Warp<float, D> {
   __device__ void accumulate(Matrix<32>& p, Tile<float, D> right, int, Matrix<D>& acc) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) scratch[r * 32 + lane] = p.d[r][0];
-    if (!BUG("attention.no_warp_barrier")) __syncwarp();
+    __syncwarp();
     for (int i = 0; i < 32; i += 4) {
       Vector<float, 4> weights[kRows];
 #pragma unroll
@@ -168,7 +166,7 @@ struct Warp<float, D> {
         }
       }
     }
-    if (!BUG("attention.no_second_warp_barrier")) __syncwarp();  // the next matrix overwrites this one
+    __syncwarp();  // the next matrix overwrites this one
   }
 
   __device__ void store_row(Matrix<D>& x, int r, float* to) const {

@@ -27,16 +27,11 @@
 //   chunks of 1024 rows, for each dW and its fp32 sum go to DRAM and back; now of 4096
 // An A100's multiprocessor makes 2048 FLOPs in the time of 128 bytes of shared memory, so 16 a byte, without anything
 // else, was its roof.
-//
-// Faults: linear_cross_entropy.no_barrier linear_cross_entropy.no_barrier_between_squares
-//   linear_cross_entropy.overwrites_early linear_cross_entropy.wait_count linear_cross_entropy.fragment
-//   linear_cross_entropy.no_rescale linear_cross_entropy.no_mask linear_cross_entropy.stale_tail
-//   linear_cross_entropy.global_store linear_cross_entropy.overwrite linear_cross_entropy.mean_of_all
-//   linear_cross_entropy.offsets_of_32_bits linear_cross_entropy.odd_base linear_cross_entropy.no_nan
+#include "finetune/linear_cross_entropy.h"
+
 #include "device/launch.cuh"
 #include "device/ptx.cuh"
 #include "device/vector.cuh"
-#include "finetune/linear_cross_entropy.h"
 
 namespace finetune {
 namespace {
@@ -62,7 +57,7 @@ struct Operand {
 
   __device__ const T* row(int64_t i) const {
     const int64_t offset = (rows ? rows[i] : i) * stride;
-    return data + (BUG("linear_cross_entropy.offsets_of_32_bits") ? static_cast<unsigned>(offset) : offset);
+    return data + offset;
   }
 };
 
@@ -81,7 +76,7 @@ struct Loader {
   __device__ static int column() { return threadIdx.x % kGroups * V; }
 
   __device__ __forceinline__ Loader(const Operand<T>& m_, int64_t outer0_) : m(m_), outer0(outer0_) {
-    aligned = m.stride % V == 0 && (are_aligned(m.data) || BUG("linear_cross_entropy.odd_base"));
+    aligned = m.stride % V == 0 && are_aligned(m.data);
     if constexpr (!kDepthMajor) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
@@ -105,11 +100,7 @@ struct Loader {
         from = rows[i];
       }
       if (!from || left == 0) {
-        if (BUG("linear_cross_entropy.global_store")) {
-          store(to, Vector<T, V>{});
-        } else if (!BUG("linear_cross_entropy.stale_tail")) {
-          ptx::store_shared16(to, {});
-        }
+        ptx::store_shared16(to, {});
       } else if (aligned && left == V) {
         ptx::cp_async16(to, from + at, true);
       } else {
@@ -171,11 +162,10 @@ __device__ __forceinline__ void multiply_tile(Square& sum, const T* a, const T* 
         } else {
           ptx::ldmatrix_x4(right, b + (column + r) * B + depth);
         }
-        const int low = BUG("linear_cross_entropy.fragment") ? 1 : 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          ptx::mma_16x8x16<T>(sum.d[i][2 * j], left[i], right[low], right[1 - low]);
-          ptx::mma_16x8x16<T>(sum.d[i][2 * j + 1], left[i], right[2 + low], right[3 - low]);
+          ptx::mma_16x8x16<T>(sum.d[i][2 * j], left[i], right[0], right[1]);
+          ptx::mma_16x8x16<T>(sum.d[i][2 * j + 1], left[i], right[2], right[3]);
         }
       }
     }
@@ -200,15 +190,14 @@ __device__ __forceinline__ Square multiply(const Operand<T>& a, int64_t a0, cons
     }
     ptx::cp_async_commit();  // even if it is empty: the wait counts groups
   };
-  if (!BUG("linear_cross_entropy.no_barrier_between_squares")) __syncthreads();  // the last square's tiles are read
+  __syncthreads();  // the last square's tiles are read
   for (int i = 0; i < kStages - 1; ++i) begin(i, i);
   int here = 0, ahead = kStages - 1;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    if (BUG("linear_cross_entropy.overwrites_early")) begin(step + kStages - 1, ahead);
-    BUG("linear_cross_entropy.wait_count") ? ptx::cp_async_wait<kStages - 1>() : ptx::cp_async_wait<kStages - 2>();
-    if (!BUG("linear_cross_entropy.no_barrier")) __syncthreads();
-    if (!BUG("linear_cross_entropy.overwrites_early")) begin(step + kStages - 1, ahead);
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();
+    begin(step + kStages - 1, ahead);
     const T* const tile = tiles + here * 2 * kTile;
     multiply_tile<T, kMajorA, kMajorB>(sum, tile, tile + kTile);
     here = here == kStages - 1 ? 0 : here + 1;
@@ -218,7 +207,7 @@ __device__ __forceinline__ Square multiply(const Operand<T>& a, int64_t a0, cons
 }
 
 __device__ __forceinline__ float scale_of(const Args& a) {
-  const int64_t count = BUG("linear_cross_entropy.mean_of_all") ? a.rows : *a.count;
+  const int64_t count = *a.count;
   return a.mean && count ? 1.0f / static_cast<float>(count) : 1.0f;
 }
 
@@ -271,7 +260,7 @@ __global__ void __launch_bounds__(kListThreads) find_kept(Args a) {
     if (target != a.ignore_index) {
       a.kept[at] = row;
       const bool outside = target < 0 || target >= a.vocab;
-      if (outside) a.per_row[at] = BUG("linear_cross_entropy.no_nan") ? 0 : NAN;
+      if (outside) a.per_row[at] = NAN;
     }
     if (row < a.rows) a.place[row] = target == a.ignore_index ? -1 : at;
     __syncthreads();
@@ -304,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 2) statistics(Args a) {
       }
       if (mine) a.per_row[row] = value;
     }
-    if (!BUG("linear_cross_entropy.no_mask")) hide_past_the_end(s, words);
+    hide_past_the_end(s, words);
 #pragma unroll
     for (int i = 0; i < Square::kRows; ++i) {
       float highest = m[i], added = 0;
@@ -312,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 2) statistics(Args a) {
       for (int j = 0; j < Square::kColumns; ++j) highest = fmaxf(highest, s.at(i, j));
 #pragma unroll
       for (int j = 0; j < Square::kColumns; ++j) added += exponential(s.at(i, j) - highest);
-      l[i] = (BUG("linear_cross_entropy.no_rescale") ? l[i] : l[i] * exponential(m[i] - highest)) + added;
+      l[i] = l[i] * exponential(m[i] - highest) + added;
       m[i] = highest;
     }
   }
@@ -417,7 +406,7 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_dx(Args a, Cut cut) {
     for (int j = 0; j < Square::kColumns; ++j) {
       const int column = Square::column(j);
       if (column0 + column >= a.dim) continue;
-      const float before = cut.first && !BUG("linear_cross_entropy.overwrite") ? to[column] : 0.0f;
+      const float before = cut.first ? to[column] : 0.0f;
       to[column] = before + sum.at(i, j);
     }
   }
