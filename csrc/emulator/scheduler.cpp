@@ -309,7 +309,7 @@ Options& options() { return chosen; }
 namespace {
 std::string reached;  // the fault that a kernel last asked for and got
 uint64_t largest_grid = 0;
-}
+}  // namespace
 bool bug(const char* name) {
   if (chosen.bug.empty() || chosen.bug != name) return false;
   reached = name;
