@@ -23,12 +23,6 @@ LAUNCH = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t
 )
 LIBRARY = "finetune_ptx"
-COMPILED_IN = """__host__ __device__ constexpr bool compiled_in(const char* name) {
-  const char* wanted = "FAULT";
-  while (*name && *name == *wanted) ++name, ++wanted;
-  return *name == *wanted;
-}
-#define BUG(name) compiled_in(name)"""
 
 
 def run(command: list[str], folder: Path) -> None:
@@ -50,8 +44,6 @@ def build(op: str, bug: str = "") -> Path:
     includes = [f"-I{csrc / 'include'}", f"-I{csrc / 'emulator'}", f"-I{csrc / 'cuda'}"]
     cuda = shutil.copytree(csrc / "cuda", folder / "cuda", dirs_exist_ok=True) if bug else csrc / "cuda"
     if bug:
-        head = cuda / "device/launch.cuh"
-        head.write_text(head.read_text().replace("#define BUG(name) false", COMPILED_IN.replace("FAULT", bug)))
         for source, edits in weave.edits_of(cuda).items():
             chosen = [edit for edit in edits if edit.fault == bug]
             source.write_text(weave.weave(source.read_text(), chosen, weave.planted))

@@ -46,7 +46,7 @@ def listed(op: str, slow: bool = False) -> list[str]:
     """The faults that are tried on a kernel: those of its files that make it wrong (or slow), and the shared ones."""
     sidecar = weave.read(FOLDER / f"{op}.faults")
     own = [fault.name for fault in sidecar.faults if fault.is_slow == slow]
-    return own + ([] if slow else list(sidecar.shared)) + _listed_in_head(op, slow)
+    return own + ([] if slow else list(sidecar.shared))
 
 
 def written(op: str) -> set[str]:
@@ -57,7 +57,7 @@ def written(op: str) -> set[str]:
     while todo:
         path = todo.pop()
         text = path.read_text() if path.exists() else ""
-        names |= {edit.fault for edit in edits.get(path, ())} | _named_in(text)
+        names |= {edit.fault for edit in edits.get(path, ())}
         included = {path.parent / name for name in re.findall(r'#include "([^"]+)"', text)}
         todo += included - found
         found |= included
@@ -71,20 +71,8 @@ def mismatches() -> list[str]:
         f"{op} lists {name}, which is not in its code" for op in lists for name in lists[op] if name not in written(op)
     ]
     everywhere = {edit.fault for edits in weave.edits_of(FOLDER).values() for edit in edits}
-    everywhere |= {name for path in FOLDER.rglob("*.cu*") for name in _named_in(path.read_text())}
     listed_somewhere = {name for names in lists.values() for name in names}
     return absent + [f"{name} is tried on no kernel" for name in sorted(everywhere - listed_somewhere)]
-
-
-def _listed_in_head(op: str, slow: bool) -> list[str]:
-    """Of a kernel whose faults are still in its text, as BUG("…"): the names in its head comment."""
-    head = re.match(r"(?://.*\n)+", (FOLDER / f"{op}.cu").read_text())
-    wrong, _, slower = (head[0] if head else "").partition("Faults:")[2].partition("Slow:")
-    return re.findall(r"\b[a-z0-9_]+\.(?!(?:cuh?|h|py|cpp)\b)[a-z0-9_]+", slower if slow else wrong)
-
-
-def _named_in(text: str) -> set[str]:
-    return set(re.findall(r'\bBUG\("([^"]+)"\)', text))
 
 
 def samples(op: str) -> list[Sample]:

@@ -11,7 +11,6 @@
 #define DYN_SHARED(T, name)                                                \
   extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[]; \
   T* const name = reinterpret_cast<T*>(dynamic_shared_memory)
-#define BUG(name) false
 #else
 #define SHARED(T, name, dims)      \
   T(&name)                         \
@@ -22,7 +21,6 @@
       }(),                         \
       #name)
 #define DYN_SHARED(T, name) T* const name = static_cast<T*>(emulator::dynamic_shared())
-#define BUG(name) emulator::bug(name)
 #endif
 
 namespace finetune {
