@@ -19,7 +19,7 @@ from finetune.kernels import emulator, extra_cases, weave
 from finetune.ops._check import WrongResult, check_close, flat, run, unchanged
 from finetune.ops._samples import Sample
 
-FOLDER = emulator.ROOT / "csrc" / "cuda"
+FOLDER = (emulator.ROOT / "csrc" / "cuda").resolve()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -68,7 +68,9 @@ def mismatches() -> list[str]:
     """Faults that a kernel lists without having them, and faults that no kernel lists."""
     lists = {path.stem: listed(path.stem) + listed(path.stem, slow=True) for path in sorted(FOLDER.glob("*.cu"))}
     absent = [
-        f"{op} lists {name}, which is not in its code" for op in lists for name in lists[op] if name not in written(op)
+        f"{op} lists {name}, which is not in its code"
+        for op, names in lists.items()
+        for name in sorted(set(names) - written(op))
     ]
     everywhere = {edit.fault for edits in weave.edits_of(FOLDER).values() for edit in edits}
     listed_somewhere = {name for names in lists.values() for name in names}
