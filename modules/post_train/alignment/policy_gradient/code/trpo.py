@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 Distribution = Callable[[Tensor], Tensor]  # flat parameters θ → the policy's distribution on a batch of observations
 Divergence = Callable[[Tensor, Tensor], Tensor]
+Product = Callable[[Tensor], Tensor]  # v ↦ F v
 
 
 # --- F⁻¹ g without F
 
 
-def fisher_product(distribution: Distribution, kl: Divergence, theta: Tensor, damping: float = 0.0):
+def fisher_product(distribution: Distribution, kl: Divergence, theta: Tensor, damping: float = 0.0) -> Product:
     """The function v ↦ (F + damping) v at theta: the gradient of (∇KL · v)."""
     at = theta.detach().clone().requires_grad_()
     here = distribution(at)
@@ -46,9 +47,7 @@ def fisher_product(distribution: Distribution, kl: Divergence, theta: Tensor, da
     return product
 
 
-def conjugate_gradient(
-    product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-10
-) -> Tensor:
+def conjugate_gradient(product: Product, b: Tensor, iterations: int, tolerance: float = 1e-10) -> Tensor:
     """Solves product(x) = b for a symmetric positive definite product (Hestenes & Stiefel 1952)."""
     x, r = torch.zeros_like(b), b.clone()
     p, rr = r.clone(), r @ r
