@@ -152,7 +152,7 @@ def samples() -> Iterator[Sample]:
         bench: bool = False,
         **kwargs,
     ) -> Sample:
-        """Blocks in random order; what is of no sequence, block 0 among it, is NaN but in benches, where torch's
+        """Blocks in random order; those of no sequence, block 0 among them, are NaN except in benches, where torch's
         composition may then look at it."""
         rows = len(lengths)
         needed = [-(-n // block_size) for n in lengths]

@@ -1,5 +1,6 @@
 """Every op × backend × CPU level × sample × dtype against its float64 reference: values and gradients."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -198,3 +199,18 @@ def test_a_wrong_value_in_the_environment_is_one_line(variable):
     done = subprocess.run([sys.executable, "-c", code], cwd=emulator.ROOT, env=env, capture_output=True, text=True)
     assert done.stdout.startswith(f"{variable}=gpu: expected "), done.stderr
     assert done.stdout.count("\n") == 1
+
+
+def test_an_op_has_the_signature_and_the_text_of_its_reference():
+    assert [*inspect.signature(ops.rms_norm).parameters] == ["x", "weight", "eps", "backend"]
+    assert ops.rms_norm.__doc__.startswith("x (..., C), weight (C,)")
+    x = torch.ones(2, 3)
+    for args, kwargs, message in (
+        ((x,), {}, "missing a required argument: 'weight'"),
+        ((x, x[0], 1e-5, None), {}, "too many positional arguments"),
+        ((x, x[0]), {"epsilon": 1e-5}, "unexpected keyword argument 'epsilon'"),
+        ((x, x[0]), {"x": x}, "multiple values for argument 'x'"),
+        ((x,), {"epsilon": 1e-5}, "missing a required argument: 'weight'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            ops.rms_norm(*args, **kwargs)
