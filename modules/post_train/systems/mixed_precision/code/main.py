@@ -30,7 +30,9 @@ from .scaling import LossScaler
 from .text import Text, load
 
 Optimizer = optim.AdamW | StochasticAdamW
-TOLERANCE = 0.05  # nats a character between fp32 and a format that trains as well
+# Of the loss that fp32 removes, the share that a sound format may miss. Of eight seeds of the toy the worst missed 4 %
+# (fp16 with scaling, which skips its first steps); fp16 without scaling misses more than all of it.
+TOLERANCE = 0.1
 
 
 @dataclass
@@ -246,18 +248,21 @@ def check_sums(run: Run) -> None:
 
 
 def show(run: Run, losses: dict[str, float], before: float) -> None:
-    """fp32 must learn, the sound formats end within `TOLERANCE` of it, and fp16 without a scale further away."""
+    """fp32 must learn, the sound formats must end within `TOLERANCE` of it, and fp16 without a scale further away."""
     reference = losses.get("fp32")
+    bound = before if reference is None else reference + TOLERANCE * (before - reference)
     for name, loss in losses.items():
         if name == "fp32" or reference is None:
             run.result(f"loss_{name}", loss, baseline=before, target=before, higher=False)
         elif name in ("bf16", "fp16_scaled", "fp8", "bf16_stochastic"):
-            run.result(f"loss_{name}", loss, baseline=before, target=reference + TOLERANCE, higher=False)
+            run.result(f"loss_{name}", loss, baseline=before, target=bound, higher=False)
         elif name == "fp16":
             run.result("loss_fp16", loss, baseline=before)
             run.check("fp16_is_worse_by", loss - reference, at_least=0.1)
         else:
             run.check(f"loss_{name}", loss)
+    if {"bf16", "bf16_no_master"} <= losses.keys():
+        run.check("bf16_no_master_is_worse_by", losses["bf16_no_master"] - losses["bf16"])
     run.check("loss_before", before)
 
 
