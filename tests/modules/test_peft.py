@@ -51,8 +51,8 @@ def numbers(summary):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_toy_reaches_its_targets(no_pictures, tmp_path, seed):
-    """Seed 0 is `finished`."""
-    assert run(tmp_path / "run", seed=seed, mix=False)["passed"]
+    """All methods; seed 0 is `finished`."""
+    assert run(tmp_path / "run", seed=seed, methods=main.METHODS)["passed"]
 
 
 @pytest.mark.slow
