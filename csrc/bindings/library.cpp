@@ -1,5 +1,7 @@
-// The library itself: torch's thread pool for the kernels, the CPU level, and how it was built.
+// The library itself: torch's thread pool for the kernels, the CPU level, how it was built, and the sizes that the
+// memory formulas need (finetune/memory).
 #include "common.h"
+#include "finetune/linear_cross_entropy.h"
 
 namespace finetune {
 namespace {
@@ -28,6 +30,11 @@ void set_cpu_level(std::string name) {
 
 std::string build_info() { return FINETUNE_BUILD_INFO; }  // "key=value|…", written by CMakeLists.txt
 
+std::tuple<int64_t, int64_t, int64_t> linear_cross_entropy_plan(int64_t n_rows, int64_t vocab, bool bf16_matmul) {
+  const LossPlan plan = LossPlan::of(n_rows, vocab, bf16_matmul ? DType::bf16 : DType::f32);
+  return {plan.chunk, plan.tiles, plan.blocks};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(finetune, m) {
@@ -35,12 +42,14 @@ STABLE_TORCH_LIBRARY(finetune, m) {
   m.def("cpu_level_supported() -> str");
   m.def("set_cpu_level(str name) -> ()");
   m.def("build_info() -> str");
+  m.def("linear_cross_entropy_plan(int n_rows, int vocab, bool bf16_matmul) -> (int chunk, int tiles, int blocks)");
 }
 STABLE_TORCH_LIBRARY_IMPL(finetune, CompositeExplicitAutograd, m) {
   m.impl("cpu_level", TORCH_BOX(&cpu_level));
   m.impl("cpu_level_supported", TORCH_BOX(&cpu_level_supported));
   m.impl("set_cpu_level", TORCH_BOX(&set_cpu_level));
   m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("linear_cross_entropy_plan", TORCH_BOX(&linear_cross_entropy_plan));
 }
 
 }  // namespace finetune

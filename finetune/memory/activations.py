@@ -8,12 +8,11 @@ there is no dropout mask. A tensor that two operations keep is counted once.
 
 from __future__ import annotations
 
+import functools
+
 from finetune.memory.counts import outputs, parameters, rest
 from finetune.memory.setup import Setup, Shape, Term
 from finetune.memory.states import gradients
-
-# Constants of csrc/bindings/linear_cross_entropy.cpp, see `loss_plan`.
-LOGIT_BYTES, LEAST_ROWS, TASKS, LEAST_TILE, LEAST_BLOCK = 24 << 20, 64, 32, 256, 16
 
 
 def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tuple[int, str]]:
@@ -110,13 +109,16 @@ def activations(shape: Shape, setup: Setup) -> Term:
 
 
 def loss_plan(shape: Shape, setup: Setup) -> tuple[int, int, int]:
-    """(rows of a chunk, tiles of the vocabulary, blocks of rows) of ops.linear_cross_entropy, for products in fp32: the
-    arithmetic and the constants of `Plan` in csrc/bindings/linear_cross_entropy.cpp."""
-    most = max(LEAST_ROWS, LOGIT_BYTES // (4 * shape.vocab))
-    chunk = -(-setup.tokens // -(-setup.tokens // most))
-    tiles = -(-shape.vocab // max(LEAST_TILE, -(-shape.vocab // TASKS)))
-    block = max(LEAST_BLOCK, -(-chunk // max(TASKS // tiles, 1)))
-    return chunk, tiles, -(-chunk // block)
+    """(rows of a chunk, tiles of the vocabulary, blocks of rows) of ops.linear_cross_entropy, for products in fp32, by
+    the kernel's own rule (LossPlan of csrc/include/finetune/linear_cross_entropy.h)."""
+    return plan_of_kernel(setup.tokens, shape.vocab)
+
+
+@functools.cache
+def plan_of_kernel(tokens: int, vocab: int) -> tuple[int, int, int]:
+    from finetune.ops.linear_cross_entropy import plan  # imports torch, which other formulas do without
+
+    return plan(tokens, vocab)
 
 
 def logits(shape: Shape, setup: Setup) -> Term:

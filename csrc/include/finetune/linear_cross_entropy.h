@@ -1,5 +1,5 @@
-// The steps of linear_cross_entropy between the matrix products, which are torch's
-// (csrc/bindings/linear_cross_entropy.cpp, which also explains blocks and tiles).
+// linear_cross_entropy: on the CPU a chunk loop around matrix products that the caller provides
+// (csrc/cpu/linear_cross_entropy.cpp), on a GPU all of it (csrc/cuda/linear_cross_entropy.cu).
 // The definition is finetune/ops/linear_cross_entropy.py.
 #pragma once
 
@@ -9,54 +9,66 @@
 
 namespace finetune {
 
-// A block of rows of logits for a tile of the vocabulary.
-struct LogitTile {
+// How the CPU divides the work, a function of the sizes alone. The logits of a chunk of rows exist at once; they are
+// made and used by at most `most_tasks` tasks, each a block of the chunk's rows × a tile of the vocabulary: several
+// blocks where the vocabulary is small, one block where it is large.
+struct LossPlan {
+  static constexpr int64_t logit_bytes = 24 << 20;  // of a chunk: 128 rows of SmolLM2's 49152 in fp32
+  static constexpr int64_t least_rows = 64;         // of a chunk: with fewer the products are memory bound
+  static constexpr int64_t most_tasks = 32, least_tile = 256, least_block = 16;
+
+  int64_t chunk, tile, tiles, block, blocks;
+
+  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+  // `type`: of the logits.
+  static LossPlan of(int64_t n_rows, int64_t vocab, DType type) {
+    LossPlan p{};
+    const int64_t most_rows = std::max(least_rows, logit_bytes / (vocab * bytes_of(type)));
+    p.chunk = ceil_div(n_rows, ceil_div(n_rows, most_rows));
+    p.tile = std::max(least_tile, ceil_div(vocab, most_tasks));
+    p.tiles = ceil_div(vocab, p.tile);
+    p.block = std::max(least_block, ceil_div(p.chunk, std::max<int64_t>(most_tasks / p.tiles, 1)));
+    p.blocks = ceil_div(p.chunk, p.block);
+    return p;
+  }
+};
+
+// c (m, n) = a · b, or c += a · b: dense row-major matrices of one dtype, a (m, k) and b (k, n). A transposed one lies
+// in memory as (k, m) or (n, k).
+struct MatrixProduct {
   DType dtype;
-  void* data;              // (rows, size)
-  const int64_t* targets;  // (rows,) in [0, vocab)
-  int64_t rows, size;
-  int64_t first;  // the tile's first word
+  const void* a;
+  const void* b;
+  void* c;
+  int64_t m, n, k;
+  bool a_transposed, b_transposed, add;
 };
 
-// What a row's softmax needs of one tile.
-struct CrossEntropyTile {
-  LogitTile logits;
-  float* top;   // (rows,) the maximum
-  double* sum;  // (rows,) Σ exp(logit − top)
-  float* hit;   // (rows,) the target's logit, written where the target lies in this tile
-};
-
-// Joins the tiles of each row.
-struct CrossEntropyLoss {
-  const float* tops;           // (tiles, stride), the first `rows` of each
-  const double* sums;          // the same
-  const float* hits;           // (rows,)
-  float *loss, *top, *factor;  // (rows,) loss, not scaled; maximum; d(loss · scale)/d(logit) / exp(logit − top)
-  int64_t rows, stride, tiles;
+// All of it, on the CPU. Scratch has the sizes of the plan.
+struct ChunkedCrossEntropy {
+  DType dtype;                               // of x, weight, dx and dweight: f32 or bf16
+  DType type;                                // of the products: dtype, or f32 for bf16 inputs, which are then widened
+  const void* x;                             // (n_rows, n_cols)
+  const void* weight;                        // (vocab, n_cols)
+  const int64_t* targets;                    // (n_rows,) in [0, vocab)
+  double* loss;                              // one: Σ of the rows' losses, not scaled
+  void* dx;                                  // (n_rows, n_cols), or null
+  void* dweight;                             // (vocab, n_cols), or null
+  void* logits;                              // (chunk, vocab) of `type`
+  void* x_wide;                              // (chunk, n_cols) of `type`, where x is widened
+  float* row_max;                            // (tiles, chunk) maximum of a row's logits in a tile
+  double* row_sum;                           // (tiles, chunk) and their Σ exp(logit − maximum)
+  float* per_row;                            // (4, chunk) see Rows
+  void* dx_parts;                            // (tiles, chunk, n_cols) of `type`, where dx is wanted
+  float* dweight_parts;                      // (blocks, vocab, n_cols), where dweight is wanted and not summed in place
+  void (*multiply)(const MatrixProduct& p);  // on the calling thread
+  LossPlan plan;
+  int64_t n_rows, n_cols, vocab;
   float z_loss, scale;
-};
 
-// Overwrites the logits of a tile with d(loss · scale)/d(logit).
-struct CrossEntropyGrad {
-  LogitTile logits;
-  const float *hit, *top, *factor;  // (rows,)
-  float scale;
-};
-
-// out = Σ parts, in the order of the parts.
-struct SumParts {
-  const void* parts;  // (count, size)
-  void* out;          // (size,)
-  DType part_dtype, out_dtype;
-  int64_t count, size;
-};
-
-// sum (+)= part, for one thread.
-struct AddPart {
-  const void* part;  // (size,) bf16
-  float* sum;        // (size,)
-  int64_t size;
-  bool add;  // false: sum = part
+  bool widens() const { return dtype != type; }
+  bool sums_in_place() const { return plan.blocks == 1 && dtype == DType::f32; }  // dweight, over the chunks
 };
 
 // All of it, on a GPU (csrc/cuda/linear_cross_entropy.cu explains the scratch).
