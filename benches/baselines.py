@@ -283,7 +283,7 @@ def loss_scale_update(scale, growth_tracker, hysteresis_tracker, found_inf, **ho
     return {"_amp_update_scale_": plain}
 
 
-PAGES = (
+OPS = (
     rms_norm,
     layer_norm,
     swiglu,
@@ -303,4 +303,4 @@ PAGES = (
     kv_cache,
     paged_attention,
 )
-BASELINES: dict[str, Callable[..., dict[str, Call]]] = {f.__name__: f for f in PAGES}
+BASELINES: dict[str, Callable[..., dict[str, Call]]] = {f.__name__: f for f in OPS}

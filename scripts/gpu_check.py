@@ -196,7 +196,7 @@ def run_script(op: str, stage: str, seconds: float, env: dict[str, str]) -> Row:
         row["cells"] = [
             {name: each["cell"][name] for name in keep}
             | {"ours": each["ours"]["median"], "torch": each["torch"]["median"], "ratio": each["ratio"]["median"]}
-            | {"composition": each["composition"], "bytes_per_second": each["bytes_per_second"]}
+            | {"baseline": each["baseline"], "bytes_per_second": each["bytes_per_second"]}
             | {"flops_per_second": each["flops_per_second"]}
             for each in report["results"]
         ]

@@ -65,10 +65,10 @@ def table(chinese: bool = False) -> str:
 
 def ladder() -> str:
     """The matmul ladder as the module cuda counts it, with links from here."""
-    module = registry.find("cuda").folder
-    text = (module / "README.md").read_text()
+    module = registry.find("cuda")
+    text = (module.folder / "README.md").read_text()
     rows = text.split("<!-- matmul -->\n")[1].split("<!-- /matmul -->")[0]
-    return rows.replace("](code/", f"]({module.relative_to(ROOT)}/code/")
+    return rows.replace("](code/", f"](modules/{module.group}/{module.name}/code/")
 
 
 def performance(chinese: bool = False) -> str:

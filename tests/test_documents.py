@@ -32,12 +32,12 @@ PROGRAMS = ("python ", "make ", "pytest ", "source ", "pre-commit ", ".venv/bin/
 NEVER = {
     "source .venv/bin/activate": "it changes a shell",
     "pre-commit install": "it changes the checkout",
+    "python scripts/pictures.py RUN NAME.png": "it writes into the checkout",
     "pytest -m gpu": "needs a GPU; without one its tests are skipped",
     ".venv/bin/python -m pytest tests/ops/test_ops.py -k <op>": "the tests are run by themselves",
 }
 # What the default tests run in place of a command that takes longer; a run becomes a `small` one.
 SMALLER = {
-    "bench": "bench --help",
     "bench <op>": "bench --help",
     "bench --keep": "bench --help",
     "bench a2c_vs_sb3": "bench a2c_vs_sb3 --horizon 4 --rounds 1 --steps 64",

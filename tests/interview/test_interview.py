@@ -214,7 +214,7 @@ def test_unscaled_fp16_is_told_as_it_went():
     assert "underflow alone does not explain it" in text
     assert brief.spoken(facts["lowest.fp16.loss"], "en") in text
     assert "no worse than with it" in text
-    text = " ".join(brief.passages(interview, facts | {"loss_fp16": 4.4, "loss_bf16_no_master": 3.1}, "en"))
+    text = " ".join(brief.passages(interview, facts | {"loss_fp16": 4.4, "bf16_no_master_is_worse_by": 0.7}, "en"))
     assert "underflow alone" not in text
     assert "small updates were rounded away" in text
 

@@ -183,7 +183,7 @@ def test_the_levels_show_every_number_of_their_json(width, monkeypatch, capsys):
     ladder = registry.load(registry.find("cuda"))
     counts = [
         ladder.Count(level, f"level_{level}", 1e-7, 10**9, 10**6, 2**20 // level, 2**24 // level, 2**22 // level,
-                     2**18, 1024, 96, 56, 18, 24, 12)
+                     2**18, 1024, 96, 4, 56, 18, 24, 12, 5)
         for level in (1, 2, 3)
     ]  # fmt: skip
     monkeypatch.setenv("COLUMNS", str(width))
