@@ -76,7 +76,8 @@ def performance(chinese: bool = False) -> str:
     texts = []
     for path in sorted((ROOT / "benches/results").glob("*.json")):
         report = json.loads(path.read_text())
-        about, ratios = report["machine"], {}
+        about = report["machine"]
+        ratios: dict[str, dict[str, list[float]]] = {}
         for r in report["results"]:
             if r["cell"]["backend"] == "cpp":
                 ratios.setdefault(r["cell"]["op"], {}).setdefault(r["cell"]["dtype"], []).append(r["ratio"]["median"])
@@ -102,14 +103,15 @@ def measured(folder: Path, samples: bool = True) -> str:
         }
         for name, passed in summary["reached"].items()
     }
-    console = Console(file=io.StringIO(), width=112)
+    output = io.StringIO()
+    console = Console(file=output, width=112)
     path = folder / "samples.json"
     for part in json.loads(path.read_text()) if samples and path.exists() else []:
         display.samples(console, part["title"], part["rows"])
     if summary["memory"]:
         display.memory(console, summary["memory"])
     display.closing(console, summary, judged, Path("RUN"))
-    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    lines = [line.rstrip() for line in output.getvalue().splitlines()]
     shown = re.sub(r"\n{2,}", "\n\n", "\n".join(lines[:-1])).strip()
     machine = settings["machine"]
     threads = settings["config"]["threads"]
