@@ -53,8 +53,8 @@ def op_names() -> list[str]:
 
 def tool(name: str) -> str | None:
     """Path of a program of the CUDA toolkit, or of one next to this Python."""
-    beside = shutil.which(name, path=sysconfig.get_path("scripts"))
-    return runpy.run_path(str(ROOT / "finetune/kernels/cuda_toolkit.py"))["tool"](name) or beside
+    beside_python = shutil.which(name, path=sysconfig.get_path("scripts"))
+    return runpy.run_path(str(ROOT / "finetune/kernels/cuda_toolkit.py"))["tool"](name) or beside_python
 
 
 # --- wheels

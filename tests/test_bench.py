@@ -100,7 +100,7 @@ def test_comparison_with_an_earlier_report(tmp_path, capsys):
         harness.main([*words, "--compare", str(old)])
 
 
-# --- the step beside TRL's
+# --- the step against TRL's
 
 
 def test_sides_that_differ_are_not_timed():

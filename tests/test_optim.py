@@ -1,4 +1,4 @@
-"""finetune/optim.py: AdamW beside torch's, masters, exact resume, groups, schedules."""
+"""finetune/optim.py: AdamW against torch's, masters, exact resume, groups, schedules."""
 
 import itertools
 import json

@@ -77,8 +77,8 @@ def brief(module: str | None, all_: bool, run: Path | None, out: Path | None, la
 @click.option("--day", type=click.IntRange(1, 14), help="The modules of that day of the path.")
 @click.option("--level", type=click.IntRange(1, 5), help="Only questions of this difficulty.")
 @click.option("--due", is_flag=True, help="Only questions to repeat whose time has come.")
-@click.option("--new", type=click.IntRange(0), help="New questions, at most so many a day; with --due in addition.")
-@click.option("--limit", type=click.IntRange(1), help="At most so many questions.")
+@click.option("--new", type=click.IntRange(0), help="New questions, at most N a day; with --due in addition.")
+@click.option("--limit", type=click.IntRange(1), help="At most N questions.")
 @click.option("--export", type=click.Choice(["anki"]), help="Write a deck for Anki instead of asking.")
 @click.option("--out", type=click.Path(path_type=Path), help="File of --export; default: finetune-<lang>.apkg.")
 @LANG

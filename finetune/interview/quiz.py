@@ -125,7 +125,7 @@ class Schedule:
 def chosen(
     questions: Iterable[Question], schedule: Schedule, now: datetime, due: bool = False, new: int | None = None
 ) -> list[Question]:
-    """All of them; with `due` those whose time has come; with `new` those never asked, at most so many a day."""
+    """All of them; with `due` those whose time has come; with `new` those never asked, at most that number a day."""
     questions = list(questions)
     if not due and new is None:
         return questions

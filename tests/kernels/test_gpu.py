@@ -59,7 +59,7 @@ def emulated():
 
 
 def fits(sample, dtype):
-    """Skips where a tensor whose elements lie more than 2^32 apart has no room on this GPU beside its copy."""
+    """Skips where a tensor whose elements lie more than 2^32 apart and its copy have no room on this GPU."""
     if sample.far and torch.cuda.is_available():
         torch.cuda.empty_cache()
         if torch.cuda.mem_get_info()[0] < 3 * 2**32 * dtype.itemsize:

@@ -200,7 +200,7 @@ def test_paged_kv_cache(kv_dtype, block):
 
 
 def test_formulas_give_their_bytes():
-    """Each printed formula, evaluated with the printed symbols, is the value beside it."""
+    """Each printed formula, evaluated with the printed symbols, is the value next to it."""
     for config in (LLAMA, GPT2, presets.LLAMA["llama-7b"]):
         shape = shape_of(config)
         others = [Setup(optimizer="none", batch=4, seq=33), Setup(attention="naive", loss="full")]

@@ -33,7 +33,7 @@ def small(**changes):
 
 
 def steps_of(count, actions=None, seed=0):
-    """Transitions of 4 numbers; `actions` of so many kinds, or two continuous numbers."""
+    """Transitions of 4 numbers; `actions`: the number of kinds, or two continuous numbers."""
     g = torch.Generator().manual_seed(seed)
     taken = torch.randint(actions, (count,), generator=g) if actions else torch.rand(count, 2, generator=g) * 2 - 1
     seen, after = (torch.randn(count, 4, generator=g) for _ in range(2))

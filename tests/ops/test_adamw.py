@@ -1,4 +1,4 @@
-"""ops.adamw_ and ops.clip_grad_norm_ beside torch's, and what tests/ops/test_ops.py does not ask of them."""
+"""ops.adamw_ and ops.clip_grad_norm_ against torch's, and what tests/ops/test_ops.py does not cover."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""ops.cast beside torch's conversions, bit for bit, and its random rounding beside probability theory."""
+"""ops.cast against torch's conversions, bit for bit, and its stochastic rounding against probability theory."""
 
 import pytest
 import torch

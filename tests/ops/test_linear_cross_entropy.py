@@ -37,7 +37,7 @@ def test_equals_torch(reduction):
 
 
 def test_any_block_and_tile():
-    """Sizes around the cuts of the work: blocks of 16 rows, tiles of 256 words, many rows beside few words."""
+    """Sizes around the cuts of the work: blocks of 16 rows, tiles of 256 words, many rows and few words."""
     for n, dim, vocab in ((15, 3, 255), (17, 5, 257), (33, 2, 513), (700, 4, 2), (100, 3, 8193), (1025, 1, 40)):
         x, weight, targets = inputs(n, dim, vocab)
         results = []

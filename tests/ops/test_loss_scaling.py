@@ -1,5 +1,5 @@
-"""ops.loss_scale_update_ beside torch's and DeepSpeed's loss scalers, ops.unscale_check_finite_ and ops.global_norm
-beside what torch does for them."""
+"""ops.loss_scale_update_ against torch's and DeepSpeed's loss scalers, ops.unscale_check_finite_ and ops.global_norm
+against torch's equivalents."""
 
 import importlib.util
 import math

@@ -68,7 +68,7 @@ def left(folder):
 
 
 def killed(module, folder, kills, seed):
-    """Kills runs of a module so many times, at moments drawn over a whole run's time, and compares what each leaves."""
+    """Kills runs of a module `kills` times, at moments drawn over a whole run, and compares what each leaves."""
     server, rng = Server(module, folder), random.Random(seed)
     try:
         _, seconds = server.run(folder / "whole")

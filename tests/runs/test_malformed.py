@@ -254,7 +254,7 @@ KINDS = {
 
 @contextlib.contextmanager
 def bounds(seconds, room):
-    """TimeoutError after so many seconds, MemoryError beyond so many more bytes."""
+    """TimeoutError after `seconds`, MemoryError beyond `room` more bytes."""
 
     def late(*_):
         raise TimeoutError(f"not done after {seconds} s")

@@ -55,7 +55,7 @@ def cliff(cfg: Config, totals: Totals, rng: np.random.Generator) -> None:
 
 
 def truncated_value(mdp: MDP, actions: NDArray[np.intp], steps: int) -> float:
-    """Exact expected return of a deterministic policy over so many steps."""
+    """Exact expected return of a deterministic policy over a number of steps."""
     return float(mdp.start @ tables.evaluate(mdp, tables.one_hot(mdp, actions), np.zeros(mdp.size[0]), steps))
 
 
