@@ -159,3 +159,14 @@ def test_one_torch_version_everywhere():
     import torch
 
     assert torch.__version__.startswith("2.13.0")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.name)
+def test_a_default_run_has_three_to_six_results(module):
+    """As the README shows it; equalities, z-scores and controls are checks."""
+    block = re.search(r"<!-- measured -->(.*?)<!-- /measured -->", (module / "README.md").read_text(), re.DOTALL)
+    if block is None:  # cuda's results are its ladders
+        assert module.name == "cuda"
+        return
+    rows = re.findall(r"^\w+ +[-\d.]\S*( ±.*| .*)$", block[1].split("result  ")[1], re.MULTILINE)
+    assert 3 <= len(rows) <= 6
