@@ -289,7 +289,7 @@ def _settings(info: Any) -> None:
     for f in config.describe(cls):
         if f.group != group:
             group = f.group
-            rows.append(f"\n{group or 'all'}")
+            rows.append((f"\n{group or 'all'}", "bold"))
         toy, key = getattr(small, f.name), config.dashed(f.name)
         names = f"--{key} / --no-{key}" if f.type is bool else f"--{key}"
         same = ("same", "dim") if toy == f.default else _plain(toy)
