@@ -10,8 +10,8 @@
 // products on one thread, over data still in its cache. dx is summed over tiles and dW over blocks, in a fixed order:
 // the result does not depend on the number of threads.
 //
-// The products run in `type`: fp32, or bf16 for bf16 inputs. bf16 inputs are otherwise widened, x_chunk whole and W a
-// tile at a time. dW of bf16 is summed over the chunks in fp32 and rounded once.
+// The products run in `type`: fp32, or bf16 for bf16 inputs. bf16 inputs are otherwise converted, x_chunk whole and W
+// a tile at a time. dW of bf16 is summed over the chunks in fp32 and rounded once.
 //
 // Memory: the first half reads a tile just multiplied, in blocks that stay in L1 between their maximum and their
 // sum; the second overwrites it just before its products: 4 + 8 bytes a logit in fp32. About 20 FLOPs a logit each.

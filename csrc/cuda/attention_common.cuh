@@ -26,7 +26,7 @@ struct Sequence {
   int queries, keys, shift;
   bool causal;
 
-  // How many keys query i sees: the first so many.
+  // How many keys query i sees, counted from the first.
   __device__ int limit(int i) const {
     const int visible = i + shift + 1;
     return causal ? min(max(visible, 0), keys) : keys;

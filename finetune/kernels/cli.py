@@ -139,7 +139,8 @@ def faults(op: str | None, json: bool) -> int:
     ops = [find(op)] if op else engine.kernels()
     todo = [(name, fault) for name in ops for fault in engine.listed(name)]
     console = _console(stderr=json)
-    for line in engine.mismatches():
+    mismatches = engine.mismatches()
+    for line in mismatches:
         display.say(console, line, "red")
     verdicts = []
     with display.progress(console, "faults", 0, len(todo)) as show:
@@ -157,7 +158,7 @@ def faults(op: str | None, json: bool) -> int:
             rows.append([v.op, v.fault.removeprefix(f"{v.op}."), by, f"{v.sample} {v.dtype}", how])
         display.table(console, ("op", "fault", "caught by", "on", "how"), rows)
         console.print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} caught", highlight=False)
-    return 1 if survivors or engine.mismatches() else 0
+    return 1 if survivors or mismatches else 0
 
 
 @kernels.command()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -49,9 +49,8 @@ def listed(op: str, slow: bool = False) -> list[str]:
     return own + ([] if slow else list(sidecar.shared))
 
 
-def written(op: str) -> set[str]:
-    """The faults of csrc/cuda/<op>.cu and of what it includes from that folder."""
-    edits = weave.edits_of(FOLDER)
+def written(op: str, edits: dict[Path, list[weave.Edit]]) -> set[str]:
+    """Those of the edits' faults that are in csrc/cuda/<op>.cu or in what it includes from that folder."""
     found = {FOLDER / f"{op}.cu"}
     todo, names = list(found), set()
     while todo:
@@ -66,13 +65,14 @@ def written(op: str) -> set[str]:
 
 def mismatches() -> list[str]:
     """Faults that a kernel lists without having them, and faults that no kernel lists."""
+    edits = weave.edits_of(FOLDER)
     lists = {path.stem: listed(path.stem) + listed(path.stem, slow=True) for path in sorted(FOLDER.glob("*.cu"))}
     absent = [
         f"{op} lists {name}, which is not in its code"
         for op, names in lists.items()
-        for name in sorted(set(names) - written(op))
+        for name in sorted(set(names) - written(op, edits))
     ]
-    everywhere = {edit.fault for edits in weave.edits_of(FOLDER).values() for edit in edits}
+    everywhere = {edit.fault for each in edits.values() for edit in each}
     listed_somewhere = {name for names in lists.values() for name in names}
     return absent + [f"{name} is tried on no kernel" for name in sorted(everywhere - listed_somewhere)]
 
@@ -144,10 +144,3 @@ def judge(op: str, fault: str) -> Verdict:
         for build in builds.values():
             build.set_bug("")
     return Verdict(op, fault, None, reached)
-
-
-def judge_all(op: str | None = None) -> Iterator[Verdict]:
-    """Every fault of one op, or of all."""
-    for name in [op] if op else kernels():
-        for fault in listed(name):
-            yield judge(name, fault)

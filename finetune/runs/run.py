@@ -46,6 +46,14 @@ class NotFinite(UserError):
     """A metric or result became NaN or infinite."""
 
 
+def _finite(name: str, value: float) -> float:
+    """The value of a result or check. NotFinite for NaN and infinities."""
+    value = float(value)
+    if not math.isfinite(value):
+        raise NotFinite(f"{name} is {value}, which is no result: look at the data, or try a smaller learning rate")
+    return value
+
+
 class Run:
     """One run, as a module sees it. `dir`, `cfg`, `toy` and `console` may be read; `phase` names the current loop."""
 
@@ -171,9 +179,7 @@ class Run:
         must not exceed; if baseline equals target: must surpass). Without a target it is shown and not judged. A run
         has three to six; everything else is a `check`. NotFinite for NaN and infinities.
         """
-        value = float(value)
-        if not math.isfinite(value):
-            raise NotFinite(f"{name} is {value}, which is no result: look at the data, or try a smaller learning rate")
+        value = _finite(name, value)
         error, baseline, target = (None if x is None else float(x) for x in (error, baseline, target))
         if error is not None and not math.isfinite(error):
             error = None  # one sample has none
@@ -198,9 +204,7 @@ class Run:
         It is not in the table of results, unless it breaks its bound: then `passed` is false. Without a bound it is
         recorded only. NotFinite for NaN and infinities.
         """
-        value = float(value)
-        if not math.isfinite(value):
-            raise NotFinite(f"{name} is {value}, which is no result: look at the data, or try a smaller learning rate")
+        value = _finite(name, value)
         row = {"value": value} | {
             key: float(bound)
             for key, bound in (("error", error), ("at_least", at_least), ("at_most", at_most))

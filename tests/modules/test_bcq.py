@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from learner_state import continues_from_its_state
+from summaries import numbers
 
 from finetune.errors import UserError
 from finetune.rl.agents.offline import Cloning
@@ -251,11 +252,6 @@ def test_the_losses_of_td3_bc_iql_and_awac_are_d3rlpys(d3rlpy):
 # --- Runs
 
 
-def figures(summary):
-    """Headline results and checks."""
-    return summary["metrics"] | {name: check["value"] for name, check in summary["checks"].items()}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_toy_reaches_its_targets(seed, tmp_path):
@@ -279,7 +275,7 @@ def test_on_an_experts_steps_bcq_balances_and_dqn_falls_in_any_unit_of_rewards(f
     made = logged_data.generate("CartPole-v1", "expert", 10_000, 0)
     dataclasses.replace(made, rewards=made.rewards * factor).save(tmp_path / "log.npz")
     config = toy(**CARTPOLE | {"steps": 2000, "eval_every": 2000, "eval_episodes": 5}, data=tmp_path / "log.npz")
-    found = figures(execute(INFO, config, tmp_path / "run", toy=True))
+    found = numbers(execute(INFO, config, tmp_path / "run", toy=True))
     assert found["return_dqn_cartpole_log"] <= 500 - 0.75 * 480
     assert found["return_bcq_cartpole_log"] >= 500 - 0.5 * 480
 
@@ -333,7 +329,7 @@ def test_the_unit_of_rewards_changes_nothing_that_is_learned(env, tmp_path, caps
     for factor in (1.0, 2.0**-7, 100.0):
         dataclasses.replace(made, rewards=made.rewards * factor).save(tmp_path / "log.npz")
         config = toy(**SMALL | {"steps": 10, "eval_every": 10, "compared": "iql"}, envs=env, data=tmp_path / "log.npz")
-        found[factor] = figures(execute(INFO, config, tmp_path / f"run{factor}", toy=True))
+        found[factor] = numbers(execute(INFO, config, tmp_path / f"run{factor}", toy=True))
         assert ("the two are not compared" in capsys.readouterr().out) == (factor != 1)
         assert any(n.startswith("overestimate") for n in found[factor]) == (factor == 1)
     for name, value in found[1.0].items():

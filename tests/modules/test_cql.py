@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from learner_state import continues_from_its_state
+from summaries import numbers
 
 from finetune.errors import UserError
 from finetune.rl.agents.networks import QNetwork, SquashedGaussian, TwinQ
@@ -359,11 +360,6 @@ def test_the_continuous_gap_is_d3rlpys_on_the_same_noise(calibrated, monkeypatch
 # --- Runs
 
 
-def figures(summary):
-    """Headline results and checks."""
-    return summary["metrics"] | {name: check["value"] for name, check in summary["checks"].items()}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_toy_reaches_its_targets(seed, tmp_path):
@@ -392,7 +388,7 @@ def test_an_experts_steps_teach_in_any_unit_of_rewards(factor, tmp_path):
     made = logged_data.generate("CartPole-v1", "expert", 2000, 0)
     dataclasses.replace(made, rewards=made.rewards * factor).save(tmp_path / "log.npz")
     config = toy(data=tmp_path / "log.npz", fqe_steps=0, eval_every=24)
-    found = figures(execute(INFO, config, tmp_path / "run", toy=True))
+    found = numbers(execute(INFO, config, tmp_path / "run", toy=True))
     assert found["return_data_cql"] >= 500 / 2
     assert found["return_data_naive"] <= 500 / 4
 
@@ -409,7 +405,7 @@ def test_a_learner_continues_from_its_state(threshold):
 def test_own_data_is_learned_from(tmp_path):
     logged_data.generate("Pendulum-v1", "medium", 200, 0).save(tmp_path / "own.npz")
     config = small(data=tmp_path / "own.npz", env="Pendulum-v1")
-    found = figures(execute(INFO, config, tmp_path / "run", toy=True))
+    found = numbers(execute(INFO, config, tmp_path / "run", toy=True))
     assert math.isfinite(found["return_data_cql"])
 
 
@@ -421,7 +417,7 @@ def test_the_unit_of_rewards_changes_nothing_that_is_learned(env, tmp_path, caps
     for factor in (1.0, 2.0**-7):
         dataclasses.replace(made, rewards=made.rewards * factor).save(tmp_path / f"{factor}.npz")
         config = small(data=tmp_path / f"{factor}.npz", env=env)
-        found[factor] = figures(execute(INFO, config, tmp_path / f"run{factor}", toy=True))
+        found[factor] = numbers(execute(INFO, config, tmp_path / f"run{factor}", toy=True))
         assert ("the two are not compared" in capsys.readouterr().out) == (factor != 1)
         assert ("overestimate_data_cql" in found[factor]) == (factor == 1)
     for name, value in found[2.0**-7].items():

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from resumed import cut_off
+from summaries import check_values
 
 from finetune import ops
 from finetune.errors import UserError
@@ -217,12 +218,8 @@ def trained(tmp_path_factory):
     return folder, run(folder, toy())
 
 
-def values(summary):
-    return {name: row["value"] for name, row in summary["checks"].items()}
-
-
 def check_claims(summary):
-    metrics, checks = summary["metrics"], values(summary)
+    metrics, checks = summary["metrics"], check_values(summary)
     assert summary["passed"]
     assert set(metrics) == {f"loss_{name}" for name in ("fp32", "fp16", *SOUND)}, "six results"
     assert checks["lost_weights"] >= 0.3
@@ -276,7 +273,7 @@ def test_run_folder(trained):
 def test_unscaled_fp16_stalls_for_want_of_gradients_and_not_of_range(trained, tmp_path):
     """With the loss divided by this process's own tokens the same fp16 learns: it was the small numbers."""
     near = run(tmp_path / "run", toy(formats="fp32,fp16", tokens_per_step=8 * 64, steps=120))
-    small_batch, gpt3s_batch = values(near), values(trained[1])
+    small_batch, gpt3s_batch = check_values(near), check_values(trained[1])
     assert small_batch["lost_weights"] < 0.1 < gpt3s_batch["lost_weights"]
     assert small_batch["fp16_is_worse_by"] < 0.1 < gpt3s_batch["fp16_is_worse_by"]
 
@@ -285,7 +282,7 @@ def test_unscaled_fp16_stalls_for_want_of_gradients_and_not_of_range(trained, tm
 def test_without_training_there_is_no_gain(tmp_path, change):
     summary = run(tmp_path / "run", small(**{"formats": "fp32,bf16,fp16_scaled"} | change))
     assert summary["passed"] is False
-    assert summary["metrics"]["loss_fp32"] == values(summary)["loss_before"]
+    assert summary["metrics"]["loss_fp32"] == check_values(summary)["loss_before"]
 
 
 def test_same_seed_same_bytes_and_a_stopped_run_resumes(tmp_path):
@@ -306,7 +303,7 @@ def test_deepspeeds_policy_trains(tmp_path):
     summary = run(tmp_path / "run", small(steps=12, formats="fp32,fp16_scaled", policy="deepspeed", growth_interval=3))
     rows = list(csv.DictReader((tmp_path / "run/metrics.csv").open()))
     assert len({row["scale"] for row in rows if row["scale"]}) > 1
-    assert summary["metrics"]["loss_fp16_scaled"] < values(summary)["loss_before"]
+    assert summary["metrics"]["loss_fp16_scaled"] < check_values(summary)["loss_before"]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +328,7 @@ def test_own_data(tmp_path):
     file = tmp_path / "own.txt"
     file.write_text("abcdefgh " * 300)
     summary = run(tmp_path / "run", small(data=file, steps=40, formats="fp32,bf16", lr=1e-2))
-    assert summary["metrics"]["loss_fp32"] < values(summary)["loss_before"] - 0.3
+    assert summary["metrics"]["loss_fp32"] < check_values(summary)["loss_before"] - 0.3
     file.write_text("too short")
     with pytest.raises(UserError, match="9 characters are too few"):
         run(tmp_path / "other", small(data=file))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from summaries import numbers
 
 from finetune.errors import UserError
 from finetune.interview import brief as briefs
@@ -38,11 +39,6 @@ def run(folder, **changes):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peft") / "run"
     return folder, run(folder)
-
-
-def numbers(summary):
-    """Results and checks by name."""
-    return summary["metrics"] | {name: check["value"] for name, check in summary["checks"].items()}
 
 
 # --- it learns

@@ -5,6 +5,7 @@ import dataclasses
 import gymnasium
 import pytest
 import torch
+from summaries import numbers
 
 from finetune.rl.agents.reward_scale import RewardSize
 from finetune.runs import registry
@@ -45,7 +46,7 @@ def learned(module, folder, factor, **settings):
     info = registry.find(module)
     config = dataclasses.replace(registry.load(info).Config.toy(), threads=1, seed=3, **SETTINGS[module] | settings)
     summary = execute(info, config, folder, toy=True)
-    found = summary["metrics"] | {n: row["value"] for n, row in summary["checks"].items()}
+    found = numbers(summary)
     return {n: v / factor for n, v in found.items() if "return" in n or "critic_bias" in n}
 
 

@@ -83,7 +83,7 @@ constexpr int64_t kAttentionCudaDim = 256;  // the largest head dim of the CUDA 
 // Head dims of their tiles: the others are padded with zeros.
 constexpr int64_t attention_tile_dim(int64_t dim) { return dim <= 32 ? 32 : dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
-// A decoding step has at most so many rows (queries of the heads that share a key/value head). Its keys are split, 256
+// A decoding step has at most this many rows (queries of the heads that share a key/value head). Its keys are split, 256
 // at least to a block, until there are 264 blocks: two for each multiprocessor of an H100. That number does not follow
 // the device: it would change the order of sums, and with it bits.
 constexpr int64_t kAttentionDecodeRows = 64, kAttentionDecodeBlocks = 2 * 132, kAttentionSplitKeys = 256;

@@ -48,7 +48,7 @@ struct MatrixProduct {
 // All of it, on the CPU. Scratch has the sizes of the plan.
 struct ChunkedCrossEntropy {
   DType dtype;                               // of x, weight, dx and dweight: f32 or bf16
-  DType type;                                // of the products: dtype, or f32 for bf16 inputs, which are then widened
+  DType type;                                // of the products: dtype, or f32 for bf16 inputs, converted first
   const void* x;                             // (n_rows, n_cols)
   const void* weight;                        // (vocab, n_cols)
   const int64_t* targets;                    // (n_rows,) in [0, vocab)
@@ -56,7 +56,7 @@ struct ChunkedCrossEntropy {
   void* dx;                                  // (n_rows, n_cols), or null
   void* dweight;                             // (vocab, n_cols), or null
   void* logits;                              // (chunk, vocab) of `type`
-  void* x_wide;                              // (chunk, n_cols) of `type`, where x is widened
+  void* x_wide;                              // (chunk, n_cols) of `type`, where x is converted
   float* row_max;                            // (tiles, chunk) maximum of a row's logits in a tile
   double* row_sum;                           // (tiles, chunk) and their Σ exp(logit − maximum)
   float* per_row;                            // (4, chunk) see Rows

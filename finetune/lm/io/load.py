@@ -6,7 +6,8 @@ Every function raises UserError naming what is missing, damaged, or not supporte
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -21,6 +22,8 @@ from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import reading
 
+M = TypeVar("M", Llama, GPT)
+
 ADAPTER_CONFIG = "adapter_config.json"  # marks the folder of an adapter (finetune/peft/adapters.py)
 
 
@@ -34,12 +37,7 @@ def llama(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
     source = hub.resolve(path)
     if source.suffix == ".gguf":
         return gguf_llama(GGUFModel(source), dtype)
-    raw = config_json(source)
-    shape = hf_llama.read_config(raw, source / "config.json")
-    tensors = hf_llama.own_tensors(weights.read_safetensors(source), shape)
-    loaded = weights.assemble(Llama, shape, tensors, dtype, source)
-    loaded.token_ids, loaded.generation_ids = read_token_ids(source, raw)
-    return loaded
+    return from_folder(Llama, hf_llama, source, dtype)
 
 
 def gguf_llama(file: GGUFModel, dtype: torch.dtype) -> Llama:
@@ -57,10 +55,15 @@ def gpt(path: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
     source = hub.resolve(path)
     if source.suffix == ".gguf":
         raise UserError(f"{source}: GPT-2 is read from a safetensors folder, not from GGUF")
+    return from_folder(GPT, hf_gpt2, source, dtype)
+
+
+def from_folder(kind: type[M], names: ModuleType, source: Path, dtype: torch.dtype) -> M:
+    """The model in a folder of safetensors; `names` is hf_llama or hf_gpt2, which knows the folder's configuration."""
     raw = config_json(source)
-    shape = hf_gpt2.read_config(raw, source / "config.json")
-    tensors = hf_gpt2.own_tensors(weights.read_safetensors(source), shape)
-    loaded = weights.assemble(GPT, shape, tensors, dtype, source)
+    shape = names.read_config(raw, source / "config.json")
+    tensors = names.own_tensors(weights.read_safetensors(source), shape)
+    loaded = weights.assemble(kind, shape, tensors, dtype, source)
     loaded.token_ids, loaded.generation_ids = read_token_ids(source, raw)
     return loaded
 

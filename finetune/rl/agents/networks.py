@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.rl.envs.environments import Act
-
 
 def relu_mlp(widths: list[int]) -> nn.Sequential:
     """Linear layers with ReLU between them, in torch's default initialization, as SAC's and TD3's authors do."""
@@ -239,13 +237,3 @@ class QNetwork(nn.Module):
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.net(observations)  # (N, A)
-
-
-def greedy_policy(q: nn.Module) -> Act:
-    """The policy that takes the action of the largest output."""
-
-    @torch.no_grad()
-    def act(observations: Tensor) -> Tensor:
-        return q(observations).argmax(-1)
-
-    return act
