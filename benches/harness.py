@@ -7,7 +7,8 @@ The samples are those of the op file that carry bench=True. A backend whose resu
 torch's alternate in one process, so other work on the machine affects both; the ratio is the median of the pairs'
 ratios (above 1: ours is faster). `--check` fails if a ratio is below 0.95 in three rounds. `--compare` shows the ratios
 next to those of an earlier `--json`: absolute times of two runs cannot be compared where the machine's speed drifts.
-`--keep` writes the report to benches/results/<machine>.json, from which `scripts/readme.py` makes the README's table.
+`--keep` puts the figures into benches/results/<machine>.json, in place of earlier ones of the same cells;
+`scripts/readme.py` makes the README's table from it.
 """
 
 from __future__ import annotations
@@ -252,6 +253,18 @@ def read_report(path: Path) -> dict[Cell, float]:
         raise UserError(f"{path} is not a report of `bench --json`: {error}") from None
 
 
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+def merged(kept: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """The kept report with the results of a new one in place of those of the same cells; new cells come last."""
+    new = {Cell(**r["cell"]): r for r in report["results"]}
+    results = [new.pop(Cell(**r["cell"]), r) for r in kept["results"]]
+    return report | {"results": [*results, *new.values()]}
+
+
 def show_comparison(results: list[Result], before: dict[Cell, float], console: Any) -> None:
     rows: list[Any] = []
     for r in results:
@@ -329,13 +342,12 @@ def main(argv: list[str] | None = None) -> int:
         )
     for reason in refused.values():
         display.say(console, f"not timed: {reason}", "red")
-    files = [wanted.json] if wanted.json else []
+    report = {"machine": about, "results": [asdict(r) for r in results], "refused": list(refused.values())}
+    if wanted.json:
+        write_report(wanted.json, report)
     if wanted.keep:
-        files.append(KEPT / f"{slug(about)}.json")
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        report = {"machine": about, "results": [asdict(r) for r in results], "refused": list(refused.values())}
-        file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        file = KEPT / f"{slug(about)}.json"
+        write_report(file, merged(json.loads(file.read_text()), report) if file.exists() else report)
     slow = [r for r in results if r.ratio.median < ALLOWANCE]
     if wanted.check:
         for r in slow:

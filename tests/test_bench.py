@@ -103,6 +103,22 @@ def test_comparison_with_an_earlier_report(tmp_path, capsys):
 # --- the step against TRL's
 
 
+def test_a_kept_report_keeps_the_other_ops(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "KEPT", tmp_path)
+    words = ["--dtype", "f32", "--seconds", "0.01", "--threads", "1", "--keep"]
+    reports = []
+    for names in (["rms_norm", "swiglu"], ["swiglu"]):
+        assert harness.main([*names, *words]) == 0
+        (file,) = tmp_path.glob("*.json")
+        reports.append(json.loads(file.read_text())["results"])
+    both, again = reports
+    assert [r["cell"] for r in again] == [r["cell"] for r in both]
+    assert [r["ours"] for r in again if r["cell"]["op"] == "rms_norm"] == [
+        r["ours"] for r in both if r["cell"]["op"] == "rms_norm"
+    ]
+    assert [r for r in again if r["cell"]["op"] == "swiglu"] != [r for r in both if r["cell"]["op"] == "swiglu"]
+
+
 def test_sides_that_differ_are_not_timed():
     assert sft_vs_trl.disagreement({"ours": 2.0, "TRL": 2.0001}, 1e-4) is None
     assert "2.000300 for TRL" in sft_vs_trl.disagreement({"ours": 2.0, "TRL": 2.0003}, 1e-4)
