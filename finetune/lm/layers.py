@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +38,32 @@ def embedding(count: int, dim: int) -> nn.Embedding:
     """An embedding table with unset weights: on the meta device torch's own initialization imports its compiler, which
     takes longer than loading a model."""
     return nn.Embedding(count, dim, _weight=torch.empty(count, dim))
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a model trained on `original_length` tokens was extended to more: what is done to the rotary frequencies.
+
+    none     nothing
+    linear   all divided by `factor`                                         Chen et al. 2023, arXiv:2306.15595
+    dynamic  theta grows with the sequence once it is longer than original_length (NTK-aware)
+    yarn     low frequencies divided by `factor`, high ones kept, a ramp between beta_fast and beta_slow turns over
+             original_length; cos and sin times `attention_factor`           Peng et al. 2023, arXiv:2309.00071
+    llama3   wavelengths beyond original_length / low_freq_factor divided by `factor`, those below original_length /
+             high_freq_factor kept, between them a blend                     Grattafiori et al. 2024, arXiv:2407.21783
+    """
+
+    kind: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
+    factor: float = 1.0
+    original_length: int = 0  # dynamic, yarn, llama3
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 0.0  # yarn; 0: computed from factor, mscale and mscale_all_dim
+    mscale: float = 0.0  # yarn; 0: not given
+    mscale_all_dim: float = 0.0  # yarn; 0: not given
+    truncate: bool = True  # yarn: the ends of the ramp are rounded to whole dimensions
 
 
 class RotaryTable:

@@ -5,8 +5,8 @@ Weights come from and go to files by `finetune.lm.io.load` and `finetune.lm.io.s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from finetune import ops
 from finetune.errors import UserError
 from finetune.lm.forward import Cache, ForwardContext, forward_context
-from finetune.lm.layers import RMSNorm, RotaryTable, embedding, init_gpt2
+from finetune.lm.layers import RMSNorm, RopeScaling, RotaryTable, embedding, init_gpt2
 
 
 @dataclass
 class LlamaConfig:
-    """Shape of a Llama. `head_dim=0` selects `dim // heads`."""
+    """Shape of a Llama, or of a family that differs from it in the fields from `family` on: their defaults are a Llama's.
+
+    `head_dim=0` selects `dim // heads`. Layers are counted from 0. `rope_scaling` may be given as a dict.
+    """
 
     vocab_size: int
     dim: int
@@ -34,6 +37,23 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     tied: bool = True
     head_dim: int = 0
+    family: str = "llama"  # Hugging Face's model_type
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over head_dim of each head's query and key, before the rotary embedding
+    window: int = 0  # tokens that the layers in window_layers see, their own included; 0: all
+    window_layers: tuple[int, ...] = ()
+    nope_layers: tuple[int, ...] = ()  # layers without rotary embedding
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_plus_one: bool = False  # norms multiply by weight + 1
+    post_norms: bool = False  # a norm after the attention and after the MLP too
+    embedding_scale: float = 1.0
+    attention_scale: float = 0.0  # of the scores; 0: 1/√head_dim
+    attention_softcap: float = 0.0  # c > 0: scores s become c · tanh(s/c)
+    logit_softcap: float = 0.0  # the same of the logits
+    local_rope_theta: float = 0.0  # of the window layers, which are then not scaled; 0: rope_theta
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "hidden", "max_length"):
@@ -47,6 +67,12 @@ class LlamaConfig:
             self.head_dim = self.dim // self.heads
         if self.head_dim % 2:
             raise UserError(f"rotary embedding needs an even head size, not {self.head_dim}")
+        if isinstance(self.rope_scaling, dict):
+            self.rope_scaling = RopeScaling(**self.rope_scaling)
+        plain = {each.name: each.default for each in fields(self)[12:]} | {"rope_scaling": RopeScaling()}
+        for name, default in plain.items():
+            if getattr(self, name) != default:
+                raise UserError(f"{name} = {getattr(self, name)} is not supported yet")
 
 
 class Attention(nn.Module):
