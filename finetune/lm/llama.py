@@ -21,7 +21,7 @@ from finetune.lm.layers import RMSNorm, RopeScaling, RotaryTable, embedding, ini
 
 @dataclass
 class LlamaConfig:
-    """Shape of a Llama, or of a family that differs from it in the fields from `family` on: their defaults are a Llama's.
+    """Shape of a Llama, or of a family that differs from it in the fields from `family` on, whose defaults are Llama's.
 
     `head_dim=0` selects `dim // heads`. Layers are counted from 0. `rope_scaling` may be given as a dict.
     """

@@ -34,8 +34,9 @@ Term = tuple[Tensor, Tensor, float]  # A, B, s
 
 
 class LoRAFunction(torch.autograd.Function):
-    """x Wᵀ + Σ s (x Aᵀ) Bᵀ over adapters, saving x, and x Aᵀ where B is trained (autograd would also keep the terms).
-    `base.weight` is read in both passes and not kept: of a quantized layer it is a dense copy.
+    """x Wᵀ + bias + Σ s (x Aᵀ) Bᵀ over adapters, saving x, and x Aᵀ where B is trained (autograd would also keep the
+    terms). `base.weight` is read in both passes and not kept: of a quantized layer it is a dense copy. The bias is
+    frozen.
 
     With g the gradient of y and h = s · g B:   dx = g W + Σ h A,   dA = hᵀ x,   dB = s · gᵀ (x Aᵀ).
     """
@@ -45,6 +46,8 @@ class LoRAFunction(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         wide = rows.to(factors[0].dtype)
         y = F.linear(rows, base.weight).to(wide.dtype)
+        if base.bias is not None:
+            y += base.bias
         lows = []
         for a, b, scale, learns in zip(factors[::2], factors[1::2], scales, ctx.needs_input_grad[4::2], strict=True):
             low = wide @ a.T  # (N, r)
@@ -154,7 +157,7 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer `base` without bias, adapters by name, and the weight of each that is `active`."""
+    """A frozen linear layer `base`, adapters by name, and the weight of each that is `active`."""
 
     base: Linear
     parts: nn.ModuleDict
@@ -162,8 +165,6 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: Linear, **parts: LoRA) -> None:
         super().__init__()
-        if getattr(base, "bias", None) is not None:
-            raise ValueError("LoRALinear adapts linear layers without a bias")
         self.base, self.parts = base.requires_grad_(False), nn.ModuleDict(parts)
         self.active = dict.fromkeys(parts, 1.0)
 
@@ -188,7 +189,10 @@ class LoRALinear(nn.Module):
             factors = [factor for a, b, _ in terms for factor in (a, b)]
             y = LoRAFunction.apply(x, self.base, tuple(s for *_, s in terms), *factors)
         factor = self.factor()
-        return y if factor is None else (y * factor).to(x.dtype)
+        if factor is None:
+            return y
+        bias = 0 if self.base.bias is None else self.base.bias.to(factor.dtype)
+        return ((y - bias) * factor + bias).to(x.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
         """The forward pass with dropout, on autograd."""
@@ -218,6 +222,8 @@ class LoRALinear(nn.Module):
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.in_features, linear.out_features = self.base.in_features, self.base.out_features
         linear.weight = nn.Parameter(total.to(self.base.weight.dtype))
+        if self.base.bias is not None:
+            linear.bias = nn.Parameter(self.base.bias.detach().clone())
         return linear
 
 

@@ -76,12 +76,12 @@ def int8_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x Wᵀ with a weight that is not kept: dx = g W, with W dequantized again."""
+    """x Wᵀ + bias with a weight that is not kept: dx = g W, with W dequantized again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.weight)
+        return F.linear(x, layer.weight, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -89,18 +89,19 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer without bias whose weight is stored in few bits. `weight` is a new dense tensor each time."""
+    """A linear layer whose weight is stored in few bits, and its bias as it was. `weight` is a new dense tensor each
+    time."""
 
     in_features: int
     out_features: int
+    bias: Tensor | None  # (out,)
     dtype: torch.dtype  # of the original weight and of `weight`
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        if linear.bias is not None:
-            raise ValueError(f"{type(self).__name__} replaces linear layers without a bias")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     @property
     def weight(self) -> Tensor:

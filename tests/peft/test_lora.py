@@ -22,7 +22,7 @@ from finetune.peft.lora import (
     set_module,
     unmerge,
 )
-from finetune.peft.quantize import quantize_linears
+from finetune.peft.quantize import Int8Linear, NF4Linear, quantize_linears
 
 
 @pytest.fixture
@@ -51,6 +51,30 @@ def test_layer_and_gradients_are_those_of_the_formula():
     got = torch.autograd.grad(layer(x).square().sum(), (x, part.lora_A, part.lora_B))
     for mine, theirs in zip(got, wanted, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-11)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("quantized", [None, NF4Linear, Int8Linear])
+def test_a_bias_is_added_once_and_stays_in_the_merged_layer(quantized, dora, dropout):
+    """Qwen2's q, k and v; DoRA scales the product and not the bias, as in peft."""
+    torch.manual_seed(1)
+    base = nn.Linear(64, 7)
+    bias = base.bias.detach().clone()
+    base = quantized(base) if quantized else base
+    layer, part = adapted(base, 3, 5.0, dora=dora, dropout=dropout)
+    part.lora_B.data.normal_()
+    x = torch.randn(4, 64)
+    total = base.weight + part.scale * part.lora_B @ part.lora_A
+    if dora:
+        part.magnitude.data += 0.5
+        total *= (part.magnitude / total.norm(dim=1))[:, None]
+    want = x @ total.T + bias
+    assert torch.allclose(layer.eval()(x), want, atol=1e-5)
+    assert torch.allclose(layer.merged()(x), want, atol=1e-5)
+    part.lora_B.data.zero_()
+    if not dora:
+        assert torch.allclose(layer.train()(x), base(x), atol=1e-6)
 
 
 def test_bf16_is_summed_in_fp32():
