@@ -59,12 +59,12 @@ def rope(x, cos, sin, positions):
     return {"rotate_half": call}
 
 
-def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None):
+def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None, window=0):
     from finetune.ops.attention import visible
 
     (_, tq, heads, _), (_, tk, kv_heads, _) = q.shape, k.shape
-    plain = lengths is None and cu_seqlens is None and (not causal or tq == tk)
-    mask = None if plain else visible(q, k, causal, lengths, cu_seqlens)[:, None]  # (B, 1, Tq, Tk)
+    plain = lengths is None and cu_seqlens is None and not window and (not causal or tq == tk)
+    mask = None if plain else visible(q, k, causal, lengths, cu_seqlens, window)[:, None]  # (B, 1, Tq, Tk)
     options = {"scale": scale, "enable_gqa": heads != kv_heads}
 
     def sdpa(q, k, v, **how):
@@ -77,7 +77,7 @@ def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None
         return torch.cat(pieces, dim=1)
 
     ways = {}
-    if q.dtype != torch.float32 and lengths is None and on_gpu_with("flash_attn", q):
+    if q.dtype != torch.float32 and lengths is None and not window and on_gpu_with("flash_attn", q):
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
         if cu_seqlens is None:
@@ -91,7 +91,7 @@ def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None
     if plain:
         return {"SDPA": lambda: sdpa(q, k, v, is_causal=causal), **ways}
     masked = {"SDPA, mask": lambda: sdpa(q, k, v, attn_mask=mask)}
-    return masked | ways if cu_seqlens is None else masked | ways | {"SDPA, a document each": each_document}
+    return masked | ways if cu_seqlens is None or window else masked | ways | {"SDPA, a document each": each_document}
 
 
 def kv_cache(what, *args):

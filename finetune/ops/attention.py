@@ -1,13 +1,19 @@
 """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) with grouped key/value heads (Ainslie et al.
-2023, arXiv:2305.13245), padding by lengths and packed documents.
+2023, arXiv:2305.13245), padding by lengths, packed documents, a sliding window (Longformer: Beltagy et al. 2020,
+arXiv:2004.05150; as Mistral 7B has it: Jiang et al. 2023, arXiv:2310.06825) and a softcap of the scores (Gemma 2, 2024,
+arXiv:2408.00118).
 
-    o[b, i, h] = Σ_j p_j v[b, j, g],   p = softmax over the visible j of  scale · q[b, i, h] · k[b, j, g]
+    o[b, i, h] = Σ_j p_j v[b, j, g],   p = softmax over the visible j of  s_j = scale · q[b, i, h] · k[b, j, g]
     g = h // (H / Hkv)
+    softcap c > 0:  c · tanh(s_j / c) in place of s_j;  its derivative is 1 − tanh²(s_j / c)
     visible(b, i, j) = (j < lengths[b]) and (not causal or j <= i + Tk − Tq) and (i and j of one document)
+                       and (no window or j > place − window)
+    place = i + Tk − Tq if causal, else the sequence's last key: lengths[b] − 1, Tk − 1 or the document's last
 
 A query that sees no key gives 0 and gets gradient 0. Tokens that no query of a sequence may see (keys behind `lengths`,
 tokens of other documents, the padding of a tile) add exactly 0 to every sum and get gradient 0, whatever they hold, NaN
-and infinity too. The causal rule does not promise that: there a hidden key has weight 0, and 0 · NaN is NaN.
+and infinity too. The causal rule and the window do not promise that: there a hidden key has weight 0, and 0 · NaN is
+NaN. (The kernels skip tiles of keys that no query of a tile sees, so what NaN does there depends on the tiles.)
 
 Arithmetic in fp32 whatever the dtype; the result is rounded once. The reference makes the whole (Tq, Tk) score matrix;
 the kernels never do (FlashAttention-2, arXiv:2307.08691).
@@ -38,12 +44,17 @@ def attention(
     scale: float | None = None,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     """q (B, Tq, H, D), k and v (B, Tk, Hkv, D) of one dtype, H a multiple of Hkv → (B, Tq, H, D). Gradients for all.
 
     causal: query i sees keys j <= i + Tk − Tq. lengths (B,): query rows of b see keys j < lengths[b] only.
     cu_seqlens (N + 1,): B = 1 and Tq = Tk; tokens cu_seqlens[n] … cu_seqlens[n+1] − 1 are document n and see only it.
+    window w > 0: a query sees the last w keys up to its own place, of those that the rules above show; not causal, the
+    sequence's last w keys, which is what one token of each of several sequences of different lengths needs in decoding.
+    softcap c > 0: scores s become c · tanh(s / c), after the scale and before the masks. 0 turns either off.
     A query that sees no key gives 0. scale defaults to 1/√D.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -51,15 +62,17 @@ def attention(
         ends = cu_seqlens.tolist()
         check_documents(ends, q.shape[1])
         documents = (tuple(x[:, i:j] for x in (q, k, v)) for i, j in itertools.pairwise(ends))
-        parts = [attention.reference(*each, causal=causal, scale=scale) for each in documents]
+        rules = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
+        parts = [attention.reference(*each, **rules) for each in documents]
         return torch.cat([q[:, :0], *parts], 1)
-    hidden = ~visible(q, k, causal, lengths, None)  # (B, Tq, Tk)
+    hidden = ~visible(q, k, causal, lengths, None, window)  # (B, Tq, Tk)
     q = q.masked_fill(hidden.all(2)[..., None, None], 0)
     k, v = (x.masked_fill(behind(x, lengths), 0) for x in (k, v)) if lengths is not None else (k, v)
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[2] // k.shape[2]
     k, v = (x.to(wide).repeat_interleave(group, dim=2) for x in (k, v))  # (B, Tk, H, D)
     scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), k) * scale
+    scores = capped(scores, softcap)
     hidden = hidden[:, None]  # (B, 1, Tq, Tk)
     p = scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)  # a row without keys: NaN, then 0
     return torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype)
@@ -71,20 +84,31 @@ def behind(keys: Tensor, lengths: Tensor) -> Tensor:
     return (token >= lengths.to(keys.device)[:, None])[..., None, None]
 
 
-def visible(q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def capped(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * (scores / softcap).tanh() if softcap else scores
+
+
+def visible(
+    q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None, cu_seqlens: Tensor | None, window: int = 0
+) -> Tensor:
     """(B, Tq, Tk) bool: which key each query sees."""
     (b, tq), tk = q.shape[:2], k.shape[1]
     i = torch.arange(tq, device=q.device)[:, None]
     j = torch.arange(tk, device=q.device)
     mask = torch.ones(b, tq, tk, dtype=torch.bool, device=q.device)
-    if causal:
-        mask = mask & (j <= i + tk - tq)
+    last: Tensor | int = tk - 1  # key of the sequence
     if lengths is not None:
-        mask = mask & (j < lengths.to(q.device)[:, None, None])
+        last = lengths.to(q.device)[:, None, None] - 1
+        mask = mask & (j <= last)
     if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens.to(q.device).long(), j, right=True)  # (T,)
+        ends = cu_seqlens.to(q.device).long()
+        document = torch.searchsorted(ends, j, right=True)  # (T,)
+        last = ends[document][:, None] - 1
         mask = mask & (document[:, None] == document)
-    return mask
+    if causal:
+        last = i + tk - tq
+        mask = mask & (j <= last)
+    return mask & (j > last - window) if window else mask
 
 
 def check_documents(ends: list[int], tokens: int) -> None:
@@ -93,7 +117,9 @@ def check_documents(ends: list[int], tokens: int) -> None:
 
 
 @attention.check
-def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, **_) -> None:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, window: int, softcap: float, **_
+) -> None:
     if q.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[-1]):
         raise ValueError(
             f"attention: q must be (B, Tq, H, D), k and v (B, Tk, Hkv, D), got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
@@ -104,20 +130,36 @@ def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, cu_seqlens: Tenso
         raise ValueError("attention: lengths must be (B,), and excludes cu_seqlens")
     if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
         raise ValueError("attention: cu_seqlens needs B = 1 and as many queries as keys")
+    if window < 0:
+        raise ValueError(f"attention: window must be 0 (none) or a number of keys, got {window}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"attention: softcap must be 0 (none) or positive and finite, got {softcap}")
 
 
 @attention.fused
-def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, lengths, cu_seqlens) -> Tensor:
-    mask = visible(q, k, causal, lengths, cu_seqlens)[:, None]
+def _(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, lengths, cu_seqlens, window: int, softcap: float
+) -> Tensor:
+    mask = visible(q, k, causal, lengths, cu_seqlens, window)[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if softcap:  # torch has no fused form of it: scores in fp32, and weights in v's dtype as its kernels have them
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = capped(q.to(wide) @ k.to(wide).mT * scale, softcap)
+        p = scores.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask, 0)
+        return (p.to(v.dtype) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 attention.on_host = ("lengths", "cu_seqlens")
+WITH_WINDOW: tuple[str, ...] = ()  # the backends whose kernels have both
 
 
 @attention.supports
-def _(backend: str, q: Tensor, k: Tensor, v: Tensor, **_) -> str | None:
+def _(backend: str, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, **_) -> str | None:
+    if (window or softcap) and backend not in WITH_WINDOW:
+        return "its kernels have no window and no softcap yet"
     if backend not in ("cpp", "triton") and q.shape[-1] > 256:
         return f"it takes head dims up to 256, got {q.shape[-1]}"
     return native_float(backend, q, k, v)
@@ -175,7 +217,8 @@ def samples() -> Iterator[Sample]:
         pairs = 0.0  # (query, key, head) triples in which the query sees the key
         if bench:
             causal, lengths, documents = kwargs.get("causal", True), kwargs.get("lengths"), kwargs.get("cu_seqlens")
-            pairs = heads * visible(q, k, causal, lengths, documents).sum().item()
+            window = kwargs.get("window", 0)
+            pairs = heads * visible(q, k, causal, lengths, documents, window).sum().item()
         return Sample(
             name,
             (q, k, v),

@@ -329,3 +329,38 @@ def test_without_the_swizzle_ldmatrix_takes_so_many_times_as_long(dim, times):
     assert units(plain, "ldmatrix") == times * units(swizzled, "ldmatrix")
     assert emulator.excess(plain, "shared store")
     assert units(plain, "cp.async to shared") == units(swizzled, "cp.async to shared")  # whole rows, either way
+
+
+def hidden_by_hand(tq, tk, window, causal, length):
+    """(Tq, Tk) bool, key by key from the words: a query sees the last `window` keys up to its own place."""
+    rows = []
+    for i in range(tq):
+        place = i + tk - tq if causal else length - 1
+        rows.append([not (place - window < j <= place and j < length) for j in range(tk)])
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("tq", "tk", "length"), [(12, 12, 12), (3, 12, 12), (12, 12, 7), (1, 12, 5)])
+@pytest.mark.parametrize("window", [1, 4, 12, 30])
+def test_a_window_is_a_mask_of_the_last_keys(window, tq, tk, length, causal):
+    q, k, v = (x.double() for x in qkv(tq=tq, tk=tk))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) / 4
+    scores = 3 * (scores / 3).tanh()
+    hidden = hidden_by_hand(tq, tk, window, causal, length)
+    p = scores.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(0)
+    want = torch.einsum("bhij,bjhd->bihd", p, v.repeat_interleave(2, 2))
+    rules = {"window": window, "softcap": 3.0, "causal": causal, "lengths": torch.tensor([length])}
+    torch.testing.assert_close(attention(q, k, v, backend="reference", **rules), want)
+
+
+def test_rules_that_mean_nothing_are_refused():
+    inputs = qkv()
+    for rules, message in (
+        ({"window": -1}, "window must be 0"),
+        ({"softcap": -2.0}, "softcap must be 0"),
+        ({"softcap": math.inf}, "softcap must be 0"),
+        ({"softcap": math.nan}, "softcap must be 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(*inputs, **rules)
