@@ -1,6 +1,7 @@
 #include "finetune/attention.h"
 
 #include <atomic>
+#include <cmath>
 
 #include "common.h"
 #include "finetune/attention_hopper.h"
@@ -53,7 +54,7 @@ struct Problem {
   AttentionShape shape{};
 
   Problem(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal, double scale,
-          const OptionalTensor& lengths_, const OptionalTensor& cu_seqlens)
+          const OptionalTensor& lengths_, const OptionalTensor& cu_seqlens, int64_t window, double softcap)
       : q(unit_stride(q_)), k(unit_stride(k_)), v(unit_stride(v_)) {
     check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, kName, "q, k and v must be (batch, tokens, heads, dim)");
     bool same = q.size(0) == k.size(0) && q.size(3) == k.size(3);
@@ -61,10 +62,19 @@ struct Problem {
     check(same, kName, "k and v must have one shape, and q's batch and dim");
     check(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), kName, "q, k, v need one dtype");
     check(k.size(2) > 0 && q.size(2) % k.size(2) == 0, kName, "q's heads must be a multiple of k's");
+    check(window >= 0 && softcap >= 0 && softcap < INFINITY, kName, "window and softcap are 0 or positive");
     check(k.size(1) < INT32_MAX && q.size(1) < INT32_MAX, kName, "at most 2^31 - 2 tokens");
-    static_cast<AttentionSizes&>(shape) = {dtype_of(q), q.size(0), q.size(1), k.size(1),
-                                           q.size(2),   k.size(2), q.size(3), static_cast<float>(scale),
-                                           causal};
+    static_cast<AttentionSizes&>(shape) = {dtype_of(q),
+                                           q.size(0),
+                                           q.size(1),
+                                           k.size(1),
+                                           q.size(2),
+                                           k.size(2),
+                                           q.size(3),
+                                           static_cast<float>(scale),
+                                           causal,
+                                           window,
+                                           static_cast<float>(softcap)};
     shape.workers = threads();
     if (lengths_) {
       check_integers(*lengths_);
@@ -111,8 +121,8 @@ struct ForwardOnDevice {
   AttentionCuda args;
 
   ForwardOnDevice(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
-                  const OptionalTensor& lengths, const OptionalTensor& cu_seqlens)
-      : p(q, k, v, causal, scale, lengths, cu_seqlens),
+                  const OptionalTensor& lengths, const OptionalTensor& cu_seqlens, int64_t window, double softcap)
+      : p(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap),
         o(torch::stable::new_empty(p.q, {p.shape.batch, p.shape.queries, p.shape.heads, p.shape.dim})),
         top(empty_f32(p.q, {p.shape.batch, p.shape.heads, p.shape.queries})),
         total(empty_f32(p.q, {p.shape.batch, p.shape.heads, p.shape.queries})),
@@ -134,8 +144,8 @@ struct ForwardOnDevice {
 
 std::tuple<Tensor, Tensor, Tensor> attention_hopper(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                                                     double scale, const OptionalTensor& lengths,
-                                                    const OptionalTensor& cu_seqlens) {
-  ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens);
+                                                    const OptionalTensor& cu_seqlens, int64_t window, double softcap) {
+  ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap);
   run_device("attention_hopper", f.p.q, AttentionHopper{f.args});
   return {f.o, f.top, f.total};
 }
@@ -154,8 +164,9 @@ const char* why_not(const ForwardOnDevice& f) {
 
 // Which kernel `attention` runs, and why not the other: "attention_hopper", or "attention: <reason>".
 std::string attention_kernel(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
-                             const OptionalTensor& lengths, const OptionalTensor& cu_seqlens) {
-  ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens);
+                             const OptionalTensor& lengths, const OptionalTensor& cu_seqlens, int64_t window,
+                             double softcap) {
+  ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap);
   const char* reason = why_not(f);
   return reason ? std::string("attention: ") + reason : "attention_hopper";
 }
@@ -163,10 +174,10 @@ std::string attention_kernel(const Tensor& q, const Tensor& k, const Tensor& v, 
 
 std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                                              double scale, const OptionalTensor& lengths,
-                                             const OptionalTensor& cu_seqlens) {
+                                             const OptionalTensor& cu_seqlens, int64_t window, double softcap) {
 #if FINETUNE_DEVICE
   if (on_device(q)) {
-    ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens);
+    ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap);
 #if !defined(FINETUNE_EMULATED)  // there each has tests of its own
     if (!why_not(f)) {
       const Status status = launch_on(kName, f.p.q, AttentionHopper{f.args});
@@ -184,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, c
     return {f.o, f.top, f.total};
   }
 #endif
-  Problem p(q, k, v, causal, scale, lengths, cu_seqlens);
+  Problem p(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap);
   const AttentionShape& s = p.shape;
   Tensor o = torch::stable::new_empty(p.q, {s.batch, s.queries, s.heads, s.dim});
   Tensor top = empty_f32(p.q, {s.batch, s.heads, s.queries}), total = empty_f32(p.q, {s.batch, s.heads, s.queries});
@@ -197,8 +208,9 @@ std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, c
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_o_, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const Tensor& o, const Tensor& top_,
                                                       const Tensor& total_, bool causal, double scale,
-                                                      const OptionalTensor& lengths, const OptionalTensor& cu_seqlens) {
-  Problem p(q, k, v, causal, scale, lengths, cu_seqlens);
+                                                      const OptionalTensor& lengths, const OptionalTensor& cu_seqlens,
+                                                      int64_t window, double softcap) {
+  Problem p(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap);
   const AttentionShape& s = p.shape;
   const Tensor grad_o = unit_stride(grad_o_), output = unit_stride(o), top = torch::stable::contiguous(top_),
                total = torch::stable::contiguous(total_);
@@ -248,21 +260,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_o_, con
 
 FINETUNE_SCHEMAS(m) {
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens) -> "
-      "(Tensor "
-      "o, Tensor top, Tensor total)");
+      "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens, "
+      "int window=0, float softcap=0.0) -> (Tensor o, Tensor top, Tensor total)");
 #if FINETUNE_DEVICE
   m.def(
-      "attention_hopper(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens) "
-      "-> (Tensor o, Tensor top, Tensor total)");
+      "attention_hopper(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens, "
+      "int window=0, float softcap=0.0) -> (Tensor o, Tensor top, Tensor total)");
   m.def(
-      "attention_kernel(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens) "
-      "-> str");
+      "attention_kernel(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens, "
+      "int window=0, float softcap=0.0) -> str");
 #endif
   m.def(
       "attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor top, Tensor total, bool "
-      "causal, float scale, "
-      "Tensor? lengths, Tensor? cu_seqlens) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "causal, float scale, Tensor? lengths, Tensor? cu_seqlens, int window=0, float softcap=0.0) -> (Tensor dq, "
+      "Tensor dk, Tensor dv)");
 }
 FINETUNE_KERNELS(m) {
   FINETUNE_KERNEL(m, "attention", attention, 5, 6);

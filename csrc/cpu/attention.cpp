@@ -17,9 +17,9 @@ namespace {
 
 constexpr int64_t kFewRows = 8;
 
-struct Strip {           // the softmax of one strip of queries
-  float* scores;         // (keys, kStrip)
-  const int32_t* limit;  // (kStrip,) visible keys of each lane
+struct Strip {                    // the softmax of one strip of queries
+  float* scores;                  // (keys, kStrip)
+  const int32_t *limit, *passed;  // (kStrip,) each lane sees the keys [passed, limit)
   float *top, *total, *alpha;
 };
 
@@ -27,17 +27,19 @@ struct Strip {           // the softmax of one strip of queries
 template <bool kMasked>
 FINETUNE_INLINE void online_softmax(const Strip& s, int64_t first, int64_t n) {
   vf top[kTileVectors], sum[kTileVectors];
-  vi limit[kTileVectors];
+  vi limit[kTileVectors], passed[kTileVectors];
   for (int v = 0; v < kTileVectors; ++v) {
     top[v] = load(s.top + v * kLanes);
     limit[v] = load_int(s.limit + v * kLanes);
+    passed[v] = load_int(s.passed + v * kLanes);
   }
   for (int64_t j = 0; j < n; ++j) {
     for (int v = 0; v < kTileVectors; ++v) {
       float* at = s.scores + j * kStrip + v * kLanes;
       vf x = load(at);
       if constexpr (kMasked) {
-        x = keys_from(first + j) < limit[v] ? x : set1(-__builtin_inff());
+        const vi key = keys_from(first + j);
+        x = (key < limit[v]) & (key >= passed[v]) ? x : set1(-__builtin_inff());
         store(at, x);
       }
       top[v] = larger(x, top[v]);
@@ -62,6 +64,10 @@ FINETUNE_INLINE void online_softmax(const Strip& s, int64_t first, int64_t n) {
   for (int v = 0; v < kTileVectors; ++v) store(s.total + v * kLanes, sum[v]);
 }
 
+FINETUNE_INLINE void cap_scores(float* scores, int64_t n, float cap) {
+  for (int64_t i = 0; i < n; i += kLanes) store(scores + i, vtanh(load(scores + i)) * cap);
+}
+
 template <class T>
 void forward_rows(const Attention& a, const Group& g, int64_t first, int64_t count, float* scratch) {
   const int64_t dim = a.dim, ld = round_up(dim, kLanes) + 16, strips = (count + kStrip - 1) / kStrip;
@@ -74,7 +80,7 @@ void forward_rows(const Attention& a, const Group& g, int64_t first, int64_t cou
   float* const top = arena.take(strips * kStrip);
   float* const total = arena.take(strips * kStrip);
   float* const alpha = arena.take(kStrip);
-  int32_t limit[kAttentionRows];
+  int32_t limit[kAttentionRows], passed[kAttentionRows];
 
   for (int64_t i = 0; i < strips * kStrip; i += kLanes) {
     const T* rows[kLanes];
@@ -83,25 +89,28 @@ void forward_rows(const Attention& a, const Group& g, int64_t first, int64_t cou
       rows[lane] = r < count ? g.row<const T>(a.q, first + r) : nullptr;
       // Lanes past the last row do as that one does: they never ask for a mask, and nobody reads them.
       limit[r] = static_cast<int32_t>(g.visible(first + smaller(r, count - 1)));
+      passed[r] = static_cast<int32_t>(g.passed(first + smaller(r, count - 1)));
     }
-    pack_columns(rows, dim, a.scale * kLog2e, q + (i / kStrip) * dim * kStrip + i % kStrip, kStrip);
+    pack_columns(rows, dim, score_scale(a), q + (i / kStrip) * dim * kStrip + i % kStrip, kStrip);
     store(top + i, set1(-__builtin_inff()));
     store(total + i, vf{});
   }
   std::memset(o, 0, strips * dim * kStrip * sizeof(float));
 
   const int64_t keys = limit[count - 1];
-  for (int64_t key = 0; key < keys; key += kAttentionKeys) {
+  for (int64_t key = passed[0]; key < keys; key += kAttentionKeys) {
     const int64_t in_block = smaller(kAttentionKeys, keys - key);
     pack_rows(at<const T>(a.k, g.s, key, g.kv_head), a.k.token, in_block, dim, k, ld);
     pack_rows(at<const T>(a.v, g.s, key, g.kv_head), a.v.token, in_block, dim, v, ld);
     for (int64_t i = 0; i < strips; ++i) {
-      const int32_t* const limits = limit + i * kStrip;
-      const int64_t n = smaller(in_block, limits[kStrip - 1] - key);  // limits rise: the last sees most
-      if (n <= 0) continue;
+      const int32_t *const limits = limit + i * kStrip, *const starts = passed + i * kStrip;
+      const int64_t n = smaller(in_block, limits[kStrip - 1] - key);  // both rise: the last sees the farthest
+      if (n <= 0 || starts[0] >= key + n) continue;
       gemm<A::by_rows, C::set>(n, kStrip, dim, k, ld, q + i * dim * kStrip, kStrip, scores, kStrip);
-      const Strip strip{scores, limits, top + i * kStrip, total + i * kStrip, alpha};
-      limits[0] < key + n ? online_softmax<true>(strip, key, n) : online_softmax<false>(strip, key, n);
+      if (a.softcap > 0) cap_scores(scores, n * kStrip, cap(a));
+      const Strip strip{scores, limits, starts, top + i * kStrip, total + i * kStrip, alpha};
+      limits[0]<key + n || starts[kStrip - 1]> key ? online_softmax<true>(strip, key, n)
+                                                   : online_softmax<false>(strip, key, n);
       gemm<A::by_columns, C::scale_add>(dim, kStrip, n, v, ld, scores, kStrip, o + i * dim * kStrip, kStrip, alpha);
     }
   }
@@ -141,18 +150,19 @@ void few_rows(const Attention& a, const Group& g, float* scratch) {
   float top[kFewRows], total[kFewRows];
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = g.row<const T>(a.q, r);
-    for_each_vector(dim, [&](int64_t d, auto get, auto) { store(q + r * ld + d, get(row + d) * (a.scale * kLog2e)); });
+    for_each_vector(dim, [&](int64_t d, auto get, auto) { store(q + r * ld + d, get(row + d) * score_scale(a)); });
     top[r] = -__builtin_inff();
     total[r] = 0;
   }
   std::memset(o, 0, rows * ld * sizeof(float));
 
-  for (int64_t key = 0; key < g.visible(rows - 1); key += kAttentionKeys) {
-    const T* const k = at<const T>(a.k, g.s, key, g.kv_head);
-    const T* const v = at<const T>(a.v, g.s, key, g.kv_head);
+  for (int64_t key = g.passed(0); key < g.visible(rows - 1); key += kAttentionKeys) {
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t n = smaller(kAttentionKeys, g.visible(r) - key);
+      const int64_t from = key < g.passed(r) ? g.passed(r) : key;
+      const int64_t n = smaller(key + kAttentionKeys, g.visible(r)) - from;
       if (n <= 0) continue;
+      const T* const k = at<const T>(a.k, g.s, from, g.kv_head);
+      const T* const v = at<const T>(a.v, g.s, from, g.kv_head);
       vf block_top = set1(top[r]);
       for (int64_t j = 0; j < n; j += kLanes) {
         const T* of[kLanes];  // lanes past the last key repeat it, then are masked
@@ -168,6 +178,7 @@ void few_rows(const Attention& a, const Group& g, float* scratch) {
         }
         transpose(dot);
         for (int i = 0; i < kLanes; ++i) x += dot[i];
+        if (a.softcap > 0) x = vtanh(x) * cap(a);
         for (int i = 0; i < kLanes; ++i) x[i] = j + i < n ? x[i] : -__builtin_inff();
         store(scores + j, x);
         block_top = larger(x, block_top);

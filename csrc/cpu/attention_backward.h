@@ -1,12 +1,16 @@
 // Gradients of attention, FlashAttention-2 (arXiv:2307.08691), Algorithm 2. With P = 2^(S − top) / total recomputed:
 //   dV = P^T dO,   dP = dO V^T,   delta = rowsum(dO ∘ O),   dS = P ∘ (dP − delta),   dQ = scale dS K,   dK = scale dS^T
 //   Q.
+// With a softcap S = c tanh(x), x = scale / c q·k, and dS is multiplied by dS/dx / c = 1 − tanh²(x) on its way to q and
+// k.
 // S, P, dP, dS are held transposed, (key, query), as in the forward pass.
 //
 // A task is the rows of one (sequence, kv head), or every parts-th block of them: dk and dv are summed in fp32 over its
 // rows in order, dq over its keys in order; with several parts their sums are added in order afterwards. Memory: fp32
 // dk and dv a worker (or a part), and blocks. 10 · rows · visible keys · dim FLOPs.
 #pragma once
+
+#include <type_traits>
 
 #include "attention_common.h"
 
@@ -33,26 +37,39 @@ struct BackwardBlocks {
   }
 };
 
-// P and dS of keys [first, first + n) of one strip, from S in p and dP in ds.
-template <bool kMasked>
+// P and dS of keys [first, first + n) of one strip, from S in p (its argument of tanh if kCapped, times `cap` S) and dP
+// in ds. Lanes see the keys [passed, limit).
+template <bool kMasked, bool kCapped>
 FINETUNE_INLINE void softmax_gradient(float* p, float* ds, const float* top, const float* share, const float* delta,
-                                      const int32_t* limit, int64_t first, int64_t n) {
+                                      const int32_t* limit, const int32_t* passed, float cap, int64_t first,
+                                      int64_t n) {
   vf shift[kTileVectors], factor[kTileVectors], pull[kTileVectors];
-  vi limits[kTileVectors];
+  vi limits[kTileVectors], starts[kTileVectors];
   for (int v = 0; v < kTileVectors; ++v) {
     shift[v] = load(top + v * kLanes);
     factor[v] = load(share + v * kLanes);
     pull[v] = load(delta + v * kLanes);
     limits[v] = load_int(limit + v * kLanes);
+    starts[v] = load_int(passed + v * kLanes);
   }
   for (int64_t j = 0; j < n; ++j) {
     for (int v = 0; v < kTileVectors; ++v) {
       float* const at = p + j * kScoresLd + v * kLanes;
       float* const slope = ds + j * kScoresLd + v * kLanes;
-      vf x = vexp2(load(at) - shift[v]) * factor[v];
-      if constexpr (kMasked) x = keys_from(first + j) < limits[v] ? x : vf{};
+      vf score = load(at), slack{};  // 1 − tanh²
+      if constexpr (kCapped) {
+        const vf t = vtanh(score);
+        score = t * cap;
+        slack = 1.0f - t * t;
+      }
+      vf x = vexp2(score - shift[v]) * factor[v];
+      if constexpr (kMasked) {
+        const vi key = keys_from(first + j);
+        x = (key < limits[v]) & (key >= starts[v]) ? x : vf{};
+      }
       store(at, x);
-      store(slope, x * (load(slope) - pull[v]));
+      x *= load(slope) - pull[v];
+      store(slope, kCapped ? x * slack : x);
     }
   }
 }
@@ -61,16 +78,18 @@ template <class T>
 void backward_rows(const AttentionBackward& a, const Group& g, int64_t first, int64_t count, const BackwardBlocks& b,
                    float* dk, float* dv) {
   const int64_t dim = b.dim, ld = b.ld, strips = (count + kStrip - 1) / kStrip, padded = round_up(dim, kLanes);
-  int32_t limit[kAttentionBackwardRows];
+  int32_t limit[kAttentionBackwardRows], passed[kAttentionBackwardRows];
   for (int64_t i = 0; i < strips * kStrip; i += kLanes) {
     const T *q[kLanes], *grad[kLanes], *o[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t r = i + lane;
-      const bool real = r < count && g.visible(first + r) > 0;  // else it adds nothing, whatever it holds
+      const bool real =
+          r < count && g.visible(first + r) > g.passed(first + r);  // else it adds nothing, whatever it holds
       q[lane] = real ? g.row<const T>(a.q, first + r) : nullptr;
       o[lane] = real ? g.row<const T>(a.o, first + r) : nullptr;
       grad[lane] = real ? g.row<const T>(a.grad_o, first + r) : nullptr;
       limit[r] = static_cast<int32_t>(g.visible(first + smaller(r, count - 1)));
+      passed[r] = static_cast<int32_t>(g.passed(first + smaller(r, count - 1)));
       const float total = real ? a.total[g.row_index(a, first + r)] : 0.0f;
       b.top[r] = total == 0 ? 0.0f : a.top[g.row_index(a, first + r)];
       b.share[r] = total == 0 ? 0.0f : 1.0f / total;
@@ -83,7 +102,7 @@ void backward_rows(const AttentionBackward& a, const Group& g, int64_t first, in
       pack_rows(grad[lane], 0, 1, dim, b.grad + r * ld, ld);
     }
     const int64_t offset = (i / kStrip) * dim * kStrip + i % kStrip;
-    pack_columns(q, dim, a.scale * kLog2e, b.q_columns + offset, kStrip);
+    pack_columns(q, dim, score_scale(a), b.q_columns + offset, kStrip);
     pack_columns(grad, dim, 1.0f, b.grad_columns + offset, kStrip);
     pack_columns(o, dim, 1.0f, b.dq + offset, kStrip);
     // Summed in the order of dP's products: where a row sees one key they cancel to the bit, as they should.
@@ -95,13 +114,15 @@ void backward_rows(const AttentionBackward& a, const Group& g, int64_t first, in
   std::memset(b.dq, 0, strips * dim * kStrip * sizeof(float));
 
   const int64_t keys = limit[count - 1];
-  for (int64_t key = 0; key < keys; key += kAttentionKeys) {
+  for (int64_t key = passed[0]; key < keys; key += kAttentionKeys) {
     const int64_t in_block = smaller(kAttentionKeys, keys - key);
     pack_rows(at<const T>(a.k, g.s, key, g.kv_head), a.k.token, in_block, dim, b.k, ld);
     pack_rows(at<const T>(a.v, g.s, key, g.kv_head), a.v.token, in_block, dim, b.v, ld);
     int64_t done = 0;  // dk and dv of keys below are complete for this block of rows
-    for (int64_t i = 0; i < strips; ++i) {
-      const int32_t* const limits = limit + i * kStrip;
+    int64_t here = 1;  // strips from here on have passed the block's keys
+    while (here < strips && passed[here * kStrip] < key + in_block) ++here;
+    for (int64_t i = 0; i < here; ++i) {
+      const int32_t *const limits = limit + i * kStrip, *const starts = passed + i * kStrip;
       const int64_t n = smaller(in_block, limits[kStrip - 1] - key);
       if (n <= 0) continue;
       float *const p = b.p + i * kStrip, *const ds = b.ds + i * kStrip;
@@ -109,15 +130,19 @@ void backward_rows(const AttentionBackward& a, const Group& g, int64_t first, in
       gemm<A::by_rows, C::set>(n, kStrip, dim, b.v, ld, b.grad_columns + i * dim * kStrip, kStrip, ds, kScoresLd);
       const float *const top = b.top + i * kStrip, *const share = b.share + i * kStrip,
                          *const delta = b.delta + i * kStrip;
-      limits[0] < key + n ? softmax_gradient<true>(p, ds, top, share, delta, limits, key, n)
-                          : softmax_gradient<false>(p, ds, top, share, delta, limits, key, n);
+      const bool masked = limits[0] < key + n || starts[kStrip - 1] > key;
+      const auto gradient = [&](auto capped) {
+        masked ? softmax_gradient<true, capped>(p, ds, top, share, delta, limits, starts, cap(a), key, n)
+               : softmax_gradient<false, capped>(p, ds, top, share, delta, limits, starts, cap(a), key, n);
+      };
+      a.softcap > 0 ? gradient(std::true_type{}) : gradient(std::false_type{});
       gemm<A::by_columns, C::add>(dim, kStrip, n, b.k, ld, ds, kScoresLd, b.dq + i * dim * kStrip, kStrip);
     }
     // Keys that strip i is the first to see get nothing from the strips before it.
-    for (int64_t i = 0; i < strips; ++i) {
+    for (int64_t i = 0; i < here; ++i) {
       const int64_t n = smaller(in_block, limit[i * kStrip + kStrip - 1] - key), from = i * kStrip;
       if (n <= done) continue;
-      const int64_t depth = strips * kStrip - from, to = (key + done) * ld;
+      const int64_t depth = here * kStrip - from, to = (key + done) * ld;
       const float *const p = b.p + done * kScoresLd + from, *const ds = b.ds + done * kScoresLd + from;
       gemm<A::by_rows, C::add>(n - done, padded, depth, p, kScoresLd, b.grad + from * ld, ld, dv + to, ld);
       gemm<A::by_rows, C::add>(n - done, padded, depth, ds, kScoresLd, b.q + from * ld, ld, dk + to, ld);

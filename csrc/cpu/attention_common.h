@@ -17,9 +17,11 @@ static_assert(kStrip <= kAttentionMaxStrip && kAttentionBackwardRows % kStrip ==
 struct Sequence {
   int64_t batch, begin, queries, keys, shift;  // tokens from `begin`; causal: key j <= query i + shift
   bool causal;
+  int64_t window;
 
   Sequence(const AttentionShape& a, int64_t n) : batch(n), begin(0), queries(a.queries), keys(a.keys) {
     causal = a.causal;
+    window = a.window;
     shift = a.keys - a.queries;
     if (a.lengths) keys = a.lengths[n] < 0 ? 0 : smaller(a.lengths[n], a.keys);
     if (a.offsets) {
@@ -31,6 +33,11 @@ struct Sequence {
     if (!causal) return keys;
     const int64_t limit = query + shift + 1;
     return limit < 0 ? 0 : smaller(limit, keys);
+  }
+  // Keys before the query's window. It sees those from there to visible(query), which may be none.
+  int64_t passed(int64_t query) const {
+    const int64_t end = causal ? query + shift + 1 : keys;
+    return window && end > window ? end - window : 0;
   }
 };
 
@@ -46,6 +53,7 @@ struct Group {
 
   int64_t rows() const { return s.queries * size; }
   int64_t visible(int64_t row) const { return s.visible(row / size); }
+  int64_t passed(int64_t row) const { return s.passed(row / size); }
   template <class T>
   FINETUNE_INLINE T* row(const AttentionView& x, int64_t row) const {
     return at<T>(x, s, row / size, kv_head * size + row % size);
@@ -99,6 +107,22 @@ FINETUNE_INLINE vf vexp2(vf x) {
   p *= (vf)(((vu)shifted + 127u) << 23);
   return x < -126.0f ? vf{} : p;
 }
+
+// tanh to about 1 ulp: x + x³ P(x²) (Cephes tanhf) for |x| below 0.625, else ± (1 − 2e / (1 + e)) with e = e^(−2|x|).
+FINETUNE_INLINE vf vtanh(vf x) {
+  const vf size = x < 0.0f ? -x : x, e = vexp(size * -2.0f), large = 1.0f - 2.0f * e / (1.0f + e), z = x * x;
+  vf p = set1(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  return size < 0.625f ? p * z * x + x : (x < 0.0f ? -large : large);
+}
+
+// A score, to base 2, is log2(e) scale q·k, or with a softcap c log2(e) tanh(scale / c q·k): q is multiplied by this,
+// and what tanh gives by cap().
+inline float score_scale(const AttentionShape& a) { return a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2e; }
+inline float cap(const AttentionShape& a) { return a.softcap * kLog2e; }
 
 // max that takes b where either is NaN (vmaxps does the same).
 FINETUNE_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }

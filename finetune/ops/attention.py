@@ -153,13 +153,16 @@ def _(
 
 
 attention.on_host = ("lengths", "cu_seqlens")
-WITH_WINDOW: tuple[str, ...] = ()  # the backends whose kernels have both
+WITH_WINDOW = ("cpp",)  # the backends whose kernels have both
 
 
 @attention.supports
 def _(backend: str, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, **_) -> str | None:
-    if (window or softcap) and backend not in WITH_WINDOW:
-        return "its kernels have no window and no softcap yet"
+    if window or softcap:
+        if "window" not in dict(attention.schemas["attention"].arguments):
+            return "the native library is older than its window and softcap: pip install -e . builds it again"
+        if backend not in WITH_WINDOW:
+            return "its kernels have no window and no softcap yet"
     if backend not in ("cpp", "triton") and q.shape[-1] > 256:
         return f"it takes head dims up to 256, got {q.shape[-1]}"
     return native_float(backend, q, k, v)
@@ -186,7 +189,9 @@ def keep(ctx, inputs, output) -> tuple[Tensor, ...]:
 def _(operators, ctx, do: Tensor, *_):
     q, k, v, lengths, cu_seqlens, o, m, l = ctx.saved_tensors
     options = (ctx.rest["causal"], ctx.rest["scale"], lengths, cu_seqlens)
-    return *operators.attention_backward(do, q, k, v, o, m, l, *options), None, None, None, None
+    rules = [ctx.rest[name] for name in ("window", "softcap") if name in ctx.rest]
+    grads = operators.attention_backward(do, q, k, v, o, m, l, *options, *rules)
+    return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 @attention.sampled

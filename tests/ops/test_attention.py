@@ -340,18 +340,21 @@ def hidden_by_hand(tq, tk, window, causal, length):
     return torch.tensor(rows)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("tq", "tk", "length"), [(12, 12, 12), (3, 12, 12), (12, 12, 7), (1, 12, 5)])
 @pytest.mark.parametrize("window", [1, 4, 12, 30])
-def test_a_window_is_a_mask_of_the_last_keys(window, tq, tk, length, causal):
-    q, k, v = (x.double() for x in qkv(tq=tq, tk=tk))
+def test_a_window_is_a_mask_of_the_last_keys(window, tq, tk, length, causal, backend):
+    q, k, v = (x.requires_grad_() for x in qkv(tq=tq, tk=tk))
     scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) / 4
     scores = 3 * (scores / 3).tanh()
     hidden = hidden_by_hand(tq, tk, window, causal, length)
-    p = scores.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(0)
+    p = scores.masked_fill(hidden, -1e30).softmax(-1).masked_fill(hidden, 0)
     want = torch.einsum("bhij,bjhd->bihd", p, v.repeat_interleave(2, 2))
     rules = {"window": window, "softcap": 3.0, "causal": causal, "lengths": torch.tensor([length])}
-    torch.testing.assert_close(attention(q, k, v, backend="reference", **rules), want)
+    got = attention(q, k, v, backend=backend, **rules)
+    assert close(got, want)
+    assert all(map(close, gradients(got, (q, k, v)), gradients(want, (q, k, v))))
 
 
 def test_rules_that_mean_nothing_are_refused():

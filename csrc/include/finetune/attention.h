@@ -14,7 +14,9 @@ struct AttentionSizes {
   DType dtype;  // of every view
   int64_t batch, queries, keys, heads, kv_heads, dim;
   float scale;
-  bool causal;  // key j is visible to query i if j <= i + keys - queries
+  bool causal;     // key j is visible to query i if j <= i + keys - queries
+  int64_t window;  // > 0: and if it is one of the last `window` keys up to that one; not causal, of the sequence
+  float softcap;   // c > 0: scores s become c tanh(s / c)
 };
 
 struct AttentionShape : AttentionSizes {
