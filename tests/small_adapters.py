@@ -1,5 +1,7 @@
 """For the tests of adapters: a Llama of two small layers, and adapters that do something."""
 
+from dataclasses import replace
+
 import torch
 
 from finetune.lm.llama import Llama, LlamaConfig
@@ -9,9 +11,9 @@ CONFIG = LlamaConfig(vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, hidde
 TOKENS = torch.arange(40).view(2, 20) % 50
 
 
-def small_model():
+def small_model(**changes):
     torch.manual_seed(0)
-    return Llama(CONFIG)
+    return Llama(replace(CONFIG, **changes))
 
 
 def shake(model):

@@ -1,5 +1,6 @@
-"""Adapter folders in peft's format, read and written: LoRA, rsLoRA, DoRA, PiSSA (finetune/peft/lora.py), prompts and
-prefixes (finetune/peft/virtual_tokens.py). A folder holds adapter_config.json and adapter_model.safetensors."""
+"""Adapter folders in peft's format, read and written: LoRA, rsLoRA, DoRA, PiSSA (finetune/peft/lora.py) with modules
+that are held whole (finetune/peft/whole.py), prompts and prefixes (finetune/peft/virtual_tokens.py). A folder holds
+adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -18,17 +19,31 @@ from torch import Tensor, nn
 from finetune.errors import UserError
 from finetune.lm.io import weights
 from finetune.lm.io.config import read_json, require
-from finetune.lm.io.hf_llama import from_hf, to_hf
+from finetune.lm.io.hf_llama import from_hf
 from finetune.lm.io.load import ADAPTER_CONFIG as CONFIG
 from finetune.lm.llama import Llama
+from finetune.peft import whole
+from finetune.peft.adapter_modules import Modules
 from finetune.peft.lora import LoRA, LoRALinear, adapters, apply_lora, first_fit, linear_layers
 from finetune.peft.virtual_tokens import Prefix, Prompt
+from finetune.peft.whole import hf_module
 from finetune.runs import checkpoint, reading
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before a Hugging Face name
 PARTS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "magnitude"}
+# Of a module that an adapter holds whole, or has changed otherwise. peft writes some weights twice: those of
+# original_module and modules_to_save are there without these words too.
+OTHERS = ("weight", "bias", "base_layer.weight", "base_layer.bias", "token_adapter.base_layer.weight",
+          "token_adapter.trainable_tokens_delta", "lora_embedding_A", "lora_embedding_B")  # fmt: skip
+TWICE = ("original_module.weight", "original_module.bias", "modules_to_save.weight", "modules_to_save.bias")
 VECTORS = "prompt_embeddings"
+# The kinds of adapter folders that are read, by peft's name.
+KINDS = {
+    "LORA": "LoRA, rsLoRA, DoRA, PiSSA, with modules_to_save, a resized vocabulary, trained tokens, biases",
+    "PROMPT_TUNING": "prompt tuning: trained embeddings before every text",
+    "PREFIX_TUNING": "prefix tuning: trained keys and values in every layer, without projection",
+}
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
 
@@ -42,6 +57,17 @@ class LoRAConfig(msgspec.Struct):
     alpha_pattern: dict[str, reading.Positive] | None = None
     use_rslora: bool | None = False
     use_dora: bool | None = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+
+def kind(folder: str | Path) -> str:
+    """Which of KINDS the adapter in this folder is. UserError if it is none of them."""
+    found = read_json(Path(folder) / CONFIG).get("peft_type")
+    if not isinstance(found, str) or found not in KINDS:
+        raise UserError(f"{Path(folder) / CONFIG}: peft_type is {found!r}; those that can be read: {', '.join(KINDS)}")
+    return found
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str = "default") -> None:
@@ -57,6 +83,12 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str
     ranks = Counter(part.rank for part in layers.values())
     alphas = Counter(part.alpha for part in layers.values())
     (rank, _), (alpha, _) = ranks.most_common(1)[0], alphas.most_common(1)[0]
+    tensors = {
+        f"{PREFIX}{hf_module(at)}.{theirs}": tensor
+        for at, part in layers.items()
+        for theirs, mine in PARTS.items()
+        if (tensor := getattr(part, mine)) is not None
+    }
     plain = {at for at, m in linear_layers(model).items() if not (isinstance(m, LoRALinear) and name in m.parts)}
     config = {
         "peft_type": "LORA",
@@ -66,19 +98,34 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str
         "alpha_pattern": {hf_module(at): part.alpha for at, part in layers.items() if part.alpha != alpha},
         "lora_dropout": first.dropout,
         "target_modules": sorted(shortest(set(layers), plain)),
-        "bias": "none",
+        **saved_whole(model, name, tensors),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": first.rslora,
         "use_dora": first.magnitude is not None,
     }
-    tensors = {
-        f"{PREFIX}{hf_module(at)}.{theirs}": tensor
-        for at, part in layers.items()
-        for theirs, mine in PARTS.items()
-        if (tensor := getattr(part, mine)) is not None
-    }
     write(Path(folder), config, tensors, base)
+
+
+def saved_whole(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Adds the modules that the adapter holds whole to the tensors of its file; returns what its configuration says of
+    them. An embedding that the head shares is written as both, which peft holds apart."""
+    state = whole.kept(model)
+    modules, saved, bias = state.parts.get(name, {}), set(), "none"
+    for at, module in modules.items():
+        layer, inner = (at.removesuffix(".base"), "base_layer.") if at.endswith(".base") else (at, "")
+        base = dict(state.base[at].named_parameters(recurse=False))
+        for key, tensor in module.named_parameters(recurse=False):
+            if key == "weight" and tensor is not base["weight"]:
+                saved.add(hf_module(layer))
+            if tensor is not base[key]:
+                tensors[f"{PREFIX}{hf_module(layer)}.{inner}{key}"] = tensor
+                bias = "all" if key == "bias" else bias
+        if at == "embed" and isinstance(model, Llama) and model.config.tied:
+            saved.add("lm_head")
+            tensors[f"{PREFIX}lm_head.weight"] = model.head_weight
+    named = sorted("embed_tokens" if at == "model.embed_tokens" else at for at in saved)
+    return {"bias": bias, "modules_to_save": named or None}
 
 
 @torch.no_grad()
@@ -116,15 +163,21 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], b
     """Writes the two files of an adapter folder."""
     config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True, **config}
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if len({tensor.data_ptr() for tensor in own.values()}) < len(own):  # the format has no shared tensors
+        own = {name: tensor.clone() for name, tensor in own.items()}
     with checkpoint.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_tensors(folder / TENSORS, own, {"format": "pt"})
     checkpoint.write_json(folder / CONFIG, config)
 
 
-def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
-    """Puts the LoRA adapter of a peft folder on a Llama, frozen otherwise. UserError names what is missing, damaged,
-    of another model, or a variant that is not supported."""
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", train: bool = False) -> None:
+    """Puts the LoRA adapter of a peft folder on a Llama and makes it the active one. UserError names what is missing,
+    damaged, of another model, or a variant that is not supported; with `train` also what can be read only.
+
+    A module that the adapter holds whole takes the place of the base's, also with another number of rows. Tokens that
+    were trained alone, LoRA of an embedding and biases become such modules too.
+    """
     folder = Path(folder)
     raw = read_json(folder / CONFIG)
     init = raw.get("init_lora_weights")
@@ -133,47 +186,56 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
             f"{folder / CONFIG}: init_lora_weights = {init!r} changed the base weights when training began, and the "
             "folder does not hold them: save the adapter as plain LoRA (peft: path_initial_model_for_weight_conversion)"
         )
+    if kind(folder) != "LORA":
+        raise UserError(f"{folder / CONFIG}: peft_type is {raw['peft_type']!r}: it trains no weights of the model")
     require(raw, folder / CONFIG, UNSUPPORTED)
     config = reading.convert(raw, LoRAConfig, folder / CONFIG)
     rank, alpha = config.r, config.lora_alpha
-    found = dict(weights.read_safetensors(folder, TENSORS))
-    for key, tensor in found.items():
-        if key.endswith((".embed_tokens.weight", ".lm_head.weight", "lora_embedding_A", "lora_embedding_B")):
-            raise UserError(
-                f"{folder}: the adapter holds {key} {tuple(tensor.shape)} too, so its vocabulary was resized or its "
-                "embedding trained: merge it with peft, and use the merged model"
-            )
-    tensors = {adapted(key, folder): tensor for key, tensor in found.items()}
-    if not tensors:
+    tensors: dict[tuple[str, str], Tensor] = {}
+    others: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.read_safetensors(folder, TENSORS):
+        at, part = adapted(key, folder)
+        if part in PARTS:
+            tensors[at, PARTS[part]] = tensor
+        elif part not in TWICE:
+            others.setdefault(at, {})[part] = tensor
+    if not tensors and not others:
         raise UserError(f"{folder / TENSORS} holds no tensors")
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     targets = sorted({at for at, _ in tensors})
+    ranks = {at: first_fit(ranks, hf_module(at), rank) for at in targets}
+    alphas = {at: first_fit(alphas, hf_module(at), alpha) for at in targets}
+    modules = Modules(model, folder, config, others)
     known = linear_layers(model)
     for at in targets:
-        if at not in known:
+        if at not in known and not (at == "head" and modules.tied):
             raise UserError(f"{folder}: the adapter is for a layer {at}, which this model does not have")
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    ranks = {at: first_fit(ranks, hf_module(at), rank) for at in targets}
     for at in targets:  # before anything of that size is made
         down = tensors.get((at, "lora_A"))
         if down is None or down.dim() != 2 or len(down) != ranks[at]:
             got = "missing" if down is None else f"{tuple(down.shape)} instead of ({ranks[at]}, …)"
             raise UserError(f"{folder}: lora_A of {at} is {got}: is it an adapter of this model?")
+    if "head" in modules.values and "head" in targets:  # LoRA of a head with more rows
+        modules.merge_head(tensors, alphas["head"] / (ranks["head"] ** (0.5 if config.use_rslora else 1)))
+        targets.remove("head")
+    modules.check(train, adapts_head="head" in targets)
     apply_lora(
         model,
         rank,
         alpha,
-        config.lora_dropout or 0.0,
+        0.0 if "head" in targets else config.lora_dropout or 0.0,
         [re.escape(at) for at in targets],
         name=name,
         rslora=bool(config.use_rslora),
         dora=bool(config.use_dora),
         pissa=init == "pissa",
         rank_pattern={re.escape(at): ranks[at] for at in targets},
-        alpha_pattern={re.escape(at): first_fit(alphas, hf_module(at), alpha) for at in targets},
+        alpha_pattern={re.escape(at): alphas[at] for at in targets},
     )
-    for at, layer in adapters(model):
+    for at, layer in list(adapters(model)):
         if at in targets:
             fill(layer.part(name), at, tensors, folder)
+    modules.put(name)
 
 
 def fill(part: LoRA, at: str, tensors: Mapping[tuple[str, str], Tensor], folder: Path) -> None:
@@ -190,13 +252,12 @@ def fill(part: LoRA, at: str, tensors: Mapping[tuple[str, str], Tensor], folder:
 def load_prompt(model: Llama, folder: str | Path) -> Prompt | Prefix:
     """The prompt or prefix of a peft folder, for this Llama."""
     folder, shape = Path(folder), model.config
-    config = read_json(folder / CONFIG)
-    kinds = ("PROMPT_TUNING", "PREFIX_TUNING")
-    if config.get("peft_type") not in kinds:
-        raise UserError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, not {' or '.join(kinds)}")
+    config, found_kind = read_json(folder / CONFIG), kind(folder)
+    if found_kind == "LORA":
+        raise UserError(f"{folder / CONFIG}: peft_type is 'LORA', not that of a prompt or prefix")
     require(config, folder / CONFIG, {"prefix_projection": (False,), "num_transformer_submodules": (1, None)})
     found = dict(weights.read_safetensors(folder, TENSORS))
-    prefix = config["peft_type"] == "PREFIX_TUNING"
+    prefix = found_kind == "PREFIX_TUNING"
     width = 2 * shape.layers * shape.kv_heads * shape.head_dim if prefix else shape.dim
     vectors = found.get(VECTORS)
     if vectors is None or vectors.dim() != 2 or vectors.shape[1] != width:
@@ -210,34 +271,34 @@ def load_prompt(model: Llama, folder: str | Path) -> Prompt | Prefix:
 
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
     "fan_in_fan_out": (False,),
     # Others change the base weights when they begin, in ways that the folder does not tell.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "pissa"),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None,),
     "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None,),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
 }
 
 
 def shortest(chosen: set[str], plain: set[str]) -> set[str]:
     """Hugging Face names of the adapted layers: `q_proj` if every layer of that name is adapted, else whole names."""
-    partly = {at.rsplit(".", 1)[1] for at in plain}
+    partly = {at.rpartition(".")[2] for at in plain}
     return {
-        whole if at.rsplit(".", 1)[1] in partly else whole.rsplit(".", 1)[1]
-        for at, whole in ((at, hf_module(at)) for at in chosen)
+        full if at.rpartition(".")[2] in partly else full.rpartition(".")[2]
+        for at, full in ((at, hf_module(at)) for at in chosen)
     }
 
 
-def hf_module(name: str) -> str:
-    """`blocks.3.attn.q` → `model.layers.3.self_attn.q_proj`."""
-    return to_hf(f"{name}.weight").removesuffix(".weight")
-
-
 def adapted(key: str, folder: Path) -> tuple[str, str]:
-    """`base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight` → (`blocks.3.attn.q`, `lora_A`)."""
-    match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_[AB]\.weight|lora_magnitude_vector)", key)
+    """`base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight` → (`blocks.3.attn.q`, `lora_A.weight`)."""
+    parts = "|".join(re.escape(part) for part in (*PARTS, *OTHERS, *TWICE))
+    match = re.fullmatch(re.escape(PREFIX) + rf"(.+?)\.({parts})", key)
     if not match:
         raise UserError(f"{folder}: tensor {key} is not one of a LoRA adapter")
-    return from_hf(f"{match[1]}.weight").removesuffix(".weight"), PARTS[match[2]]
+    return from_hf(f"{match[1]}.weight").removesuffix(".weight"), match[2]

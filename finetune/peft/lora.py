@@ -24,7 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.errors import UserError, nearest
+from finetune.lm.llama import Llama
+from finetune.peft import whole
 from finetune.peft.quantize import FrozenLinear
+from finetune.peft.whole import fits, set_module
+from finetune.peft.whole import train_modules as train_modules  # modules that an adapter trains whole
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # all linear layers of a Llama's blocks
 Linear = nn.Linear | FrozenLinear
@@ -178,6 +182,17 @@ class LoRALinear(nn.Module):
         assert isinstance(part, LoRA)
         return part
 
+    @property
+    def weight(self) -> Tensor:
+        """(out, in): W and the active adapters, through which gradients flow. The loss and generation take the head
+        so, which they multiply themselves."""
+        base = self.base.weight
+        total = base.float()
+        for a, b, scale in self.terms():
+            total = total.addmm(b, a, alpha=scale)
+        factor = self.factor()
+        return (total if factor is None else total * factor[:, None]).to(base.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out), in x's dtype."""
         if not self.active:
@@ -214,14 +229,9 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain layer of W and the active adapters, summed in fp32."""
-        total = self.base.weight.float()
-        for a, b, scale in self.terms():
-            total = total.addmm(b, a, alpha=scale)
-        if (factor := self.factor()) is not None:
-            total = total * factor[:, None]
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.in_features, linear.out_features = self.base.in_features, self.base.out_features
-        linear.weight = nn.Parameter(total.to(self.base.weight.dtype))
+        linear.weight = nn.Parameter(self.weight.detach())
         if self.base.bias is not None:
             linear.bias = nn.Parameter(self.base.bias.detach().clone())
         return linear
@@ -247,14 +257,20 @@ def apply_lora(
 
     Targets, and the keys of `rank_pattern` and `alpha_pattern`, are regular expressions for the end of a layer's name,
     beginning at a dot: `q`, `attn.q`, `blocks.[01].mlp.(up|down)`. Of several patterns the first that fits counts.
+    `head` adapts the output projection; one that is the embedding too is then a layer of its own (`whole.untie`).
     UserError for one that fits no linear layer, or if there is an adapter of that name already.
     """
+    whole.swap(model, ())
     if not 0 <= dropout < 1:
         raise UserError(f"LoRA's dropout must be in [0, 1), not {dropout}")
     if re.search(r"\W", name) or not name:
         raise UserError(f"an adapter's name has letters, digits and underscores, not {name!r}")
-    if any(name in layer.parts for _, layer in adapters(model)):
+    if name in names(model):
         raise UserError(f"the model has an adapter '{name}' already: merge it first, or name this one otherwise")
+    if isinstance(model, Llama) and "head" in targets:
+        whole.untie(model)
+        if dropout:
+            raise UserError("the head is multiplied as W + s B A, on which there is no dropout: set it to 0")
     ranks, alphas, layers = dict(rank_pattern or {}), dict(alpha_pattern or {}), linear_layers(model)
     for pattern in (*targets, *ranks, *alphas):
         if not any(fits(pattern, layer) for layer in layers):
@@ -264,26 +280,20 @@ def apply_lora(
         if (wanted := first_fit(ranks, layer, rank)) < 1:
             raise UserError(f"LoRA's rank must be at least 1, not {wanted}")
     model.requires_grad_(False)
+    whole.freeze(model)
     made = []
     for layer, linear in layers.items():
         if any(fits(target, layer) for target in targets):
             if not isinstance(linear, LoRALinear):
                 linear = LoRALinear(linear)
-                set_module(model, layer, linear)
+                whole.set_base(model, layer, linear)
             part = LoRA(linear.base, first_fit(ranks, layer, rank), first_fit(alphas, layer, alpha), dropout,
                         generator, rslora, dora, pissa)  # fmt: skip
             linear.parts[name] = part
             made += list(part.parameters())
-    activate(model, {name: 1.0})
+    if made:
+        activate(model, {name: 1.0})
     return made
-
-
-def fits(pattern: str, name: str) -> bool:
-    """Whether the regular expression matches an ending of the name that begins at a dot."""
-    try:
-        return bool(re.fullmatch(rf"(.*\.)?({pattern})", name))
-    except re.error as error:
-        raise UserError(f"'{pattern}' is not a regular expression: {error}") from None
 
 
 def first_fit(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -312,20 +322,24 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
 
 
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replaces the module of this name."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, module)
+def names(model: nn.Module) -> set[str]:
+    """The adapters of a model."""
+    state = whole.kept(model)
+    layers = [*model.modules(), *state.base.values()]
+    return {name for layer in layers if isinstance(layer, LoRALinear) for name in layer.parts} | set(state.parts)
 
 
 def activate(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Switches: these adapters count, each times its weight, and no others; {} is the base model. UserError for an
     unknown name, and for DoRA with another adapter or with a weight: it is not a sum of W and a change."""
-    layers = list(adapters(model))
-    known = {name for _, layer in layers for name in layer.parts}
+    known = names(model)
     for name in weights:
         if name not in known:
             raise UserError(f"there is no adapter '{name}'{nearest(name, known)}")
+    whole.swap(model, weights)
+    if any(weight != 1 for weight in weights.values()):
+        whole.refuse_mixing(model, weights)
+    layers = list(adapters(model))
     for _, layer in layers:
         for name in weights:
             plain = len(weights) == 1 and weights[name] == 1
@@ -338,8 +352,9 @@ def activate(model: nn.Module, weights: Mapping[str, float]) -> None:
 def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
     """A new adapter `name` whose change of W is the weighted sum of the others' (peft's `combination_type="cat"`): its
     rank is the sum of theirs. It becomes the active one, frozen."""
-    if any(name in layer.parts for _, layer in adapters(model)):
+    if name in names(model):
         raise UserError(f"the model has an adapter '{name}' already")
+    whole.refuse_mixing(model, weights)
     activate(model, weights)
     for _, layer in adapters(model):
         if layer.active:
@@ -351,13 +366,16 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
 
 
 def merge(model: nn.Module, keep: bool = False) -> None:
-    """Replaces every adapted layer by a plain one of W and the active adapters. With `keep` the adapted layers are
-    remembered for `unmerge`: subtracting the adapters again would leave W rounded, and quantized codes have no sum."""
+    """Replaces every adapted layer by a plain one of W and the active adapters; modules that the active one holds
+    whole stay. With `keep` the adapted layers are remembered for `unmerge`: subtracting the adapters again would leave
+    W rounded, and quantized codes have no sum."""
     for name, layer in list(adapters(model)):
         linear = layer.merged()
         if keep:
             linear.__dict__["adapted"] = layer  # not registered: the model is a plain one
         set_module(model, name, linear)
+    if not keep:
+        whole.settle(model)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -367,8 +385,21 @@ def unmerge(model: nn.Module) -> None:
             set_module(model, name, layer)
 
 
+def unload(model: nn.Module) -> None:
+    """Removes all adapters: the model is the base again."""
+    activate(model, {})
+    for name, layer in list(adapters(model)):
+        set_module(model, name, layer.base)
+    whole.settle(model)
+
+
 def base_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """The tensors of the model without its adapters, by the names that they have without them."""
+    replaced = whole.kept(model).base
     for name, tensor in model.state_dict().items():
-        if ".parts." not in name:
+        if ".parts." not in name and name.rpartition(".")[0] not in replaced:
             yield name.replace(".base.", "."), tensor
+    for at, module in replaced.items():
+        for name, tensor in module.state_dict().items():
+            if ".parts." not in f".{name}":
+                yield f"{at}.{name}".replace(".base.", "."), tensor
