@@ -24,7 +24,7 @@ TO_GGUF = {
 }  # fmt: skip
 
 
-def write(path, model, kind="F32", arch="llama", tokenizer=None, extra=None, pre="default", last=None):
+def write(path, model, kind="F32", arch="llama", tokenizer=None, extra=None, pre="gpt-2", last=None):
     """Writes a Llama as GGUF with the gguf package. `last`: what the last token is called instead."""
     config, writer = model.config, gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.layers)

@@ -1,18 +1,14 @@
-"""GGUF files (the container of llama.cpp): weights dequantized in numpy, configuration of a Llama, special tokens.
+"""Models in GGUF files (the format of llama.cpp): configuration, weights and special tokens.
 
-The container is read here too: gguf's own reader trusts the counts and offsets in a file. Layouts: ggml's
-`ggml-common.h` (block_q4_0, block_q4_1, block_q8_0, block_q6_K).
+`ARCHITECTURES` says what each architecture's metadata and tensors mean, as llama.cpp's `src/models/*.cpp` reads them.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,101 +16,42 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
+from finetune.lm.io import gguf_rope
 from finetune.lm.io.config import Depth, Size, checked
+from finetune.lm.io.gguf_file import GGUFFile
+from finetune.lm.io.gguf_rope import decimal
+from finetune.lm.io.gguf_types import Array
 from finetune.lm.llama import LlamaConfig
 from finetune.runs import reading
 
-Array = np.ndarray
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a GGUF architecture is to finetune/lm/llama.py."""
+
+    about: str
+    family: str  # Hugging Face's model_type
+    paired: bool = False  # the rows of q and k are stored for interleaved rotary pairs
+    qk_norm: bool = False
+    nope_every: int = 0  # each layer of this number lacks the rotary embedding
+    gemma: bool = False  # norms of weight + 1 after the parts too, scaled embedding, tanh GELU
+    pattern: int = 0  # all but each layer of this number have a sliding window
+    local_theta: float = 0.0  # rope theta of the window layers, where it is another
+    softcaps: tuple[float, float] = (0.0, 0.0)  # of scores and logits, where the file does not say
+    rescaled: int = 0  # the number of layers at which scores are divided by √(dim / heads), not by √head_dim
 
 
-def halves(blocks: Array, at: int) -> Array:
-    """The fp16 number at byte `at` of every block, as fp32 (N, 1)."""
-    return blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32)
-
-
-def nibbles(packed: Array) -> Array:
-    """(N, 16) bytes → (N, 32): all the low halves first, then all the high ones."""
-    return np.concatenate([packed & 15, packed >> 4], axis=1)
-
-
-def q8_0(blocks: Array) -> Array:
-    """34 bytes for 32 weights: fp16 scale d, int8 q[32]; w = q · d."""
-    return blocks[:, 2:].view(np.int8).astype(np.float32) * halves(blocks, 0)
-
-
-def q4_0(blocks: Array) -> Array:
-    """18 bytes for 32 weights: fp16 scale d, 4-bit q[32]; w = (q − 8) · d."""
-    return (nibbles(blocks[:, 2:]).astype(np.float32) - 8) * halves(blocks, 0)
-
-
-def q4_1(blocks: Array) -> Array:
-    """20 bytes for 32 weights: fp16 scale d, fp16 minimum m, 4-bit q[32]; w = q · d + m."""
-    return nibbles(blocks[:, 4:]).astype(np.float32) * halves(blocks, 0) + halves(blocks, 2)
-
-
-def q6_k(blocks: Array) -> Array:
-    """210 bytes for 256 weights: low 4 bits ql[128], high 2 bits qh[64], int8 scales[16], fp16 d.
-
-    w = (q − 32) · d · scale of its sixteen. Each half of 128 weights is four runs of 32: run r takes the low (r < 2) or
-    high nibbles of ql[32·(r mod 2) …] and bits 2r, 2r+1 of qh.
-    """
-    count = len(blocks)
-    low = blocks[:, :128].reshape(count, 2, 1, 64)
-    low = np.concatenate([low & 15, low >> 4], axis=2).reshape(count, 2, 4, 32)
-    shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(4, 1)
-    high = (blocks[:, 128:192].reshape(count, 2, 1, 32) >> shifts) & 3
-    q = (low | (high << 4)).astype(np.int8) - 32  # (N, 2, 4, 32)
-    scales = halves(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)  # (N, 16)
-    return (scales[:, :, None] * q.reshape(count, 16, 16).astype(np.float32)).reshape(count, 256)
-
-
-def f32(blocks: Array) -> Array:
-    """32-bit floats."""
-    return blocks.copy().view(np.float32)
-
-
-def f16(blocks: Array) -> Array:
-    """16-bit floats."""
-    return blocks.copy().view(np.float16).astype(np.float32)
-
-
-def bf16(blocks: Array) -> Array:
-    """bfloat16 is the upper half of fp32."""
-    return (blocks.copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-
-# Type → (weights in a block, bytes of a block, decoder of (N, bytes) uint8 into (N, weights) fp32).
-TYPES: dict[str, tuple[int, int, Callable[[Array], Array]]] = {
-    "F32": (1, 4, f32),
-    "F16": (1, 2, f16),
-    "BF16": (1, 2, bf16),
-    "Q8_0": (32, 34, q8_0),
-    "Q4_0": (32, 18, q4_0),
-    "Q4_1": (32, 20, q4_1),
-    "Q6_K": (256, 210, q6_k),
+# GGUF's general.architecture → what it means. Others are refused by name.
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("Llama 1 to 3.3, Mistral, SmolLM 1 and 2", "llama", paired=True),
+    "qwen2": Architecture("Qwen2 and Qwen2.5", "qwen2"),
+    "qwen3": Architecture("Qwen3", "qwen3", qk_norm=True),
+    "smollm3": Architecture("SmolLM3", "smollm3", paired=True, nope_every=4),
+    "gemma2": Architecture("Gemma 2", "gemma2", gemma=True, pattern=2, softcaps=(50.0, 30.0), rescaled=46),
+    "gemma3": Architecture(
+        "Gemma 3 (text)", "gemma3_text", qk_norm=True, gemma=True, pattern=6, local_theta=10000.0, rescaled=62
+    ),
 }
-
-
-def dequantize(data: Array, kind: str) -> Array:
-    """The weights, fp32, of `data` (…, bytes of a row) of a ggml type: (…, weights of a row).
-
-    UserError if the type is not one of TYPES; ValueError if a row is not a whole number of blocks.
-    """
-    if kind not in TYPES:
-        raise UserError(f"GGUF type {kind} is not supported: convert the file to one of {', '.join(TYPES)}")
-    size, width, decode = TYPES[kind]
-    raw = np.ascontiguousarray(data).view(np.uint8)
-    if raw.shape[-1] % width:
-        raise ValueError(f"a row of {raw.shape[-1]} bytes is not a whole number of {kind} blocks of {width}")
-    return decode(raw.reshape(-1, width)).reshape(*raw.shape[:-1], raw.shape[-1] // width * size)
-
-
-def unpermute(weight: Array, heads: int) -> Array:
-    """GGUF stores the rows of q and k for interleaved rotary pairs (x0 with x1); back to halves (x0 with x_{D/2})."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
 
 TOP_NAMES = {
     "token_embd.weight": "embed.weight",
@@ -126,12 +63,18 @@ BLOCK_NAMES = {
     "attn_q": "attn.q",
     "attn_k": "attn.k",
     "attn_v": "attn.v",
+    "attn_q_norm": "attn.q_norm",
+    "attn_k_norm": "attn.k_norm",
     "attn_output": "attn.o",
+    "post_attention_norm": "attn_post_norm",
     "ffn_norm": "mlp_norm",
     "ffn_gate": "mlp.gate",
     "ffn_up": "mlp.up",
     "ffn_down": "mlp.down",
+    "post_ffw_norm": "mlp_post_norm",
 }
+OWN_BLOCK_NAMES = {ours: theirs for theirs, ours in BLOCK_NAMES.items()}
+OWN_TOP_NAMES = {ours: theirs for theirs, ours in TOP_NAMES.items()}
 
 
 def own_name(name: str) -> str:
@@ -142,99 +85,172 @@ def own_name(name: str) -> str:
     return f"blocks.{layer}.{BLOCK_NAMES[part]}.{leaf}" if prefix == "blk" and part in BLOCK_NAMES else name
 
 
-class Header(msgspec.Struct, rename=lambda name: f"llama.{name}"):
-    """What is read of a GGUF's metadata about the shape of the model."""
-
-    block_count: Depth
-    context_length: Size
-    embedding_length: Size
-    feed_forward_length: Size
-    head_count: Size = msgspec.field(name="llama.attention.head_count")
-    norm_eps: reading.Positive = msgspec.field(name="llama.attention.layer_norm_rms_epsilon")
-    head_count_kv: Size | None = msgspec.field(name="llama.attention.head_count_kv", default=None)
-    key_length: Size | None = msgspec.field(name="llama.attention.key_length", default=None)
-    rope_dimensions: Size | None = msgspec.field(name="llama.rope.dimension_count", default=None)
-    rope_theta: reading.Positive = msgspec.field(name="llama.rope.freq_base", default=10000.0)
-    expert_count: int = 0
+def gguf_name(name: str) -> str:
+    """The inverse of `own_name`."""
+    if name in OWN_TOP_NAMES:
+        return OWN_TOP_NAMES[name]
+    prefix, layer, part = ([*name.split(".", 2), "", ""])[:3]
+    part, _, leaf = part.rpartition(".")
+    if prefix != "blocks" or part not in OWN_BLOCK_NAMES or leaf not in ("weight", "bias"):
+        raise UserError(f"parameter {name} is not the model's own: merge the adapter before exporting the model")
+    return f"blk.{layer}.{OWN_BLOCK_NAMES[part]}.{leaf}"
 
 
-class GGUFModel:
-    """An opened file of a Llama. UserError if it is missing, not GGUF, damaged, or of another architecture."""
+def permute(weight: Array, heads: int) -> Array:
+    """Rows (or entries) of q and k for rotary halves (x0 with x_{D/2}) → for the interleaved pairs (x0 with x1)."""
+    return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def unpermute(weight: Array, heads: int) -> Array:
+    """The inverse of `permute`."""
+    return weight.reshape(heads, len(weight) // heads // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+# Field, key behind the architecture's name, type, default (none: required) of what is read about the model's shape.
+HEADER: tuple[tuple[Any, ...], ...] = (
+    ("layers", "block_count", Depth),
+    ("length", "context_length", Size),
+    ("dim", "embedding_length", Size),
+    ("hidden", "feed_forward_length", Size),
+    ("heads", "attention.head_count", Size),
+    ("norm_eps", "attention.layer_norm_rms_epsilon", reading.Positive),
+    ("kv_heads", "attention.head_count_kv", Size | None, None),
+    ("key_length", "attention.key_length", Size | None, None),
+    ("value_length", "attention.value_length", Size | None, None),
+    ("rope_dimensions", "rope.dimension_count", Size | None, None),
+    ("theta", "rope.freq_base", reading.Positive, 10000.0),
+    ("local_theta", "rope.freq_base_swa", reading.Positive | None, None),
+    ("window", "attention.sliding_window", int | None, None),
+    ("pattern", "attention.sliding_window_pattern", int | list[bool] | None, None),
+    ("score_softcap", "attn_logit_softcapping", reading.Positive | None, None),
+    ("logit_softcap", "final_logit_softcapping", reading.Positive | None, None),
+)
+ONLY = {"expert_count": (0,), "attention.causal": (True,)}  # keys whose other values change the model
+
+
+class GGUFModel(GGUFFile):
+    """An opened file of a language model. UserError as GGUFFile's, and for an architecture that is not supported."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.metadata, self.tensor_infos = read_header(self.path)
-        if self.get("split.count", 0) not in (0, 1):
-            raise UserError(
-                f"{path} is one of {self.get('split.count')} parts of a split model: join them with llama-gguf-split "
-                "--merge, and give the whole file"
-            )
-        self.architecture = self.get("general.architecture")
-        if self.architecture != "llama":
-            raise UserError(f"{path}: architecture {self.architecture!r} is not supported (only 'llama')")
+        super().__init__(path)
+        self.name = self.get("general.architecture")
+        if not isinstance(self.name, str) or self.name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise UserError(f"{path}: architecture {self.name!r} is not supported (only {known})")
+        if self.get("general.type", "model") != "model":
+            raise UserError(f"{path} holds a {self.get('general.type')}, not a whole model")
+        self.architecture = ARCHITECTURES[self.name]
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of a metadata key (numbers, strings and lists as Python's own)."""
-        return self.metadata.get(key, default)
-
-    def struct(self, kind: type[T]) -> T:
-        """The metadata as a msgspec.Struct; UserError names a key that is missing, of a wrong type or out of range."""
-        return reading.convert(self.metadata, kind, self.path)
+    def header(self) -> Any:
+        """What is read of the metadata about the shape, by the names of HEADER."""
+        keys = {field: f"{self.name}.{key}" for field, key, *_ in HEADER}
+        for key in keys.values():
+            if isinstance(self.get(key), list) and not key.endswith("pattern"):
+                raise UserError(f"{self.path}: {key} that differs by layer is not supported")
+        for key, values in ONLY.items():
+            if (value := self.get(f"{self.name}.{key}", values[0])) not in values:
+                raise UserError(f"{self.path}: {self.name}.{key} = {value} is not supported")
+        fields = [(field, kind, *default) for field, _, kind, *default in HEADER]
+        return self.struct(msgspec.defstruct("Header", fields, rename=keys))
 
     def llama_config(self) -> LlamaConfig:
+        """The shape of the model."""
         if "token_embd.weight" not in self.tensor_infos:
             raise UserError(f"{self.path}: tensor token_embd.weight is missing")
-        scaling = self.get("llama.rope.scaling.type", "none")
-        if scaling != "none" or "rope_freqs.weight" in self.tensor_infos:
-            raise UserError(f"{self.path}: llama.rope.scaling is not supported")
-        if isinstance(self.get("llama.attention.head_count"), list):
-            raise UserError(f"{self.path}: llama.attention.head_count that differs by layer is not supported")
-        read = self.struct(Header)
-        if read.expert_count:
-            raise UserError(f"{self.path}: llama.expert_count (mixture of experts) is not supported")
-        head_dim = read.key_length or read.embedding_length // read.head_count
-        if read.rope_dimensions not in (None, head_dim):
-            raise UserError(f"{self.path}: llama.rope.dimension_count other than the head size is not supported")
+        read, kind = self.header(), self.architecture
+        head_dim = read.key_length or read.dim // read.heads
+        sizes = {"attention.value_length": read.value_length, "rope.dimension_count": read.rope_dimensions}
+        for key, value in sizes.items():
+            if value not in (None, head_dim):
+                raise UserError(f"{self.path}: {self.name}.{key} other than the head size is not supported")
+        theta = decimal(read.theta)
+        window, layers = self.windows(read)
+        mistral = self.name == "llama" and window
+        local = decimal(read.local_theta or kind.local_theta) if layers and kind.local_theta else 0.0
         return checked(
             LlamaConfig,
             self.path,
             vocab_size=self.tensor_infos["token_embd.weight"].shape[0],
-            dim=read.embedding_length,
-            layers=read.block_count,
-            heads=read.head_count,
-            kv_heads=read.head_count_kv or read.head_count,
-            hidden=read.feed_forward_length,
-            max_length=read.context_length,
-            rope_theta=decimal(read.rope_theta),
+            dim=read.dim,
+            layers=read.layers,
+            heads=read.heads,
+            kv_heads=read.kv_heads or read.heads,
+            hidden=read.hidden,
+            max_length=read.length,
+            rope_theta=theta,
             norm_eps=decimal(read.norm_eps),
             tied="output.weight" not in self.tensor_infos,
             head_dim=head_dim,
+            family="mistral" if mistral else kind.family,
+            rope_scaling=gguf_rope.read(self, self.name, theta, head_dim, read.length),
+            qkv_bias=bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & self.tensor_infos.keys()),
+            o_bias="blk.0.attn_output.bias" in self.tensor_infos,
+            mlp_bias="blk.0.ffn_gate.bias" in self.tensor_infos,
+            qk_norm=kind.qk_norm,
+            window=window,
+            window_layers=layers,
+            nope_layers=nope_layers(kind, read.layers),
+            activation="gelu_tanh" if kind.gemma else "silu",
+            norm_plus_one=kind.gemma,
+            post_norms=kind.gemma,
+            embedding_scale=read.dim**0.5 if kind.gemma else 1.0,
+            attention_scale=attention_scale(kind, read.layers, read.dim, read.heads),
+            attention_softcap=decimal(read.score_softcap or kind.softcaps[0]),
+            logit_softcap=decimal(read.logit_softcap or kind.softcaps[1]),
+            local_rope_theta=local,
         )
 
-    def __len__(self) -> int:
-        return len(self.tensor_infos)
+    def windows(self, read: Any) -> tuple[int, tuple[int, ...]]:
+        """The sliding window in tokens and the layers that have it; (0, ()) for none."""
+        kind, window = self.architecture, read.window
+        if window is None and self.name == "gemma2":
+            window = 4096
+        if not window:
+            return 0, ()
+        if window < 0:
+            raise UserError(f"{self.path}: {self.name}.attention.sliding_window is {window}, not a number of tokens")
+        pattern = kind.pattern if read.pattern is None else read.pattern
+        if self.name == "llama":  # Mistral 7B v0.1: all layers
+            return window, tuple(range(read.layers))
+        if not kind.pattern:
+            raise UserError(f"{self.path}: {self.name}.attention.sliding_window is not supported")
+        if isinstance(pattern, list):
+            if len(pattern) < read.layers:
+                raise UserError(
+                    f"{self.path}: {self.name}.attention.sliding_window_pattern names {len(pattern)} layers"
+                )
+            return window, tuple(i for i in range(read.layers) if pattern[i])
+        return window, window_layers(pattern, read.layers)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name in finetune/lm/llama.py, fp32 tensor) of each weight, dequantized one at a time."""
-        for name, info in self.tensor_infos.items():
-            if info.kind not in TYPES:
-                known = ", ".join(TYPES)
-                raise UserError(f"{self.path}: tensor {name} is of GGUF type {info.kind}, which is not supported: "
-                                f"convert the file to one of {known}")  # fmt: skip
+        self.check_types()
         config = self.llama_config()
-        heads = {"attn.q.weight": config.heads, "attn.k.weight": config.kv_heads}
-        raw = np.memmap(self.path, np.uint8, "r")
-        for theirs, info in self.tensor_infos.items():
-            name = own_name(theirs)
-            rows = raw[info.start : info.start + info.nbytes].reshape(*info.shape[:-1], -1)
-            values = dequantize(rows, info.kind)
-            part = ".".join(name.split(".")[-3:])
-            if part in heads:
-                if values.ndim != 2 or values.shape[0] % (2 * heads[part]):
-                    raise UserError(f"{self.path}: tensor {theirs} has shape {values.shape}, not that of "
-                                    f"{heads[part]} heads")  # fmt: skip
-                values = unpermute(values, heads[part])
-            yield name, torch.from_numpy(np.ascontiguousarray(values))
+        for theirs in self.tensor_infos:
+            if theirs == gguf_rope.FREQS and self.name == "llama":
+                continue
+            for name, values in self.parts(theirs, self.tensor(theirs), config):
+                yield name, torch.from_numpy(np.ascontiguousarray(values))
+
+    def parts(self, theirs: str, values: Array, config: LlamaConfig) -> Iterator[tuple[str, Array]]:
+        """The tensors of the model that a tensor of the file holds: one, or q, k and v below each other."""
+        prefix, _, part = theirs.rpartition(".attn_qkv.")
+        if prefix:
+            sizes = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
+            if sum(sizes) != len(values):
+                raise UserError(f"{self.path}: tensor {theirs} has {len(values)} rows, not {sum(sizes)}")
+            for letter, rows in zip("qkv", np.split(values, np.cumsum(sizes)[:2]), strict=True):
+                yield from self.parts(f"{prefix}.attn_{letter}.{part}", rows, config)
+            return
+        name = own_name(theirs)
+        heads = {".attn.q.": config.heads, ".attn.k.": config.kv_heads}.get(name[name.find(".attn.") :][:8])
+        if heads and self.architecture.paired:
+            if len(values) % (2 * heads):
+                raise UserError(f"{self.path}: tensor {theirs} has shape {values.shape}, not that of {heads} heads")
+            values = unpermute(values, heads)
+        if config.norm_plus_one and name.endswith("norm.weight"):
+            values = values - 1
+        yield name, values
 
     def token_ids(self) -> dict[str, int]:
         """bos_token_id, eos_token_id, unk_token_id and pad_token_id, as far as the file names them. A pad that is the
@@ -252,6 +268,8 @@ class GGUFModel:
     def token_id(self, name: str) -> int | None:
         key, count = f"tokenizer.ggml.{name}_token_id", len(self.get("tokenizer.ggml.tokens", []))
         value = self.get(key)
+        if value is None and self.get("tokenizer.ggml.model") == "llama":  # SentencePiece's own
+            value = {"unknown": 0, "bos": 1, "eos": 2}.get(name)
         if value is not None and (not isinstance(value, int) or not 0 <= value < count):
             raise UserError(f"{self.path}: {key} is {value!r}, which is none of the {count} tokens")
         return value
@@ -260,125 +278,16 @@ class GGUFModel:
 TOKEN_KEYS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
-def decimal(value: float) -> float:
-    """The shortest decimal that is this fp32 number: 9.999999747378752e-06 was written as 1e-05."""
-    return float(str(np.float32(value)))
+def nope_layers(kind: Architecture, layers: int) -> tuple[int, ...]:
+    """The layers of an architecture that lack the rotary embedding."""
+    return tuple(range(kind.nope_every - 1, layers, kind.nope_every)) if kind.nope_every else ()
 
 
-# --- The container: header, metadata, what tensors there are (ggml's docs/gguf.md)
+def window_layers(pattern: int, layers: int) -> tuple[int, ...]:
+    """All layers but each `pattern`-th; 0: all."""
+    return tuple(i for i in range(layers) if pattern == 0 or i % pattern < pattern - 1)
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor is in the file, and how it is stored."""
-
-    kind: str  # ggml's name of the type
-    shape: tuple[int, ...]  # rows first, as torch has it
-    start: int  # byte of the file
-    nbytes: int
-
-
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-MOST_HEADER = 1 << 30  # bytes before the weights
-
-
-class Damaged(ValueError):
-    """The file contradicts itself."""
-
-
-class Bytes:
-    """A file's bytes, read one after the other; Damaged beyond their end."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
-
-    def take(self, count: int) -> bytes:
-        if not 0 <= count <= len(self.data) - self.at or self.at + count > MOST_HEADER:
-            raise Damaged(f"{count} bytes are expected at byte {self.at}, {len(self.data) - self.at} are left")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def number(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
-
-    def text(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", "replace")
-
-    def value(self, kind: int, depth: int = 0) -> Any:
-        if kind in SCALARS:
-            return self.number(SCALARS[kind])
-        if kind == STRING:
-            return self.text()
-        if kind != ARRAY or depth > 4:
-            raise Damaged(f"a value of type {kind}")
-        inner, count = self.number("I"), self.number("Q")
-        if inner in SCALARS:
-            width = struct.calcsize(f"<{SCALARS[inner]}")
-            if count > len(self.data):  # a format string of that length would be made first
-                raise Damaged(f"a list of {count} values")
-            return list(struct.unpack(f"<{count}{SCALARS[inner]}", self.take(count * width)))
-        if count > len(self.data) - self.at:  # each needs at least one byte
-            raise Damaged(f"a list of {count} values")
-        return [self.value(inner, depth + 1) for _ in range(count)]
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Metadata and tensors of a GGUF file. UserError if it is missing, not GGUF, cut short, or inconsistent."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist, or is not a file")
-    try:
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise UserError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return parse(Bytes(data))
-    except Damaged as error:
-        raise UserError(f"{path} is a damaged or cut short GGUF file ({error}): fetch it again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def parse(data: Bytes) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Metadata and tensors. Damaged if the counts, types or offsets cannot be right."""
-    data.take(4)
-    version, tensors, pairs = data.number("I"), data.number("Q"), data.number("Q")
-    if version not in (2, 3):
-        raise Damaged(f"version {version}; 2 and 3 are read")
-    metadata: dict[str, Any] = {}
-    for _ in range(pairs):  # each needs bytes, so that a wrong count ends at the file's end
-        key = data.text()
-        metadata[key] = data.value(data.number("I"))
-    found = []
-    for _ in range(tensors):
-        name, dimensions = data.text(), data.number("I")
-        if not 1 <= dimensions <= 4:
-            raise Damaged(f"tensor {name} has {dimensions} dimensions")
-        shape = tuple(data.number("Q") for _ in range(dimensions))[::-1]
-        found.append((name, shape, data.number("I"), data.number("Q")))
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise Damaged(f"general.alignment is {alignment!r}, not a power of two")
-    start = -(-data.at // alignment) * alignment
-    return metadata, dict(placed(data, start, alignment, *one) for one in found)
-
-
-def placed(
-    data: Bytes, first: int, alignment: int, name: str, shape: tuple[int, ...], code: int, offset: int
-) -> tuple[str, TensorInfo]:
-    """A tensor's name and place; Damaged if it is not in the file, or not where its type can be read."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    try:
-        kind = GGMLQuantizationType(code)
-    except ValueError:
-        raise Damaged(f"tensor {name} is of an unknown type {code}") from None
-    weights, width = GGML_QUANT_SIZES[kind]
-    if min(shape) < 1 or shape[-1] % weights:
-        raise Damaged(f"tensor {name} of shape {shape} is not made of whole blocks of {weights}")
-    if offset % alignment:
-        raise Damaged(f"tensor {name} is at offset {offset}, which is not a multiple of {alignment}")
-    nbytes, start = math.prod(shape) // weights * width, first + offset
-    if start + nbytes > len(data.data):
-        raise Damaged(f"tensor {name} ends at byte {start + nbytes}, the file at {len(data.data)}")
-    return name, TensorInfo(kind.name, shape, start, nbytes)
+def attention_scale(kind: Architecture, layers: int, dim: int, heads: int) -> float:
+    """What scores are multiplied by; 0 for 1/√head_dim. llama.cpp knows Gemma's largest models by their layers."""
+    return (dim // heads) ** -0.5 if kind.rescaled == layers else 0.0
