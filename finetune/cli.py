@@ -59,6 +59,9 @@ def list_(json: bool) -> None:
 @click.option("--toy", is_flag=True, help="The module's small setting: a minute or two at most.")
 @click.option("--out", help="Run folder; default: a new one in the module's output/.")
 @click.option("--resume", is_flag=True, help="Continue the newest unfinished run, or the one in --out.")
+@click.option(
+    "--dry-run", is_flag=True, help="sft, peft: show rows as the model sees them, and counts; then stop."
+)
 @ACCEPT
 @JSON
 @click.option("-h", "--help", "help_", is_flag=True, help="This text; after a module's name, that module's settings.")
@@ -68,6 +71,7 @@ def run(
     toy: bool,
     out: str | None,
     resume: bool,
+    dry_run: bool,
     accept_changes: bool,
     json: bool,
     help_: bool,
@@ -90,11 +94,15 @@ def run(
     folder = _folder(out)
     if accept_changes and not resume:
         raise UserError("--accept-changes is for --resume")
+    if dry_run and (resume or json):
+        raise UserError(f"--dry-run shows rows before a run: omit --{'resume' if resume else 'json'}")
     cls: type[config.Config] = registry.load(info).Config
     own = [opt.removeprefix("--") for p in get_current_context().command.params for opt in p.opts]
     given = config.given(cls, list(rest), own)
     if not resume:
         cfg = dataclasses.replace(cls.toy() if toy else cls(), **given)
+        if dry_run:
+            return _dry_run(info, cfg)
         return _execute(info, cfg, folder, json, toy=toy)
     folder, saved = run_folder.saved(info, folder, toy)
     if saved.module != info.name:
@@ -107,6 +115,17 @@ def run(
             key = config.dashed(name)
             raise UserError(f"--{key} {value}: the run in {folder} has {was}; omit --{key}, or start a new run")
     return _execute(info, cfg, folder, json, toy=saved.toy, resume=True, accept_changes=accept_changes)
+
+
+def _dry_run(info: Any, cfg: Any) -> int:
+    """What a module shows of its data without training; no run folder is made."""
+    from finetune.runs import registry
+
+    show = getattr(registry.load(info), "dry_run", None)
+    if show is None:
+        raise UserError(f"--dry-run: {info.name} has no rows to show; sft and peft do")
+    show(cfg, _console())
+    return 0
 
 
 @app.command()

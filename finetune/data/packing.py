@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_left, insort
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from finetune.data.conversations import Conversation
 from finetune.errors import UserError
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Render = Callable[[Conversation], tuple[Sequence[int], Sequence[int]]]  # as Tokenizer.render: ids and loss mask
+    from finetune.lm.tokenizer import Tokenizer
 
+# What happens to rows of which the chat template does not write something, or which it refuses: the run is refused, the
+# rows are skipped, or what is written of them is learned.
+Unwritten = Literal["refuse", "skip", "keep"]
 IGNORE = -100  # a target that carries no loss
 
 
@@ -39,31 +42,83 @@ class Document:
         return sum(self.mask[1:])
 
 
-def tokenize(rows: Sequence[Conversation], render: Render, max_length: int) -> tuple[list[Document], int, int]:
-    """The rows as documents, as `fitting` returns them; UserError if no row remains."""
-    found = fitting(rows, render, max_length)
-    if not found[0]:
-        raise UserError(f"no row has an answer within {max_length} tokens: raise --max-length or shorten the prompts")
+def tokenize(
+    rows: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    max_length: int,
+    unwritten: Unwritten = "refuse",
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Document]:
+    """The documents in which the answers of the rows are learned. One longer than `max_length` tokens is cut, and one
+    with no token to learn within them is dropped; `say` is told what happened to how many.
+
+    `unwritten`: what happens to rows of which the chat template does not write something, or which it refuses.
+    UserError names the first of them.
+    """
+    documents, cut, dropped, split = [], 0, 0, 0
+    for row, parts in rendered(rows, tokenizer, unwritten, say):
+        split += len(parts) > 1
+        for ids, mask, count in parts:
+            document = Document(ids[:max_length], mask[:max_length], row[:count])
+            if document.learned:
+                cut += len(ids) > max_length
+                documents.append(document)
+            else:
+                dropped += 1
+    if split:
+        say(
+            f"the chat template writes earlier answers otherwise once others follow: {split:,} of {len(rows):,} "
+            f"conversations are learned in several texts, each as it is when the answer is given"
+        )
+    if cut or dropped:
+        count = len(documents) + dropped
+        say(f"of {count} conversations {cut} were cut to {max_length} tokens and {dropped} dropped")
+    if tokenizer.renderer.unwritten:
+        say(f"the chat template does not write these keys: {', '.join(sorted(tokenizer.renderer.unwritten))}")
+        tokenizer.renderer.unwritten.clear()
+    return documents
+
+
+def rendered(
+    rows: Sequence[Conversation], tokenizer: Tokenizer, unwritten: Unwritten, say: Callable[[str], None]
+) -> list[tuple[Conversation, list[tuple[list[int], list[int], int]]]]:
+    """The rows that are learned, each with its texts in tokens as Tokenizer.documents gives them."""
+    lost: Counter[str] = Counter()  # rows by what the template does not write of them
+    found, refused, first = [], 0, ""
+    for row in rows:
+        parts = None
+        try:
+            losses = tokenizer.renderer.losses(row)
+            why = f"the chat template does not write {losses[0][1]}" if losses else ""
+            lost.update({kind for kind, _ in losses})
+            if not losses or unwritten == "keep":
+                parts = tokenizer.documents(row)
+        except UserError as error:
+            refused, why = refused + 1, str(error)
+        if why:
+            text = next((m["content"] for m in row if m.get("content")), "")
+            first = first or f"the row that begins {text[:40]!r}: {why}"
+        if parts is not None:
+            found.append((row, parts))
+    if not first:
+        return found
+    counts = [f"{what} of {count:,} rows" for what, count in lost.items()]
+    counts = [f"does not write {' and '.join(counts)}"] if counts else []
+    counts += [f"refuses or cannot tell the answers of {refused:,} rows"] if refused else []
+    counted = f"the chat template {' and '.join(counts)} ({len(rows):,} in all)"
+    if unwritten == "refuse" or (unwritten == "keep" and refused):
+        ways = "--unwritten skip omits such rows" + ("" if refused else ", --unwritten keep learns the rest of them")
+        raise UserError(f"{first}. In all, {counted}: {ways}, --template chooses another")
+    gone = len(rows) - len(found)
+    say(f"{counted}: " + (f"{gone:,} rows are skipped" if gone else "what it writes of them is learned"))
     return found
 
 
-def fitting(rows: Sequence[Conversation], render: Render, max_length: int) -> tuple[list[Document], int, int]:
-    """(documents, number cut, number dropped): a conversation longer than `max_length` tokens is cut, and one with no
-    token to learn within them is dropped. UserError names the row that the template refuses."""
-    documents, cut, dropped = [], 0, 0
-    for row in rows:
-        try:
-            ids, mask = render(row)
-        except UserError as error:
-            text = next((m["content"] for m in row if m.get("content")), "")
-            raise UserError(f"the row that begins {text[:40]!r}: {error}") from None
-        document = Document(ids[:max_length], mask[:max_length], row)
-        if not document.learned:
-            dropped += 1
-            continue
-        cut += len(ids) > max_length
-        documents.append(document)
-    return documents, cut, dropped
+def needed(documents: list[Document], max_length: int) -> list[Document]:
+    """The documents; UserError if there is none."""
+    if not documents:
+        raise UserError(f"no row has an answer within {max_length} tokens: raise --max-length or shorten the prompts")
+    return documents
 
 
 def held_out_of(documents: Sequence[Document], max_length: int) -> tuple[list[Document], list[Document]]:

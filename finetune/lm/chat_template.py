@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import UserError
@@ -125,6 +126,117 @@ def chatml(default_system: str = "") -> str:
         "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
+
+
+# What Qwen 2.5 and 3 write around tools.
+TOOLS = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
+    "signatures within <tools></tools> XML tags:\n<tools>",
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>',
+)
+
+
+def chatml_tools() -> str:
+    """ChatML with tools, calls, their results and reasoning as Qwen 2.5 and 3 write them, with generation markers. The
+    reasoning of every answer is written, so that earlier answers stay as they were given."""
+    before, after = (json.dumps(text) for text in TOOLS)
+    return (
+        "{% set system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else none %}"
+        "{% if tools %}{{ '<|im_start|>system\n' }}{% if system is not none %}{{ system + '\n\n' }}{% endif %}"
+        "{{ " + before + " }}{% for tool in tools %}{{ '\n' + (tool | tojson) }}{% endfor %}"
+        "{{ " + after + " + '<|im_end|>\n' }}"
+        "{% elif system is not none %}{{ '<|im_start|>system\n' + system + '<|im_end|>\n' }}{% endif %}"
+        "{% for message in messages %}{% set content = message.content or '' %}"
+        "{% if message.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
+        "{% if message.reasoning_content %}{{ '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}{% endif %}"
+        "{{ content }}{% for call in message.tool_calls or [] %}{% set call = call.function or call %}"
+        "{% if content or not loop.first %}{{ '\n' }}{% endif %}"
+        '{{ \'<tool_call>\n{"name": "\' + call.name + \'", "arguments": \' + (call.arguments | tojson) }}'
+        "{{ '}\n</tool_call>' }}"
+        "{% endfor %}{{ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+        "{% elif message.role == 'tool' %}"
+        "{% if loop.first or loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+        "{{ '\n<tool_response>\n' + content + '\n</tool_response>' }}"
+        "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+        "{% elif message.role == 'user' %}{{ '<|im_start|>user\n' + content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+def turns(begin: str, user: str, end: str, answer: str, close: str, system: str | None = None) -> str:
+    """A template of simple turns: `begin` once, then before and behind every question (`user`, `end`) and answer
+    (`answer`, `close`), each a Jinja expression. `system`: the same of a system message; without it, one is written in
+    front of the first question."""
+    alone = system is not None
+    first = (
+        ""
+        if alone
+        else (
+            "{% set led = messages and messages[0]['role'] == 'system' %}"
+            "{% set lead = messages[0]['content'] | trim + '\n\n' if led else '' %}"
+        )
+    )
+    lead = "" if alone else "(lead if loop.index0 == (1 if lead else 0) else '') + "
+    return (
+        first + "{{ " + begin + " }}{% for message in messages %}"
+        "{% if message['role'] == 'user' %}{{ " + user + " + " + lead + "message['content'] + " + end + " }}"
+        "{% elif message['role'] == 'assistant' %}{{ " + answer + " }}"
+        "{% generation %}{{ message['content'] + "
+        + close
+        + " }}{% endgeneration %}"
+        + (f"{{% elif message['role'] == 'system' %}}{{{{ {system} + message['content'] + {end} }}}}" if system else "")
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "
+        + answer
+        + " }}{% endif %}"
+    )
+
+
+@dataclass(frozen=True)
+class Known:
+    """A template that --template names, and the tokens that it writes; every one has generation markers."""
+
+    summary: str
+    source: str
+    tokens: tuple[str, ...]
+
+
+LLAMA3 = "'<|start_header_id|>{}<|end_header_id|>\n\n'"
+TEMPLATES = {
+    "chatml": Known("<|im_start|>role … <|im_end|>", chatml(), ("<|im_start|>", "<|im_end|>")),
+    "chatml-tools": Known(
+        "ChatML with tools, tool calls and reasoning as Qwen writes them", chatml_tools(),
+        ("<|im_start|>", "<|im_end|>"),
+    ),
+    "llama3": Known(
+        "<|start_header_id|>role<|end_header_id|> … <|eot_id|>",
+        turns("bos_token or ''", LLAMA3.format("user"), "'<|eot_id|>'", LLAMA3.format("assistant"), "'<|eot_id|>'",
+              LLAMA3.format("system")),
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "gemma": Known(
+        "<start_of_turn>user … <end_of_turn>, the system message in the first question",
+        turns("bos_token or ''", "'<start_of_turn>user\n'", "'<end_of_turn>\n'", "'<start_of_turn>model\n'",
+              "'<end_of_turn>'").replace("{% endgeneration %}", "{% endgeneration %}{{ '\n' }}"),
+        ("<start_of_turn>", "<end_of_turn>"),
+    ),
+    "mistral": Known(
+        "[INST] … [/INST] as text, and the model's own end token",
+        turns("bos_token or ''", "'[INST] '", "' [/INST]'", "''", "eos_token")
+        .replace("{% generation %}{{ ", "{% generation %}{{ ' ' + "), (),
+    ),
+    "zephyr": Known(
+        "<|user|>, <|assistant|> as text, and the model's own end token",
+        turns("''", "'<|user|>\n'", "eos_token + '\n'", "'<|assistant|>\n'", "eos_token", "'<|system|>\n'")
+        .replace("{% endgeneration %}", "{% endgeneration %}{{ '\n' }}"), (),
+    ),
+    "alpaca": Known(
+        "### Instruction: … ### Response: as text, and the model's own end token",
+        turns("''", "'### Instruction:\n'", "'\n\n'", "'### Response:\n'", "eos_token")
+        .replace("{% endgeneration %}", "{% endgeneration %}{{ '\n\n' }}"), (),
+    ),
+}  # fmt: skip
 
 
 def same_text(one: str, other: str) -> bool:

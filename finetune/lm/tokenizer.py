@@ -5,22 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from finetune.errors import UserError
 from finetune.lm.chat_template import ChatTemplate, chatml
+from finetune.lm.rendering import Message, Renderer, Written, overlap
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad (and unknown), begin, end
-CONTEXT = ("tools", "documents", "chat_template_kwargs")  # of a whole conversation: its first message holds them
-REASONING = ("reasoning_content", "thinking", "reasoning")  # three names for the same
-# What is to be learned, or what it is learned from: a template that does not write it would teach something else.
-MEANT = ("tool_calls", *REASONING)
 PIECE = 1 << 16  # characters that are encoded at once where a text may be cut
-Message = dict[str, Any]
-Span = tuple[int, int]
 
 
 class Tokenizer:
@@ -49,8 +43,6 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = (
             backend.token_to_id(name) if name else None for name in (bos, eos, pad)
         )
-        self.unwritten: set[str] = set()  # keys of rendered messages that the template does not write
-        self._checked: set[tuple[str, str]] = set()
 
     @property
     def vocab_size(self) -> int:
@@ -86,107 +78,37 @@ class Tokenizer:
         """(ids, mask) of a conversation [{"role": …, "content": …}, …]; mask[i] is 1 for the tokens that the assistant
         has to produce: its answers and the end token of each, except those whose message has the weight 0.
 
-        The template's generation markers tell which they are. Without markers an answer is what the text with it has in
-        addition to the text that prompts for it. UserError if that does not hold, or if the template omits part of a
-        message.
+        UserError if that cannot be told, if the template omits part of a message, or if it takes several texts to hold
+        all answers (`documents`).
         """
-        text, spans = self.render_text(messages, add_generation_prompt)
-        if not add_generation_prompt:
-            self.check_written(messages, text)
-            if (
-                self.template.marked
-                and not spans
-                and any(m["role"] == "assistant" and m.get("content") for m in messages)
-            ):
-                raise UserError("nothing of the answers stands between the chat template's {% generation %} markers")
-            if not self.template.marked or any(message.get("weight") == 0 for message in messages):
-                turns = self.turns(messages, text)
-                kept = [span for i, span in turns.items() if messages[i].get("weight") != 0]
-                spans = [s for s in spans if any(overlap(s, turn) for turn in kept)] if self.template.marked else kept
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        if add_generation_prompt:
+            ids, mask, _ = self.tokens(Written(*self.render_text(messages, True), len(messages)))
+            return ids, mask
+        if lost := self.renderer.losses(messages):
+            raise UserError(f"the chat template does not write {lost[0][1]}")
+        found = self.documents(messages)
+        if len(found) != 1:
+            raise UserError("the chat template writes an answer otherwise once others follow: render each by itself")
+        return found[0][:2]
+
+    def documents(self, messages: Sequence[Message]) -> list[tuple[list[int], list[int], int]]:
+        """(ids, mask, number of messages) of each text in which answers of a conversation are learned: one, or several
+        where the template writes an earlier answer otherwise once others follow (Qwen 3 omits its reasoning)."""
+        return [self.tokens(written) for written in self.renderer.documents(messages)]
+
+    def tokens(self, written: Written) -> tuple[list[int], list[int], int]:
+        """(ids, mask, number of messages) of a rendered text; a token is learned if one of its characters is."""
+        encoding = self.backend.encode(written.text, add_special_tokens=False)
         mask = [0] * len(encoding.ids)
         for i, span in enumerate(encoding.offsets):
-            mask[i] = int(any(overlap(span, other) for other in spans))
-        return encoding.ids, mask
+            mask[i] = int(any(overlap(span, other) for other in written.spans))
+        return encoding.ids, mask, written.messages
 
     def render_text(
         self, messages: Sequence[Message], add_generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and the character spans between generation markers."""
-        return self._render(*parted(messages), add_generation_prompt)
-
-    def _render(self, messages: list[Message], context: dict[str, Any], prompt: bool) -> tuple[str, list[Span]]:
-        if self.template is None:
-            raise UserError("the model has no chat template: set tokenizer.chat_template, or use its instruct version")
-        for i, message in enumerate(messages):
-            content = message.get("content")
-            fine = isinstance(content, str) or (content is None and message.get("tool_calls"))
-            if not isinstance(message.get("role"), str) or not fine:
-                raise UserError(f"message {i} needs a text for 'role' and for 'content', found {message!r}")
-        values = {"tools": None, "documents": None} | context
-        return self.template.render(
-            messages=[named(message) for message in messages],
-            add_generation_prompt=prompt,
-            **self.special_tokens | values.pop("chat_template_kwargs", {}) | values,
-        )
-
-    def turns(self, messages: Sequence[Message], text: str) -> dict[int, Span]:
-        """For each message of the assistant the characters that it adds to the text that prompts for it."""
-        plain, context = parted(messages)
-        ends = tuple(token.content for token in self.backend.get_added_tokens_decoder().values())
-        found = {}
-        for i, message in enumerate(plain):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(plain[:i], context, True)[0]
-            after = text if i + 1 == len(plain) else self._render(plain[: i + 1], context, False)[0]
-            fix = "give a template with {% generation %} markers"
-            if not after.startswith(before):
-                same = next(i for i, letter in enumerate(before) if after[i : i + 1] != letter)
-                raise UserError(
-                    f"which tokens of message {i} are the assistant's cannot be told: the chat template asks for an "
-                    f"answer with {before[same:][:40]!r}, but writes {after[same:][:40]!r} where there is one; {fix}"
-                )
-            if not text.startswith(after):
-                raise UserError(
-                    f"which tokens of message {i} are the assistant's cannot be told: the chat template writes it "
-                    f"otherwise once other messages follow; {fix}, or rows that end with their first answer"
-                )
-            trimmed = after.rstrip()
-            found[i] = len(before), len(trimmed) if trimmed.endswith(ends) else len(after)
-        return found
-
-    def check_written(self, messages: Sequence[Message], text: str) -> None:
-        """UserError if the template omits what is to be learned, or what that is learned from; other keys that it does
-        not write are added to `unwritten`."""
-        plain, context = parted(messages)
-
-        def writes(changed: list[Message], values: dict[str, Any]) -> bool:
-            try:
-                return self._render(changed, values, False)[0] != text
-            except UserError:  # it cannot do without
-                return True
-
-        for key in ("tools", "documents"):
-            if context.get(key) and not writes(plain, {k: v for k, v in context.items() if k != key}):
-                raise UserError(f"the chat template does not write the row's {key!r}: use another, or remove them")
-        for i, message in enumerate(plain):
-            role = message["role"]
-            for key in message:
-                gone = {k: v for k, v in message.items() if k != key and not (key in REASONING and k in REASONING)}
-                if key in MEANT:
-                    if message[key] and not writes([*plain[:i], gone, *plain[i + 1 :]], context):
-                        raise UserError(f"the chat template does not write {key!r} of message {i} ({role})")
-                elif key not in ("role", "content", "weight") and (role, key) not in self._checked:
-                    self._checked.add((role, key))
-                    if not writes([*plain[:i], gone, *plain[i + 1 :]], context):
-                        self.unwritten.add(key)
-            if role not in ("user", "assistant") and (role, "content") not in self._checked:
-                self._checked.add((role, "content"))
-                if not writes(
-                    [*plain[:i], message | {"content": f"{message.get('content')}."}, *plain[i + 1 :]], context
-                ):
-                    raise UserError(f"the chat template does not write message {i}, whose role is {role!r}")
+        return self.renderer.text(messages, add_generation_prompt)
 
     @property
     def chat_template(self) -> str | None:
@@ -195,12 +117,15 @@ class Tokenizer:
     @chat_template.setter
     def chat_template(self, source: str | None) -> None:
         self._chat_template = source
-        self._checked = set()
-        self.__dict__.pop("template", None)
+        self.__dict__.pop("renderer", None)
 
     @cached_property
-    def template(self) -> Any:
-        return None if self._chat_template is None else ChatTemplate(self._chat_template)
+    def renderer(self) -> Renderer:
+        """What the chat template writes. UserError if there is none, or if it does not compile."""
+        if self._chat_template is None:
+            raise UserError("the model has no chat template: give one (--template chatml), or use its instruct version")
+        added = tuple(token.content for token in self.backend.get_added_tokens_decoder().values())
+        return Renderer(ChatTemplate(self._chat_template), self.special_tokens, added)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 512) -> Tokenizer:
@@ -222,24 +147,6 @@ class Tokenizer:
         backend.train_from_iterator(texts, trainer)
         pad, bos, eos = SPECIALS
         return cls(backend, bos=bos, eos=eos, pad=pad, chat_template=chatml())
-
-
-def parted(messages: Sequence[Message]) -> tuple[list[Message], dict[str, Any]]:
-    """The messages without what the first one holds for the whole conversation, and that."""
-    context = {key: messages[0][key] for key in CONTEXT if messages and key in messages[0]}
-    return [{k: v for k, v in message.items() if k not in context} for message in messages], context
-
-
-def named(message: Message) -> Message:
-    """A message as transformers shows it to a template: without empty keys, its reasoning under the usual names."""
-    message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in REASONING if key in message), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
-
-
-def overlap(one: Span, other: Span) -> bool:
-    """Whether two spans share a character."""
-    return one[0] < other[1] and other[0] < one[1]
 
 
 def pieces(texts: Iterable[str], cut: re.Pattern[str]) -> Iterator[str]:

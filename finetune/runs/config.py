@@ -29,7 +29,7 @@ from typing import Any, Literal, TypeVar
 
 from finetune.errors import UserError, nearest
 
-RESERVED = {"toy", "out", "resume", "json", "help", "accept_changes"}  # options of `run` itself
+RESERVED = {"toy", "out", "resume", "json", "help", "accept_changes", "dry_run"}  # options of `run` itself
 
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

@@ -6,11 +6,12 @@ import random
 import pytest
 import torch
 
-from finetune.data import conversations, packing, python_docs
+from finetune.data import conversations, packing, python_docs, rows
 from finetune.data.packing import Document
 from finetune.data.python_docs import Pair
 from finetune.errors import UserError
 from finetune.lm.llama import Llama, LlamaConfig
+from finetune.lm.tokenizer import Tokenizer
 
 GOOD = {"prompt": "two and two?", "completion": "four"}
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -24,11 +25,11 @@ def write(tmp_path, *lines):
 
 def test_both_forms_of_rows(tmp_path):
     file = write(tmp_path, GOOD, b"  ", {"messages": [USER, ASSISTANT | {"name": "x"}], "source": 3})
-    first, second = conversations.read_jsonl(file)
+    first, second = rows.read(file)[0]
     assert first == [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}]
     assert second == [USER, ASSISTANT | {"name": "x"}]
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")  # as Windows editors save
-    assert conversations.read_jsonl(file) == [first]
+    assert rows.read(file)[0] == [first]
 
 
 @pytest.mark.parametrize(
@@ -41,13 +42,13 @@ def test_both_forms_of_rows(tmp_path):
         ("text", "must be a JSON object, not a text"),
         ({}, "found no keys"),
         ({"prompt": "a"}, "needs 'completion' too"),
-        ({"text": "a"}, "needs 'messages', or 'prompt' and 'completion'"),
+        ({"text": "a"}, r"no known form .found 'text'.: they are messages .*; sharegpt .*; alpaca"),
         ({"prompt": 3, "completion": "b"}, "'prompt' must be a text, not a number"),
         ({"prompt": "a", "completion": None}, "'completion' must be a text, not nothing"),
         ({"prompt": "a", "completion": " \n"}, "'completion' is empty"),
         ({"prompt": "a", "completion": "\ud800"}, "half of a surrogate pair as its character 1"),
         ({"messages": []}, "at least one message"),
-        ({"messages": "hi"}, "at least one message"),
+        ({"messages": "hi"}, "'messages' is a text that is not JSON"),
         ({"messages": [USER, "hello"]}, "message 1 must be an object with role and content, not a text"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "message 0 has the role 'bot'"),
         ({"messages": [USER, {"role": "assistant"}]}, "content of message 1 .assistant. must be a text"),
@@ -55,8 +56,8 @@ def test_both_forms_of_rows(tmp_path):
         ({"messages": [USER]}, "no assistant message"),
         ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "no assistant message with a text to learn"),
         ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "message 1 has the weight 0.5"),
-        ({"messages": [USER | {"weight": 0}, ASSISTANT]}, "message 0 has the weight 0"),
-        ({"messages": [USER, ASSISTANT | {"tool_calls": "f"}]}, "tool_calls of message 1 must be a list"),
+        ({"messages": [USER | {"weight": 1}, ASSISTANT]}, "message 0 has the weight 1"),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": "f"}]}, "tool_calls of message 1 is a text that is not JSON"),
         ({"messages": [USER, ASSISTANT | {"reasoning_content": 3}]}, "reasoning_content of message 1 must be a text"),
         ({"messages": [USER, ASSISTANT | {"function_call": {}}]}, "write it as 'tool_calls'"),
         ({"messages": [USER | {"tools": []}, ASSISTANT]}, "put it next to 'messages'"),
@@ -71,7 +72,7 @@ def test_both_forms_of_rows(tmp_path):
 def test_a_malformed_row_is_named_by_its_line(tmp_path, line, message):
     file = write(tmp_path, GOOD, b"", line, GOOD)
     with pytest.raises(UserError, match=rf"rows\.jsonl, line 3: .*({message})"):
-        conversations.read_jsonl(file)
+        rows.read(file)[0]
 
 
 def test_what_a_row_holds_in_addition_to_texts_is_kept(tmp_path):
@@ -79,12 +80,12 @@ def test_what_a_row_holds_in_addition_to_texts_is_kept(tmp_path):
     answer = {"role": "assistant", "tool_calls": [call], "content": None, "thinking": "hm", "name": None}
     messages = [USER, answer, {"role": "tool", "content": "2"}, ASSISTANT | {"weight": 1}]
     tools = [{"type": "function"}]
-    (row,) = conversations.read_jsonl(write(tmp_path, {"messages": messages, "tools": tools, "documents": []}))
+    ((row,), _) = rows.read(write(tmp_path, {"messages": messages, "tools": tools, "documents": []}))
     assert row[0] == USER | {"tools": tools}
     assert row[1] == {"role": "assistant", "tool_calls": [call], "thinking": "hm"}
     assert row[2:] == messages[2:]
     assert conversations.exchanges(row) == [3]
-    (row,) = conversations.read_jsonl(write(tmp_path, GOOD | {"documents": [{"title": "t"}]}))
+    ((row,), _) = rows.read(write(tmp_path, GOOD | {"documents": [{"title": "t"}]}))
     assert row[0]["documents"] == [{"title": "t"}]
 
 
@@ -98,28 +99,28 @@ def test_exchanges_and_dealt_answers():
 
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
-        conversations.read_jsonl(tmp_path / "none.jsonl")
+        rows.read(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="holds no rows"):
-        conversations.read_jsonl(write(tmp_path, b" ", b""))
-    with pytest.raises(UserError, match="is a folder"):
-        conversations.read_jsonl(tmp_path)
+        rows.read(write(tmp_path, b" ", b""))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is a folder with no file that ends in .jsonl"):
+        rows.read(tmp_path / "empty")
 
 
 # --- tokens
 
 
 def test_tokenize_cuts_and_leaves_out():
-    rendered = {
-        "short": ([1, 2, 3], [0, 0, 1]),
-        "long": ([1] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1]),
-        "late": ([1] * 9, [0] * 8 + [1]),
-    }
-    rows = [[{"role": "user", "content": name}] for name in rendered]
-    documents, cut, dropped = packing.tokenize(rows, lambda row: rendered[row[0]["content"]], 5)
-    assert [(len(d), d.learned) for d in documents] == [(3, 1), (5, 2)]
-    assert (cut, dropped) == (1, 1)
+    tokenizer = Tokenizer.train(["a b c d"], 259)  # a token for each letter
+    found = [[USER | {"content": "x" * asked}, ASSISTANT | {"content": "y" * said}] for asked, said in
+             ((1, 1), (1, 30), (60, 1))]  # fmt: skip
+    said = []
+    documents = packing.tokenize(found, tokenizer, 50, say=said.append)
+    assert [(len(d), d.learned) for d in documents] == [(23, 2), (50, 30)]
+    assert said == ["of 3 conversations 1 were cut to 50 tokens and 1 dropped"]
+    assert packing.needed(documents, 50) is documents
     with pytest.raises(UserError, match="no row has an answer within 2 tokens"):
-        packing.tokenize(rows, lambda row: rendered[row[0]["content"]], 2)
+        packing.needed(packing.tokenize(found, tokenizer, 2), 2)
 
 
 def test_held_out_of_what_fits():

@@ -149,15 +149,33 @@ def test_reasoning_and_tools_are_learned_where_the_template_writes_them(backend)
     assert learned(tokenizer, row) == '<tool_call>weather{"town": "Ulm", "days": 2}</tool_call><|im_end|>yes<|im_end|>'
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(backend):
+def learned_texts(tokenizer, chat):
+    """(whole text, learned text) of every text in which answers of the chat are learned."""
+    assert tokenizer.renderer.losses(chat) == []
+    found = []
+    for ids, mask, _ in tokenizer.documents(chat):
+        kept = [i for i, learned in zip(ids, mask, strict=True) if learned]
+        found.append((tokenizer.decode(ids), tokenizer.decode(kept)))
+    return found
+
+
+def test_an_answer_that_is_written_otherwise_later_is_learned_by_itself(backend):
     tokenizer = using(backend, QWEN)
     row = [USER, {"role": "assistant", "thinking": "clouds", "content": "rain"}, USER, CHAT[2]]
-    with pytest.raises(UserError, match="does not write 'thinking' of message 1"):
+    first, last = sorted(learned_texts(tokenizer, row), key=lambda pair: len(pair[0]))
+    assert first[0] == "<|im_start|>user\nrain?<|im_end|>\n<|im_start|>assistant\n<think>clouds</think>rain<|im_end|>\n"
+    assert first[1] == "<think>clouds</think>rain<|im_end|>"
+    assert last[1] == "yes<|im_end|>"
+    assert "<think>" not in last[0]
+    with pytest.raises(UserError, match="render each by itself"):
         tokenizer.render(row)
     last = "{% if loop.last and m.role == 'assistant' %}</s>{% endif %}"
-    closing = using(backend, "{% for m in messages %}<{{ m.role }}>{{ m.content }}" + last + "{% endfor %}")
-    with pytest.raises(UserError, match="writes it otherwise once other messages follow"):
-        closing.render(CHAT)
+    closing = using(backend, "{% for m in messages %}<{{ m.role }}>{{ m.content }}" + last + "{% endfor %}"
+                    + "{% if add_generation_prompt %}<assistant>{% endif %}")  # fmt: skip
+    assert sorted(text for _, text in learned_texts(closing, CHAT)) == ["no  </s>", "yes</s>"]
+
+
+def test_an_answer_that_its_prompt_does_not_begin_is_refused(backend):
     thinking = using(backend, QWEN.replace("assistant\\n", "assistant\\n<think>"))
     with pytest.raises(UserError, match="asks for an answer with '<think>', but writes 'yes"):
         thinking.render(CHAT[1:3])
@@ -192,7 +210,7 @@ def test_roles_that_the_template_omits_are_refused_and_other_keys_named(backend)
     assert deaf.render(CHAT[1:])
     tokenizer = using(backend, LOOP)
     tokenizer.render([USER | {"name": "x", "id": None}, CHAT[2] | {"id": 3}])
-    assert tokenizer.unwritten == {"name", "id"}
+    assert tokenizer.renderer.unwritten == {"name", "id"}
 
 
 NAMES = (

@@ -141,7 +141,7 @@ def test_saved_adapters_give_the_losses_back(finished, tmp_path):
     """On the base that was saved; those over quantized weights are omitted, since their base is another."""
     folder, summary = finished
     sets = data.task_conversations(toy())
-    documents = data.tokenize(toy(), sets["first_held_out"], data.small_tokenizer(sets))
+    documents = data.tokenize(toy(), sets, data.small_tokenizer(sets), print)["first_held_out"]
     for method in toy().chosen:
         model, part = load.llama(folder / "base"), None
         if method.kind in methods.VIRTUAL:

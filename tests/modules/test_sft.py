@@ -21,6 +21,7 @@ from small_gguf import TEXT, tiny, write
 
 from finetune import ops
 from finetune.data import conversations, packing
+from finetune.data import rows as row_files
 from finetune.errors import UserError
 from finetune.interview import brief as briefs
 from finetune.lm.generate import generate
@@ -140,7 +141,7 @@ def test_gradients_equal_those_of_transformers_and_torch(smollm2_peer, smollm2_m
         [{"role": "user", "content": "What is a tuple?"}, {"role": "assistant", "content": "An immutable sequence."}],
         [{"role": "user", "content": "And a list?"}, {"role": "assistant", "content": "A mutable one, made by [ ]."}],
     ]
-    docs, _, _ = packing.tokenize(rows, smollm2_tokenizer.render, 256)
+    docs = packing.tokenize(rows, smollm2_tokenizer, 256)
     width = max(map(len, docs))
     ids = torch.tensor([[*d.ids, *[0] * (width - len(d))] for d in docs])
     mask = torch.tensor([[1] * len(d) + [0] * (width - len(d)) for d in docs])
@@ -279,7 +280,7 @@ def test_smollm2_adapter(tmp_path, smollm2, smollm2_tokenizer):
     model = load.llama(smollm2)
     load_adapter(model, tmp_path / "run" / "model")
     sets = data.load_data(config)
-    docs = {"held_out": packing.tokenize(sets["held_out"], smollm2_tokenizer.render, config.max_length)[0]}
+    docs = {"held_out": packing.tokenize(sets["held_out"], smollm2_tokenizer, config.max_length)}
     assert sft.evaluate(model, docs, config)["held_out_loss"] == pytest.approx(
         summary["metrics"]["held_out_loss"], 1e-5
     )
@@ -498,7 +499,7 @@ def test_own_data(tmp_path):
     file = tmp_path / "own.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     summary = run(tmp_path / "run", data=file, steps=60)
-    train, held_out = data.split(conversations.read_jsonl(file), file)
+    train, held_out = data.split(row_files.read(file)[0], file)
     assert (len(train), len(held_out)) == (57, 3)
     assert summary["metrics"]["held_out_loss"] < summary["metrics"]["loss_before"]
     file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]))

@@ -1,19 +1,24 @@
 """Data of the module: a base model, loaded or trained here, and the two tasks that it is adapted to."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
 
 from finetune.data import conversations, packing, python_docs
+from finetune.data import rows as row_files
 from finetune.data.conversations import Conversation
 from finetune.data.packing import Document
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
+from finetune.lm import template_tokens
 from finetune.lm.io import hub, load
 from finetune.lm.llama import Llama
 from finetune.lm.tokenizer import Tokenizer
+from finetune.runs import display
 from finetune.runs.run import Run
 
 from . import toy
@@ -38,9 +43,11 @@ class Task:
 
 def load_task(cfg: "Config", run: Run) -> Task:
     """The tasks, tokenized, and the base model, which from scratch is trained here."""
-    sets = task_conversations(cfg)
+    sets = task_conversations(cfg, run.print)
+    tokenizer = load_tokenizer(cfg, sets, run.console)
+    if cfg.template is not None and (file := template_tokens.file_of(cfg.template)):
+        run.depends_on("template", file)
     if cfg.model == "scratch":
-        tokenizer = small_tokenizer(sets)
         run.seed("base")
         base = small_llama(small_config(tokenizer.vocab_size, cfg.max_length + longest(cfg)))
     else:
@@ -52,21 +59,10 @@ def load_task(cfg: "Config", run: Run) -> Task:
             raise UserError(
                 f"--max-length {cfg.max_length}: with {longest(cfg)} virtual tokens the model has room for {room}"
             )
-        tokenizer, base = load.tokenizer(source), load.llama(source)
-    documents = {}
-    for name, rows in sets.items():
-        documents[name], cut, dropped = packing.fitting(rows, tokenizer.render, cfg.max_length)
-        if cut or dropped:
-            run.print(
-                f"{name}: of {len(rows)} conversations {cut} were cut to {cfg.max_length} tokens and {dropped} dropped"
-            )
-    if tokenizer.unwritten:
-        run.print(f"the chat template does not write these keys of messages: {', '.join(sorted(tokenizer.unwritten))}")
-    for name in ("first", "second"):
-        if documents.get(name) and not documents[f"{name}_held_out"]:
-            documents[name], documents[f"{name}_held_out"] = packing.held_out_of(documents[name], cfg.max_length)
-    if not documents["first"]:
-        raise UserError(f"no row has an answer within {cfg.max_length} tokens: raise --max-length")
+        base = load.llama(source)
+        if cfg.template is not None:
+            template_tokens.end_ids(base, tokenizer)
+    documents = tokenize(cfg, sets, tokenizer, run.print)
     for part in documents.values():
         packing.check_vocabulary(part, base.config.vocab_size)
     count = sum(len(document) for document in documents["first"][:64])
@@ -79,6 +75,22 @@ def load_task(cfg: "Config", run: Run) -> Task:
                 documents.get("second_held_out", []))  # fmt: skip
 
 
+def load_tokenizer(cfg: "Config", sets: dict[str, list[Conversation]], console: Console) -> Tokenizer:
+    """The model's tokenizer, with the chat template of --template; from scratch a new one."""
+    scratch = cfg.model == "scratch"
+    tokenizer = small_tokenizer(sets) if scratch else load.tokenizer(hub.resolve(cfg.model, console))
+    if cfg.template is None:
+        return tokenizer
+    added = template_tokens.adopt(tokenizer, cfg.template)
+    if added and not scratch:
+        raise UserError(
+            f"--template {cfg.template} needs the tokens {', '.join(added)}, which the model lacks, and most methods "
+            "train no embeddings: train them with `run sft` first, or choose zephyr, mistral or alpaca"
+        )
+    display.say(console, f"chat template: {cfg.template}; an answer ends with {tokenizer.eos}")
+    return tokenizer
+
+
 def small_tokenizer(sets: dict[str, list[Conversation]]) -> Tokenizer:
     """A BPE of 512 tokens, trained on all sets."""
     return Tokenizer.train(
@@ -86,7 +98,7 @@ def small_tokenizer(sets: dict[str, list[Conversation]]) -> Tokenizer:
     )
 
 
-def task_conversations(cfg: "Config") -> dict[str, list[Conversation]]:
+def task_conversations(cfg: "Config", say: Callable[[str], None] = lambda _: None) -> dict[str, list[Conversation]]:
     """first, first_held_out and, unless there is --data, the same of a second task; base for a model from scratch."""
     if cfg.model == "scratch":
         sets = toy.directories(cfg.seed)
@@ -96,7 +108,9 @@ def task_conversations(cfg: "Config") -> dict[str, list[Conversation]]:
         sets = {"first": [p.conversation() for p in train], "first_held_out": [p.conversation() for p in held_out]}
         sets |= {"second": [backwards(p) for p in train], "second_held_out": [backwards(p) for p in held_out]}
     if cfg.data is not None:
-        rows = random.Random(0).sample(read := conversations.read_jsonl(cfg.data), len(read))
+        read, forms = row_files.read(cfg.data, cfg.form, cfg.train_on)
+        say(forms)
+        rows = random.Random(0).sample(read, len(read))
         if len(rows) < 2:
             raise UserError(f"{cfg.data} has one row only: a second one is needed to evaluate on")
         count = max(1, len(rows) // 10)
@@ -123,6 +137,19 @@ def longest(cfg: "Config") -> int:
     return max((m.size for m in cfg.chosen if m.kind in ("prompt", "prefix")), default=0)
 
 
-def tokenize(cfg: "Config", rows: list[Conversation], tokenizer: Tokenizer) -> list[Document]:
-    """The rows that have an answer within the length."""
-    return packing.tokenize(rows, tokenizer.render, cfg.max_length)[0]
+def tokenize(
+    cfg: "Config", sets: dict[str, list[Conversation]], tokenizer: Tokenizer, say: Callable[[str], None]
+) -> dict[str, list[Document]]:
+    """The sets' rows that have an answer within the length. If no held-out row has, training rows are held out."""
+
+    def documents(name: str) -> list[Document]:
+        return packing.tokenize(
+            sets[name], tokenizer, cfg.max_length, cfg.unwritten, lambda text: say(f"{name}: {text}")
+        )
+
+    found = {name: documents(name) for name in sets}
+    for name in ("first", "second"):
+        if found.get(name) and not found[f"{name}_held_out"]:
+            found[name], found[f"{name}_held_out"] = packing.held_out_of(found[name], cfg.max_length)
+    packing.needed(found["first"], cfg.max_length)
+    return found

@@ -15,24 +15,28 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 from finetune import memory, optim
+from finetune.data import packing, preview
 from finetune.data.packing import Batch
+from finetune.data.rows import check_form
 from finetune.data.toy_directory import small_config
 from finetune.errors import UserError
+from finetune.lm import template_tokens
 from finetune.lm.io import hub, load, save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.memory import meters
 from finetune.peft import adapters, lora
-from finetune.runs import config
+from finetune.runs import config, display
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
 
 from . import plots, toy
-from .data import Task, load_task, longest, small_tokenizer, task_conversations
+from .data import Task, load_task, load_tokenizer, longest, small_tokenizer, task_conversations, tokenize
 from .methods import ADAPTERS, QUANTIZED, VIRTUAL, Adapted, Method, adapt, parse, plain, setup
 from .training import batch_of, evaluate, loss_of, packed, train
 
@@ -44,8 +48,18 @@ class Config(config.Config):
     steps: int = 20  # of each method
     checkpoint_every: int = 20
     model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small Llama made in the run
-    data: Path | None = None  # JSONL with messages, or prompt and completion; none: Python's own documentation
+    # a file of rows (.jsonl, .json, .csv, .tsv, .parquet) or a folder; none: Python's own documentation
+    data: Path | None = None
     methods: str = METHODS  # full, and KIND_SIZE: lora, rslora, dora, pissa, nf4, int8 _rank, prompt, prefix _tokens
+    # --- Rows
+    # messages, sharegpt, alpaca, prompt or prompt-messages; none: each row's form is found by its keys
+    form: str | None = None
+    # chatml, chatml-tools, llama3, gemma, mistral, zephyr, alpaca, or a Jinja file; none: the model's own
+    template: str | None = None
+    # what is learned: the answers, the last one only, or every token; a row's key train_on overrides it
+    train_on: Literal["answers", "last", "everything"] = "answers"
+    # rows that the template drops a part of: refuse the run, skip them, or keep them and learn what is written
+    unwritten: packing.Unwritten = "refuse"
     # --- LoRA
     alpha: float = bounded(16.0, above=0)  # LoRA: the update is scaled by alpha / rank, rsLoRA: by alpha / √rank
     dropout: float = bounded(0.0, at_least=0, below=1)  # LoRA: probability of dropping an input of the adapters
@@ -76,6 +90,9 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_form(self.form)
+        if self.template is not None:
+            template_tokens.file_of(self.template)
         names = [method.name for method in self.chosen]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"--methods names {twice} twice")
@@ -155,6 +172,19 @@ def check(cfg: Config, run: Run) -> None:
         files += 3 * (terms["gradients"] + terms["optimizer states"])
     if not run.resume:
         memory.check_disk(run.dir, files, "the checkpoints and adapters of these methods")
+
+
+def dry_run(cfg: Config, console: Console) -> None:
+    """`--dry-run`: shows three rows as the model sees them, and counts; reads no weights and writes nothing."""
+
+    def say(text: str) -> None:
+        display.say(console, text)
+
+    sets = task_conversations(cfg, say)
+    tokenizer = load_tokenizer(cfg, sets, console)
+    documents = tokenize(cfg, sets, tokenizer, say)
+    shown = {"train": documents.pop("first"), "held_out": documents.pop("first_held_out"), **documents}
+    preview.show(console, shown, tokenizer, cfg.max_length, packed=True, rows=cfg.batch * cfg.steps)
 
 
 # --- One method

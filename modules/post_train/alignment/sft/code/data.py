@@ -3,29 +3,31 @@
 import json
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.data import conversations, packing, python_docs
+from finetune.data import conversations, packing, python_docs, rows
 from finetune.data.conversations import Conversation
 from finetune.data.packing import Document
 from finetune.data.toy_directory import assign_numbers, questions
 from finetune.errors import UserError
 from finetune.lm.tokenizer import Tokenizer
-from finetune.runs.run import Run
 
 if TYPE_CHECKING:
     from .main import Config
 
+Say = Callable[[str], None]  # prints a line
 CHANCE = 0.1  # accuracy of guessing in the toy directory
 HELD_OUT = 128  # of the toy directory's 40 · 2 · 8 questions
 
 
-def load_data(cfg: "Config") -> dict[str, list[Conversation]]:
+def load_data(cfg: "Config", say: Say = lambda _: None) -> dict[str, list[Conversation]]:
     """train, held_out and, of Python's documentation, unseen_topics; the latter two no larger than cfg.eval_rows."""
     if cfg.data is not None:
-        train, held_out = split(conversations.read_jsonl(cfg.data), cfg.data)
+        found, forms = rows.read(cfg.data, cfg.form, cfg.train_on)
+        say(forms)
+        train, held_out = split(found, cfg.data)
         sets = {"train": train, "held_out": held_out}
     elif cfg.model == "scratch":
         train, held_out = directory(cfg.seed)
@@ -42,9 +44,9 @@ def load_data(cfg: "Config") -> dict[str, list[Conversation]]:
     return sets
 
 
-def split(rows: list[Conversation], source: Path) -> tuple[list[Conversation], list[Conversation]]:
+def split(found: list[Conversation], source: Path) -> tuple[list[Conversation], list[Conversation]]:
     """(training, held-out): a twentieth of the different rows is held out, always the same ones."""
-    keyed = [(zlib.crc32(json.dumps(row).encode()), row) for row in rows]
+    keyed = [(zlib.crc32(json.dumps(row).encode()), row) for row in found]
     keys = sorted({key for key, _ in keyed})
     if len(keys) < 2:
         raise UserError(f"{source} has one row only: a second, different one is needed to evaluate on")
@@ -59,22 +61,20 @@ def shuffled(rows: list[Conversation], seed: int) -> list[Conversation]:
 
 
 def tokenize(
-    cfg: "Config", sets: dict[str, list[Conversation]], tokenizer: Tokenizer, run: Run
+    cfg: "Config", sets: dict[str, list[Conversation]], tokenizer: Tokenizer, say: Say
 ) -> dict[str, list[Document]]:
     """The sets' rows that have an answer within the length. If no held-out row has, training rows are held out."""
-    found = {}
-    for name, rows in sets.items():
-        fit = packing.tokenize if name == "train" else packing.fitting
-        found[name], cut, dropped = fit(rows, tokenizer.render, cfg.max_length)
-        if cut or dropped:
-            run.print(
-                f"{name}: of {len(rows)} conversations {cut} were cut to {cfg.max_length} tokens and {dropped} dropped"
-            )
-    if tokenizer.unwritten:
-        run.print(f"the chat template does not write these keys of messages: {', '.join(sorted(tokenizer.unwritten))}")
+
+    def documents(name: str) -> list[Document]:
+        return packing.tokenize(
+            sets[name], tokenizer, cfg.max_length, cfg.unwritten, lambda text: say(f"{name}: {text}")
+        )
+
+    found = {name: documents(name) for name in sets}
+    packing.needed(found["train"], cfg.max_length)
     if not found["held_out"]:
         found["train"], found["held_out"] = packing.held_out_of(found["train"], cfg.max_length)
-        run.print(
+        say(
             f"no held-out row has an answer within {cfg.max_length} tokens: {len(found['held_out'])} rows of the "
             "training set are held out instead"
         )

@@ -14,18 +14,21 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 from finetune import memory, ops, optim
-from finetune.data import packing
+from finetune.data import packing, preview
 from finetune.data.conversations import Conversation
 from finetune.data.packing import Batch, Document
+from finetune.data.rows import check_form
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
+from finetune.lm import chat_template, template_tokens
 from finetune.lm.io import hub, load, save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.peft import adapters, lora
-from finetune.runs import config
+from finetune.runs import config, display
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
 
@@ -38,8 +41,17 @@ class Config(config.Config):
     steps: int = 60
     checkpoint_every: int = 20
     model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small new Llama
-    # JSONL with messages, or prompt and completion; none: Python's own documentation (scratch: a toy directory)
+    # a file of rows (.jsonl, .json, .csv, .tsv, .parquet) or a folder; none: Python's documentation (scratch: a toy)
     data: Path | None = None
+    # --- Rows
+    # messages, sharegpt, alpaca, prompt or prompt-messages; none: each row's form is found by its keys
+    form: str | None = None
+    # chatml, chatml-tools, llama3, gemma, mistral, zephyr, alpaca, or a Jinja file; none: the model's own
+    template: str | None = None
+    # what is learned: the answers, the last one only, or every token; a row's key train_on overrides it
+    train_on: Literal["answers", "last", "everything"] = "answers"
+    # rows that the template drops a part of: refuse the run, skip them, or keep them and learn what is written
+    unwritten: packing.Unwritten = "refuse"
     # --- Method
     method: Literal["lora", "full"] = "lora"  # train adapters on frozen weights, or all weights
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; adapters and optimizer stay in float32
@@ -77,6 +89,9 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_form(self.form)
+        if self.template is not None:
+            template_tokens.file_of(self.template)
         for target in self.targets.split(","):
             if target not in lora.TARGETS:
                 known = ", ".join(lora.TARGETS)
@@ -119,18 +134,21 @@ def accumulate_gradients(model: Llama, batches: Sequence[Batch]) -> float:
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     # What cannot fit is refused by the formulas, before the model is read.
-    sets = load_data(cfg)
+    sets = load_data(cfg, run.print)
     shape, setup = memory_plan(cfg)
     if cfg.max_length > shape.max_length:
         raise UserError(f"--max-length {cfg.max_length}: the model's own is {shape.max_length}")
     memory.check_memory(shape, setup, "--max-length or --batch, more parts with --accumulate, or --checkpointing")
 
-    # Model, tokens, trained parameters, optimizer.
-    model, tokenizer = load_model(cfg, sets["train"], run)
-    documents = tokenize(cfg, sets, tokenizer, run)
+    # Tokens, model, trained parameters, optimizer.
+    tokenizer, added = load_tokenizer(cfg, sets["train"], run.console)
+    documents = tokenize(cfg, sets, tokenizer, run.print)
+    if added:
+        shape = replace(shape, vocab_size=max(shape.vocab_size, tokenizer.vocab_size))
     for part in documents.values():
         packing.check_vocabulary(part, shape.vocab_size)
     train = documents.pop("train")
+    model = load_model(cfg, tokenizer, added, run)
     if cfg.method == "lora":
         lora.apply_lora(model, cfg.rank, cfg.alpha, cfg.dropout, cfg.targets.split(","), run.generator("lora"))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -191,6 +209,18 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     }
 
 
+def dry_run(cfg: Config, console: Console) -> None:
+    """`--dry-run`: shows three rows as the model sees them, and counts; reads no weights and writes nothing."""
+
+    def say(text: str) -> None:
+        display.say(console, text)
+
+    sets = load_data(cfg, say)
+    tokenizer, _ = load_tokenizer(cfg, sets["train"], console)
+    documents = tokenize(cfg, sets, tokenizer, say)
+    preview.show(console, documents, tokenizer, cfg.max_length, cfg.packing, cfg.batch * cfg.steps)
+
+
 # --- Evaluation
 
 
@@ -232,18 +262,41 @@ def report(cfg: Config, run: Run, before: dict[str, float], after: dict[str, flo
 # --- Model and files
 
 
-def load_model(cfg: Config, rows: list[Conversation], run: Run) -> tuple[Llama, Tokenizer]:
-    """The model to train and its tokenizer; from scratch both are made here, the tokenizer of the training `rows`."""
+def load_tokenizer(cfg: Config, rows: list[Conversation], console: Console) -> tuple[Tokenizer, list[str]]:
+    """The model's tokenizer with the chat template of --template, and the tokens added to its vocabulary for that; from
+    scratch a new one, of the training `rows`."""
+    tokenizer = small_tokenizer(rows) if cfg.model == "scratch" else load.tokenizer(hub.resolve(cfg.model, console))
+    if cfg.template is None:
+        return tokenizer, []
+    added = template_tokens.adopt(tokenizer, cfg.template)
+    if added and cfg.method == "lora" and cfg.model != "scratch":
+        free = ", ".join(name for name, known in chat_template.TEMPLATES.items() if not known.tokens)
+        raise UserError(
+            f"--template {cfg.template} needs the tokens {', '.join(added)}, which the model lacks, and LoRA trains no "
+            f"embeddings: add --method full, which does, or choose a template without tokens of its own ({free})"
+        )
+    text = f"chat template: {cfg.template}; an answer ends with {tokenizer.eos}"
+    if added:
+        text += f"; new tokens, whose embeddings begin as means of others' and are trained: {', '.join(added)}"
+    display.say(console, text)
+    return tokenizer, added
+
+
+def load_model(cfg: Config, tokenizer: Tokenizer, added: list[str], run: Run) -> Llama:
+    """The model to train, with embeddings for the added tokens; from scratch it is made here."""
     dtype = getattr(torch, cfg.dtype)
+    if cfg.template is not None and (file := template_tokens.file_of(cfg.template)):
+        run.depends_on("template", file)
     if cfg.model == "scratch":
-        tokenizer = small_tokenizer(rows)
-        model = small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(dtype)
-    else:
-        source = hub.resolve(cfg.model, run.console)
-        if source != hub.smollm2_folder():  # whose files are known by their hash already
-            run.depends_on("model", source)
-        tokenizer, model = load.tokenizer(source), load.llama(source, dtype)
-    return model, tokenizer
+        return small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(dtype)
+    source = hub.resolve(cfg.model, run.console)
+    if source != hub.smollm2_folder():  # whose files are known by their hash already
+        run.depends_on("model", source)
+    model = load.llama(source, dtype)
+    if cfg.template is not None:
+        template_tokens.resize(model, tokenizer, added)
+        template_tokens.end_ids(model, tokenizer)
+    return model
 
 
 def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
