@@ -116,11 +116,14 @@ def read_texts(row: dict[str, Any]) -> Conversation:
 
 def read_parts(row: dict[str, Any]) -> list[Any]:
     """TRL's conversational prompt and completion; what the assistant says in the prompt is not learned."""
-    prompt, completion = (parsed(repr(k), v) if isinstance(v := row.get(k), str) else v for k in ("prompt", "completion"))
-    for key, part in (("prompt", prompt), ("completion", completion)):
+    parts: list[list[Any]] = []
+    for key in ("prompt", "completion"):
+        part = parsed(repr(key), row[key]) if isinstance(row.get(key), str) else row.get(key)
         if not isinstance(part, list) or not part:
             raise ValueError(f"{key!r} must be a list of messages, as the other one is, not {kind(part)}")
-    return [m | {"weight": 0} if isinstance(m, dict) and said_by(m) == "assistant" else m for m in prompt] + completion
+        parts.append(part)
+    asked = [m | {"weight": 0} if isinstance(m, dict) and said_by(m) == "assistant" else m for m in parts[0]]
+    return asked + parts[1]
 
 
 def read_alpaca(row: dict[str, Any]) -> Conversation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -36,16 +37,17 @@ def show(
         console.print(text_of(document, tokenizer, marks), overflow="fold", no_wrap=False)
     legend = "what is between « and » is learned" if marks else "what is green is learned"
     console.print(Text(f"\n{legend}", "" if marks else LEARNED))
-    table = [
+    table: list[Any] = [
         [name, f"{len(part):,}", f"{sum(map(len, part)):,}", f"{sum(d.learned for d in part):,}", share(part)]
         for name, part in documents.items()
     ]
     display.table(console, ("set", ">texts", ">tokens", ">learned", ">share"), table, "what would be trained on")
     bins = packing.pack([len(d) for d in train], max_length) if packed else train
     longest = max(map(len, train))
+    plural = "s"[: len(bins) > 1]
     display.say(
         console,
-        f"{len(bins):,} row{'s'[: len(bins) > 1]} of at most {max_length:,} tokens (the longest text has {longest:,}); the run reads "
+        f"{len(bins):,} row{plural} of at most {max_length:,} tokens (the longest text has {longest:,}); the run reads "
         f"{rows:,}: {rows / len(bins):,.1f} epochs",
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from finetune.errors import UserError
@@ -131,7 +132,7 @@ class Renderer:
                     i, f"the chat template asks for an answer with {before[same:][:40]!r}, but writes "
                     f"{after[same:][:40]!r} where there is one"
                 )  # fmt: skip
-            end = self.end_of(after, len(before), lambda i=i: self.followed(plain, context, i))
+            end = self.end_of(after, len(before), partial(self.followed, plain, context, i))
             if end == len(before):
                 raise cannot_be_told(i, "the chat template writes nothing where the answer is")
             whole = next((w for w in wholes if w.startswith(after[:end])), after)

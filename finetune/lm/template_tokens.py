@@ -66,7 +66,7 @@ def resize(model: Llama, tokenizer: Tokenizer, tokens: list[str]) -> None:
 
     `tokens`: what `adopt` returned.
     """
-    ids = {token: tokenizer.backend.token_to_id(token) for token in tokens}
+    ids: dict[str, int] = {token: tokenizer.backend.token_to_id(token) or 0 for token in tokens}
     size = max(model.config.vocab_size, max(ids.values(), default=-1) + 1)
     ends = [i for i in listed(model.token_ids.get("eos_token_id")) if i < len(model.embed.weight)]
     sources = {
