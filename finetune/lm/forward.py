@@ -32,6 +32,15 @@ class ForwardContext:
     cu_seqlens: Tensor | None = None  # (N+1,): the one row holds N documents, which do not attend to each other
     cache: Cache | None = None  # keys and values of earlier tokens
 
+    @property
+    def longest(self) -> Tensor:
+        """() int64: how many tokens the longest row or document has by now, padding not counted."""
+        real = self.positions + 1
+        if self.lengths is not None:
+            steps = torch.arange(real.shape[1], device=real.device)
+            real = real * (steps < self.lengths.to(real.device)[:, None])
+        return real.max() if real.numel() else real.new_zeros(())
+
 
 def forward_context(
     tokens: Tensor,

@@ -1,11 +1,13 @@
-"""Llama (Touvron et al. 2023, arXiv:2302.13971; grouped-query attention from arXiv:2307.09288) on the project's ops.
+"""Llama (Touvron et al. 2023, arXiv:2302.13971; grouped-query attention from arXiv:2307.09288) on the project's ops,
+and the families that differ from it in a few places: Mistral, Qwen, SmolLM3, Gemma. The differences are fields of
+LlamaConfig, which `finetune.lm.io.hf_llama` reads from a model's files.
 
 Weights come from and go to files by `finetune.lm.io.load` and `finetune.lm.io.save`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -69,10 +71,18 @@ class LlamaConfig:
             raise UserError(f"rotary embedding needs an even head size, not {self.head_dim}")
         if isinstance(self.rope_scaling, dict):
             self.rope_scaling = RopeScaling(**self.rope_scaling)
-        plain = {each.name: each.default for each in fields(self)[12:]} | {"rope_scaling": RopeScaling()}
-        for name, default in plain.items():
-            if getattr(self, name) != default:
-                raise UserError(f"{name} = {getattr(self, name)} is not supported yet")
+        if self.rope_scaling.kind == "dynamic" and self.head_dim < 4:
+            raise UserError(f"dynamic rope scaling needs a head size of at least 4, not {self.head_dim}")
+        self.window_layers, self.nope_layers = tuple(self.window_layers), tuple(self.nope_layers)
+        for layer in (*self.window_layers, *self.nope_layers):
+            if not 0 <= layer < self.layers:
+                raise UserError(f"layer {layer} is named, but there are {self.layers} (0 to {self.layers - 1})")
+        if self.window < (1 if self.window_layers else 0):
+            raise UserError(f"the window of attention must be at least 1 token, not {self.window}")
+        if self.activation not in ("silu", "gelu_tanh"):
+            raise UserError(f"activation {self.activation!r} is not supported (only silu and gelu_tanh)")
+        if self.logit_softcap:
+            raise UserError("a soft cap of the logits (Gemma 2) is not supported: the losses do not apply it")
 
 
 class Attention(nn.Module):
@@ -81,53 +91,68 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.q = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
-        self.k = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
-        self.v = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
-        self.o = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
+        self.rotates = layer not in config.nope_layers
+        self.scale, self.softcap = config.attention_scale or None, config.attention_softcap
+        self.window = config.window if layer in config.window_layers else 0
+        self.q = nn.Linear(config.dim, config.heads * config.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.o = nn.Linear(config.heads * config.head_dim, config.dim, bias=config.o_bias)
+        self.q_norm = norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> Tensor:
         rows, steps, _ = x.shape
-        q = self.q(x).view(rows, steps, -1, self.head_dim)  # (B, T, H, D)
-        k = self.k(x).view(rows, steps, -1, self.head_dim)  # (B, T, Hkv, D)
+        q = self.q_norm(self.q(x).view(rows, steps, -1, self.head_dim))  # (B, T, H, D)
+        k = self.k_norm(self.k(x).view(rows, steps, -1, self.head_dim))  # (B, T, Hkv, D)
         v = self.v(x).view(rows, steps, -1, self.head_dim)
-        q = ops.rope(q, cos, sin, context.positions)
-        k = ops.rope(k, cos, sin, context.positions)
+        if self.rotates:
+            q = ops.rope(q, cos, sin, context.positions)
+            k = ops.rope(k, cos, sin, context.positions)
+        rules: dict[str, Any] = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
         if context.cache is None:
-            o = ops.attention(q, k, v, causal=True, lengths=context.lengths, cu_seqlens=context.cu_seqlens)
+            o = ops.attention(q, k, v, causal=True, lengths=context.lengths, cu_seqlens=context.cu_seqlens, **rules)
         else:
             k, v, lengths = context.cache.append(self.layer, k, v, context.lengths)  # (B, Tk, Hkv, D)
             # One query sees all keys of its own row, so rows of different lengths need no padding and no causal mask.
-            o = ops.attention(q, k, v, causal=steps > 1, lengths=lengths)
+            o = ops.attention(q, k, v, causal=steps > 1, lengths=lengths, **rules)
         return self.o(o.reshape(rows, steps, -1))
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+    """down(silu(gate(x)) · up(x)), or with gelu in the place of silu (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.dim, config.hidden, bias=False)
-        self.up = nn.Linear(config.dim, config.hidden, bias=False)
-        self.down = nn.Linear(config.hidden, config.dim, bias=False)
+        self.activation = config.activation
+        self.gate = nn.Linear(config.dim, config.hidden, bias=config.mlp_bias)
+        self.up = nn.Linear(config.dim, config.hidden, bias=config.mlp_bias)
+        self.down = nn.Linear(config.hidden, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.swiglu(self.gate(x), self.up(x)))
+        gate, up = self.gate(x), self.up(x)
+        return self.down(ops.swiglu(gate, up) if self.activation == "silu" else ops.gelu(gate) * up)
+
+
+def norm(config: LlamaConfig, dim: int) -> RMSNorm:
+    return RMSNorm(dim, config.norm_eps, config.norm_plus_one)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)); with `post_norms` the two terms are normed as well."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn_norm = norm(config, config.dim)
         self.attn = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn_post_norm = norm(config, config.dim) if config.post_norms else nn.Identity()
+        self.mlp_norm = norm(config, config.dim)
         self.mlp = MLP(config)
+        self.mlp_post_norm = norm(config, config.dim) if config.post_norms else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), cos, sin, context)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attn_post_norm(self.attn(self.attn_norm(x), cos, sin, context))
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
 class Llama(nn.Module):
@@ -146,10 +171,13 @@ class Llama(nn.Module):
         self.generation_ids: dict[str, Any] = {}
         self.embed = embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = norm(config, config.dim)
         if not config.tied:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.rotary = RotaryTable(config.head_dim, config.max_length, config.rope_theta)
+        self.rotary = RotaryTable(config.head_dim, config.max_length, config.rope_theta, config.rope_scaling)
+        self.local_rotary = self.rotary  # of the window layers
+        if config.local_rope_theta:
+            self.local_rotary = RotaryTable(config.head_dim, config.max_length, config.local_rope_theta)
         if self.embed.weight.device.type != "meta":
             init_gpt2(self, config.layers, residual=("attn.o", "mlp.down"))
 
@@ -157,6 +185,12 @@ class Llama(nn.Module):
     def head_weight(self) -> Tensor:
         """(V, C): the output projection; the embedding table itself if the two are tied."""
         return self.embed.weight if self.config.tied else self.head.weight
+
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """Tokens (…) → (…, C): their embeddings, scaled as the blocks take them."""
+        x = self.embed(tokens)
+        scale = self.config.embedding_scale
+        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)  # rounded first, as in transformers
 
     def forward(
         self,
@@ -175,7 +209,7 @@ class Llama(nn.Module):
         `lengths` (B,): rows are padded on the right and only the first lengths[b] tokens are real.
         `cu_seqlens` (N+1,): documents packed into one row; each attends to itself only.
         `cache`: keys and values of earlier calls are attended to, and those of these tokens are added.
-        `embedded` (B, T, C): vectors that replace the tokens' embeddings.
+        `embedded` (B, T, C): vectors that replace those of `embeddings`.
         UserError: a token outside the vocabulary, a position beyond the maximum length, contradictory arguments.
         """
         config = self.config
@@ -188,10 +222,12 @@ class Llama(nn.Module):
             cu_seqlens=cu_seqlens,
             cache=cache,
         )
-        cos, sin = self.rotary.on(tokens.device)  # (max_length, D/2)
-        x = self.embed(tokens) if embedded is None else embedded  # (B, T, C)
+        everywhere = self.rotary.on(tokens.device, context.longest)  # cos, sin (max_length, D/2)
+        local = self.local_rotary.on(tokens.device, context.longest)
+        x = self.embeddings(tokens) if embedded is None else embedded  # (B, T, C)
         save_memory = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            cos, sin = local if layer in config.window_layers else everywhere
             if save_memory:
                 x = checkpoint(block, x, cos, sin, context, use_reentrant=False)
             else:

@@ -26,7 +26,7 @@ class Prompt(nn.Module):
     @classmethod
     def from_tokens(cls, model: Llama, tokens: Tensor) -> Prompt:
         """tokens (P,)."""
-        return cls(model.embed.weight.detach()[tokens].float().clone())
+        return cls(model.embeddings(tokens).detach().float().clone())
 
     def forward(
         self, model: Llama, tokens: Tensor, *, cu_seqlens: Tensor | None = None, hidden: bool = False
@@ -41,7 +41,7 @@ class Prompt(nn.Module):
         real = (place - longer[document] >= count).to(device)
         long = tokens.new_zeros(len(place)).masked_scatter(real, tokens)
         vectors = self.vectors.to(model.embed.weight.dtype).repeat(len(longer) - 1, 1)
-        embedded = model.embed(long).index_copy(0, (~real).nonzero()[:, 0], vectors)
+        embedded = model.embeddings(long).index_copy(0, (~real).nonzero()[:, 0], vectors)
         packed = None if cu_seqlens is None else longer.to(cu_seqlens)
         out = model(long.view(rows, -1), embedded=embedded.view(rows, -1, embedded.shape[-1]), cu_seqlens=packed,
                     hidden=hidden)  # fmt: skip

@@ -195,15 +195,10 @@ def test_sharded_folder(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "mistral"),
+        ("model_type", "gptj"),
         ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("mlp_bias", True),
         ("sliding_window", 4096),
         ("quantization_config", {"bits": 4}),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
         ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
         ("hidden_size", None),
         ("num_hidden_layers", "many"),

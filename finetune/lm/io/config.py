@@ -31,8 +31,8 @@ def require(config: dict[str, Any], source: object, allowed: dict[str, tuple[Any
             raise UserError(f"{source}: {key} = {config[key]!r} is not supported (only {values[0]!r})")
 
 
-def checked(kind: type[C], source: object, **sizes: Any) -> C:
-    """A LlamaConfig or GPTConfig; UserError names the file whose sizes contradict each other."""
+def checked(kind: type[C], source: object, /, **sizes: Any) -> C:
+    """A LlamaConfig, GPTConfig or RopeScaling; UserError names the file whose sizes contradict each other."""
     try:
         return kind(**sizes)
     except UserError as error:

@@ -1,6 +1,7 @@
 """Models, configurations and tokenizers from a model folder, a .gguf file, the name `smollm2`, or a hub id.
 
-Every function raises UserError naming what is missing, damaged, or not supported (rope scaling, biases, …).
+A folder holds a GPT-2 or a model of one of `hf_llama.FAMILIES`: Llama, Mistral, Qwen, SmolLM3, Gemma 3. Every function
+raises UserError naming what is missing, damaged, or not supported (a family, a kind of rope scaling, experts, …).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def model(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama | GPT:
 
 
 def llama(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
-    """The Llama at `path`."""
+    """The model at `path`, of Llama's or a similar family."""
     source = hub.resolve(path)
     if source.suffix == ".gguf":
         return gguf_llama(GGUFModel(source), dtype)
@@ -81,16 +82,12 @@ def config(path: str | Path) -> LlamaConfig | GPTConfig:
     if source.suffix == ".gguf":
         return GGUFModel(source).llama_config()
     raw = config_json(source)
-    kind = raw.get("model_type")
-    if kind == "gpt2":
-        return hf_gpt2.read_config(raw, source / "config.json")
-    if kind != "llama":
-        raise UserError(f"{source} is a model of type {kind}: only llama and gpt2 can be loaded")
-    return hf_llama.read_config(raw, source / "config.json")
+    names = hf_gpt2 if raw.get("model_type") == "gpt2" else hf_llama
+    return names.read_config(raw, source / "config.json")
 
 
 def llama_config(path: str | Path) -> LlamaConfig:
-    """The shape of the Llama at `path`; that of `smollm2` is known before it is fetched."""
+    """The shape of the model at `path`, of Llama's or a similar family; `smollm2`'s is known before it is fetched."""
     if str(path) == "smollm2" and not Path("smollm2").exists():
         return LlamaConfig(**presets.LLAMA["smollm2-135m"])
     source = hub.resolve(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune.lm.gpt import GPT
 from finetune.lm.io import hf_gpt2, hf_llama, hf_tokenizer
+from finetune.lm.io.config import TokenIds
 from finetune.lm.llama import Llama
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import checkpoint
@@ -21,9 +22,11 @@ def model(trained: Llama | GPT, folder: str | Path, tokenizer: Tokenizer | None 
     """
     folder = Path(folder)
     ids: dict[str, Any] = (tokenizer.token_ids() if tokenizer else {}) | trained.token_ids
+    ids = (
+        dict.fromkeys(TokenIds.__struct_fields__) | ids
+    )  # transformers would fill in the family's own for missing ones
     dtype = trained.embed.weight.dtype
     if isinstance(trained, GPT):
-        ids = {"bos_token_id": None, "eos_token_id": None} | ids  # transformers' GPT2Config would fill in 50256
         config, pairs = hf_gpt2.write_config(trained.config, dtype), hf_gpt2.hf_tensors(trained)
     else:
         config, pairs = hf_llama.write_config(trained.config, dtype), hf_llama.hf_tensors(trained)
