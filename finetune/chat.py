@@ -1,5 +1,7 @@
-"""Answers of a model to prompts: what `python -m finetune generate` runs."""
+"""Answers of a model to prompts, and of its adapters: what `python -m finetune generate` runs."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,75 +11,127 @@ from finetune.runs import machine
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from finetune.lm.tokenizer import Tokenizer
 
-def answer(
-    source: str,
+BASE = "base"  # the name of the model without adapters
+
+
+@dataclass
+class Voice:
+    """The base model or an adapter on it, with its own tokenizer and template, and the prompts for it."""
+
+    name: str  # BASE, or the adapter as it was given
+    adapter: Path | None
+    tokenizer: "Tokenizer"
+    rows: list[list[int]]
+
+
+def answer(source: str, prompts: list[str], chat: bool | None = None, **given: Any) -> list[str]:
+    """The answers of one model or adapter to the prompts, in order; `given` as in `answers`."""
+    return next(iter(answers(source, prompts, chat, **given).values()))
+
+
+def answers(
+    source: str | None,
     prompts: list[str],
     chat: bool | None = None,
     *,
+    adapters: Sequence[str] = (),
+    compare: bool = False,
+    system: str | None = None,
     base: str | None = None,
     seed: int = 0,
     threads: int = 0,
     console: "Console | None" = None,
     **sampling: Any,
-) -> list[str]:
-    """The answers to the prompts, in order; `sampling` as in `generate`.
+) -> dict[str, list[str]]:
+    """The answers to the prompts, in order, of each adapter, or of the model if there is none; with `compare` of the
+    model first. `sampling` as in `generate`.
 
-    `source`: a model folder, a .gguf file, `smollm2`, a hub id, or the folder of a LoRA adapter. An adapter names its
-    base model; `base` overrides it. `chat`: whether to use the chat template; None: if the model has one.
+    `source`: a model folder, a .gguf file, `smollm2`, a hub id, the folder of an adapter, or that of a run; None: the
+    base model of the first adapter. An adapter names its base model; `base` overrides it. `chat`: whether to use the
+    chat template; None: if there is one. `system`: a message before each prompt.
     """
     import torch
 
     from finetune import memory
     from finetune.lm.generate import answer_text, check_sampling, generate, stop_ids
     from finetune.lm.io import hub, load
-    from finetune.peft import adapters, lora
+    from finetune.peft import bases, lora
+    from finetune.peft.adapters import load_adapter
 
     check_sampling(**sampling)
     torch.set_num_threads(threads or machine.physical_cores())
-    path = origin = hub.resolve(source, console)
-    adapter = path.is_dir() and (path / load.ADAPTER_CONFIG).exists()
-    if adapter:
-        origin = base_folder(path, base, console)
-    elif base:
-        raise UserError(f"--base {base}: {path} is not an adapter, so it has no base model")
-    shape = load.config(origin)
-    tokenizer = load.tokenizer(path if (path / "tokenizer.json").exists() else origin)
-    if chat and not tokenizer.chat_template:
-        raise UserError(f"{path} has no chat template: use --no-chat")
-    if chat is None:
-        chat = tokenizer.chat_template is not None
-    texts = prompts
-    if chat:
-        texts = [
-            tokenizer.render_text([{"role": "user", "content": p}], add_generation_prompt=True)[0] for p in prompts
-        ]
-    rows = [tokenizer.encode(text, add_special_tokens=not chat) for text in texts]
-    longest = max(map(len, rows), default=1) + sampling.get("max_new_tokens", 0)
+    if source is not None:
+        origin = hub.resolve(source, console)
+        if bases.is_adapter(origin):
+            adapters, source = [source, *adapters], None
+        elif base:
+            raise UserError(f"--base {base}: {origin} is not an adapter, so it has no base model")
+    if twice := next((name for name in adapters if list(adapters).count(name) > 1), None):
+        raise UserError(f"--adapter {twice} is given twice")
+    folders: list[Path | None] = [bases.adapter_folder(name, console) for name in adapters]
+    if source is None:
+        if not folders or folders[0] is None:
+            raise UserError("which model? give --model, or an adapter with --adapter")
+        origin = bases.base_folder(folders[0], base, console)
+    if compare and not folders:
+        raise UserError("--compare shows adapters next to their base model: give one with --adapter")
+    shape, known = load.config(origin), dict(zip(adapters, folders, strict=True))
+    if compare or not known:
+        known = {BASE: None, **known}
+    voices = [
+        Voice(name, folder, own := own_tokenizer(folder, origin), tokens(own, prompts, chat, system, folder or origin))
+        for name, folder in known.items()
+    ]
+    longest = max((len(row) for v in voices for row in v.rows), default=1) + sampling.get("max_new_tokens", 0)
     if longest <= shape.max_length:  # else `generate` explains the error
-        setup = memory.Setup(batch=max(len(rows), 1), seq=max(longest, 1), optimizer="none")
+        setup = memory.Setup(batch=max(len(prompts), 1), seq=max(longest, 1), optimizer="none")
         memory.check_memory(shape, setup, "--max-new-tokens, or fewer prompts at once")
     model = load.model(origin).eval()
-    if adapter:
-        adapters.load_adapter(model, path)
+    for i, voice in enumerate(voices):
+        if voice.adapter:
+            with bases.of(origin):
+                load_adapter(model, voice.adapter, f"adapter{i}")
+                if voice.tokenizer.vocab_size > model.config.vocab_size:
+                    raise UserError(
+                        f"{voice.adapter}: its tokenizer has {voice.tokenizer.vocab_size} tokens, the model "
+                        f"{model.config.vocab_size}"
+                    )
+    if len(voices) == 1:
         lora.merge(model)
-    stops = stop_ids(model, tokenizer)
-    new = generate(model, rows, stop_ids=stops, generator=torch.Generator().manual_seed(seed), **sampling)
-    return [answer_text(tokenizer, ids, stops) for ids in new]
+    found = {}
+    for i, voice in enumerate(voices):
+        if len(voices) > 1:
+            lora.activate(model, {f"adapter{i}": 1.0} if voice.adapter else {})
+        stops = stop_ids(model, voice.tokenizer)
+        new = generate(model, voice.rows, stop_ids=stops, generator=torch.Generator().manual_seed(seed), **sampling)
+        found[voice.name] = [answer_text(voice.tokenizer, ids, stops) for ids in new]
+    return found
 
 
-def base_folder(adapter: Path, base: str | None, console: "Console | None") -> Path:
-    """The base model of an adapter's folder: `base`, or the one that it names."""
-    from finetune.lm.io import hub, load
+def own_tokenizer(adapter: Path | None, base: Path) -> "Tokenizer":
+    """The tokenizer of the adapter's folder, if it holds one, else the base's."""
+    from finetune.lm.io import load
 
-    name = base or load.adapter_base(adapter)
-    if not name:
-        raise UserError(f"the adapter {adapter} does not name its base model: give it with --base")
-    try:
-        return hub.resolve(name, console)
-    except UserError as error:
-        if base:
-            raise
-        raise UserError(
-            f"the base model of the adapter {adapter} is not found ({error}): give it with --base"
-        ) from None
+    return load.tokenizer(adapter if adapter and (adapter / "tokenizer.json").exists() else base)
+
+
+def tokens(
+    tokenizer: "Tokenizer", prompts: list[str], chat: bool | None, system: str | None, source: Path
+) -> list[list[int]]:
+    """The prompts as ids, by the chat template if there is one and `chat` is not False."""
+    if chat and not tokenizer.chat_template:
+        raise UserError(f"{source} has no chat template: use --no-chat")
+    if chat is False or not tokenizer.chat_template:
+        if system is not None:
+            raise UserError("--system needs a chat template" + (f", and {source} has none" if chat is None else ""))
+        return [tokenizer.encode(prompt) for prompt in prompts]
+    before = [] if system is None else [{"role": "system", "content": system}]
+    rows = []
+    for prompt in prompts:
+        messages = [*before, {"role": "user", "content": prompt}]
+        if before:
+            tokenizer.check_written(messages, tokenizer.render_text(messages)[0])
+        rows.append(tokenizer.encode(tokenizer.render_text(messages, add_generation_prompt=True)[0], False))
+    return rows

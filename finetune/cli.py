@@ -233,8 +233,18 @@ def fetch(model: str, json: bool) -> None:
 
 
 @app.command()
-@click.option("--model", required=True, help="A model folder, a .gguf file, smollm2, or a hub id (owner/name).")
+@click.option(
+    "--model", help="A model folder, a .gguf file, smollm2, a hub id (owner/name), an adapter or the folder of a run."
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="An adapter of the model, or a run that made one; several: each in turn.",
+)
+@click.option("--compare", is_flag=True, help="Show what the model answers without the adapters too.")
 @click.option("--prompt", "prompts", required=True, multiple=True, help="What to continue; may be given several times.")
+@click.option("--system", help="A system message before each prompt.")
 @click.option("--chat/--no-chat", default=None, help="Use the chat template; default: if the model has one.")
 @click.option("--max-new-tokens", type=click.IntRange(0, 1 << 26), default=128, show_default=True)
 @click.option("--base", help="Of an adapter: its base model, if it is not where the adapter says.")
@@ -244,15 +254,47 @@ def fetch(model: str, json: bool) -> None:
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores.")
 @JSON
-def generate(model: str, prompts: tuple[str, ...], chat: bool | None, json: bool, **given: Any) -> None:
-    """Generate text with a model."""
-    from finetune.chat import answer
+def generate(model: str | None, prompts: tuple[str, ...], chat: bool | None, json: bool, **given: Any) -> None:
+    """Generate text with a model, with adapters of it, or with both next to each other."""
+    from finetune.chat import answers
 
-    texts = answer(model, list(prompts), chat, console=_console(stderr=True), **given)
+    found = answers(model, list(prompts), chat, console=_console(stderr=True), **given)
+    one = next(iter(found.values())) if len(found) == 1 else None
     if json:
-        rows = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+        said = [{"text": text} for text in one or ()] or [
+            {"answers": {name: texts[i] for name, texts in found.items()}} for i in range(len(prompts))
+        ]
+        rows = [{"prompt": prompt} | texts for prompt, texts in zip(prompts, said, strict=True)]
         return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
-    return click.echo("\n\n".join(texts))
+    if one:
+        return click.echo("\n\n".join(one))
+    for i, prompt in enumerate(prompts):
+        _table(_console(), tuple(found), [[texts[i] for texts in found.values()]], prompt)
+    return None
+
+
+@app.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER…")
+@click.option("--out", required=True, help="The new folder of the merged model.")
+@click.option("--base", help="The base model, if it is not where the adapter says.")
+@click.option("--weight", "weights", multiple=True, type=float, help="Of each adapter, in their order; default: 1.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: that of the base model.")
+@JSON
+def merge(adapters: tuple[str, ...], out: str, json: bool, **given: Any) -> None:
+    """Merge adapters into their base model: a folder that needs neither.
+
+    ADAPTER is an adapter's folder, or that of a run that made one. Several are added.
+    """
+    from finetune.merge import merge as merged
+
+    folder = _folder(out)
+    assert folder
+    console = _console(stderr=json)
+    done = merged(adapters, folder, console=console, **given)
+    if json:
+        return click.echo(jsonlib.dumps(done, indent=2, ensure_ascii=False))
+    text = f"{done['parameters']:,} parameters in {done['dtype']} are in {done['out']}"
+    return console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -329,10 +371,10 @@ def _console(stderr: bool = False) -> "Console":
     return display.console(stderr)
 
 
-def _table(con: "Console", heads: tuple[str, ...], rows: Any) -> None:
+def _table(con: "Console", heads: tuple[str, ...], rows: Any, title: str = "") -> None:
     from finetune.runs import display
 
-    display.table(con, heads, rows)
+    display.table(con, heads, rows, title)
 
 
 def main(argv: list[str] | None = None) -> int:

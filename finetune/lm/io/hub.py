@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from finetune.errors import UserError
-from finetune.runs import reading
+from finetune.runs import reading, run_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,8 @@ def cache_dir() -> Path:
 
 
 def resolve(path: str | Path, console: Console | None = None) -> Path:
-    """The local folder or .gguf file of a model: itself, or fetched if it is `smollm2` or a hub id (`owner/name`).
+    """The local folder or .gguf file of a model: itself, the one that a run left in its folder, or fetched if it is
+    `smollm2` or a hub id (`owner/name`).
 
     UserError if it does not exist, or if it cannot be fetched.
     """
@@ -55,6 +56,10 @@ def resolve(path: str | Path, console: Console | None = None) -> Path:
         folder, file = local.is_dir(), local.is_file()
     except OSError as error:  # too long a name, a folder that may not be read
         raise UserError(f"the model {str(path)[:80]} cannot be read: {error.strerror}") from None
+    if folder and run_folder.is_run(local):
+        if not (local / "model").is_dir():
+            raise UserError(f"{path} holds a run that has no model: finish it with --resume, or give a model folder")
+        return local / "model"
     if folder or (file and local.suffix == ".gguf"):
         return local
     if file:

@@ -1,0 +1,64 @@
+"""Which adapter and which base model a name on the command line means, and how an adapter's folder names its base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.errors import UserError
+from finetune.lm.io import hub, load
+from finetune.runs import reading
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter and not a whole model."""
+    whole = ("model.safetensors", "model.safetensors.index.json")
+    return (folder / load.ADAPTER_CONFIG).exists() and not any((folder / name).exists() for name in whole)
+
+
+def adapter_folder(name: str, console: Console | None = None) -> Path:
+    """The folder of an adapter: itself, the one of a run, or one on the hub. UserError if it holds none."""
+    folder = hub.resolve(name, console)
+    if not is_adapter(folder):
+        what = "a whole model" if (folder / "config.json").exists() or folder.is_file() else "nothing that is one"
+        raise UserError(f"{name} is not an adapter: {folder} holds {what} ({load.ADAPTER_CONFIG} marks an adapter)")
+    return folder
+
+
+def base_folder(adapter: Path, base: str | None = None, console: Console | None = None) -> Path:
+    """The base model of an adapter's folder: `base`, or the one that it names. UserError if that is not found."""
+    name = base or load.adapter_base(adapter)
+    if not name:
+        raise UserError(f"the adapter {adapter} does not name its base model: give it with --base")
+    try:
+        found = hub.resolve(name, console)
+    except UserError as error:
+        if base:
+            raise
+        raise UserError(
+            f"the base model of the adapter {adapter} is not found ({error}): give it with --base"
+        ) from None
+    if is_adapter(found):
+        raise UserError(f"{name} is an adapter, not the base model of {adapter}: give that with --base")
+    return found
+
+
+def base_name(model: str) -> str:
+    """What an adapter's folder says of its base: a hub id as it is, of a folder or file its whole path."""
+    if not reading.home_path(model).exists() and model != "smollm2":
+        return model
+    return str(hub.resolve(model).absolute())
+
+
+@contextmanager
+def of(base: Path) -> Iterator[None]:
+    """Context in which an adapter is put on this model: an error names it too."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (the base model is {base})") from None

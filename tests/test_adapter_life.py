@@ -1,0 +1,191 @@
+"""An adapter after its training, by the command line: answers next to the base's, several, merged, moved bases."""
+
+import json
+import re
+
+import pytest
+import torch
+from small_adapters import shake
+from small_gguf import TEXT, tiny, write
+
+from finetune.cli import main as command
+from finetune.lm.io import load, save
+from finetune.lm.io.weights import read_safetensors as weights_of
+from finetune.lm.tokenizer import Tokenizer
+from finetune.peft import adapters, lora
+from finetune.peft.virtual_tokens import Prompt
+from finetune.runs import registry, run_folder
+
+TOKENS = torch.arange(40).view(2, 20)
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A base model and adapters of it: LoRA, DoRA, one with more tokens, a prompt."""
+    tokenizer = Tokenizer.train([TEXT], 300)
+    save.model(tiny(), tmp_path / "base", tokenizer)
+    for name in ("lora", "dora", "tokens"):
+        model = load.llama(tmp_path / "base")
+        lora.apply_lora(model, 2, 64, generator=torch.Generator().manual_seed(len(name)), dora=name == "dora")
+        if name == "tokens":
+            lora.train_modules(model, ["norm"], rows=306)[0].data.add_(0.1)
+        shake(model)
+        adapters.save_adapter(model, tmp_path / name, str(tmp_path / "base"))
+    adapters.save_prompt(model, Prompt.from_tokens(model, torch.arange(3)), tmp_path / "prompt", str(tmp_path / "base"))
+    return tmp_path
+
+
+def generated(capsys, *words):
+    """What `generate --json` writes."""
+    start = ["generate", "--prompt", "def f(x)", "--max-new-tokens", "8", "--threads", "1", "--json"]
+    assert command([*start, *map(str, words)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, *words):
+    """The one line of a refusal."""
+    assert command([*map(str, words)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def on_base(home, *names, weights=None):
+    """The base with these adapters merged."""
+    model = load.llama(home / "base")
+    for name in names:
+        adapters.load_adapter(model, home / name, name)
+    lora.activate(model, weights or dict.fromkeys(names, 1.0))
+    return model
+
+
+def near(mine, theirs):
+    return mine.shape == theirs.shape and (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_answers_next_to_the_base(home, capsys):
+    base, low, more = (generated(capsys, "--model", home / name)[0]["text"] for name in ("base", "lora", "tokens"))
+    assert len({base, low, more}) == 3
+    (row,) = generated(
+        capsys, "--model", home / "base", "--adapter", home / "tokens", "--adapter", home / "lora", "--compare"
+    )
+    assert row["answers"] == {"base": base, str(home / "tokens"): more, str(home / "lora"): low}
+    assert generated(capsys, "--adapter", home / "lora")[0]["text"] == low
+    assert generated(capsys, "--model", home / "lora", "--compare")[0]["answers"] == {
+        "base": base,
+        str(home / "lora"): low,
+    }
+    words = ["generate", "--model", str(home / "lora"), "--compare", "--prompt", "def f(x)", "--max-new-tokens", "8"]
+    assert command([*words, "--system", "Be short."]) == 0
+    shown = capsys.readouterr().out
+    assert [shown.count(word) for word in ("def f(x)", "base")] >= [1, 1]
+
+
+def test_the_folder_of_a_run_is_its_model(home, capsys):
+    """And a run that ended before its model was saved is named."""
+    info = registry.find("sft")
+    settings = run_folder.begin(info, registry.load(info).Config(), False)
+    for name in ("lora", "base", "none"):
+        (home / "runs" / name).mkdir(parents=True)
+        settings.write(home / "runs" / name)
+        if name != "none":
+            (home / name).rename(home / "runs" / name / "model")
+    words = ("--base", home / "runs" / "base")
+    low = generated(capsys, "--model", home / "runs" / "lora", *words)
+    assert low == generated(capsys, "--adapter", home / "runs" / "lora", "--model", home / "runs" / "base")
+    assert "run that has no model" in refused(capsys, "generate", "--model", home / "runs" / "none", "--prompt", "x")
+    assert command(["merge", str(home / "runs" / "lora"), *map(str, words), "--out", str(home / "merged")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "dtype"),
+    [
+        (["lora"], [], None),
+        (["dora"], [], None),
+        (["tokens"], [], None),
+        (["lora"], [0.5], None),
+        (["lora"], [], "bfloat16"),
+    ],
+)
+def test_a_merged_folder_answers_as_the_adapter(home, capsys, names, weights, dtype):
+    words = ["merge", *(str(home / name) for name in names), "--out", str(home / "merged"), "--json"]
+    words += [word for w in weights for word in ("--weight", str(w))] + (["--dtype", dtype] if dtype else [])
+    assert command(words) == 0
+    done = json.loads(capsys.readouterr().out)
+    want = on_base(home, *names, weights=dict(zip(names, weights, strict=True)) if weights else None)
+    merged = load.llama(home / "merged")
+    assert done["dtype"] == (dtype or "float32")
+    if dtype:
+        lora.merge(want)
+        stored = dict(weights_of(home / "merged"))
+        assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+        for mine, exact in zip(merged.parameters(), want.parameters(), strict=True):
+            assert (mine - exact).abs().max() <= 2**-7 * exact.abs().max()
+    else:
+        assert near(merged(TOKENS), want(TOKENS))
+    assert (home / "merged" / "generation_config.json").exists()
+    assert load.tokenizer(home / "merged").chat_template == load.tokenizer(home / "base").chat_template
+    assert generated(capsys, "--model", home / "merged")[0]["text"]
+    assert not [path for path in home.iterdir() if path.name.startswith(".finetune")]
+
+
+def test_several_adapters_are_added(home, capsys):
+    (home / "lora").rename(home / "one")
+    model = load.llama(home / "base")
+    lora.apply_lora(model, 3, 8, generator=torch.Generator().manual_seed(9), targets=("q", "head"))
+    shake(model)
+    adapters.save_adapter(model, home / "two", str(home / "base"))
+    words = [
+        "merge",
+        str(home / "one"),
+        str(home / "two"),
+        "--weight",
+        "0.5",
+        "--weight",
+        "2",
+        "--out",
+        str(home / "sum"),
+    ]
+    assert command(words) == 0
+    want = on_base(home, "one", "two", weights={"one": 0.5, "two": 2.0})
+    assert near(load.llama(home / "sum")(TOKENS), want(TOKENS))
+
+
+def test_what_is_not_merged(home, capsys):
+    out = ["--out", home / "new"]
+    assert "prompt tuning adapter (PROMPT_TUNING)" in refused(capsys, "merge", home / "prompt", *out)
+    assert "is not an adapter" in refused(capsys, "merge", home / "base", *out)
+    assert "is given twice" in refused(capsys, "merge", home / "lora", home / "lora", *out)
+    assert "2 weights for 1" in refused(capsys, "merge", home / "lora", "--weight", 1, "--weight", 2, *out)
+    assert "'adapter0' holds" in refused(capsys, "merge", home / "tokens", home / "lora", *out)
+    assert "base is not empty" in refused(capsys, "merge", home / "lora", "--out", home / "base")
+    save.model(tiny(dim=48), home / "wider", Tokenizer.train([TEXT], 300))
+    line = refused(capsys, "merge", home / "lora", "--base", home / "wider", *out)
+    assert re.search(r"lora_A of blocks.* is \(2, 64\) instead of \(2, 48\).*adapter of this model.*wider", line)
+    save.model(tiny(layers=1), home / "flat", Tokenizer.train([TEXT], 300))
+    assert "layer blocks.1." in refused(capsys, "merge", home / "lora", "--base", home / "flat", *out)
+    (home / "base").rename(home / "moved")
+    assert re.search(
+        "base model of the adapter .* is not found .*: give it with --base",
+        refused(capsys, "merge", home / "lora", *out),
+    )
+    assert not (home / "new").exists()
+    assert command([*map(str, ["merge", home / "lora", "--base", home / "moved", *out])]) == 0
+
+
+def test_merging_into_a_gguf(home, capsys):
+    file = home / "base.gguf"
+    write(file, load.llama(home / "base"), tokenizer=load.tokenizer(home / "base"))
+    assert command(["merge", str(home / "lora"), "--base", str(file), "--out", str(home / "merged")]) == 0
+    model = load.llama(file)
+    adapters.load_adapter(model, home / "lora")
+    assert near(load.llama(home / "merged")(TOKENS), model(TOKENS))
+
+
+@pytest.mark.peer
+def test_transformers_opens_the_merged_folder(home):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert command(["merge", str(home / "tokens"), "--out", str(home / "merged")]) == 0
+    theirs = AutoModelForCausalLM.from_pretrained(home / "merged")
+    assert near(on_base(home, "tokens")(TOKENS), theirs(TOKENS).logits)
+    assert AutoTokenizer.from_pretrained(home / "merged").chat_template
