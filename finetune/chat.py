@@ -131,7 +131,7 @@ def tokens(
     rows = []
     for prompt in prompts:
         messages = [*before, {"role": "user", "content": prompt}]
-        if before:
-            tokenizer.check_written(messages, tokenizer.render_text(messages)[0])
+        if before and (lost := tokenizer.renderer.losses(messages)):
+            raise UserError(f"--system: the chat template does not write {lost[0][1]}")
         rows.append(tokenizer.encode(tokenizer.render_text(messages, add_generation_prompt=True)[0], False))
     return rows

@@ -33,6 +33,7 @@ def merge(
     then rounded. The folder is complete or not there at all. UserError for what cannot be merged: prompts and
     prefixes, an adapter of another model, too little memory or disk.
     """
+    from finetune.lm import template_tokens
     from finetune.lm.io import load, save
     from finetune.memory import check_disk, parameters, room, shape_of
     from finetune.peft import adapters, bases, lora
@@ -66,6 +67,7 @@ def merge(
             adapters.load_adapter(model, folder, f"adapter{i}")
         lora.activate(model, {f"adapter{i}": w for i, w in enumerate(weights or [1.0] * len(folders))})
     lora.merge(model)
+    template_tokens.end_ids(model, tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer of {folders[0]} has {tokenizer.vocab_size} tokens, the merged model "

@@ -12,7 +12,7 @@ from finetune.cli import main as command
 from finetune.lm.io import load, save
 from finetune.lm.io.weights import read_safetensors as weights_of
 from finetune.lm.tokenizer import Tokenizer
-from finetune.peft import adapters, lora
+from finetune.peft import adapters, lora, whole
 from finetune.peft.virtual_tokens import Prompt
 from finetune.runs import registry, run_folder
 
@@ -26,9 +26,12 @@ def home(tmp_path):
     save.model(tiny(), tmp_path / "base", tokenizer)
     for name in ("lora", "dora", "tokens"):
         model = load.llama(tmp_path / "base")
+        if name == "tokens":
+            whole.set_weight(model.embed, torch.cat([model.embed.weight, model.embed.weight[:6]]).detach())
+            whole.fit_vocabulary(model)
         lora.apply_lora(model, 2, 64, generator=torch.Generator().manual_seed(len(name)), dora=name == "dora")
         if name == "tokens":
-            lora.train_modules(model, ["norm"], rows=306)[0].data.add_(0.1)
+            lora.train_modules(model, ["norm", "embed"])[0].data.add_(0.1)
         shake(model)
         adapters.save_adapter(model, tmp_path / name, str(tmp_path / "base"))
     adapters.save_prompt(model, Prompt.from_tokens(model, torch.arange(3)), tmp_path / "prompt", str(tmp_path / "base"))

@@ -14,9 +14,7 @@ import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from finetune.errors import UserError, nearest
@@ -64,19 +62,18 @@ def hf_module(name: str) -> str:
     return to_hf(f"{name}.weight").removesuffix(".weight")
 
 
-def train_modules(model: Llama, names: Sequence[str], name: str = "default", rows: int = 0) -> list[nn.Parameter]:
+def train_modules(model: Llama, names: Sequence[str], name: str = "default") -> list[nn.Parameter]:
     """Has the adapter `name` train these modules whole; returns their parameters.
 
     names: modules as this project or as Hugging Face calls them, by their endings: `embed` or `embed_tokens`, `head` or
     `lm_head`, `norm`, `attn_norm`, `blocks.1.mlp_norm`. A tied embedding is the head too: either name trains the one
-    table that both use. `rows`: the new size of the vocabulary; embedding and head are then trained, and the new rows
-    begin as the mean of the others. Call it after `lora.apply_lora`, which freezes the model. `adapters.save_adapter`
-    writes the modules as peft's modules_to_save, `adapters.load_adapter` resizes the model to them.
+    table that both use. Call it after `lora.apply_lora`, which freezes the model. `adapters.save_adapter` writes the
+    modules as peft's modules_to_save; `adapters.load_adapter` resizes the model to them, if they have other rows.
     """
     swap(model, ())
     there = trainable(model)
     chosen: list[str] = []
-    for wanted in [*names, *(("embed", "head") if rows else ())]:
+    for wanted in names:
         found = [at for at in there if any(fits(wanted, called) for called in {at, hf_module(at)})]
         if model.config.tied and wanted in ("head", "lm_head"):
             found = ["embed"]
@@ -85,9 +82,6 @@ def train_modules(model: Llama, names: Sequence[str], name: str = "default", row
             raise UserError(f"module '{wanted}' cannot be trained whole: it names none{nearest(wanted, known)}")
         chosen += [at for at in found if at not in chosen]
     copies = {at: copy.deepcopy(model.get_submodule(at)).requires_grad_(True) for at in chosen}
-    for at in ("embed", "head"):
-        if rows and at in copies:
-            resize(copies[at], rows)
     return put(model, copies, name)
 
 
@@ -98,23 +92,6 @@ def trainable(model: nn.Module) -> list[str]:
         at for at, m in model.named_modules()
         if dict(m.named_parameters(recurse=False)) and not any(at.startswith(f"{layer}.") for layer in adapted)
     ]  # fmt: skip
-
-
-@torch.no_grad()
-def resize(module: nn.Module, rows: int) -> None:
-    """Gives an embedding or a head this many rows: new ones are the mean of the others, and none is dropped."""
-    weight: Any = module.weight
-    if rows < len(weight):
-        raise UserError(f"a vocabulary of {rows} tokens: the model has {len(weight)} already, and rows are not removed")
-    mean = weight.float().mean(0).to(weight.dtype).expand(rows - len(weight), -1)
-    set_weight(module, torch.cat([weight, mean]), weight.requires_grad)
-
-
-def resize_vocabulary(model: Llama, rows: int) -> None:
-    """Gives the model itself a vocabulary of this size: for training all weights."""
-    for module in (model.embed, *(() if model.config.tied else (model.head,))):
-        resize(module, rows)
-    fit_vocabulary(model)
 
 
 def set_weight(module: nn.Module, weight: Tensor, learns: bool = False) -> None:
