@@ -362,7 +362,9 @@ def _settings(info: Any) -> None:
 
 
 def _plain(value: Any) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None or value == ():
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _console(stderr: bool = False) -> "Console":

@@ -6,6 +6,7 @@ class Config(config.Config):
     lr: float = bounded(1e-3, above=0)  # peak learning rate
     # where the rows come from
     data: Path | None = None
+    env_arg: tuple[str, ...] = ()  # may be given several times
 
     @classmethod
     def toy(cls):
@@ -32,6 +33,7 @@ from finetune.errors import UserError, nearest
 RESERVED = {"toy", "out", "resume", "json", "help", "accept_changes", "dry_run"}  # options of `run` itself
 
 
+TEXTS = tuple[str, ...]  # the type of an option that may be given several times
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -119,7 +121,7 @@ C = TypeVar("C", bound=Config)
 @dataclass(frozen=True)
 class Field:
     name: str
-    type: Any  # int, float, str, bool, Path or Literal[...]
+    type: Any  # int, float, str, bool, Path, Literal[...] or tuple[str, ...]
     optional: bool  # `none` is accepted
     default: Any
     help: str
@@ -146,7 +148,7 @@ def describe(cls: type[Config]) -> list[Field]:
     fields = []
     for f in dataclasses.fields(cls):
         kind, optional, bound = _rules(cls)[f.name]
-        if kind not in (int, float, str, bool, Path) and typing.get_origin(kind) is not Literal:
+        if kind not in (int, float, str, bool, Path, TEXTS) and typing.get_origin(kind) is not Literal:
             raise TypeError(f"{cls.__qualname__}.{f.name}: a field of type {kind} cannot be an option")
         if f.name in RESERVED:
             raise TypeError(f"{cls.__qualname__}.{f.name}: the name is taken by an option of `run`")
@@ -158,7 +160,7 @@ def describe(cls: type[Config]) -> list[Field]:
 
 def given(cls: type[Config], argv: list[str], also: Iterable[str] = ()) -> dict[str, Any]:
     """The values that `--key value`, `--key=value`, `--flag`, `--no-flag` and `--flag true` name, converted to their
-    fields' types.
+    fields' types. A field of several texts takes one for each time that its key is given.
 
     UserError names an unknown key (and the nearest known one, of the settings or of `also`, the command's own options),
     a missing value, or a value of the wrong type.
@@ -185,7 +187,8 @@ def given(cls: type[Config], argv: list[str], also: Iterable[str] = ()) -> dict[
             if not words or words[0].startswith("--"):
                 raise UserError(f"--{key} needs a value: {field.type_name}")
             text = words.pop(0)
-        values[field.name] = _convert(field, text)
+        value = _convert(field, text)
+        values[field.name] = (*values.get(field.name, ()), *value) if field.type == TEXTS else value
     return values
 
 
@@ -208,7 +211,8 @@ def from_json(cls: type[C], values: dict[str, Any]) -> C:
         raise UserError(f"the saved settings are of another version of this module ({names} differ): start a new run")
     infinite = ("inf", "-inf")
     typed: dict[str, Any] = {k: float(v) if fields[k].type is float and v in infinite else v for k, v in values.items()}
-    return cls(**typed)
+    lists = {k: tuple(v) for k, v in typed.items() if fields[k].type == TEXTS and isinstance(v, list)}
+    return cls(**typed | lists)
 
 
 def _rules(cls: type[Config]) -> dict[str, tuple[Any, bool, Bound]]:
@@ -227,12 +231,16 @@ def _is_a(value: Any, kind: Any) -> bool:
         return value in typing.get_args(kind)
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if kind == TEXTS:
+        return isinstance(value, tuple) and all(isinstance(text, str) for text in value)
     return isinstance(value, kind)
 
 
 def _type_name(kind: Any, optional: bool) -> str:
     if typing.get_origin(kind) is Literal:
         text = "|".join(str(choice) for choice in typing.get_args(kind))
+    elif kind == TEXTS:
+        text = "str, repeatable"
     else:
         text = {Path: "path"}.get(kind, kind.__name__)
     return f"{text}|none" if optional else text
@@ -260,6 +268,8 @@ def _convert(field: Field, text: str) -> Any:
             return BOOLEANS[text.lower()]
         if typing.get_origin(field.type) is Literal:
             return {str(choice): choice for choice in typing.get_args(field.type)}[text]
+        if field.type == TEXTS:
+            return (text,)
         return field.type(text)
     except (ValueError, KeyError):
         hint = nearest(text, map(str, typing.get_args(field.type))) if typing.get_origin(field.type) is Literal else ""

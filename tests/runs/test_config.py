@@ -31,6 +31,7 @@ class Config(config.Config):
     noise: float = 0.2  # target
     # ---
     last: int = 1
+    arg: tuple[str, ...] = ()  # may be given several times
 
 
 def parse(*argv):
@@ -44,6 +45,21 @@ def test_values_get_their_fields_types():
     assert parse("--packing=false").packing is False
     assert parse("--packing", "false", "--steps", "3") == Config(packing=False, steps=3)
     assert parse("--packing", "true").packing is True
+
+
+def test_an_option_of_several_texts_collects_them_in_order():
+    cfg = parse("--arg", "a=1", "--steps", "3", "--arg=b=x y", "--arg", "a=1")
+    assert cfg.arg == ("a=1", "b=x y", "a=1")
+    assert cfg.steps == 3
+    assert config.from_json(Config, json.loads(json.dumps(config.to_json(cfg)))) == cfg
+    assert parse().arg == ()
+    (field,) = (f for f in config.describe(Config) if f.name == "arg")
+    assert field.type_name == "str, repeatable"
+    with pytest.raises(UserError, match="--arg needs a value"):
+        parse("--arg", "--steps")
+    for wrong in ("a=1", ("a", 1), ["a"]):
+        with pytest.raises(UserError, match=r"--arg .*: expected str, repeatable"):
+            Config(arg=wrong)
 
 
 def test_comments_are_the_help():
