@@ -198,9 +198,14 @@ def parse(cls: type[C], base: C, argv: list[str]) -> C:
 
 
 def to_json(cfg: Config) -> dict[str, Any]:
-    """The settings as JSON values: a path as its text, an infinity as "inf"."""
-    infinite = (float("inf"), -float("inf"))
-    return {k: str(v) if isinstance(v, Path) or v in infinite else v for k, v in dataclasses.asdict(cfg).items()}
+    """The settings as JSON values: a path as its text, an infinity as "inf", several texts as a list."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return list(value)
+        return str(value) if isinstance(value, Path) or value in (float("inf"), -float("inf")) else value
+
+    return {name: plain(value) for name, value in dataclasses.asdict(cfg).items()}
 
 
 def from_json(cls: type[C], values: dict[str, Any]) -> C:

@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Text
 
 from finetune.errors import UserError
 from finetune.rl.envs import environments, logged_data
@@ -27,7 +27,7 @@ class World(gymnasium.Env):
         space = self.observation_space
         if isinstance(space, Discrete):
             return int(self.t % space.n + space.start)
-        return np.zeros(space.shape, space.dtype)
+        return np.zeros(space.shape, space.dtype) if isinstance(space, Box) else space.sample()
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -44,10 +44,10 @@ class World(gymnasium.Env):
 
 
 @contextlib.contextmanager
-def world(count=1, episode_limit=None, max_episode_steps=None, **kwargs):
+def world(count=1, episode_limit=None, max_episode_steps=None, check=False, **kwargs):
     gymnasium.register("finetune/World-v0", World, kwargs=kwargs, max_episode_steps=max_episode_steps)
     try:
-        yield environments.make("finetune/World-v0", count, episode_limit=episode_limit)
+        yield environments.make("finetune/World-v0", count, episode_limit=episode_limit, check=check)
     finally:
         del gymnasium.registry["finetune/World-v0"]
 
@@ -117,17 +117,21 @@ def test_a_log_counts_its_actions_as_its_environment_does(tmp_path):
 @pytest.mark.parametrize(
     ("spaces", "message"),
     [
-        ({"obs": Box(0, 255, (8, 8, 3), np.uint8)}, "observations of Box"),
-        ({"obs": Dict({"a": UNIT})}, "observations of Dict"),
-        ({"obs": Box(0, 1, (), np.float32)}, "observations of Box"),
+        ({"obs": Text(5)}, r"observations of Text\(1, 5, .*: Box, Discrete, MultiDiscrete, .* are taken"),
+        ({"obs": Sequence(UNIT)}, "observations of Sequence"),
+        ({"obs": Graph(UNIT, None)}, "observations of Graph"),
+        ({"obs": Dict({"a": UNIT, "b": Text(3)})}, "observations of Text"),
+        ({"obs": Box(0, 1, (0,), np.float32)}, "observations of 0 numbers"),
         ({"obs": Discrete(10**9)}, "observations of 1,000,000,000 numbers"),
-        ({"taken": MultiDiscrete([2, 3])}, "actions of MultiDiscrete"),
-        ({"taken": MultiBinary(3)}, "actions of MultiBinary"),
-        ({"taken": Box(-1, 1, (2, 2))}, "actions of Box"),
+        ({"taken": MultiDiscrete([100, 101])}, "actions of MultiDiscrete.*10,100 combinations, at most 10,000"),
+        ({"taken": MultiBinary(14)}, "actions of MultiBinary.*16,384 combinations"),
+        ({"taken": Dict({"a": UNIT, "b": Discrete(2)})}, "actions of Dict.*all discrete or all boxes"),
+        ({"taken": Text(2)}, "actions of Text"),
     ],
 )
-def test_other_spaces_are_refused_by_name(spaces, message):
-    with pytest.raises(UserError, match=f"'finetune/World-v0' has {message}"), world(**spaces):
+@pytest.mark.parametrize("check", [False, True])
+def test_other_spaces_are_refused_by_name(spaces, message, check):
+    with pytest.raises(UserError, match=f"'finetune/World-v0' has {message}"), world(check=check, **spaces):
         pass
 
 
@@ -227,7 +231,9 @@ def test_an_environment_without_spaces_or_seeds_is_refused():
     with pytest.raises(UserError, match="'finetune/Bare-v0' has no observation_space: gymnasium requires one"):
         environments.make("finetune/Bare-v0", 1)
     Bare.observation_space = Bare.action_space = Discrete(2)
-    (env,) = environments.make("finetune/Bare-v0", 1)
+    with pytest.raises(UserError, match=r"raised TypeError: .*unexpected keyword argument 'seed'.* in its reset"):
+        environments.make("finetune/Bare-v0", 1)
+    (env,) = environments.make("finetune/Bare-v0", 1, check=False)
     with pytest.raises(UserError, match=r"raised TypeError: .*unexpected keyword argument 'seed'.* in its reset"):
         env.reset(seed=0)
     del gymnasium.registry["finetune/Bare-v0"]

@@ -9,7 +9,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.rl.agents import networks, targets
-from finetune.rl.envs import environments
+from finetune.rl.envs import environments, spaces
 from finetune.rl.envs.replay import Priorities, Replay, Transitions
 from finetune.rl.envs.vector import VectorEnv
 
@@ -278,7 +278,7 @@ def test_bounds_are_those_of_the_environment():
     with pytest.raises(UserError, match="'CartPole-v1' has actions of Discrete"):
         environments.action_bounds(environments.make("CartPole-v1", 1)[0])
     (env,) = environments.make("Pendulum-v1", 1)
-    env.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
+    env.actions = spaces.actions(gymnasium.spaces.Box(-np.inf, np.inf, (1,)))
     with pytest.raises(UserError, match="actions without bounds"):
         environments.action_bounds(env)
 

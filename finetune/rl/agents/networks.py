@@ -1,7 +1,8 @@
 """Networks of deep RL agents: policies with their distributions, state values and action values.
 
 A policy's distribution is a tensor of parameters on which functions work: log π of the classes (…, A) of a Categorical,
-mean and log standard deviation side by side (…, 2 A) of a Gaussian.
+mean and log standard deviation side by side (…, 2 A) of a Gaussian. `observations` is the length of an observation's
+vector, or the `Image` that it is: its networks begin with convolutions.
 """
 
 from __future__ import annotations
@@ -13,17 +14,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune.rl.envs.spaces import Image
 
-def relu_mlp(widths: list[int]) -> nn.Sequential:
+# Output channels, kernel and stride of each layer: those of DQN (Mnih et al. 2015) from 36 pixels a side on, which is
+# what they reduce to one; smaller images have two layers of 3 × 3.
+LARGE, SMALL = ((32, 8, 4), (64, 4, 2), (64, 3, 1)), ((16, 3, 1), (32, 3, 2))
+
+
+class Convolutions(nn.Module):
+    """Convolutions with ReLU over the flat pixels of an image; `width` features. `count` independent networks are
+    computed together, as groups of channels."""
+
+    def __init__(self, image: Image, count: int = 1) -> None:
+        super().__init__()
+        self.image, self.count, self.layers = image, count, nn.ModuleList()
+        channels, sides = image.channels, [image.height, image.width]
+        for out, kernel, stride in LARGE if min(sides) >= 36 else SMALL:
+            self.layers.append(nn.Conv2d(count * channels, count * out, kernel, stride, groups=count))
+            channels, sides = out, [(side - kernel) // stride + 1 for side in sides]
+        self.width = channels * math.prod(sides)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) of uint8 or floats → (…, width). Several networks: (count, N, D) → (count, N, width)."""
+        image, lead = self.image, x.shape[:-1]
+        x = x.reshape(-1, *image.shape).permute(0, *(1 + axis for axis in image.axes))
+        x = x.reshape(len(x), image.channels, image.height, image.width).float() / image.largest  # (…, C, H, W)
+        if self.count > 1:
+            x = x.unflatten(0, (self.count, -1)).transpose(0, 1).flatten(1, 2)  # (N, count · C, H, W)
+        for layer in self.layers:
+            x = layer(x).relu()
+        if self.count > 1:
+            x = x.unflatten(1, (self.count, -1)).transpose(0, 1)  # (count, N, channels, height, width)
+        return x.reshape(*lead, self.width)
+
+
+def relu_mlp(widths: list[int] | list[int | Image]) -> nn.Sequential:
     """Linear layers with ReLU between them, in torch's default initialization, as SAC's and TD3's authors do."""
+    first, *rest = widths
+    if isinstance(first, Image):
+        convolutions = Convolutions(first)
+        return nn.Sequential(convolutions, *relu_mlp([convolutions.width, *rest]))
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
-def tanh_mlp(sizes: list[int], last_scale: float = 1.0) -> nn.Sequential:
+def tanh_mlp(sizes: list[int] | list[int | Image], last_scale: float = 1.0) -> nn.Sequential:
     """Linear layers with tanh between them; orthogonal weights, the last layer's multiplied by last_scale; biases 0."""
+    first, *rest = sizes
+    if isinstance(first, Image):
+        convolutions = Convolutions(first)
+        return nn.Sequential(convolutions, *tanh_mlp([convolutions.width, *rest], last_scale))
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(pairwise(sizes)):
         layer = nn.Linear(a, b)
@@ -59,7 +101,7 @@ class Ensemble(nn.Module):
 class Categorical(nn.Module):
     """A policy over discrete actions."""
 
-    def __init__(self, observations: int, actions: int, hidden: list[int]) -> None:
+    def __init__(self, observations: int | Image, actions: int, hidden: list[int]) -> None:
         super().__init__()
         self.net = tanh_mlp([observations, *hidden, actions], last_scale=0.01)
 
@@ -94,7 +136,7 @@ class Categorical(nn.Module):
 class Gaussian(nn.Module):
     """A policy with independent normal actions; the standard deviations do not depend on the observation."""
 
-    def __init__(self, observations: int, actions: int, hidden: list[int]) -> None:
+    def __init__(self, observations: int | Image, actions: int, hidden: list[int]) -> None:
         super().__init__()
         self.net = tanh_mlp([observations, *hidden, actions], last_scale=0.01)
         self.log_std = nn.Parameter(torch.zeros(actions))
@@ -203,7 +245,7 @@ class Deterministic(Bounded):
 class Value(nn.Module):
     """V(s)."""
 
-    def __init__(self, observations: int, hidden: list[int]) -> None:
+    def __init__(self, observations: int | Image, hidden: list[int]) -> None:
         super().__init__()
         self.net = tanh_mlp([observations, *hidden, 1])
 
@@ -230,7 +272,7 @@ class TwinQ(Ensemble):
 class QNetwork(nn.Module):
     """Q(s, ·) of discrete actions; in behavior cloning its outputs are logits."""
 
-    def __init__(self, observations: int, actions: int, hidden: list[int]) -> None:
+    def __init__(self, observations: int | Image, actions: int, hidden: list[int]) -> None:
         super().__init__()
         self.actions = actions
         self.net = relu_mlp([observations, *hidden, actions])

@@ -1,14 +1,14 @@
-"""Gymnasium environments with float32 vector observations, discrete actions from 0 on, and checked inputs and outputs.
+"""Environments as learners see them: vectors or images, actions from 0 on or vectors, checked inputs and outputs.
 
-`Env` is the boundary: a policy's output becomes an action of the environment's own space and type, and observations and
-rewards become float32. A step that breaks gymnasium's contract raises UserError with a one-line reason.
+`Env` is the boundary: a policy's output becomes an action of the environment's own space and type, and an observation
+becomes one vector (spaces.py). A step that breaks gymnasium's contract raises UserError with a one-line reason; an
+environment of one's own is checked before it is used (contract.py).
 """
 
 from __future__ import annotations
 
-import traceback
+import contextlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.errors import UserError, nearest
+from finetune.errors import UserError
+from finetune.rl.envs import contract, creators, spaces
+from finetune.rl.envs.contract import MAX_REWARD
 from finetune.rl.envs.rollout import Rollout
+from finetune.rl.envs.spaces import SPACES as SPACES
+from finetune.rl.envs.spaces import Fault, Image, Unsupported
 
 Act = Callable[[Tensor], Tensor]  # a policy: observations (N, D) → actions (N,) or (N, A); called without gradients
-MAX_REWARD = float(np.finfo(np.float32).max)
-MAX_SIZE = 100_000  # of an observation or action; a Discrete observation becomes a one-hot vector
 MAX_TIME_LIMIT = 1_000_000  # steps: a longer time limit counts as none
 
 
@@ -31,6 +33,13 @@ class EpisodeLimit:
 
     def __init__(self, limit: int = 1000, report: Callable[[str], None] = lambda text: None) -> None:
         self.limit, self.report, self.reached = limit, report, False
+        self.said: set[str] = set()
+
+    def say(self, text: str) -> None:
+        """Reports a text once."""
+        if text not in self.said:
+            self.said.add(text)
+            self.report(text)
 
     def note(self, name: str) -> None:
         if not self.reached:
@@ -51,87 +60,77 @@ class EpisodeLimit:
 
 
 class Env:
-    """One environment. `obs_dim`: length of an observation; `action_dim`: length of a continuous action, or the number
-    of discrete ones; `limit`: steps after which an episode is truncated, the environment's `own` limit or that of
-    `episode_limit`."""
+    """One environment. `obs_dim`: length of an observation's vector; `observed`: the same, or the `Image` that it is;
+    `action_dim`: length of a continuous action, or the number of discrete ones; `limit`: steps after which an episode
+    is truncated, the environment's `own` limit or that of `episode_limit`; `repeats`: whether a seed repeats an
+    episode."""
 
-    def __init__(self, env: Any, name: str, limit: int | None, episode_limit: EpisodeLimit) -> None:
-        from gymnasium.spaces import Box, Discrete
-
-        self.env, self.name, self.episode_limit, self.age = env, name, episode_limit, 0
+    def __init__(
+        self, env: Any, name: str, limit: int | None, episode_limit: EpisodeLimit, repeats: bool = True
+    ) -> None:
+        self.env, self.name, self.episode_limit, self.age, self.repeats = env, name, episode_limit, 0, repeats
         self.own = limit is not None and limit <= MAX_TIME_LIMIT
         self.limit: int = limit if limit is not None and self.own else episode_limit.limit
-        for what in ("observation_space", "action_space"):
-            space: Any = getattr(env, what, None)
-            if space is None:
-                raise UserError(f"'{name}' has no {what}: gymnasium requires one")
-            fits = isinstance(space, Discrete) or (isinstance(space, Box) and len(space.shape) == 1)
-            if not fits:
-                raise UserError(
-                    f"'{name}' has {what.split('_')[0]}s of {space}: a Box of one axis or a Discrete space is needed "
-                    "(gymnasium.wrappers.FlattenObservation makes one axis of an image or a Dict)"
-                )
-            size = int(space.n) if isinstance(space, Discrete) else space.shape[0]
-            if not 1 <= size <= MAX_SIZE:
-                raise UserError(f"'{name}' has {what.split('_')[0]}s of {size:,} numbers: 1 … {MAX_SIZE:,} are taken")
-        space = self.observation_space = env.observation_space
-        self.classes = int(space.n) if isinstance(space, Discrete) else 0  # states of a Discrete observation space
-        self.first = int(space.start) if self.classes else 0
-        self.obs_dim = self.classes or int(space.shape[0])
-        space = self.action_space = env.action_space
-        self.continuous = isinstance(space, Box)
-        self.action_dim = int(space.shape[0] if isinstance(space, Box) else space.n)
-        self.kind = space.dtype.type if space.dtype is not None else np.int64
+        found: dict[str, Any] = {}
+        for what, read in (("observation", spaces.observations), ("action", spaces.actions)):
+            try:
+                found[what] = read(contract.space_of(env, what))
+            except Unsupported as e:
+                raise UserError(f"'{name}' {e}") from None
+        self.seen: spaces.Observations = found["observation"]
+        self.actions: spaces.Actions = found["action"]
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.observed: int | Image = self.seen.image or self.seen.size
+        self.obs_dim, self.dtype = self.seen.size, self.seen.dtype
+        one = type(env.observation_space).__name__ == "Discrete"
+        self.classes = self.seen.states if one else 0  # states of a Discrete observation space
+        self.first = int(env.observation_space.start) if one else 0
+        self.continuous = self.actions.low is not None
+        self.action_dim = self.actions.count if self.actions.low is None else len(self.actions.low)
+        self.start = self.actions.start  # the environment's own number of the first discrete action
 
     @property
     def spec(self) -> Any:
-        return self.env.spec
+        return getattr(self.env, "spec", None)
 
     @property
     def unwrapped(self) -> Any:
-        return self.env.unwrapped
-
-    @property
-    def start(self) -> int:
-        """The environment's own number of the first discrete action."""
-        return 0 if self.continuous else int(self.action_space.start)
+        return getattr(self.env, "unwrapped", self.env)
 
     def to_env(self, action: Any) -> Any:
-        """The environment's action for a discrete one counted from 0, or for a continuous vector: of the space's own
-        type, clipped to the bounds of a Box, rounded where the Box is of integers."""
-        if not self.continuous:
-            return self.kind(self.start + action)
-        inside = np.minimum(np.maximum(action, self.action_space.low), self.action_space.high)
-        if issubclass(self.kind, np.integer):
-            inside = np.rint(inside)
-        return inside.astype(self.kind)
+        """The environment's action, of its own type, for a discrete one counted from 0, or for a continuous vector:
+        clipped to the bounds of a Box, rounded where the Box is of integers."""
+        return self.actions.to_env(action)
 
-    def reset(self, *, seed: int) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    def reset(self, *, seed: int) -> tuple[NDArray[Any], dict[str, Any]]:
         try:
             found = self.env.reset(seed=seed)
         except Exception as e:
-            raise self._raised("reset", e) from e
-        if not (isinstance(found, (tuple, list)) and len(found) == 2 and isinstance(found[1], dict)):
-            raise self._broken(f"returned {_shown(found)} from reset", "the first observation and a dict, info")
+            raise UserError(f"'{self.name}' raised {creators.exception(e)} in its reset") from e
+        if "reset" in (faults := contract.reset_faults(self.seen, found)):
+            raise self._broken(faults)
         self.age = 0
         return self.vector(found[0]), found[1]
 
-    def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[NDArray[Any], float, bool, bool, dict[str, Any]]:
         """action: a discrete one counted from 0, or a continuous vector (A,)."""
         try:
-            found = self.env.step(self.to_env(action))
+            found = self.env.step(self.actions.to_env(action))
         except Exception as e:
-            raise self._raised("step", e) from e
+            raise UserError(f"'{self.name}' raised {creators.exception(e)} in its step") from e
         if not (isinstance(found, (tuple, list)) and len(found) == 5):
-            raise self._broken(f"returned {_shown(found)} from step", FIVE)
+            raise self._broken(contract.step_faults(self.seen, found))
         observation, reward, terminated, truncated, info = found
-        if not (isinstance(reward, (float, int, np.floating, np.integer)) and -MAX_REWARD <= reward <= MAX_REWARD):
-            reward = self._reward(reward)
-        for name, flag in (("terminated", terminated), ("truncated", truncated)):
-            if not isinstance(flag, (bool, np.bool_)):
-                raise self._broken(f"gave {_shown(flag)} for {name}", f"True or False ({FIVE})")
-        if not isinstance(info, dict):
-            raise self._broken(f"gave {_shown(info)} for info", f"a dict ({FIVE})")
+        if not (
+            isinstance(reward, (float, int, np.floating, np.integer))
+            and -MAX_REWARD <= reward <= MAX_REWARD
+            and isinstance(terminated, (bool, np.bool_))
+            and isinstance(truncated, (bool, np.bool_))
+            and isinstance(info, dict)
+        ):
+            if faults := contract.step_faults(self.seen, found):
+                raise self._broken(faults)
+            reward = contract.number(reward)
         self.age += 1
         if self.age >= self.limit:
             if not (self.own or terminated or truncated):
@@ -139,122 +138,86 @@ class Env:
             truncated = True
         return self.vector(observation), float(reward), bool(terminated), bool(truncated), info
 
-    def vector(self, observation: Any) -> NDArray[np.float32]:
-        """An observation as a float32 copy; a state of a Discrete space as a one-hot vector."""
-        if self.classes:
-            return self._one_hot(observation)
-        shape = self.observation_space.shape
-        found = observation
-        if not isinstance(found, np.ndarray):
-            try:
-                found = np.array(observation)
-            except (ValueError, TypeError):  # rows of different lengths
-                found = np.array(None)
-        if found.shape != shape or found.dtype.kind not in "biuf":
-            raise self._broken(
-                f"gave the observation {_shown(observation)}", f"numbers of shape {shape}, as its observation_space has"
-            )
-        if found.dtype == np.float32:
-            vector = found.copy()
-        else:
-            with np.errstate(over="ignore"):
-                vector = found.astype(np.float32)
-        if not np.isfinite(vector).all():
-            i = int(np.isfinite(vector).argmin())
-            raise self._broken(f"gave an observation with {found[i]} at [{i}]", "finite numbers that float32 can hold")
-        return vector
+    def vector(self, observation: Any) -> NDArray[Any]:
+        """An observation as a copy (D,): float32, or the bytes of an image; an element of a Discrete space one-hot."""
+        try:
+            return self.seen.vector(observation)
+        except Fault:
+            raise self._broken(contract.observation_faults(self.seen, observation)) from None
 
-    def _one_hot(self, observation: Any) -> NDArray[np.float32]:
-        plain = np.asarray(observation)
-        if plain.shape != () or plain.dtype.kind not in "iub" or not 0 <= int(plain) - self.first < self.classes:
-            states = f"{self.first} … {self.first + self.classes - 1}"
-            raise self._broken(f"gave the observation {_shown(observation)}", f"one integer of its space, {states}")
-        vector = np.zeros(self.classes, np.float32)
-        vector[int(plain) - self.first] = 1
-        return vector
+    def state(self, vector: NDArray[Any]) -> int:
+        """The number of the state that an observation's vector stands for, in a finite space."""
+        return self.seen.state(vector)
 
-    def _reward(self, reward: Any) -> float:
-        """The number of a 0-d array or tensor; UserError for anything else."""
-        if getattr(reward, "shape", None) == () and not isinstance(reward, np.generic):
-            reward = reward.item()
-        if isinstance(reward, (float, int)) and -MAX_REWARD <= reward <= MAX_REWARD:
-            return float(reward)
-        raise self._broken(f"gave the reward {_shown(reward)}", "one finite number, such as float(reward)")
-
-    def _broken(self, what: str, expected: str) -> UserError:
-        return UserError(f"'{self.name}' {what}: gymnasium requires {expected}")
-
-    def _raised(self, where: str, e: Exception) -> UserError:
-        return UserError(f"'{self.name}' raised {_exception(e)} in its {where}")
+    def _broken(self, faults: contract.Faults) -> UserError:
+        return UserError(f"'{self.name}' {next(iter(faults.values()))}")
 
 
-FIVE = "observation, reward, terminated, truncated, info; older environments gave four, with one `done`"
-
-
-def _shown(value: Any) -> str:
-    """A value for an error message, on one line: its beginning and its type."""
-    text = " ".join(repr(value).split())
-    kind = type(value).__name__
-    if isinstance(value, (tuple, list)):
-        return f"{len(value)} value{'s' * (len(value) != 1)} ({text[:60]}{'…' * (len(text) > 60)})"
-    if isinstance(value, np.ndarray):
-        kind = f"{value.dtype} of shape {value.shape}"
-    return f"{text[:60]}{'…' * (len(text) > 60)} ({kind})"
-
-
-def _exception(e: Exception) -> str:
-    """An exception from the user's environment on one line, with file and line."""
-    frames = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename) != Path(__file__)]
-    own = [f for f in frames if "site-packages" not in f.filename and "<frozen" not in f.filename] or frames
-    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-    text = " ".join(str(e).split())
-    return f"{type(e).__name__}{': ' * bool(text)}{text[:200]}{place}"
-
-
-def make(name: str, count: int, limit: int | None = None, episode_limit: EpisodeLimit | None = None) -> list[Env]:
-    """`count` environments of this id. limit: a time limit that replaces their own; episode_limit: the one for
-    environments without any. UserError if the id is unknown or its spaces are neither a vector nor discrete."""
-    made = [make_unlimited(name) for _ in range(count)]
-    from gymnasium import registry
-
-    spec = made[0].spec
-    own = limit if limit is not None else getattr(registry.get(spec.id) if spec else None, "max_episode_steps", None)
+def make(
+    name: str,
+    count: int,
+    limit: int | None = None,
+    episode_limit: EpisodeLimit | None = None,
+    args: Sequence[str] = (),
+    check: bool = True,
+) -> list[Env]:
+    """`count` environments of this name (creators.py). limit: a time limit that replaces their own; episode_limit: the
+    one for environments without any; args: keyword arguments, each `key=value`. UserError if there is no such
+    environment, if its spaces are not taken, or if it breaks gymnasium's contract: each breach on a line."""
+    creator, keywords = creators.find(name), creators.arguments(args)
     episode_limit = episode_limit or EpisodeLimit()
-    return [Env(env, spec.id if spec else name, own, episode_limit) for env in made]
+    repeats = creator.of_gymnasium or not check or _checked(name, creator, keywords, episode_limit)
+    made = [creators.create(name, creator, keywords) for _ in range(count)]
+    spec = getattr(made[0], "spec", None)
+    own = limit if limit is not None else creator.time_limit
+    found = [Env(env, spec.id if spec else name, own, episode_limit, repeats) for env in made]
+    if isinstance(found[0].observed, Image):
+        episode_limit.say(f"'{found[0].name}': {found[0].observed}")
+    return found
 
 
-def make_unlimited(name: str, **kwargs: Any) -> Any:
-    """`gymnasium.make` without the TimeLimit wrapper; UserError says why an environment cannot be made."""
-    import gymnasium
-
-    try:  # -1: without TimeLimit
-        return gymnasium.make(name, max_episode_steps=-1, disable_env_checker=True, **kwargs)
-    except gymnasium.error.Error as e:
-        if name.split(":")[-1] in gymnasium.registry:  # but not what it needs
-            raise UserError(f"'{name}' cannot be made: {str(e).splitlines()[0]}") from None
-        hint = nearest(name.split(":")[-1], gymnasium.registry)
-        raise UserError(f"gymnasium has no environment '{name}'{hint or f': {e}'}") from None
-    except ModuleNotFoundError as e:
-        module, colon, _ = name.partition(":")
-        missing = getattr(e.__cause__, "name", None) or e.name or "?"  # gymnasium raises another one from it
-        if colon and (module == missing or module.startswith(f"{missing}.")):
-            raise UserError(f"'{name}': Python finds no module '{missing}' (current folder, PYTHONPATH)") from None
-        cause = e.__cause__ if isinstance(e.__cause__, Exception) else e
-        raise UserError(f"'{name}' cannot be made: {_exception(cause)}") from None
-    except Exception as e:
-        raise UserError(f"'{name}' cannot be made: {_exception(e)}") from e
+# Environments whose contract was checked: what makes them, and whether their seeds repeat an episode.
+CHECKED: dict[tuple[Any, ...], tuple[Any, bool]] = {}
 
 
-def sizes(env: Env) -> tuple[int, int, bool]:
-    """(observation length, action length or number of discrete actions, whether actions are continuous)."""
-    return env.obs_dim, env.action_dim, env.continuous
+def _checked(name: str, creator: creators.Creator, keywords: dict[str, Any], limit: EpisodeLimit) -> bool:
+    """Checks the contract of an environment, once in a process. Returns whether a seed repeats an episode."""
+    key = (name, id(creator.called), repr(creator.own), repr(keywords))
+    if key not in CHECKED:
+        env = creators.create(name, creator, keywords)
+        try:
+            breaches, warnings = contract.check(env)
+        finally:
+            with contextlib.suppress(Exception):
+                env.close()
+        if len(breaches) == 1:
+            raise UserError(f"'{name}' {breaches[0]}")
+        if breaches:
+            lines = "\n".join(f"  '{name}' {breach}" for breach in breaches)
+            raise UserError(f"'{name}' breaks gymnasium's contract in {len(breaches)} places:\n{lines}")
+        for warning in warnings:
+            limit.say(f"'{name}' {warning}")
+        CHECKED[key] = creator.called, not any("repeat" in warning for warning in warnings)
+    return CHECKED[key][1]
+
+
+def sizes(env: Env) -> tuple[int | Image, int, bool]:
+    """(observation length or the image that it is, action length or number of discrete actions, whether actions are
+    continuous)."""
+    return env.observed, env.action_dim, env.continuous
+
+
+def refuse_images(env: Env, method: str, instead: str) -> None:
+    """UserError for a method whose networks have no convolutions."""
+    if isinstance(env.observed, Image):
+        raise UserError(f"'{env.name}' has {env.observed}, and {method} learns from vectors: {instead}")
 
 
 def action_bounds(env: Env) -> tuple[Tensor, Tensor]:
     """Lowest and highest action (A,) fp32. UserError if actions are not a vector, or if one has no bound."""
     if not sizes(env)[2]:
         raise UserError(f"'{env.name}' has actions of {env.action_space}: a method for continuous ones needs a vector")
-    low, high = (torch.tensor(x, dtype=torch.float32) for x in (env.action_space.low, env.action_space.high))
+    low, high = (torch.tensor(x, dtype=torch.float32) for x in (env.actions.low, env.actions.high))
     if not (low.isfinite() & high.isfinite() & (low < high)).all():
         raise UserError(f"'{env.name}' has actions without bounds ({env.action_space}): tanh needs both")
     return low, high

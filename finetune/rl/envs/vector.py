@@ -31,7 +31,7 @@ class VectorEnv:
         self.taken: list[list[Any]] = [[] for _ in envs]  # actions of the current episode
         self.earned = np.zeros(len(envs))  # sum of its rewards, float64
         self.finished: list[tuple[float, int]] = []  # (undiscounted return, length) of episodes, until `pop_finished`
-        self.observations: NDArray[np.float32] = np.stack([self._reset(i) for i in range(len(envs))])  # (N, D)
+        self.observations: NDArray[Any] = np.stack([self._reset(i) for i in range(len(envs))])  # (N, D)
 
     def __len__(self) -> int:
         return len(self.envs)
@@ -59,7 +59,7 @@ class VectorEnv:
 
     def collect(self, act: Act, steps: int) -> Rollout:
         """A rollout of `steps` steps of each environment, from where the last one stopped."""
-        obs = np.empty((steps, *self.observations.shape), np.float32)
+        obs = np.empty((steps, *self.observations.shape), self.observations.dtype)
         next_obs, rewards = np.empty_like(obs), np.empty(obs.shape[:2], np.float32)
         terminated, truncated = (np.empty(obs.shape[:2], bool) for _ in range(2))
         actions = []
@@ -100,7 +100,7 @@ class VectorEnv:
             name = self.envs[0].name
             raise UserError(f"'{name}' does not repeat an episode from its seed: a run on it cannot be resumed")
 
-    def _reset(self, i: int) -> NDArray[np.float32]:
+    def _reset(self, i: int) -> NDArray[Any]:
         # SeedSequence mixes the three; two episodes share a seed with probability 2⁻³¹.
         key = np.random.SeedSequence([self.seed, i, self.episodes[i]]).generate_state(1)[0]
         observation, _ = self.envs[i].reset(seed=int(key) >> 1)

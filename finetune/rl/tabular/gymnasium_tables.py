@@ -10,21 +10,23 @@ from finetune.errors import UserError
 from finetune.rl.tabular.mdp import MDP, make
 
 
-def from_gymnasium(env: Any, gamma: float, **kwargs: Any) -> MDP:
-    """The MDP of a gymnasium environment with a transition table, or of an environment's id (kwargs: gymnasium.make).
+def from_gymnasium(env: Any, gamma: float, /, **kwargs: Any) -> MDP:
+    """The MDP of a gymnasium environment with a transition table, or of an environment's id (kwargs: its arguments).
 
     gymnasium marks transitions as done, not states. A state that is only entered by done transitions is terminal. If
     some state is entered both ways, done transitions lead to an extra, last state instead. Rewards of several
     transitions from s to s' under one action are averaged, which changes no value.
     """
     if isinstance(env, str):
-        from finetune.rl.envs.environments import make_unlimited
+        from finetune.rl.envs import creators
 
-        env = make_unlimited(env, **kwargs)
-    name = env.spec.id if env.spec else type(env.unwrapped).__name__
-    table = getattr(env.unwrapped, "P", None)
+        env = creators.create(env, creators.find(env), kwargs)
+    spec = getattr(env, "spec", None)
+    env = getattr(env, "unwrapped", env)
+    name = spec.id if spec else type(env).__name__
+    table = getattr(env, "P", None)
     if not isinstance(table, dict):
-        raise UserError(f"'{name}' has no table of transitions (env.unwrapped.P); FrozenLake-v1 has one")
+        raise UserError(f"'{name}' has no table of transitions (env.P); FrozenLake-v1 has one")
     rows, S, A = _rows(table, name, env)
     by_end, by_step = np.zeros(S, bool), np.zeros(S, bool)  # how each state is entered
     for s, _, p, after, _, done in rows:
@@ -42,9 +44,9 @@ def from_gymnasium(env: Any, gamma: float, **kwargs: Any) -> MDP:
     if extra:
         P[S, :, S] = 1
     rewards = np.divide(total, P, out=np.zeros_like(total), where=P > 0)
-    first = getattr(env.unwrapped, "initial_state_distrib", None)
+    first = getattr(env, "initial_state_distrib", None)
     start = None if first is None else np.append(np.asarray(first, np.float64), np.zeros(int(extra)))
-    arrows, shape = _grid(env.unwrapped, S)
+    arrows, shape = _grid(env, S)
     try:
         return make(P, rewards, gamma, terminal=terminal, start=start, name=name,
                     actions=arrows or tuple(map(str, range(A))), shape=None if extra else shape)  # fmt: skip

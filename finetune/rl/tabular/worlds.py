@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -202,11 +204,12 @@ FIGURE_4_1 = {
     math.inf: np.array([[0, -14, -20, -22], [-14, -18, -20, -20], [-20, -20, -18, -14], [-22, -20, -14, 0.0]]),
 }
 
-WORLDS: dict[str, tuple[Callable[[float], MDP], float]] = {
-    "frozen_lake": (lambda g: from_gymnasium("FrozenLake-v1", g), 0.99),
-    "frozen_lake_8x8": (lambda g: from_gymnasium("FrozenLake8x8-v1", g), 0.99),
-    "cliff_walking": (lambda g: from_gymnasium("CliffWalking-v1", g), 1.0),
-    "taxi": (lambda g: from_gymnasium("Taxi-v4", g), 1.0),
+# Name → what makes it with a γ and, of gymnasium's worlds, with keyword arguments; its usual γ.
+WORLDS: dict[str, tuple[Callable[..., MDP], float]] = {
+    "frozen_lake": (partial(from_gymnasium, "FrozenLake-v1"), 0.99),
+    "frozen_lake_8x8": (partial(from_gymnasium, "FrozenLake8x8-v1"), 0.99),
+    "cliff_walking": (partial(from_gymnasium, "CliffWalking-v1"), 1.0),
+    "taxi": (partial(from_gymnasium, "Taxi-v4"), 1.0),
     "gridworld": (gridworld, 0.9),
     "small_gridworld": (small_gridworld, 1.0),
     "car_rental": (car_rental, 0.9),
@@ -217,13 +220,17 @@ WORLDS: dict[str, tuple[Callable[[float], MDP], float]] = {
 }
 
 
-def world(name: str, gamma: float | None = None) -> MDP:
-    """The MDP of this name, with its usual γ or the given one. A name that is not in WORLDS is a gymnasium id."""
+def world(name: str, gamma: float | None = None, args: Mapping[str, Any] | None = None) -> MDP:
+    """The MDP of this name, with its usual γ or the given one. A name that is not in WORLDS is that of an environment
+    (envs/creators.py). args: keyword arguments of gymnasium's."""
+    args = args or {}
     if name in WORLDS:
         build, usual_gamma = WORLDS[name]
-        return build(usual_gamma if gamma is None else gamma)
+        if args and not isinstance(build, partial):
+            raise UserError(f"--env-arg {next(iter(args))}: '{name}' takes none, gymnasium's worlds do")
+        return build(usual_gamma if gamma is None else gamma, **args)
     try:
-        return from_gymnasium(name, 0.99 if gamma is None else gamma)
+        return from_gymnasium(name, 0.99 if gamma is None else gamma, **args)
     except UserError as e:
         if ":" in name or not str(e).startswith("gymnasium has no"):
             raise

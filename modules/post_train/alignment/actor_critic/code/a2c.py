@@ -20,6 +20,7 @@ from finetune.rl.agents.networks import Categorical, Gaussian, Value, tanh_mlp
 from finetune.rl.agents.reward_scale import RewardSize
 from finetune.rl.envs.environments import sizes
 from finetune.rl.envs.rollout import Rollout
+from finetune.rl.envs.spaces import Image
 from finetune.rl.envs.vector import VectorEnv
 
 if TYPE_CHECKING:
@@ -30,16 +31,22 @@ class ActorCritic(nn.Module):
     """π(a|s) and V(s): two networks, or two layers on the features of a shared trunk."""
 
     def __init__(
-        self, obs_dim: int, actions: int, continuous: bool, hidden: int, shared: bool, value_scale: float = 1.0
+        self,
+        observed: int | Image,
+        actions: int,
+        continuous: bool,
+        hidden: int,
+        shared: bool,
+        value_scale: float = 1.0,
     ) -> None:
         super().__init__()
         widths, self.value_scale = [hidden, hidden], value_scale
         self.trunk: nn.Module = nn.Identity()
         if shared:
-            self.trunk = nn.Sequential(tanh_mlp([obs_dim, *widths], last_scale=math.sqrt(2)), nn.Tanh())
-            obs_dim, widths = hidden, []
-        self.policy = (Gaussian if continuous else Categorical)(obs_dim, actions, widths)
-        self.value = Value(obs_dim, widths)
+            self.trunk = nn.Sequential(tanh_mlp([observed, *widths], last_scale=math.sqrt(2)), nn.Tanh())
+            observed, widths = hidden, []
+        self.policy = (Gaussian if continuous else Categorical)(observed, actions, widths)
+        self.value = Value(observed, widths)
 
     @property
     def actor_parameters(self) -> list[nn.Parameter]:

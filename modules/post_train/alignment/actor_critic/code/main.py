@@ -57,8 +57,12 @@ class Config(config.Config):
     methods: str = ",".join(METHODS)  # which to train, separated by commas
     # trainings of each method, with different initial weights and episodes
     repeats: int = config.bounded(3, at_least=1, at_most=1000)
-    env: str = "CartPole-v1"  # of one_step, a2c, lambda and vtrace
+    # of one_step, a2c, lambda and vtrace: a gymnasium id, or an environment of your own (README)
+    env: str = "CartPole-v1"
+    # keyword arguments of --env, such as is_slippery=false; may be given several times
+    env_arg: tuple[str, ...] = ()
     continuous_env: str = "Pendulum-v1"  # of sac and td3: needs a vector of bounded actions
+    continuous_env_arg: tuple[str, ...] = ()  # the same of --continuous-env
     # an episode is truncated there if its environment has no time limit
     max_episode_steps: int = config.bounded(1000, at_least=1, at_most=10**6)
     gamma: float = config.bounded(0.99, at_least=0, at_most=1)  # discount factor
@@ -129,13 +133,17 @@ class Envs:
 
     def __init__(self, cfg: Config, off_policy: bool, limit: EpisodeLimit) -> None:
         self.name, self.limit = cfg.continuous_env if off_policy else cfg.env, limit
-        self.training = environments.make(self.name, 1 if off_policy else cfg.envs, episode_limit=limit)
+        args = cfg.continuous_env_arg if off_policy else cfg.env_arg
+        self.training = environments.make(self.name, 1 if off_policy else cfg.envs, episode_limit=limit, args=args)
         if off_policy:
             environments.action_bounds(self.training[0])  # raises if there are none
-        self.evaluation = environments.make(self.name, cfg.eval_episodes, episode_limit=limit)
-        self.max_steps = self.evaluation[0].limit
+            environments.refuse_images(self.training[0], "sac, td3", "--methods a2c has convolutions")
+        elif "lambda" in cfg.methods.split(","):
+            environments.refuse_images(self.training[0], "lambda", "omit it from --methods; a2c has convolutions")
+        self.evaluation = environments.make(self.name, cfg.eval_episodes, episode_limit=limit, args=args)
+        self.max_steps, self.repeats = self.evaluation[0].limit, self.evaluation[0].repeats
         count, steps = cfg.critic_states * cfg.critic_episodes, self.max_steps + critic_check.steps_for(cfg.gamma)
-        self.critic_check = environments.make(self.name, count, steps)
+        self.critic_check = environments.make(self.name, count, steps, args=args) if self.repeats else []
 
 
 @dataclass
@@ -159,8 +167,9 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         groups = [(cfg.env, [m for m in methods if m in ON_POLICY])]
         groups += [(cfg.continuous_env, [m for m in methods if m in OFF_POLICY])]
         plots.returns(run, cfg, groups, CHUNK)
-        if cfg.critic_steps:
-            plots.critics(run, {method: [t.pairs for t in trainings[method]] for method in methods})
+        checked = {m: [t.pairs for t in trainings[m]] for m in methods if envs_by_kind[m in OFF_POLICY].repeats}
+        if cfg.critic_steps and checked:
+            plots.critics(run, checked)
         if "sac" in methods and cfg.alpha is None and isinstance(sac := trainings["sac"][0].agent, SAC):
             plots.temperature(run, cfg, sac.policy.target_entropy, CHUNK)
     return limit.summary()
@@ -182,7 +191,7 @@ def train(cfg: Config, run: Run, method: str, repeat: int, envs: Envs) -> Traini
     after = evaluate(cfg, run, agent, method, repeat, envs)
     run.print(f"{method}, training {repeat}: return {fmean(before):.1f} before, {fmean(after):.1f} after")
     pairs = torch.zeros(0, 2)
-    if cfg.steps and cfg.critic_steps:
+    if cfg.steps and cfg.critic_steps and envs.repeats:
         checked = agent if method in OFF_POLICY else train_frozen(cfg, run, method, repeat, envs)
         pairs = check_critic(cfg, run, checked, method, repeat, envs)
     return Training(before, after, pairs, agent)

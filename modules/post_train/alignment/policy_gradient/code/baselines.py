@@ -14,6 +14,7 @@ from finetune import ops, optim
 from finetune.rl.advantages import leave_one_out
 from finetune.rl.agents import networks as nets
 from finetune.rl.envs.rollout import Rollout
+from finetune.rl.envs.spaces import Image
 
 BASELINES = ("none", "mean", "leave_one_out", "learned")
 
@@ -56,7 +57,7 @@ class LearnedBaseline:
     Its output times `scale` is a return of rewards whose largest is 1, so that the network learns numbers near one.
     """
 
-    def __init__(self, observations: int, hidden: list[int], gamma: float, lr: float, epochs: int) -> None:
+    def __init__(self, observations: int | Image, hidden: list[int], gamma: float, lr: float, epochs: int) -> None:
         self.net, self.epochs = nets.Value(observations, hidden), epochs
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr)
         self.scale = min(1 / max(1 - gamma, 1e-3), 100.0)

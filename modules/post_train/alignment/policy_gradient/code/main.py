@@ -30,7 +30,9 @@ class Config(config.Config):
     threads: int = 1  # networks so small are fastest on one
     steps: int = 80  # updates of each method
     checkpoint_every: int = 20
-    env: str = "CartPole-v1"  # a gymnasium id with vectors for observations
+    env: str = "CartPole-v1"  # a gymnasium id, or an environment of your own (actor_critic's README)
+    # keyword arguments of --env, such as is_slippery=false; may be given several times
+    env_arg: tuple[str, ...] = ()
     methods: str = ",".join(METHODS)  # which to train, separated by commas
     episodes: int = config.bounded(16, at_least=2, at_most=10_000)  # of an update
     # steps after which an episode is truncated if its environment sets no time limit
@@ -84,7 +86,7 @@ class Config(config.Config):
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     limit = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
-    envs = environments.make(cfg.env, cfg.episodes, episode_limit=limit)
+    envs = environments.make(cfg.env, cfg.episodes, episode_limit=limit, args=cfg.env_arg)
     for method in cfg.methods.split(","):
         before = evaluate(cfg, run, reinforce.networks(cfg, run, envs)[0], envs, "before")
         policy = reinforce.train(cfg, run, envs) if method == "reinforce" else trpo.train(cfg, run, envs, method)

@@ -63,7 +63,9 @@ class Config(config.Config):
     ppo_updates: int = config.bounded(40, at_least=0, at_most=10**6)  # of a training, but at most --steps
     ppo_lams: str = "0,0.5,0.95,1"  # separated by commas
     ppo_repeats: int = config.bounded(5, at_least=0, at_most=1000)  # trainings with each λ; 0: none
-    ppo_env: str = "CartPole-v1"  # a gymnasium id with vectors for observations
+    ppo_env: str = "CartPole-v1"  # a gymnasium id, or an environment of your own (actor_critic's README)
+    # keyword arguments of --ppo-env, such as is_slippery=false; may be given several times
+    env_arg: tuple[str, ...] = ()
     ppo_envs: int = config.bounded(8, at_least=1, at_most=1000)  # environments in parallel
     # steps after which an episode is truncated if its environment sets no time limit
     max_episode_steps: int = config.bounded(1000, at_least=1, at_most=10**6)

@@ -171,7 +171,7 @@ def evaluate(
     """Returns of twenty fresh episodes, actions sampled as in training."""
     seeds = episode_seeds(run, 20, "evaluation", when, repeat)
     rng = run.generator("evaluation", when, repeat)
-    envs = environments.make(cfg.ppo_env, 20, episode_limit=limit)
+    envs = environments.make(cfg.ppo_env, 20, episode_limit=limit, args=cfg.env_arg)
     return returns(envs, partial(learner.act, rng=rng), seeds)
 
 
@@ -180,7 +180,7 @@ def evaluate(
 
 def compare(cfg: Config, run: Run, limit: environments.EpisodeLimit) -> dict[float, list[Training]]:
     """`--ppo-repeats` trainings with each λ. The result is that of λ = 0.95; the others are checks and a table."""
-    envs = environments.make(cfg.ppo_env, cfg.ppo_envs, episode_limit=limit)
+    envs = environments.make(cfg.ppo_env, cfg.ppo_envs, episode_limit=limit, args=cfg.env_arg)
     trained = {lam: [train(cfg, run, lam, i, envs) for i in range(cfg.ppo_repeats)] for lam in cfg.ppo_lambdas}
     steps = {lam: statistics.median(t.steps for t in trainings) for lam, trainings in trained.items()}
     rows = []

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from finetune.errors import UserError
+from finetune.rl.envs import creators
 from finetune.rl.envs.rollout import numpy_generator
 from finetune.rl.statistics import critical_z
 from finetune.rl.tabular import mdp as tables
@@ -40,6 +42,8 @@ class Config(config.Config):
     checkpoint_every: int = 500
     # --- the world
     world: str = "frozen_lake_8x8"  # whose sweeps are recorded: a name in rl/tabular/worlds.py, or a gymnasium id
+    # keyword arguments of a world that is gymnasium's, such as is_slippery=false; may be given several times
+    env_arg: tuple[str, ...] = ()
     data: Path | None = None  # an npz with P (states, actions, states) and R, in place of a world
     gamma: float | None = bounded(None, at_least=0, at_most=1)  # discount; none: the world's own
     gallery: bool = True  # also the other worlds and the book's figures; not with --data
@@ -59,7 +63,10 @@ class Config(config.Config):
 
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
-    mdp = tables.load(cfg.data, cfg.gamma, run.print) if cfg.data else worlds.world(cfg.world, cfg.gamma)
+    if cfg.data and cfg.env_arg:
+        raise UserError("--env-arg is for a --world that is gymnasium's, not for --data")
+    args = creators.arguments(cfg.env_arg)
+    mdp = tables.load(cfg.data, cfg.gamma, run.print) if cfg.data else worlds.world(cfg.world, cfg.gamma, args)
     optimal, _, improvements = policy_iteration(mdp)
     run.print(
         f"{mdp.name}: {mdp.size[0]} states, {mdp.size[1]} actions, γ = {mdp.gamma:g}; policy iteration made "
