@@ -8,6 +8,7 @@ vector, or the `Image` that it is: its networks begin with convolutions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -48,32 +49,36 @@ class Convolutions(nn.Module):
         return x.reshape(*lead, self.width)
 
 
-def relu_mlp(widths: list[int] | list[int | Image]) -> nn.Sequential:
+def _widths(sizes: Sequence[int | Image]) -> tuple[list[nn.Module], list[int]]:
+    """The convolutions of an image, which may be the first of `sizes`, and the widths of the linear layers."""
+    first, *rest = sizes
+    after = [size for size in rest if isinstance(size, int)]
+    if not isinstance(first, Image):
+        return [], [first, *after]
+    convolutions = Convolutions(first)
+    return [convolutions], [convolutions.width, *after]
+
+
+def relu_mlp(sizes: Sequence[int | Image]) -> nn.Sequential:
     """Linear layers with ReLU between them, in torch's default initialization, as SAC's and TD3's authors do."""
-    first, *rest = widths
-    if isinstance(first, Image):
-        convolutions = Convolutions(first)
-        return nn.Sequential(convolutions, *relu_mlp([convolutions.width, *rest]))
+    before, widths = _widths(sizes)
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*before, *layers[:-1])
 
 
-def tanh_mlp(sizes: list[int] | list[int | Image], last_scale: float = 1.0) -> nn.Sequential:
+def tanh_mlp(sizes: Sequence[int | Image], last_scale: float = 1.0) -> nn.Sequential:
     """Linear layers with tanh between them; orthogonal weights, the last layer's multiplied by last_scale; biases 0."""
-    first, *rest = sizes
-    if isinstance(first, Image):
-        convolutions = Convolutions(first)
-        return nn.Sequential(convolutions, *tanh_mlp([convolutions.width, *rest], last_scale))
+    before, widths = _widths(sizes)
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(pairwise(sizes)):
+    for i, (a, b) in enumerate(pairwise(widths)):
         layer = nn.Linear(a, b)
-        last = i == len(sizes) - 2
+        last = i == len(widths) - 2
         nn.init.orthogonal_(layer.weight, last_scale if last else math.sqrt(2))
         nn.init.zeros_(layer.bias)
         layers += [layer] if last else [layer, nn.Tanh()]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*before, *layers)
 
 
 class Ensemble(nn.Module):
