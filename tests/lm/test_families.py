@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from finetune.errors import UserError
+from finetune.lm import presets
 from finetune.lm.generate import KVCache, generate
 from finetune.lm.io import load, save
-from finetune.lm.io.hf_llama import FAMILIES, read_config, to_hf, write_config
+from finetune.lm.io.hf_llama import FAMILIES, hf_tensors, read_config, to_hf, write_config
 from finetune.lm.layers import rope_frequencies
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.peft.adapters import load_adapter, save_adapter
@@ -399,3 +400,46 @@ def test_frequencies_of_published_models_are_transformers_bit_for_bit(head_dim, 
     assert torch.equal(rope_frequencies(head_dim, theta, mine.rope_scaling), wanted)
     assert mine.rope_scaling.magnitude == magnitude
     assert json.loads(json.dumps(write_config(mine, torch.float32)))["rope_scaling"]["factor"] == rope["factor"]
+
+
+# --- shapes of published models
+
+PUBLISHED = {  # the numbers of parameters that the models' hub pages state for their safetensors, a shared table once
+    "llama-7b": 6_738_415_616,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
+    "gemma-3-1b": 999_885_952,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_published_models(name):
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(**presets.LLAMA[name]))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
+
+
+@peer
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if presets.LLAMA[name].get("family")])
+def test_their_tensors_are_those_of_transformers(name):
+    import transformers
+
+    with torch.device("meta"):
+        mine = Llama(LlamaConfig(**presets.LLAMA[name]))
+        raw = write_config(mine.config, torch.float32)
+        other = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw))
+    assert {at: tensor.shape for at, tensor in hf_tensors(mine)} == {
+        at: tensor.shape for at, tensor in other.named_parameters()
+    }

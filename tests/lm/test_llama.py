@@ -126,18 +126,6 @@ def test_init_is_gpt2s():
     assert loss.item() == pytest.approx(math.log(97), abs=0.1)
 
 
-def test_shapes_of_well_known_models():
-    from finetune.lm import presets
-
-    def count(name):
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in Llama(LlamaConfig(**presets.LLAMA[name])).parameters())
-
-    published = {"llama-7b": 6_738_415_616, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248}
-    published |= {"smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384}
-    assert {name: count(name) for name in published} == published
-
-
 @pytest.mark.parametrize("changes", [{}, {"tied": False}, {"head_dim": 12}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_load_keep_every_byte(tmp_path, changes, dtype):
