@@ -48,8 +48,8 @@ $(VENV)/.native-built: $(VENV)/.base-installed $(NATIVE_SOURCES)
 
 $(VENV)/.test-installed: pyproject.toml | $(VENV)/.native-built
 	@echo "installing the test and peer packages (three to five minutes, once) …"
-	@$(PIP) --no-build-isolation --editable ".[test,peers]"
-	@$(PIP) --no-deps d3rlpy gym gym-notices h5py structlog colorama dataclasses-json marshmallow typing-inspect mypy_extensions
+	@$(PIP) --no-build-isolation --editable ".[test,peers,data]"
+	@$(PIP) --no-deps d3rlpy gym gym-notices structlog colorama dataclasses-json marshmallow typing-inspect mypy_extensions
 	@touch $@
 
 $(VENV)/.docs-installed: pyproject.toml

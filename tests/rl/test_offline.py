@@ -66,12 +66,12 @@ def test_returns_end_with_their_episodes(tmp_path):
     [
         ({"rewards": None, "actions": None}, "has no actions, rewards: it needs observations, actions"),
         ({"rewards": np.array([1, 2, np.nan, 4, 5])}, r"rewards\[2\] is nan: every number must be finite"),
-        ({"rewards": np.zeros((5, 1))}, r"rewards has shape \(5, 1\): it must have 1 dimensions"),
+        ({"rewards": np.zeros((5, 2))}, r"rewards has shape \(5, 2\): it must have 1 dimensions"),
         ({"rewards": np.zeros(0)}, "rewards is empty"),
         ({"rewards": np.array(list("abcde"))}, "rewards is <U1: it must hold numbers"),
         ({"actions": np.zeros(4, int)}, "actions has 4 rows, rewards has 5"),
         ({"actions": np.zeros(5)}, r"actions is float64: it must hold integers, or floats in rows \(N, A\)"),
-        ({"actions": np.zeros((5, 1), int)}, r"actions are integers of shape \(5, 1\): classes have the shape \(5,\)"),
+        ({"actions": np.zeros((5, 2), int)}, r"actions are integers of shape \(5, 2\): of discrete actions one a step"),
         (
             {"actions": np.array([0, 1, 2**63, 0, 0], np.uint64)},
             r"actions\[2\] is 9223372036854775808: no environment has so many",
@@ -80,10 +80,14 @@ def test_returns_end_with_their_episodes(tmp_path):
         ({"observations": np.full((5, 2), -2e28, np.float32)}, r"observations\[0\] has a number beyond ±1e\+15"),
         ({"actions": np.full((5, 1), np.inf)}, r"actions\[0\] is \[inf\]"),
         ({"terminations": np.array([0, 0, 2, 0, 0])}, r"terminations\[2\] is 2: it must be 0 or 1"),
-        ({"truncations": np.zeros(5)}, "truncations is float64: it must hold booleans"),
+        ({"truncations": np.array([0, 0.5, 0, 0, 1])}, r"truncations\[1\] is 0.5: it must be 0 or 1"),
+        ({"truncations": np.array(list("abcde"))}, "truncations is <U1: it must hold booleans"),
         ({"observations": np.zeros(5)}, r"observations has shape \(5,\): it must have 2 dimensions"),
         ({"next_observations": np.zeros((5, 3))}, r"observations are \(5, 2\), next_observations \(5, 3\)"),
-        ({"next_observations": None}, "observations has 5 rows: without next_observations it must have 7"),
+        (
+            {"next_observations": None, "observations": np.zeros((6, 2))},
+            "observations has 6 rows: without next_observations it must have 5, one a step, or 7",
+        ),
         ({"observations": np.array([[{}]] * 5)}, "is not an npz of plain arrays"),
     ],
 )

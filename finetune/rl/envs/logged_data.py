@@ -1,22 +1,25 @@
-"""Datasets of logged steps for offline RL: read from an npz with Minari's field names, or generated at a quality.
+"""Datasets of logged steps for offline RL: read from a file, or generated at a quality.
 
-The npz holds one row a step, episode after episode:
+The files' formats are those of `offline_files.FORMATS`; this project's own, which `Dataset.save` writes, is an npz with
+Minari's names, one row a step, episode after episode:
 
-    observations       (N, D) float     what the policy saw
+    observations       (N, D) float     what the policy saw; integers (N,) or (N, 1) are states, which become one-hot
     actions            (N,) int         or (N, A) float if they are continuous
     rewards            (N,) float
     terminations       (N,) bool        the episode ended: a target does not bootstrap
     truncations        (N,) bool        a time limit cut the episode off: a target bootstraps
     next_observations  (N, D) float     after the step
 
-Without next_observations, observations has one more row per episode, its last, as Minari's datasets do. Other fields
-are ignored. `generate` makes sets with hand-written controllers (controllers.py).
+`generate` makes sets with hand-written controllers (controllers.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -26,26 +29,34 @@ from torch import Tensor
 
 from finetune.errors import UserError, nearest
 from finetune.rl.advantages import returns_to_go
-from finetune.rl.envs import environments, npz
+from finetune.rl.envs import environments, npz, offline_files
 from finetune.rl.envs.controllers import SETS
+from finetune.rl.envs.offline_files import FIELDS, Log
 from finetune.rl.envs.replay import Transitions
 from finetune.runs.checkpoint import atomic_write
 
 MAX_NUMBER = 1e15
-FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
+MAX_CLASSES = 100_000  # states or actions
+MARGIN = 0.01  # of the range of the logged actions: how far beyond it a policy learned from the log alone may go
+COLUMNS = (*FIELDS, "next_observations")
 
 
 @dataclass
 class Dataset:
     """Logged steps, episode after episode. `generate` and `load` make and check it."""
 
-    observations: Tensor  # (N, D) float32
+    observations: Tensor  # (N, D) float32; (N, 1) numbers of states until `fit` or `alone` makes them one-hot
     actions: Tensor  # (N,) int64, or (N, A) float32
     rewards: Tensor  # (N,) float32
     next_observations: Tensor  # (N, D) float32
     terminations: Tensor  # (N,) bool
     truncations: Tensor  # (N,) bool
     name: str
+    known: Tensor | None = None  # (N,) bool whether the observation after the step is known; None: everywhere
+    ordered: bool = True  # whether rows are in the order of the episodes
+    states: bool = False  # whether observations are numbers of states
+    state_space: tuple[int, int] | None = None  # (number, first) of the states, if the file says so
+    action_space: tuple[int, int] | None = None  # the same of discrete actions
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -54,83 +65,255 @@ class Dataset:
     def continuous(self) -> bool:
         return self.actions.is_floating_point()
 
+    @property
+    def ends(self) -> Tensor:
+        """(N,) bool: the last steps of whole episodes."""
+        return self.terminations | self.truncations
+
+    @property
+    def usable(self) -> Tensor:
+        """The rows (M,) that `transitions` has."""
+        return torch.arange(len(self)) if self.known is None else self.known.nonzero()[:, 0]
+
     def transitions(self) -> Transitions:
-        return Transitions(self.observations, self.actions, self.rewards, self.next_observations, self.terminations)
+        """The steps after which the observation is known."""
+        steps = Transitions(self.observations, self.actions, self.rewards, self.next_observations, self.terminations)
+        return steps if self.known is None else steps[self.known]
 
     @property
     def reward_size(self) -> float:
         """The largest absolute reward; 1 if all are 0."""
         return float(self.rewards.abs().max()) or 1.0
 
-    def returns(self) -> list[float]:
-        """Undiscounted returns of the whole episodes; an unfinished one at the end does not count."""
-        ends = (self.terminations | self.truncations).nonzero()[:, 0] + 1
-        parts = self.rewards.double().tensor_split(ends)[: len(ends)]
-        return [float(part.sum()) for part in parts]
+    def returns(self, gamma: float = 1.0) -> list[float]:
+        """(Discounted) returns of the whole episodes; an unfinished one at the end does not count."""
+        if not self.ordered:
+            return []
+        starts = self.starts()
+        to_go = self.rewards.double() if gamma == 0 else self._to_go(gamma)
+        return to_go[starts[: int(self.ends.sum())]].tolist()
+
+    def starts(self) -> Tensor:
+        """(E,) the row of each episode's first step, an unfinished one's included. Every row if rows have no order."""
+        if not self.ordered:
+            return torch.arange(len(self))
+        return torch.cat([torch.zeros(1, dtype=torch.long), self.ends[:-1].nonzero()[:, 0] + 1])
 
     def returns_to_go(self, gamma: float) -> Tensor:
         """(N,) r_t + γ r_{t+1} + … up to the end of the episode or of the data."""
-        ends = self.terminations | self.truncations
-        return returns_to_go(self.rewards.double()[:, None], ends[:, None], gamma)[:, 0].float()
+        if not self.ordered:
+            raise UserError(f"{self.name}: its rows are in no order, so that returns from a step on are unknown")
+        return self._to_go(gamma).float()
+
+    def _to_go(self, gamma: float) -> Tensor:
+        return returns_to_go(self.rewards.double()[:, None], self.ends[:, None], gamma)[:, 0]
+
+    def split(self, share: float, rng: torch.Generator) -> tuple[Dataset, Dataset | None]:
+        """(the rest, about `share` of the episodes), drawn at random; (all, None) if there is only one episode."""
+        starts = self.starts()
+        if len(starts) < 2:
+            return self, None
+        count = min(max(round(share * len(starts)), 1), len(starts) - 1)
+        drawn = torch.zeros(len(starts), dtype=torch.bool)
+        drawn[torch.randperm(len(starts), generator=rng)[:count]] = True
+        lengths = torch.diff(starts, append=torch.tensor([len(self)]))
+        rows = drawn.repeat_interleave(lengths)
+        return self._rows(~rows), self._rows(rows)
+
+    def _rows(self, rows: Tensor) -> Dataset:
+        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return replace(self, **{name: x[rows] for name, x in columns.items() if isinstance(x, Tensor)})
 
     def save(self, path: Path) -> None:
-        columns = {name: getattr(self, name).numpy() for name in (*FIELDS, "next_observations")}
+        columns = {name: getattr(self, name).numpy() for name in COLUMNS}
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **columns)
 
     def fit(self, env: environments.Env) -> Dataset:
-        """The same steps with discrete actions counted from 0, whatever number the environment gives its first action.
-        UserError if shapes or actions do not match the environment."""
+        """The same steps as the environment's: discrete actions counted from 0, whatever number the environment gives
+        its first action, and states one-hot. UserError if shapes or actions do not match the environment."""
         name = env.name
         if self.continuous != env.continuous:
             kinds = {True: "continuous", False: "discrete"}
             raise UserError(
                 f"{self.name}: actions are {kinds[self.continuous]}, those of {name} {kinds[env.continuous]}"
             )
-        if (dim := self.observations.shape[1]) != env.obs_dim:
+        data = self
+        if env.classes and self.observations.shape[1] == 1 and env.obs_dim > 1:
+            whole = bool((self.observations == self.observations.round()).all())
+            if self.states or whole:
+                data = self.one_hot(env.classes, env.first, name)
+        if (dim := data.observations.shape[1]) != env.obs_dim:
             raise UserError(f"{self.name}: observations have {dim} numbers, {name}'s {env.obs_dim}")
         if not env.continuous:
-            actions = self.actions - env.start
-            if bool((wrong := (actions < 0) | (actions >= env.action_dim)).any()):
-                row = int(wrong.int().argmax())
-                has = f"{name} has {env.start} … {env.start + env.action_dim - 1}"
-                raise UserError(f"{self.name}: actions[{row}] is {int(self.actions[row])}, {has}")
-            return replace(self, actions=actions)
+            return data._counted(env.action_dim, env.start, f"{name} has")
         if (dim := self.actions.shape[1]) != env.action_dim:
             raise UserError(f"{self.name}: actions have {dim} numbers, {name}'s {env.action_dim}")
         low, high = (torch.from_numpy(bound) for bound in (env.action_space.low, env.action_space.high))
         if bool(((self.actions < low) | (self.actions > high)).any()):
             raise UserError(f"{self.name}: actions beyond {low.tolist()} … {high.tolist()}, the bounds of {name}")
-        return self
+        return data
+
+    def _counted(self, count: int, first: int, has: str) -> Dataset:
+        actions = self.actions - first
+        if bool((wrong := (actions < 0) | (actions >= count)).any()):
+            row = int(wrong.int().argmax())
+            raise UserError(
+                f"{self.name}: actions[{row}] is {int(self.actions[row])}, {has} {first} … {first + count - 1}"
+            )
+        return replace(self, actions=actions)
+
+    def one_hot(self, count: int, first: int, owner: str) -> Dataset:
+        """Numbers of states as one-hot rows (N, count). UserError if one is not among first … first + count − 1."""
+        found = {}
+        if 2 * len(self) * count > npz.NUMBERS:
+            raise UserError(
+                f"{self.name}: {len(self):,} steps of {count:,} one-hot states are more numbers than are kept"
+            )
+        for column in ("observations", "next_observations"):
+            numbers = getattr(self, column)[:, 0].long() - first
+            if bool((wrong := (numbers < 0) | (numbers >= count)).any()):
+                row = int(wrong.int().argmax())
+                states = f"{owner} has {first} … {first + count - 1}"
+                raise UserError(f"{self.name}: {column}[{row}] is state {int(numbers[row]) + first}, {states}")
+            found[column] = torch.nn.functional.one_hot(numbers, count).float()
+        return replace(self, **found, states=False)
+
+    def alone(self, states: int = 0, low: str = "", high: str = "") -> tuple[Dataset, Spaces]:
+        """The same steps and the spaces that they show, for learning without the environment.
+
+        states: number of states of integer observations; 0: the largest in the data and those below it. low, high:
+        bounds of continuous actions, a number or one for each component, separated by commas; none: the range of the
+        logged actions and 1 % of it on both sides. UserError if they do not fit the data.
+        """
+        data, said = self, ""
+        if self.states:
+            largest = int(torch.maximum(self.observations, self.next_observations).max())
+            count, first = self.state_space or (states or largest + 1, 0)
+            if states:
+                count = states
+            if not 1 <= count <= MAX_CLASSES:
+                raise UserError(f"{self.name}: {count:,} states: 1 … {MAX_CLASSES:,} are taken; number them from 0")
+            data = self.one_hot(count, first, "--states" if states else "the log")
+            said = f"{count} one-hot states"
+        elif states:
+            raise UserError(f"--states is for integer observations (N,) or (N, 1): those of {self.name} are no states")
+        dim = data.observations.shape[1]
+        said = said or f"observations of {dim} numbers"
+        if not self.continuous:
+            if low or high:
+                raise UserError(f"--action-low and --action-high: the actions of {self.name} are discrete")
+            least, most = int(self.actions.min()), int(self.actions.max())
+            count, first = self.action_space or (most - least + 1, least)
+            if count > MAX_CLASSES:
+                raise UserError(f"{self.name}: actions from {least} to {most}: no more than {MAX_CLASSES:,} are taken")
+            data = data._counted(count, first, "the log has")
+            return data, Spaces(dim, count, None, None, f"{said}, actions {first} … {first + count - 1}")
+        least_, most_ = self.actions.amin(0), self.actions.amax(0)
+        room = MARGIN * (most_ - least_)
+        room = torch.where(room > 0, room, MARGIN * least_.abs().clamp(min=1.0))
+        bounds = _bounds(low, "--action-low", least_ - room), _bounds(high, "--action-high", most_ + room)
+        if bool(((self.actions < bounds[0]) | (self.actions > bounds[1])).any()):
+            shown = f"{_shown(least_)} … {_shown(most_)}"
+            raise UserError(f"{self.name}: --action-low and --action-high exclude logged actions: they are {shown}")
+        if bool((bounds[0] >= bounds[1]).any()):
+            raise UserError("--action-low must be below --action-high")
+        how = "" if low and high else f" (the logged range and {MARGIN:.0%} of it; --action-low, --action-high)"
+        return data, Spaces(
+            dim, len(least_), *bounds, f"{said}, actions {_shown(bounds[0])} … {_shown(bounds[1])}{how}"
+        )
+
+
+@dataclass
+class Spaces:
+    """What a learner has to know of an environment. obs_dim: length of an observation; action_dim: length of a
+    continuous action, or the number of discrete ones; low, high (A,): bounds of continuous actions, else None."""
+
+    obs_dim: int
+    action_dim: int
+    low: Tensor | None
+    high: Tensor | None
+    said: str = ""  # the spaces in words
+
+    @classmethod
+    def of(cls, env: environments.Env) -> Spaces:
+        """UserError if continuous actions have no bounds."""
+        return cls(env.obs_dim, env.action_dim, *(environments.action_bounds(env) if env.continuous else (None, None)))
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        assert self.low is not None
+        assert self.high is not None
+        return self.low, self.high
+
+
+def _bounds(text: str, option: str, otherwise: Tensor) -> Tensor:
+    if not text:
+        return otherwise
+    try:
+        numbers = torch.tensor([float(part) for part in text.split(",")])
+    except ValueError:
+        raise UserError(f"{option} '{text}' is not a number, or numbers separated by commas") from None
+    if len(numbers) not in (1, len(otherwise)) or not bool(numbers.isfinite().all()):
+        raise UserError(f"{option} '{text}': one finite number, or {len(otherwise)}, one for each of an action's")
+    return numbers.expand(len(otherwise)).clone()
+
+
+def _shown(numbers: Tensor) -> str:
+    texts = [f"{x:.3g}" for x in numbers.tolist()]
+    return texts[0] if len(set(texts)) == 1 else f"({', '.join(texts[:6])}{', …' if len(texts) > 6 else ''})"
 
 
 # --- From a file
 
 
-def load(path: Path) -> Dataset:
-    """The dataset of an npz file. UserError names the field and the first row that is wrong."""
-    arrays, others = npz.read(path, (*FIELDS, "next_observations"))
-    if missing := [name for name in FIELDS if name not in arrays]:
-        also = ", ".join(sorted(others))[:80]
-        raise UserError(
-            f"{path} has no {', '.join(missing)}: it needs {', '.join(FIELDS)}{f'; it holds {also}' if also else ''}"
-        )
+def load(path: Path, form: str = "auto", report: Callable[[str], None] = lambda text: None) -> Dataset:
+    """The dataset of a file of any of `offline_files.FORMATS` (`form` forces one). UserError names the field and the
+    first row that is wrong. `report` is called with a line that says what was read."""
+    offline_files.check_format(form)
+    path = Path(path)
+    log, found = offline_files.read(path, form)
     try:
-        return _dataset(arrays, path.stem)
+        data = _dataset(log, _name(path))
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
+    returns = data.returns()
+    what = f"{len(returns):,} whole episodes, mean return {fmean(returns):.4g}" if returns else "no whole episode"
+    notes = list(log.notes)
+    if unknown := len(data) - len(data.usable):
+        notes.append(f"the observation after {unknown:,} of them is not known: these are not learned from")
+    report(f"{path.name}: format {found}, {len(data):,} steps, {what}{''.join(f'; {note}' for note in notes)}")
+    return data
 
 
-def _dataset(arrays: dict[str, NDArray[Any]], name: str) -> Dataset:
-    """Checks the arrays of a file, by field, and converts them to tensors."""
-    steps = arrays["rewards"].shape[0] if arrays["rewards"].ndim else 0
+def _name(path: Path) -> str:
+    """The file's name without its suffix; of a Minari dataset that of its folder."""
+    if path.stem == "main_data" and path.suffix == ".hdf5":
+        path = path.parent
+        path = path.parent if path.name == "data" else path
+        return path.resolve().name
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def _dataset(log: Log, name: str) -> Dataset:
+    """Checks the columns of a file and converts them to tensors."""
+    arrays = log.columns
+    rewards = arrays["rewards"]
+    steps = rewards.shape[0] if rewards.ndim else 0
     if not steps:
         raise UserError("rewards is empty")
+    for field in ("rewards", "terminations", "truncations"):
+        if arrays[field].ndim == 2 and arrays[field].shape[1] == 1:
+            arrays[field] = arrays[field][:, 0]
+    if arrays["actions"].dtype.kind in "iu" and arrays["actions"].ndim == 2 and arrays["actions"].shape[1] == 1:
+        arrays["actions"] = arrays["actions"][:, 0]
+    states = _observations(arrays)
     discrete = arrays["actions"].ndim == 1
     _check_shapes(arrays, steps, discrete)
-    _check_numbers(arrays, discrete)
+    _check_numbers(log, discrete)
+    known = log.known
     if "next_observations" not in arrays:
-        _split_observations(arrays, steps)
+        known = _split_observations(arrays, steps)
     if arrays["observations"].shape != arrays["next_observations"].shape:
         shapes = arrays["observations"].shape, arrays["next_observations"].shape
         raise UserError(f"observations are {shapes[0]}, next_observations {shapes[1]}")
@@ -138,16 +321,41 @@ def _dataset(arrays: dict[str, NDArray[Any]], name: str) -> Dataset:
     columns: dict[str, Any] = {
         field: torch.from_numpy(array.astype(dtypes.get(field, np.float32))) for field, array in arrays.items()
     }
-    return Dataset(**columns, name=name)
+    return Dataset(
+        **columns, name=name, known=None if known is None else torch.from_numpy(known), ordered=log.ordered,
+        states=states, state_space=log.states, action_space=log.actions,
+    )  # fmt: skip
+
+
+def _observations(arrays: dict[str, NDArray[Any]]) -> bool:
+    """Makes observations one row of numbers a step; returns whether they are numbers of states."""
+    states = False
+    for field in ("observations", "next_observations"):
+        array = arrays.get(field)
+        if array is None:
+            continue
+        if array.dtype.kind in "iu" and (array.ndim == 1 or array.shape[1:] == (1,)):
+            states = field == "observations" or states
+            arrays[field] = array.reshape(-1, 1)
+            if len(array) and (large := np.abs(array.astype(np.float64)).max()) > 2**24:
+                raise UserError(f"{field} has the state {large:.0f}: states are numbered from 0, up to {MAX_CLASSES:,}")
+        elif array.ndim > 2 and array.dtype == np.uint8:
+            raise UserError(
+                f"{field} has shape {array.shape}: images are not read; make rows of features (N, D) of them"
+            )
+        elif array.ndim > 2 and array.size:
+            arrays[field] = array.reshape(len(array), -1)
+    return states
 
 
 def _check_shapes(arrays: dict[str, NDArray[Any]], steps: int, discrete: bool) -> None:
     """Dimensions, kinds of dtypes and numbers of rows."""
-    if arrays["actions"].dtype.kind in "iu" and arrays["actions"].shape == (steps, 1):
+    if arrays["actions"].dtype.kind in "iu" and arrays["actions"].ndim > 1:
         raise UserError(
-            f"actions are integers of shape ({steps}, 1): classes have the shape ({steps},), numbers are floats"
+            f"actions are integers of shape {arrays['actions'].shape}: of discrete actions one a step is read, (N,) or "
+            "(N, 1); continuous ones are floats"
         )
-    numbers, flags = ("fiu", "numbers"), ("biu", "booleans")
+    numbers, flags = ("biuf", "numbers"), ("biuf", "booleans")
     expected = {
         "observations": (2, *numbers),
         "actions": (1, "iu", "integers, or floats in rows (N, A)") if discrete else (2, *numbers),
@@ -166,8 +374,9 @@ def _check_shapes(arrays: dict[str, NDArray[Any]], steps: int, discrete: bool) -
             raise UserError(f"{field} has {len(array)} rows, rewards has {steps}")
 
 
-def _check_numbers(arrays: dict[str, NDArray[Any]], discrete: bool) -> None:
+def _check_numbers(log: Log, discrete: bool) -> None:
     """Finite numbers of a size that float32 can square, flags of 0 and 1, discrete actions that int64 can hold."""
+    arrays = log.columns
     for field, array in arrays.items():
         if field == "actions" and discrete:
             continue
@@ -177,32 +386,47 @@ def _check_numbers(arrays: dict[str, NDArray[Any]], discrete: bool) -> None:
             if not finite.all():
                 row = int(np.argwhere(~finite)[0][0])
                 shown = " ".join(str(array[row]).split())[:80]
-                raise UserError(f"{field}[{row}] is {shown}: every number must be finite, in float32 too")
-        if (large := abs(array) > MAX_NUMBER).any():
+                raise UserError(f"{log.place(field, row)} is {shown}: every number must be finite, in float32 too")
+        if array.dtype.kind != "b" and (large := abs(array) > MAX_NUMBER).any():
             row = int(np.argwhere(large)[0][0])
             raise UserError(
-                f"{field}[{row}] has a number beyond ±{MAX_NUMBER:g}, whose square is infinite in float32: scale it"
+                f"{log.place(field, row)} has a number beyond ±{MAX_NUMBER:g}, whose square is infinite in float32: "
+                "scale it"
             )
     for field in ("terminations", "truncations"):
         if bool((wrong := (arrays[field] != 0) & (arrays[field] != 1)).any()):
-            raise UserError(f"{field}[{int(wrong.argmax())}] is {arrays[field][wrong.argmax()]}: it must be 0 or 1")
+            row = int(wrong.argmax())
+            raise UserError(f"{log.place(field, row)} is {arrays[field][row]}: it must be 0 or 1")
     if discrete and (large := abs(arrays["actions"].astype(np.float64)) > 2**31).any():
         row = int(large.argmax())
-        raise UserError(f"actions[{row}] is {arrays['actions'][row]}: no environment has so many actions")
+        raise UserError(f"{log.place('actions', row)} is {arrays['actions'][row]}: no environment has so many actions")
 
 
-def _split_observations(arrays: dict[str, NDArray[Any]], steps: int) -> None:
-    """observations with one more row per episode → observations and next_observations."""
-    ends = (arrays["terminations"] != 0) | (arrays["truncations"] != 0)
+def _split_observations(arrays: dict[str, NDArray[Any]], steps: int) -> NDArray[np.bool_] | None:
+    """Adds next_observations: of observations with one more row an episode (Minari's), or with one a step (D4RL's).
+
+    Returns where the observation after a step is known; None: everywhere.
+    """
+    over = arrays["terminations"] != 0
+    ends = over | (arrays["truncations"] != 0)
     episodes = int(ends.sum()) + int(not ends[-1])
     observations = arrays["observations"]
-    if len(observations) != steps + episodes:
+    if len(observations) == steps + episodes:
+        rows = np.arange(steps) + np.concatenate([[0], ends.cumsum()[:-1]])  # episode i is shifted by i rows
+        arrays["observations"], arrays["next_observations"] = observations[rows], observations[rows + 1]
+        return None
+    if len(observations) != steps:
         raise UserError(
-            f"observations has {len(observations)} rows: without next_observations it must have {steps + episodes}, "
-            f"one a step and one more for each of {episodes} episodes"
+            f"observations has {len(observations)} rows: without next_observations it must have {steps}, one a step, "
+            f"or {steps + episodes}, one more for each of {episodes} episodes"
         )
-    rows = np.arange(steps) + np.concatenate([[0], ends.cumsum()[:-1]])  # episode i is shifted by i rows
-    arrays["observations"], arrays["next_observations"] = observations[rows], observations[rows + 1]
+    goes_on = ~ends
+    goes_on[-1] = False
+    rows = np.arange(steps) + goes_on
+    arrays["next_observations"] = observations[rows]
+    if not (known := goes_on | over).any():
+        raise UserError("no step has a known next observation: every episode has one step that did not terminate it")
+    return None if known.all() else known
 
 
 # --- Generated
@@ -228,4 +452,4 @@ def generate(env: str, quality: str, steps: int, seed: int) -> Dataset:
             obs, done = next_obs, terminated or truncated
     columns = [np.array(column) for column in zip(*rows, strict=True)]
     names = ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
-    return _dataset(dict(zip(names, columns, strict=True)), quality)
+    return _dataset(Log(dict(zip(names, columns, strict=True)), lambda column, row: f"{column}[{row}]"), quality)

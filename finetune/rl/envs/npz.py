@@ -31,7 +31,7 @@ def read(path: Path, fields: Collection[str], numbers: int = NUMBERS) -> tuple[d
     or holds more than `numbers` numbers."""
     data = reading.file_bytes(path, FILE)
     if data.startswith(b"\x93NUMPY"):
-        raise UserError(f"{path} is one array: an npz of {', '.join(fields)} is needed (numpy.savez)")
+        raise UserError(f"{path} is one array: an npz of {', '.join(list(fields)[:6])} is needed (numpy.savez)")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             members = _members(file)

@@ -21,7 +21,6 @@ from finetune.optim import descend
 from finetune.rl.agents.networks import Deterministic, SquashedGaussian, TwinQ
 from finetune.rl.agents.offline import Cloning, OfflineLearner, set_lr
 from finetune.rl.agents.targets import critic_loss, polyak_, sac_policy_loss, soft_value, td_target, temperature_loss
-from finetune.rl.envs.environments import action_bounds
 from finetune.rl.envs.replay import Transitions
 from finetune.runs.run import Run
 
@@ -220,15 +219,15 @@ class CQL:
 
 def train(cfg: Config, run: Run, task: Task) -> dict[str, OfflineLearner]:
     """Trains cloning, naive SAC and CQL from the same initial weights on the same batches."""
-    env, hidden = task.envs[0], [cfg.hidden, cfg.hidden]
-    bounds = action_bounds(env)
+    spaces, hidden = task.spaces, [cfg.hidden, cfg.hidden]
 
     def networks() -> tuple[SquashedGaussian, TwinQ]:
         run.seed("networks")
-        return SquashedGaussian(env.obs_dim, hidden, *bounds), TwinQ(env.obs_dim, env.action_dim, hidden)
+        actor = SquashedGaussian(spaces.obs_dim, hidden, *spaces.bounds)
+        return actor, TwinQ(spaces.obs_dim, spaces.action_dim, hidden)
 
     run.seed("networks")
-    cloning = Cloning(Deterministic(env.obs_dim, hidden, *bounds), cfg.lr)
+    cloning = Cloning(Deterministic(spaces.obs_dim, hidden, *spaces.bounds), cfg.lr)
     common: dict[str, Any] = {"gamma": task.gamma, "lr": cfg.lr, "tau": cfg.tau}
     naive = CQL(*networks(), alpha=0.0, **common)
     cql = CQL(
@@ -238,7 +237,7 @@ def train(cfg: Config, run: Run, task: Task) -> dict[str, OfflineLearner]:
     learners: dict[str, OfflineLearner] = {"bc": cloning, "naive": naive, "cql": cql}
 
     state = {f"{name}_{part}": value for name, learner in learners.items() for part, value in learner.state.items()}
-    for step in run.steps(cfg.steps, state | {"limit": env.episode_limit}, phase=task.name):
+    for step in run.steps(cfg.steps, state | task.limit, phase=task.name):
         rng = run.generator("batches", task.name, step)
         metrics: dict[str, float] = {}
         for i, rows in enumerate(torch.randint(len(task.steps), (cfg.updates, task.batch), generator=rng)):
@@ -248,7 +247,7 @@ def train(cfg: Config, run: Run, task: Task) -> dict[str, OfflineLearner]:
                 for metric, value in learner.update(batch, rng).items():
                     key = f"{metric}_{name}"
                     metrics[key] = metrics.get(key, 0.0) + value.item() / cfg.updates
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+        if task.envs and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
             for name, learner in learners.items():
                 metrics[f"return_{name}"] = mean_return(run, task, learner, step)
         run.log(step, **metrics)

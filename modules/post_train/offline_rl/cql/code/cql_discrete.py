@@ -131,11 +131,9 @@ class CQL:
 def train(cfg: Config, run: Run, task: Task) -> dict[str, OfflineLearner]:
     """Trains cloning, naive Q-learning and CQL from the same initial weights on the same batches."""
 
-    env = task.envs[0]
-
     def network() -> QNetwork:
         run.seed("networks")
-        return QNetwork(env.obs_dim, env.action_dim, [cfg.hidden, cfg.hidden])
+        return QNetwork(task.spaces.obs_dim, task.spaces.action_dim, [cfg.hidden, cfg.hidden])
 
     common: dict[str, Any] = {"gamma": task.gamma, "lr": cfg.lr, "tau": cfg.tau}
     learners: dict[str, OfflineLearner] = {
@@ -144,7 +142,7 @@ def train(cfg: Config, run: Run, task: Task) -> dict[str, OfflineLearner]:
         "cql": CQL(network(), alpha=cfg.alpha, rho=cfg.rho, threshold=cfg.threshold, **common),
     }
     state = {f"{name}_{part}": value for name, learner in learners.items() for part, value in learner.state.items()}
-    for step in run.steps(cfg.steps, state | {"limit": env.episode_limit}, phase=task.name):
+    for step in run.steps(cfg.steps, state | task.limit, phase=task.name):
         rng = run.generator("batches", task.name, step)
         metrics: dict[str, float] = {}
         for i, rows in enumerate(torch.randint(len(task.steps), (cfg.updates, task.batch), generator=rng)):
@@ -154,7 +152,7 @@ def train(cfg: Config, run: Run, task: Task) -> dict[str, OfflineLearner]:
                 for metric, value in learner.update(batch, rng).items():
                     key = f"{metric}_{name}"
                     metrics[key] = metrics.get(key, 0.0) + value.item() / cfg.updates
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+        if task.envs and ((step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps):
             for name, learner in learners.items():
                 metrics[f"return_{name}"] = mean_return(run, task, learner, step)
         run.log(step, **metrics)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from finetune.rl.agents.log_alone import BEHAVIOR
 from finetune.rl.agents.networks import QNetwork, TwinQ
 from finetune.rl.agents.offline import FQE, OfflineLearner, return_bounds
 from finetune.rl.envs.environments import Act
 from finetune.rl.envs.evaluation import returns, true_returns
+from finetune.rl.envs.replay import Transitions
 from finetune.rl.statistics import standard_error
 from finetune.runs.run import Run
 
@@ -68,13 +70,21 @@ class Estimate:
         return float(errors.mean()), standard_error(errors.tolist())
 
 
+@dataclass
+class Judged:
+    """With a log alone: values of the held-out starts, discounted, in the data's rewards."""
+
+    fqe: dict[str, Tensor]  # of each learner and of the behavior policy (E,)
+    believed: dict[str, float]  # means of the learners' own
+
+
 def estimate(cfg: Config, run: Run, task: Task, learners: dict[str, OfflineLearner]) -> dict[str, Estimate]:
     played = {}
     for name, learner in learners.items():
         act = policy_of(learner, run.generator("evaluation", task.name))
         played[name] = true_returns(task.envs, act, task.seeds, task.gamma)
     starts = played["bc"][0].observations[0]
-    fqe = fitted_q_evaluation(cfg, run, task, learners, starts) if cfg.fqe_steps else {}
+    fqe = fitted_q_evaluation(cfg, run, task, task.steps, learners, starts, min(cfg.fqe_steps, cfg.steps))
     rng = run.generator("values", task.name)
 
     def believed(learner: OfflineLearner, observations: Tensor) -> Tensor | None:
@@ -98,27 +108,55 @@ def estimate(cfg: Config, run: Run, task: Task, learners: dict[str, OfflineLearn
 
 
 def fitted_q_evaluation(
-    cfg: Config, run: Run, task: Task, learners: dict[str, OfflineLearner], starts: Tensor
+    cfg: Config,
+    run: Run,
+    task: Task,
+    steps: Transitions,
+    learners: dict[str, OfflineLearner],
+    starts: Tensor,
+    total: int,
 ) -> dict[str, Tensor]:
-    """FQE of every learner's policy from the logged steps: its values of the `starts` (N,)."""
+    """FQE of every learner's policy from these logged steps: its values of the `starts` (N,), in scaled rewards. With a
+    log alone also of the behavior policy. total: steps of --updates updates; at 0 there are no values."""
+    if not total:
+        return {}
     rng, limits = run.generator("fqe", task.name), return_bounds(task.steps.rewards, task.gamma)
-    evaluations = {}
-    for name, learner in learners.items():
-        policy = learner.policy(task.steps.next_observations, rng)
+    evaluations, at_starts = {}, {}
+
+    def add(name: str, steps: Transitions, policy: Tensor) -> None:
         sizes, hidden = (starts.shape[1], policy.shape[1]), [cfg.hidden, cfg.hidden]
         run.seed("fqe")
         q = TwinQ(*sizes, hidden, count=1) if task.data.continuous else QNetwork(*sizes, hidden)
-        evaluations[name] = FQE(q, task.steps, policy, gamma=task.gamma, lr=cfg.lr, tau=FQE_TAU, limits=limits)
+        evaluations[name] = FQE(q, steps, policy, gamma=task.gamma, lr=cfg.lr, tau=FQE_TAU, limits=limits)
+
+    for name, learner in learners.items():
+        add(name, steps, learner.policy(steps.next_observations, rng))
+    if task.held and len(task.held.followed):
+        add(BEHAVIOR, task.held.followed, task.held.next_policy)
+        at_starts[BEHAVIOR] = task.held.first_policy
     state = {f"{name}_{part}": value for name, fqe in evaluations.items() for part, value in fqe.state.items()}
-    total = min(cfg.fqe_steps, cfg.steps)
     for step in run.steps(total, state, phase=f"{task.name}_fqe"):
-        losses = dict.fromkeys(evaluations, 0.0)
-        batches = torch.randint(
-            len(task.steps), (cfg.updates, task.batch), generator=run.generator("fqe", task.name, step)
-        )
-        for i, rows in enumerate(batches):
-            for name, fqe in evaluations.items():
+        losses = {}
+        for name, fqe in evaluations.items():
+            rows = run.generator("fqe", task.name, step)
+            batches = torch.randint(len(fqe.data), (cfg.updates, task.batch), generator=rows)
+            losses[name] = 0.0
+            for i, batch in enumerate(batches):
                 fqe.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (step + i / cfg.updates) / total)
-                losses[name] += fqe.update(rows) / cfg.updates
+                losses[name] += fqe.update(batch) / cfg.updates
         run.log(step, **{f"td_error_{name}": value for name, value in losses.items()})
-    return {name: fqe.value(starts, learners[name].policy(starts, rng)) for name, fqe in evaluations.items()}
+    at_starts |= {name: learner.policy(starts, rng) for name, learner in learners.items()}
+    return {name: fqe.value(starts, at_starts[name]) for name, fqe in evaluations.items()}
+
+
+def judge(cfg: Config, run: Run, task: Task, learners: dict[str, OfflineLearner]) -> Judged:
+    """FQE's values of the held-out starts, of every learner and of the behavior policy, and what each learner believes
+    of them, in the data's rewards."""
+    assert task.held is not None
+    starts, rng = task.held.starts, run.generator("values", task.name)
+    fqe = fitted_q_evaluation(cfg, run, task, task.held.steps, learners, starts, cfg.fqe_steps)
+    believed = {name: learner.value(starts, learner.act(starts, rng)) for name, learner in learners.items()}
+    return Judged(
+        {name: values / task.reward_scale for name, values in fqe.items()},
+        {name: float(v.mean()) / task.reward_scale for name, v in believed.items() if v is not None},
+    )

@@ -13,8 +13,9 @@ from statistics import fmean
 from typing import Any, Literal
 
 from finetune.errors import UserError, nearest
+from finetune.rl.agents import log_alone
 from finetune.rl.agents.offline import normalized_score
-from finetune.rl.envs import environments
+from finetune.rl.envs import environments, offline_files
 from finetune.rl.statistics import mean_and_error, standard_error
 from finetune.runs import config
 from finetune.runs.config import bounded
@@ -23,7 +24,7 @@ from finetune.runs.run import Run
 
 from . import cql_continuous, cql_discrete, plots
 from .data import SETS, Task, prepare
-from .evaluation import Estimate, estimate
+from .evaluation import Estimate, Judged, estimate, judge
 
 # Mean returns of the random and of the expert policy: scores of 0 and 100.
 SCORE_RANGE = {"CartPole-v1": (22.0, 500.0), "Pendulum-v1": (-1200.0, -150.0)}
@@ -36,10 +37,21 @@ class Config(config.Config):
     threads: int = 1  # networks so small are fastest on one
     # --- data
     sets: str = "expert,random,mixed,pendulum_mixed"  # to learn from, separated by commas
-    data: Path | None = None  # an npz of your own steps instead (finetune/rl/envs/logged_data.py has the fields)
-    env: str = "CartPole-v1"  # with --data: the environment of the steps, in which the policies are evaluated
+    # your own steps instead: an npz, or what Minari, D4RL, CORL and d3rlpy write (README: your own log)
+    data: Path | None = None
+    data_format: str = "auto"  # of --data; auto: by the names in the file
+    # with --data: the environment of the steps, in which the policies are evaluated; none: learn from the log alone
+    env: str = "CartPole-v1"
     data_steps: int = bounded(50_000, at_least=100, at_most=10**7)  # of a generated set; an expert's has 1/25 of it
     shuffle_actions: bool = False  # control: actions are permuted over the set, so there is nothing to learn
+    # --- a log alone (--data FILE --env none)
+    # share of the episodes that is not learned from: fitted Q evaluation judges by it
+    held_out: float = bounded(0.3, above=0, below=1)
+    # number of states of integer observations; 0: up to the largest in the data
+    states: int = bounded(0, at_least=0, at_most=100_000)
+    # bounds of continuous actions, one number or one for each component, separated by commas; none: the logged range
+    action_low: str = ""
+    action_high: str = ""
     # --- all learners
     updates: int = bounded(100, at_least=1, at_most=10**6)  # updates of each learner in a step
     hidden: int = bounded(64, at_least=1, at_most=8192)  # width of the two hidden layers of every network
@@ -89,6 +101,9 @@ class Config(config.Config):
                 raise UserError(f"--sets: '{name}' is there twice")
         if self.data is None and self.env != type(self).env:
             raise UserError(f"--env {self.env} says where the steps of --data come from: without it, choose --sets")
+        offline_files.check_format(self.data_format)
+        alone = {"--states": self.states, "--action-low": self.action_low, "--action-high": self.action_high}
+        log_alone.check_settings(self.data is not None and self.env == "none", alone, self.fqe_steps)
         if self.threshold is not None and min(self.alpha, self.alpha_continuous) == 0:
             raise UserError("--threshold learns α from where it starts: --alpha must be above 0")
 
@@ -96,18 +111,26 @@ class Config(config.Config):
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     sets = ["data"] if cfg.data else cfg.sets.split(",")
     found: dict[str, dict[str, Estimate]] = {}
+    judged: Judged | None = None
     limit = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
     for name in sets:
         task = prepare(cfg, run, name, limit)
         algorithm = cql_continuous if task.data.continuous else cql_discrete
         learners = algorithm.train(cfg, run, task)
+        if task.held:
+            judged = judge(cfg, run, task, learners)
+            log_alone.report(run, name, lambda key: f"fqe_data_{key}", "cql", task.held, judged.fqe, judged.believed)
+            continue
         found[name] = estimate(cfg, run, task, learners)
         show_table(cfg, run, task, found[name])
         report(run, task, found[name])
     if cfg.steps:
-        plots.plot_returns(run, sets)
         plots.plot_gaps(run, sets)
-        plots.plot_values(run, found)
+        if found:
+            plots.plot_returns(run, sets)
+            plots.plot_values(run, found)
+    if judged is not None and task.held:
+        plots.plot_judged(run, judged, task.held)
     return limit.summary()
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from finetune.rl.agents.log_alone import HeldOut
+from finetune.rl.statistics import standard_error
 from finetune.runs.plots import GREY, INK, figure, save
 from finetune.runs.run import Run
 
-from .evaluation import Estimate
+from .evaluation import Estimate, Judged
 
 COLORS = {"bc": "#8a6d3b", "naive": "#c53030", "cql": "#1769aa"}
 LABELS = {"bc": "behavior cloning", "naive": "naive Q-learning", "cql": "CQL"}
@@ -74,6 +78,25 @@ def plot_values(run: Run, found: dict[str, dict[str, Estimate]]) -> None:
             if i == 0:
                 axes.set_ylabel("believed value", color=INK)
     grid[0].legend(fontsize=8, frameon=False)
+    save(made, run.dir / "values.png")
+
+
+def plot_judged(run: Run, judged: Judged, held: HeldOut) -> None:
+    """values.png of a log alone: each policy's value by fitted Q evaluation (± a standard error) and its own belief;
+    the line is what the behavior policy earned."""
+    made, (axes,) = figure(6.2, 4.2)
+    for i, (name, values) in enumerate(judged.fqe.items()):
+        error = standard_error(values.tolist())
+        axes.errorbar([i], [float(values.mean())], yerr=[0.0 if math.isnan(error) else error], fmt="o",
+                      color=COLORS.get(name, INK), capsize=4, label="FQE" if name == "cql" else None)  # fmt: skip
+        if name in judged.believed:
+            axes.plot([i], [judged.believed[name]], "^", color=COLORS.get(name, INK), fillstyle="none",
+                      label="believed" if name == "cql" else None)  # fmt: skip
+    if held.returns:
+        axes.axhline(fmean(held.returns), color=GREY, linestyle="--", linewidth=1.2, label="the log's return")
+    axes.set_xticks(range(len(judged.fqe)), [LABELS.get(name, name) for name in judged.fqe], fontsize=8.5)
+    label(axes, "discounted value of held-out starts", "")
+    axes.legend(fontsize=8.5, frameon=False)
     save(made, run.dir / "values.png")
 
 
