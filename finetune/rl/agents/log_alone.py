@@ -107,7 +107,7 @@ def report(
             run.result(key(name), value, error=error, baseline=observed[0] if observed else None)
         else:
             run.check(key(name), value, error=error)
-    run.table(f"{title}: discounted values of {len(held.starts)} held-out starts", rows)
+    run.table(f"{title}: discounted values of {len(held.starts)} held-out starts (± over the starts alone)", rows)
     if BEHAVIOR not in values:
         return
     gain, error = mean_and_error([(values[method] - values[BEHAVIOR]).tolist()])
@@ -120,5 +120,5 @@ def report(
     if abs(off) > max(3 * error, 0.1 * abs(observed[0])):
         run.print(
             f"FQE is off by {uncertain(off, error)} for the log's own policy, whose return is known: read its other "
-            "values with an error of that size"
+            "values with an error of that size, or give it more --fqe-steps"
         )

@@ -173,7 +173,7 @@ class BCQ:
 def train(cfg: Config, run: Run, task: Task, name: str, learner: OfflineLearner) -> dict[str, float]:
     """Trains one learner; what `evaluate` finds at the end. The batch of a step is the same for every learner."""
     last: dict[str, float] = {}
-    state = learner.state | {"last": last, "limit": task.envs[0].episode_limit}
+    state = learner.state | {"last": last} | task.limit
     for step in run.steps(cfg.steps, state, phase=f"{task.name}_{name}"):
         batch = task.steps.sample(cfg.continuous_batch, run.generator("batch", step))
         metrics = learner.update(batch, run.generator("update", step))

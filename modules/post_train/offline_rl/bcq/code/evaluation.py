@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.rl.agents.networks import QNetwork, TwinQ
-from finetune.rl.agents.offline import FQE, OfflineLearner
+from finetune.rl.agents.offline import FQE, OfflineLearner, return_bounds
 from finetune.rl.envs.evaluation import true_returns
 from finetune.rl.envs.rollout import episode_seeds
 from finetune.rl.statistics import standard_error
@@ -31,9 +32,12 @@ def evaluate(cfg: Config, run: Run, task: Task, learner: OfflineLearner) -> dict
     """Means over fresh episodes, in the environment's rewards, and their standard errors as `…_error`:
 
     `return`, undiscounted; `true`, the discounted return from the start; `believed`, the learner's own Q there;
-    `overestimate`, believed − true.
+    `overestimate`, believed − true. With a log alone there is `believed` only, at the held-out starts.
     """
     rng, scale = run.generator("acting"), task.scale
+    if task.held:
+        believed = learner.value(task.held.starts, learner.act(task.held.starts, rng))
+        return {} if believed is None else {"believed": believed.mean().item() / scale.rewards}
 
     def act(observations: Tensor) -> Tensor:
         return scale.to_env(learner.act(scale.observations(observations), rng))
@@ -53,21 +57,29 @@ def curve(found: dict[str, float]) -> dict[str, float]:
     return {name: found[name] for name in ("return", "true", "believed") if name in found}
 
 
-def fitted_q_evaluation(cfg: Config, run: Run, task: Task, learner: OfflineLearner) -> float:
-    """Mean value of the starts by FQE, from the logged steps alone, in the environment's rewards."""
-    env, hidden, rng = task.envs[0], [cfg.hidden, cfg.hidden], run.generator("fqe")
+def fitted_q_evaluation(cfg: Config, run: Run, task: Task, learner: OfflineLearner | None) -> Tensor:
+    """Values of the starts by FQE (E,), from the logged steps alone, in the environment's rewards. With a log alone
+    from the held-out episodes; None is then the behavior policy."""
+    spaces, held, hidden, rng = task.spaces, task.held, [cfg.hidden, cfg.hidden], run.generator("fqe")
 
     def policy(observations: Tensor) -> Tensor:
+        assert learner is not None
         return torch.cat([learner.policy(part, rng) for part in observations.split(1000)])
 
-    if env.continuous:
-        q: QNetwork | TwinQ = TwinQ(env.obs_dim, env.action_dim, hidden, count=1)
+    if task.data.continuous:
+        q: QNetwork | TwinQ = TwinQ(spaces.obs_dim, spaces.action_dim, hidden, count=1)
     else:
-        q = QNetwork(env.obs_dim, env.action_dim, hidden)
-    next_policy = policy(task.steps.next_observations)
-    fqe = FQE(q, task.steps, next_policy, gamma=cfg.gamma, lr=cfg.lr, tau=cfg.fqe_polyak)
-    for step in range(min(cfg.fqe_steps, cfg.steps)):
-        fqe.update(torch.randint(len(task.steps), (cfg.fqe_batch,), generator=run.generator("fqe_rows", step)))
-    resets = [e.reset(seed=s)[0] for e, s in zip(task.envs, eval_seeds(cfg, run), strict=True)]
-    starts = task.scale.observations(torch.from_numpy(np.stack(resets)))
-    return fqe.value(starts, policy(starts)).mean().item() / task.scale.rewards
+        q = QNetwork(spaces.obs_dim, spaces.action_dim, hidden)
+    if held:
+        steps, starts, total = held.steps if learner else held.followed, held.starts, cfg.fqe_steps
+    else:
+        resets = [e.reset(seed=s)[0] for e, s in zip(task.envs, eval_seeds(cfg, run), strict=True)]
+        steps, starts = task.steps, task.scale.observations(torch.from_numpy(np.stack(resets)))
+        total = min(cfg.fqe_steps, cfg.steps)
+    next_policy = policy(steps.next_observations) if learner or held is None else held.next_policy
+    limits = return_bounds(task.steps.rewards, cfg.gamma) if held and cfg.gamma < 1 else (-math.inf, math.inf)
+    fqe = FQE(q, steps, next_policy, gamma=cfg.gamma, lr=cfg.lr, tau=cfg.fqe_polyak, limits=limits)
+    for step in range(total):
+        fqe.update(torch.randint(len(steps), (cfg.fqe_batch,), generator=run.generator("fqe_rows", step)))
+    first_policy = policy(starts) if learner or held is None else held.first_policy
+    return fqe.value(starts, first_policy) / task.scale.rewards

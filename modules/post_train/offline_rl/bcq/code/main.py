@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from finetune.errors import UserError
+from finetune.rl.agents import log_alone
 from finetune.rl.agents.networks import Deterministic
 from finetune.rl.agents.offline import Cloning, OfflineLearner
-from finetune.rl.envs import environments
-from finetune.rl.envs.environments import Env
+from finetune.rl.envs import environments, offline_files
+from finetune.rl.envs.logged_data import Spaces
 from finetune.rl.statistics import standard_error
 from finetune.runs import config
 from finetune.runs.config import bounded
@@ -30,7 +31,7 @@ from finetune.runs.run import Run
 from . import bcq_continuous, bcq_discrete, plots
 from .awac import AWAC
 from .bcq_discrete import DQN, QAndImitator
-from .data import Task, generated_task, task_of_file
+from .data import Task, generated_task, task_of_file, task_of_log_alone
 from .evaluation import evaluate, fitted_q_evaluation
 from .iql import IQL
 from .td3_bc import TD3, TD3BC
@@ -46,13 +47,24 @@ class Config(config.Config):
     threads: int = 1  # networks so small are fastest on one
     checkpoint_every: int = 1000
     # --- data
-    envs: str = "CartPole-v1,Pendulum-v1"  # one after the other, separated by commas
-    # an npz of logged steps (README) of the one environment that --envs names; none: sets are generated
+    # one after the other, separated by commas; none, with --data: learn from the log alone
+    envs: str = "CartPole-v1,Pendulum-v1"
+    # logged steps of the one environment that --envs names: an npz, or what Minari, D4RL, CORL and d3rlpy write
+    # (README: your own log); none: sets are generated
     data: Path | None = None
+    data_format: str = "auto"  # of --data; auto: by the names in the file
     rows: int = bounded(10_000, at_least=100, at_most=10**7)  # steps of each generated set
     discrete_sets: str = "expert,random"  # of CartPole, to train on
     continuous_sets: str = "mixed,expert"  # of Pendulum
     shuffle_actions: bool = False  # control: actions are permuted over the set, so there is nothing to learn
+    # --- a log alone (--data FILE --envs none)
+    # share of the episodes that is not learned from: fitted Q evaluation judges by it
+    held_out: float = bounded(0.3, above=0, below=1)
+    # number of states of integer observations; 0: up to the largest in the data
+    states: int = bounded(0, at_least=0, at_most=100_000)
+    # bounds of continuous actions, one number or one for each component, separated by commas; none: the logged range
+    action_low: str = ""
+    action_high: str = ""
     # --- all methods
     gamma: float = bounded(0.97, at_least=0, at_most=1)  # a horizon that values propagate over within --steps
     hidden: int = bounded(64, at_least=1, at_most=8192)  # width of the two hidden layers of every network
@@ -118,10 +130,21 @@ class Config(config.Config):
             named = parts(getattr(self, key))
             if twice := next((name for name in named if named.count(name) > 1), None):
                 raise UserError(f"--{config.dashed(key)}: '{twice}' is there twice")
-        if not parts(self.envs):
+        offline_files.check_format(self.data_format)
+        alone = {"--states": self.states, "--action-low": self.action_low, "--action-high": self.action_high}
+        log_alone.check_settings(self.alone, alone, self.fqe_steps)
+        if not (parts(self.envs) or self.alone):
             raise UserError("--envs names no environment")
-        if self.data is not None and len(parts(self.envs)) != 1:
-            raise UserError("--data holds the steps of one environment: name it with --envs")
+        if self.data is not None and not self.alone and len(parts(self.envs)) != 1:
+            raise UserError(
+                "--data holds the steps of one environment: name it with --envs, or learn from the log alone with "
+                "--envs none"
+            )
+
+    @property
+    def alone(self) -> bool:
+        """Whether a log is learned from without its environment."""
+        return self.data is not None and self.envs.strip() == "none"
 
 
 def parts(text: str) -> list[str]:
@@ -142,6 +165,9 @@ COMPARED: dict[str, Callable[[Config, int, int], OfflineLearner]] = {
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     found: dict[str, Found] = {}
     limit = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
+    if cfg.alone:
+        task = task_of_log_alone(cfg, run)
+        found[task.name] = (compare_continuous if task.data.continuous else compare_discrete)(cfg, run, task)
     for env in parts(cfg.envs):
         envs = environments.make(env, cfg.eval_episodes, episode_limit=limit)
         continuous = envs[0].continuous
@@ -169,7 +195,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 
 def compare_discrete(cfg: Config, run: Run, task: Task) -> Found:
     """DQN, cloning and BCQ, from the same initial weights and on the same batches."""
-    separate, networks = (q_and_imitator(cfg, run, task.envs[0], shared) for shared in (False, cfg.shared))
+    separate, networks = (q_and_imitator(cfg, run, task.spaces, shared) for shared in (False, cfg.shared))
     assert isinstance(separate.imitator, type(separate.q))
     learners: dict[str, OfflineLearner] = {
         "dqn": DQN(cfg, separate.q),
@@ -179,9 +205,9 @@ def compare_discrete(cfg: Config, run: Run, task: Task) -> Found:
     return train_all(cfg, run, task, learners)
 
 
-def q_and_imitator(cfg: Config, run: Run, env: Env, shared: bool) -> QAndImitator:
+def q_and_imitator(cfg: Config, run: Run, spaces: Spaces, shared: bool) -> QAndImitator:
     run.seed("networks")
-    return QAndImitator(env.obs_dim, env.action_dim, cfg.hidden, shared)
+    return QAndImitator(spaces.obs_dim, spaces.action_dim, cfg.hidden, shared)
 
 
 def compare_continuous(cfg: Config, run: Run, task: Task) -> Found:
@@ -190,7 +216,7 @@ def compare_continuous(cfg: Config, run: Run, task: Task) -> Found:
     for name in ["bcq", *parts(cfg.compared)]:
         run.seed("networks")
         make = bcq_continuous.BCQ if name == "bcq" else COMPARED[name]
-        learners[name] = make(cfg, task.envs[0].obs_dim, task.envs[0].action_dim)
+        learners[name] = make(cfg, task.spaces.obs_dim, task.spaces.action_dim)
     found = train_all(cfg, run, task, learners)
     bcq = learners["bcq"]
     assert isinstance(bcq, bcq_continuous.BCQ)
@@ -202,18 +228,27 @@ def train_all(cfg: Config, run: Run, task: Task, learners: dict[str, OfflineLear
     """One learner after the other, each on the same batches; then fitted Q evaluation of some."""
     train = bcq_continuous.train if task.data.continuous else bcq_discrete.train
     returns = task.data.returns()
-    run.print(f"{task.name}: {len(task.data):,} steps" + (f", mean return {fmean(returns):.1f}" if returns else ""))
+    if not task.held:
+        run.print(f"{task.name}: {len(task.data):,} steps" + (f", mean return {fmean(returns):.1f}" if returns else ""))
     found: Found = {}
     for name, learner in learners.items():
         found[name] = train(cfg, run, task, name, learner)
-        run.print(f"{task.name}_{name}: {found[name]['return']:.1f}")
-    estimates: dict[str, float] = {}
+        if "return" in found[name]:
+            run.print(f"{task.name}_{name}: {found[name]['return']:.1f}")
+    estimates: dict[str, torch.Tensor] = {}
     names = [name for name in EVALUATED if name in learners] if cfg.steps and cfg.fqe_steps else []
+    if task.held:
+        names = [*learners, *([log_alone.BEHAVIOR] if len(task.held.followed) else [])]
     for i in run.steps(len(names), {"estimates": estimates}, phase=f"{task.name}_fqe"):
-        estimates[names[i]] = fitted_q_evaluation(cfg, run, task, learners[names[i]])
-        run.log(i, estimate=estimates[names[i]])
+        estimates[names[i]] = fitted_q_evaluation(cfg, run, task, learners.get(names[i]))
+        run.log(i, estimate=estimates[names[i]].mean())
     for name, estimate in estimates.items():
-        found[name]["fqe"] = estimate
+        found.setdefault(name, {})["fqe"] = estimate.mean().item()
+    if task.held:
+        if task.held.returns:
+            found.setdefault(log_alone.BEHAVIOR, {})["true"] = fmean(task.held.returns)
+        believed = {name: f["believed"] for name, f in found.items() if "believed" in f}
+        log_alone.report(run, task.name, lambda key: f"fqe_{key}_{task.name}", "bcq", task.held, estimates, believed)
     return found
 
 
@@ -221,9 +256,8 @@ def sweep(cfg: Config, run: Run, task: Task) -> None:
     """Discrete BCQ's return at every threshold. Q and imitator are separate: 0 is then DQN and 1 cloning, bit for bit
     (test_either_end_of_the_threshold_is_dqn_or_cloning_to_the_last_bit)."""
     thresholds = [float(text) for text in parts(cfg.sweep)]
-    state = {"limit": task.envs[0].episode_limit}
-    for i in run.steps(len(thresholds) if cfg.steps else 0, state, phase=f"{task.name}_sweep"):
-        learner = bcq_discrete.BCQ(cfg, q_and_imitator(cfg, run, task.envs[0], shared=False), thresholds[i])
+    for i in run.steps(len(thresholds) if cfg.steps else 0, task.limit, phase=f"{task.name}_sweep"):
+        learner = bcq_discrete.BCQ(cfg, q_and_imitator(cfg, run, task.spaces, shared=False), thresholds[i])
         for step in range(min(cfg.sweep_steps, cfg.steps)):
             learner.update(task.steps.sample(cfg.batch, run.generator("batch", step)))
         run.log(i, tau=thresholds[i], **{"return": evaluate(cfg, run, task, learner)["return"]})
@@ -241,7 +275,7 @@ def check_proposals(cfg: Config, run: Run, task: Task, bcq: bcq_continuous.BCQ) 
         run.check(f"{name}_distance_{task.name}", fmean(distances), error=standard_error(distances))
     if cfg.steps:
         chosen = bcq.act(some.observations, rng)
-        plots.plot_candidates(run, task.name, task.data.observations[rows], some.actions, proposed, chosen)
+        plots.plot_candidates(run, task.name, task.scale.original(some.observations), some.actions, proposed, chosen)
 
 
 # --- Results

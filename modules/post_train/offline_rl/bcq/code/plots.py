@@ -52,7 +52,7 @@ def plot_values(run: Run) -> None:
     """values.png: each method's own value of the starts (solid) and the true discounted return (dotted)."""
     series = run.metrics.series()
     believed, true = curves_of(series, "believed"), curves_of(series, "true")
-    if not believed:
+    if not (believed and true):
         return
     made, grid = figure(1 + 4.6 * len(believed), 4.2, 1, len(believed))
     for axes, (name, methods) in zip(grid, believed.items(), strict=True):
