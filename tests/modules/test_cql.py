@@ -440,7 +440,7 @@ def test_bad_settings_and_data_are_refused(tmp_path):
     np.savez(tmp_path / "bad.npz", observations=np.zeros((3, 4)))
     logged_data.generate("Pendulum-v1", "random", 200, 0).save(tmp_path / "other.npz")
     for name, message in (
-        ("bad", "bad.npz has no actions, rewards, terminations, truncations"),
+        ("bad", "bad.npz: it has no actions, rewards, terminations, truncations"),
         ("other", "other: actions are continuous, those of CartPole-v1 discrete"),
         ("none", "none.npz: there is no such file"),
     ):

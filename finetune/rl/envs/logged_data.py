@@ -121,8 +121,8 @@ class Dataset:
         return self._rows(~rows), self._rows(rows)
 
     def _rows(self, rows: Tensor) -> Dataset:
-        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return replace(self, **{name: x[rows] for name, x in columns.items() if isinstance(x, Tensor)})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Dataset(**{name: x[rows] if isinstance(x, Tensor) else x for name, x in values.items()})
 
     def save(self, path: Path) -> None:
         columns = {name: getattr(self, name).numpy() for name in COLUMNS}
@@ -165,7 +165,7 @@ class Dataset:
 
     def one_hot(self, count: int, first: int, owner: str) -> Dataset:
         """Numbers of states as one-hot rows (N, count). UserError if one is not among first … first + count − 1."""
-        found = {}
+        found: dict[str, Any] = {}
         if 2 * len(self) * count > npz.NUMBERS:
             raise UserError(
                 f"{self.name}: {len(self):,} steps of {count:,} one-hot states are more numbers than are kept"
