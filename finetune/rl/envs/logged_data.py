@@ -122,7 +122,8 @@ class Dataset:
 
     def _rows(self, rows: Tensor) -> Dataset:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Dataset(**{name: x[rows] if isinstance(x, Tensor) else x for name, x in values.items()})
+        values |= {name: x[rows] for name, x in values.items() if isinstance(x, Tensor)}
+        return Dataset(**values)
 
     def save(self, path: Path) -> None:
         columns = {name: getattr(self, name).numpy() for name in COLUMNS}
