@@ -9,10 +9,15 @@ there is no dropout mask. A tensor that two operations keep is counted once.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
-from finetune.memory.counts import outputs, parameters, rest
+from finetune.memory.counts import block_adapters, block_parameters, outputs
 from finetune.memory.setup import Setup, Shape, Term
 from finetune.memory.states import gradients
+
+# What sequence parallelism divides along the row: all between the layers' parts (Korthikanti et al. 2022, §4.2).
+ALONG_THE_ROW = ("norm 1: input, statistics", "q, k, v: input", "norm 2: input, statistics", "MLP: input",
+                 "norm behind attention: input, statistics", "norm behind MLP: input, statistics")  # fmt: skip
 
 
 def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tuple[int, str]]:
@@ -32,32 +37,43 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
     def any_of(*names: str) -> bool:
         return any(name in active for name in names)
 
+    def keeps_norm(name: str) -> None:
+        saved[name] = c * e + norm, f"C·e + {norm}"
+
     flowing = not (first and setup.frozen and not setup.prompt)  # does a gradient flow through here?
     if flowing:
-        saved["norm 1: input, statistics"] = c * e + norm, f"C·e + {norm}"
+        keeps_norm("norm 1: input, statistics")
     if any_of("q", "k", "v", "qkv"):
         saved["q, k, v: input"] = c * e, "C·e"
         flowing = True
+    if flowing and shape.qk_norm:
+        saved["norms of q, k: input, statistics"] = (heads + kv) * (shape.head_dim * e + 4), "(H + K)·(D·e + 4)"
     flowing = flowing or bool(setup.prefix)
-    if flowing and setup.attention == "flash":
+    if flowing and (setup.attention == "flash" or setup.checkpointing == "selective"):
         saved["attention: q, k, v"] = (heads + 2 * kv) * shape.head_dim * e, "(H + 2·K)·D·e"
-        saved["attention: maxima, sums"] = 8 * heads, "8·H"
+        if setup.attention == "flash":
+            saved["attention: maxima, sums"] = 8 * heads, "8·H"
     elif flowing:  # the reference widens all three to fp32 and k, v to all heads
         saved["attention: q, k, v"] = 12 * heads * shape.head_dim, "12·H·D"
-        saved["attention: T×T probabilities, twice; masks"] = (8 * heads + 1) * setup.seq + 1, "(8·H + 1)·T + 1"
+        matrices = (8 * heads + 1) * setup.row + 1, f"(8·H + 1)·{'k' if setup.packing else 'T'} + 1"
+        saved["attention: T×T probabilities, twice; masks"] = matrices
     if any_of("o") or (flowing and setup.attention == "flash"):
         saved["attention: output"] = heads * shape.head_dim * e, "H·D·e"
     flowing = flowing or any_of("o")
+    if flowing and shape.post_norms:
+        keeps_norm("norm behind attention: input, statistics")
     if flowing:
-        saved["norm 2: input, statistics"] = c * e + norm, f"C·e + {norm}"
+        keeps_norm("norm 2: input, statistics")
     if any_of("gate", "up"):
         saved["MLP: input"] = c * e, "C·e"
         flowing = True
     if flowing:
-        inner = 2 if llama else 1
+        inner = (3 if shape.gelu else 2) if llama else 1
         saved["MLP: before the non-linearity"] = inner * f * e, f"{inner}·F·e"
     if any_of("down"):
         saved["down: input"] = f * e, "F·e"
+    if (flowing or any_of("down")) and shape.post_norms:
+        keeps_norm("norm behind MLP: input, statistics")
     if targets:
         saved["adapters: x·Aᵀ"] = 4 * setup.lora_rank * len(targets), f"{4 * len(targets)}·r"
         if setup.adapter == "dora":
@@ -66,9 +82,16 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
 
 
 def block(shape: Shape, setup: Setup, first: bool = False) -> Term:
-    saved = block_saved(shape, setup, first).values()
-    text = f"N·({' + '.join(text for _, text in saved)})"
-    return Term("activations of a block", setup.tokens * sum(size for size, _ in saved), text, "")
+    saved = block_saved(shape, setup, first)
+    if not setup.sequence_parallel:
+        text = f"N·({' + '.join(text for _, text in saved.values())})"
+        return Term("activations of a block", setup.tokens * sum(size for size, _ in saved.values()), text, "")
+    along = {name: saved.pop(name) for name in ALONG_THE_ROW if name in saved}
+    each, cut = (sum(size for size, _ in kinds.values()) for kinds in (saved, along))
+    text = (
+        f"N·({' + '.join(text for _, text in saved.values())}) + N/t·({' + '.join(text for _, text in along.values())})"
+    )
+    return Term("activations of a block", setup.tokens * each + setup.tokens // setup.tp * cut, text, "")
 
 
 def megatron_layer(
@@ -87,24 +110,35 @@ def activations(shape: Shape, setup: Setup) -> Term:
 
     Without checkpointing those that L blocks keep; with it (Chen et al. 2016, arXiv:1604.06174) the input of each. Then
     the last norm's input and statistics, the loss's input, and positions, targets and (if its table is trained) the
-    embedding's tokens, 8 bytes each.
+    embedding's tokens, 8 bytes each. A pipeline's first stage has as many micro-batches in flight as there are stages.
     """
     if not setup.training:
         return Term("activations", 0, "0", "inference keeps nothing")
     n, width, norm = setup.tokens, shape.dim * setup.element, 4 if shape.family == "llama" else 8
-    if setup.checkpointing:
-        blocks, text = shape.layers * n * width, "N·L·C·e"
+    cut = setup.tp if setup.sequence_parallel else 1
+    part = "N/t" if setup.sequence_parallel else "N"
+    if setup.checkpointing == "block":
+        blocks, text = shape.layers * (n // cut) * width, f"{part}·L·C·e"
     else:
-        each, first = block(shape, setup), block(shape, setup, first=True)
+        each, first = block(shape, setup), block(shape, setup, first=shape.first)
         blocks = (shape.layers - 1) * each.bytes + first.bytes
-        text = f"L·{each.formula}" if each == first else f"(L - 1)·{each.formula} + {first.formula}"
+        inner = f"({each.formula})" if setup.sequence_parallel else each.formula  # a sum, or a product
+        text = f"L·{inner}" if each == first else f"(L - 1)·{inner} + {first.formula}"
     integers = 16 if setup.frozen else 24
-    total, text = blocks + n * (2 * width + norm + integers), f"{text} + N·(2·C·e + {norm + integers})"
+    if not shape.last:
+        total, text = blocks + n * integers, f"{text} + N·{integers}"
+    elif cut == 1:
+        total, text = blocks + n * (2 * width + norm + integers), f"{text} + N·(2·C·e + {norm + integers})"
+    else:
+        total = blocks + n // cut * (2 * width + norm) + n * integers
+        text = f"{text} + N/t·(2·C·e + {norm}) + N·{integers}"
     if setup.adapter == "dora" and setup.lora_rank:  # the factors of the outputs, and the norms in them
         total, text = total + shape.layers * 8 * outputs(shape, setup), f"{text} + L·O·8"
     if setup.prefix:  # each row's copy, in addition to its own keys and values
         size = setup.batch * setup.prefix * 2 * shape.kv_heads * shape.head_dim * setup.element
         total, text = total + shape.layers * size, f"{text} + L·B·A·2·K·D·e"
+    if shape.in_flight > 1:
+        total, text = total * shape.in_flight, f"p·({text})"
     return Term("activations", total, text, "what each op saves, once a tensor")
 
 
@@ -127,6 +161,8 @@ def logits(shape: Shape, setup: Setup) -> Term:
     trained (Hsu et al. 2024, arXiv:2410.10989). Full: log-probabilities, their gradient and the logits' gradient, N·V
     fp32 each. Inference: the last position's logits of each row."""
     n, e, c, v = setup.tokens, setup.element, shape.dim, shape.vocab
+    if not shape.last:
+        return Term("logits", 0, "0", "on the last stage")
     if not setup.training:
         return Term("logits", setup.batch * v * 4, "B·V·4", "generate.py: the last position only")
     if setup.loss == "full":
@@ -151,20 +187,27 @@ def step_growth(shape: Shape, setup: Setup) -> Term:
     the head and from the embedding. Between the last and the first block the sum changes evenly, so its ends suffice.
     """
     n, e, c, v = setup.tokens, setup.element, shape.dim, shape.vocab
-    saved, all_gradients = activations(shape, setup).bytes, gradients(shape, setup).bytes
-    head = 0 if setup.frozen else v * c * e
-    table = head if shape.tied else 0
+    saved = activations(shape, setup).bytes
+    waiting = saved // shape.in_flight * (shape.in_flight - 1)  # of other micro-batches of a pipeline
+    gone = setup.buffers or setup.offload != "none"  # a gradient leaves as soon as it is whole
+    all_gradients = 0 if gone else gradients(shape, setup).bytes
+    head = 0 if setup.frozen or not shape.last else v * c * e
+    table = head if shape.tied and shape.first else 0
     passing = n * (c + (2 if shape.family == "llama" else 1) * shape.hidden) * e
     one = block(shape, setup).bytes
-    again = one if setup.checkpointing else 0  # computed again
-    inputs = n * 2 * c * e  # of the last norm and the loss: gone by then
-    if setup.zero >= 2 and setup.ranks > 1:  # a block's gradients are whole until they are summed over the ranks
-        passing += (parameters(shape) - rest(shape)) // shape.layers * e
+    again = 0  # computed again
+    if setup.checkpointing == "block":
+        again = one
+    elif setup.checkpointing == "selective":
+        again = block(shape, replace(setup, checkpointing="none")).bytes - one
+    inputs = n * 2 * c * e if shape.last else 0  # of the last norm and the loss: gone by then
+    if (setup.zero >= 2 and setup.ranks > 1) or gone:  # a block's gradients are whole until they are summed or moved
+        passing += block_adapters(shape, setup) * 4 if setup.frozen else block_parameters(shape) * e
     moments = {
         "in the loss: activations + logits": saved + logits(shape, setup).bytes,
         "in the last block's backward: activations + gradients in flight": saved - inputs + again + head + passing,
-        "in the first block's backward: gradients + gradients in flight": all_gradients + one + passing,
-        "at the backward's end: gradients": all_gradients + table,
+        "in the first block's backward: gradients + gradients in flight": waiting + all_gradients + one + passing,
+        "at the backward's end: gradients": waiting + all_gradients + table,
     }
     text = max(moments, key=lambda moment: moments[moment])
     return Term("step growth", moments[text], text, "")

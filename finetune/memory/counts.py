@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 from finetune.memory.setup import Setup, Shape
 
+Tensors = list[tuple[int, tuple[int, ...], bool]]  # number of tensors, shape of each, whether it is a block's matrix
+
 
 def parameters(shape: Shape) -> int:
-    """Number of parameters. Llama: V·C [twice if untied] + L·(2C + 2·C·H·D + 2·C·K·D + 3·C·F) + C;
+    """Number of parameters. Llama: V·C [twice if untied] + L·(2C + 2·C·H·D + 2·C·K·D + 3·C·F) + C, and in each block
+    the biases, 2D of query and key norms, 2C of norms behind attention and MLP, where a family has them;
     GPT-2: (V + max_length)·C + L·(4C + 4C² + 4C + 2·C·F + F + C) + 2C, biases included (Radford et al. 2019).
     From the layers of finetune/lm/llama.py and finetune/lm/gpt.py."""
-    linears = sum(a * b for a, b in shape.linears.values())
+    return rest(shape) + shape.layers * block_parameters(shape)
+
+
+def block_parameters(shape: Shape) -> int:
+    return linear_weights(shape) + block_vectors(shape)
+
+
+def block_vectors(shape: Shape) -> int:
+    """Elements of a block's biases and norms."""
+    biases = sum(shape.linears[name][1] for name in shape.biased)
     if shape.family == "gpt":
-        biases = sum(out for _, out in shape.linears.values())
-        block = linears + biases + 4 * shape.dim
-        return (shape.vocab + shape.max_length) * shape.dim + shape.layers * block + 2 * shape.dim
-    embeddings = shape.vocab * shape.dim * (1 if shape.tied else 2)
-    return embeddings + shape.layers * (linears + 2 * shape.dim) + shape.dim
+        return biases + 4 * shape.dim
+    return biases + (4 if shape.post_norms else 2) * shape.dim + 2 * shape.head_dim * shape.qk_norm
 
 
 def adapter_parameters(shape: Shape, rank: int, targets: Iterable[str]) -> int:
@@ -68,37 +78,48 @@ def trained(shape: Shape, setup: Setup) -> tuple[int, int]:
     return parameters(shape), setup.element
 
 
-def trained_tensors(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
-    """(number of tensors, elements of each) of the trained tensors; together the count of `trained`."""
+def trained_tensors(shape: Shape, setup: Setup) -> Tensors:
+    """The trained tensors; their elements together are the count of `trained`."""
     if not setup.training:
         return []
     rank, layers, c = setup.lora_rank, shape.layers, shape.dim
     if rank:
         sizes = [shape.linears[name] for name in setup.targets(shape)]
-        magnitudes = [(layers, out) for _, out in sizes] if setup.adapter == "dora" else []
-        return [(layers, rank * width) for pair in sizes for width in pair] + magnitudes
+        matrices: Tensors = [(layers, pair, True) for a, b in sizes for pair in ((rank, a), (b, rank))]
+        return matrices + [(layers, (out,), False) for _, out in sizes if setup.adapter == "dora"]
     if setup.frozen:
-        return [(1, trained(shape, setup)[0])]
-    linears = [(layers, a * b) for a, b in shape.linears.values()]
-    table = (1 if shape.tied else 2, shape.vocab * c)
+        return [(1, (trained(shape, setup)[0],), False)]
+    tensors: Tensors = [(shape.tables, (shape.vocab, c), False)]
+    tensors += [(layers, (b, a), True) for a, b in shape.linears.values()]
+    tensors += [(layers, (shape.linears[name][1],), False) for name in shape.biased]
     if shape.family == "gpt":
-        biases = [(layers, out) for _, out in shape.linears.values()]
-        return [table, (1, shape.max_length * c), *linears, *biases, (4 * layers + 2, c)]
-    return [table, *linears, (2 * layers + 1, c)]
+        return [*tensors, (int(shape.first), (shape.max_length, c), False), (4 * layers + 2 * shape.last, (c,), False)]
+    norms = (4 if shape.post_norms else 2) * layers + shape.last
+    return [*tensors, (norms, (c,), False), (2 * layers * shape.qk_norm, (shape.head_dim,), False)]
 
 
 def quantized_blocks(shape: Shape, setup: Setup) -> int:
     """Blocks of 256 elements of the trained tensors, which begin a new block each."""
-    return sum(count * -(-size // 256) for count, size in trained_tensors(shape, setup))
+    return sum(count * -(-prod(size) // 256) for count, size, _ in trained_tensors(shape, setup))
+
+
+def trained_matrices(shape: Shape, setup: Setup) -> int:
+    """Trained numbers in the blocks' matrices, or their adapters': those that Muon updates."""
+    return sum(count * prod(size) for count, size, matrix in trained_tensors(shape, setup) if matrix)
+
+
+def factors(shape: Shape, setup: Setup) -> int:
+    """Rows and columns of the trained matrices, elements of the vectors."""
+    return sum(count * sum(size) for count, size, _ in trained_tensors(shape, setup))
 
 
 def whole_at_once(shape: Shape) -> int:
-    block = (parameters(shape) - rest(shape)) // shape.layers
-    return max(2 * block, shape.vocab * shape.dim)
+    return max(2 * block_parameters(shape), shape.vocab * shape.dim)
 
 
 def rest(shape: Shape) -> int:
     """Parameters outside of the blocks: tables and the last norm."""
+    tables = shape.tables * shape.vocab * shape.dim
     if shape.family == "gpt":
-        return (shape.vocab + shape.max_length) * shape.dim + 2 * shape.dim
-    return shape.vocab * shape.dim * (1 if shape.tied else 2) + shape.dim
+        return tables + shape.first * shape.max_length * shape.dim + 2 * shape.last * shape.dim
+    return tables + shape.last * shape.dim

@@ -12,28 +12,50 @@ from finetune.memory.counts import (
     block_adapters,
     blocks_of_64,
     constants_of_blocks,
+    factors,
     linear_weights,
     output_rows,
     outputs,
     parameters,
     quantized_blocks,
+    trained,
+    trained_matrices,
     whole_at_once,
 )
+from finetune.memory.parallel import parts
 from finetune.memory.setup import Setup, Shape, Term
 from finetune.memory.states import companions, gathered, gradients, kv_cache, optimizer_states, weights
 
 
 def predict(shape: Shape, setup: Setup) -> list[Term]:
-    """The rows of the table for one setup; the last is the peak."""
+    """The rows of the table for one setup, of the rank that needs most; the last is the peak of its device."""
+    return max((of_part(part, setup) for part in parts(shape, setup)), key=lambda terms: terms[-1].bytes)
+
+
+def largest(shape: Shape, setup: Setup) -> Shape:
+    """The part of the model that `predict` is of."""
+    return max(parts(shape, setup), key=lambda part: of_part(part, setup)[-1].bytes)
+
+
+def host_bytes(terms: list[Term]) -> int:
+    """What the terms need of the host's memory, for this rank."""
+    return sum(term.bytes for term in terms if term.host)
+
+
+def of_part(shape: Shape, setup: Setup) -> list[Term]:
+    whole = gathered(shape, setup)
     if not setup.training:
-        terms = [weights(shape, setup), kv_cache(shape, setup), logits(shape, setup)]
-        return [*terms, Term("peak", sum(t.bytes for t in terms), "sum", "")]
+        terms = [weights(shape, setup), *([whole] if whole.bytes else []), kv_cache(shape, setup), logits(shape, setup)]
+        names = " + ".join(term.name for term in terms if not term.host)
+        return [*terms, Term("peak", sum(t.bytes for t in terms if not t.host), names, "")]
     kept = [weights(shape, setup), gradients(shape, setup), optimizer_states(shape, setup)]
-    growth, whole, others = step_growth(shape, setup), gathered(shape, setup), companions(shape, setup)
-    stay = [kept[0], kept[2], *others, *([whole] if whole.bytes else [])]
+    growth, others = step_growth(shape, setup), companions(shape, setup)
+    stay = [kept[0], *([kept[1]] if setup.buffers else []), kept[2], *others, *([whole] if whole.bytes else [])]
+    stay = [term for term in stay if not term.host]
     names = " + ".join([term.name for term in stay] + [growth.name])
     peak = Term("peak", sum(term.bytes for term in stay) + growth.bytes, names, "")
-    return [*kept, *stay[2:], activations(shape, setup), logits(shape, setup), growth, peak]
+    rest = [*others, *([whole] if whole.bytes else [])]
+    return [*kept, *rest, activations(shape, setup), logits(shape, setup), growth, peak]
 
 
 # The letters of the formulas, in English and Chinese.
@@ -63,6 +85,13 @@ MEANING = {
     "Y": ("absmax of 256 blocks of 64, and a mean a layer", "每 256 组一个的最大值，以及每层一个均值"),
     "Z": ("rows of a block's linear layers", "每个块的线性层的行数"),
     "W": ("ranks", "进程数"),
+    "g": ("bytes of a number of the gradients", "梯度每个数的字节数"),
+    "m": ("trained numbers in the blocks' matrices", "各块矩阵中可训练的数"),
+    "v": ("other trained numbers: tables, norms, biases", "其余可训练的数：词表、归一化、偏置"),
+    "f": ("rows and columns of the trained matrices, elements of vectors", "可训练矩阵的行数与列数，向量的元素数"),
+    "t": ("tensor-parallel ranks", "张量并行的进程数"),
+    "p": ("micro-batches in flight in a pipeline", "流水线中同时在途的 micro-batch 数"),
+    "k": ("tokens of a row of the attention's matrix", "注意力矩阵一行的 token 数"),
     "Q": ("blocks of 256 trained parameters", "每 256 个可训练参数一块的块数"),
     "S": ("tokens in a chunk of the loss", "损失每次处理的 token 数"),
     "J": (
@@ -76,7 +105,8 @@ MEANING = {
 
 
 def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
-    """The values of the letters, as `MEANING` explains them."""
+    """The values of the letters, as `MEANING` explains them, for the part of the model that a rank holds."""
+    shape = largest(shape, setup)
     chunk, tiles, blocks = loss_plan(shape, setup)
     return {
         "L": shape.layers,
@@ -101,6 +131,13 @@ def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
         "Y": constants_of_blocks(shape),
         "Z": output_rows(shape),
         "W": setup.ranks,
+        "g": setup.gradient,
+        "m": trained_matrices(shape, setup),
+        "v": trained(shape, setup)[0] - trained_matrices(shape, setup),
+        "f": factors(shape, setup),
+        "t": setup.tp,
+        "p": shape.in_flight,
+        "k": setup.row,
         "Q": quantized_blocks(shape, setup),
         "S": chunk,
         "J": tiles * chunk,

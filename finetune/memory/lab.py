@@ -119,13 +119,44 @@ def gradients(rig: Rig) -> int:
     return found
 
 
-def states_of(model: nn.Module, setup: Setup, trained: list[nn.Parameter]) -> int:
+def states_of(model: nn.Module, setup: Setup, trained: list[nn.Parameter]) -> int | None:
+    """Bytes of the optimizer's states after a step on gradients of zeros; None where nothing here keeps such states."""
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = optim.AdamW(trained, lr=0.0, moments=setup.moments, master="auto" if setup.master else False)
-    optimizer.step()
+    found = sum(map(meters.optimizer_bytes, made)) if (made := optimizers(model, setup, trained)) is not None else None
     model.zero_grad(set_to_none=True)
-    return meters.optimizer_bytes(optimizer)
+    return found
+
+
+def optimizers(model: nn.Module, setup: Setup, trained: list[nn.Parameter]) -> list[torch.optim.Optimizer] | None:
+    """Optimizers of this project, or else torch's, that have made a step; None where neither keeps such states,
+    as with masters next to torch's."""
+    kind, narrow = setup.optimizer, any(p.element_size() < 4 for p in trained)
+    ours = {"adamw": "fp32", "adamw8bit": "8bit"}
+    made: list[torch.optim.Optimizer]
+    if kind in ours:
+        made = [optim.AdamW(trained, lr=0.0, moments=ours[kind], master="auto" if setup.master else False)]  # type: ignore[arg-type]
+    elif narrow and setup.master:
+        return None
+    elif kind == "muon":
+        blocks = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.")}
+        matrices = {id(p) for p in trained if p.dim() == 2 and id(p) in blocks}
+        made = [torch.optim.Muon([p for p in trained if id(p) in matrices], lr=0.0)]
+        if rest := [p for p in trained if id(p) not in matrices]:
+            made.append(torch.optim.AdamW(rest, lr=0.0))
+    else:
+        torchs: dict[str, Callable[..., torch.optim.Optimizer]] = {
+            "adamw_bf16": torch.optim.AdamW,
+            "sgd": torch.optim.SGD,
+            "sgd_momentum": partial(torch.optim.SGD, momentum=0.9),
+            "adafactor": torch.optim.Adafactor,
+        }
+        if kind == "adamw_bf16" and not narrow:
+            return None
+        made = [torchs[kind](trained, lr=0.0)]
+    for each in made:
+        each.step()
+    return made
 
 
 def activations(rig: Rig) -> int:
@@ -178,11 +209,12 @@ def scalar_model(rig: Rig) -> Any:
     return model
 
 
-def value_model(rig: Rig) -> int:
+def value_model(rig: Rig) -> int | None:
     model = scalar_model(rig)
     model.scalar(model(rig.tokens(1, 8), hidden=True)).sum().backward()
     kept = meters.weight_bytes(model) + meters.gradient_bytes(model)
-    return kept + states_of(model, rig.setup, [p for p in model.parameters() if p.grad is not None])
+    states = states_of(model, rig.setup, [p for p in model.parameters() if p.grad is not None])
+    return None if states is None else kept + states
 
 
 def step_growth(rig: Rig) -> int:
@@ -196,7 +228,7 @@ def step_growth(rig: Rig) -> int:
     return peak.growth
 
 
-METERS: dict[str, Callable[[Rig], int]] = {
+METERS: dict[str, Callable[[Rig], int | None]] = {
     "weights": lambda rig: meters.weight_bytes(rig.model),
     "gradients": gradients,
     "optimizer states": lambda rig: states_of(rig.model, rig.setup, rig.trained()),

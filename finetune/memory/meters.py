@@ -243,7 +243,7 @@ def build(config: Any, setup: Setup) -> Any:
     if count := setup.prompt or setup.prefix:
         part = virtual_tokens.Prompt if setup.prompt else virtual_tokens.Prefix
         model.virtual = part.from_tokens(model.requires_grad_(False), torch.arange(count))
-    model.gradient_checkpointing = setup.checkpointing
+    model.gradient_checkpointing = setup.checkpointing == "block"
     return model
 
 

@@ -81,7 +81,7 @@ ENTRIES = (
     ),
     Entry(
         ("16 bits, 8-bit AdamW", "16 位，8 位 AdamW"),
-        {"dtype": "bf16", "moments": "8bit"},
+        {"dtype": "bf16", "optimizer": "adamw8bit"},
         ("optimizer states",),
         (
             "The moments in a byte each, with one fp32 maximum each for every 256 numbers; the fp32 master stays.",
@@ -159,7 +159,7 @@ ENTRIES = (
     ),
     Entry(
         ("activations, checkpointing", "激活值，activation checkpointing"),
-        {"checkpointing": True},
+        {"checkpointing": "block"},
         ("activations",),
         (
             "Only the input of each block stays; a block's own activations exist again for a while in its backward "

@@ -6,15 +6,18 @@ from finetune.memory.counts import (
     block_adapters,
     blocks_of_64,
     constants_of_blocks,
+    factors,
     linear_weights,
     output_rows,
     outputs,
     parameters,
     quantized_blocks,
     trained,
+    trained_matrices,
     whole_at_once,
 )
-from finetune.memory.setup import Setup, Shape, Term
+from finetune.memory.optimizers import LIKE, OPTIMIZERS
+from finetune.memory.setup import BYTES, Setup, Shape, Term
 
 # Bytes of a block's linear layers in few bits (peft/quantize.py): codes of 4 bits and the absmax of 64 weights, or
 # that again as codes of 8 bits with an absmax for 256 and a mean a layer (Dettmers et al. 2023, arXiv:2305.14314,
@@ -36,11 +39,7 @@ def weights(shape: Shape, setup: Setup) -> Term:
     kept = {"lora": 1, "pissa": 2, "dora": 1}[setup.adapter] * block_adapters(shape, setup)
     kept += outputs(shape, setup) if setup.adapter == "dora" else 0
     adapters = 4 * setup.share(shape.layers * kept, 3)
-    if shape.family == "gpt":
-        text = "((V + M)·C + L·(2·C·F + 4·C·C + F + 9·C) + 2·C)·e"
-    else:
-        text = ("V·C" if shape.tied else "2·V·C") + " + L·(2·C·H·D + 2·C·K·D + 3·C·F + 2·C) + C"
-        text = f"({text})·e"
+    text = f"({parameters_text(shape)})·e"
     if shared := setup.zero >= 3:
         text = "⌈P/W⌉·e"
     if setup.quantized != "none":
@@ -52,7 +51,21 @@ def weights(shape: Shape, setup: Setup) -> Term:
         text += f" + ⌈{each}/W⌉·4" if shared else f" + {each}·4"
     elif setup.frozen:
         base, text = base + 4 * setup.share(trained(shape, setup)[0], 3), f"{text} + {shared_text(setup, 3)}·4"
-    return Term("weights", base + adapters, text, f"layers of finetune/lm/{shape.family}.py")
+    term = Term("weights", base + adapters, text, f"layers of finetune/lm/{shape.family}.py")
+    return term.on_host() if setup.offload == "parameters" else term
+
+
+def parameters_text(shape: Shape) -> str:
+    """The formula of `parameters`."""
+    tables = {0: "", 1: "V·C + ", 2: "2·V·C + "}[shape.tables]
+    if shape.family == "gpt":
+        ends = ("M·C + " if shape.first else "", " + 2·C" if shape.last else "")
+        return f"{tables}{ends[0]}L·(2·C·F + 4·C·H·D + F + 3·H·D + 6·C){ends[1]}"
+    biases = ((shape.qkv_bias, "H·D + 2·K·D"), (shape.o_bias, "C"), (shape.mlp_bias, "2·F + C"))
+    extra = [text for has, text in biases if has] + ["2·D"] * shape.qk_norm
+    norms = "4·C" if shape.post_norms else "2·C"
+    inner = " + ".join(["2·C·H·D", "2·C·K·D", "3·C·F", norms, *extra])
+    return f"{tables}L·({inner})" + (" + C" if shape.last else "")
 
 
 def shared_text(setup: Setup, stage: int) -> str:
@@ -62,37 +75,61 @@ def shared_text(setup: Setup, stage: int) -> str:
 
 
 def gradients(shape: Shape, setup: Setup) -> Term:
-    """One number of the parameter's dtype for each trained parameter (autograd: p.grad is like p)."""
+    """One number of the parameter's dtype for each trained parameter (autograd: p.grad is like p); with another
+    --grad-dtype in a buffer of that dtype, which stays from step to step (Megatron-LM's main_grad)."""
     count, element = trained(shape, setup)
-    text = f"{shared_text(setup, 2)}·{'4' if setup.frozen else 'e'}"
-    return Term("gradients", setup.share(count, 2) * element, text, "p.grad is like p")
+    width = "4" if setup.frozen else "e"
+    source = "p.grad is like p"
+    if setup.buffers:
+        element, width, source = setup.gradient, "g", "buffers that stay (Megatron-LM's main_grad)"
+    term = Term("gradients", setup.share(count, 2) * element, f"{shared_text(setup, 2)}·{width}", source)
+    return term.on_host() if setup.offload != "none" and setup.training else term
 
 
 def optimizer_states(shape: Shape, setup: Setup) -> Term:
-    """AdamW's two moments in fp32 (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2); 16-bit parameters have an
-    fp32 master copy too (Micikevicius et al. 2018, arXiv:1710.03740, §3.1): K = 12 bytes a parameter of ZeRO's
-    accounting (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1). With 8-bit moments 2 bytes a parameter instead of 8,
-    and two fp32 maxima a block of 256 (Dettmers et al. 2022, arXiv:2110.02861; ops.adamw8bit_)."""
-    count, element = trained(shape, setup)
-    master = 4 * (element < 4 and setup.master)
-    if setup.moments == "8bit":
-        blocks = setup.share(quantized_blocks(shape, setup), 1)
-        text = f"{shared_text(setup, 1)}·{2 + master} + {'⌈Q/W⌉' if setup.zero >= 1 else 'Q'}·8"
-        size = setup.share(count, 1) * (2 + master) + blocks * 8
-        return Term("optimizer states", size, text, "AdamW: two 8-bit moments; 16 bits add an fp32 master")
-    copies = 2 + master // 4
-    text = f"{shared_text(setup, 1)}·{4 * copies}"
-    source = "AdamW: two fp32 moments; 16 bits add an fp32 master"
-    return Term("optimizer states", setup.share(count, 1) * 4 * copies, text, source)
+    """What the optimizer keeps (finetune/memory/optimizers.py): AdamW two moments in fp32 (Loshchilov & Hutter 2019,
+    arXiv:1711.05101, algorithm 2), in 8 bits 2 bytes a parameter instead of 8 and two fp32 maxima a block of 256
+    (Dettmers et al. 2022, arXiv:2110.02861; ops.adamw8bit_), SGD a momentum or nothing, Muon a momentum for the
+    matrices of the blocks and AdamW's moments for the rest (Jordan et al. 2024; divided by ZeRO as in Liu et al. 2025,
+    arXiv:2502.16982, §2.3), Adafactor the sums of rows and columns (Shazeer & Stern 2018, arXiv:1804.04235, §3).
+    Parameters of 16 bits have an fp32 master copy too (Micikevicius et al. 2018, arXiv:1710.03740, §3.1): AdamW's
+    K = 12 bytes a parameter of ZeRO's accounting (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1). The scratch of a
+    step is not counted."""
+    each, master = state_widths(setup, trained(shape, setup)[1])
+    counted = {
+        "trained": (shared_text(setup, 1), lambda: trained(shape, setup)[0]),
+        "matrices": (shared(setup, "m"), lambda: trained_matrices(shape, setup)),
+        "others": (shared(setup, "v"), lambda: trained(shape, setup)[0] - trained_matrices(shape, setup)),
+        "factors": ("f", lambda: factors(shape, setup)),
+        "blocks": (shared(setup, "Q"), lambda: quantized_blocks(shape, setup)),
+    }
+    size = sum(setup.share(counted[name][1](), 1) * width for name, width in each.items())
+    text = " + ".join(f"{counted[name][0]}·{width}" for name, width in each.items()) or "0"
+    source = OPTIMIZERS[setup.optimizer].summary + ("; an fp32 master" if master else "")
+    term = Term("optimizer states", size, text, source)
+    return term.on_host() if setup.offload != "none" and setup.training else term
+
+
+def state_widths(setup: Setup, element: int) -> tuple[dict[str, int], bool]:
+    """(bytes of the optimizer's states by what they are counted in, whether a master is among them) of trained
+    parameters of `element` bytes."""
+    master = setup.training and element < 4 and setup.master
+    like = 4 if master else element
+    each = {name: like if width == LIKE else width for name, width in OPTIMIZERS[setup.optimizer].states}
+    return ({"trained": 4 + each.pop("trained", 0)} | each, True) if master else (each, False)
+
+
+def shared(setup: Setup, letter: str) -> str:
+    return f"⌈{letter}/W⌉" if setup.zero >= 1 else letter
 
 
 def gathered(shape: Shape, setup: Setup) -> Term:
-    """Parameters that ZeRO-3 gathers whole: those in use and those fetched ahead, two blocks or the
-    table (Rajbhandari et al. 2020, §5.3; Zhao et al. 2023, arXiv:2304.11277, §3)."""
-    if setup.zero < 3 or setup.ranks == 1:
+    """Parameters that ZeRO-3 gathers whole, or that come from the host: those in use and those fetched ahead, two
+    blocks or the table (Rajbhandari et al. 2020, §5.3; Zhao et al. 2023, arXiv:2304.11277, §3)."""
+    if setup.zero < 3 and setup.offload != "parameters":
         return Term("gathered parameters", 0, "0", "")
     size = whole_at_once(shape) * setup.element
-    return Term("gathered parameters", size, "G·e", "ZeRO-3: two blocks, or the table, whole for a while")
+    return Term("gathered parameters", size, "G·e", "two blocks, or the table, whole for a while")
 
 
 def companions(shape: Shape, setup: Setup) -> list[Term]:
@@ -109,17 +146,19 @@ def companions(shape: Shape, setup: Setup) -> list[Term]:
     if not setup.frozen:
         text = "⌈P/W⌉·e" if setup.zero >= 3 else "P·e"
         size = setup.share(parameters(shape), 3) * setup.element
-        terms.append(Term("reference model", size, text, "frozen weights"))
+        reference = Term("reference model", size, text, "frozen weights")
+        terms.append(reference.on_host() if setup.offload == "parameters" else reference)
     if setup.algorithm == "ppo":
         head = shape.dim - (0 if shape.tied else shape.vocab * shape.dim)
         count = parameters(shape) + head
         plain = "P + C" if shape.tied else "P + C - V·C"
         shared = {stage: f"⌈({plain})/W⌉" if setup.zero >= stage else f"({plain})" for stage in (1, 2, 3)}
         terms.append(Term("reward model", setup.share(count, 3) * setup.element, f"{shared[3]}·e", "frozen weights"))
-        copies = 2 + (setup.element < 4 and setup.master)
-        size = setup.share(count, 3) * setup.element + setup.share(count, 2) * setup.element
-        size += setup.share(count, 1) * 4 * copies
-        text = f"{shared[3]}·e + {shared[2]}·e + {shared[1]}·{4 * copies}"
+        kept = state_widths(setup, setup.element)[0].get("trained", 0)
+        size = setup.share(count, 3) * setup.element + setup.share(count, 2) * setup.gradient
+        size += setup.share(count, 1) * kept
+        width = "g" if setup.buffers else "e"
+        text = f"{shared[3]}·e + {shared[2]}·{width} + {shared[1]}·{kept}"
         terms.append(Term("value model", size, text, "weights, gradients and optimizer states"))
     return terms
 
@@ -128,10 +167,16 @@ def kv_cache(shape: Shape, setup: Setup) -> Term:
     """2 (keys, values) · L · K · D · e a token: with grouped queries the KV heads count, not the query heads
     (Ainslie et al. 2023, arXiv:2305.13245); lm/generate.py, KVCache. A paged one (ops.kv_cache) rounds a row up
     to whole blocks, and in 8 bits has D + 4 bytes for D · e."""
-    same, blocks = setup.kv_dtype == "same", -(-setup.seq // setup.kv_block)
-    head = shape.head_dim * setup.element if same else shape.head_dim + 4
-    tokens = setup.batch * blocks * setup.kv_block
-    text = "2·L·K·D·e" if same else "2·L·K·(D + 4)"
-    text += "·N" if setup.kv_block == 1 else "·B·⌈T/b⌉·b"
-    source = "KVCache of finetune/lm/generate.py" if same and setup.kv_block == 1 else "pools of ops.kv_cache"
+    if setup.kv_dtype in ("int8", "fp8"):
+        head, each = shape.head_dim + 4, "2·L·K·(D + 4)"
+    elif setup.kv_dtype in ("same", setup.dtype):
+        head, each = shape.head_dim * setup.element, "2·L·K·D·e"
+    else:
+        head, each = shape.head_dim * BYTES[setup.kv_dtype], f"2·L·K·D·{BYTES[setup.kv_dtype]}"
+    tokens = setup.batch * -(-setup.seq // setup.kv_block) * setup.kv_block
+    text = each + ("·N" if setup.kv_block == 1 else "·B·⌈T/b⌉·b")
+    own = setup.kv_block == 1 and each.endswith("·e")
+    source = "KVCache of finetune/lm/generate.py" if own else "pools of ops.kv_cache"
+    if shape.window_layers:
+        source += "; all tokens, in layers with a window too"
     return Term("KV cache", 2 * shape.layers * shape.kv_heads * head * tokens, text, source)

@@ -49,7 +49,7 @@ def test_every_formula_is_measured(rows):
 def test_of_a_gpt_too(monkeypatch):
     """Without ZeRO, whose simulation is tested on GPT-2's own shape."""
     monkeypatch.setattr(lab, "entries_for", lambda shape: [e for e in entries_for(shape) if "zero" not in e.changes])
-    compare(lab.measure(GPT2, Setup(batch=2, seq=96, checkpointing=True), lambda done, of: None))
+    compare(lab.measure(GPT2, Setup(batch=2, seq=96, checkpointing="block"), lambda done, of: None))
     shape, alone = shape_of(GPT2), Setup(batch=1, seq=96, attention="naive")
     found = lab.measured(GPT2, alone, {"activations of a block": activations.block(shape, alone)})
     assert found == {"activations of a block": activations.block(shape, alone).bytes}
@@ -125,7 +125,7 @@ def test_the_sheet_has_every_formula_of_the_lab():
     }  # fmt: skip
     assert "KV cache" in terms
     changed = [key for entry in ENTRIES for key in entry.changes]
-    assert {"dtype", "moments", "lora_rank", "attention", "checkpointing", "loss", "kv_dtype", "zero"} <= {*changed}
+    assert {"dtype", "optimizer", "lora_rank", "attention", "checkpointing", "loss", "kv_dtype", "zero"} <= {*changed}
     assert {e.changes.get("zero") for e in ENTRIES} >= {1, 2, 3}
     assert {e.changes.get("algorithm") for e in ENTRIES} >= {"dpo", "grpo", "ppo"}
 

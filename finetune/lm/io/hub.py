@@ -77,15 +77,48 @@ def resolve(path: str | Path, console: Console | None = None) -> Path:
 def fetch_hub(name: str) -> Path:
     """The folder of a hub model in Hugging Face's own cache; UserError if the hub lacks it or is out of reach."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
+    return from_hub(name, lambda: snapshot_download(name, allow_patterns=wanted))
+
+
+def fetch_config(name: str) -> Path:
+    """The config.json of a hub model, without its weights: the cached one if the hub does not answer at once. UserError
+    as of `fetch_hub`."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+    def fetch() -> str:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))  # asks once; a download asks for half a minute
+        except (RepositoryNotFoundError, EntryNotFoundError):
+            raise
+        except Exception:  # whatever the network stack raises
+            return hf_hub_download(name, "config.json", local_files_only=True)
+        return hf_hub_download(name, "config.json")
+
+    return from_hub(name, fetch)
+
+
+def from_hub(name: str, fetch: Callable[[], str]) -> Path:
+    """The path that `fetch` returns; UserError for what the hub answers instead."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(fetch())
     except GatedRepoError:
         raise UserError(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from None
     except RepositoryNotFoundError:
         raise UserError(f"there is neither a folder {name} here nor a model of that name on the hub") from None
+    except LocalEntryNotFoundError:
+        raise UserError(f"there is no folder {name}, the hub is out of reach, and its cache lacks the model") from None
+    except EntryNotFoundError:
+        raise UserError(f"{name} on the hub has no config.json: it is not a model of transformers") from None
     except Exception as error:  # whatever the network stack raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"there is no folder {name}, and the hub is out of reach for it ({reason})") from None

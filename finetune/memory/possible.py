@@ -1,0 +1,98 @@
+"""Refusal of setups that cannot exist: settings that exclude each other, and those that a model's shape excludes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune.memory.setup import Setup, Shape
+
+
+def check_settings(setup: Setup) -> None:
+    """UserError for the first pair of settings that exclude each other whatever the model."""
+    s, virtual = setup, setup.prompt or setup.prefix
+    adapters = "the formulas know it for full fine-tuning only"
+    rules = (
+        (s.zero and s.ranks == 1, f"--zero {s.zero}: one rank has nothing to divide; give the number of --ranks"),
+        (
+            s.zero and s.optimizer == "adafactor",
+            f"--zero {s.zero}: Adafactor needs whole rows and columns, which ZeRO cuts; take another --optimizer",
+        ),
+        (
+            s.zero > 1 and s.pp > 1,
+            f"--zero {s.zero} with --pp {s.pp}: gradients would be reduced once a micro-batch; take --zero 1",
+        ),
+        (
+            s.sequence_parallel and s.tp == 1,
+            "--sequence-parallel divides a row among tensor-parallel ranks: give their number with --tp",
+        ),
+        (
+            s.sequence_parallel and s.seq % s.tp,
+            f"--sequence-parallel: {s.seq} tokens a row cannot be divided by --tp {s.tp}",
+        ),
+        (s.sequence_parallel and s.frozen, f"--sequence-parallel: {adapters}"),
+        (
+            s.checkpointing == "selective" and s.attention == "flash",
+            "--checkpointing selective computes T×T attention again, which flash attention does not keep: "
+            "take --checkpointing block, or --attention naive",
+        ),
+        (
+            s.grad_dtype != "same" and s.frozen,
+            f"--grad-dtype {s.grad_dtype}: gradients of adapters and virtual tokens are fp32",
+        ),
+        (
+            s.offload == "parameters" and s.zero < 3 and s.ranks > 1,
+            "--offload parameters: several ranks divide them first; give --zero 3",
+        ),
+        (s.offload == "parameters" and s.frozen, f"--offload parameters: {adapters}"),
+        (s.offload == "parameters" and s.pp > 1, "--offload parameters and --pp exclude each other: omit one"),
+        (s.offload != "none" and s.algorithm == "ppo", "--offload: the formulas do not know it for ppo's four models"),
+        (
+            s.algorithm == "ppo" and s.optimizer in ("adafactor", "muon", "adamw8bit"),
+            f"--algorithm ppo: the formula of its value model does not know {s.optimizer}; take --optimizer adamw",
+        ),
+        (
+            s.optimizer in ("adafactor", "muon") and virtual,
+            f"--optimizer {s.optimizer} is for matrices, not for virtual tokens; take --optimizer adamw",
+        ),
+        (
+            s.pp > 1 and (s.algorithm == "ppo" or s.prompt),
+            "--pp: the formulas know pipelines of one language model; omit --algorithm ppo and --prompt",
+        ),
+        (
+            not s.training and (s.lora_rank or virtual),
+            "--optimizer none is inference, where adapters are merged: omit --lora-rank, --prompt and --prefix",
+        ),
+        (
+            not s.training and (s.offload == "optimizer" or s.checkpointing != "none"),
+            "--optimizer none is inference: --checkpointing and --offload optimizer are for training",
+        ),
+    )
+    for broken, text in rules:
+        if broken:
+            raise UserError(text)
+
+
+def check_shape(name: str, shape: Shape, setup: Setup) -> None:
+    """UserError for the first setting that a model of this shape cannot have."""
+    longest = f"{name} has {shape.max_length:,} positions"
+    if setup.seq > shape.max_length:
+        more = "; --batch adds rows" if setup.training else ""
+        raise UserError(f"--seq {setup.seq}: {longest}, a text cannot be longer{more}")
+    if setup.prompt >= setup.seq:
+        raise UserError(f"--prompt {setup.prompt}: a row of --seq {setup.seq} includes it, no token would be left")
+    if setup.prefix + setup.seq > shape.max_length:
+        raise UserError(f"--prefix {setup.prefix} --seq {setup.seq}: {longest} for both")
+    if setup.pp > shape.layers:
+        raise UserError(f"--pp {setup.pp}: {name} has {shape.layers} layers, and a stage needs at least one")
+    for what, count in (("heads", shape.heads), ("KV heads", shape.kv_heads), ("MLP columns", shape.hidden)):
+        if count % setup.tp:
+            raise UserError(f"--tp {setup.tp}: {name} has {count:,} {what}, which is no multiple of {setup.tp}")
+    for target in setup.targets(shape):
+        if setup.lora_rank > (least := min(shape.linears[target])):
+            raise UserError(
+                f"--lora-rank {setup.lora_rank}: layer {target} of {name} has {shape.linears[target][0]:,} inputs and "
+                f"{shape.linears[target][1]:,} outputs, so a rank above {least:,} adds nothing"
+            )
