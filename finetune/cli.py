@@ -178,7 +178,7 @@ def _execute(info: Any, cfg: Any, folder: Path | None, json: bool, **how: bool) 
 @click.option("-h", "--help", "help_", is_flag=True, help="What can be asked.")
 @REST
 def memory(json: bool, help_: bool, rest: tuple[str, ...]) -> Any:
-    """Memory that training needs, by formula and measured: memory sft --measure, memory llama-7b --seq 4096."""
+    """Memory that training needs, by formula and measured: memory config.json --seq 4096, memory sft --measure."""
     from finetune.memory.cli import main
 
     return main([*rest, *(["--help"] if help_ else [])], json=json)

@@ -178,7 +178,7 @@ def test_memory_before_training():
     text = finetune("memory", "sft").stdout
     for word in ("weights", "gradients", "optimizer states", "activations", "logits", "peak", "This machine has"):
         assert word in text
-    text = finetune("memory", "llama-7b", "--optimizer", "adamw", "--batch", "8", "--seq", "4096").stdout
+    text = finetune("memory", "llama-2-7b", "--optimizer", "adamw", "--batch", "8", "--seq", "4096").stdout
     assert "6.74 billion" in text
     assert "does not fit" in text
 

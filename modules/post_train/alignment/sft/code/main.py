@@ -332,5 +332,5 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
         dtype="fp32" if cfg.dtype == "float32" else "bf16",
         lora_rank=cfg.rank if cfg.method == "lora" else 0,
         lora_targets=cfg.targets,
-        checkpointing=cfg.checkpointing,
+        checkpointing="block" if cfg.checkpointing else "none",
     )
