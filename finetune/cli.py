@@ -59,9 +59,7 @@ def list_(json: bool) -> None:
 @click.option("--toy", is_flag=True, help="The module's small setting: a minute or two at most.")
 @click.option("--out", help="Run folder; default: a new one in the module's output/.")
 @click.option("--resume", is_flag=True, help="Continue the newest unfinished run, or the one in --out.")
-@click.option(
-    "--dry-run", is_flag=True, help="sft, peft: show rows as the model sees them, and counts; then stop."
-)
+@click.option("--dry-run", is_flag=True, help="sft, peft: show rows as the model sees them, and counts; then stop.")
 @ACCEPT
 @JSON
 @click.option("-h", "--help", "help_", is_flag=True, help="This text; after a module's name, that module's settings.")

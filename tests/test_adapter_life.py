@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 
 import pytest
 import torch
@@ -192,3 +194,84 @@ def test_transformers_opens_the_merged_folder(home):
     theirs = AutoModelForCausalLM.from_pretrained(home / "merged")
     assert near(on_base(home, "tokens")(TOKENS), theirs(TOKENS).logits)
     assert AutoTokenizer.from_pretrained(home / "merged").chat_template
+
+
+# --- Training further, and what a run says one can do next
+
+
+def trained(capsys, home, out, *words):
+    """The lines of `run sft` on ten rows, two steps."""
+    rows = [json.dumps({"prompt": f"What is {i}?", "completion": f"def {i}"}) for i in range(10)]
+    (home / "rows.jsonl").write_text("\n".join(rows))
+    start = ["run", "sft", "--data", home / "rows.jsonl", "--out", out, "--steps", 2, "--batch", 2, "--max-length", 64]
+    small = ["--eval-rows", 2, "--samples", 1, "--eval-every", 0, "--threads", 1]
+    code = command([*map(str, [*start, *small, *words])])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    return shown.out.splitlines()
+
+
+def test_from_a_run_to_its_next_commands(home, capsys, monkeypatch):
+    """sft on the base, the lines that it prints, that adapter trained further, and merged."""
+    monkeypatch.chdir(home)
+    lines = trained(
+        capsys, home, home / "a run", "--model", "base", "--modules-to-save", "norm", "--targets", "q_proj,head"
+    )
+    said = [line.removeprefix("python -m finetune ") for line in lines if line.startswith("python -m finetune ")]
+    assert [words.split()[0] for words in said] == ["generate", "generate", "merge"]
+    assert lines[-1] == f"python -m finetune {said[-1]}"
+    for words in said:
+        assert command([*shlex.split(words), *(["--max-new-tokens", "4"] if "generate" in words else [])]) == 0, words
+    first, merged = load.llama(home / "base"), load.llama(home / "a run-merged")
+    adapters.load_adapter(first, home / "a run" / "model")
+    assert near(merged(TOKENS), first(TOKENS))
+    assert json.loads((home / "a run" / "model" / "adapter_config.json").read_text())["modules_to_save"] == [
+        "model.norm"
+    ]
+    capsys.readouterr()
+    lines = trained(capsys, home, home / "more", "--adapter", home / "a run", "--lr", 0)
+    assert any("rank 8, alpha 16, q,head, on" in line for line in lines)
+    again = load.llama(home / "base")
+    adapters.load_adapter(again, home / "more" / "model")
+    assert near(again(TOKENS), first(TOKENS)), "a learning rate of 0 keeps the adapter"
+    trained(capsys, home, home / "moved", "--adapter", home / "a run")
+    moved = load.llama(home / "base")
+    adapters.load_adapter(moved, home / "moved" / "model")
+    assert not near(moved(TOKENS), first(TOKENS))
+    assert not torch.equal(moved.norm.weight, first.norm.weight)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rank", 4], "--rank 4: the adapter .* has 2, and is trained with that; omit --rank"),
+        (["--targets", "q,v"], "--targets q,v: the adapter .* has q,k,v,o,gate,up,down"),
+        (["--method", "full"], "omit --method full"),
+        (["--modules-to-save", "norm"], "keeps its own"),
+        (["--model", "base", "--adapter", "base"], "base is not an adapter: .* holds a whole model"),
+        (["--adapter", "prompt"], "only LoRA adapters are trained further"),
+        (["--adapter", "lost"], "base model of the adapter .* is not found .*: give it with --model"),
+    ],
+)
+def test_what_is_not_trained_further(home, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(home)
+    adapters.save_adapter(on_base(home, "lora"), home / "lost", str(home / "nowhere"), "lora")
+    start = ["run", "sft", "--data", home / "base" / "config.json", "--out", home / "run", "--adapter", home / "lora"]
+    assert re.search(message, refused(capsys, *start, *words))
+
+
+def test_a_resumed_run_on_an_adapter(home, capsys):
+    """Ends as one that was not stopped, and refuses an adapter that has changed."""
+    given = ["--adapter", home / "lora", "--checkpoint-every", 1, "--dropout", 0.1]
+    trained(capsys, home, home / "whole", *given)
+    trained(capsys, home, home / "parts", *given)
+    (home / "parts" / "summary.json").unlink()
+    shutil.rmtree(home / "parts" / "checkpoints" / "step_000002")
+    assert command(["run", "sft", "--resume", "--out", str(home / "parts")]) == 0
+    ends = [dict(weights_of(home / name / "model", adapters.TENSORS)) for name in ("whole", "parts")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    (home / "parts" / "summary.json").unlink()
+    file = home / "lora" / "adapter_config.json"
+    file.write_text(file.read_text() + " ")
+    capsys.readouterr()
+    assert "adapter (" in refused(capsys, "run", "sft", "--resume", "--out", home / "parts")

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from finetune.lm.io.load import ADAPTER_CONFIG as CONFIG
 from finetune.lm.llama import Llama
 from finetune.peft import whole
 from finetune.peft.adapter_modules import Modules
-from finetune.peft.lora import LoRA, LoRALinear, adapters, apply_lora, first_fit, linear_layers
+from finetune.peft.lora import TARGETS, LoRA, LoRALinear, adapters, apply_lora, first_fit, linear_layers
 from finetune.peft.virtual_tokens import Prefix, Prompt
 from finetune.peft.whole import hf_module
 from finetune.runs import checkpoint, reading
@@ -68,6 +69,31 @@ def kind(folder: str | Path) -> str:
     if not isinstance(found, str) or found not in KINDS:
         raise UserError(f"{Path(folder) / CONFIG}: peft_type is {found!r}; those that can be read: {', '.join(KINDS)}")
     return found
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an adapter folder trains: the usual rank and alpha, and the layers by the last part of their names."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+def describe(folder: str | Path) -> Description:
+    """The shape of a LoRA adapter, from its configuration and the names of its tensors."""
+    folder = Path(folder)
+    if (found := kind(folder)) != "LORA":
+        raise UserError(f"{folder / CONFIG}: peft_type is {found!r}: only LoRA adapters are trained further")
+    config = reading.convert(read_json(folder / CONFIG), LoRAConfig, folder / CONFIG)
+    parts = (adapted(key, folder) for key, _ in weights.read_safetensors(folder, TENSORS))
+    names = {at.rpartition(".")[2] for at, part in parts if part == "lora_A.weight"}
+    return Description(config.r, config.lora_alpha, tuple(sorted(names, key=order)))
+
+
+def order(target: str) -> int:
+    """The place of a target in the usual order."""
+    return TARGETS.index(target) if target in TARGETS else len(TARGETS)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str = "default") -> None:

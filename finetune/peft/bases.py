@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds an adapter and not a whole model."""
     whole = ("model.safetensors", "model.safetensors.index.json")
-    return (folder / load.ADAPTER_CONFIG).exists() and not any((folder / name).exists() for name in whole)
+    return os.path.exists(folder / load.ADAPTER_CONFIG) and not any(os.path.exists(folder / name) for name in whole)
 
 
 def adapter_folder(name: str, console: Console | None = None) -> Path:
@@ -30,21 +31,22 @@ def adapter_folder(name: str, console: Console | None = None) -> Path:
     return folder
 
 
-def base_folder(adapter: Path, base: str | None = None, console: Console | None = None) -> Path:
-    """The base model of an adapter's folder: `base`, or the one that it names. UserError if that is not found."""
+def base_folder(adapter: Path, base: str | None = None, console: Console | None = None, option: str = "--base") -> Path:
+    """The base model of an adapter's folder: `base`, which `option` gives, or the one that the folder names. UserError
+    if that is not found."""
     name = base or load.adapter_base(adapter)
     if not name:
-        raise UserError(f"the adapter {adapter} does not name its base model: give it with --base")
+        raise UserError(f"the adapter {adapter} does not name its base model: give it with {option}")
     try:
         found = hub.resolve(name, console)
     except UserError as error:
         if base:
             raise
         raise UserError(
-            f"the base model of the adapter {adapter} is not found ({error}): give it with --base"
+            f"the base model of the adapter {adapter} is not found ({error}): give it with {option}"
         ) from None
     if is_adapter(found):
-        raise UserError(f"{name} is an adapter, not the base model of {adapter}: give that with --base")
+        raise UserError(f"{name} is an adapter, not the base model of {adapter}: give that with {option}")
     return found
 
 

@@ -30,7 +30,16 @@ from finetune.peft.quantize import FrozenLinear
 from finetune.peft.whole import fits, set_module
 from finetune.peft.whole import train_modules as train_modules  # modules that an adapter trains whole
 
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # all linear layers of a Llama's blocks
+LAYERS = (
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.o",
+    "mlp.gate",
+    "mlp.up",
+    "mlp.down",
+)  # all linear ones of a Llama's block
+TARGETS = tuple(name.partition(".")[2] for name in LAYERS)
 Linear = nn.Linear | FrozenLinear
 
 
@@ -294,6 +303,20 @@ def apply_lora(
     if made:
         activate(model, {name: 1.0})
     return made
+
+
+def parse_targets(text: str) -> list[str]:
+    """Layers to adapt, separated by commas: `q`, or `q_proj` as Hugging Face calls it, `head` or `lm_head`, or
+    `all-linear` for all of TARGETS. UserError for another name."""
+    known = {whole.hf_module(f"blocks.0.{at}").rpartition(".")[2]: at.rpartition(".")[2] for at in LAYERS}
+    known |= {name: name for name in TARGETS} | {"head": "head", "lm_head": "head"}
+    found: list[str] = []
+    for name in text.split(","):
+        if name != "all-linear" and name not in known:
+            listed = ", ".join((*TARGETS, "head", "all-linear"))
+            raise UserError(f"--targets: '{name}' is not a linear layer of a Llama: they are {listed}")
+        found += TARGETS if name == "all-linear" else (known[name],)
+    return list(dict.fromkeys(found))
 
 
 def first_fit(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -321,6 +321,14 @@ def closing(con: Console, summary: dict[str, Any], judged: dict[str, dict[str, A
     con.print(Text(short(folder)), soft_wrap=True)
 
 
+def commands(con: Console, rows: Sequence[tuple[str, str]]) -> None:
+    """Prints what can be done next: for each (what for, words), a line that can be copied."""
+    if rows:
+        con.print()
+    for what, words in rows:
+        con.print(Text.assemble((f"# {what}\n", "dim"), f"python -m finetune {words}"), soft_wrap=True)
+
+
 def brief(metrics: dict[str, float], count: int = SHOWN) -> str:
     """The first metrics, on one line."""
     return " ".join(f"{name} {number(value)}" for name, value in list(metrics.items())[:count])

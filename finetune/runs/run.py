@@ -78,6 +78,9 @@ class Run:
         self.checks: dict[str, dict[str, Any]] = {}
         self.memory_rows: list[dict[str, Any]] = []
         self.sample_tables: list[dict[str, Any]] = []
+        self.next_commands: list[
+            tuple[str, str]
+        ] = []  # (what for, words behind `python -m finetune`), shown at the end
         self.finished_steps = 0
         self._latest: dict[str, float] = {}
         self._signal, self.busy = 0, False  # busy: within a step
@@ -436,6 +439,7 @@ def execute(
                 print(kept(folder), file=sys.stderr)
             raise
         display.closing(run.console, summary, run.judged, folder)
+        display.commands(run.console, run.next_commands)
     return summary
 
 

@@ -6,6 +6,7 @@ Step 1 of InstructGPT (Ouyang et al. 2022, arXiv:2203.02155). Reads top to botto
 (setup, loop, evaluation), then its parts. The README explains every metric and every choice.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -27,11 +28,12 @@ from finetune.lm import chat_template, template_tokens
 from finetune.lm.io import hub, load, save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
-from finetune.peft import adapters, lora
+from finetune.peft import adapters, bases, lora
 from finetune.runs import config, display
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
 
+from . import adapter
 from .data import CHANCE, load_data, small_tokenizer, tokenize
 from .samples import answers, choose
 
@@ -54,11 +56,15 @@ class Config(config.Config):
     unwritten: packing.Unwritten = "refuse"
     # --- Method
     method: Literal["lora", "full"] = "lora"  # train adapters on frozen weights, or all weights
+    # LoRA: an adapter to train further, or a run that made one; on its base model, or on the one that --model gives
+    adapter: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; adapters and optimizer stay in float32
     rank: int = bounded(8, at_least=1, at_most=1 << 16)  # LoRA: rank of the update
     alpha: float = bounded(16.0, above=0)  # LoRA: the update is scaled by alpha / rank
     dropout: float = bounded(0.0, at_least=0, below=1)  # LoRA: probability of dropping an input of the adapters
-    targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers
+    targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers; all-linear: those; head (lm_head) is one too
+    # LoRA: modules that are trained whole and saved with the adapter, such as embed_tokens,norm
+    modules_to_save: str | None = None
     # --- Optimizer
     lr: float = bounded(1e-3, at_least=0)  # peak learning rate
     # steps until the peak; from there a cosine falls to a tenth of it
@@ -92,10 +98,9 @@ class Config(config.Config):
         check_form(self.form)
         if self.template is not None:
             template_tokens.file_of(self.template)
-        for target in self.targets.split(","):
-            if target not in lora.TARGETS:
-                known = ", ".join(lora.TARGETS)
-                raise UserError(f"--targets: '{target}' is not a linear layer of a Llama: they are {known}")
+        lora.parse_targets(self.targets)
+        if self.modules_to_save and self.method != "lora":
+            raise UserError("--modules-to-save is for LoRA: --method full trains all modules; omit it")
         if self.accumulate > self.batch:
             raise UserError(f"--accumulate {self.accumulate} exceeds the batch of {self.batch} rows")
 
@@ -134,6 +139,7 @@ def accumulate_gradients(model: Llama, batches: Sequence[Batch]) -> float:
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     # What cannot fit is refused by the formulas, before the model is read.
+    cfg = adapter.settled(cfg, run.console)
     sets = load_data(cfg, run.print)
     shape, setup = memory_plan(cfg)
     if cfg.max_length > shape.max_length:
@@ -143,14 +149,19 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     # Tokens, model, trained parameters, optimizer.
     tokenizer, added = load_tokenizer(cfg, sets["train"], run.console)
     documents = tokenize(cfg, sets, tokenizer, run.print)
-    if added:
+    if added or cfg.adapter:
         shape = replace(shape, vocab_size=max(shape.vocab_size, tokenizer.vocab_size))
     for part in documents.values():
         packing.check_vocabulary(part, shape.vocab_size)
     train = documents.pop("train")
     model = load_model(cfg, tokenizer, added, run)
-    if cfg.method == "lora":
-        lora.apply_lora(model, cfg.rank, cfg.alpha, cfg.dropout, cfg.targets.split(","), run.generator("lora"))
+    if cfg.adapter:
+        adapter.put(cfg, run, model, added)
+    elif cfg.method == "lora":
+        layers = lora.parse_targets(cfg.targets)
+        lora.apply_lora(model, cfg.rank, cfg.alpha, cfg.dropout, layers, run.generator("lora"))
+        if cfg.modules_to_save:
+            lora.train_modules(model, cfg.modules_to_save.split(","))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.AdamW(optim.decay_groups(trained.values(), cfg.weight_decay), lr=cfg.lr)
     model.gradient_checkpointing = cfg.checkpointing
@@ -202,6 +213,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     batch = micro_batches(cfg, run, train, rows, 0)[0]
     setup = replace(setup, seq=batch.tokens.numel())
     memory.record_step(run, shape, setup, model=model, optimizer=optimizer, loss=lambda: sft_loss(model, batch))
+    run.next_commands = next_commands(cfg, run.dir)
     return {
         "trained_parameters": sum(p.numel() for p in trained.values()),
         "loss_before": before["held_out_loss"],
@@ -259,13 +271,29 @@ def report(cfg: Config, run: Run, before: dict[str, float], after: dict[str, flo
             run.result(name, value, baseline=before[name], target=target, higher=False)
 
 
+def next_commands(cfg: Config, folder: Path) -> list[tuple[str, str]]:
+    """What one does next with the result: (what for, words of the command line)."""
+    name, beside = (shlex.quote(str(path)) for path in (folder, folder.with_name(f"{folder.name}-merged")))
+    ask = f"generate --model {name} --prompt 'What can you do?'"
+    if cfg.model == "scratch":
+        return [("ask it", ask)]
+    if cfg.method == "full":
+        file = shlex.quote(str(folder.with_name(f"{folder.name}-q8_0.gguf")))
+        return [("ask it", ask), ("a file for llama.cpp", f"export {name} --gguf q8_0 --out {file}")]
+    return [
+        ("ask it", ask),
+        ("next to the model that it was trained on", f"{ask} --compare"),
+        ("a model that needs no adapter", f"merge {name} --out {beside}"),
+    ]
+
+
 # --- Model and files
 
 
 def load_tokenizer(cfg: Config, rows: list[Conversation], console: Console) -> tuple[Tokenizer, list[str]]:
     """The model's tokenizer with the chat template of --template, and the tokens added to its vocabulary for that; from
     scratch a new one, of the training `rows`."""
-    tokenizer = small_tokenizer(rows) if cfg.model == "scratch" else load.tokenizer(hub.resolve(cfg.model, console))
+    tokenizer = small_tokenizer(rows) if cfg.model == "scratch" else read_tokenizer(cfg, console)
     if cfg.template is None:
         return tokenizer, []
     added = template_tokens.adopt(tokenizer, cfg.template)
@@ -280,6 +308,12 @@ def load_tokenizer(cfg: Config, rows: list[Conversation], console: Console) -> t
         text += f"; new tokens, whose embeddings begin as means of others' and are trained: {', '.join(added)}"
     display.say(console, text)
     return tokenizer, added
+
+
+def read_tokenizer(cfg: Config, console: Console) -> Tokenizer:
+    """The tokenizer of the model, or of the adapter that is trained further."""
+    cfg = adapter.settled(cfg, console)
+    return load.tokenizer(adapter.tokenizer_folder(cfg, hub.resolve(cfg.model, console)))
 
 
 def load_model(cfg: Config, tokenizer: Tokenizer, added: list[str], run: Run) -> Llama:
@@ -303,7 +337,7 @@ def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) 
     """The adapter as peft opens it, or the whole model as transformers does, with the tokenizer. `model` is left as it
     is."""
     if cfg.method == "lora" and cfg.model != "scratch":
-        adapters.save_adapter(model, folder, str(hub.resolve(cfg.model)))
+        adapters.save_adapter(model, folder, bases.base_name(cfg.model))
         save.tokenizer(tokenizer, folder)
     else:
         lora.merge(model, keep=True)
@@ -322,6 +356,7 @@ def check_disk(cfg: Config, run: Run, model: Llama, trained: dict[str, torch.nn.
 
 def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
     """What is trained and how, for the memory formulas; nothing is loaded."""
+    cfg = adapter.settled(cfg)
     if cfg.model == "scratch":
         shape = small_config(small_tokenizer(load_data(cfg)["train"]).vocab_size, cfg.max_length)
     else:
@@ -331,6 +366,6 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
         seq=cfg.max_length * -(-cfg.batch // cfg.accumulate),  # the rows of a micro-batch lie end to end in one
         dtype="fp32" if cfg.dtype == "float32" else "bf16",
         lora_rank=cfg.rank if cfg.method == "lora" else 0,
-        lora_targets=cfg.targets,
+        lora_targets=",".join(t for t in lora.parse_targets(cfg.targets) if t in lora.TARGETS) or "q",
         checkpointing="block" if cfg.checkpointing else "none",
     )
