@@ -1,0 +1,1 @@
+"""Serving a language model: what vLLM does, each idea in one file."""

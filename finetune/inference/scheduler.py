@@ -1,0 +1,125 @@
+"""Which tokens the next forward pass computes: continuous batching (Yu et al. 2022, Orca), chunked prefill (Agrawal et
+al. 2023, arXiv:2308.16369), preemption by recomputation (Kwon et al. 2023, arXiv:2309.06180, §4.5), priorities.
+
+A sequence has tokens, of which the first `table.tokens` are computed: their keys and values are in the cache. Each step
+computes some of the others, at most `most_tokens` of all sequences together. A sequence whose tokens are all computed
+gets a new one from the sampler; so decoding is the case of one token left, and a prompt is the case of many.
+
+    1. running sequences with few tokens left (decoding) come first: a long prompt does not make them wait
+    2. then prompts under way, then waiting ones, in the order of (priority, arrival), each as much as the budget allows
+    3. without a free block the last in that order gives its blocks back and waits; its tokens are computed again later
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+
+from finetune.inference.blocks import BlockPool, NoBlocks, Table
+from finetune.inference.sampler import Sampling
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and the answer so far. The smallest `priority` goes first; `arrival` is given by the scheduler."""
+
+    prompt: list[int]
+    how: Sampling
+    most_new: int  # tokens of the answer, at most
+    stop_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    arrival: int = 0
+    answer: list[int] = field(default_factory=list)
+    table: Table = field(default_factory=Table)
+    preempted: int = 0  # how often
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.answer
+
+    @property
+    def left(self) -> int:
+        """Tokens that are known and not computed yet."""
+        return len(self.prompt) + len(self.answer) - self.table.tokens
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.priority, self.arrival
+
+
+@dataclass
+class Work:
+    """What one step computes of a sequence: `count` tokens from `start` on, after copying the blocks `copies`."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    copies: list[tuple[int, int]]
+
+
+class Scheduler:
+    """Waiting and running sequences over one pool of blocks."""
+
+    def __init__(self, pool: BlockPool, most_tokens: int = 512, most_sequences: int = 64) -> None:
+        self.pool, self.most_tokens, self.most_sequences = pool, most_tokens, most_sequences
+        self.waiting: list[Sequence] = []  # both sorted by `order`
+        self.running: list[Sequence] = []
+        self.arrived = self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.arrival = self.arrived
+        self.arrived += 1
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Ends a sequence, finished or not; its blocks are free."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self.pool.release(sequence.table)
+
+    def plan(self) -> list[Work]:
+        """The next step; empty if there is nothing to do."""
+        work: dict[Sequence, Work] = {}
+        budget = self.most_tokens
+        decoding, prompts = ([s for s in self.running if (s.left == 1) == one] for one in (True, False))
+        for sequence in decoding + prompts:
+            if budget and sequence in self.running:  # not preempted by an earlier one
+                budget -= self.schedule(sequence, budget, work)
+        # A waiting sequence never preempts: it would be preempted in turn.
+        while budget and self.waiting and len(self.running) < self.most_sequences:
+            sequence = self.waiting[0]
+            self.pool.match(sequence.table, sequence.tokens)
+            count = min(sequence.left, budget)
+            if self.pool.needed(sequence.table, count) > len(self.pool.free):
+                self.pool.release(sequence.table)
+                break
+            self.waiting.pop(0)
+            bisect.insort(self.running, sequence, key=lambda s: s.order)
+            budget -= self.schedule(sequence, budget, work)
+        return list(work.values())
+
+    def schedule(self, sequence: Sequence, budget: int, work: dict[Sequence, Work]) -> int:
+        """Adds what the budget allows of a running sequence to `work`, preempting others where blocks are missing;
+        returns the tokens by which the budget shrinks."""
+        start, count = sequence.table.tokens, min(sequence.left, budget)
+        spent = 0
+        while True:
+            try:
+                copies = self.pool.extend(sequence.table, count)
+            except NoBlocks:
+                victim = self.running[-1]
+                self.preempt(victim)
+                if dropped := work.pop(victim, None):
+                    spent -= dropped.count
+                if victim is sequence:
+                    return spent
+            else:
+                work[sequence] = Work(sequence, start, count, copies)
+                return spent + count
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Back to the waiting ones, without blocks."""
+        self.running.remove(sequence)
+        self.pool.release(sequence.table)
+        sequence.preempted += 1
+        self.preemptions += 1
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
