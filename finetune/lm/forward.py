@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from finetune import ops
 from finetune.errors import UserError
 
 
 class Cache(Protocol):
-    """What attention needs of a key–value cache; `finetune.lm.generate.KVCache` is one, a trained prefix another."""
+    """What a forward pass needs of a key–value cache: contiguous rows (`finetune.lm.generate.KVCache`, a trained
+    prefix), or the blocks of many sequences (`finetune.inference.cache.PagedStep`)."""
 
     lengths: Tensor  # (B,) tokens stored in each row
 
-    def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Stores the new k, v (B, T, Hkv, D); returns all keys, all values and the number (B,) of real ones."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **rules: Any) -> Tensor:
+        """Stores the new k, v (B, T, Hkv, D); returns the attention (B, T, H, D) of the new q over all tokens of their
+        sequences. rules: scale, window, softcap of ops.attention."""
 
     def advance(self, new: int, lengths: Tensor | None) -> None:
         """Counts the tokens of a forward pass, after every layer has stored them."""
+
+
+class RowCache:
+    """A cache that keeps each row's keys and values in one piece, which `append` returns."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Stores the new k, v (B, T, Hkv, D); returns all keys, all values and the number (B,) of real ones."""
+        raise NotImplementedError
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **rules: Any) -> Tensor:
+        k, v, real = self.append(layer, k, v, lengths)  # (B, Tk, Hkv, D)
+        # One query sees all keys of its own row, so rows of different lengths need no padding and no causal mask.
+        return ops.attention(q, k, v, causal=q.shape[1] > 1, lengths=real, **rules)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.lm.forward import check_tokens
+from finetune.lm.forward import RowCache, check_tokens
 from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
 
@@ -22,7 +22,7 @@ LEAST_TEMPERATURE = 1e-6  # below, logits / temperature leave the range of fp32
 ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")  # of a turn, whatever else a model's files say
 
 
-class KVCache:
+class KVCache(RowCache):
     """Keys and values of up to `max_length` tokens a row, allocated at once: per layer (B, max_length, Hkv, D) twice.
 
     Bytes per token: 2 · layers · Hkv · D · bytes of the dtype. Row b holds `lengths[b]` tokens from index 0 on, so no

@@ -60,9 +60,7 @@ class Attention(nn.Module):
         if context.cache is None:
             o = ops.attention(q, k, v, causal=True, lengths=context.lengths, cu_seqlens=context.cu_seqlens)
         else:
-            k, v, lengths = context.cache.append(self.layer, k, v, context.lengths)  # (B, Tk, H, D)
-            # One query sees all keys of its own row, so rows of different lengths need no padding and no causal mask.
-            o = ops.attention(q, k, v, causal=steps > 1, lengths=lengths)
+            o = context.cache.attend(self.layer, q, k, v, context.lengths)
         return self.o(o.reshape(rows, steps, dim))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from finetune.lm.forward import RowCache
 from finetune.lm.generate import KVCache
 from finetune.lm.llama import Llama
 
@@ -71,7 +72,7 @@ class Prefix(nn.Module):
         return model(tokens, lengths=lengths, cache=Prefixed(self, model, len(tokens)), hidden=hidden)
 
 
-class Prefixed:
+class Prefixed(RowCache):
     """A prefix as the cache of one forward pass, through which gradients flow; it stores nothing."""
 
     def __init__(self, prefix: Prefix, model: Llama, rows: int) -> None:

@@ -1,0 +1,101 @@
+"""Keys and values of all sequences in one pool of blocks, and what one forward pass over many sequences needs of it.
+
+The tokens of a step lie end to end in one row (1, N), so that every product and norm runs once over all of them; only
+attention looks at each sequence separately, through its table of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from finetune import ops
+from finetune.inference.blocks import BlockPool
+from finetune.inference.scheduler import Work
+from finetune.lm.gpt import GPT
+from finetune.lm.llama import Llama
+from finetune.ops.kv_cache import kv_cache_append_, kv_cache_copy_, pool
+
+
+class PagedCache:
+    """Per layer two pools (blocks, block_size, Hkv, D) and, with 8 bits, their scales. `dtype`: that of the weights, or
+    torch.int8 or torch.float8_e4m3fn."""
+
+    def __init__(self, model: Llama | GPT, blocks: BlockPool, dtype: torch.dtype | None = None) -> None:
+        config, weight = model.config, model.embed.weight
+        shape = (blocks.count, blocks.block_size, config.kv_heads, config.head_dim)
+        self.blocks = blocks
+        self.layers = [
+            [pool(*shape, dtype or weight.dtype, weight.device) for _ in ("k", "v")] for _ in range(config.layers)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for layer in self.layers for pair in layer for t in pair if t is not None)
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks, in every layer, from the first of a pair to the second."""
+        if pairs:
+            tensors = [t for layer in self.layers for pair in layer for t in pair if t is not None]
+            kv_cache_copy_(tensors, torch.tensor(pairs, device=tensors[0].device))
+
+    def step(self, plan: Sequence[Work]) -> PagedStep:
+        """The view of one forward pass over the tokens of `plan`, whose blocks are copied and allotted."""
+        self.copy([pair for work in plan for pair in work.copies])
+        return PagedStep(self, plan)
+
+
+class PagedStep:
+    """The cache of one forward pass (finetune/lm/forward.py). `positions` (1, N): those of the tokens, in the order of
+    the plan; `last` (B,): where the last token of each sequence is among them."""
+
+    def __init__(self, cache: PagedCache, plan: Sequence[Work]) -> None:
+        self.cache = cache
+        device = cache.layers[0][0][0].device
+        places = [(work, work.start + i) for work in plan for i in range(work.count)]
+        self.positions = torch.tensor([[at for _, at in places]], device=device)
+        self.slots = torch.tensor([cache.blocks.slot(w.sequence.table, at) for w, at in places], device=device)
+        ends = torch.tensor([work.count for work in plan]).cumsum(0)
+        self.last = (ends - 1).to(device)
+        self.lengths = torch.tensor([work.start for work in plan], device=device)  # tokens stored before this step
+        # Neighbors in the plan with equally many tokens attend in one call: all that decode, and each prompt's part.
+        self.groups: list[tuple[slice, int, Tensor, Tensor]] = []  # tokens, sequences, table (b, blocks), lengths (b,)
+        start = 0
+        for count, group in groupby(plan, key=lambda work: work.count):
+            members = list(group)
+            tables = [work.sequence.table.blocks for work in members]
+            width = max(map(len, tables))
+            table = torch.tensor([blocks + [0] * (width - len(blocks)) for blocks in tables], device=device)
+            lengths = torch.tensor([work.start + work.count for work in members], device=device)
+            self.groups.append((slice(start, start + count * len(members)), len(members), table, lengths))
+            start += count * len(members)
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        window: int = 0,
+    ) -> Tensor:
+        """q (1, N, H, D), new k and v (1, N, Hkv, D) → (1, N, H, D). Stores k and v, then every token sees those of its
+        own sequence up to itself."""
+        (keys, key_scale), (values, value_scale) = self.cache.layers[layer]
+        kv_cache_append_(k[0], v[0], keys, values, self.slots, key_scale, value_scale)
+        out = torch.empty_like(q)
+        for tokens, sequences, table, ends in self.groups:
+            part = q[0, tokens].unflatten(0, (sequences, -1))  # (b, Tq, H, D)
+            seen = ops.paged_attention(
+                part, keys, values, table, ends, key_scale, value_scale, scale=scale, window=window or None
+            )
+            out[0, tokens] = seen.flatten(0, 1)
+        return out
+
+    def advance(self, new: int, lengths: Tensor | None) -> None:
+        """Nothing: the tables count their tokens."""

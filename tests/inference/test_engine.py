@@ -1,0 +1,148 @@
+"""The engine against transformers and against each request alone: under load, preempted, from the prefix cache."""
+
+import random
+
+import pytest
+import torch
+
+from finetune.errors import UserError
+from finetune.inference.engine import Engine
+from finetune.inference.sampler import Sampling
+from finetune.lm.generate import generate
+from finetune.lm.gpt import GPT, GPTConfig
+from finetune.lm.io import load
+from finetune.lm.llama import Llama, LlamaConfig
+
+LIMITS = (
+    {"blocks": 200},
+    {"blocks": 15, "block_size": 4},  # preempts
+    {"blocks": 40, "block_size": 3, "most_tokens": 7},  # prompts in parts
+    {"blocks": 60, "block_size": 1, "most_tokens": 1},
+    {"blocks": 30, "block_size": 4, "most_sequences": 2, "prefix_cache": False},
+)
+
+
+def llama(**given):
+    return wide(Llama(LlamaConfig(100, 32, 2, 4, 2, 64, max_length=128, **given)))
+
+
+def wide(model):
+    """Weights so large that the likeliest token stands apart."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+def prompts(count=16, seed=0):
+    """Of 1 to 39 tokens; a third begins with the same 16."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(100) for _ in range(16)]
+    found = [[rng.randrange(100) for _ in range(rng.randrange(1, 40))] for _ in range(count)]
+    return [shared + one[:20] if i % 3 == 0 else one for i, one in enumerate(found)]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("how", [Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=3)], ids=["greedy", "sampled"])
+def test_every_answer_is_the_one_it_gets_alone(limits, how):
+    model = llama()
+    alone = []
+    for prompt in prompts():
+        engine = Engine(model, blocks=20)
+        sequence = engine.add(prompt, how, 20)
+        engine.run()
+        alone.append(sequence.answer)
+    if not how.temperature:
+        assert alone == [generate(model, [prompt], 20)[0] for prompt in prompts()]
+    engine, arrivals = Engine(model, **limits), random.Random(1)
+    waiting, sequences = prompts(), []
+    while waiting or engine.busy:
+        if waiting and arrivals.random() < 0.5:
+            sequences.append(engine.add(waiting.pop(0), how, 20))
+        engine.step()
+    assert [one.answer for one in sequences] == alone
+    assert (engine.pool.used, set(engine.pool.references)) == (0, {0})
+    assert engine.scheduler.preemptions > 0 or limits != LIMITS[1]
+
+
+def test_a_known_prefix_is_not_computed_again():
+    model, prompt = llama(), [*range(50)]
+    engine = Engine(model, blocks=40, block_size=8)
+    answers = []
+    for extra in (1, 2, 3):
+        sequence = engine.add([*prompt, extra], Sampling(), 4)
+        engine.run()
+        answers.append(sequence.answer)
+    assert (engine.pool.hits, engine.pool.misses) == (2 * 48, 3 * 51 - 2 * 48)
+    assert answers == [generate(model, [[*prompt, extra]], 4)[0] for extra in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("limits", LIMITS[:3], ids=str)
+def test_gpt_is_served_too(limits):
+    model = wide(GPT(GPTConfig(vocab_size=100, dim=32, layers=2, heads=4, max_length=128)))
+    engine = Engine(model, **limits)
+    sequences = [engine.add(prompt, Sampling(), 20) for prompt in prompts()]
+    engine.run()
+    assert [one.answer for one in sequences] == [generate(model, [prompt], 20)[0] for prompt in prompts()]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_cache_of_8_bits_is_smaller_and_close(dtype):
+    model = llama()
+    plain, small = Engine(model, blocks=64), Engine(model, blocks=64, cache_dtype=dtype)
+    assert small.cache.nbytes == plain.cache.nbytes * (8 + 4) / (8 * 4)  # D = 8: 8 bytes and a scale, for 8 fp32
+    same = 0
+    for prompt in prompts():
+        first, second = (engine.add(prompt, Sampling(), 1) for engine in (plain, small))
+        plain.run(), small.run()
+        same += first.answer == second.answer
+    assert same >= len(prompts()) - 2
+
+
+def test_an_answer_ends_at_a_stop_token():
+    model = llama()
+    whole = generate(model, [[1, 2, 3]], 20)[0]
+    engine = Engine(model, blocks=20)
+    sequence = engine.add([1, 2, 3], Sampling(), 20, stop_ids=[whole[5]])
+    engine.run()
+    assert sequence.answer == whole[: whole.index(whole[5]) + 1]
+
+
+def test_what_can_never_fit_is_refused():
+    engine = Engine(llama(), blocks=4, block_size=4)
+    for prompt, most_new, what in (([], 1, "empty"), ([100], 1, "vocabulary"), ([1] * 10, 7, "cache of 16"),
+                                   ([1] * 100, 100, "maximum length of 128")):  # fmt: skip
+        with pytest.raises(UserError, match=what):
+            engine.add(prompt, Sampling(), most_new)
+    assert not engine.busy
+
+
+@pytest.mark.peer
+def test_greedy_tokens_are_those_of_transformers(tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
+        )
+    ).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    engine = Engine(load.llama(tmp_path).eval(), blocks=30, block_size=8)
+    sequences = [engine.add(prompt, Sampling(), 64) for prompt in prompts(10)]
+    engine.run()
+    assert engine.scheduler.preemptions
+    for prompt, one in zip(prompts(10), sequences, strict=True):
+        ids = torch.tensor([prompt])
+        wanted = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=64,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert one.answer == wanted[0, len(prompt) :].tolist()
