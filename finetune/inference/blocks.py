@@ -53,6 +53,11 @@ class BlockPool:
         more = -(-(table.tokens + new) // self.block_size) - len(table.blocks)
         return more + (new > 0 and self.shares_last(table))
 
+    def room(self, table: Table) -> int:
+        """Tokens by which `extend` can lengthen the table now."""
+        free = len(self.free) - self.shares_last(table)
+        return (len(table.blocks) + free) * self.block_size - table.tokens if free >= 0 else 0
+
     def match(self, table: Table, prompt: Sequence[int]) -> int:
         """Fills an empty table with the cached blocks of the longest known prefix of `prompt`; returns its tokens. At
         least the last token is left to compute: its logits are wanted."""

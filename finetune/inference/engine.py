@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from finetune.errors import UserError
 from finetune.inference.blocks import BlockPool
 from finetune.inference.cache import PagedCache
-from finetune.inference.sampler import Sampling, draw, probabilities, uniform
+from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Scheduler, Sequence
+from finetune.inference.speculative import Drafter, verified
+from finetune.inference.text import TextStream
 from finetune.lm.forward import check_tokens
 from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
@@ -26,7 +28,7 @@ from finetune.lm.llama import Llama
 
 class Engine:
     """Serves one model. `blocks` of `block_size` tokens are allocated at once; `most_tokens` and `most_sequences` bound
-    a step; `cache_dtype`: torch.int8 or torch.float8_e4m3fn for a cache of 8 bits."""
+    a step; `cache_dtype`: torch.int8 or torch.float8_e4m3fn for a cache of 8 bits; `drafter`: speculative decoding."""
 
     def __init__(
         self,
@@ -38,16 +40,25 @@ class Engine:
         most_sequences: int = 64,
         prefix_cache: bool = True,
         cache_dtype: torch.dtype | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.drafter = model, drafter
+        self.proposed = self.accepted = 0  # guesses of the drafter
         self.pool = BlockPool(blocks, block_size, prefix_cache)
         self.scheduler = Scheduler(self.pool, most_tokens, most_sequences)
         self.cache = PagedCache(model, self.pool, cache_dtype)
 
     def add(
-        self, prompt: Tokens[int], how: Sampling, most_new: int, stop_ids: Iterable[int] = (), priority: int = 0
+        self,
+        prompt: Tokens[int],
+        how: Sampling,
+        most_new: int,
+        stop_ids: Iterable[int] = (),
+        priority: int = 0,
+        text: TextStream | None = None,
     ) -> Sequence:
-        """Queues a prompt. UserError if it is empty, has a token outside the vocabulary, or can never fit."""
+        """Queues a prompt; the answer ends at a stop token, at a stop string of `text`, or after `most_new` tokens.
+        UserError if it is empty, has a token outside the vocabulary, or can never fit."""
         limit, room = self.model.config.max_length, self.pool.count * self.pool.block_size
         if not prompt:
             raise UserError("the prompt is empty: give at least one token")
@@ -57,7 +68,7 @@ class Engine:
                 raise UserError(
                     f"the prompt has {len(prompt)} tokens; with {most_new} new ones it does not fit {name} of {most}"
                 )
-        sequence = Sequence(list(prompt), how, most_new, frozenset(stop_ids), priority)
+        sequence = Sequence(list(prompt), how, most_new, frozenset(stop_ids), priority, text=text)
         if most_new:
             self.scheduler.add(sequence)
         return sequence
@@ -73,27 +84,49 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Sequence]:
-        """One forward pass; the sequences that got a token."""
+        """One forward pass; the sequences that got tokens."""
+        if self.drafter:
+            decoding = [one for one in self.scheduler.running if one.left == 1]
+            self.drafter.propose(decoding)
+            for one in decoding:
+                del one.guesses[one.most_new - len(one.answer) - 1 :]
         plan = self.scheduler.plan()
         if not plan:
             return []
-        device = self.model.embed.weight.device
         view = self.cache.step(plan)
-        new = [token for work in plan for token in work.sequence.tokens[work.start : work.start + work.count]]
-        state = self.model(torch.tensor([new], device=device), positions=view.positions, cache=view, hidden=True)[0]
-        for work in plan:
-            self.pool.publish(work.sequence.table, work.sequence.tokens[: work.start + work.count])
-        ready = [i for i, work in enumerate(plan) if not work.sequence.left]
-        logits = F.linear(state[view.last[ready]], self.model.head_weight)  # (sequences, V)
-        for i, row in zip(ready, logits, strict=True):
-            self.choose(plan[i].sequence, row)
-        return [plan[i].sequence for i in ready]
+        tokens = torch.tensor([[token for work in plan for token in work.tokens]], device=view.positions.device)
+        state = self.model(tokens, positions=view.positions, cache=view, hidden=True)[0]  # (N, C)
+        done = []
+        for work, last in zip(plan, view.last.tolist(), strict=True):
+            sequence = work.sequence
+            if sequence.left <= 0:
+                checked = state[last - len(sequence.guesses) : last + 1]
+                self.append(sequence, verified(sequence, F.linear(checked, self.model.head_weight)))
+                done.append(sequence)
+            self.pool.publish(sequence.table, sequence.tokens[: sequence.table.tokens])
+            if sequence.finish_reason:
+                self.end(sequence)
+        return done
 
-    def choose(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        """Appends the next token; ends the sequence at a stop token or its last one."""
-        how = sequence.how
-        p = probabilities(logits, how, sequence.prompt, sequence.answer)
-        token = draw(p, uniform(how.seed, len(sequence.answer)) if how.temperature else 0.0)
-        sequence.answer.append(token)
-        if token in sequence.stop_ids or len(sequence.answer) == sequence.most_new:
-            self.scheduler.remove(sequence)
+    def append(self, sequence: Sequence, new: list[int]) -> None:
+        """Adds the new tokens up to the one that ends the answer; the cache forgets guesses that were rejected."""
+        self.proposed += len(sequence.guesses)
+        self.accepted += len(new) - 1
+        for token in new:
+            sequence.answer.append(token)
+            if sequence.text:
+                sequence.text.push(token)
+            if token in sequence.stop_ids or (sequence.text and sequence.text.stopped):
+                sequence.finish_reason = "stop"
+            elif len(sequence.answer) == sequence.most_new:
+                sequence.finish_reason = "length"
+            if sequence.finish_reason:
+                break
+        sequence.guesses = []
+        self.pool.shrink(sequence.table, min(sequence.table.tokens, len(sequence.prompt) + len(sequence.answer) - 1))
+
+    def end(self, sequence: Sequence) -> None:
+        """Removes a sequence, finished or not; its blocks are free."""
+        self.scheduler.remove(sequence)
+        if self.drafter:
+            self.drafter.forget(sequence)

@@ -15,8 +15,11 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from finetune.inference.blocks import BlockPool, NoBlocks, Table
 from finetune.inference.sampler import Sampling
+from finetune.inference.text import TextStream
 
 
 @dataclass(eq=False)
@@ -32,6 +35,10 @@ class Sequence:
     answer: list[int] = field(default_factory=list)
     table: Table = field(default_factory=Table)
     preempted: int = 0  # how often
+    guesses: list[int] = field(default_factory=list)  # of the tokens behind the answer (speculative.py)
+    guessed_from: list[Tensor] | None = None  # the distributions (V,) they were drawn from; None: they were copied
+    text: TextStream | None = None  # the answer's text, and its stop strings
+    finish_reason: str = ""  # "stop" or "length" once it is finished
 
     @property
     def tokens(self) -> list[int]:
@@ -39,7 +46,7 @@ class Sequence:
 
     @property
     def left(self) -> int:
-        """Tokens that are known and not computed yet."""
+        """Tokens that are known and not computed yet; guesses do not count."""
         return len(self.prompt) + len(self.answer) - self.table.tokens
 
     @property
@@ -49,12 +56,17 @@ class Sequence:
 
 @dataclass
 class Work:
-    """What one step computes of a sequence: `count` tokens from `start` on, after copying the blocks `copies`."""
+    """What one step computes of a sequence: `count` tokens from `start` on, guesses among them, after the blocks
+    `copies` are copied."""
 
     sequence: Sequence
     start: int
     count: int
     copies: list[tuple[int, int]]
+
+    @property
+    def tokens(self) -> list[int]:
+        return (self.sequence.tokens + self.sequence.guesses)[self.start : self.start + self.count]
 
 
 class Scheduler:
@@ -101,6 +113,9 @@ class Scheduler:
         """Adds what the budget allows of a running sequence to `work`, preempting others where blocks are missing;
         returns the tokens by which the budget shrinks."""
         start, count = sequence.table.tokens, min(sequence.left, budget)
+        room = min(budget - count, self.pool.room(sequence.table) - count) if count == sequence.left else 0
+        del sequence.guesses[max(room, 0) :]  # guesses preempt nobody
+        count += len(sequence.guesses)
         spent = 0
         while True:
             try:
@@ -121,5 +136,6 @@ class Scheduler:
         self.running.remove(sequence)
         self.pool.release(sequence.table)
         sequence.preempted += 1
+        sequence.guesses.clear()
         self.preemptions += 1
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)

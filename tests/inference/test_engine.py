@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from small_served import llama, prompts, wide
 
 from finetune.errors import UserError
 from finetune.inference.engine import Engine
@@ -11,7 +12,6 @@ from finetune.inference.sampler import Sampling
 from finetune.lm.generate import generate
 from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.io import load
-from finetune.lm.llama import Llama, LlamaConfig
 
 LIMITS = (
     {"blocks": 200},
@@ -20,28 +20,6 @@ LIMITS = (
     {"blocks": 60, "block_size": 1, "most_tokens": 1},
     {"blocks": 30, "block_size": 4, "most_sequences": 2, "prefix_cache": False},
 )
-
-
-def llama(**given):
-    return wide(Llama(LlamaConfig(100, 32, 2, 4, 2, 64, max_length=128, **given)))
-
-
-def wide(model):
-    """Weights so large that the likeliest token stands apart."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.normal_(0, 0.2, generator=generator)
-    return model.eval()
-
-
-def prompts(count=16, seed=0):
-    """Of 1 to 39 tokens; a third begins with the same 16."""
-    rng = random.Random(seed)
-    shared = [rng.randrange(100) for _ in range(16)]
-    found = [[rng.randrange(100) for _ in range(rng.randrange(1, 40))] for _ in range(count)]
-    return [shared + one[:20] if i % 3 == 0 else one for i, one in enumerate(found)]
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)

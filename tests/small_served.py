@@ -1,0 +1,29 @@
+"""Small models with definite answers, and prompts for them: what the tests of the engine share."""
+
+import random
+
+import torch
+
+from finetune.lm.llama import Llama, LlamaConfig
+
+
+def llama(**given):
+    return wide(Llama(LlamaConfig(100, 32, 2, 4, 2, 64, max_length=128, **given)))
+
+
+def wide(model):
+    """Weights so large that the likeliest token stands apart."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+def prompts(count=16, seed=0):
+    """Of 1 to 39 tokens; a third begins with the same 16."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(100) for _ in range(16)]
+    found = [[rng.randrange(100) for _ in range(rng.randrange(1, 40))] for _ in range(count)]
+    return [shared + one[:20] if i % 3 == 0 else one for i, one in enumerate(found)]
