@@ -33,7 +33,7 @@ class Table:
 
 
 class BlockPool:
-    """`count` blocks of `block_size` tokens. `hits`, `misses`: tokens of prompts that the prefix cache had, or not."""
+    """`count` blocks of `block_size` tokens."""
 
     def __init__(self, count: int, block_size: int, prefix_cache: bool = True) -> None:
         self.count, self.block_size, self.prefix_cache = count, block_size, prefix_cache
@@ -41,7 +41,6 @@ class BlockPool:
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # the first is given away first
         self.key_of: dict[int, bytes] = {}  # of blocks whose content is in the prefix cache
         self.block_of: dict[bytes, int] = {}
-        self.hits = self.misses = 0
 
     @property
     def used(self) -> int:
@@ -73,8 +72,6 @@ class BlockPool:
                 table.blocks.append(block)
                 table.keys.append(key)
                 table.tokens += self.block_size
-        self.hits += table.tokens
-        self.misses += len(prompt) - table.tokens
         return table.tokens
 
     def extend(self, table: Table, new: int) -> list[tuple[int, int]]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.inference.blocks import BlockPool
@@ -99,14 +101,25 @@ class Engine:
         done = []
         for work, last in zip(plan, view.last.tolist(), strict=True):
             sequence = work.sequence
-            if sequence.left <= 0:
-                checked = state[last - len(sequence.guesses) : last + 1]
-                self.append(sequence, verified(sequence, F.linear(checked, self.model.head_weight)))
-                done.append(sequence)
             self.pool.publish(sequence.table, sequence.tokens[: sequence.table.tokens])
-            if sequence.finish_reason:
-                self.end(sequence)
+            if sequence.left <= 0:
+                logits = F.linear(state[last - len(sequence.guesses) : last + 1], self.model.head_weight)
+                if sequence.receive:
+                    sequence.receive(sequence, logits[0])
+                else:
+                    self.choose(sequence, logits)
+                done.append(sequence)
         return done
+
+    def choose(self, sequence: Sequence, logits: Tensor) -> None:
+        """Adds the next token, with guesses the next tokens. logits (1 + guesses, V)."""
+        self.append(sequence, verified(sequence, logits))
+
+    def fork(self, sequence: Sequence, how: Sampling) -> Sequence:
+        """A second sequence with the same tokens, which shares all blocks until one of the two writes."""
+        other = replace(sequence, how=how, answer=[*sequence.answer], table=self.pool.fork(sequence.table))
+        self.scheduler.adopt(other)
+        return other
 
     def append(self, sequence: Sequence, new: list[int]) -> None:
         """Adds the new tokens up to the one that ends the answer; the cache forgets guesses that were rejected."""
@@ -124,6 +137,8 @@ class Engine:
                 break
         sequence.guesses = []
         self.pool.shrink(sequence.table, min(sequence.table.tokens, len(sequence.prompt) + len(sequence.answer) - 1))
+        if sequence.finish_reason:
+            self.end(sequence)
 
     def end(self, sequence: Sequence) -> None:
         """Removes a sequence, finished or not; its blocks are free."""

@@ -13,6 +13,7 @@ gets a new one from the sampler; so decoding is the case of one token left, and 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -39,6 +40,8 @@ class Sequence:
     guessed_from: list[Tensor] | None = None  # the distributions (V,) they were drawn from; None: they were copied
     text: TextStream | None = None  # the answer's text, and its stop strings
     finish_reason: str = ""  # "stop" or "length" once it is finished
+    receive: Callable[[Sequence, Tensor], None] | None = None  # gets the logits (V,) in place of the sampler
+    held: bool = False  # nothing is computed of it for now: a beam waits for the others
 
     @property
     def tokens(self) -> list[int]:
@@ -77,11 +80,22 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # both sorted by `order`
         self.running: list[Sequence] = []
         self.arrived = self.preemptions = 0
+        self.hits = self.misses = 0  # tokens of admitted sequences that the prefix cache had, or not
 
     def add(self, sequence: Sequence) -> None:
         sequence.arrival = self.arrived
         self.arrived += 1
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Adds a sequence that shares another's blocks; if there is no place for it, it gives them back and waits."""
+        if self.active < self.most_sequences:
+            sequence.arrival = self.arrived
+            self.arrived += 1
+            bisect.insort(self.running, sequence, key=lambda s: s.order)
+        else:
+            self.pool.release(sequence.table)
+            self.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence, finished or not; its blocks are free."""
@@ -92,22 +106,38 @@ class Scheduler:
         """The next step; empty if there is nothing to do."""
         work: dict[Sequence, Work] = {}
         budget = self.most_tokens
-        decoding, prompts = ([s for s in self.running if (s.left == 1) == one] for one in (True, False))
+        decoding = [s for s in self.running if s.left == 1]
+        prompts = [s for s in self.running if s.left > 1]
         for sequence in decoding + prompts:
             if budget and sequence in self.running:  # not preempted by an earlier one
                 budget -= self.schedule(sequence, budget, work)
-        # A waiting sequence never preempts: it would be preempted in turn.
-        while budget and self.waiting and len(self.running) < self.most_sequences:
-            sequence = self.waiting[0]
-            self.pool.match(sequence.table, sequence.tokens)
-            count = min(sequence.left, budget)
-            if self.pool.needed(sequence.table, count) > len(self.pool.free):
-                self.pool.release(sequence.table)
-                break
-            self.waiting.pop(0)
+        # A waiting sequence preempts none that computes: it would be preempted in turn.
+        while budget and (sequence := next((s for s in self.waiting if not s.held), None)):
+            if not (self.active < self.most_sequences and self.fits(sequence, budget)):
+                held = [s for s in self.running if s.held]
+                if work or not held:
+                    break
+                self.preempt(held[-1])
+                continue
+            self.waiting.remove(sequence)
             bisect.insort(self.running, sequence, key=lambda s: s.order)
+            self.hits += sequence.table.tokens
+            self.misses += sequence.left
             budget -= self.schedule(sequence, budget, work)
         return list(work.values())
+
+    @property
+    def active(self) -> int:
+        return sum(not s.held for s in self.running)
+
+    def fits(self, sequence: Sequence, budget: int) -> bool:
+        """Gives a waiting sequence the blocks of its known prefix; False, with no blocks, if there are too few for the
+        rest of what the budget allows."""
+        self.pool.match(sequence.table, sequence.tokens)
+        if self.pool.needed(sequence.table, min(sequence.left, budget)) <= len(self.pool.free):
+            return True
+        self.pool.release(sequence.table)
+        return False
 
     def schedule(self, sequence: Sequence, budget: int, work: dict[Sequence, Work]) -> int:
         """Adds what the budget allows of a running sequence to `work`, preempting others where blocks are missing;

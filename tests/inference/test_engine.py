@@ -53,7 +53,7 @@ def test_a_known_prefix_is_not_computed_again():
         sequence = engine.add([*prompt, extra], Sampling(), 4)
         engine.run()
         answers.append(sequence.answer)
-    assert (engine.pool.hits, engine.pool.misses) == (2 * 48, 3 * 51 - 2 * 48)
+    assert (engine.scheduler.hits, engine.scheduler.misses) == (2 * 48, 3 * 51 - 2 * 48)
     assert answers == [generate(model, [[*prompt, extra]], 4)[0] for extra in (1, 2, 3)]
 
 
