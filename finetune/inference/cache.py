@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune import ops
+from finetune.errors import UserError
 from finetune.inference.blocks import BlockPool
 from finetune.inference.scheduler import Work
 from finetune.lm.gpt import GPT
@@ -83,9 +84,12 @@ class PagedStep:
         *,
         scale: float | None = None,
         window: int = 0,
+        softcap: float = 0.0,
     ) -> Tensor:
         """q (1, N, H, D), new k and v (1, N, Hkv, D) → (1, N, H, D). Stores k and v, then every token sees those of its
-        own sequence up to itself."""
+        own sequence up to itself. UserError for a softcap, which paged attention does not have."""
+        if softcap:
+            raise UserError("a soft cap of attention's scores (Gemma 2) is not supported by the engine")
         (keys, key_scale), (values, value_scale) = self.cache.layers[layer]
         kv_cache_append_(k[0], v[0], keys, values, self.slots, key_scale, value_scale)
         out = torch.empty_like(q)

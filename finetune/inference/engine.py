@@ -44,6 +44,9 @@ class Engine:
         cache_dtype: torch.dtype | None = None,
         drafter: Drafter | None = None,
     ) -> None:
+        scaling = getattr(model.config, "rope_scaling", None)
+        if scaling and scaling.kind == "dynamic":
+            raise UserError("dynamic rope scaling follows the longest sequence of a batch: the engine cannot serve it")
         self.model, self.drafter = model, drafter
         self.proposed = self.accepted = 0  # guesses of the drafter
         self.pool = BlockPool(blocks, block_size, prefix_cache)

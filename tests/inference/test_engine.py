@@ -97,6 +97,33 @@ def test_what_can_never_fit_is_refused():
     assert not engine.busy
 
 
+FAMILIES = {
+    "window": {"window": 5, "window_layers": (0,)},
+    "qwen3": {"qk_norm": True, "qkv_bias": True, "head_dim": 16},
+    "nope": {"nope_layers": (1,)},
+    "gemma3": {
+        "norm_plus_one": True, "post_norms": True, "activation": "gelu_tanh", "embedding_scale": 5.0,
+        "attention_scale": 0.3, "window": 3, "window_layers": (1,), "local_rope_theta": 100.0,
+    },
+    "llama3": {"rope_scaling": {"kind": "llama3", "factor": 4.0, "original_length": 32}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", FAMILIES.values(), ids=FAMILIES)
+def test_families_are_served(fields):
+    model = llama(**fields)
+    engine = Engine(model, blocks=25, block_size=4, most_tokens=11)
+    sequences = [engine.add(prompt, Sampling(), 20) for prompt in prompts()]
+    engine.run()
+    assert [one.answer for one in sequences] == [generate(model, [prompt], 20)[0] for prompt in prompts()]
+
+
+def test_rope_that_depends_on_the_batch_is_refused():
+    model = llama(rope_scaling={"kind": "dynamic", "factor": 2.0, "original_length": 32})
+    with pytest.raises(UserError, match="dynamic rope scaling"):
+        Engine(model, blocks=4)
+
+
 @pytest.mark.peer
 def test_greedy_tokens_are_those_of_transformers(tmp_path):
     import transformers
