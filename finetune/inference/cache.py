@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ class PagedStep:
         out = torch.empty_like(q)
         for tokens, sequences, table, ends in self.groups:
             part = q[0, tokens].unflatten(0, (sequences, -1))  # (b, Tq, H, D)
-            seen = ops.paged_attention(
+            seen: Any = ops.paged_attention(
                 part, keys, values, table, ends, key_scale, value_scale, scale=scale, window=window or None
             )
             out[0, tokens] = seen.flatten(0, 1)
