@@ -105,6 +105,11 @@ def set_weight(module: nn.Module, weight: Tensor, learns: bool = False) -> None:
 
 def put(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> list[nn.Parameter]:
     """Makes `modules`, by name, the adapter's own, and puts them in place; returns their trained parameters."""
+    norms = any(at.endswith(("attn_norm", "mlp_norm", "post_norm")) for at in modules)
+    if norms and isinstance(model, Llama) and model.config.post_norms:
+        raise UserError(
+            "norms of Gemma's blocks cannot be an adapter's modules: Llama's names of them mean others there"
+        )
     state = kept(model)
     swap(model, ())
     for at in modules:

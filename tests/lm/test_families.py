@@ -17,9 +17,10 @@ from finetune.lm.io import load, save
 from finetune.lm.io.hf_llama import FAMILIES, hf_tensors, read_config, to_hf, write_config
 from finetune.lm.layers import rope_frequencies
 from finetune.lm.llama import Llama, LlamaConfig
-from finetune.peft.adapters import load_adapter, save_adapter
-from finetune.peft.lora import apply_lora
+from finetune.peft.adapters import load_adapter, save_adapter, save_prompt
+from finetune.peft.lora import apply_lora, train_modules
 from finetune.peft.quantize import quantize_linears
+from finetune.peft.virtual_tokens import Prefix, Prompt
 
 peer = pytest.mark.peer
 LENGTH = 24  # tokens of a row: more than every window, and than the length before scaling
@@ -252,6 +253,36 @@ def test_adapters_learn_and_open_in_peft(case, quantized, tmp_path):
     with torch.no_grad():
         assert near(again(rows), opened(rows).logits)
         assert near(model(rows), again(rows), 0.1 if quantized else 1e-5)
+
+
+@peer
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3", "smollm3 windows", "gemma3"])
+@pytest.mark.parametrize("kind", [Prompt, Prefix])
+@torch.no_grad()
+def test_virtual_tokens_equal_peft(case, kind, tmp_path):
+    """Longer together with the row than a window; embeddings are scaled where the family's are."""
+    from peft import PeftModel
+
+    part, row = kind.from_tokens(ours(case), torch.arange(7)), tokens(1, 13)
+    save_prompt(ours(case), part, tmp_path)
+    opened = PeftModel.from_pretrained(theirs(folder(case)), tmp_path)
+    wanted = opened(row, attention_mask=torch.ones_like(row)).logits[:, -13:]
+    assert near(part(ours(case), row), wanted)
+
+
+@peer
+@torch.no_grad()
+def test_a_scaled_embedding_that_an_adapter_holds(tmp_path):
+    from peft import PeftModel
+
+    model, row = copy.deepcopy(ours("gemma3")), tokens(1, 13)
+    apply_lora(model, 2)
+    for parameter in train_modules(model, ["embed"]):
+        parameter.mul_(1.5)
+    save_adapter(model, tmp_path)
+    assert near(model(row), PeftModel.from_pretrained(theirs(folder("gemma3")), tmp_path)(row).logits)
+    with pytest.raises(UserError, match="norms of Gemma's blocks"):
+        train_modules(model, ["mlp_norm"])
 
 
 @peer

@@ -299,17 +299,15 @@ HF_NAMES = {
     "attn.o": "self_attn.o_proj",
     "attn.q_norm": "self_attn.q_norm",
     "attn.k_norm": "self_attn.k_norm",
+    "attn_post_norm": "post_attention_layernorm",
     "mlp_norm": "post_attention_layernorm",
     "mlp.gate": "mlp.gate_proj",
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
-}
-# Of a family with norms after attention and MLP too, where one of the names above means another.
-POST_NORM_NAMES = HF_NAMES | {
-    "attn_post_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
 }
+# Of a family with norms after attention and MLP too, where Hugging Face's name of mlp_norm is attn_post_norm's.
+POST_NORM_NAMES = HF_NAMES | {"mlp_norm": "pre_feedforward_layernorm"}
 TOP_NAMES = {
     "embed.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
