@@ -83,12 +83,13 @@ def rendered(
     rows: Sequence[Conversation], tokenizer: Tokenizer, unwritten: Unwritten, say: Callable[[str], None]
 ) -> list[tuple[Conversation, list[tuple[list[int], list[int], int]]]]:
     """The rows that are learned, each with its texts in tokens as Tokenizer.documents gives them."""
+    renderer = tokenizer.renderer  # or that there is no template, which is no row's fault
     lost: Counter[str] = Counter()  # rows by what the template does not write of them
     found, refused, first = [], 0, ""
     for row in rows:
         parts = None
         try:
-            losses = tokenizer.renderer.losses(row)
+            losses = renderer.losses(row)
             why = f"the chat template does not write {losses[0][1]}" if losses else ""
             lost.update({kind for kind, _ in losses})
             if not losses or unwritten == "keep":

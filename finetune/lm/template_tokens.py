@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,23 +30,23 @@ def file_of(template: str) -> Path | None:
     return path
 
 
-def adopt(tokenizer: Tokenizer, template: str) -> list[str]:
-    """Gives the tokenizer the template of a name or file, and its end token. Returns the tokens that were added to the
-    vocabulary for it: the model needs embeddings for them (`resize`).
+def adopt(tokenizer: Tokenizer, template: str) -> tuple[list[str], list[str]]:
+    """Gives the tokenizer the template of a name or file, and its end token. Returns the tokens that the template
+    writes, and those of them that were added to the vocabulary: the model needs embeddings for them (`embed`).
 
     UserError if the template does not end an answer with a token: the model would never stop.
     """
     file = file_of(template)
     source = TEMPLATES[template].source if file is None else reading.text_file(file, limit=4 << 20)
-    names = TEMPLATES[template].tokens if file is None else tuple(dict.fromkeys(NAMED.findall(source)))
-    # The names of a file's tokens may be in a comment or in the description of a tool: what it writes decides.
     tokenizer.chat_template = source
-    if file is not None:
+    if file is None:
+        names = list(TEMPLATES[template].tokens)
+    else:  # one that stands in the source may be in a comment: what is written decides
         written = tokenizer.render_text(PROBE)[0] + tokenizer.render_text(PROBE[:1], add_generation_prompt=True)[0]
-        names = tuple(name for name in names if name in written)
+        names = list(dict.fromkeys(name for name in NAMED.findall(source) if name in written))
     added = [name for name in names if tokenizer.backend.token_to_id(name) is None]
     tokenizer.backend.add_special_tokens(added)
-    tokenizer.chat_template = source  # whose renderer knows the added tokens
+    tokenizer.chat_template = source  # a new renderer, which knows the added tokens
     ids, mask, _ = tokenizer.documents(PROBE)[-1]
     last = max((i for i, learned in enumerate(mask) if learned), default=-1)
     known = tokenizer.backend.get_added_tokens_decoder()
@@ -55,22 +56,29 @@ def adopt(tokenizer: Tokenizer, template: str) -> list[str]:
             + ("the model has no eos_token to write there" if file is None else "write {{ eos_token }} behind it")
         )
     tokenizer.eos, tokenizer.eos_id = known[ids[last]].content, ids[last]
-    tokenizer.__dict__.pop("renderer", None)  # the template may write eos_token
-    return added
+    tokenizer.chat_template = source  # a new renderer again: a template may write eos_token
+    return names, added
 
 
 @torch.no_grad()
-def resize(model: Llama, tokenizer: Tokenizer, tokens: list[str]) -> None:
-    """Gives the model embeddings, and rows of the output projection, for tokens that were added to its vocabulary: the
-    mean of the rows of the pieces that the token's text had before; of an end token the row of the model's own.
+def embed(model: Llama, tokenizer: Tokenizer, names: list[str], added: list[str]) -> list[str]:
+    """Gives the model embeddings, and rows of the output projection, for those of a template's tokens that it has not
+    learned: the mean of the rows of the pieces that the token's text has; of an end token the row of the model's own.
 
-    `tokens`: what `adopt` returned.
+    `names`, `added`: what `adopt` returned. A token of the vocabulary counts as not learned if its row is nearly 0, as
+    that of a reserved token. Returns these tokens: their rows have to be trained.
     """
-    ids: dict[str, int] = {token: tokenizer.backend.token_to_id(token) or 0 for token in tokens}
-    size = max(model.config.vocab_size, max(ids.values(), default=-1) + 1)
-    ends = [i for i in listed(model.token_ids.get("eos_token_id")) if i < len(model.embed.weight)]
+    ids = {name: i for name in names if (i := tokenizer.backend.token_to_id(name)) is not None}
+    lengths = model.embed.weight.float().norm(dim=1)
+    least = 0.01 * lengths.median()
+    fresh = [name for name, i in ids.items() if name in added or i >= len(lengths) or lengths[i] < least]
+    if not fresh:
+        return []
+    size = max(model.config.vocab_size, max(ids.values()) + 1)
+    ends = [i for i in listed(model.token_ids.get("eos_token_id")) if i < len(lengths) and lengths[i] >= least]
     sources = {
-        i: ends[:1] if ends and token == tokenizer.eos else pieces_of(tokenizer, token, i) for token, i in ids.items()
+        ids[name]: ends[:1] if ends and name == tokenizer.eos else pieces_of(tokenizer, name, ids[name])
+        for name in fresh
     }
     tables: list[nn.Embedding | nn.Linear] = [model.embed] if model.config.tied else [model.embed, model.head]
     for table in tables:
@@ -78,7 +86,8 @@ def resize(model: Llama, tokenizer: Tokenizer, tokens: list[str]) -> None:
     model.embed.num_embeddings = size
     if not model.config.tied:
         model.head.out_features = size
-    model.config.vocab_size = size
+    model.config = replace(model.config, vocab_size=size)
+    return fresh
 
 
 def grown(weight: Tensor, size: int, sources: dict[int, list[int]]) -> Tensor:
@@ -92,7 +101,7 @@ def grown(weight: Tensor, size: int, sources: dict[int, list[int]]) -> Tensor:
 def pieces_of(tokenizer: Tokenizer, token: str, i: int) -> list[int]:
     """The ids of an added token's name read as text."""
     spelled = [j for part in re.findall(r"\w+|\W+", token) for j in tokenizer.encode(part, add_special_tokens=False)]
-    return [j for j in spelled if j < i] or [0]
+    return [j for j in spelled if j != i] or [0]
 
 
 def end_ids(model: Llama, tokenizer: Tokenizer) -> None:

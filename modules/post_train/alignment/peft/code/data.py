@@ -81,7 +81,7 @@ def load_tokenizer(cfg: "Config", sets: dict[str, list[Conversation]], console: 
     tokenizer = small_tokenizer(sets) if scratch else load.tokenizer(hub.resolve(cfg.model, console))
     if cfg.template is None:
         return tokenizer
-    added = template_tokens.adopt(tokenizer, cfg.template)
+    _, added = template_tokens.adopt(tokenizer, cfg.template)
     if added and not scratch:
         raise UserError(
             f"--template {cfg.template} needs the tokens {', '.join(added)}, which the model lacks, and most methods "

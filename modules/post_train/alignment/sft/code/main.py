@@ -24,7 +24,7 @@ from finetune.data.packing import Batch, Document
 from finetune.data.rows import check_form
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.lm import chat_template, template_tokens
+from finetune.lm import template_tokens
 from finetune.lm.io import hub, load, save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
@@ -147,21 +147,26 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     memory.check_memory(shape, setup, "--max-length or --batch, more parts with --accumulate, or --checkpointing")
 
     # Tokens, model, trained parameters, optimizer.
-    tokenizer, added = load_tokenizer(cfg, sets["train"], run.console)
+    tokenizer, names, added = load_tokenizer(cfg, sets["train"], run.console)
     documents = tokenize(cfg, sets, tokenizer, run.print)
     if added or cfg.adapter:
         shape = replace(shape, vocab_size=max(shape.vocab_size, tokenizer.vocab_size))
     for part in documents.values():
         packing.check_vocabulary(part, shape.vocab_size)
     train = documents.pop("train")
-    model = load_model(cfg, tokenizer, added, run)
+    model, fresh = load_model(cfg, tokenizer, names, added, run)
     if cfg.adapter:
         adapter.put(cfg, run, model, added)
     elif cfg.method == "lora":
         layers = lora.parse_targets(cfg.targets)
         lora.apply_lora(model, cfg.rank, cfg.alpha, cfg.dropout, layers, run.generator("lora"))
-        if cfg.modules_to_save:
-            lora.train_modules(model, cfg.modules_to_save.split(","))
+        # No base model has embeddings of new tokens: the adapter holds the tables whole.
+        whole = [
+            *(cfg.modules_to_save.split(",") if cfg.modules_to_save else ()),
+            *(("embed", "head") if fresh else ()),
+        ]
+        if whole:
+            lora.train_modules(model, whole)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.AdamW(optim.decay_groups(trained.values(), cfg.weight_decay), lr=cfg.lr)
     model.gradient_checkpointing = cfg.checkpointing
@@ -228,7 +233,7 @@ def dry_run(cfg: Config, console: Console) -> None:
         display.say(console, text)
 
     sets = load_data(cfg, say)
-    tokenizer, _ = load_tokenizer(cfg, sets["train"], console)
+    tokenizer, *_ = load_tokenizer(cfg, sets["train"], console)
     documents = tokenize(cfg, sets, tokenizer, say)
     preview.show(console, documents, tokenizer, cfg.max_length, cfg.packing, cfg.batch * cfg.steps)
 
@@ -290,24 +295,16 @@ def next_commands(cfg: Config, folder: Path) -> list[tuple[str, str]]:
 # --- Model and files
 
 
-def load_tokenizer(cfg: Config, rows: list[Conversation], console: Console) -> tuple[Tokenizer, list[str]]:
-    """The model's tokenizer with the chat template of --template, and the tokens added to its vocabulary for that; from
-    scratch a new one, of the training `rows`."""
+def load_tokenizer(cfg: Config, rows: list[Conversation], console: Console) -> tuple[Tokenizer, list[str], list[str]]:
+    """The model's tokenizer with the chat template of --template, the tokens that this writes, and those of them that
+    were added to the vocabulary; from scratch a new tokenizer, of the training `rows`."""
     tokenizer = small_tokenizer(rows) if cfg.model == "scratch" else read_tokenizer(cfg, console)
     if cfg.template is None:
-        return tokenizer, []
-    added = template_tokens.adopt(tokenizer, cfg.template)
-    if added and cfg.method == "lora" and cfg.model != "scratch":
-        free = ", ".join(name for name, known in chat_template.TEMPLATES.items() if not known.tokens)
-        raise UserError(
-            f"--template {cfg.template} needs the tokens {', '.join(added)}, which the model lacks, and LoRA trains no "
-            f"embeddings: add --method full, which does, or choose a template without tokens of its own ({free})"
-        )
-    text = f"chat template: {cfg.template}; an answer ends with {tokenizer.eos}"
-    if added:
-        text += f"; new tokens, whose embeddings begin as means of others' and are trained: {', '.join(added)}"
-    display.say(console, text)
-    return tokenizer, added
+        return tokenizer, [], []
+    names, added = template_tokens.adopt(tokenizer, cfg.template)
+    new = f"; new in the vocabulary: {', '.join(added)}" if added else ""
+    display.say(console, f"chat template: {cfg.template}; an answer ends with {tokenizer.eos}{new}")
+    return tokenizer, names, added
 
 
 def read_tokenizer(cfg: Config, console: Console) -> Tokenizer:
@@ -316,21 +313,25 @@ def read_tokenizer(cfg: Config, console: Console) -> Tokenizer:
     return load.tokenizer(adapter.tokenizer_folder(cfg, hub.resolve(cfg.model, console)))
 
 
-def load_model(cfg: Config, tokenizer: Tokenizer, added: list[str], run: Run) -> Llama:
-    """The model to train, with embeddings for the added tokens; from scratch it is made here."""
+def load_model(cfg: Config, tokenizer: Tokenizer, names: list[str], added: list[str], run: Run) -> tuple[Llama, bool]:
+    """The model to train, with embeddings for a template's tokens, and whether these have to be trained; from scratch
+    it is made here."""
     dtype = getattr(torch, cfg.dtype)
     if cfg.template is not None and (file := template_tokens.file_of(cfg.template)):
         run.depends_on("template", file)
     if cfg.model == "scratch":
-        return small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(dtype)
+        return small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(dtype), False
     source = hub.resolve(cfg.model, run.console)
     if source != hub.smollm2_folder():  # whose files are known by their hash already
         run.depends_on("model", source)
     model = load.llama(source, dtype)
-    if cfg.template is not None:
-        template_tokens.resize(model, tokenizer, added)
-        template_tokens.end_ids(model, tokenizer)
-    return model
+    if cfg.template is None or cfg.adapter:
+        return model, False
+    fresh = template_tokens.embed(model, tokenizer, names, added)
+    template_tokens.end_ids(model, tokenizer)
+    if fresh:
+        run.print(f"the embeddings of {', '.join(fresh)} begin as means of others; the whole table is trained")
+    return model, bool(fresh)
 
 
 def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
