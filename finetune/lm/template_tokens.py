@@ -38,6 +38,8 @@ def adopt(tokenizer: Tokenizer, template: str) -> tuple[list[str], list[str]]:
     """
     file = file_of(template)
     source = TEMPLATES[template].source if file is None else reading.text_file(file, limit=4 << 20)
+    if "eos_token" in source and tokenizer.eos is None:
+        raise UserError(f"--template {template} ends answers with eos_token, and the model has none: choose chatml")
     tokenizer.chat_template = source
     if file is None:
         names = list(TEMPLATES[template].tokens)
@@ -53,7 +55,7 @@ def adopt(tokenizer: Tokenizer, template: str) -> tuple[list[str], list[str]]:
     if last < 0 or ids[last] not in known:
         raise UserError(
             f"--template {template}: no token ends an answer, so the model would never stop: "
-            + ("the model has no eos_token to write there" if file is None else "write {{ eos_token }} behind it")
+            "write {{ eos_token }} behind it"
         )
     tokenizer.eos, tokenizer.eos_id = known[ids[last]].content, ids[last]
     tokenizer.chat_template = source  # a new renderer again: a template may write eos_token

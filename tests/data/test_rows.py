@@ -101,7 +101,9 @@ def test_train_on():
 
 def test_text_parts_and_axolotls_weights():
     parts = [{"type": "text", "text": "two and "}, {"type": "text", "text": "two?"}]
-    row = read_row({"messages": [{"role": "user", "content": parts}, WANTED[1], WANTED[0], WANTED[1] | {"train": False}]})
+    row = read_row(
+        {"messages": [{"role": "user", "content": parts}, WANTED[1], WANTED[0], WANTED[1] | {"train": False}]}
+    )
     assert row == [*WANTED, WANTED[0], WANTED[1] | {"weight": 0}]
 
 
@@ -129,7 +131,7 @@ def test_text_parts_and_axolotls_weights():
          "arguments of 'f' in message 1 must be an object"),
         ({"messages": [WANTED[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
          "arguments of 'f' in message 1 is a text that is not JSON"),
-        ({"conversations": [{"from": "function_call", "value": "look it up"}]}, "tool_calls of message 0 is a text that"),
+        ({"conversations": [{"from": "function_call", "value": "look it up"}]}, "tool_calls of message 0 is a text"),
         ({"messages": WANTED, "tools": "{"}, "'tools' is a text that is not JSON"),
     ],
 )  # fmt: skip
@@ -155,7 +157,7 @@ def test_the_form_is_said_once_and_can_be_forced(tmp_path):
         "1 row of the form alpaca (instruction, input and output)"
     )
     both = jsonl(tmp_path / "both.jsonl", [ROWS["messages"] | ROWS["alpaca"]])
-    with pytest.raises(UserError, match="line 1: .* messages and alpaca: choose one with --form"):
+    with pytest.raises(UserError, match=r"line 1: .* messages and alpaca: choose one with --form"):
         rows.read(both)
     assert rows.read(both, "alpaca")[0] == [WANTED]
     with pytest.raises(UserError, match=r"line 1201: 'messages' must be a list"):
@@ -184,7 +186,12 @@ def test_every_kind_of_text_file(tmp_path, end, packed):
     found, _ = rows.read(file)
     if end == ".csv":
         assert found[0] == WANTED
-        assert said(found[1]) == [("user", "c"), ("assistant", "d"), ("user", 'Say "a",\nthen b\nx'), ("assistant", "a\nb")]
+        assert said(found[1]) == [
+            ("user", "c"),
+            ("assistant", "d"),
+            ("user", 'Say "a",\nthen b\nx'),
+            ("assistant", "a\nb"),
+        ]
     elif end == ".tsv":
         assert said(found[0]) == [("user", "messages"), ("assistant", "four")]
     else:
@@ -201,7 +208,9 @@ def test_json_by_lines_and_a_folder(tmp_path):
 
 
 def test_messages_in_a_table(tmp_path):
-    (tmp_path / "a.csv").write_text('messages,tools\n"' + json.dumps(CALLED).replace('"', '""') + '","[{""name"": ""f""}]"\n')
+    (tmp_path / "a.csv").write_text(
+        'messages,tools\n"' + json.dumps(CALLED).replace('"', '""') + '","[{""name"": ""f""}]"\n'
+    )
     ((first, *rest),) = rows.read(tmp_path / "a.csv")[0]
     assert [first, *rest] == [CALLED[0] | {"tools": [{"name": "f"}]}, *CALLED[1:]]
 
@@ -211,7 +220,7 @@ def test_messages_in_a_table(tmp_path):
     [
         ("a.txt", b"{}", "the kind of file is told by its ending: .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
         ("a.parquet.gz", b"", "the kind of file is told by its ending"),
-        ("a.json", b'[{"prompt": "a", "completion": "b"}, {"prompt": "a"}]', "a.json, row 2: the row needs 'completion'"),
+        ("a.json", b'[{"prompt": "a", "completion": "b"}, {"prompt": "a"}]', "a.json, row 2: the row needs 'comp"),
         ("a.json", b"[{]", "a.json: not JSON .* at line 1, column 3.: it must be a list of objects"),
         ("a.json", b"[" + b"9" * 5000 + b"]", "a.json: "),
         ("a.csv", b"prompt,completion\na,b\nc\n", "line 3: 1 cells under 2 names of columns"),
@@ -245,7 +254,9 @@ def test_a_gzip_bomb_is_refused(tmp_path, monkeypatch):
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"a\.parquet: reading Parquet needs pyarrow: pip install 'finetune-lab\[data\]'"):
+    with pytest.raises(
+        UserError, match=r"a\.parquet: reading Parquet needs pyarrow: pip install 'finetune-lab\[data\]'"
+    ):
         rows.read(tmp_path / "a.parquet")
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,17 +19,19 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from small_gguf import TEXT, tiny, write
+from tokenizers import models, pre_tokenizers, trainers
 
-from finetune import ops
+from finetune import chat, cli, ops
 from finetune.data import conversations, packing
 from finetune.data import rows as row_files
 from finetune.errors import UserError
 from finetune.interview import brief as briefs
+from finetune.lm.chat_template import TEMPLATES
 from finetune.lm.generate import generate
 from finetune.lm.io import load, save
 from finetune.lm.io.hf_llama import to_hf
 from finetune.lm.llama import Llama, LlamaConfig
-from finetune.lm.tokenizer import Tokenizer
+from finetune.lm.tokenizer import GPT2, Tokenizer, byte_level
 from finetune.peft.adapters import load_adapter
 from finetune.peft.lora import apply_lora
 from finetune.runs import registry
@@ -505,3 +508,104 @@ def test_own_data(tmp_path):
     file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]))
     with pytest.raises(UserError, match="one row only"):
         run(tmp_path / "other", data=file)
+
+
+# --- rows, templates, a look at them before the run
+
+
+@pytest.fixture
+def base_model(tmp_path):
+    """A small base model: one special token, no chat template."""
+    backend = byte_level(models.BPE(), GPT2)
+    backend.train_from_iterator([TEXT], trainers.BpeTrainer(
+        vocab_size=290, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ))  # fmt: skip
+    model = tiny(vocab_size=backend.get_vocab_size())
+    model.token_ids = {"eos_token_id": 0}
+    save.model(model, tmp_path / "base", Tokenizer(backend, bos="<|endoftext|>", eos="<|endoftext|>"))
+    return tmp_path / "base"
+
+
+def test_a_base_model_needs_a_template(tmp_path, base_model):
+    with pytest.raises(UserError, match=r"^the model has no chat template: give one .--template chatml"):
+        tuned(tmp_path, base_model, [pair(i) for i in range(20)])
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_base_model_gets_chatml_and_its_tokens(tmp_path, base_model, method, capsys):
+    """The new rows are trained, saved with the adapter or the model, and used by generate; it stops at <|im_end|>."""
+    _, folder = tuned(tmp_path, base_model, [pair(i) for i in range(20)], template="chatml", method=method, steps=3)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "new in the vocabulary: <|im_start|>, <|im_end|>" in said
+    assert "the embeddings of <|im_start|>, <|im_end|> begin as means of others" in said
+    tokenizer = load.tokenizer(folder / "model")
+    assert tokenizer.chat_template == TEMPLATES["chatml"].source
+    assert (tokenizer.eos, tokenizer.eos_id) == ("<|im_end|>", 291)
+    if method == "lora":
+        model = load.llama(base_model)
+        load_adapter(model, folder / "model")
+    else:
+        model = load.llama(folder / "model")
+        assert model.token_ids["eos_token_id"] == [291, 0]
+    start = load.llama(base_model).embed.weight
+    assert model.config.vocab_size == len(model.embed.weight) == 292
+    assert not torch.equal(model.embed.weight[291], start[0])
+    (answer,) = chat.answer(str(folder / "model"), ["What comes after 3?"], max_new_tokens=3)
+    assert isinstance(answer, str)
+
+
+def test_a_template_without_new_tokens_trains_no_embeddings(tmp_path, base_model):
+    _, folder = tuned(tmp_path, base_model, [pair(i) for i in range(20)], template="zephyr")
+    assert not [name for name in load_file(folder / "model" / "adapter_model.safetensors") if "embed" in name]
+    assert load.tokenizer(folder / "model").eos == "<|endoftext|>"
+
+
+def test_what_a_template_drops_is_counted(tmp_path, own_model, capsys):
+    """Refused with the count; or these rows are skipped, or learned without it, and that is said."""
+    thinking = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}",
+                 "reasoning_content": "r"}]} for i in range(7)]  # fmt: skip
+    rows = [*[pair(i) for i in range(20)], *thinking]
+    with pytest.raises(UserError, match=r"begins 'q\d': the chat template does not write 'reasoning_content' of message 1"
+                       r".* does not write 'reasoning_content' of \d rows .\d+ in all.: --unwritten skip"):  # fmt: skip
+        tuned(tmp_path, own_model[0], rows)
+    for choice, words in (("skip", "rows are skipped"), ("keep", "what it writes of them is learned")):
+        tuned(tmp_path, own_model[0], rows, unwritten=choice, steps=0, samples=0)
+        said = " ".join(capsys.readouterr().out.split())
+        assert re.search(rf"train: the chat template does not write 'reasoning_content' of \d rows .*{words}", said)
+        assert ("20 conversations in" in said or "19 conversations in" in said) == (choice == "skip")
+
+
+def test_dry_run_shows_what_is_learned_and_stops(tmp_path, own_model, capsys, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def dry(*words):
+        code = cli.main(["run", *map(str, words), "--dry-run"])
+        return code, capsys.readouterr()
+
+    file = tmp_path / "rows.jsonl"
+    chats = [[{"from": "human", "value": f"What comes after {i}?"}, {"from": "gpt", "value": str(i + 1)}]
+             for i in range(1, 5)]  # fmt: skip
+    file.write_text("".join(json.dumps({"conversations": chat}) + "\n" for chat in chats))
+    (own_model[0] / "model.safetensors").unlink()  # no weights are read
+    given = ("--model", own_model[0], "--data", file, "--max-length", 96, "--out", tmp_path / "run")
+    for module in ("sft", "peft"):
+        code, (shown, _) = dry(module, *given)
+        assert code == 0
+        assert re.search(r"row \d: \d+ tokens, \d learned\n<\|im_start\|>user\nWhat comes after \d\?<\|im_end\|>\n"
+                         r"<\|im_start\|>assistant\n«\d<\|im_end\|>»\n", shown)  # fmt: skip
+        assert len(re.findall("^row ", shown, re.M)) == 3
+        assert "what is between « and » is learned" in shown
+        assert re.search(r"^train +3 +\d+ +\d+ +\d+\.\d%$", shown, re.M)
+        assert max(map(len, shown.splitlines())) <= 80
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    colored = dry("sft", *given)[1].out
+    assert "\x1b[1;32m2<|im_end|>\x1b[0m" in colored or "\x1b[1;32m3<|im_end|>\x1b[0m" in colored
+    assert "«" not in colored
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "«" in dry("sft", *given)[1].out
+    assert dry("mdp") == (2, ("", "error: --dry-run: mdp has no rows to show; sft and peft do\n"))
+    assert dry("sft", "--resume")[1].err == "error: --dry-run shows rows before a run: omit --resume\n"
