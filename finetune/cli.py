@@ -296,6 +296,38 @@ def merge(adapters: tuple[str, ...], out: str, json: bool, **given: Any) -> None
 
 
 @app.command()
+@click.argument("source", metavar="RUN|MODEL")
+@click.option(
+    "--gguf",
+    "form",
+    type=click.Choice(["f16", "bf16", "q8_0", "q4_0", "q4_1"]),
+    default="q8_0",
+    show_default=True,
+    help="How the matrices are stored: 16, 16, 8.5, 4.5 or 5 bits a weight.",
+)
+@click.option("--out", required=True, help="The file, NAME.gguf.")
+@click.option("--base", help="Of an adapter: its base model, if it is not where the adapter says.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@JSON
+def export(source: str, form: str, out: str, base: str | None, force: bool, json: bool) -> None:
+    """Write a model as a GGUF file, which llama.cpp, Ollama and LM Studio open.
+
+    RUN|MODEL: the folder of a run, a model folder, an adapter (merged with its base model), a .gguf file, smollm2, or
+    a hub id.
+    """
+    from finetune.export import export as write
+    from finetune.runs import display
+
+    console = _console(stderr=True)
+    found = write(source, out, form, base=base, force=force, console=console)
+    for note in found["notes"]:
+        display.say(console, f"note: {note}")
+    if json:
+        return click.echo(jsonlib.dumps(found, indent=2, ensure_ascii=False))
+    return click.echo(f"{found['path']}: {display.size(found['bytes'])}, {form}, architecture {found['architecture']}")
+
+
+@app.command()
 @click.option("--modules", help="Names, separated by commas; default: all.")
 @JSON
 def smoke(modules: str | None, json: bool) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from finetune.errors import UserError
 from finetune.lm.io import gguf_rope
 from finetune.lm.io.config import Depth, Size, checked
-from finetune.lm.io.gguf_file import GGUFFile
+from finetune.lm.io.gguf_file import Contents, GGUFFile
 from finetune.lm.io.gguf_rope import decimal
 from finetune.lm.io.gguf_types import Array
 from finetune.lm.llama import LlamaConfig
@@ -121,7 +121,7 @@ HEADER: tuple[tuple[Any, ...], ...] = (
     ("theta", "rope.freq_base", reading.Positive, 10000.0),
     ("local_theta", "rope.freq_base_swa", reading.Positive | None, None),
     ("window", "attention.sliding_window", int | None, None),
-    ("pattern", "attention.sliding_window_pattern", int | list[bool] | None, None),
+    ("pattern", "attention.sliding_window_pattern", int | list[Any] | None, None),
     ("score_softcap", "attn_logit_softcapping", reading.Positive | None, None),
     ("logit_softcap", "final_logit_softcapping", reading.Positive | None, None),
 )
@@ -131,8 +131,8 @@ ONLY = {"expert_count": (0,), "attention.causal": (True,)}  # keys whose other v
 class GGUFModel(GGUFFile):
     """An opened file of a language model. UserError as GGUFFile's, and for an architecture that is not supported."""
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: str | Path, contents: Contents | None = None) -> None:
+        super().__init__(path, contents)
         self.name = self.get("general.architecture")
         if not isinstance(self.name, str) or self.name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)

@@ -39,17 +39,18 @@ class TensorInfo:
     file: Path
 
 
+Contents = tuple[dict[str, Any], dict[str, TensorInfo]]
+
+
 class GGUFFile:
     """An opened file, or all parts of a split one: `metadata` (of the first part) and `tensor_infos` by name.
 
     Tensors are read one at a time. UserError if the file or a part is missing, not GGUF, damaged, or contradictory.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, contents: Contents | None = None) -> None:
         self.path = Path(path)
-        self.metadata, self.tensor_infos = read_header(self.path)
-        if self.get("split.count", 0) not in (0, 1):
-            self.metadata, self.tensor_infos = read_parts(self.path, self.metadata)
+        self.metadata, self.tensor_infos = contents or opened(self.path)
         self._maps: dict[Path, np.ndarray] = {}
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -80,9 +81,12 @@ class GGUFFile:
         return dequantize(raw.reshape(*info.shape[:-1], -1), info.kind)
 
 
-def read_parts(path: Path, metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """The first part's metadata and all parts' tensors of the split file that `path` is a part of."""
-    count = metadata["split.count"]
+def opened(path: Path) -> Contents:
+    """Metadata and tensors of a file; of a part of a split one the first part's metadata and all parts' tensors."""
+    metadata, infos = read_header(path)
+    count = metadata.get("split.count", 0)
+    if count in (0, 1):
+        return metadata, infos
     if not isinstance(count, int) or not 1 < count < 100_000:
         raise UserError(f"{path}: split.count is {count!r}, not a number of parts")
     named = PART.fullmatch(path.name)
@@ -155,7 +159,7 @@ class Bytes:
         return [self.value(inner, depth + 1) for _ in range(count)]
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def read_header(path: Path) -> Contents:
     """Metadata and tensors of a GGUF file. UserError if it is missing, not GGUF, cut short, or inconsistent."""
     if not path.is_file():
         raise UserError(f"{path} does not exist, or is not a file")
@@ -171,7 +175,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def parse(data: Bytes, path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def parse(data: Bytes, path: Path) -> Contents:
     """Metadata and tensors. Damaged if the counts, types or offsets cannot be right."""
     data.take(4)
     version, tensors, pairs = data.number("I"), data.number("Q"), data.number("Q")

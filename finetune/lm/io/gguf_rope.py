@@ -117,3 +117,42 @@ def llama3(file: GGUFFile, theta: float, head_dim: int) -> RopeScaling:
         if possible and np.abs(llama3_factors(one, theta, head_dim) / factors - 1).max() < 1e-4:
             return one
     raise UserError(f"{file.path}: tensor {FREQS} does not follow the rule of Llama 3, so it cannot be represented")
+
+
+def metadata(
+    scaling: RopeScaling, architecture: str, theta: float, head_dim: int
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """The metadata of a scaling, and for Llama 3's rule the tensor; UserError for what llama.cpp does not have."""
+    place, factor = f"{architecture}.rope.scaling", float(scaling.factor)
+    if scaling.kind == "none" or (scaling.kind == "linear" and factor == 1.0):
+        return {}, None
+    if scaling.kind == "linear":
+        return {f"{place}.type": "linear", f"{place}.factor": factor}, None
+    if scaling.kind == "llama3":
+        if architecture != "llama":
+            raise UserError(f"rope scaling llama3 cannot be written for the architecture {architecture} of GGUF")
+        return {}, llama3_factors(scaling, theta, head_dim).astype(np.float32)
+    if scaling.kind != "yarn":
+        raise UserError(f"rope scaling {scaling.kind} cannot be written as GGUF (only linear, llama3, yarn)")
+    if (scaling.beta_fast, scaling.beta_slow, scaling.truncate) != (32.0, 1.0, True):
+        raise UserError(
+            "llama.cpp computes yarn with beta_fast 32, beta_slow 1 and whole dimensions; the model has "
+            f"{scaling.beta_fast}, {scaling.beta_slow}, truncate = {str(scaling.truncate).lower()}"
+        )
+    found = {f"{place}.type": "yarn", f"{place}.factor": factor}
+    if scaling.original_length:
+        found[f"{place}.original_context_length"] = scaling.original_length
+    relative = attention_factor(scaling) / own_attention(factor)
+    if not math.isclose(relative, 1.0, rel_tol=1e-6):
+        found[f"{place}.attn_factor"] = relative
+    return found, None
+
+
+def attention_factor(scaling: RopeScaling) -> float:
+    """What YaRN multiplies cos and sin by, as transformers computes it."""
+    if scaling.attention_factor:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        grown = math.log(scaling.factor) if scaling.factor > 1 else 0.0
+        return (0.1 * scaling.mscale * grown + 1.0) / (0.1 * scaling.mscale_all_dim * grown + 1.0)
+    return own_attention(scaling.factor)

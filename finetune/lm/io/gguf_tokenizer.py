@@ -74,11 +74,8 @@ def read(file: GGUFModel) -> Tokenizer:
     eos, pad = names.get("eos"), names.get("pad")
     if pad is None and kind == "gpt2" and "<|endoftext|>" in tokens and eos != "<|endoftext|>":
         pad = "<|endoftext|>"
-    template: Any = reading.convert(
-        file.get("tokenizer.chat_template"),
-        str | None,
-        f"{file.path}: tokenizer.chat_template",  # type: ignore[arg-type]
-    )
+    where = f"{file.path}: tokenizer.chat_template"
+    template: Any = reading.convert(file.get("tokenizer.chat_template"), str | None, where)  # type: ignore[arg-type]
     others = {"unk_token": names["unk"]} if "unk" in names else {}
     return Tokenizer(
         backend, bos=names.get("bos"), eos=eos, pad=pad, chat_template=with_markers(template), others=others

@@ -58,9 +58,13 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "tekken": PreTokenizer("Mistral Nemo and later: words cut before capitals", split(CASES), True, True),
     "default": PreTokenizer("files without a name: llama.cpp's oldest rule", OLD),
 }
+# The cuts of Llama 3 and Qwen2 without what else goes with these names.
+PRE_TOKENIZERS["smaug-bpe"] = PreTokenizer("up to three digits, merges always", PRE_TOKENIZERS["llama-bpe"].cut)
+PRE_TOKENIZERS["stablelm2"] = PreTokenizer("every digit alone, text not normalized", PRE_TOKENIZERS["qwen2"].cut)
 PRE_TOKENIZERS |= dict.fromkeys(("starcoder", "refact", "command-r"), PRE_TOKENIZERS["smollm"])
 PRE_TOKENIZERS |= dict.fromkeys(("llama3", "llama-v3", "pixtral"), PRE_TOKENIZERS["llama-bpe"])
-PRE_TOKENIZERS |= dict.fromkeys(("deepseek-r1-qwen",), PRE_TOKENIZERS["qwen2"])
+PRE_TOKENIZERS["deepseek-r1-qwen"] = PRE_TOKENIZERS["qwen2"]
+PRE_TOKENIZERS["dbrx"] = PRE_TOKENIZERS["smaug-bpe"]
 
 
 def byte_level_bpe(
