@@ -39,30 +39,24 @@ def export(
 
 
 def opened(source: str, base: str | None, console: "Console") -> tuple[Any, Any, str]:
-    """The model, its tokenizer and its name; an adapter is merged into its base model."""
-    from finetune.chat import base_folder
-    from finetune.lm.io import hub, load
-    from finetune.peft import adapters, lora
+    """The model, its tokenizer and its name; an adapter is merged into its base model, in fp32."""
+    import torch
 
-    path = model_of_run(reading.home_path(source)) or hub.resolve(source, console)
-    name = Path(source).name.removesuffix(".gguf")
-    if not (path.is_dir() and (path / load.ADAPTER_CONFIG).exists()):
+    from finetune.lm import template_tokens
+    from finetune.lm.io import hub, load
+    from finetune.merge import base_dtype
+    from finetune.peft import adapters, bases, lora
+
+    path, name = hub.resolve(source, console), Path(source).name.removesuffix(".gguf")
+    if not bases.is_adapter(path):
         if base:
             raise UserError(f"--base {base}: {path} is not an adapter, so it has no base model")
-        return load.model(path), load.tokenizer(path), name
-    origin = base_folder(path, base, console)
+        return load.model(path, getattr(torch, base_dtype(path))), load.tokenizer(path), name
+    origin = bases.base_folder(path, base, console)
     tokenizer = load.tokenizer(path if (path / "tokenizer.json").exists() else origin)
     model = load.model(origin)
-    adapters.load_adapter(model, path)
+    with bases.of(origin):
+        adapters.load_adapter(model, path)
     lora.merge(model)
+    template_tokens.end_ids(model, tokenizer)
     return model, tokenizer, name
-
-
-def model_of_run(folder: Path) -> Path | None:
-    """The model or adapter that a run's folder holds; None for a folder of another kind."""
-    from finetune.lm.io import load
-
-    kept = folder / "model"
-    if not (folder / "summary.json").exists() or (folder / "model.safetensors").exists():
-        return None
-    return kept if any((kept / name).exists() for name in ("config.json", load.ADAPTER_CONFIG)) else None

@@ -7,12 +7,12 @@ by. Its parameters are not in the file, so they are recovered from it.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from finetune.errors import UserError
+from finetune.lm.io.config import checked
 from finetune.lm.io.gguf_file import GGUFFile
 from finetune.lm.layers import RopeScaling
 from finetune.runs import reading
@@ -46,17 +46,17 @@ def read(file: GGUFFile, architecture: str, theta: float, head_dim: int, length:
     for key, values in UNUSED.items():
         if kind == "yarn" and given[key] not in (None, *values):
             raise UserError(f"{file.path}: {place}.{key} = {given[key]} is not supported")
-    if factor < 0:
-        raise UserError(f"{file.path}: {place}.factor is {factor}, not above 0")
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return RopeScaling()
     if kind == "linear":
-        return RopeScaling(kind="linear", factor=factor)
+        return checked(RopeScaling, file.path, kind="linear", factor=factor)
     # llama.cpp multiplies YaRN's own 0.1 ln(factor) + 1 by attn_factor; converters write the product, yarn_attn_factor.
     attention = given["yarn_attn_factor"] or 0.0
     if given["attn_factor"] not in (None, 1.0):
         attention = given["attn_factor"] * own_attention(factor)
-    return RopeScaling(
+    return checked(
+        RopeScaling,
+        file.path,
         kind="yarn",
         factor=factor,
         original_length=reading.convert(
@@ -103,18 +103,19 @@ def llama3(file: GGUFFile, theta: float, head_dim: int) -> RopeScaling:
     waves = wavelengths(theta, head_dim)
     between = (factors > 1 + 1e-6) & (factors < factor * (1 - 1e-6))
     smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
-    scaling = RopeScaling(kind="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0)
-    tried = [replace(scaling, original_length=8192)]
-    tried += [replace(scaling, original_length=round(n)) for n in waves[between] * (3 * smooth + 1)]
-    tried += [replace(scaling, original_length=1 << power) for power in range(4, 21)]
+    tried = [(8192, 4.0)]  # original_length, high_freq_factor
+    tried += [(round(length), 4.0) for length in waves[between] * (3 * smooth + 1)]
+    tried += [(1 << power, 4.0) for power in range(4, 21)]
     if between.sum() >= 2:
         slope, start = np.polyfit(1 / waves[between], smooth, 1)  # smooth = (original / wave − 1) / (high − 1)
         if start < 0:
             high = 1 - 1 / start
-            tried.append(replace(scaling, high_freq_factor=round(high, 3), original_length=round(slope * (high - 1))))
-    for one in tried:
-        possible = one.original_length > 0 and one.high_freq_factor > 1
-        if possible and np.abs(llama3_factors(one, theta, head_dim) / factors - 1).max() < 1e-4:
+            tried.append((round(slope * (high - 1)), round(high, 3)))
+    for length, high in tried:
+        if length < 1 or high <= 1 or factor < 1:
+            continue
+        one = RopeScaling("llama3", factor, length, 1.0, high)
+        if np.abs(llama3_factors(one, theta, head_dim) / factors - 1).max() < 1e-4:
             return one
     raise UserError(f"{file.path}: tensor {FREQS} does not follow the rule of Llama 3, so it cannot be represented")
 
@@ -142,17 +143,7 @@ def metadata(
     found = {f"{place}.type": "yarn", f"{place}.factor": factor}
     if scaling.original_length:
         found[f"{place}.original_context_length"] = scaling.original_length
-    relative = attention_factor(scaling) / own_attention(factor)
+    relative = scaling.magnitude / own_attention(factor)
     if not math.isclose(relative, 1.0, rel_tol=1e-6):
         found[f"{place}.attn_factor"] = relative
     return found, None
-
-
-def attention_factor(scaling: RopeScaling) -> float:
-    """What YaRN multiplies cos and sin by, as transformers computes it."""
-    if scaling.attention_factor:
-        return scaling.attention_factor
-    if scaling.mscale and scaling.mscale_all_dim:
-        grown = math.log(scaling.factor) if scaling.factor > 1 else 0.0
-        return (0.1 * scaling.mscale * grown + 1.0) / (0.1 * scaling.mscale_all_dim * grown + 1.0)
-    return own_attention(scaling.factor)

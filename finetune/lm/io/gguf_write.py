@@ -144,10 +144,6 @@ def shape_metadata(config: LlamaConfig, name: str) -> tuple[dict[str, Any], list
                 f"llama.cpp has no sliding window for this architecture: beyond {config.window} tokens it sees more "
                 "than the model did"
             )
-    if config.attention_softcap:
-        found["attn_logit_softcapping"] = config.attention_softcap
-    if config.logit_softcap:
-        found["final_logit_softcapping"] = config.logit_softcap
     general = {"general.architecture": name, "general.type": "model"}
     return general | {f"{name}.{key}": value for key, value in found.items()}, notes
 
