@@ -19,8 +19,6 @@ ROOMS = (
     "errors", "environment", "ops", "runs", "optim", "kernels", "lm", "lm/io", "peft", "data", "inference",
     "rl", "rl/envs", "rl/agents", "rl/tabular", "memory", "interview", "chat", "merge", "export", "doctor", "smoke",
     "cli",
-    "rl", "rl/envs", "rl/agents", "rl/tabular", "memory", "interview", "chat", "merge", "export", "doctor", "smoke",
-    "cli",
 )  # fmt: skip
 # Deep reinforcement learning and environments know nothing of tables.
 APART = {"rl/envs": {"rl/agents", "rl/tabular"}, "rl/agents": {"rl/tabular"}}

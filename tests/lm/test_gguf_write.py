@@ -17,6 +17,7 @@ from finetune.lm.io.gguf_types import TYPES, quantize
 from finetune.lm.layers import RopeScaling
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import display
+from finetune.runs.run_folder import Saved
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +149,13 @@ def run(tmp_path, tokenizer):
     """A run's folder with its model, as sft leaves it."""
     folder = tmp_path / "run"
     save.model(tiny(), folder / "model", tokenizer)
-    (folder / "config.json").write_text("{}")
-    (folder / "summary.json").write_text("{}")
+    as_run(folder)
     return folder
+
+
+def as_run(folder):
+    """Makes a folder that of a run."""
+    Saved("0" * 16, "sft", True, {}, [], "", {}, {}, [], {}, None).write(folder)
 
 
 def test_export_of_a_run_a_folder_and_a_file(tmp_path, run, capfd):
@@ -199,7 +204,7 @@ def test_export_of_an_adapter_is_the_merged_model(tmp_path, tokenizer):
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     adapter = tmp_path / "run" / "model"
     adapters.save_adapter(model, adapter, base=str(base))
-    (tmp_path / "run" / "summary.json").write_text("{}")
+    as_run(tmp_path / "run")
     out = tmp_path / "m.gguf"
     export(str(tmp_path / "run"), str(out), "bf16", console=display.console(stderr=True))
     row = torch.arange(20)[None]
@@ -251,7 +256,7 @@ def test_rope_scaling_that_llama_cpp_lacks_is_refused():
     from finetune.lm.io import gguf_rope
 
     for scaling, architecture, match in (
-        (RopeScaling("dynamic", 2.0), "llama", "rope scaling dynamic cannot be written"),
+        (RopeScaling("dynamic", 2.0, 64), "llama", "rope scaling dynamic cannot be written"),
         (RopeScaling("llama3", 8.0, 8192), "qwen2", "llama3 cannot be written for the architecture qwen2"),
         (RopeScaling("yarn", 4.0, 64, beta_fast=16.0), "qwen2", "beta_fast 32"),
         (RopeScaling("yarn", 4.0, 64, truncate=False), "qwen2", "truncate = false"),
