@@ -255,6 +255,7 @@ def fetch(model: str, json: bool) -> None:
 def generate(model: str | None, prompts: tuple[str, ...], chat: bool | None, json: bool, **given: Any) -> None:
     """Generate text with a model, with adapters of it, or with both next to each other."""
     from finetune.chat import answers
+    from finetune.runs import display
 
     found = answers(model, list(prompts), chat, console=_console(stderr=True), **given)
     one = next(iter(found.values())) if len(found) == 1 else None
@@ -267,7 +268,7 @@ def generate(model: str | None, prompts: tuple[str, ...], chat: bool | None, jso
     if one:
         return click.echo("\n\n".join(one))
     for i, prompt in enumerate(prompts):
-        _table(_console(), tuple(found), [[texts[i] for texts in found.values()]], prompt)
+        display.side_by_side(_console(), prompt, {name: texts[i] for name, texts in found.items()})
     return None
 
 
@@ -403,10 +404,10 @@ def _console(stderr: bool = False) -> "Console":
     return display.console(stderr)
 
 
-def _table(con: "Console", heads: tuple[str, ...], rows: Any, title: str = "") -> None:
+def _table(con: "Console", heads: tuple[str, ...], rows: Any) -> None:
     from finetune.runs import display
 
-    display.table(con, heads, rows, title)
+    display.table(con, heads, rows)
 
 
 def main(argv: list[str] | None = None) -> int:

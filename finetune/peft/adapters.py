@@ -212,8 +212,11 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", tr
             f"{folder / CONFIG}: init_lora_weights = {init!r} changed the base weights when training began, and the "
             "folder does not hold them: save the adapter as plain LoRA (peft: path_initial_model_for_weight_conversion)"
         )
-    if kind(folder) != "LORA":
-        raise UserError(f"{folder / CONFIG}: peft_type is {raw['peft_type']!r}: it trains no weights of the model")
+    if (found := kind(folder)) != "LORA":
+        raise UserError(
+            f"{folder / CONFIG}: peft_type is {found!r}, which puts trained tokens before the text and changes no "
+            "weights: it is neither merged nor generated with"
+        )
     require(raw, folder / CONFIG, UNSUPPORTED)
     config = reading.convert(raw, LoRAConfig, folder / CONFIG)
     rank, alpha = config.r, config.lora_alpha

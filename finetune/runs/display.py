@@ -9,8 +9,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 PLAIN_EVERY = 5.0  # seconds between two lines of progress where there is no terminal
 PIPED = 110  # columns where there is neither a terminal nor $COLUMNS
 GAP = 2  # blanks between two columns
+COLUMN = 45  # columns of the screen that a text needs to stand next to another
 
 Cell = str | tuple[str, str]  # text, or text and its style
 
@@ -319,6 +321,22 @@ def closing(con: Console, summary: dict[str, Any], judged: dict[str, dict[str, A
     if pictures := sorted(path.name for path in folder.glob("*.png")):
         say(con, f"pictures: {', '.join(pictures)}", indent="  ")
     con.print(Text(short(folder)), soft_wrap=True)
+
+
+def side_by_side(con: Console, title: str, texts: Mapping[str, str]) -> None:
+    """Prints texts by name: two in columns where there is room, else one below the other."""
+    say(con, f"\n{title}", "bold")
+    width = (con.width - GAP) // 2
+    if len(texts) == 2 and width >= COLUMN:
+        left, right = ([*wrap(name, width), "─" * width, *wrap(text, width)] for name, text in texts.items())
+        for one, other in zip_longest(left, right, fillvalue=""):
+            con.print(Text(f"{one}{' ' * (width + GAP - cell_len(one))}{other}".rstrip()), soft_wrap=True)
+    else:
+        for name, text in texts.items():
+            say(con, name, "dim")
+            for line in wrap(text, con.width - GAP):
+                con.print(Text(f"{' ' * GAP}{line}".rstrip()), soft_wrap=True)
+    con.print()
 
 
 def commands(con: Console, rows: Sequence[tuple[str, str]]) -> None:
