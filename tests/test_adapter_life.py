@@ -67,7 +67,7 @@ def near(mine, theirs):
     return mine.shape == theirs.shape and (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-def test_answers_next_to_the_base(home, capsys):
+def test_answers_next_to_the_base(home, capsys, monkeypatch):
     base, low, more = (generated(capsys, "--model", home / name)[0]["text"] for name in ("base", "lora", "tokens"))
     assert len({base, low, more}) == 3
     (row,) = generated(
@@ -81,8 +81,18 @@ def test_answers_next_to_the_base(home, capsys):
     }
     words = ["generate", "--model", str(home / "lora"), "--compare", "--prompt", "def f(x)", "--max-new-tokens", "8"]
     assert command([*words, "--system", "Be short."]) == 0
-    shown = capsys.readouterr().out
-    assert [shown.count(word) for word in ("def f(x)", "base")] >= [1, 1]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "def f(x)"
+    assert re.match("base +/", lines[2]), "two columns"
+    assert any(set(line) == {"─", " "} for line in lines)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert command(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.index("base") < next(i for i, text in enumerate(lines) if text.startswith(str(home))), "stacked"
+    assert refused(capsys, *words, "--no-chat", "--system", "x").endswith("--system needs a chat template")
+    assert "PROMPT_TUNING" in refused(capsys, "generate", "--model", home / "prompt", "--prompt", "x")
+    assert "one with --adapter" in refused(capsys, "generate", "--model", home / "base", "--compare", "--prompt", "x")
+    assert "given twice" in refused(capsys, *words, "--adapter", home / "lora")
 
 
 def test_the_folder_of_a_run_is_its_model(home, capsys):

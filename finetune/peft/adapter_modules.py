@@ -48,7 +48,7 @@ class Modules:
 
     def is_named(self, at: str, name: str) -> bool:
         """Whether modules_to_save's `name` means the module, as peft compares them."""
-        return hf_module(at).endswith(name)
+        return hf_module(at, self.model).endswith(name)
 
     def trained(self, at: str) -> bool:
         """Whether the module is one of modules_to_save."""
@@ -104,7 +104,7 @@ class Modules:
         """Rows of the embedding that were trained alone (trainable_token_indices)."""
         named = self.config.trainable_token_indices or []
         if isinstance(named, dict):
-            named = first_fit(named, hf_module(at), [])
+            named = first_fit(named, hf_module(at, self.model), [])
         weight = self.table(at, base)
         inside = all(0 <= token < len(weight) for token in named)
         if not inside or rows.shape != (len(named), weight.shape[1]):
@@ -124,7 +124,7 @@ class Modules:
         a, b = parts.get("lora_embedding_A"), parts.get("lora_embedding_B")
         if a is None or b is None or a.dim() != 2 or b.shape != (weight.shape[1], len(a)) or a.shape[1] != len(weight):
             raise UserError(f"{self.folder}: lora_embedding_A and _B do not fit {at}: is it an adapter of this model?")
-        alpha = first_fit(self.config.alpha_pattern or {}, hf_module(at), self.config.lora_alpha)
+        alpha = first_fit(self.config.alpha_pattern or {}, hf_module(at, self.model), self.config.lora_alpha)
         scale = alpha / (len(a) ** 0.5 if self.config.use_rslora else len(a))
         weight.copy_(weight.float().addmm(a.T.float(), b.T.float(), alpha=scale))
         self.only_read = "LoRA of an embedding"

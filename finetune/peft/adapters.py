@@ -143,9 +143,9 @@ def saved_whole(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict
         base = dict(state.base[at].named_parameters(recurse=False))
         for key, tensor in module.named_parameters(recurse=False):
             if key == "weight" and tensor is not base["weight"]:
-                saved.add(hf_module(layer))
+                saved.add(hf_module(layer, model))
             if tensor is not base[key]:
-                tensors[f"{PREFIX}{hf_module(layer)}.{inner}{key}"] = tensor
+                tensors[f"{PREFIX}{hf_module(layer, model)}.{inner}{key}"] = tensor
                 bias = "all" if key == "bias" else bias
         if at == "embed" and isinstance(model, Llama) and model.config.tied:
             saved.add("lm_head")
@@ -223,7 +223,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", tr
     tensors: dict[tuple[str, str], Tensor] = {}
     others: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.read_safetensors(folder, TENSORS):
-        at, part = adapted(key, folder)
+        at, part = adapted(key, folder, whole.has_post_norms(model))
         if part in PARTS:
             tensors[at, PARTS[part]] = tensor
         elif part not in TWICE:
@@ -324,10 +324,10 @@ def shortest(chosen: set[str], plain: set[str]) -> set[str]:
     }
 
 
-def adapted(key: str, folder: Path) -> tuple[str, str]:
+def adapted(key: str, folder: Path, post_norms: bool = False) -> tuple[str, str]:
     """`base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight` → (`blocks.3.attn.q`, `lora_A.weight`)."""
     parts = "|".join(re.escape(part) for part in (*PARTS, *OTHERS, *TWICE))
     match = re.fullmatch(re.escape(PREFIX) + rf"(.+?)\.({parts})", key)
     if not match:
         raise UserError(f"{folder}: tensor {key} is not one of a LoRA adapter")
-    return from_hf(f"{match[1]}.weight").removesuffix(".weight"), match[2]
+    return from_hf(f"{match[1]}.weight", post_norms).removesuffix(".weight"), match[2]

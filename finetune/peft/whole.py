@@ -57,9 +57,14 @@ def fits(pattern: str, name: str) -> bool:
         raise UserError(f"'{pattern}' is not a regular expression: {error}") from None
 
 
-def hf_module(name: str) -> str:
-    """`blocks.3.attn.q` → `model.layers.3.self_attn.q_proj`."""
-    return to_hf(f"{name}.weight").removesuffix(".weight")
+def hf_module(name: str, model: nn.Module | None = None) -> str:
+    """`blocks.3.attn.q` → `model.layers.3.self_attn.q_proj`; the names of norms depend on the model."""
+    return to_hf(f"{name}.weight", has_post_norms(model)).removesuffix(".weight")
+
+
+def has_post_norms(model: nn.Module | None) -> bool:
+    """Whether the model has norms after attention and MLP too, so that Hugging Face's names are Gemma's."""
+    return isinstance(model, Llama) and model.config.post_norms
 
 
 def train_modules(model: Llama, names: Sequence[str], name: str = "default") -> list[nn.Parameter]:
@@ -74,11 +79,13 @@ def train_modules(model: Llama, names: Sequence[str], name: str = "default") -> 
     there = trainable(model)
     chosen: list[str] = []
     for wanted in names:
-        found = [at for at in there if any(fits(wanted, called) for called in {at, hf_module(at)})]
+        found = [at for at in there if any(fits(wanted, called) for called in {at, hf_module(at, model)})]
         if model.config.tied and wanted in ("head", "lm_head"):
             found = ["embed"]
         if not found:
-            known = {ending for at in there for ending in (at.rpartition(".")[2], hf_module(at).rpartition(".")[2])}
+            known = {
+                ending for at in there for ending in (at.rpartition(".")[2], hf_module(at, model).rpartition(".")[2])
+            }
             raise UserError(f"module '{wanted}' cannot be trained whole: it names none{nearest(wanted, known)}")
         chosen += [at for at in found if at not in chosen]
     copies = {at: copy.deepcopy(model.get_submodule(at)).requires_grad_(True) for at in chosen}

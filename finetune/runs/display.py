@@ -328,8 +328,9 @@ def side_by_side(con: Console, title: str, texts: Mapping[str, str]) -> None:
     say(con, f"\n{title}", "bold")
     width = (con.width - GAP) // 2
     if len(texts) == 2 and width >= COLUMN:
-        left, right = ([*wrap(name, width), "─" * width, *wrap(text, width)] for name, text in texts.items())
-        for one, other in zip_longest(left, right, fillvalue=""):
+        heads, bodies = ([wrap(text, width) for text in part] for part in (texts, texts.values()))
+        line = "─" * width
+        for one, other in [*zip_longest(*heads, fillvalue=""), (line, line), *zip_longest(*bodies, fillvalue="")]:
             con.print(Text(f"{one}{' ' * (width + GAP - cell_len(one))}{other}".rstrip()), soft_wrap=True)
     else:
         for name, text in texts.items():
