@@ -32,13 +32,14 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
     llama, linears, targets = shape.family == "llama", shape.linears, setup.targets(shape)
     active = targets if setup.frozen else tuple(linears)  # linear layers with something to train
     norm = 4 if llama else 8  # 1/rms; or mean and 1/std: fp32
+    wide, width = (4, "4") if shape.wide_norms else (e, "e")
     saved: dict[str, tuple[int, str]] = {}
 
     def any_of(*names: str) -> bool:
         return any(name in active for name in names)
 
     def keeps_norm(name: str) -> None:
-        saved[name] = c * e + norm, f"C·e + {norm}"
+        saved[name] = c * wide + norm, f"C·{width} + {norm}"
 
     flowing = not (first and setup.frozen and not setup.prompt)  # does a gradient flow through here?
     if flowing:
@@ -47,7 +48,10 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
         saved["q, k, v: input"] = c * e, "C·e"
         flowing = True
     if flowing and shape.qk_norm:
-        saved["norms of q, k: input, statistics"] = (heads + kv) * (shape.head_dim * e + 4), "(H + K)·(D·e + 4)"
+        saved["norms of q, k: input, statistics"] = (
+            (heads + kv) * (shape.head_dim * wide + 4),
+            f"(H + K)·(D·{width} + 4)",
+        )
     flowing = flowing or bool(setup.prefix)
     if flowing and (setup.attention == "flash" or setup.checkpointing == "selective"):
         saved["attention: q, k, v"] = (heads + 2 * kv) * shape.head_dim * e, "(H + 2·K)·D·e"
@@ -115,6 +119,8 @@ def activations(shape: Shape, setup: Setup) -> Term:
     if not setup.training:
         return Term("activations", 0, "0", "inference keeps nothing")
     n, width, norm = setup.tokens, shape.dim * setup.element, 4 if shape.family == "llama" else 8
+    last = 4 * shape.dim if shape.wide_norms else width
+    ends = "C·e + C·4" if shape.wide_norms else "2·C·e"
     cut = setup.tp if setup.sequence_parallel else 1
     part = "N/t" if setup.sequence_parallel else "N"
     if setup.checkpointing == "block":
@@ -128,10 +134,10 @@ def activations(shape: Shape, setup: Setup) -> Term:
     if not shape.last:
         total, text = blocks + n * integers, f"{text} + N·{integers}"
     elif cut == 1:
-        total, text = blocks + n * (2 * width + norm + integers), f"{text} + N·(2·C·e + {norm + integers})"
+        total, text = blocks + n * (width + last + norm + integers), f"{text} + N·({ends} + {norm + integers})"
     else:
-        total = blocks + n // cut * (2 * width + norm) + n * integers
-        text = f"{text} + N/t·(2·C·e + {norm}) + N·{integers}"
+        total = blocks + n // cut * (width + last + norm) + n * integers
+        text = f"{text} + N/t·({ends} + {norm}) + N·{integers}"
     if setup.adapter == "dora" and setup.lora_rank:  # the factors of the outputs, and the norms in them
         total, text = total + shape.layers * 8 * outputs(shape, setup), f"{text} + L·O·8"
     if setup.prefix:  # each row's copy, in addition to its own keys and values

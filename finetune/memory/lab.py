@@ -166,8 +166,7 @@ def activations(rig: Rig) -> int:
 
 def one_block(rig: Rig) -> int:
     """Bytes that a third block adds to two."""
-    config = rig.config if isinstance(rig.config, dict) else asdict(rig.config)
-    two, three = (activations(Rig({**config, "layers": n}, rig.shape, rig.setup)) for n in (2, 3))
+    two, three = (activations(Rig(meters.of_depth(rig.config, n), rig.shape, rig.setup)) for n in (2, 3))
     return three - two
 
 

@@ -247,6 +247,13 @@ def build(config: Any, setup: Setup) -> Any:
     return model
 
 
+def of_depth(config: Any, layers: int) -> dict[str, Any]:
+    """The config with as many layers; its lists of layers are cut."""
+    settings = config if isinstance(config, dict) else asdict(config)
+    lists = {key: settings[key] for key in ("window_layers", "nope_layers") if key in settings}
+    return {**settings, "layers": layers, **{key: [at for at in each if at < layers] for key, each in lists.items()}}
+
+
 # ---- predicted and measured ---------------------------------------------------------------------------------------
 
 

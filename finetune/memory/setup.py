@@ -35,6 +35,7 @@ class Shape:
     qk_norm: bool = False
     post_norms: bool = False
     gelu: bool = False  # a gated MLP with GELU
+    wide_norms: bool = False  # norms keep their input in fp32 (Gemma's, which multiply by weight + 1)
     window: int = 0  # tokens that the layers with a sliding window see
     window_layers: int = 0
     first: bool = True  # the part has the embedding
@@ -96,6 +97,7 @@ def shape_of(config: Any) -> Shape:
         max_length=get("max_length") or (2048 if llama else 1024),
         tied=True if not llama else bool(get("tied", True)),
         gelu=get("activation") == "gelu_tanh",
+        wide_norms=bool(get("norm_plus_one")),
         window=get("window") or 0,
         window_layers=len(get("window_layers") or ()),
         **same,

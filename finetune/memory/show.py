@@ -126,6 +126,11 @@ def show_found(model: Model, found: list[Found], room: int) -> None:
     display.say(console, note, "dim")
 
 
+def pictured(name: str) -> Path:
+    """Where the picture of a model is kept; a path is not followed."""
+    return PICTURES / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-')}.png"
+
+
 def show_rows(name: str, rows: list[dict[str, Any]]) -> None:
     """The table predicted | measured | error, and its picture."""
     from finetune.runs import display, plots
@@ -146,7 +151,7 @@ def show_rows(name: str, rows: list[dict[str, Any]]) -> None:
     console = display.console()
     found_by = "simulated" if only_simulated else "measured"
     display.table(console, ("setting", "what", ">formula", f">{found_by}", ">error", ""), shown_rows)
-    path = PICTURES / f"{name}.png"
+    path = pictured(name)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     drawn = [row for row in rows if not row["name"].endswith("of a block")]  # a part of the row below it

@@ -65,6 +65,11 @@ def simulate(config: dict[str, Any], setup: Setup) -> dict[str, int]:
     finetune.lm.presets. UserError for LoRA and inference, which are not simulated."""
     if setup.frozen or not setup.training:
         raise UserError("simulated are training steps of all parameters: no LoRA, no inference")
+    plain = Setup()
+    for name in ("tp", "pp", "offload", "grad_dtype", "attention", "optimizer", "master"):
+        if (value := getattr(setup, name)) != getattr(plain, name):
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {value} is not simulated, only AdamW of data-parallel ranks is: omit it")
     config = {**config, "max_length": max(setup.seq, config.get("max_length", 0))}
     if setup.ranks > 1 and setup.zero == 3:
         with ranks(setup.ranks) as mesh:
@@ -117,5 +122,5 @@ def step(config: dict[str, Any], setup: Setup, mesh: Any) -> dict[str, int]:
 
 def scaled(config: dict[str, Any], setup: Setup, layers: int = 2) -> dict[str, int]:
     """`simulate` of a deep model from two shallow ones: every further layer adds the same bytes."""
-    few, more = (simulate({**config, "layers": n}, setup) for n in (layers, layers + 1))
+    few, more = (simulate(meters.of_depth(config, n), setup) for n in (layers, layers + 1))
     return {name: few[name] + (more[name] - few[name]) * (config["layers"] - layers) for name in few}
