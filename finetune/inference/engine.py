@@ -13,7 +13,6 @@ from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.errors import UserError
@@ -23,6 +22,7 @@ from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Scheduler, Sequence
 from finetune.inference.speculative import Drafter, verified
 from finetune.inference.text import TextStream
+from finetune.lm import head
 from finetune.lm.forward import check_tokens
 from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
@@ -106,7 +106,7 @@ class Engine:
             sequence = work.sequence
             self.pool.publish(sequence.table, sequence.tokens[: sequence.table.tokens])
             if sequence.left <= 0:
-                logits = F.linear(state[last - len(sequence.guesses) : last + 1], self.model.head_weight)
+                logits = head.logits(self.model, state[last - len(sequence.guesses) : last + 1])
                 if sequence.receive:
                     sequence.receive(sequence, logits[0])
                 else:

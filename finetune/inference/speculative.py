@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.inference import scheduler
 from finetune.inference.blocks import BlockPool, NoBlocks
 from finetune.inference.cache import PagedCache
 from finetune.inference.sampler import Sampling, draw, probabilities, uniform
+from finetune.lm import head
 from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
 
@@ -120,7 +120,7 @@ def forward(model: Llama | GPT, cache: PagedCache, plan: Sequence[scheduler.Work
     new = [token for work in plan for token in work.sequence.tokens[work.start : work.start + work.count]]
     tokens = torch.tensor([new], device=view.positions.device)
     state = model(tokens, positions=view.positions, cache=view, hidden=True)[0]
-    return F.linear(state[view.last], model.head_weight)
+    return head.logits(model, state[view.last])
 
 
 def verified(sequence: scheduler.Sequence, logits: Tensor, random: Callable[..., float] = uniform) -> list[int]:

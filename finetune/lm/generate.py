@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.errors import UserError
+from finetune.lm import head
 from finetune.lm.forward import RowCache, check_tokens
 from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
@@ -104,7 +104,7 @@ def generate(
     new: list[list[int]] = [[] for _ in rows]
     stops, running = set(stop_ids), set(range(len(rows)))
     for left in reversed(range(max_new_tokens)):
-        picked = sample(F.linear(state, model.head_weight), temperature, top_k, top_p, generator)  # (B,)
+        picked = sample(head.logits(model, state), temperature, top_k, top_p, generator)  # (B,)
         for row, token in enumerate(picked.tolist()):
             if row in running:
                 new[row].append(token)

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune import ops
 from finetune.errors import UserError
 from finetune.lm.forward import Cache, ForwardContext, forward_context
+from finetune.lm.head import logits
 from finetune.lm.layers import RMSNorm, RopeScaling, RotaryTable, embedding, init_gpt2
 
 
@@ -81,8 +81,6 @@ class LlamaConfig:
             raise UserError(f"the window of attention must be at least 1 token, not {self.window}")
         if self.activation not in ("silu", "gelu_tanh"):
             raise UserError(f"activation {self.activation!r} is not supported (only silu and gelu_tanh)")
-        if self.logit_softcap:
-            raise UserError("a soft cap of the logits (Gemma 2) is not supported: the losses do not apply it")
 
 
 class Attention(nn.Module):
@@ -233,4 +231,4 @@ class Llama(nn.Module):
         if cache is not None:
             cache.advance(tokens.shape[1], lengths)
         x = self.norm(x)
-        return x if hidden else F.linear(x, self.head_weight)
+        return x if hidden else logits(self, x)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from finetune.errors import UserError
-from finetune.lm import presets
+from finetune.lm import head, presets
 from finetune.lm.generate import KVCache, generate
 from finetune.lm.io import load, save
 from finetune.lm.io.hf_llama import FAMILIES, hf_tensors, read_config, to_hf, write_config
@@ -87,6 +87,16 @@ CASES = {
     "smollm3 windows": (
         "smollm3",
         {"use_sliding_window": True, "sliding_window": 4, "no_rope_layers": [1, 0, 1, 0], "attention_bias": True},
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
     ),
     "gemma3": (
         "gemma3_text",
@@ -220,7 +230,9 @@ def test_saved_folders_open_in_transformers(case, tmp_path):
 
 
 @peer
-@pytest.mark.parametrize("case", ["mistral", "dynamic rope", "qwen2 windows", "qwen3 yarn", "smollm3", "gemma3"])
+@pytest.mark.parametrize(
+    "case", ["mistral", "dynamic rope", "qwen2 windows", "qwen3 yarn", "smollm3", "gemma2", "gemma3"]
+)
 def test_generated_tokens_are_those_of_transformers(case):
     prompt = tokens(1, 4, seed=3)
     wanted = theirs(folder(case)).generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
@@ -283,6 +295,24 @@ def test_a_scaled_embedding_that_an_adapter_holds(tmp_path):
     assert near(model(row), PeftModel.from_pretrained(theirs(folder("gemma3")), tmp_path)(row).logits)
     with pytest.raises(UserError, match="norms of Gemma's blocks"):
         train_modules(model, ["mlp_norm"])
+
+
+@peer
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_of_capped_logits(monkeypatch, reduction):
+    """In chunks of three rows; some targets are ignored, of rows that hold NaN."""
+    model, row, targets = copy.deepcopy(ours("gemma2")), tokens(1, LENGTH), tokens(LENGTH, seed=4)
+    targets[::5] = -100
+    monkeypatch.setattr(head, "CHUNK", 3 * 61)
+    state = model(row, hidden=True)[0].detach().requires_grad_()
+    rows = state.masked_fill((targets == -100)[:, None], torch.nan)
+    wanted = torch.nn.functional.cross_entropy(head.logits(model, state), targets, reduction=reduction)
+    got = head.cross_entropy(model, rows, targets, reduction)
+    assert torch.allclose(got, wanted)
+    inputs = state, model.embed.weight
+    for mine, grad in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(wanted, inputs), strict=True):
+        assert near(mine, grad)
+    assert head.cross_entropy(model, rows, torch.full_like(targets, -100), reduction) == 0
 
 
 @peer
@@ -365,7 +395,6 @@ def test_values_of_a_family_that_its_files_omit():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "gemma2"}, "gemma2.*soft cap"),
         ({"model_type": "gemma3"}, "gemma3.*vision"),
         ({"model_type": "phi3"}, f"phi3.*supported are {', '.join(FAMILIES)}"),
         ({"model_type": "mixtral"}, "mixtral"),
@@ -403,7 +432,7 @@ def test_a_model_that_its_family_has_no_keys_for_is_not_saved(tmp_path):
         with pytest.raises(UserError, match=f"a llama model cannot be saved with {next(iter(change))}"):
             save.model(Llama(LlamaConfig(**shape, **change)), tmp_path / "m")
         assert not (tmp_path / "m").exists()
-    for change in ({"window_layers": (1,)}, {"nope_layers": (2,)}, {"activation": "relu"}, {"logit_softcap": 30.0}):
+    for change in ({"window_layers": (1,)}, {"nope_layers": (2,)}, {"activation": "relu"}):
         with pytest.raises(UserError):
             LlamaConfig(**shape, **change)
 

@@ -42,6 +42,8 @@ class HFConfig(msgspec.Struct):
     no_rope_layers: list[int] | None = None
     no_rope_layer_interval: Size = 4
     query_pre_attn_scalar: Size = 256
+    attn_logit_softcapping: reading.Positive | None = None
+    final_logit_softcapping: reading.Positive | None = None
     rope_local_base_freq: reading.Positive = 10000.0
 
     def nope(self) -> list[int]:
@@ -82,6 +84,40 @@ def written_windows(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
+def gemma(read: HFConfig) -> dict[str, Any]:
+    return {
+        "qkv_bias": read.attention_bias,
+        "o_bias": read.attention_bias,
+        "activation": "gelu_tanh",
+        "norm_plus_one": True,
+        "post_norms": True,
+        "embedding_scale": read.hidden_size**0.5,
+        "attention_scale": read.query_pre_attn_scalar**-0.5,
+    }
+
+
+def written_gemma(config: LlamaConfig) -> dict[str, Any]:
+    return {
+        "attention_bias": config.o_bias,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": round(config.attention_scale**-2) if config.attention_scale else config.head_dim,
+        "sliding_window": config.window or None,
+        "layer_types": written_windows(config)["layer_types"],
+    }
+
+
+GEMMA = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+    "use_sliding_window": True,
+}
+ONLY_GEMMA = {
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "use_bidirectional_attention": (False, None),
+    "use_sliding_window": (True,),
+}
 SILU = {"hidden_act": ("silu", "swish")}
 UNIFORM = {"layer_types": (None,)}
 
@@ -133,53 +169,41 @@ FAMILIES = {
         defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
         only=SILU,
     ),
+    "gemma2": Family(
+        "Gemma 2: local and global layers, norms with weight + 1 on both sides, soft caps of scores and logits",
+        "Gemma2ForCausalLM",
+        lambda read: (
+            gemma(read)
+            | {
+                "attention_softcap": read.attn_logit_softcapping or 0.0,
+                "logit_softcap": read.final_logit_softcapping or 0.0,
+            }
+        ),
+        lambda config: (
+            written_gemma(config)
+            | {
+                "attn_logit_softcapping": config.attention_softcap or None,
+                "final_logit_softcapping": config.logit_softcap or None,
+            }
+        ),
+        lambda read: range(0, read.num_hidden_layers, 2),
+        defaults={**GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        only=ONLY_GEMMA,
+    ),
     "gemma3_text": Family(
-        "Gemma 3 without vision: local and global layers, norms with weight + 1 on both sides, scaled embeddings",
+        "Gemma 3 without vision: as Gemma 2, with norms of queries and keys in the place of soft caps",
         "Gemma3ForCausalLM",
-        lambda read: {
-            "qkv_bias": read.attention_bias,
-            "o_bias": read.attention_bias,
-            "qk_norm": True,
-            "activation": "gelu_tanh",
-            "norm_plus_one": True,
-            "post_norms": True,
-            "embedding_scale": read.hidden_size**0.5,
-            "attention_scale": read.query_pre_attn_scalar**-0.5,
-            "local_rope_theta": read.rope_local_base_freq,
-        },
-        lambda config: {
-            "attention_bias": config.o_bias,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": round(config.attention_scale**-2),
-            "rope_local_base_freq": config.local_rope_theta,
-            "sliding_window": config.window or None,
-            "layer_types": written_windows(config)["layer_types"],
-        },
+        lambda read: gemma(read) | {"qk_norm": True, "local_rope_theta": read.rope_local_base_freq},
+        lambda config: written_gemma(config) | {"rope_local_base_freq": config.local_rope_theta},
         lambda read: [n for n in range(read.num_hidden_layers) if (n + 1) % read.sliding_window_pattern],
-        defaults={
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": True,
-            "sliding_window": 4096,
-            "use_sliding_window": True,
-            "vocab_size": 262208,
-            "max_position_embeddings": 131072,
-        },
-        only={
-            "hidden_activation": ("gelu_pytorch_tanh",),
-            "attn_logit_softcapping": (None,),
-            "final_logit_softcapping": (None,),
-            "use_bidirectional_attention": (False, None),
-            "use_sliding_window": (True,),
-        },
+        defaults={**GEMMA, "rope_theta": 1e6, "vocab_size": 262208, "max_position_embeddings": 131072},
+        only={**ONLY_GEMMA, "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,)},
     ),
 }
 
 # Known families that are refused, and why.
 REFUSED = {
     "gemma": "its first generation is not supported",
-    "gemma2": "the soft cap of its logits is not supported by the losses",
     "gemma3": "its vision tower is not supported: take a folder of the text model alone (gemma3_text)",
 }
 

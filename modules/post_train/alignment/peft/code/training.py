@@ -8,6 +8,7 @@ import torch
 from finetune import ops, optim
 from finetune.data import packing
 from finetune.data.packing import Document
+from finetune.lm import head
 from finetune.runs.run import Run
 
 from .methods import Adapted
@@ -31,9 +32,7 @@ def packed(cfg: "Config", documents: list[Document]) -> list[list[int]]:
 
 def loss_of(adapted: Adapted, batch: packing.Batch, reduction: Literal["mean", "sum"] = "mean") -> torch.Tensor:
     """Cross entropy (nats) of the learned tokens; scalar fp32. The logits never exist at once."""
-    return ops.linear_cross_entropy(
-        adapted.forward(batch), adapted.model.head_weight, batch.targets[0], reduction=reduction
-    )
+    return head.cross_entropy(adapted.model, adapted.forward(batch), batch.targets[0], reduction)
 
 
 def train(

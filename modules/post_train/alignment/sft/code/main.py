@@ -24,7 +24,7 @@ from finetune.data.packing import Batch, Document
 from finetune.data.rows import check_form
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.lm import template_tokens
+from finetune.lm import head, template_tokens
 from finetune.lm.io import hub, load, save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ class Config(config.Config):
 def sft_loss(model: Llama, batch: Batch, reduction: Literal["mean", "sum"] = "mean") -> torch.Tensor:
     """Cross entropy (nats) of the learned tokens of a packed batch; scalar fp32. The logits never exist at once."""
     hidden = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, hidden=True)  # (1, T, C)
-    return ops.linear_cross_entropy(hidden[0], model.head_weight, batch.targets[0], reduction=reduction)
+    return head.cross_entropy(model, hidden[0], batch.targets[0], reduction)
 
 
 def micro_batches(cfg: Config, run: Run, documents: list[Document], rows: list[list[int]], step: int) -> list[Batch]:
