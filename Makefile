@@ -15,7 +15,7 @@ run: setup ## fine-tune SmolLM2-135M-Instruct with LoRA on Python's own document
 test: setup $(VENV)/.test-installed ## the tests: default, slow and peer
 	@GOMP_SPINCOUNT=0 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
-longtest: setup $(VENV)/.test-installed ## the tests that take minutes each: all architectures, sanitizers, whole builds
+longtest: setup $(VENV)/.test-installed $(VENV)/.llama-cpp-installed ## the tests that take minutes each: all architectures, sanitizers, whole builds
 	@$(BIN)/python -m pytest -m long
 
 bench: setup $(VENV)/.test-installed ## time every op against torch
@@ -50,6 +50,12 @@ $(VENV)/.test-installed: pyproject.toml | $(VENV)/.native-built
 	@echo "installing the test and peer packages (three to five minutes, once) …"
 	@$(PIP) --no-build-isolation --editable ".[test,peers,data]"
 	@$(PIP) --no-deps d3rlpy gym gym-notices structlog colorama dataclasses-json marshmallow typing-inspect mypy_extensions
+	@touch $@
+
+# Its wheel is built here: with the instructions that every x86 has, and without what shows pictures to a model.
+$(VENV)/.llama-cpp-installed: | $(VENV)/.test-installed
+	@echo "building llama.cpp, which the tests of GGUF compare with (about ten minutes, once) …"
+	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AMX_TILE=OFF -DLLAVA_BUILD=OFF" $(PIP) llama-cpp-python==0.3.36
 	@touch $@
 
 $(VENV)/.docs-installed: pyproject.toml

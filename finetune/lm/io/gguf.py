@@ -191,7 +191,7 @@ class GGUFModel(GGUFFile):
             norm_plus_one=kind.gemma,
             post_norms=kind.gemma,
             embedding_scale=read.dim**0.5 if kind.gemma else 1.0,
-            attention_scale=attention_scale(kind, read.layers, read.dim, read.heads),
+            attention_scale=attention_scale(kind, read.layers, read.dim, read.heads, head_dim),
             logit_softcap=decimal(read.logit_softcap or 0.0),
             local_rope_theta=local,
         )
@@ -282,6 +282,6 @@ def window_layers(pattern: int, layers: int) -> tuple[int, ...]:
     return tuple(i for i in range(layers) if pattern == 0 or i % pattern < pattern - 1)
 
 
-def attention_scale(kind: Architecture, layers: int, dim: int, heads: int) -> float:
-    """What scores are multiplied by; 0 for 1/√head_dim. llama.cpp knows Gemma's largest models by their layers."""
-    return (dim // heads) ** -0.5 if kind.rescaled == layers else 0.0
+def attention_scale(kind: Architecture, layers: int, dim: int, heads: int, head_dim: int) -> float:
+    """What Gemma's scores are multiplied by (llama.cpp knows its largest model by the layers); 0 for others."""
+    return (dim // heads if kind.rescaled == layers else head_dim) ** -0.5 if kind.gemma else 0.0
