@@ -146,5 +146,5 @@ def test_forms_in_llama_cpp(tmp_path, tokenizer, form):
     theirs.eval(ids)
     ours = load.llama(path)(torch.tensor([ids]))[0].numpy()
     wrong = ours - np.array(theirs.scores[:40])
-    assert np.sqrt((wrong**2).mean()) <= 0.03 * np.sqrt((ours**2).mean())
+    assert np.sqrt((wrong**2).mean()) <= 0.08 * np.sqrt((ours**2).mean())
     theirs.close()
