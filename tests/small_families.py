@@ -34,6 +34,16 @@ FAMILIES = {
     "qwen3": {"family": "qwen3", "qk_norm": True, "head_dim": 32, "norm_eps": 1e-6, "rope_theta": 1e6},
     "qwen3 yarn": {"family": "qwen3", "qk_norm": True, "rope_scaling": YARN | {"attention_factor": 1.5}},
     "smollm3": {"family": "smollm3", "nope_layers": (3,), "rope_theta": 2e6},
+    "gemma2": GEMMA
+    | {
+        "family": "gemma2",
+        "qk_norm": False,
+        "window_layers": (0, 2, 4, 6),
+        "local_rope_theta": 0.0,
+        "rope_theta": 1e4,
+        "attention_softcap": 5.0,
+        "logit_softcap": 3.0,
+    },
     "gemma3": GEMMA,
     "gemma3 linear": GEMMA | {"rope_scaling": {"kind": "linear", "factor": 8.0}, "window_layers": (0, 2, 4)},
 }

@@ -37,6 +37,7 @@ class Architecture:
     gemma: bool = False  # norms of weight + 1 after the parts too, scaled embedding, tanh GELU
     pattern: int = 0  # all but each layer of this number have a sliding window
     local_theta: float = 0.0  # rope theta of the window layers, where it is another
+    softcaps: tuple[float, float] = (0.0, 0.0)  # of scores and logits, where the file does not say
     rescaled: int = 0  # the number of layers at which scores are divided by √(dim / heads), not by √head_dim
 
 
@@ -46,6 +47,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture("Qwen2 and Qwen2.5", "qwen2"),
     "qwen3": Architecture("Qwen3", "qwen3", qk_norm=True),
     "smollm3": Architecture("SmolLM3", "smollm3", paired=True, nope_every=4),
+    "gemma2": Architecture("Gemma 2", "gemma2", gemma=True, pattern=2, softcaps=(50.0, 30.0), rescaled=46),
     "gemma3": Architecture(
         "Gemma 3 (text)", "gemma3_text", qk_norm=True, gemma=True, pattern=6, local_theta=10000.0, rescaled=62
     ),
@@ -120,6 +122,7 @@ HEADER: tuple[tuple[Any, ...], ...] = (
     ("local_theta", "rope.freq_base_swa", reading.Positive | None, None),
     ("window", "attention.sliding_window", int | None, None),
     ("pattern", "attention.sliding_window_pattern", int | list[Any] | None, None),
+    ("score_softcap", "attn_logit_softcapping", reading.Positive | None, None),
     ("logit_softcap", "final_logit_softcapping", reading.Positive | None, None),
 )
 ONLY = {"expert_count": (0,), "attention.causal": (True,)}  # keys whose other values change the model
@@ -192,13 +195,16 @@ class GGUFModel(GGUFFile):
             post_norms=kind.gemma,
             embedding_scale=read.dim**0.5 if kind.gemma else 1.0,
             attention_scale=attention_scale(kind, read.layers, read.dim, read.heads, head_dim),
-            logit_softcap=decimal(read.logit_softcap or 0.0),
+            attention_softcap=decimal(read.score_softcap or kind.softcaps[0]) if kind.gemma else 0.0,
+            logit_softcap=decimal(read.logit_softcap or kind.softcaps[1]) if kind.gemma else 0.0,
             local_rope_theta=local,
         )
 
     def windows(self, read: Any) -> tuple[int, tuple[int, ...]]:
         """The sliding window in tokens and the layers that have it; (0, ()) for none."""
         kind, window = self.architecture, read.window
+        if window is None and self.name == "gemma2":
+            window = 4096
         if not window:
             return 0, ()
         if window < 0:

@@ -83,6 +83,8 @@ def write(
         raise UserError("GPT-2 is not written as GGUF: export a Llama, Mistral, Qwen, SmolLM or Gemma")
     config = model.config
     architecture = architecture_of(config)
+    if architecture == "gemma2" and not config.tied:
+        raise UserError("GGUF's gemma2 has no output matrix of its own: its logits are made by the embedding")
     metadata, notes = shape_metadata(config, architecture)
     scaling, factors = gguf_rope.metadata(config.rope_scaling, architecture, config.rope_theta, config.head_dim)
     vocabulary, more = gguf_vocabulary.metadata(tokenizer, config.vocab_size, stop_ids(model, tokenizer))
@@ -144,6 +146,10 @@ def shape_metadata(config: LlamaConfig, name: str) -> tuple[dict[str, Any], list
                 f"llama.cpp has no sliding window for this architecture: beyond {config.window} tokens it sees more "
                 "than the model did"
             )
+    if config.attention_softcap:
+        found["attn_logit_softcapping"] = float(config.attention_softcap)
+    if config.logit_softcap:
+        found["final_logit_softcapping"] = float(config.logit_softcap)
     general = {"general.architecture": name, "general.type": "model"}
     return general | {f"{name}.{key}": value for key, value in found.items()}, notes
 
