@@ -33,12 +33,20 @@ LLAMA: dict[str, dict[str, Any]] = {
         "qwen3-0.6b": (151936, 1024, 28, 16, 8, 3072, 40960, 1e6, 1e-6, True),
         "qwen3-8b": (151936, 4096, 36, 32, 8, 12288, 40960, 1e6, 1e-6, False),
         "smollm3-3b": (128256, 2048, 36, 16, 4, 11008, 65536, 5e6, 1e-6, True),
+        "gemma-2-2b": (256000, 2304, 26, 8, 4, 9216, 8192, 1e4, 1e-6, True),
         "gemma-3-1b": (262144, 1152, 26, 4, 1, 6912, 32768, 1e6, 1e-6, True),
     }.items()
 }
 
 # What differs from Llama's, by the beginning of the names.
 LLAMA3 = {"kind": "llama3", "original_length": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GEMMA = {
+    "head_dim": 256,
+    "activation": "gelu_tanh",
+    "norm_plus_one": True,
+    "post_norms": True,
+    "attention_scale": 256**-0.5,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama-3.1": {"rope_scaling": LLAMA3 | {"factor": 8.0}},
     "llama-3.2": {"rope_scaling": LLAMA3 | {"factor": 32.0}},
@@ -46,17 +54,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2.5": {"family": "qwen2", "qkv_bias": True},
     "qwen3": {"family": "qwen3", "qk_norm": True, "head_dim": 128},
     "smollm3": {"family": "smollm3", "nope_layers": tuple(range(3, 36, 4))},
+    "gemma-2": {
+        **GEMMA,
+        "family": "gemma2",
+        "window": 4096,
+        "window_layers": tuple(range(0, 26, 2)),
+        "embedding_scale": 2304**0.5,
+        "attention_softcap": 50.0,
+        "logit_softcap": 30.0,
+    },
     "gemma-3": {
+        **GEMMA,
         "family": "gemma3_text",
-        "head_dim": 256,
         "qk_norm": True,
         "window": 512,
         "window_layers": tuple(layer for layer in range(26) if layer % 6 != 5),
-        "activation": "gelu_tanh",
-        "norm_plus_one": True,
-        "post_norms": True,
         "embedding_scale": 1152**0.5,
-        "attention_scale": 256**-0.5,
         "local_rope_theta": 1e4,
     },
 }

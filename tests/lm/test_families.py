@@ -480,6 +480,7 @@ PUBLISHED = {  # the numbers of parameters that the models' hub pages state for 
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
     "smollm3-3b": 3_075_098_624,
+    "gemma-2-2b": 2_614_341_888,
     "gemma-3-1b": 999_885_952,
 }
 

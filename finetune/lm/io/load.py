@@ -1,7 +1,7 @@
 """Models, configurations and tokenizers from a model folder, a .gguf file, the name `smollm2`, or a hub id.
 
-A folder holds a GPT-2 or a model of one of `hf_llama.FAMILIES`: Llama, Mistral, Qwen, SmolLM3, Gemma 3. Every function
-raises UserError naming what is missing, damaged, or not supported (a family, a kind of rope scaling, experts, …).
+A folder holds a GPT-2 or a model of one of `hf_families.FAMILIES`: Llama, Mistral, Qwen, SmolLM3, Gemma. Every
+function raises UserError naming what is missing, damaged, or not supported (a family, a kind of rope scaling, …).
 """
 
 from __future__ import annotations
