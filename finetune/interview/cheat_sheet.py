@@ -41,6 +41,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "not measured) by",
         "heads": ("setting", "what", "bytes", f"{MODEL}, {TOKENS.batch} × {TOKENS.seq} tokens"),
         "sum": "together",
+        "host": " (in the host's memory)",
         "letters": "Letters",
         "why": "Where they come from",
         "peak": "**The peak of a step** is weights, optimizer states and other models, plus the largest of four "
@@ -61,6 +62,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "measure": "在与模块同形状的模型上测量（ZeRO 为模拟，all-gather 的参数不测）：",
         "heads": ("设置", "项目", "字节", f"{MODEL}，{TOKENS.batch} × {TOKENS.seq} 个 token"),
         "sum": "合计",
+        "host": "（在主存）",
         "letters": "字母",
         "why": "推导",
         "peak": "**一步的峰值**是权重、优化器状态与其他模型，再加四个时刻中最大的一个：计算损失时（激活值与 logits）；"
@@ -101,10 +103,13 @@ def memory(lang: str) -> list[str]:
         terms = entry.predicted(SHAPE, TOKENS)
         for i, term in enumerate(terms.values()):
             name = term.name if lang == "en" else TERMS[term.name]
+            name += words["host"] if term.host else ""
             setting = f"**{entry.name[LANGUAGES.index(lang)]}**" if i == 0 else ""
             rows.append((setting, name, f"`{term.formula}`", cli.size(term.bytes)))
         if len(terms) > 1 and "activations of a block" not in terms:
-            rows.append(("", words["sum"], "", f"**{cli.size(sum(term.bytes for term in terms.values()))}**"))
+            rows.append(
+                ("", words["sum"], "", f"**{cli.size(sum(term.bytes for term in terms.values() if not term.host))}**")
+            )
     return table(words["heads"], rows)
 
 

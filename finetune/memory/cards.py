@@ -38,11 +38,21 @@ def usable(card: str) -> int:
     return (CARDS[card] << 20) - CONTEXT
 
 
+def here() -> dict[str, int]:
+    """The bytes of this machine's CUDA devices by their names."""
+    import torch
+
+    devices = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
+    return {f"{device.name} (here)": device.total_memory for device in devices}
+
+
 def verdicts(needed: int) -> list[dict[str, Any]]:
-    """card, its bytes, those for tensors, and what is left of them: negative where the card is too small."""
+    """card, its bytes, those for tensors, and what is left of them: negative where the card is too small. The cards of
+    this machine come last."""
+    known = {card: size << 20 for card, size in CARDS.items()} | here()
     return [
-        {"card": card, "bytes": size << 20, "usable": usable(card), "left": usable(card) - needed}
-        for card, size in CARDS.items()
+        {"card": card, "bytes": size, "usable": size - CONTEXT, "left": size - CONTEXT - needed}
+        for card, size in known.items()
     ]
 
 

@@ -40,8 +40,10 @@ def main(argv: list[str], json: bool = False) -> int:
     if name == GIVEN and not any(word.startswith(("--layers", "--dim")) for word in rest):
         begin = " ".join(rest[:2])
         raise UserError(f"the model comes first: memory MODEL {begin} …, or its sizes: --layers 32 --dim 4096")
-    model, setup, given = models.find(name, switches(rest))
+    model, setup, given = models.find(name, rest)
     if room is not None:
+        if model.module:
+            raise UserError(f"--for is for models, not for the module '{name}': give the model that it trains")
         found = search(model, setup, given, room)
         if json:
             print(jsonlib.dumps([dataclasses.asdict(each) for each in found], indent=2, ensure_ascii=False))
@@ -75,21 +77,6 @@ def budget_of(words: Sequence[str]) -> tuple[list[str], int | None]:
             text = " ".join(taken)
         room = budget(text)
     return rest, room
-
-
-def switches(words: list[str]) -> list[str]:
-    """`--checkpointing` alone, or with true or false, as it was a switch once: block or none."""
-    words, made = list(words), []
-    while words:
-        word = words.pop(0)
-        if word == "--no-checkpointing":
-            made += ["--checkpointing", "none"]
-        elif word == "--checkpointing":
-            value = words.pop(0) if words and not words[0].startswith("--") else "true"
-            made += [word, {"true": "block", "false": "none"}.get(value.lower(), value)]
-        else:
-            made.append(word)
-    return made
 
 
 def plan(name: str, argv: list[str]) -> tuple[Any, Setup]:
@@ -126,9 +113,8 @@ def measured(model: Model, setup: Setup) -> list[dict[str, Any]]:
 def simulated(model: Model, setup: Setup) -> list[dict[str, Any]]:
     """One step in shapes only."""
     from finetune.memory.simulate import scaled
-    from finetune.runs import registry
 
-    if model.name in {info.name for info in registry.modules()}:
+    if model.module:
         raise UserError(f"--simulate is for models; --measure is for a module such as '{model.name}'")
     config = model.config if isinstance(model.config, dict) else dataclasses.asdict(model.config)
     found = scaled(config, setup)

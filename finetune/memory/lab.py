@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from finetune import ops, optim
 from finetune.lm.generate import KVCache
@@ -98,10 +99,13 @@ class Rig:
 
     @contextmanager
     def attention(self) -> Iterator[None]:
-        """Inside, the models' attention is the setup's: naive is the reference."""
+        """Inside, the models' attention is the setup's: naive is the reference, selective computes it again."""
         own = ops.attention
-        if self.setup.attention == "naive":
-            ops.attention = partial(own, backend="reference")  # type: ignore[assignment]
+        naive: Any = partial(own, backend="reference")
+        if self.setup.checkpointing == "selective":
+            ops.attention = partial(checkpoint, naive, use_reentrant=False)  # type: ignore[assignment]
+        elif self.setup.attention == "naive":
+            ops.attention = naive
         try:
             yield
         finally:

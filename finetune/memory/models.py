@@ -25,6 +25,7 @@ class Model:
     config: Any  # LlamaConfig, GPTConfig, or a dict with the fields of one
     stored: dict[str, int] = field(default_factory=dict)  # bytes of a GGUF file's tensors by their type
     weights: str = ""  # what `run sft --model` finds its weights by
+    module: bool = False  # whether a module names it
     words: str = ""  # what it is called by on the command line, if not by its name
 
     @property
@@ -51,12 +52,12 @@ class Sized(Setup):
     kv_heads: int = 0  # key and value heads; 0: as many as query heads
     head_dim: int = 0  # numbers of a head; 0: dim / heads
     hidden: int = 0  # width of the MLP; 0: 8/3 of dim up to a multiple of 256, in gpt 4 times dim
-    vocab_size: int = 32000
+    vocab_size: int = 32000  # tokens of the vocabulary
     max_length: int = 0  # positions; 0: as many as --seq
     tied: bool = False  # one table for the embedding and the projection to the vocabulary
     qkv_bias: bool = False  # as Qwen2
     qk_norm: bool = False  # as Qwen3
-    model: Literal["llama", "gpt"] = "llama"
+    model: Literal["llama", "gpt"] = "llama"  # whose layers: also Mistral's and Qwen's, or GPT-2's
 
 
 def find(name: str, argv: list[str]) -> tuple[Model, Setup, set[str]]:
@@ -71,7 +72,8 @@ def find(name: str, argv: list[str]) -> tuple[Model, Setup, set[str]]:
             raise UserError(f"module '{name}' has no memory plan; `memory` without a name lists the models it knows")
         toy, given = "--toy" in argv, config.given(module.Config, [word for word in argv if word != "--toy"], ["toy"])
         shape, setup = module.memory_plan(dataclasses.replace(module.Config.toy() if toy else module.Config(), **given))
-        return Model(name, shape), setup, set()
+        return Model(name, shape, module=True), setup, set()
+    argv = switches(argv)
     if name == GIVEN:
         values = config.given(Sized, argv)  # type: ignore[arg-type]  # it has a Config's comments
         own = {f.name for f in dataclasses.fields(Setup)}
@@ -89,6 +91,21 @@ def find(name: str, argv: list[str]) -> tuple[Model, Setup, set[str]]:
     setup = Setup(**values)
     check_shape(name, model.shape, setup)
     return model, setup, set(values)
+
+
+def switches(words: list[str]) -> list[str]:
+    """`--checkpointing` alone, or with true or false, as it was a switch once: block or none."""
+    words, made = list(words), []
+    while words:
+        word = words.pop(0)
+        if word == "--no-checkpointing":
+            made += ["--checkpointing", "none"]
+        elif word == "--checkpointing":
+            value = words.pop(0) if words and not words[0].startswith("--") else "true"
+            made += [word, {"true": "block", "false": "none"}.get(value.lower(), value)]
+        else:
+            made.append(word)
+    return made
 
 
 def named(name: str) -> Model:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.memory.activations import block
-from finetune.memory.formulas import predict
+from finetune.memory.formulas import largest, predict
 from finetune.memory.setup import Setup, Shape, Term
 
 RANKS, RANK = 8, 8  # of the settings with ZeRO and with LoRA
@@ -30,7 +30,7 @@ class Entry:
 
     def predicted(self, shape: Shape, base: Setup) -> dict[str, Term]:
         setup = self.setup(base)
-        known = {term.name: term for term in [block(shape, setup), *predict(shape, setup)]}
+        known = {term.name: term for term in [block(largest(shape, setup), setup), *predict(shape, setup)]}
         return {name: known[name] for name in self.terms}
 
 
@@ -39,9 +39,14 @@ def plain(base: Setup) -> Setup:
     return Setup(batch=base.batch, seq=base.seq)
 
 
+NOT_MEASURED = {"tp", "offload", "grad_dtype"}  # settings that no trainer here has yet: formulas alone
+
+
 def entries_for(shape: Shape) -> Iterator[Entry]:
-    """Those that a model of this shape can have: adapters are for linear layers without biases."""
-    return (entry for entry in ENTRIES if shape.family == "llama" or "lora_rank" not in entry.changes)
+    """Those that are measured on a model of this shape: adapters are for linear layers without biases."""
+    for entry in ENTRIES:
+        if not NOT_MEASURED & set(entry.changes) and (shape.family == "llama" or "lora_rank" not in entry.changes):
+            yield entry
 
 
 STATES = ("weights", "gradients", "optimizer states")
@@ -88,6 +93,59 @@ ENTRIES = (
             "每个矩一个字节，每 256 个数各有一个 fp32 最大值；fp32 主副本仍在。",
         ),
         ("arXiv:2110.02861",),
+    ),
+    Entry(
+        ("SGD with momentum", "带动量的 SGD"),
+        {"optimizer": "sgd_momentum"},
+        ("optimizer states",),
+        (
+            "One number for each parameter; SGD without momentum keeps none.",
+            "每个参数一个数；没有动量的 SGD 什么都不保存。",
+        ),
+        ("arXiv:1609.04747",),
+    ),
+    Entry(
+        ("Muon", "Muon"),
+        {"optimizer": "muon"},
+        ("optimizer states",),
+        (
+            "One momentum for the matrices of the blocks, whose update is made orthogonal; tables, norms and biases "
+            "are AdamW's, with two moments.",
+            "块中的矩阵只有一个动量，更新量经正交化；词表、归一化与偏置仍用 AdamW，保存两个矩。",
+        ),
+        ("arXiv:2502.16982",),
+    ),
+    Entry(
+        ("Adafactor", "Adafactor"),
+        {"optimizer": "adafactor"},
+        ("optimizer states",),
+        (
+            "The second moment of a matrix as the product of the means of its rows and of its columns, and no first "
+            "moment: n + m numbers instead of 2·n·m.",
+            "矩阵的二阶矩用行均值与列均值的乘积近似，不保存一阶矩：n + m 个数，而不是 2·n·m。",
+        ),
+        ("arXiv:1804.04235",),
+    ),
+    Entry(
+        ("16 bits, fp32 gradients", "16 位，fp32 梯度"),
+        {"dtype": "bf16", "grad_dtype": "fp32"},
+        STATES,
+        (
+            "Gradients of many micro-batches are summed in fp32 buffers that stay: 18 bytes a parameter.",
+            "多个 micro-batch 的梯度累加在常驻的 fp32 缓冲区里：每个参数 18 字节。",
+        ),
+        ("arXiv:1710.03740",),
+    ),
+    Entry(
+        ("offload of the optimizer", "优化器卸载到主存"),
+        {"dtype": "bf16", "offload": "optimizer"},
+        STATES,
+        (
+            "The device keeps 2 of 16 bytes a parameter; gradients and states are in the host's memory, where the "
+            "update is computed.",
+            "设备上每个参数只留 16 字节中的 2 字节；梯度与优化器状态在主存里，更新也在那里计算。",
+        ),
+        ("arXiv:2101.06840",),
     ),
     Entry(
         ("LoRA", "LoRA"),
@@ -167,6 +225,29 @@ ENTRIES = (
             "只保留每个块的输入；反向经过某块时它的激活短暂重现，代价是多一次前向计算。",
         ),
         ("arXiv:1604.06174",),
+    ),
+    Entry(
+        ("activations, T×T attention computed again", "激活值，重算 T×T 注意力"),
+        {"attention": "naive", "checkpointing": "selective"},
+        ("activations of a block", "activations"),
+        (
+            "Scores and probabilities are most of the memory and little of the arithmetic: only they are computed "
+            "again. Flash attention does the same inside one kernel.",
+            "分数与概率占内存最多、计算量却很小：只重算它们。flash attention 在一个 kernel 内做的就是这件事。",
+        ),
+        ("arXiv:2205.05198",),
+    ),
+    Entry(
+        (f"tensor and sequence parallelism, {RANKS} ranks", f"张量与序列并行，{RANKS} 个进程"),
+        {"dtype": "bf16", "tp": RANKS, "sequence_parallel": True},
+        (*STATES, "activations of a block", "activations"),
+        (
+            "Each rank has 1/t of the heads, of the MLP and of the vocabulary (so H, K, F, V and P in these rows are "
+            "those of a rank), and 1/t of the tokens of what lies between: norms and the inputs of the matrices.",
+            "每个进程有 1/t 的头、MLP 与词表（这几行的 H、K、F、V、P 都是单个进程的），"
+            "以及介于其间的部分（归一化、矩阵输入）1/t 的 token。",
+        ),
+        ("arXiv:1909.08053", "arXiv:2205.05198"),
     ),
     Entry(
         ("logits, all at once", "logits，一次全部"),

@@ -203,8 +203,12 @@ def options(console: Console, kind: type[Setup]) -> None:
 
     own = kind.__annotations__
     rows: list[Any] = []
+    group = ""
     for field in config.describe(kind):  # type: ignore[arg-type]
         if field.name in own:
+            if field.group != group:
+                group = field.group
+                rows.append([(group, "bold"), "", "", ""])
             name = (f"--{config.dashed(field.name)}", "bold cyan")
             rows.append([name, field.type_name, str(field.default), field.help])
     display.table(console, ("setting" if kind is Setup else "size", "type", "default", "what it is"), rows)

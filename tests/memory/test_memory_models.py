@@ -12,7 +12,8 @@ from finetune.cli import main
 from finetune.errors import UserError
 from finetune.lm import presets
 from finetune.memory import Setup, cards, models, predict, search, shape_of
-from finetune.memory.cli import budget_of, switches
+from finetune.memory.cli import budget_of
+from finetune.memory.models import switches
 from finetune.memory.optimizers import OPTIMIZERS
 from finetune.memory.show import pictured
 from finetune.runs import registry
@@ -193,6 +194,13 @@ def test_checkpointing_as_a_switch():
         assert switches(words)[:2] == ["--checkpointing", kind]
 
 
+def test_modules_keep_their_own_switches(capsys):
+    """sft's --checkpointing is a switch of sft."""
+    for words, kind in (([], "none"), (["--checkpointing"], "block"), (["--checkpointing", "true"], "block")):
+        assert asked(capsys, "sft", "--toy", *words)["setup"]["checkpointing"] == kind
+    assert "not for the module 'sft'" in refused(capsys, "sft", "--for", "24")
+
+
 # --- Cards
 
 
@@ -215,10 +223,23 @@ def test_cards_and_budgets():
     assert budget_of(["m"]) == (["m"], None)
 
 
+def test_this_machines_own_card(monkeypatch):
+    import types
+
+    import torch
+
+    own = types.SimpleNamespace(name="Some GPU", total_memory=10 << 30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda at: own)
+    last = cards.verdicts(1 << 30)[-1]
+    assert last["card"] == "Some GPU (here)"
+    assert last["left"] == (9 << 30) - cards.CONTEXT
+
+
 def test_the_table_says_which_cards_fit(capsys):
     found = asked(capsys, "llama-3-8b", "--dtype", "bf16", "--optimizer", "none")
     peak = found["terms"][-1]["bytes"]
-    assert {row["card"] for row in found["cards"] if row["left"] >= 0} == {
+    assert {row["card"] for row in found["cards"] if row["left"] >= 0 and row["card"] in cards.CARDS} == {
         card for card in cards.CARDS if cards.usable(card) >= peak
     }
     assert main(["memory", "llama-3-8b", "--dtype", "bf16", "--optimizer", "none"]) == 0

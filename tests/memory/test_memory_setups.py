@@ -197,6 +197,26 @@ def test_selective_checkpointing_drops_the_matrices():
     assert by_name(shape, selective)["step growth"] >= by_name(shape, selective)["activations"] + one_layers * 0.9
 
 
+def test_the_models_of_the_megatron_paper():
+    """Korthikanti et al. 2022, table 3 (heads, width, layers of 22, 175, 530 and 1,000 billion parameters; 2,048
+    positions, 51,200 tokens), and the abstract's factor 5: what sequence parallelism and selective computation together
+    keep of what tensor parallelism alone does."""
+    rows = ((22, 64, 6144, 48), (175, 96, 12288, 96), (530, 128, 20480, 105), (1000, 160, 25600, 128))
+    for billions, heads, width, layers in rows:
+        config = {"vocab_size": 51200, "dim": width, "layers": layers, "heads": heads, "max_length": 2048}
+        assert counts.parameters(shape_of(config)) / 1e9 == pytest.approx(billions, rel=0.015)
+        both = activations.megatron_layer(2048, 1, width, heads, 8, sequence=True, selective=True)
+        assert both / activations.megatron_layer(2048, 1, width, heads, 8) < 0.205
+
+
+def test_gpt2_xl_of_the_zero_paper():
+    """Rajbhandari et al. 2020, §1, §3.1: 1.5 billion parameters are 3 GB in 16 bits; training needs at least 24 GB."""
+    shape = shape_of(presets.GPT["gpt2-xl"])
+    terms = by_name(shape, Setup(dtype="fp16", seq=1024))
+    assert terms["weights"] / 1e9 == pytest.approx(3, rel=0.05)
+    assert sum(terms[name] for name in STATES) / 1e9 == pytest.approx(24, rel=0.05)
+
+
 @pytest.mark.parametrize("name", ["llama-3-8b", "gpt2-xl", "smollm2-135m"])
 def test_parts_are_the_whole(name):
     """Tensor parallelism repeats norms and some biases; pipeline stages add up to the model, a tied table twice."""
