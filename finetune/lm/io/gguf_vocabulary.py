@@ -172,14 +172,16 @@ def spm(found: dict[str, Any], tokens: list[str], types: list[int]) -> tuple[dic
 def grouped(
     merges: Iterable[tuple[str, ...]], kinds: dict[str, int]
 ) -> tuple[list[str], dict[str, set[tuple[str, ...]]]]:
-    """What the merges make, in order, and of what; tokens that the user defined have no order among the others."""
+    """What the merges make, in order, and of what. Tokens that the user defined are found as a whole before any merge,
+    except for runs of spaces, whose order among the others does not count."""
     made: dict[str, set[tuple[str, ...]]] = {}
     order: list[str] = []
     for pair in merges:
         token = "".join(pair)
-        made.setdefault(token, set()).add(pair)
         if kinds[token] == NORMAL and order[-1:] != [token]:
             order.append(token)
+        if kinds[token] == NORMAL or not token.strip(SPACE):
+            made.setdefault(token, set()).add(pair)
     return order, made
 
 
