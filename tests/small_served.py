@@ -6,9 +6,11 @@ import torch
 
 from finetune.lm.llama import Llama, LlamaConfig
 
+SIZES = {"vocab_size": 100, "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 64, "max_length": 128}
+
 
 def llama(**given):
-    return wide(Llama(LlamaConfig(100, 32, 2, 4, 2, 64, max_length=128, **given)))
+    return wide(Llama(LlamaConfig(**SIZES | given)))
 
 
 def wide(model):

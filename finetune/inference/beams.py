@@ -10,7 +10,7 @@ length, scores no better than the worst of `width` finished ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
@@ -21,20 +21,28 @@ from finetune.errors import UserError
 from finetune.inference.engine import Engine
 from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Sequence
+from finetune.inference.text import TextStream
 
 
 def samples(
-    engine: Engine, prompt: Tokens[int], how: Sampling, most_new: int, count: int, stop_ids: Iterable[int] = ()
+    engine: Engine,
+    prompt: Tokens[int],
+    how: Sampling,
+    most_new: int,
+    count: int,
+    stop_ids: Iterable[int] = (),
+    text: Callable[[], TextStream] | None = None,
 ) -> list[Sequence]:
-    """Queues `count` answers to one prompt, which is computed once. Answer i has the seed `how.seed + i`."""
-    stop_ids = frozenset(stop_ids)
-    found = [engine.add(prompt, how, most_new, stop_ids)]
+    """Queues `count` answers to one prompt, which is computed once; all are in the list after its last step. Answer i
+    has the seed `how.seed + i`; `text` makes the stream of each."""
+    found = [engine.add(prompt, how, most_new, stop_ids, text=text() if text else None)]
 
     def split(first: Sequence, logits: Tensor) -> None:
         first.receive = None
-        others = [engine.fork(first, replace(how, seed=(how.seed + i) % (1 << 63))) for i in range(1, count)]
-        found.extend(others)
-        for one in (first, *others):
+        for i in range(1, count):
+            found.append(engine.fork(first, replace(how, seed=(how.seed + i) % (1 << 63))))
+            found[-1].text = text() if text else None
+        for one in list(found):
             engine.choose(one, logits[None])
 
     found[0].receive = split

@@ -19,7 +19,7 @@ from finetune.errors import UserError
 from finetune.inference.blocks import BlockPool
 from finetune.inference.cache import PagedCache
 from finetune.inference.sampler import Sampling
-from finetune.inference.scheduler import Scheduler, Sequence
+from finetune.inference.scheduler import Logprobs, Scheduler, Sequence
 from finetune.inference.speculative import Drafter, verified
 from finetune.inference.text import TextStream
 from finetune.lm import head
@@ -49,6 +49,7 @@ class Engine:
             raise UserError("dynamic rope scaling follows the longest sequence of a batch: the engine cannot serve it")
         self.model, self.drafter = model, drafter
         self.proposed = self.accepted = 0  # guesses of the drafter
+        self.changed: list[Sequence] = []  # those that got tokens in the last step
         self.pool = BlockPool(blocks, block_size, prefix_cache)
         self.scheduler = Scheduler(self.pool, most_tokens, most_sequences)
         self.cache = PagedCache(model, self.pool, cache_dtype)
@@ -67,7 +68,10 @@ class Engine:
         limit, room = self.model.config.max_length, self.pool.count * self.pool.block_size
         if not prompt:
             raise UserError("the prompt is empty: give at least one token")
-        check_tokens(torch.tensor(prompt), self.model.config.vocab_size)
+        vocabulary = self.model.config.vocab_size
+        check_tokens(torch.tensor(prompt), vocabulary)
+        if strange := [token for token in how.logit_bias if not 0 <= token < vocabulary]:
+            raise UserError(f"logit_bias: token {strange[0]} is not in the vocabulary of {vocabulary}")
         for most, name in ((limit, "the model's maximum length"), (room, "the cache")):
             if len(prompt) + most_new > most:
                 raise UserError(
@@ -101,7 +105,7 @@ class Engine:
         view = self.cache.step(plan)
         tokens = torch.tensor([[token for work in plan for token in work.tokens]], device=view.positions.device)
         state = self.model(tokens, positions=view.positions, cache=view, hidden=True)[0]  # (N, C)
-        done = []
+        self.changed = []
         for work, last in zip(plan, view.last.tolist(), strict=True):
             sequence = work.sequence
             self.pool.publish(sequence.table, sequence.tokens[: sequence.table.tokens])
@@ -111,34 +115,38 @@ class Engine:
                     sequence.receive(sequence, logits[0])
                 else:
                     self.choose(sequence, logits)
-                done.append(sequence)
-        return done
-
-    def choose(self, sequence: Sequence, logits: Tensor) -> None:
-        """Adds the next token, with guesses the next tokens. logits (1 + guesses, V)."""
-        self.append(sequence, verified(sequence, logits))
+        return self.changed
 
     def fork(self, sequence: Sequence, how: Sampling) -> Sequence:
         """A second sequence with the same tokens, which shares all blocks until one of the two writes."""
-        other = replace(sequence, how=how, answer=[*sequence.answer], table=self.pool.fork(sequence.table))
+        other = replace(
+            sequence, how=how, answer=[*sequence.answer], logprobs=[*sequence.logprobs], guesses=[],
+            table=self.pool.fork(sequence.table),
+        )  # fmt: skip
         self.scheduler.adopt(other)
         return other
 
-    def append(self, sequence: Sequence, new: list[int]) -> None:
-        """Adds the new tokens up to the one that ends the answer; the cache forgets guesses that were rejected."""
+    def choose(self, sequence: Sequence, logits: Tensor) -> None:
+        """Adds the next token, with guesses several, up to the one that ends the answer; the cache forgets guesses that
+        were rejected. logits (1 + guesses, V)."""
+        new = verified(sequence, logits)
         self.proposed += len(sequence.guesses)
         self.accepted += len(new) - 1
-        for token in new:
+        for token, row in zip(new, logits, strict=False):
             sequence.answer.append(token)
-            if sequence.text:
+            if sequence.how.logprobs is not None:
+                sequence.logprobs.append(Logprobs.of(row, token, sequence.how.logprobs))
+            ended = token in sequence.stop_ids
+            if sequence.text and not ended:
                 sequence.text.push(token)
-            if token in sequence.stop_ids or (sequence.text and sequence.text.stopped):
-                sequence.finish_reason = "stop"
-            elif len(sequence.answer) == sequence.most_new:
-                sequence.finish_reason = "length"
-            if sequence.finish_reason:
+                ended = sequence.text.stopped
+            if ended or len(sequence.answer) == sequence.most_new:
+                sequence.finish_reason = "stop" if ended else "length"
+                if sequence.text:
+                    sequence.text.finish()
                 break
         sequence.guesses = []
+        self.changed.append(sequence)
         self.pool.shrink(sequence.table, min(sequence.table.tokens, len(sequence.prompt) + len(sequence.answer) - 1))
         if sequence.finish_reason:
             self.end(sequence)

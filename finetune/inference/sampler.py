@@ -43,7 +43,7 @@ class Sampling:
     frequency_penalty: float = 0.0  # subtracted once for each time that the answer has the token
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id → added to its logit
     seed: int = 0  # 0 … 2⁶³ − 1
-    logprobs: int = 0  # how many of the most likely tokens are reported with each token
+    logprobs: int | None = None  # report the log-probability of each token, and of this many most likely ones
 
     def __post_init__(self) -> None:
         warm = self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf
@@ -58,7 +58,7 @@ class Sampling:
             ("frequency_penalty", abs(self.frequency_penalty) <= 2, "between −2 and 2"),
             ("logit_bias", all(map(math.isfinite, self.logit_bias.values())), "finite numbers"),
             ("seed", 0 <= self.seed < 1 << 63, "between 0 and 2⁶³ − 1"),
-            ("logprobs", self.logprobs >= 0, "at least 0"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "at least 0"),
         ):
             if not fits:
                 raise UserError(f"{name} must be {bound}, not {getattr(self, name)!r}")

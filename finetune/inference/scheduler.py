@@ -23,6 +23,21 @@ from finetune.inference.sampler import Sampling
 from finetune.inference.text import TextStream
 
 
+@dataclass(frozen=True)
+class Logprobs:
+    """The model's own log-probability (nats) of a chosen token, and those of the most likely ones, best first."""
+
+    chosen: float
+    top: dict[int, float]
+
+    @classmethod
+    def of(cls, logits: Tensor, token: int, count: int) -> Logprobs:
+        """Of one row of logits (V,)."""
+        logprobs = logits.float().log_softmax(-1)
+        values, tokens = logprobs.topk(min(count, len(logprobs)))
+        return cls(float(logprobs[token]), dict(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+
 @dataclass(eq=False)
 class Sequence:
     """One prompt and the answer so far. The smallest `priority` goes first; `arrival` is given by the scheduler."""
@@ -34,6 +49,7 @@ class Sequence:
     priority: int = 0
     arrival: int = 0
     answer: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)  # of the answer's tokens, if `how` wants them
     table: Table = field(default_factory=Table)
     preempted: int = 0  # how often
     guesses: list[int] = field(default_factory=list)  # of the tokens behind the answer (speculative.py)

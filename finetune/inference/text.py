@@ -26,6 +26,7 @@ class TextStream:
         self.start = self.read = 0  # ids[start:read] is the context of ids[read:], whose text is not released yet
         self.pending = ""  # released by the tokens, held back as the possible beginning of a stop string
         self.stopped = False
+        self.text = ""  # all that was released
 
     def push(self, token: int) -> str:
         """The text that is certain now; empty within a character or a possible stop string, and after a stop string."""
@@ -39,6 +40,7 @@ class TextStream:
     def finish(self) -> str:
         """What was held back, if no stop string came."""
         text = self.release(self.unread()) + self.pending
+        self.text += self.pending
         self.pending, self.start, self.read = "", self.read, len(self.ids)
         return text
 
@@ -58,6 +60,7 @@ class TextStream:
         else:
             keep = len(self.pending) - max((begun(self.pending, stop) for stop in self.stops), default=0)
         text, self.pending = self.pending[:keep], "" if self.stopped else self.pending[keep:]
+        self.text += text
         return text
 
 

@@ -1,0 +1,228 @@
+"""The server as its clients see it: OpenAI's own client, streams, errors, clients that leave."""
+
+import asyncio
+import contextlib
+import json
+import random
+import threading
+import time
+
+import httpx
+import pytest
+import torch
+import uvicorn
+from small_served import llama
+
+from finetune.inference.beams import samples
+from finetune.inference.engine import Engine
+from finetune.inference.sampler import Sampling
+from finetune.inference.server import Server
+from finetune.inference.text import TextStream
+from finetune.inference.worker import Worker
+from finetune.lm.tokenizer import Tokenizer
+
+TEXT = "the quick brown fox jumps over the lazy dog 🙂 süß <|im_start|>user assistant\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([TEXT] * 3, vocab_size=300)
+
+
+@contextlib.contextmanager
+def serving(tokenizer, *, blocks=60, key=None, model=None, **given):
+    """(base address, server) of a server in this process."""
+    torch.set_num_threads(1)
+    model = model or llama(vocab_size=tokenizer.vocab_size)
+    worker = Worker(Engine(model, blocks=blocks, block_size=4))
+    worker.start()
+    server = Server(worker, tokenizer, "small", {tokenizer.eos_id}, key=key, **given)
+    running = uvicorn.Server(uvicorn.Config(server.app, port=0, log_level="warning"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}", server
+    finally:
+        running.should_exit = True
+        thread.join(10)
+        worker.stop()
+        worker.join(10)
+        assert not worker.is_alive()
+
+
+@pytest.fixture(scope="module")
+def served(tokenizer):
+    with serving(tokenizer) as found:
+        yield found
+
+
+def alone(server, prompt, how, most_new, stops=(), count=1):
+    """Texts and finish reasons of a request in an engine without others."""
+    engine = Engine(server.worker.engine.model, blocks=60, block_size=4)
+    found = samples(engine, prompt, how, most_new, count, server.stop_ids, lambda: TextStream(server.tokenizer, stops))
+    engine.run()
+    return [(one.text.text, one.finish_reason) for one in found]
+
+
+def chat(base, **given):
+    body = {"model": "small", "messages": [{"role": "user", "content": "the fox"}], "max_tokens": 8, "seed": 1} | given
+    return httpx.post(f"{base}/v1/chat/completions", json=body, timeout=60)
+
+
+@pytest.mark.peer
+def test_openais_client(served, tokenizer):
+    import openai
+
+    base, server = served
+    client = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["small"]
+    messages = [{"role": "user", "content": "the quick"}]
+    prompt = tokenizer.encode(tokenizer.render_text(messages, add_generation_prompt=True)[0], add_special_tokens=False)
+    given = {"model": "small", "messages": messages, "max_tokens": 12, "temperature": 1.0, "seed": 3, "n": 2}
+    wanted = alone(server, prompt, Sampling(temperature=1.0, seed=3), 12, count=2)
+    whole = client.chat.completions.create(**given)
+    assert [(one.message.content, one.finish_reason) for one in whole.choices] == wanted
+    assert whole.usage.prompt_tokens == len(prompt)
+    assert whole.usage.total_tokens == len(prompt) + whole.usage.completion_tokens <= len(prompt) + 24
+    texts, reasons, usage = ["", ""], [None, None], None
+    for chunk in client.chat.completions.create(**given, stream=True, stream_options={"include_usage": True}):
+        for one in chunk.choices:
+            assert reasons[one.index] is None
+            texts[one.index] += one.delta.content or ""
+            reasons[one.index] = one.finish_reason
+        usage = chunk.usage or usage
+    assert list(zip(texts, reasons, strict=True)) == wanted
+    assert usage == whole.usage
+    found = client.chat.completions.create(**given | {"n": 1}, logprobs=True, top_logprobs=2).choices[0]
+    assert "".join(one.token for one in found.logprobs.content[:3]).startswith(found.message.content[:1])
+    assert all(
+        len(one.top_logprobs) == 2 and one.logprob <= one.top_logprobs[0].logprob for one in found.logprobs.content
+    )
+    done = client.completions.create(model="small", prompt="the quick", max_tokens=5, temperature=0, logprobs=1)
+    assert done.choices[0].text == alone(server, tokenizer.encode("the quick"), Sampling(), 5)[0][0]
+    assert len(done.choices[0].logprobs.token_logprobs) == 5
+    with pytest.raises(openai.NotFoundError, match="not served"):
+        client.chat.completions.create(**given | {"model": "other"})
+
+
+def test_a_stop_string_ends_the_answer_before_it(served, tokenizer):
+    base, server = served
+    prompt = tokenizer.encode("the lazy", add_special_tokens=True)
+    ((whole, _),) = alone(server, prompt, Sampling(), 20)
+    stop = whole[4:7]
+    for stream in (False, True):
+        answer = httpx.post(f"{base}/v1/completions", timeout=60, json={
+            "model": "small", "prompt": "the lazy", "max_tokens": 20, "temperature": 0, "stop": [stop],
+            "stream": stream,
+        })  # fmt: skip
+        if stream:
+            lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+            assert lines[-1] == "[DONE]"
+            choices = [json.loads(line)["choices"][0] for line in lines[:-1]]
+            text, reasons = "".join(one["text"] for one in choices), [one["finish_reason"] for one in choices]
+        else:
+            (choice,) = answer.json()["choices"]
+            text, reasons = choice["text"], [choice["finish_reason"]]
+        assert text == whole[: whole.find(stop)]
+        assert [reason for reason in reasons if reason] == ["stop"]
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "what"),
+    [
+        ({"temperature": -1}, 400, "temperature"), ({"top_p": 0}, 400, "top_p"), ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": 500}, 400, "does not fit"), ({"messages": []}, 400, "messages"), ({"n": 1000}, 400, "n"),
+        ({"messages": [{"role": "user"}]}, 400, "content"), ({"model": "x"}, 404, "not served"),
+        ({"stop": ["a", ""]}, 400, "stop string"), ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"100000": 1}}, 400, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"), ({"seed": "a"}, 400, "seed"),
+        ({"messages": [{"role": "user", "content": "a" * 3000}]}, 400, "does not fit"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_requests_get_the_apis_error_object(served, given, status, what):
+    base, server = served
+    answer = chat(base, **given)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert what in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert server.active == 0
+
+
+def test_not_json_too_large_and_unknown_paths(served):
+    base, _ = served
+    for content, status in ((b"{", 400), (b"\xff", 400), (b"[" * 100_000, 400), (b"x" * (5 << 20), 413)):
+        answer = httpx.post(f"{base}/v1/chat/completions", content=content, timeout=60)
+        assert (answer.status_code, "error" in answer.json()) == (status, True)
+    assert httpx.get(f"{base}/v1/nothing").json()["error"]["message"] == "Not Found"
+    assert chat(base).status_code == 200
+
+
+def test_a_key_is_needed_where_one_is_set(tokenizer):
+    with serving(tokenizer, key="secret") as (base, _):
+        assert chat(base).status_code == 401
+        assert httpx.get(f"{base}/v1/models").status_code == 401
+        assert httpx.get(f"{base}/health").status_code == 200
+        headers = {"Authorization": "Bearer secret"}
+        assert httpx.get(f"{base}/v1/models", headers=headers).status_code == 200
+
+
+def test_too_many_requests_are_refused(tokenizer):
+    with serving(tokenizer, most_requests=0) as (base, _):
+        answer = chat(base)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+
+
+def test_a_failed_engine_is_an_error_and_not_silence(tokenizer):
+    with serving(tokenizer) as (base, server):
+        server.worker.engine.step = lambda: 1 / 0
+        assert chat(base).status_code == 500
+        assert httpx.get(f"{base}/health").status_code == 503
+        assert chat(base).status_code == 503
+
+
+def test_under_load_every_answer_is_the_one_it_gets_alone(tokenizer):
+    """150 requests of 16 clients, a tenth of whom leave, with a pool so small that sequences are preempted."""
+    rng = random.Random(0)
+    asked = []
+    for i in range(150):
+        words = " ".join(rng.choice(TEXT.split()) for _ in range(rng.randrange(1, 8)))
+        asked.append({"model": "small", "prompt": "the quick " + words, "max_tokens": rng.randrange(1, 16),
+                      "temperature": rng.choice((0, 0.8)), "seed": i, "stream": i % 2 == 0})  # fmt: skip
+    with serving(tokenizer, blocks=40) as (base, server):
+
+        async def ask(client, gate, body, leaves):
+            async with gate:
+                if leaves:
+                    with contextlib.suppress(httpx.TimeoutException):
+                        await client.post(f"{base}/v1/completions", json=body, timeout=0.01)
+                    return None
+                answer = await client.post(f"{base}/v1/completions", json=body, timeout=120)
+                if not body["stream"]:
+                    return answer.json()["choices"][0]["text"]
+                lines = [line[6:] for line in answer.text.splitlines() if line and line != "data: [DONE]"]
+                return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
+
+        async def everyone():
+            gate = asyncio.Semaphore(16)
+            async with httpx.AsyncClient() as client:
+                return await asyncio.gather(*(ask(client, gate, body, i % 10 == 9) for i, body in enumerate(asked)))
+
+        found = asyncio.run(everyone())
+        until = time.time() + 20
+        while (server.active or server.worker.engine.busy) and time.time() < until:
+            time.sleep(0.02)
+        assert (server.active, server.worker.engine.pool.used, server.worker.listeners) == (0, 0, {})
+        for body, text in zip(asked, found, strict=True):
+            if text is not None:
+                how = Sampling(temperature=body["temperature"], seed=body["seed"])
+                assert text == alone(server, tokenizer.encode(body["prompt"]), how, body["max_tokens"])[0][0]
+        page = httpx.get(f"{base}/metrics").text
+        assert "finetune_used_blocks 0.0" in page
+        assert (
+            float(next(line.split()[1] for line in page.splitlines() if line.startswith("finetune_requests_total")))
+            >= 135
+        )
