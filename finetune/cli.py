@@ -273,6 +273,31 @@ def generate(model: str | None, prompts: tuple[str, ...], chat: bool | None, jso
 
 
 @app.command()
+@click.option(
+    "--model",
+    "source",
+    required=True,
+    help="A model folder, a .gguf file, smollm2, a hub id (owner/name), an adapter or the folder of a run.",
+)
+@click.option("--base", help="Of an adapter: its base model, if it is not where the adapter says.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
+@click.option("--api-key", help="Clients must send it; default: none is needed.")
+@click.option("--cache-tokens", type=click.IntRange(16, 1 << 30), default=16_384, show_default=True,
+              help="What the key–value cache holds, of all requests together.")  # fmt: skip
+@click.option("--max-requests", type=click.IntRange(1, 1 << 16), default=256, show_default=True,
+              help="In work or waiting; further ones are refused.")  # fmt: skip
+@click.option("--lookup", type=click.IntRange(0, 64), default=0, show_default=True,
+              help="Tokens to guess from the text (speculative decoding).")  # fmt: skip
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores.")
+def serve(source: str, **given: Any) -> None:
+    """Serve a model: OpenAI's API, a page to chat, a picture of the cache blocks."""
+    from finetune.serve import serve as run_server
+
+    run_server(source, console=_console(stderr=True), **given)
+
+
+@app.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER…")
 @click.option("--out", required=True, help="The new folder of the merged model.")
 @click.option("--base", help="The base model, if it is not where the adapter says.")

@@ -1,8 +1,6 @@
-"""What `python -m finetune serve` runs: a model, its engine, and the server."""
+"""A model behind a server: what `python -m finetune serve` runs."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
 from finetune.runs import machine
@@ -22,39 +20,50 @@ def serve(
     api_key: str | None = None,
     cache_tokens: int = 16_384,
     max_requests: int = 256,
-    dtype: str = "float32",
     lookup: int = 0,
     threads: int = 0,
-    console: Console | None = None,
+    console: "Console",
 ) -> None:
     """Serves until it is told to stop; requests in work are answered first.
 
-    `source`, `base`: as in `finetune.chat.answer`. `cache_tokens`: what the key–value cache holds, of all requests
-    together. `lookup`: this many tokens are guessed from the text (speculative decoding). UserError if the model is
-    not found, or if it does not fit into memory.
+    source, base: as in `finetune.export.opened`. cache_tokens: what the key–value cache holds, of all requests
+    together. lookup: this many tokens are guessed from the text (speculative decoding). UserError if the model is not
+    found, has no chat template, or does not fit into memory, and if the port is taken.
     """
+    import socket
+
     import torch
     import uvicorn
 
-    from finetune import chat, memory
+    from finetune import memory
+    from finetune.export import opened
     from finetune.inference.engine import Engine
     from finetune.inference.server import Server
     from finetune.inference.speculative import PromptLookup
     from finetune.inference.worker import Worker
     from finetune.lm.generate import stop_ids
-    from finetune.lm.io import load
 
-    torch.set_num_threads(threads or machine.physical_cores())
-    model, tokenizer, name = chat.load(source, base, getattr(torch, dtype), console)
-    del memory, load
-    if not tokenizer.chat_template:
-        raise UserError(f"{source} has no chat template")
-    engine = Engine(model, -(-cache_tokens // BLOCK), BLOCK, drafter=PromptLookup(lookup) if lookup else None)
-    worker = Worker(engine)
-    server = Server(worker, tokenizer, name, stop_ids(model, tokenizer), key=api_key, most_requests=max_requests)
-    worker.start()
     try:
-        uvicorn.run(server.app, host=host, port=port, log_level="warning")
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None
+    torch.set_num_threads(threads or machine.physical_cores())
+    model, tokenizer, name = opened(source, base, console)
+    if not tokenizer.chat_template:
+        raise UserError(f"{source} has no chat template, which turns messages into text")
+    dtype = "fp32" if model.embed.weight.dtype == torch.float32 else "bf16"
+    setup = memory.Setup(batch=1, seq=min(cache_tokens, model.config.max_length), dtype=dtype, optimizer="none")
+    memory.check_memory(model.config, setup, "--cache-tokens")
+    engine = Engine(model.eval(), -(-cache_tokens // BLOCK), BLOCK, drafter=PromptLookup(lookup) if lookup else None)
+    worker = Worker(engine)
+    stops = stop_ids(model, tokenizer)
+    server = Server(worker, tokenizer, name, stops, key=api_key, most_requests=max_requests)
+    worker.start()
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+    console.print(f"{name} answers at {address} (a page to chat) and {address}/v1 (OpenAI's API); Ctrl-C stops it",
+                  markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+    try:
+        uvicorn.Server(uvicorn.Config(server.app, log_level="warning")).run(sockets=[listening])
     finally:
         worker.stop()
         worker.join()

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 
+import browser
 import httpx
 import pytest
 import torch
@@ -226,3 +227,43 @@ def test_under_load_every_answer_is_the_one_it_gets_alone(tokenizer):
             float(next(line.split()[1] for line in page.splitlines() if line.startswith("finetune_requests_total")))
             >= 135
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not browser.CHROMIUM, reason="needs Chromium (Debian: apt install chromium)")
+def test_the_page_in_a_browser(served, tokenizer):
+    base, server = served
+    with browser.opened(base) as page:
+        page.until("document.getElementById('title').textContent === 'small'")
+        page.js("document.getElementById('temperature').value = 0; document.getElementById('length').value = 10")
+        page.type("the quick fox")
+        page.press("Enter")
+        said = page.until("!stop && messages.length === 2 && messages[1].content")
+        messages = [{"role": "user", "content": "the quick fox"}]
+        prompt = tokenizer.encode(tokenizer.render_text(messages, add_generation_prompt=True)[0], False)
+        assert said == alone(server, prompt, Sampling(), 10)[0][0]
+        assert page.js("document.querySelector('.assistant').textContent") == said
+        assert page.js("document.activeElement.id") == "text"
+        assert "tokens/s" in page.js("document.getElementById('note').textContent")
+        # Escape ends an answer, and its blocks are free
+        page.js("document.getElementById('length').value = 30")
+        server.worker.engine.step, step = (lambda: (time.sleep(0.2), step())[1]), server.worker.engine.step
+        page.type("the lazy dog")
+        page.press("Enter")
+        page.until("stop && document.querySelectorAll('.assistant')[1].textContent")
+        page.js("document.getElementById('view').click()")
+        page.until("document.querySelectorAll('#sequences tr').length === 2")
+        assert page.js("document.querySelectorAll('#grid i').length") == 60
+        page.press("Escape")
+        page.until("!stop")
+        page.until("document.querySelectorAll('#sequences tr').length === 1")
+        server.worker.engine.step = step
+        assert server.active == server.worker.engine.pool.used == 0
+        page.js("document.getElementById('language').click()")
+        assert page.js("document.getElementById('view').textContent") == "对话"
+        # an error of the server is shown
+        page.js("document.getElementById('view').click(); document.getElementById('length').value = 100000")
+        page.js("document.getElementById('text').focus()")
+        page.type("again")
+        page.press("Enter")
+        assert "does not fit" in page.until("document.querySelector('.error')?.textContent")
