@@ -35,13 +35,13 @@ def serve(
     import torch
     import uvicorn
 
-    from finetune import memory
     from finetune.export import opened
     from finetune.inference.engine import Engine
     from finetune.inference.server import Server
     from finetune.inference.speculative import PromptLookup
     from finetune.inference.worker import Worker
     from finetune.lm.generate import stop_ids
+    from finetune.memory import room
 
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -51,9 +51,13 @@ def serve(
     model, tokenizer, name = opened(source, base, console)
     if not tokenizer.chat_template:
         raise UserError(f"{source} has no chat template, which turns messages into text")
-    dtype = "fp32" if model.embed.weight.dtype == torch.float32 else "bf16"
-    setup = memory.Setup(batch=1, seq=min(cache_tokens, model.config.max_length), dtype=dtype, optimizer="none")
-    memory.check_memory(model.config, setup, "--cache-tokens")
+    shape = model.config
+    needed = 2 * shape.layers * shape.kv_heads * shape.head_dim * model.embed.weight.element_size() * cache_tokens
+    free = machine.available_memory_bytes()
+    if free is not None and needed > free:
+        raise UserError(
+            f"--cache-tokens {cache_tokens} needs {room.size(needed)} of memory, {room.size(free)} are free: use fewer"
+        )
     engine = Engine(model.eval(), -(-cache_tokens // BLOCK), BLOCK, drafter=PromptLookup(lookup) if lookup else None)
     worker = Worker(engine)
     stops = stop_ids(model, tokenizer)

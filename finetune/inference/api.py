@@ -3,7 +3,7 @@ is refused by name; other unknown keys are ignored, as clients send many."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -45,7 +45,9 @@ class Call(msgspec.Struct, kw_only=True):
     typical_p: float = 1.0
     repetition_penalty: float = 1.0
 
-    prefix = object = chunk = ""  # overridden below; not fields, having no annotation
+    prefix: ClassVar[str]
+    object: ClassVar[str]
+    chunk: ClassVar[str]
 
     @property
     def most_new(self) -> int | None:
@@ -56,6 +58,19 @@ class Call(msgspec.Struct, kw_only=True):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     def wanted_logprobs(self) -> int | None:
+        """How many of the most likely tokens are reported with each; None: nothing is."""
+        raise NotImplementedError
+
+    def choice(self, index: int, text: str, logprobs: list[Any], reason: str) -> dict[str, Any]:
+        """A finished answer."""
+        raise NotImplementedError
+
+    def opening(self) -> list[dict[str, Any]]:
+        """What a stream begins with."""
+        raise NotImplementedError
+
+    def delta(self, index: int, text: str, logprobs: list[Any], reason: str) -> dict[str, Any]:
+        """A piece of an answer."""
         raise NotImplementedError
 
     def sampling(self) -> dict[str, Any]:
@@ -89,7 +104,9 @@ class ChatCall(Call, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     response_format: Format | None = None
 
-    prefix, object, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix: ClassVar[str] = "chatcmpl"
+    object: ClassVar[str] = "chat.completion"
+    chunk: ClassVar[str] = "chat.completion.chunk"
 
     @property
     def most_new(self) -> int | None:
@@ -126,7 +143,9 @@ class TextCall(Call, kw_only=True):
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
 
-    prefix, object, chunk = "cmpl", "text_completion", "text_completion"
+    prefix: ClassVar[str] = "cmpl"
+    object: ClassVar[str] = "text_completion"
+    chunk: ClassVar[str] = "text_completion"
 
     def wanted_logprobs(self) -> int | None:
         return self.logprobs

@@ -124,9 +124,9 @@ class Scheduler:
         budget = self.most_tokens
         decoding = [s for s in self.running if s.left == 1]
         prompts = [s for s in self.running if s.left > 1]
-        for sequence in decoding + prompts:
-            if budget and sequence in self.running:  # not preempted by an earlier one
-                budget -= self.schedule(sequence, budget, work)
+        for one in decoding + prompts:
+            if budget and one in self.running:  # not preempted by an earlier one
+                budget -= self.schedule(one, budget, work)
         # A waiting sequence preempts none that computes: it would be preempted in turn.
         while budget and (sequence := next((s for s in self.waiting if not s.held), None)):
             if not (self.active < self.most_sequences and self.fits(sequence, budget)):

@@ -95,7 +95,7 @@ class Server:
 
         def look() -> None:
             value = snapshot(self.worker.engine)
-            loop.call_soon_threadsafe(lambda: found.cancelled() or found.set_result(value))
+            loop.call_soon_threadsafe(settle, found, value)
 
         self.worker.call(look)
         return JSONResponse(await found)
@@ -225,9 +225,7 @@ class Work:
                 server.worker.listeners[self.sequences[0]] = self.hear
             except UserError as refusal:
                 error = Refused(400, str(refusal))
-            self.loop.call_soon_threadsafe(
-                lambda: accepted.cancelled() or (accepted.set_exception(error) if error else accepted.set_result(None))
-            )
+            self.loop.call_soon_threadsafe(settle, accepted, None, error)
 
         server.active += 1
         try:
@@ -262,7 +260,7 @@ class Work:
         """All news, until every answer is finished. Left if the client goes; Refused if the engine failed."""
         finished, last = 0, None
         watching = asyncio.ensure_future(left(request))
-        watching.add_done_callback(lambda task: task.cancelled() or self.news.put_nowait(None))
+        watching.add_done_callback(lambda task: None if task.cancelled() else self.news.put_nowait(None))
         try:
             while finished < self.call.n:
                 news = await self.news.get()
@@ -336,6 +334,12 @@ async def left(request: Request) -> None:
     """Returns when the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def settle(future: asyncio.Future[Any], value: Any, error: Exception | None = None) -> None:
+    """The result or the error of a future, unless nobody waits for it any more."""
+    if not future.cancelled():
+        future.set_exception(error) if error else future.set_result(value)
 
 
 def event(value: dict[str, Any]) -> str:

@@ -127,10 +127,11 @@ def verified(sequence: scheduler.Sequence, logits: Tensor, random: Callable[...,
     """The new tokens of a sequence with guesses: those accepted and one of the model's own. logits (1 + guesses, V):
     row i is the model's after the first i guesses."""
     how, answer = sequence.how, list(sequence.answer)
-    for i, guess in enumerate([*sequence.guesses, None]):
+    guesses: list[int | None] = [*sequence.guesses, None]
+    for i, guess in enumerate(guesses):
         p, at = probabilities(logits[i], how, sequence.prompt, answer), len(answer)
         q = sequence.guessed_from[i] if sequence.guessed_from and guess is not None else None
-        if q is None or not how.temperature:
+        if guess is None or q is None or not how.temperature:
             token = draw(p, random(how.seed, at) if how.temperature else 0.0)
         elif random(how.seed, at, ACCEPT) * float(q[guess]) < float(p[guess]):
             token = guess
