@@ -2,7 +2,13 @@
 
 import numpy as np
 
-WORDS = ["the", "The", "THE", "don't", "I'M", "you'll", "it's", "we've", "Größe", "naïve", "café", "cö", "déjà", "日本語", "テキスト", "한국어", "русский", "עברית", "हिन्दी", "ไทย", "def", "return", "x1", "fooBar", "HTTPServer", "snake_case", "3.14", "1,000,000", "2024-01-31", "½", "²³", "٣٤", "12345678", "http://a.b/c?d=e&f", "#tag", "@you", "🙂", "👍🏽", "👨\u200d👩\u200d👧", "ﬁ", "Ǆ", "ß", "İ", "Ω", "\u200b", "\xa0", "\ufeff", "\u2028", "\x00", "\x07", "\x1b[0m", "\x7f", "�", "▁", "▁▁", "▁a", "Ġ", "Ċ", "<0x0A>", "<unk>", "<s"]
+TEXT = (
+    "the The THE don't I'M you'll it's we've Größe naïve cafe\u0301 co\u0308 déjà 日本語 テキスト 한국어 русский "
+    "עברית हिन्दी ไทย def return x1 fooBar HTTPServer snake_case 3.14 1,000,000 2024-01-31 ½ ²³ ٣٤ 12345678 "
+    "http://a.b/c?d=e&f #tag @you 🙂 👍🏽 👨\u200d👩\u200d👧 ﬁ Ǆ ß İ Ω \u200b \u00a0 \ufeff \u2028 \x00 \x07 "
+    "\x1b[0m \x7f \ufffd ▁ ▁▁ ▁a Ġ Ċ <0x0A> <unk> <s"
+)
+WORDS = TEXT.split(" ")
 BLANKS = (
     " ",
     " ",

@@ -11,13 +11,17 @@ from random_texts import texts
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
+from finetune.errors import UserError
 from finetune.lm.io import gguf_vocabulary, load
 from finetune.lm.io.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 
 pytestmark = pytest.mark.peer
 ROOT = Path(__file__).parents[2]
 COUNT = 5000
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}"
     r"\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -264,3 +268,86 @@ def test_equal_to_transformers(tmp_path, family):
 
 def read_types(path):
     return gguf.GGUFReader(path).fields["tokenizer.ggml.token_type"].contents()
+
+
+@pytest.mark.parametrize(
+    "flags", [{"add_eos_token": True}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}]
+)
+@pytest.mark.parametrize("family", ["llama2", "smollm"])
+def test_flags_of_the_settings(tmp_path, family, flags):
+    """tokenizer.json says what is put around a text, whatever older settings say."""
+    from transformers import AutoTokenizer
+
+    FAMILIES[family][0]().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | flags))
+    check(AutoTokenizer.from_pretrained(tmp_path), load.tokenizer(tmp_path), texts(50, ["<s>", "<|im_end|>"]))
+
+
+def test_special_tokens_that_only_the_settings_name(tmp_path):
+    from transformers import AutoTokenizer
+
+    smollm().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    written = json.loads(file.read_text())
+    removed = written["added_tokens"].pop(1)["content"]
+    file.write_text(json.dumps(written))
+    peer, ours = AutoTokenizer.from_pretrained(tmp_path), load.tokenizer(tmp_path)
+    assert ours.encode(f"a{removed}b")[1] == ours.bos_id == 1
+    check(peer, ours, texts(200, [removed]))
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings["added_tokens_decoder"] = {"7": {"content": "<new>", "special": True}}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="gives '<new>' the id 7, in the vocabulary it has"):
+        load.tokenizer(tmp_path)
+
+
+def proto(pieces, trainer=None, normalizer=None):
+    """A tokenizer.model: pieces (text, score, type) and settings by field number."""
+    from transformers.utils.import_utils import is_protobuf_available
+
+    assert is_protobuf_available()
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    model = import_protobuf().ModelProto()
+    for text, score, kind in pieces:
+        model.pieces.add(piece=text, score=score, type=kind)
+    for part, values in ((model.trainer_spec, trainer), (model.normalizer_spec, normalizer)):
+        for name, value in (values or {}).items():
+            setattr(part, name, value)
+    return model.SerializeToString()
+
+
+def test_sentencepiece_file(tmp_path):
+    """A folder with tokenizer.model only is the same tokenizer as the one that was converted from it."""
+    peer = llama2()
+    vocab = peer.get_vocab()
+    kinds = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL} | {f"<0x{i:02X}>": BYTE for i in range(256)}
+    pieces = [(token, -float(i), kinds.get(token, NORMAL)) for token, i in sorted(vocab.items(), key=lambda x: x[1])]
+    trainer, normalizer = {"model_type": 2, "byte_fallback": True}, {"remove_extra_whitespaces": False}
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(proto(pieces, trainer, normalizer))
+    ours = load.tokenizer(tmp_path)
+    check(peer, ours, texts(1000, ["<s>", "</s>", "<unk>"]))
+    assert (ours.bos, ours.eos, ours.pad) == ("<s>", "</s>", None)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false, "pad_token": "<unk>"}')
+    assert load.tokenizer(tmp_path).encode("a") == ours.encode("a", add_special_tokens=False)
+    assert load.tokenizer(tmp_path).pad_id == 0
+    (tmp_path / "tokenizer_config.json").write_text('{"add_eos_token": true}')
+    assert load.tokenizer(tmp_path).encode("a") == [*ours.encode("a"), 2]
+    for data, match in (
+        (proto(pieces, trainer | {"model_type": 1}, normalizer), "kind Unigram, only BPE is read: save .* fast form"),
+        (proto(pieces, trainer), "normalizes texts, which is not supported"),
+        (file.read_bytes()[:-3], "not a tokenizer of SentencePiece, or damaged"),
+        (b"", "not a tokenizer of SentencePiece, or damaged"),
+        (b"\xff" * 40, "not a tokenizer of SentencePiece, or damaged"),
+        (file.read_bytes() + bytes([11]), "not a tokenizer of SentencePiece, or damaged"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=match):
+            load.tokenizer(tmp_path)
+    file.unlink()
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds only tekken.json, which is not read: save .*save_pretrained"):
+        load.tokenizer(tmp_path)

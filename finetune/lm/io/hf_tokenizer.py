@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders: tokenizer.json and tokenizer_config.json, in and out."""
+"""Tokenizers of Hugging Face folders: tokenizer.json or tokenizer.model, and tokenizer_config.json."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 import msgspec
 import tokenizers
+from tokenizers import AddedToken
 
 from finetune.errors import UserError
 from finetune.lm.chat_template import with_markers
+from finetune.lm.io import sentencepiece
+from finetune.lm.io.vocabulary import surround
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import reading
 from finetune.runs.checkpoint import write_json
@@ -34,6 +37,17 @@ class NamedTemplate(msgspec.Struct):
 Special = str | TokenText | None
 
 
+class Added(msgspec.Struct):
+    """A token of `added_tokens_decoder`."""
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = False
+
+
 class Settings(msgspec.Struct):
     """The keys of tokenizer_config.json and special_tokens_map.json that are read."""
 
@@ -45,6 +59,9 @@ class Settings(msgspec.Struct):
     cls_token: Special = None
     mask_token: Special = None
     chat_template: str | list[NamedTemplate] | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    added_tokens_decoder: dict[str, Added] | None = None
 
     def updated(self, other: Settings) -> Settings:
         """These settings, replaced by those that `other` has."""
@@ -64,21 +81,8 @@ class Settings(msgspec.Struct):
 
 
 def read(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder. UserError if there is none, or if its files are damaged."""
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        raise UserError(f"{folder} holds no tokenizer.json: save the tokenizer in its fast form")
-    text = reading.text_file(file)
-    check_prefix(text, file)
-    try:
-        backend = tokenizers.Tokenizer.from_str(text)
-    except UserError:
-        raise
-    except BaseException as error:  # the library raises plain Exception; panics of Rust are not even that
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} is damaged ({why}): fetch or save the tokenizer again") from None
+    """The tokenizer of a folder: tokenizer.json, or SentencePiece's tokenizer.model where there is none. UserError if
+    there is neither, or if its files are damaged."""
     settings = Settings()
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
@@ -86,8 +90,58 @@ def read(folder: Path) -> Tokenizer:
     own = folder / "chat_template.jinja"
     template = reading.text_file(own, limit=4 << 20) if own.exists() else settings.template()
     found = settings.tokens()
+    if (folder / "tokenizer.json").exists():
+        backend = read_json(folder / "tokenizer.json")
+    elif (folder / "tokenizer.model").exists():
+        model = sentencepiece.read(folder / "tokenizer.model")
+        backend, found = model.backend(), model.names() | found
+        around = [
+            settings.add_bos_token is not False,
+            settings.add_eos_token is True,
+        ]  # a tokenizer.json says it itself
+        surround(backend, *(found.get(name) if put else None for name, put in zip(NAMES, around, strict=False)))
+    else:
+        other = next((name for name in OTHERS if (folder / name).exists()), None)
+        holds = f"only {other}, which is not read" if other else "no tokenizer.json"
+        raise UserError(f"{folder} holds {holds}: save the tokenizer in its fast form (transformers: "
+                        "AutoTokenizer.from_pretrained(…).save_pretrained(…))")  # fmt: skip
+    add_named(backend, settings, found, folder)
     bos, eos, pad = (found.pop(key, None) for key in NAMES[:3])
     return Tokenizer(backend, bos=bos, eos=eos, pad=pad, chat_template=with_markers(template), others=found)
+
+
+OTHERS = ("tekken.json", "vocab.json", "vocab.txt", "spiece.model")  # what a tokenizer can be made of, too
+
+
+def read_json(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a tokenizer.json."""
+    text = reading.text_file(file)
+    check_prefix(text, file)
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except UserError:
+        raise
+    except BaseException as error:  # the library raises plain Exception; panics of Rust are not even that
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} is damaged ({why}): fetch or save the tokenizer again") from None
+
+
+def add_named(backend: tokenizers.Tokenizer, settings: Settings, found: dict[str, str], folder: Path) -> None:
+    """Tokens that only tokenizer_config.json names are found in texts as a whole, as transformers has it: those of
+    added_tokens_decoder, and the special ones that are in the vocabulary."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    given = {i: token for i, token in (settings.added_tokens_decoder or {}).items() if token.content not in known}
+    for i, token in sorted(given.items(), key=lambda pair: (len(pair[0]), pair[0])):
+        added = AddedToken(**msgspec.structs.asdict(token))
+        (backend.add_special_tokens if token.special else backend.add_tokens)([added])
+        if (there := backend.token_to_id(token.content)) != (int(i) if i.isdecimal() else None):
+            raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {token.content!r} the id "
+                            f"{i}, in the vocabulary it has {there}: save the tokenizer again")  # fmt: skip
+        known.add(token.content)
+    special = [token for token in found.values() if token not in known and backend.token_to_id(token) is not None]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
 
 
 def write(tokenizer: Tokenizer, folder: Path) -> None:
