@@ -54,7 +54,7 @@ def opened(source: str, base: str | None, console: "Console") -> tuple[Any, Any,
         return load.model(path, getattr(torch, base_dtype(path))), load.tokenizer(path), name
     origin = bases.base_folder(path, base, console)
     tokenizer = load.tokenizer(path if (path / "tokenizer.json").exists() else origin)
-    model = load.model(origin)
+    model = load.llama(origin)
     with bases.of(origin):
         adapters.load_adapter(model, path)
     lora.merge(model)

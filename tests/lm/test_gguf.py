@@ -7,10 +7,11 @@ import torch
 from small_gguf import TEXT, tiny, write
 
 from finetune.errors import UserError
-from finetune.lm.io import load, save
+from finetune.lm.io import gguf_tokenizer, load, save
 from finetune.lm.io.gguf import GGUFModel, permute, unpermute
 from finetune.lm.io.gguf_rope import decimal
 from finetune.lm.io.gguf_types import TYPES, dequantize, quantize
+from finetune.lm.tokenizer import Tokenizer
 
 WRITTEN = [kind for kind, one in TYPES.items() if one.encode]
 
@@ -92,8 +93,6 @@ def test_quantized_file(tmp_path, kind, error):
 
 
 def test_tokenizer_there_and_back(tmp_path):
-    from finetune.lm.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.train([TEXT], 300)
     path = write(tmp_path / "m.gguf", tiny(), tokenizer=tokenizer)
     again = load.tokenizer(path)
@@ -106,7 +105,6 @@ def test_tokenizer_there_and_back(tmp_path):
 def test_ends_of_turns_and_what_llama3_does(tmp_path):
     """add_bos_token, ignore_merges and eot are read; what is saved lists every end of a turn."""
     from finetune.lm.generate import answer_text, stop_ids
-    from finetune.lm.tokenizer import Tokenizer
 
     tokenizer, model = Tokenizer.train([TEXT], 300), tiny()
     word = "Ġviz"
@@ -238,3 +236,126 @@ def test_smollm2_file_equals_transformers(smollm2):
     folder = load.llama(smollm2, dtype=torch.bfloat16)
     for (name, exact), (_, stored) in zip(ours.named_parameters(), folder.named_parameters(), strict=True):
         assert torch.equal(exact.bfloat16(), stored), name
+
+
+# --- split files
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A model in three parts, written by gguf-py's own splitter, and the model."""
+    model = tiny(tied=False)
+    whole = write(tmp_path / "whole.gguf", model, tokenizer=Tokenizer.train([TEXT], 300))
+    reader = gguf.GGUFReader(whole)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=8)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        kind = field.types[0]
+        writer.add_key_value(name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole.unlink()
+    return sorted(tmp_path.glob("m-*.gguf")), model
+
+
+def test_split_file_from_any_part(parts):
+    files, model = parts
+    assert [file.name for file in files] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    for file in files:
+        again = load.llama(file)
+        assert again.config == model.config
+        for (name, one), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+            assert torch.equal(one, other), name
+        assert load.tokenizer(file).decode(load.tokenizer(file).encode(TEXT)) == TEXT
+
+
+def changed(file, key, value):
+    """The file with another 16- or 32-bit value of a key."""
+    data = bytearray(file.read_bytes())
+    at = data.index(key.encode()) + len(key) + 4
+    width = 2 if key in ("split.no", "split.count") else 4
+    data[at : at + width] = value.to_bytes(width, "little")
+    file.write_bytes(data)
+
+
+def test_parts_that_are_missing_or_of_another_model(parts):
+    files, _ = parts
+
+    def refused(file, match):
+        with pytest.raises(UserError, match=match) as caught:
+            load.llama(file)
+        assert "\n" not in str(caught.value)
+
+    third = files[2].read_bytes()
+    files[2].unlink()
+    refused(files[0], r"m-00001-of-00003.gguf is part 00001 of 3; of the others m-00003-of-00003.gguf is not in")
+    files[2].write_bytes(files[1].read_bytes())
+    refused(files[0], r"m-00003-of-00003.gguf: split.no and split.count are 1 and 3, not 2 and 3")
+    changed(files[2], "split.no", 2)
+    refused(files[1], r"m-00003-of-00003.gguf: tensor .* is in m-00002-of-00003.gguf too")
+    files[2].write_bytes(third)
+    changed(files[0], "split.tensors.count", 50)
+    refused(files[1], r"m-00001-of-00003.gguf: split.tensors.count is 50, the 3 parts hold 21 tensors")
+    changed(files[0], "split.tensors.count", 21)
+    load.llama(files[0])
+    files[2].write_bytes(third[:-100])
+    refused(files[0], r"m-00003-of-00003.gguf is a damaged or cut short GGUF file")
+    files[2].write_bytes(third)
+    files[1].rename(files[1].with_name("second.gguf"))
+    refused(files[1].with_name("second.gguf"), "second.gguf is one of 3 parts .* not called NAME-00001-of-00003.gguf")
+    refused(files[2], "m-00003-of-00003.gguf is part 00003 of 3; of the others m-00002-of-00003.gguf is not in")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"tokenizer.ggml.model": "t5"}, "tokenizer 't5' is not supported .only gpt2, llama"),
+        ({"tokenizer.ggml.model": 3}, "tokenizer 3 is not supported"),
+        ({"tokenizer.ggml.pre": "qwen35"}, "pre-tokenizer 'qwen35' is not supported .only gpt-2, smollm"),
+        ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, "two tokens are 'a'"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "token_type names 2 of 3 tokens"),
+        ({"tokenizer.ggml.merges": ["a z"]}, "tokenizer.ggml.merges is not of this vocabulary"),
+        ({"tokenizer.ggml.merges": "a b"}, "tokenizer.ggml.merges is 'a b'"),
+        ({"tokenizer.ggml.bos_token_id": 3}, "bos_token_id is 3, which is none of the 3 tokens"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores has no scores for 3 tokens"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0]}, "scores has 1 scores for 3 tokens"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0, float("nan"), 0.0]}, "not a finite number"),
+        (
+            {"tokenizer.ggml.model": "llama", "tokenizer.ggml.remove_extra_whitespaces": True},
+            "scores has no|remove_extra_whitespaces is not supported",
+        ),
+    ],
+)
+def test_vocabularies_that_are_refused(tmp_path, changes, match):
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": ["a", "b", "c"],
+        "tokenizer.ggml.merges": [],
+    } | changes
+    with pytest.raises(UserError, match=f"m.gguf: .*{match}"):
+        gguf_tokenizer.read(GGUFModel(tmp_path / "m.gguf", (metadata, {})))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "match"),
+    [
+        ("general.type", "adapter", "m.gguf is of the type 'adapter', not a whole model"),
+        ("llama.attention.causal", False, "llama.attention.causal = False is not supported"),
+        ("llama.attention.sliding_window", -5, "sliding_window is"),
+        ("llama.rope.scaling.factor", 0.25, "factor of at least 1, not 0.25"),
+        ("llama.rope.scaling.yarn_beta_fast", "x", "yarn_beta_fast is 'x', not a finite number"),
+        ("llama.attention.value_length", 8, "llama.attention.value_length other than the head size"),
+    ],
+)
+def test_more_keys_that_are_refused(tmp_path, name, extra, match):
+    file = GGUFModel(write(tmp_path / "m.gguf", tiny()))
+    changed = file.metadata | {name: extra}
+    with pytest.raises(UserError, match=match):
+        GGUFModel(file.path, (changed, file.tensor_infos)).llama_config()

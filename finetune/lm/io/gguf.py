@@ -138,7 +138,7 @@ class GGUFModel(GGUFFile):
             known = ", ".join(ARCHITECTURES)
             raise UserError(f"{path}: architecture {self.name!r} is not supported (only {known})")
         if self.get("general.type", "model") != "model":
-            raise UserError(f"{path} holds a {self.get('general.type')}, not a whole model")
+            raise UserError(f"{path} is of the type {self.get('general.type')!r}, not a whole model")
         self.architecture = ARCHITECTURES[self.name]
 
     def header(self) -> Any:
