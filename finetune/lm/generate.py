@@ -87,7 +87,8 @@ def generate(
 
     prompts: lists of ids of any lengths, or a tensor (B, T) padded on the left or right with `attention_mask` (B, T),
     1 for real tokens. temperature 0 is greedy; otherwise logits / temperature, then top_k (0 = all), then top_p, in the
-    order and with the meaning of transformers' processors. A row ends at the first of `stop_ids`.
+    order and with the meaning of transformers' processors. A row ends at the first of `stop_ids`. With dynamic rope
+    scaling theta follows the longest row of the batch, as in transformers.
     UserError: an empty prompt, one too long for the model, a token outside the vocabulary, a setting out of range.
     """
     check_sampling(temperature, top_k, top_p, max_new_tokens)

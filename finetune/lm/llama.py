@@ -218,8 +218,9 @@ class Llama(nn.Module):
             cu_seqlens=cu_seqlens,
             cache=cache,
         )
-        everywhere = self.rotary.on(tokens.device, context.longest)  # cos, sin (max_length, D/2)
-        local = self.local_rotary.on(tokens.device, context.longest)
+        length = context.longest if config.rope_scaling.kind == "dynamic" else None
+        everywhere = self.rotary.on(tokens.device, length)  # cos, sin (max_length, D/2)
+        local = self.local_rotary.on(tokens.device, length)
         x = self.embeddings(tokens) if embedded is None else embedded  # (B, T, C)
         save_memory = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.blocks):

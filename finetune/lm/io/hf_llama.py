@@ -80,7 +80,7 @@ def window_layers(family: Family, read: HFConfig, source: object) -> tuple[int, 
         raise UserError(f"{source}: layer_types names {count} layers, num_hidden_layers is {read.num_hidden_layers}")
     listed = tuple(layer for layer, kind in enumerate(read.layer_types) if kind == "sliding_attention")
     if listed and not on:
-        raise UserError(f"{source}: layer_types names sliding_attention, but there is no sliding_window in use")
+        raise UserError(f"{source}: layer_types names sliding_attention, but sliding_window is not in use")
     return listed
 
 
