@@ -343,39 +343,55 @@ def test_bf16_errs_no_more_than_transformers(case):
 
 # --- configurations
 
-GEMMA_3_1B = {
-    "model_type": "gemma3_text",
-    "attention_bias": False,
-    "attn_logit_softcapping": None,
-    "cache_implementation": "hybrid",
-    "final_logit_softcapping": None,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "hidden_size": 1152,
-    "intermediate_size": 6912,
-    "max_position_embeddings": 32768,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 26,
-    "num_key_value_heads": 1,
-    "query_pre_attn_scalar": 256,
-    "rms_norm_eps": 1e-06,
-    "rope_local_base_freq": 10000,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": 512,
-    "sliding_window_pattern": 6,
-    "vocab_size": 262144,
+# The keys of published config.json files that concern the shape, as transformers 4 wrote them.
+FILES = {
+    "llama-3.2-1b": """{"model_type": "llama", "attention_bias": false, "head_dim": 64, "hidden_act": "silu",
+        "hidden_size": 2048, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": false,
+        "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0,
+        "tie_word_embeddings": true, "vocab_size": 128256}""",
+    "mistral-7b": """{"model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": false,
+        "vocab_size": 32000}""",
+    "qwen2.5-0.5b": """{"model_type": "qwen2", "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 896,
+        "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+        "sliding_window": 32768, "tie_word_embeddings": true, "use_mrope": false, "use_sliding_window": false,
+        "vocab_size": 151936}""",
+    "qwen3-0.6b": """{"model_type": "qwen3", "attention_bias": false, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+        "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+        "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": true,
+        "use_sliding_window": false, "vocab_size": 151936}""",
+    "smollm3-3b": """{"model_type": "smollm3", "attention_bias": false, "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 11008, "max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": false,
+        "no_rope_layer_interval": 4, "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
+        "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 5000000.0,
+        "sliding_window": null, "use_sliding_window": false, "vocab_size": 128256}""",
+    "gemma-2-2b": """{"model_type": "gemma2", "attention_bias": false, "attn_logit_softcapping": 50.0,
+        "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304,
+        "intermediate_size": 9216, "max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 26,
+        "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+        "sliding_window": 4096, "vocab_size": 256000}""",
+    "gemma-3-1b": """{"model_type": "gemma3_text", "attention_bias": false, "attn_logit_softcapping": null,
+        "cache_implementation": "hybrid", "final_logit_softcapping": null, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+        "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": null,
+        "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144}""",
 }
 BASE = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
         "num_attention_heads": 4, "max_position_embeddings": 4096}  # fmt: skip
 
 
-def test_a_published_configuration_of_transformers_4():
-    config = read_config(GEMMA_3_1B, "config.json")
-    assert config.window_layers == tuple(n for n in range(26) if n not in (5, 11, 17, 23))
-    assert (config.window, config.rope_theta, config.local_rope_theta) == (512, 1e6, 1e4)
-    assert (config.tied, config.embedding_scale, config.attention_scale) == (True, 1152**0.5, 1 / 16)
-    assert read_config(write_config(config, torch.bfloat16), "again") == config
+@pytest.mark.parametrize("name", FILES)
+def test_published_configurations(name):
+    config = read_config(json.loads(FILES[name]), "config.json")
+    assert config == LlamaConfig(**presets.LLAMA[name])
+    assert read_config(json.loads(json.dumps(write_config(config, torch.bfloat16))), "again") == config
 
 
 def test_values_of_a_family_that_its_files_omit():
