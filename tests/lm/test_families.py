@@ -427,6 +427,7 @@ def test_values_of_a_family_that_its_files_omit():
         ({"model_type": "qwen2", "use_mrope": True}, "use_mrope"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "layer_types"),
         ({"model_type": "qwen3", "layer_types": ["full_attention"] * 3}, "layer_types names 3 layers"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers names 2 layers"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "sliding_window"),
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "layer_types"),
         ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping"),

@@ -44,9 +44,9 @@ class HFConfig(msgspec.Struct):
 
     def nope(self) -> list[int]:
         """The layers without rotary embedding, of SmolLM3."""
-        every, count = self.no_rope_layer_interval, self.num_hidden_layers
-        turning = self.no_rope_layers or [(layer + 1) % every for layer in range(count)]
-        return [layer for layer, turns in enumerate(turning[:count]) if not turns]
+        every = range(self.num_hidden_layers)
+        turning = self.no_rope_layers or [(layer + 1) % self.no_rope_layer_interval for layer in every]
+        return [layer for layer in every if not turning[layer]]
 
 
 @dataclass(frozen=True)

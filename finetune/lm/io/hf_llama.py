@@ -3,6 +3,7 @@ finetune/lm/llama.py."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
@@ -48,6 +49,10 @@ def read_config(raw: dict[str, Any], source: object) -> LlamaConfig:
     family = family_of(name, source)
     require(raw, source, COMMON | family.only)
     read = reading.convert(family.defaults | raw, HFConfig, source)
+    for key, spare in (("layer_types", 0), ("no_rope_layers", 1 << 12)):  # entries of layers that are not there
+        named, count = getattr(read, key), read.num_hidden_layers
+        if named is not None and not count <= len(named) <= count + spare:
+            raise UserError(f"{source}: {key} names {len(named)} layers, num_hidden_layers is {count}")
     sizes = {ours: getattr(read, key) for key, ours in NUMBERS.items()} | family.read(read)
     nested = "local_rope_theta" in sizes
     theta, scaling, local_theta = hf_rope.read(raw, read, source, nested)
@@ -75,9 +80,6 @@ def window_layers(family: Family, read: HFConfig, source: object) -> tuple[int, 
     on = read.use_sliding_window and read.sliding_window is not None
     if read.layer_types is None:
         return tuple(family.windows(read)) if on else ()
-    if len(read.layer_types) != read.num_hidden_layers:
-        count = len(read.layer_types)
-        raise UserError(f"{source}: layer_types names {count} layers, num_hidden_layers is {read.num_hidden_layers}")
     listed = tuple(layer for layer, kind in enumerate(read.layer_types) if kind == "sliding_attention")
     if listed and not on:
         raise UserError(f"{source}: layer_types names sliding_attention, but sliding_window is not in use")
@@ -105,8 +107,8 @@ def write_config(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
         written["max_position_embeddings"] = config.rope_scaling.original_length
     again = read_config(written, "the written config.json")
     for each in fields(config):
-        if getattr(config, each.name) != (kept := getattr(again, each.name)):
-            value = getattr(config, each.name)
+        value, kept = getattr(config, each.name), getattr(again, each.name)
+        if value != kept and not (isinstance(value, float) and math.isclose(value, kept)):
             raise UserError(f"a {config.family} model cannot be saved with {each.name} = {value}, only {kept}")
     return written
 
