@@ -9,6 +9,7 @@ feed both the same experience and find the same tables. `n_step_control.py` has 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -113,6 +114,18 @@ class TabularEnvs:
         return next_state, reward, terminated, over
 
 
+@dataclass(frozen=True)
+class Unknown:
+    """What is known of a world without a table of transitions: its size, and that every action is allowed."""
+
+    size: tuple[int, int]  # (S, A)
+    gamma: float
+
+    @cached_property
+    def allowed(self) -> NDArray[np.bool_]:
+        return np.ones(self.size, bool)
+
+
 # --- Learning
 
 
@@ -146,7 +159,7 @@ class Learners:
 
     def __init__(
         self,
-        mdp: MDP,
+        mdp: Any,
         kinds: tuple[Kind, ...],
         runs: int,
         alpha: float,
@@ -155,10 +168,12 @@ class Learners:
         *,
         noise: Array | None = None,
         limit: int | None = None,
+        envs: Any = None,
     ) -> None:
+        """mdp: an MDP, or `Unknown` with `envs` that are stepped as TabularEnvs are."""
         rows = len(kinds) * runs
         self.mdp, self.kinds, self.runs, self.alpha, self.epsilon = mdp, kinds, runs, alpha, epsilon
-        self.envs = TabularEnvs(mdp, rows, noise, limit)
+        self.envs = envs or TabularEnvs(mdp, rows, noise, limit)
         self.Q = np.zeros((2, rows, *mdp.size))  # the second table is double Q-learning's
         self.rows = np.arange(rows)
         self.parts = {kind: slice(i * runs, (i + 1) * runs) for i, kind in enumerate(kinds)}

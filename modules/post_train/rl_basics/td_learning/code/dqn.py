@@ -17,18 +17,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from finetune.optim import descend
 from finetune.rl.agents.learner import Learner
-from finetune.rl.agents.networks import Ensemble
+from finetune.rl.agents.networks import Convolutions, Ensemble
 from finetune.rl.agents.reward_scale import RewardSize
 from finetune.rl.agents.targets import gather_actions, td_loss, td_target
 from finetune.rl.envs.environments import Env, sizes
 from finetune.rl.envs.evaluation import returns
 from finetune.rl.envs.replay import Priorities, Replay, Transitions
 from finetune.rl.envs.rollout import Rollout
+from finetune.rl.envs.spaces import Image
 from finetune.rl.envs.vector import VectorEnv
 
 
@@ -77,21 +79,44 @@ class Settings:
 OBS_SCALE = [2.4, 2.0, 0.2, 2.0]
 
 
+def scale_of(env: Env) -> Tensor | list[float] | Image:
+    """What divides the observations of an environment: the bounds of a Box that has them; an image as it is."""
+    if isinstance(env.observed, Image):
+        return env.observed
+    if env.name == "CartPole-v1":
+        return OBS_SCALE
+    scale, space = torch.ones(env.obs_dim), env.observation_space
+    if type(space).__name__ == "Box":
+        bound = torch.from_numpy(np.maximum(abs(space.low), abs(space.high)).astype(np.float32).ravel())
+        scale = torch.where((bound > 0) & (bound < 1e6), bound, scale)
+    return scale
+
+
 class QNetworks(Ensemble):
-    """`count` independent networks of Q(s, ·), with or without a dueling head. obs_scale divides the observations."""
+    """`count` independent networks of Q(s, ·), with or without a dueling head. obs_scale divides the observations; of
+    an image there are convolutions instead."""
 
     obs_scale: Tensor  # (D,)
 
     def __init__(
-        self, count: int, actions: int, hidden: list[int], obs_scale: Tensor | list[float], dueling: bool = False
+        self,
+        count: int,
+        actions: int,
+        hidden: list[int],
+        obs_scale: Tensor | list[float] | Image,
+        dueling: bool = False,
     ) -> None:
-        super().__init__(count, [len(obs_scale), *hidden, actions + dueling])
-        self.register_buffer("obs_scale", torch.as_tensor(obs_scale), persistent=False)
-        self.dueling = dueling
+        convolutions = Convolutions(obs_scale, count) if isinstance(obs_scale, Image) else None
+        width = convolutions.width if convolutions else len(obs_scale)  # type: ignore[arg-type]
+        super().__init__(count, [width, *hidden, actions + dueling])
+        self.convolutions, self.dueling = convolutions, dueling
+        if not isinstance(obs_scale, Image):
+            self.register_buffer("obs_scale", torch.as_tensor(obs_scale), persistent=False)
 
     def forward(self, observations: Tensor) -> Tensor:
         """(count, N, D) → (count, N, A)"""
-        outputs = super().forward(observations / self.obs_scale)
+        features = self.convolutions(observations) if self.convolutions else observations / self.obs_scale
+        outputs = super().forward(features)
         if not self.dueling:
             return outputs
         value, advantages = outputs[..., :1], outputs[..., 1:]
@@ -115,7 +140,7 @@ class DQN(Learner[Batch]):
     def __init__(self, variant: Variant, envs: VectorEnv, count: int, settings: Settings) -> None:
         self.variant, self.envs, self.count, self.settings = variant, envs, count, settings
         self.actions, width = sizes(envs.envs[0])[1], [settings.hidden, settings.hidden]
-        self.q = QNetworks(count, self.actions, width, OBS_SCALE, variant.dueling)
+        self.q = QNetworks(count, self.actions, width, scale_of(envs.envs[0]), variant.dueling)
         self.target = copy.deepcopy(self.q)
         self.optimizer = torch.optim.Adam(self.q.parameters(), lr=settings.lr, fused=True)
         self.replay = Replay(settings.capacity)

@@ -9,6 +9,7 @@ Sutton 1988; Watkins 1989; Sutton & Barto 2018, chapters 5–7 and 9–12.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import torch
 
 from finetune.errors import UserError, nearest
 from finetune.rl.envs import environments
+from finetune.rl.envs.environments import EpisodeLimit
 from finetune.rl.envs.evaluation import returns
 from finetune.rl.envs.rollout import episode_seeds, numpy_generator
 from finetune.rl.envs.vector import VectorEnv
@@ -28,7 +30,7 @@ from finetune.runs.config import bounded
 from finetune.runs.display import uncertain
 from finetune.runs.run import Run
 
-from . import control, dqn, plots
+from . import control, dqn, own_world, plots
 from . import figures_control as fc
 from . import figures_prediction as fp
 from .experiments import Experiment, Totals, estimate, smallest
@@ -64,6 +66,22 @@ class Config(config.Config):
     checkpoint_every: int = 1
     # textbook: the book's loops, printed as they learn; all: the vectorized experiments; or one of them
     experiment: Chosen = "all"
+    # --- a world, or an environment, of your own, in place of the experiments
+    # a name in rl/tabular/worlds.py, or an environment whose observations are finite
+    world: str | None = None
+    data: Path | None = None  # an npz with P (states, actions, states) and R, in place of a world
+    gamma: float | None = bounded(None, at_least=0, at_most=1)  # discount of the world; none: the world's own
+    world_runs: int = bounded(4, at_least=1, at_most=10_000)  # independent tables of each algorithm
+    world_steps: int = bounded(4000, at_least=1, at_most=10**9)  # of each table in a step
+    # steps after which an episode in a world is truncated; values are those of as many steps
+    world_limit: int = bounded(200, at_least=1, at_most=10**6)
+    # of DQN: a gymnasium id, or an environment of your own (actor_critic's README)
+    env: str = "CartPole-v1"
+    # keyword arguments of --env or --world, such as is_slippery=false; may be given several times
+    env_arg: tuple[str, ...] = ()
+    # steps after which an episode of --env is truncated if its environment has no time limit
+    max_episode_steps: int = bounded(1000, at_least=1, at_most=10**6)
+    # ---
     # multiplies every learning rate; with 0 nothing is learned
     rate: float = bounded(1.0, at_least=0, at_most=1)
     # --- random walks, Baird, importance sampling
@@ -99,19 +117,36 @@ class Config(config.Config):
                 raise UserError(f"--variants: '{name}' is not one of {known}{nearest(name, dqn.VARIANTS)}")
             if self.variants.split(",").count(name) > 1:
                 raise UserError(f"--variants: '{name}' is there twice")
+        if self.world and self.data:
+            raise UserError("--world and --data are two worlds: give one")
+        if (self.world or self.data) and self.experiment != "all":
+            raise UserError(f"--experiment {self.experiment} has its own world: omit it, or --world and --data")
+        if self.gamma is not None and not (self.world or self.data):
+            raise UserError("--gamma is that of --world or --data: give one of them")
+        if self.data and self.env_arg:
+            raise UserError("--env-arg is for an environment, not for --data")
+
+    @property
+    def dqn_alone(self) -> bool:
+        """Whether --env names another environment than the experiments'."""
+        return self.experiment == "dqn" or (self.experiment == "all" and self.env != "CartPole-v1")
 
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     if cfg.experiment == "textbook":
         run_textbook(run, cfg.steps)
         return {}
-    names = [name for name in EXPERIMENTS if cfg.experiment in ("all", name)]
-    totals = Totals()
-    taxi = taxi_learners(cfg, run) if cfg.experiment in ("all", "taxi") else None
-    poles = dqn_learners(cfg, run) if cfg.experiment in ("all", "dqn") else {}
-    envs = environments.make("CartPole-v1", EVALUATION_EPISODES * cfg.dqn_runs)
+    if cfg.world or cfg.data:
+        own_world.learn(cfg, run)
+        return {}
+    experiment = "dqn" if cfg.dqn_alone else cfg.experiment
+    names = [name for name in EXPERIMENTS if experiment in ("all", name)]
+    totals, limit = Totals(), EpisodeLimit(cfg.max_episode_steps, run.print)
+    taxi = taxi_learners(cfg, run) if experiment in ("all", "taxi") else None
+    poles = dqn_learners(cfg, run, limit) if experiment in ("all", "dqn") else {}
+    envs = dqn_envs(cfg, EVALUATION_EPISODES, limit) if poles else []
     seeds = episode_seeds(run, len(envs), "judged")  # the same in every evaluation
-    state = {"totals": totals, **({"taxi": taxi} if taxi else {}), **poles}
+    state = {"totals": totals, "limit": limit, **({"taxi": taxi} if taxi else {}), **poles}
     for step in run.steps(cfg.steps, state):
         row: dict[str, float] = {}
         if taxi:
@@ -120,7 +155,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         for kind, learner in poles.items():
             learner.train(cfg.dqn_steps, step / cfg.steps, (step + 1) / cfg.steps, cfg.rate, run.generator(kind, step))
             learner.curve.append(learner.evaluate(envs, seeds))
-            row[f"cartpole_{kind}"] = learner.curve[-1].mean().item()
+            row[f"{dqn_name(cfg)}_{kind}"] = learner.curve[-1].mean().item()
         if names:
             name, batch = names[step % len(names)], Totals()
             EXPERIMENTS[name].run(cfg, batch, numpy_generator(run, name, step))
@@ -135,8 +170,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     if taxi:
         judge_taxi(run, taxi)
     if poles:
-        judge_dqn(run, poles)
-    if cfg.experiment == "all":
+        judge_dqn(cfg, run, poles, limit)
+    if experiment == "all":
         run.check("experiments", len(done), at_least=len(EXPERIMENTS))
         if len(done) == len(EXPERIMENTS):
             compare(run, totals)
@@ -144,8 +179,10 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
             missing = ", ".join(list(EXPERIMENTS)[len(done) :])
             run.print(f"not run: {missing}; --steps {len(EXPERIMENTS)} runs each experiment once")
     if poles and cfg.steps:
-        plots.dqn_curves(run, {kind: torch.stack(learner.curve) for kind, learner in poles.items()}, cfg.dqn_steps)
-    return {}
+        plots.dqn_curves(
+            run, {kind: torch.stack(learner.curve) for kind, learner in poles.items()}, cfg.dqn_steps, cfg.env
+        )
+    return limit.summary()
 
 
 # --- Taxi: tabular Q-learning
@@ -181,40 +218,53 @@ def judge_taxi(run: Run, taxi: control.Learners) -> None:
     run.check("taxi_episodes", float(taxi.envs.episode.mean()))
 
 
-# --- CartPole: DQN
+# --- CartPole, or another environment: DQN
 
 
-def dqn_learners(cfg: Config, run: Run) -> dict[str, dqn.DQN]:
+def dqn_envs(cfg: Config, each: int, limit: EpisodeLimit) -> list[environments.Env]:
+    """`each` environments for every learner. UserError if their actions are continuous."""
+    envs = environments.make(cfg.env, each * cfg.dqn_runs, episode_limit=limit, args=cfg.env_arg)
+    if envs[0].continuous:
+        raise UserError(f"'{cfg.env}' has continuous actions: DQN's are discrete; actor_critic has sac and td3")
+    return envs
+
+
+def dqn_name(cfg: Config) -> str:
+    return "cartpole" if cfg.env == "CartPole-v1" else "return"
+
+
+def dqn_learners(cfg: Config, run: Run, limit: EpisodeLimit) -> dict[str, dqn.DQN]:
     """All variants have the same first episodes and, where they have the same layers, the same initial weights."""
     seed = run.generator("cartpole").initial_seed()
     learners = {}
     for kind in cfg.variants.split(","):
-        envs = VectorEnv(environments.make("CartPole-v1", ENVS * cfg.dqn_runs), seed)
+        envs = VectorEnv(dqn_envs(cfg, ENVS, limit), seed)
         run.seed("networks")
         learners[kind] = dqn.DQN(dqn.VARIANTS[kind], envs, cfg.dqn_runs, dqn.Settings(every=cfg.dqn_every))
     return learners
 
 
-def judge_dqn(run: Run, poles: dict[str, dqn.DQN]) -> None:
-    """Mean return of 20 episodes of each learner, at most 500, ± its standard error over the learners. The last variant
-    has to get half of the way from random actions to 500 (toy: a quarter)."""
-    count = next(iter(poles.values())).count
-    envs = environments.make("CartPole-v1", 20 * count)
+def judge_dqn(cfg: Config, run: Run, poles: dict[str, dqn.DQN], limit: EpisodeLimit) -> None:
+    """Mean return of 20 episodes of each learner ± its standard error over the learners. On CartPole the last variant
+    has to get half of the way from random actions to 500, the most that there is (toy: a quarter)."""
+    envs, name, pole = dqn_envs(cfg, 20, limit), dqn_name(cfg), cfg.env == "CartPole-v1"
     seeds = episode_seeds(run, len(envs), "judged")
     rng = run.generator("random")
-    random = fmean(returns(envs, lambda x: torch.randint(2, (len(x),), generator=rng), seeds))
+    actions = envs[0].action_dim
+    random = fmean(returns(envs, lambda x: torch.randint(actions, (len(x),), generator=rng), seeds))
     rows = []
     for kind, learner in poles.items():
         values = learner.evaluate(envs, seeds)
         mean, error, worst = values.mean().item(), standard_error(values.tolist()), values.min().item()
         rows.append({"variant": kind, "return": uncertain(mean, error), "worst learner": f"{worst:.0f}"})
-        run.check(f"cartpole_{kind}_worst", worst)
+        run.check(f"{name}_{kind}_worst", worst)
         if kind == list(poles)[-1]:
-            target = random + (0.25 if run.toy else 0.5) * (MAX_RETURN - random)
-            run.result(f"cartpole_{kind}", mean, error=error, baseline=random, target=target)
+            target = random + (0.25 if run.toy else 0.5) * (MAX_RETURN - random) if pole else None
+            run.result(f"{name}_{kind}", mean, error=error, baseline=random, target=target)
         else:
-            run.check(f"cartpole_{kind}", mean, error=error)
-    run.table("DQN on CartPole: return of the greedy policy, at most 500", rows)
+            run.check(f"{name}_{kind}", mean, error=error)
+    most = "CartPole: return of the greedy policy, at most 500" if pole else f"{cfg.env}: return of the greedy policy"
+    run.table(f"DQN on {most}", rows)
 
 
 # --- The experiments as simulated by others

@@ -255,7 +255,7 @@ def importance(run: Run, totals: Totals) -> None:
     save(made, run.dir / "importance.png")
 
 
-def dqn_curves(run: Run, curves: dict[str, Tensor], each: int) -> None:
+def dqn_curves(run: Run, curves: dict[str, Tensor], each: int, env: str) -> None:
     """dqn.png: returns of the greedy policies (evaluations, learners) of each variant, their mean with a band, and the
     mean of plain DQN for comparison."""
     names = {"dqn": "DQN", "n_step": f"{VARIANTS['n_step'].n}-step", "all": "all four"}
@@ -273,9 +273,10 @@ def dqn_curves(run: Run, curves: dict[str, Tensor], each: int) -> None:
             ax.plot(
                 steps, curves[first].mean(1), color=RED, linewidth=1.2, linestyle="--", label=names.get(first, first)
             )
-        ax.set_ylim(0, 510)
+        if env == "CartPole-v1":
+            ax.set_ylim(0, 510)
         ax.legend(fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none", loc="lower right")
-        titled(ax, f"CartPole: {label}", "steps of each learner", "return of the greedy policy")
+        titled(ax, f"{env.removesuffix('-v1')}: {label}", "steps of each learner", "return of the greedy policy")
     for ax in axes[len(curves) :]:
         ax.set_visible(False)
     save(made, run.dir / "dqn.png")
