@@ -9,7 +9,7 @@ LAYOUTS = {"last": (8, 8, 3), "first": (3, 8, 8), "gray": (8, 8), "stack": (2, 8
 
 class Catch(gymnasium.Env):
     """A pixel falls from a random column of the top row; a paddle in the bottom row moves left, stays or moves right.
-    The reward comes when the pixel arrives: 1 if it is caught, else 0."""
+    A step pays 1 if the paddle is below the pixel. The best return is 5.9, that of random actions 1."""
 
     def __init__(self, layout="last", size=8):
         self.size, self.shape = size, tuple(size if n == 8 else n for n in LAYOUTS[layout])
@@ -37,4 +37,4 @@ class Catch(gymnasium.Env):
         self.row += 1
         self.paddle = min(max(self.paddle + int(action) - 1, 0), self.size - 1)
         over = self.row == self.size - 1
-        return self.image(), float(over and self.paddle == self.column), over, False, {}
+        return self.image(), float(self.paddle == self.column), over, False, {}

@@ -124,8 +124,8 @@ def test_an_image_is_found_and_its_channels_come_first_in_the_network(layout):
     plain = {"last": (2, 0, 1), "floats": (2, 0, 1), "first": (0, 1, 2), "gray": None, "stack": (0, 3, 1, 2)}[layout]
     pixels = raw[None] if plain is None else raw.transpose(plain).reshape(-1, 8, 8)
     x = torch.from_numpy(pixels.astype(np.float32))[None] / (1 if layout == "floats" else 255)
-    for layer in convolutions.layers:
-        x = torch.relu(layer(x))
+    first, second = convolutions.layers
+    x = torch.relu(second(torch.nn.functional.pad(torch.relu(first(x)), (0, 1, 0, 1))))
     features = convolutions(torch.from_numpy(vector)[None])
     torch.testing.assert_close(features, x.flatten(1))
     assert features.shape == (1, convolutions.width)
@@ -161,6 +161,21 @@ def test_several_networks_together_are_as_many_alone(side):
             one.weight.data, one.bias.data = both.weight.data.chunk(2)[i], both.bias.data.chunk(2)[i]
         torch.testing.assert_close(alone(x[i]), found[i])
         assert alone(x).shape == (2, 4, together.width), "any leading sizes"
+
+
+@pytest.mark.parametrize("sides", [(8, 8), (8, 11), (12, 9), (35, 8), (36, 50), (84, 84), (97, 39)])
+def test_every_pixel_reaches_the_features(sides):
+    """Also those at the edge, where a stride does not fit."""
+    torch.manual_seed(0)
+    image = spaces.Image.of(Box(0, 255, sides, np.uint8))
+    convolutions = networks.Convolutions(image)
+    for layer in convolutions.layers:
+        layer.weight.data.abs_()  # no ReLU is closed
+    x = torch.ones(1, image.size, requires_grad=True)
+    convolutions(x).sum().backward()
+    assert (x.grad > 0).all()
+    if sides == (84, 84):
+        assert convolutions.width == 64 * 7 * 7, "DQN's network"
 
 
 def test_what_is_no_image_is_a_vector():

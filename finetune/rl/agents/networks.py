@@ -23,16 +23,22 @@ LARGE, SMALL = ((32, 8, 4), (64, 4, 2), (64, 3, 1)), ((16, 3, 1), (32, 3, 2))
 
 
 class Convolutions(nn.Module):
-    """Convolutions with ReLU over the flat pixels of an image; `width` features. `count` independent networks are
-    computed together, as groups of channels."""
+    """Convolutions with ReLU over the flat pixels of an image; `width` features. Where strides do not fit, zeros are
+    added at the lower and right edge, so that every pixel is seen. `count` independent networks are computed together,
+    as groups of channels."""
 
     def __init__(self, image: Image, count: int = 1) -> None:
         super().__init__()
-        self.image, self.count, self.layers = image, count, nn.ModuleList()
+        self.image, self.count = image, count
+        layers = []
         channels, sides = image.channels, [image.height, image.width]
+        self.padding: list[list[int]] = []  # (left, right, upper, lower) of each layer
         for out, kernel, stride in LARGE if min(sides) >= 36 else SMALL:
-            self.layers.append(nn.Conv2d(count * channels, count * out, kernel, stride, groups=count))
-            channels, sides = out, [(side - kernel) // stride + 1 for side in sides]
+            layers.append(nn.Conv2d(count * channels, count * out, kernel, stride, groups=count))
+            lower, right = ((kernel - side) % stride for side in sides)
+            self.padding.append([0, right, 0, lower])
+            channels, sides = out, [-(-(side - kernel) // stride) + 1 for side in sides]
+        self.layers = nn.ModuleList(layers)
         self.width = channels * math.prod(sides)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,14 +48,14 @@ class Convolutions(nn.Module):
         x = x.reshape(len(x), image.channels, image.height, image.width).float() / image.largest  # (…, C, H, W)
         if self.count > 1:
             x = x.unflatten(0, (self.count, -1)).transpose(0, 1).flatten(1, 2)  # (N, count · C, H, W)
-        for layer in self.layers:
-            x = layer(x).relu()
+        for layer, padding in zip(self.layers, self.padding, strict=True):
+            x = layer(F.pad(x, padding)).relu()
         if self.count > 1:
             x = x.unflatten(1, (self.count, -1)).transpose(0, 1)  # (count, N, channels, height, width)
         return x.reshape(*lead, self.width)
 
 
-def _widths(sizes: Sequence[int | Image]) -> tuple[list[nn.Module], list[int]]:
+def _widths(sizes: Sequence[int | Image]) -> tuple[list[Convolutions], list[int]]:
     """The convolutions of an image, which may be the first of `sizes`, and the widths of the linear layers."""
     first, *rest = sizes
     after = [size for size in rest if isinstance(size, int)]
@@ -69,15 +75,20 @@ def relu_mlp(sizes: Sequence[int | Image]) -> nn.Sequential:
 
 
 def tanh_mlp(sizes: Sequence[int | Image], last_scale: float = 1.0) -> nn.Sequential:
-    """Linear layers with tanh between them; orthogonal weights, the last layer's multiplied by last_scale; biases 0."""
+    """Linear layers with tanh between them; orthogonal weights, the last layer's multiplied by last_scale; biases 0. So
+    are the convolutions before them, as is usual in PPO."""
     before, widths = _widths(sizes)
+    for layer in [layer for convolutions in before for layer in convolutions.modules()]:
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+            nn.init.orthogonal_(layer.weight, math.sqrt(2))
+            nn.init.zeros_(layer.bias)
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(pairwise(widths)):
-        layer = nn.Linear(a, b)
+        linear = nn.Linear(a, b)
         last = i == len(widths) - 2
-        nn.init.orthogonal_(layer.weight, last_scale if last else math.sqrt(2))
-        nn.init.zeros_(layer.bias)
-        layers += [layer] if last else [layer, nn.Tanh()]
+        nn.init.orthogonal_(linear.weight, last_scale if last else math.sqrt(2))
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if last else [linear, nn.Tanh()]
     return nn.Sequential(*before, *layers)
 
 

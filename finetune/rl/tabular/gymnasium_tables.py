@@ -10,6 +10,10 @@ from finetune.errors import UserError
 from finetune.rl.tabular.mdp import MDP, make
 
 
+class NoTable(UserError):
+    """An environment whose transitions are not known."""
+
+
 def from_gymnasium(env: Any, gamma: float, /, **kwargs: Any) -> MDP:
     """The MDP of a gymnasium environment with a transition table, or of an environment's id (kwargs: its arguments).
 
@@ -26,7 +30,7 @@ def from_gymnasium(env: Any, gamma: float, /, **kwargs: Any) -> MDP:
     name = spec.id if spec else type(env).__name__
     table = getattr(env, "P", None)
     if not isinstance(table, dict):
-        raise UserError(f"'{name}' has no table of transitions (env.P); FrozenLake-v1 has one")
+        raise NoTable(f"'{name}' has no table of transitions (env.P); FrozenLake-v1 has one")
     rows, S, A = _rows(table, name, env)
     by_end, by_step = np.zeros(S, bool), np.zeros(S, bool)  # how each state is entered
     for s, _, p, after, _, done in rows:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.rl.agents.reward_scale import RewardSize
 from finetune.rl.envs import environments
@@ -112,7 +112,7 @@ def of_network(
             A, _ = advantages(rollout, gamma, name, *(V if name == "learned" else ()))
             loss = policy_loss(log_probs, A, rollout.first_episode) / A.shape[1]
             gradient = torch.autograd.grad(-loss, parameters, retain_graph=True)
-            estimates[name].append(nn.utils.parameters_to_vector(gradient))
+            estimates[name].append(torch.cat([g.reshape(-1) for g in gradient]))
     rows = {name: torch.stack(g).double() for name, g in estimates.items()}  # (M, D)
     directions = torch.randn(rows["none"].shape[1], PROJECTIONS, generator=generator, dtype=torch.float64)
     found = {}
