@@ -117,7 +117,7 @@ class WorldLearners(Learners):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state["tables"])
         self.counts = state["counts"].numpy().copy()
-        if "played" in state:
+        if isinstance(self.envs, PlayedEnvs):
             self.envs.load_state_dict(state["played"])
 
 
@@ -295,6 +295,7 @@ class PlayedJudge:
 
     def row(self, learners: WorldLearners) -> dict[str, float]:
         """Mean returns while learning."""
+        assert isinstance(learners.envs, PlayedEnvs)
         finished, learners.envs.finished = learners.envs.finished, []
         row = {}
         for kind, part in learners.parts.items():
