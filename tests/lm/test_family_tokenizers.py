@@ -3,17 +3,20 @@ that transformers saved, and from a GGUF file that gguf-py wrote."""
 
 import functools
 import json
+import unicodedata
 from pathlib import Path
 
 import gguf
 import pytest
 from random_texts import texts
+from small_gguf import tiny
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from finetune.errors import UserError
-from finetune.lm.io import gguf_vocabulary, load
+from finetune.lm.io import gguf_vocabulary, gguf_write, load
 from finetune.lm.io.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from finetune.lm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.peer
 ROOT = Path(__file__).parents[2]
@@ -32,7 +35,10 @@ TEKKEN = (
 def corpus():
     """Prose, Chinese, code, and texts like those of the test, from other seeds."""
     files = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "finetune/lm").glob("*.py"))[:6]]
-    return [path.read_text() for path in files] + texts(1500, seed=7)
+    made = texts(1500, seed=7)
+    for each in ("\0", "<0x0A>"):  # what real vocabularies do not have; GGUF cannot hold a token with NUL
+        made = [text.replace(each, "") for text in made]
+    return [path.read_text() for path in files] + made
 
 
 @functools.cache
@@ -58,11 +64,11 @@ def byte_vocabulary(first=()):
 
 
 @functools.cache
-def pieces(first):
+def pieces(first, words=r"▁*[^▁]+|▁+"):
     """A vocabulary in SentencePiece's manner: `first`, the bytes, then pieces, the earliest merged first."""
     backend = Backend(models.BPE(byte_fallback=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁*[^▁]+|▁+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(words), "isolated")
     known = [*first, *(f"<0x{i:02X}>" for i in range(256))]
     backend.train_from_iterator(
         corpus(), trainers.BpeTrainer(vocab_size=2500, special_tokens=known, limit_alphabet=150, show_progress=False)
@@ -172,7 +178,7 @@ def gemma():
 
     runs = (*("▁" * n for n in range(2, 9)), *("\n" * n for n in range(1, 5)), "\t\t", "<table>")
     specials = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
-    vocab = pieces((*specials, *runs))
+    vocab = pieces((*specials, *runs), r"▁?[^▁]+|▁+")  # no run of spaces begins a piece
     tokenizer = GemmaTokenizer(vocab=vocab, merges=merges_by_rank(vocab, specials), add_bos_token=True)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in runs])
@@ -351,3 +357,42 @@ def test_sentencepiece_file(tmp_path):
     (tmp_path / "tekken.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds only tekken.json, which is not read: save .*save_pretrained"):
         load.tokenizer(tmp_path)
+
+
+def test_a_token_with_nul_is_refused():
+    vocab = dict(pieces(("<unk>",)))
+    vocab["a\0"] = len(vocab)
+    backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    with pytest.raises(UserError, match=f"token {len(vocab) - 1} of the tokenizer holds a NUL"):
+        gguf_vocabulary.metadata(Tokenizer(backend), len(vocab), [])
+
+
+def left_out(letter, marks):
+    """Characters that are newer than llama.cpp's tables; with `marks`, combining ones and those that NFC changes."""
+    kind = unicodedata.category(letter)
+    return kind == "Cn" or (marks and (kind[0] == "M" or not unicodedata.is_normalized("NFC", letter)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name][1] is not None])
+def test_llama_cpp_gives_the_same_ids(tmp_path, family):
+    """From the file that we write. It does not know combining marks in Mistral's cuts, nor Qwen's normalization: these
+    two are compared on texts without them."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="make longtest installs llama-cpp-python")
+    FAMILIES[family][0]().save_pretrained(tmp_path)
+    tokenizer = load.tokenizer(tmp_path)
+    gguf_write.write(tiny(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "m.gguf", "f16")
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    rows = texts(COUNT, [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()], seed=3)
+    marks = family in ("tekken", "qwen")
+    rows = [row for row in rows if not any(left_out(letter, marks) for letter in row)]
+    if family == "gemma":  # whose runs of spaces are tokens that llama.cpp looks for as spaces, not as ▁
+        rows = [row for row in rows if "▁" not in row]
+    assert len(rows) > COUNT / 2
+    wrong = [
+        row
+        for row in rows
+        if row and theirs.tokenize(row.encode(), add_bos=True, special=True) != tokenizer.encode(row)
+    ]
+    assert not wrong, (len(wrong), wrong[0])
+    theirs.close()

@@ -48,6 +48,8 @@ def metadata(tokenizer: Tokenizer, rows: int, stops: Iterable[int]) -> tuple[dic
     if names and max(names) >= rows:
         raise UserError(f"the tokenizer has a token {max(names)}, the model's embedding only {rows} rows")
     tokens = [names.get(i, f"[PAD{i}]") for i in range(rows)]
+    if bad := next((i for i, token in enumerate(tokens) if "\0" in token), None):
+        raise UserError(f"token {bad} of the tokenizer holds a NUL character, at which llama.cpp ends it")
     types = [NORMAL if i in names else UNUSED for i in range(rows)]
     for i, token in added.items():
         types[i] = CONTROL if token.special else USER_DEFINED
