@@ -26,6 +26,7 @@ REST = click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[ARGS]â
 ACCEPT = click.option(
     "--accept-changes", is_flag=True, help="Resume although data, kernels or versions differ; the summary says so."
 )
+FORMS = ("f16", "bf16", "q8_0", "q4_0", "q4_1")  # of GGUF files: gguf_write.FORMATS, without torch
 JSON = click.option("--json", is_flag=True, help="Print JSON on stdout; all else goes to stderr.")
 
 
@@ -303,6 +304,7 @@ def serve(source: str, **given: Any) -> None:
 @click.option("--base", help="The base model, if it is not where the adapter says.")
 @click.option("--weight", "weights", multiple=True, type=float, help="Of each adapter, in their order; default: 1.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: that of the base model.")
+@click.option("--gguf", type=click.Choice(FORMS), help="Write a GGUF file of this form into the folder, too.")
 @JSON
 def merge(adapters: tuple[str, ...], out: str, json: bool, **given: Any) -> None:
     """Merge adapters into their base model: a folder that needs neither.
@@ -317,7 +319,11 @@ def merge(adapters: tuple[str, ...], out: str, json: bool, **given: Any) -> None
     done = merged(adapters, folder, console=console, **given)
     if json:
         return click.echo(jsonlib.dumps(done, indent=2, ensure_ascii=False))
+    for note in done["notes"]:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     text = f"{done['parameters']:,} parameters in {done['dtype']} are in {done['out']}"
+    if done["gguf"]:
+        text += f", in {done['gguf'][len(done['out']) + 1 :]} too"
     return console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -326,7 +332,7 @@ def merge(adapters: tuple[str, ...], out: str, json: bool, **given: Any) -> None
 @click.option(
     "--gguf",
     "form",
-    type=click.Choice(["f16", "bf16", "q8_0", "q4_0", "q4_1"]),
+    type=click.Choice(FORMS),
     default="q8_0",
     show_default=True,
     help="How the matrices are stored: 16, 16, 8.5, 4.5 or 5 bits a weight.",

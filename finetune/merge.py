@@ -24,17 +24,19 @@ def merge(
     base: str | None = None,
     weights: Sequence[float] = (),
     dtype: str | None = None,
+    gguf: str | None = None,
     console: "Console | None" = None,
 ) -> dict[str, Any]:
     """Merges adapters into their base model and writes the result to the new folder `out`, which transformers opens.
 
     names: adapters or runs that made them; several are added, each times its weight (default 1). base: the base model,
-    if it is not where the first adapter says. dtype: of the result; None: that of the base. Sums are computed in fp32,
+    if it is not where the first adapter says. dtype: of the result; None: that of the base. gguf: a form of
+    gguf_write.FORMATS in which the folder also holds the model as one file. Sums are computed in fp32,
     then rounded. The folder is complete or not there at all. UserError for what cannot be merged: prompts and
     prefixes, an adapter of another model, too little memory or disk.
     """
     from finetune.lm import template_tokens
-    from finetune.lm.io import load, save
+    from finetune.lm.io import gguf_write, load, save
     from finetune.memory import check_disk, parameters, room, shape_of
     from finetune.peft import adapters, bases, lora
 
@@ -73,10 +75,15 @@ def merge(
             f"the tokenizer of {folders[0]} has {tokenizer.vocab_size} tokens, the merged model "
             f"{model.config.vocab_size}: is {origin} its base model?"
         )
+    made, notes = f"{out.name}-{gguf}.gguf", []
     with new_folder(out) as temporary:
         save.model(model, temporary, tokenizer)
+        if gguf:
+            notes = gguf_write.write(model, tokenizer, temporary / made, gguf, name=out.name)
     return {
         "out": str(out),
+        "gguf": str(out / made) if gguf else None,
+        "notes": notes,
         "base": str(origin),
         "adapters": [str(folder) for folder in folders],
         "dtype": kind,

@@ -4,14 +4,16 @@ import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from small_adapters import shake
 from small_gguf import TEXT, tiny, write
 
+from finetune.cli import FORMS
 from finetune.cli import main as command
-from finetune.lm.io import load, save
+from finetune.lm.io import gguf_write, load, save
 from finetune.lm.io.weights import read_safetensors as weights_of
 from finetune.lm.tokenizer import Tokenizer
 from finetune.peft import adapters, lora, whole
@@ -123,6 +125,7 @@ def test_the_folder_of_a_run_is_its_model(home, capsys):
 )
 def test_a_merged_folder_answers_as_the_adapter(home, capsys, names, weights, dtype):
     words = ["merge", *(str(home / name) for name in names), "--out", str(home / "merged"), "--json"]
+    words += [] if dtype else ["--gguf", "f16"]
     words += [word for w in weights for word in ("--weight", str(w))] + (["--dtype", dtype] if dtype else [])
     assert command(words) == 0
     done = json.loads(capsys.readouterr().out)
@@ -137,6 +140,9 @@ def test_a_merged_folder_answers_as_the_adapter(home, capsys, names, weights, dt
             assert (mine - exact).abs().max() <= 2**-7 * exact.abs().max()
     else:
         assert near(merged(TOKENS), want(TOKENS))
+        assert done["gguf"] == str(home / "merged" / "merged-f16.gguf")
+        assert generated(capsys, "--model", done["gguf"])[0]["text"]
+        assert (load.llama(done["gguf"])(TOKENS) - want(TOKENS)).abs().max() <= 0.01 * want(TOKENS).abs().max()
     assert (home / "merged" / "generation_config.json").exists()
     assert load.tokenizer(home / "merged").chat_template == load.tokenizer(home / "base").chat_template
     assert generated(capsys, "--model", home / "merged")[0]["text"]
@@ -229,6 +235,7 @@ def test_from_a_run_to_its_next_commands(home, capsys, monkeypatch):
     )
     said = [line.removeprefix("python -m finetune ") for line in lines if line.startswith("python -m finetune ")]
     assert [words.split()[0] for words in said] == ["generate", "generate", "merge"]
+    assert list(FORMS) == list(gguf_write.FORMATS)
     assert lines[-1] == f"python -m finetune {said[-1]}"
     for words in said:
         assert command([*shlex.split(words), *(["--max-new-tokens", "4"] if "generate" in words else [])]) == 0, words
@@ -249,6 +256,14 @@ def test_from_a_run_to_its_next_commands(home, capsys, monkeypatch):
     adapters.load_adapter(moved, home / "moved" / "model")
     assert not near(moved(TOKENS), first(TOKENS))
     assert not torch.equal(moved.norm.weight, first.norm.weight)
+
+
+def test_what_one_does_next_with_a_whole_model():
+    sft = registry.load(registry.find("sft"))
+    full = sft.next_commands(sft.Config(method="full"), Path("/a run"))
+    assert [shlex.split(words)[:2] for _, words in full] == [["generate", "--model"], ["export", "/a run"]]
+    assert "--out '/a run-q8_0.gguf'" in full[1][1]
+    assert sft.next_commands(sft.Config.toy(), Path("/a run")) == full[:1]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_adapters
 
 from finetune.cli import main
 from finetune.runs import registry
@@ -124,6 +125,11 @@ def a_run(place):
     return run
 
 
+@pytest.fixture(scope="module")
+def an_adapter(place):
+    small_adapters.adapter_run(place)
+
+
 def small(name):
     return ["run", name, "--toy", "--steps", STEPS.get(name, "2"), *SETTINGS.get(name, [])]
 
@@ -174,11 +180,14 @@ def test_a_printed_command_runs(command, place, a_run, monkeypatch, capsys, requ
         words += ["--out", str(place / "runs" / str(OURS.index(command)))]
     if words[0] == "brief":
         a_run(words[1])
-    if words[0] == "generate":
+    if {"merge", "--compare"} & set(words):
+        request.getfixturevalue("an_adapter")  # RUN
+    elif words[0] == "generate":
         if "smollm2" in words:
             request.getfixturevalue("smollm2")
         for name, text in (("nanogpt", "modules/pre_train/llm/nanogpt/output/RUN"), ("sft", "RUN")):
             words = [word.replace(text, str(a_run(name))) if text in word else word for word in words]
+    if words[0] == "generate":
         words += ["--max-new-tokens", "2"]
     if words[0] == "quiz":
         monkeypatch.setattr("sys.stdin", io.StringIO("\n" + "y\nn\n" * 10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,17 @@ def base_name(model: str) -> str:
     if not reading.home_path(model).exists() and model != "smollm2":
         return model
     return str(hub.resolve(model).absolute())
+
+
+def next_commands(run: Path) -> list[tuple[str, str]]:
+    """What one does next with the adapter of a run: (what for, words of the command line), for a shell."""
+    name, merged = (shlex.quote(str(path)) for path in (run, run.with_name(f"{run.name}-merged")))
+    ask = f"generate --model {name} --prompt 'What can you do?'"
+    return [
+        ("ask it", ask),
+        ("next to the model that it was trained on", f"{ask} --compare"),
+        ("a model that needs no adapter", f"merge {name} --out {merged}"),
+    ]
 
 
 @contextmanager

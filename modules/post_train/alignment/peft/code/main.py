@@ -27,10 +27,10 @@ from finetune.data.rows import check_form
 from finetune.data.toy_directory import small_config
 from finetune.errors import UserError
 from finetune.lm import template_tokens
-from finetune.lm.io import hub, load, save
+from finetune.lm.io import load, save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.memory import meters
-from finetune.peft import adapters, lora
+from finetune.peft import adapters, bases, lora
 from finetune.runs import config, display
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
@@ -146,6 +146,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     report(cfg, run, results, before, total)
     plots.comparison(run, results, before)
     mix_adapters(cfg, run, task)
+    if cfg.model != "scratch" and first_lora(cfg):
+        run.next_commands = bases.next_commands(run.dir)
     return {"loss_before": before, "parameters": total}
 
 
@@ -237,21 +239,21 @@ def measured(
 
 def save_method(cfg: Config, run: Run, task: Task, method: Method, adapted: Adapted) -> None:
     """adapters/NAME as peft opens it; model/ is the first LoRA adapter, or from scratch the model merged with it."""
-    base = run.dir / "base" if cfg.model == "scratch" else hub.resolve(cfg.model)
-    if cfg.model == "scratch" and not base.exists():
-        save.model(task.base, base, task.tokenizer)
+    base = str((run.dir / "base").absolute()) if cfg.model == "scratch" else bases.base_name(cfg.model)
+    if cfg.model == "scratch" and not (run.dir / "base").exists():
+        save.model(task.base, run.dir / "base", task.tokenizer)
     folder = run.dir / "adapters" / method.name
     if adapted.part is not None:
-        adapters.save_prompt(adapted.model, adapted.part, folder, str(base))
+        adapters.save_prompt(adapted.model, adapted.part, folder, base)
     elif method.kind != "full":
-        adapters.save_adapter(adapted.model, folder, str(base))
+        adapters.save_adapter(adapted.model, folder, base)
     if method == first_lora(cfg):
         if cfg.model == "scratch":
             merged = copy.deepcopy(adapted.model)
             lora.merge(merged)
             save.model(merged, run.dir / "model", task.tokenizer)
         else:
-            adapters.save_adapter(adapted.model, run.dir / "model", str(base))
+            adapters.save_adapter(adapted.model, run.dir / "model", base)
             save.tokenizer(task.tokenizer, run.dir / "model")
 
 

@@ -278,18 +278,13 @@ def report(cfg: Config, run: Run, before: dict[str, float], after: dict[str, flo
 
 def next_commands(cfg: Config, folder: Path) -> list[tuple[str, str]]:
     """What one does next with the result: (what for, words of the command line)."""
-    name, beside = (shlex.quote(str(path)) for path in (folder, folder.with_name(f"{folder.name}-merged")))
-    ask = f"generate --model {name} --prompt 'What can you do?'"
+    ask, *others = bases.next_commands(folder)
     if cfg.model == "scratch":
-        return [("ask it", ask)]
-    if cfg.method == "full":
-        file = shlex.quote(str(folder.with_name(f"{folder.name}-q8_0.gguf")))
-        return [("ask it", ask), ("a file for llama.cpp", f"export {name} --gguf q8_0 --out {file}")]
-    return [
-        ("ask it", ask),
-        ("next to the model that it was trained on", f"{ask} --compare"),
-        ("a model that needs no adapter", f"merge {name} --out {beside}"),
-    ]
+        return [ask]
+    if cfg.method == "lora":
+        return [ask, *others]
+    name, file = (shlex.quote(str(path)) for path in (folder, folder.with_name(f"{folder.name}-q8_0.gguf")))
+    return [ask, ("a file for llama.cpp", f"export {name} --gguf q8_0 --out {file}")]
 
 
 # --- Model and files
