@@ -73,6 +73,12 @@ def tokenize(
     if cut or dropped:
         count = len(documents) + dropped
         say(f"of {count} conversations {cut} were cut to {max_length} tokens and {dropped} dropped")
+    if count := tokenizer.renderer.straddled:
+        say(
+            f"{count:,} answers begin within a token that begins in the text before them, and learn it whole: a prompt "
+            "that ends there is cut into other tokens; a template whose prompts end with a token of its own avoids it"
+        )
+        tokenizer.renderer.straddled = 0
     if tokenizer.renderer.unwritten:
         say(f"the chat template does not write these keys: {', '.join(sorted(tokenizer.renderer.unwritten))}")
         tokenizer.renderer.unwritten.clear()

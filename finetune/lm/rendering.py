@@ -44,6 +44,7 @@ class Renderer:
     specials: dict[str, str]
     added: tuple[str, ...] = ()
     unwritten: set[str] = field(default_factory=set)  # keys that the template does not write and nobody learns from
+    straddled: int = 0  # answers whose first token begins in the text that prompts for them
     texts: bool = False  # whether the template expects the arguments of a call as JSON text
     _checked: set[tuple[str, str]] = field(default_factory=set)
 
@@ -93,9 +94,14 @@ class Renderer:
                 kept = outside(self.answers(messages, text), weights, text)
             return [Written(text, kept, len(messages))]
         if self.template.marked:
-            if not marked and any(m["role"] == "assistant" and m.get("content") for m in messages):
-                raise UserError("nothing of the answers stands between the chat template's {% generation %} markers")
-            if 0 in weights:
+            said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            full = [i for i in said if any(messages[i].get(key) for key in ("content", *MEANT))]
+            if len(marked) < len(full):
+                found = f"{len(marked)} of {len(full)}" if marked else "nothing"
+                raise UserError(f"{found} of the answers stands between the chat template's {{% generation %}} markers")
+            if len(marked) == len(said):
+                marked = [span for i, span in zip(said, marked, strict=True) if weights[i] != 0]
+            elif 0 in weights:
                 turns = self.answers(messages, text)
                 foreign = [i for i, (whole, _) in turns.items() if whole != text]
                 if foreign:

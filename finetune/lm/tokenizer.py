@@ -102,6 +102,7 @@ class Tokenizer:
         mask = [0] * len(encoding.ids)
         for i, span in enumerate(encoding.offsets):
             mask[i] = int(any(overlap(span, other) for other in written.spans))
+            self.renderer.straddled += any(span[0] < start < span[1] for start, _ in written.spans)
         return encoding.ids, mask, written.messages
 
     def render_text(

@@ -123,6 +123,21 @@ def test_tokenize_cuts_and_leaves_out():
         packing.needed(packing.tokenize(found, tokenizer, 2), 2)
 
 
+def test_a_token_of_prompt_and_answer_is_said():
+    tokenizer = Tokenizer.train(["Bot: yes Bot: no" * 9], 300)
+    said = []
+    for source in ("Bot: ", "Bot:"):
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.content if m.role == 'user' else '" + source + "' + m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '" + source + "' }}{% endif %}"
+        )
+        (document,) = packing.tokenize([[USER, ASSISTANT | {"content": "yes"}]], tokenizer, 50, say=said.append)
+        kept = tokenizer.decode([i for i, learned in zip(document.ids, document.mask, strict=True) if learned])
+        assert kept == {"Bot: ": " yes", "Bot:": "yes"}[source]
+    (text,) = said
+    assert text.startswith("1 answers begin within a token that begins in the text before them")
+
+
 def test_held_out_of_what_fits():
     documents = [Document([i, i], [0, 1]) for i in [*range(30), 3, 4, 5]]
     train, held_out = packing.held_out_of(documents, 9)

@@ -125,6 +125,13 @@ def test_markers_around_nothing_are_refused(backend):
         using(backend, empty).render(CHAT)
 
 
+def test_an_answer_without_markers_among_others_is_refused(backend):
+    some = LOOP.replace("== 'assistant' %}{% generation", "== 'assistant' and loop.last %}{% generation")
+    assert learned(using(backend, some), CHAT[:3]) == "yes<|im_end|>"
+    with pytest.raises(UserError, match="1 of 2 of the answers stands between"):
+        using(backend, some).render(CHAT)
+
+
 def test_marks_are_pairs_or_nothing():
     assert unmarked("a(b)c((d)e)()", ("(", ")")) == ("abcde", [(1, 2), (3, 5)])
     for broken in ("a)b(", "(a", "a)"):

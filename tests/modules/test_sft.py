@@ -35,6 +35,7 @@ from finetune.lm.tokenizer import GPT2, Tokenizer, byte_level
 from finetune.peft.adapters import load_adapter
 from finetune.peft.lora import apply_lora
 from finetune.runs import registry
+from finetune.runs.config import describe
 from finetune.runs.run import execute
 
 ROOT = Path(__file__).parents[2]
@@ -610,3 +611,13 @@ def test_dry_run_shows_what_is_learned_and_stops(tmp_path, own_model, capsys, mo
     assert "«" in dry("sft", *given)[1].out
     assert dry("mdp") == (2, ("", "error: --dry-run: mdp has no rows to show; sft and peft do\n"))
     assert dry("sft", "--resume")[1].err == "error: --dry-run shows rows before a run: omit --resume\n"
+
+
+@pytest.mark.parametrize("module", ["sft", "peft"])
+def test_the_help_and_the_readme_name_what_there_is(module):
+    told = {field.name: field.help for field in describe(registry.load(registry.find(module)).Config)}
+    readme = (registry.find("sft").folder / "README.md").read_text(encoding="utf-8")
+    assert all(re.search(rf"\b{name}\b", told["form"]) and f"| `{name}` |" in readme for name in conversations.FORMS)
+    assert all(re.search(rf"\b{name}\b", told["template"]) and f"`{name}`" in readme for name in TEMPLATES)
+    assert all(f"| `{name}` |" in readme for name in conversations.TRAIN_ON)
+    assert all(end in told["data"] and f"`{end}`" in readme for end in row_files.FILES if end != ".ndjson")
