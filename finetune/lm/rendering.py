@@ -97,8 +97,8 @@ class Renderer:
             said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             full = [i for i in said if any(messages[i].get(key) for key in ("content", *MEANT))]
             if len(marked) < len(full):
-                found = f"{len(marked)} of {len(full)}" if marked else "nothing"
-                raise UserError(f"{found} of the answers stands between the chat template's {{% generation %}} markers")
+                part = f"{len(marked)} of {len(full)}" if marked else "nothing"
+                raise UserError(f"{part} of the answers stands between the chat template's {{% generation %}} markers")
             if len(marked) == len(said):
                 marked = [span for i, span in zip(said, marked, strict=True) if weights[i] != 0]
             elif 0 in weights:
