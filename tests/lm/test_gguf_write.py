@@ -263,3 +263,12 @@ def test_rope_scaling_that_llama_cpp_lacks_is_refused():
     ):
         with pytest.raises(UserError, match=match):
             gguf_rope.metadata(scaling, architecture, 1e4, 64)
+
+
+def test_the_command_line_offers_what_can_be_written():
+    from finetune.cli import export as command
+
+    choice = next(parameter.type for parameter in command.params if parameter.name == "form")
+    assert list(choice.choices) == list(gguf_write.FORMATS)
+    assert {kind for kind, _ in gguf_write.FORMATS.values()} | {"F32"} == {k for k, one in TYPES.items() if one.encode}
+    assert all(one.about.endswith(".") for one in TYPES.values())

@@ -135,7 +135,8 @@ def shape_metadata(config: LlamaConfig, name: str) -> tuple[dict[str, Any], list
         "rope.freq_base": float(config.rope_theta),
     }
     if config.window and config.window_layers:
-        if architecture.pattern or config.window_layers == tuple(range(config.layers)):
+        everywhere = config.window_layers == tuple(range(config.layers))
+        if architecture.pattern or (name == "llama" and everywhere):
             found["attention.sliding_window"] = config.window
         if architecture.pattern and config.window_layers != window_layers(architecture.pattern, config.layers):
             found["attention.sliding_window_pattern"] = [i in config.window_layers for i in range(config.layers)]
