@@ -20,6 +20,9 @@ ALONG_THE_ROW = ("norm 1: input, statistics", "q, k, v: input", "norm 2: input, 
                  "norm behind attention: input, statistics", "norm behind MLP: input, statistics")  # fmt: skip
 
 
+CAPPED_CHUNK = 1 << 24  # numbers of a chunk in finetune/lm/head.py: its CHUNK
+
+
 def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tuple[int, str]]:
     """Tensors that one block keeps of a token for its backward pass: name → (bytes, formula).
 
@@ -59,7 +62,8 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
             saved["attention: maxima, sums"] = 8 * heads, "8·H"
     elif flowing:  # the reference widens all three to fp32 and k, v to all heads
         saved["attention: q, k, v"] = 12 * heads * shape.head_dim, "12·H·D"
-        matrices = (8 * heads + 1) * setup.row + 1, f"(8·H + 1)·{'k' if setup.packing else 'T'} + 1"
+        maps, keys = 12 if shape.capped_scores else 8, "T" if setup.packing == 1 else "k"
+        matrices = (maps * heads + 1) * setup.document + 1, f"({maps}·H + 1)·{keys} + 1"
         saved["attention: T×T probabilities, twice; masks"] = matrices
     if any_of("o") or (flowing and setup.attention == "flash"):
         saved["attention: output"] = heads * shape.head_dim * e, "H·D·e"
@@ -150,7 +154,9 @@ def activations(shape: Shape, setup: Setup) -> Term:
 
 def loss_plan(shape: Shape, setup: Setup) -> tuple[int, int, int]:
     """(rows of a chunk, tiles of the vocabulary, blocks of rows) of ops.linear_cross_entropy, for products in fp32, by
-    the kernel's own rule (LossPlan of csrc/include/finetune/linear_cross_entropy.h)."""
+    the kernel's own rule (LossPlan of csrc/include/finetune/linear_cross_entropy.h); of the capped loss its chunk."""
+    if shape.capped_logits:
+        return min(setup.tokens, max(1, CAPPED_CHUNK // shape.vocab)), 0, 0
     return plan_of_kernel(setup.tokens, shape.vocab)
 
 
@@ -174,6 +180,11 @@ def logits(shape: Shape, setup: Setup) -> Term:
     if setup.loss == "full":
         return Term("logits", 3 * n * v * 4, "3·N·V·4", "torch.nn.functional.cross_entropy")
     chunk, tiles, blocks = loss_plan(shape, setup)
+    if shape.capped_logits:  # tanh, log-probabilities and the gradients of both; inputs once more, and their gradient
+        total, text = 16 * chunk * v + 2 * n * c * e, "16·S·V + 2·N·C·e"
+        if not setup.frozen and chunk < n:
+            total, text = total + v * c * e, text + " + V·C·e"
+        return Term("logits", total, text, f"finetune/lm/head.py, {chunk} tokens a chunk")
     parts = tiles * chunk
     total, text = chunk * v * 4 + parts * (c * 4 + 12) + n * c * e, "S·V·4 + J·(C·4 + 12) + N·C·e"
     if e < 4:

@@ -91,7 +91,7 @@ MEANING = {
     "f": ("rows and columns of the trained matrices, elements of vectors", "可训练矩阵的行数与列数，向量的元素数"),
     "t": ("tensor-parallel ranks", "张量并行的进程数"),
     "p": ("micro-batches in flight in a pipeline", "流水线中同时在途的 micro-batch 数"),
-    "k": ("tokens of a row of the attention's matrix", "注意力矩阵一行的 token 数"),
+    "k": ("tokens of a document", "每个文档的 token 数"),
     "Q": ("blocks of 256 trained parameters", "每 256 个可训练参数一块的块数"),
     "S": ("tokens in a chunk of the loss", "损失每次处理的 token 数"),
     "J": (
@@ -137,7 +137,7 @@ def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
         "f": factors(shape, setup),
         "t": setup.tp,
         "p": shape.in_flight,
-        "k": setup.row,
+        "k": setup.document,
         "Q": quantized_blocks(shape, setup),
         "S": chunk,
         "J": tiles * chunk,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune import ops, optim
+from finetune.lm import head
 from finetune.lm.generate import KVCache
 from finetune.memory import meters, simulate
 from finetune.memory.formulas import predict
@@ -95,7 +96,7 @@ class Rig:
         targets = tokens.flatten()
         if self.setup.loss == "full":
             return F.cross_entropy(F.linear(hidden, self.model.head_weight).float(), targets)
-        return ops.linear_cross_entropy(hidden, self.model.head_weight, targets)
+        return head.cross_entropy(self.model, hidden, targets)
 
     @contextmanager
     def attention(self) -> Iterator[None]:

@@ -78,9 +78,11 @@ def check_settings(setup: Setup) -> None:
 def check_shape(name: str, shape: Shape, setup: Setup) -> None:
     """UserError for the first setting that a model of this shape cannot have."""
     longest = f"{name} has {shape.max_length:,} positions"
-    if setup.seq > shape.max_length:
-        more = "; --batch adds rows" if setup.training else ""
+    if setup.document > shape.max_length:
+        more = "; --batch adds rows, --packing documents in a row" if setup.training else ""
         raise UserError(f"--seq {setup.seq}: {longest}, a text cannot be longer{more}")
+    if shape.capped_logits and setup.loss == "full":
+        raise UserError(f"--loss full: the logits of {name} have a soft cap, which only the chunked loss has")
     if setup.prompt >= setup.seq:
         raise UserError(f"--prompt {setup.prompt}: a row of --seq {setup.seq} includes it, no token would be left")
     if setup.prefix + setup.seq > shape.max_length:

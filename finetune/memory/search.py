@@ -50,7 +50,7 @@ def cost(shape: Shape, setup: Setup) -> float:
     """
     used = shape.layers * linear_weights(shape) + shape.vocab * shape.dim
     local = shape.window_layers if shape.window else 0
-    seen = setup.seq / 2 if setup.training else setup.seq
+    seen = setup.document / 2 if setup.training else setup.seq
     keys = (shape.layers - local) * seen + local * min(seen, shape.window)
     attention = 4 * shape.heads * shape.head_dim * keys
     stored = weights(shape, setup).bytes

@@ -36,6 +36,8 @@ class Shape:
     post_norms: bool = False
     gelu: bool = False  # a gated MLP with GELU
     wide_norms: bool = False  # norms keep their input in fp32 (Gemma's, which multiply by weight + 1)
+    capped_scores: bool = False  # attention's scores have a soft cap
+    capped_logits: bool = False  # so have the logits: the loss is that of finetune/lm/head.py
     window: int = 0  # tokens that the layers with a sliding window see
     window_layers: int = 0
     first: bool = True  # the part has the embedding
@@ -98,6 +100,8 @@ def shape_of(config: Any) -> Shape:
         tied=True if not llama else bool(get("tied", True)),
         gelu=get("activation") == "gelu_tanh",
         wide_norms=bool(get("norm_plus_one")),
+        capped_scores=bool(get("attention_softcap")),
+        capped_logits=bool(get("logit_softcap")),
         window=get("window") or 0,
         window_layers=len(get("window_layers") or ()),
         **same,
@@ -109,9 +113,9 @@ class Setup:
     """How the model is trained. `optimizer="none"` is inference: no gradients, a cache of batch · seq tokens."""
 
     # --- Tokens
-    batch: int = 1  # rows of a micro-batch; a row of packed documents counts as one
+    batch: int = 1  # rows of a micro-batch
     seq: int = 2048  # tokens of a row, padding included; a shorter model's own length if it is not given
-    packing: bool = False  # the rows lie end to end in one: only naive attention keeps more of them
+    packing: int = 1  # documents of equal length in a row; each sees itself only, and begins at position 0
     # --- Numbers and optimizer
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the parameters
     optimizer: str = "adamw"  # one of the optimizers below; none: inference
@@ -144,7 +148,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("seq", 1), ("lora_rank", 0), ("prompt", 0), ("prefix", 0), ("ranks", 1),
-                            ("zero", 0), ("kv_block", 1), ("tp", 1), ("pp", 1)):  # fmt: skip
+                            ("zero", 0), ("kv_block", 1), ("tp", 1), ("pp", 1), ("packing", 1)):  # fmt: skip
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)} is too small: it must be at least {least}")
@@ -166,9 +170,9 @@ class Setup:
         return self.batch * self.seq
 
     @property
-    def row(self) -> int:
-        """Tokens of a row of the attention's matrix."""
-        return self.tokens if self.packing else self.seq
+    def document(self) -> int:
+        """Tokens of a document: the keys that its last query sees."""
+        return -(-self.seq // self.packing)
 
     @property
     def element(self) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finetune import ops
-from finetune.lm import presets
+from finetune.lm import head, presets
 from finetune.lm.generate import KVCache
 from finetune.lm.io.hf_llama import FAMILIES, read_config
 from finetune.lm.llama import LlamaConfig
@@ -27,6 +27,14 @@ KINDS = {
     "smollm3": {"family": "smollm3", "nope_layers": (3,)},
     "biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "tied": False},
     "gemma3": {"family": "gemma3_text", **GEMMA},
+    "gemma2": {
+        "family": "gemma2",
+        **GEMMA,
+        "qk_norm": False,
+        "local_rope_theta": 0.0,
+        "attention_softcap": 50.0,
+        "logit_softcap": 30.0,
+    },
 }
 EACH_KIND = pytest.mark.parametrize("kind", list(KINDS))
 
@@ -144,6 +152,24 @@ def test_flash_attention_with_a_window_keeps_no_matrix():
         )
 
     assert saved(1024) < 2.05 * saved(512)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_naive_attention_of_a_family(kind):
+    """Windows are masks of the same size; a soft cap keeps a further matrix."""
+    config, setup = LlamaConfig(**(BASE | KINDS[kind])), Setup(batch=2, seq=128, attention="naive")
+    found = lab.activations(lab.Rig(config, shape_of(config), setup))
+    assert by_name(config, setup)["activations"] == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("tokens", [700, 2500])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_loss_of_capped_logits(tokens, dtype):
+    config = LlamaConfig(**(BASE | KINDS["gemma2"] | {"vocab_size": 20_000, "layers": 3, "max_length": 4096}))
+    setup = Setup(seq=tokens, dtype=dtype)
+    found = lab.logits(lab.Rig(config, shape_of(config), setup))
+    assert by_name(config, setup)["logits"] == pytest.approx(found, rel=0.05)
+    assert activations.CAPPED_CHUNK == head.CHUNK
 
 
 def test_simulated_as_predicted():

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from finetune import ops
 from finetune.errors import UserError
 from finetune.lm import presets
 from finetune.lm.gpt import GPTConfig
@@ -259,7 +260,7 @@ def test_formulas_give_their_bytes():
         {}, {"master": False}, {"lora_rank": 4}, {"grad_dtype": "fp32"}, {"offload": "parameters"},
         {"tp": 4}, {"tp": 4, "sequence_parallel": True}, {"pp": 4}, {"tp": 2, "pp": 3, "checkpointing": "block"},
     )]  # fmt: skip
-    setups += [Setup(optimizer="muon", zero=2, ranks=3), Setup(attention="naive", packing=True, batch=3, seq=50)]
+    setups += [Setup(optimizer="muon", zero=2, ranks=3), Setup(attention="naive", packing=5, batch=3, seq=50)]
     setups += [Setup(tp=2, sequence_parallel=True, checkpointing="block", ranks=3, zero=3, dtype="bf16")]
     setups += [Setup(optimizer="none", kv_dtype=kind, dtype="fp16", tp=2, pp=2) for kind in ("fp32", "bf16", "fp8")]
     for shape in (shape_of(config), shape_of({**presets.GPT["gpt2"]})):
@@ -272,13 +273,22 @@ def test_formulas_give_their_bytes():
 
 
 def test_packed_rows():
-    """One long row has the matrix of all its tokens in naive attention, and costs flash attention nothing."""
-    rows, packed = ({"batch": 4, "seq": 128, "packing": packing} for packing in (False, True))
-    shape = shape_of(LLAMA)
-    assert by_name(shape, Setup(**rows)) == by_name(shape, Setup(**packed))
-    naive = [by_name(shape, Setup(**how, attention="naive"))["activations"] for how in (rows, packed)]
-    per_key = 8 * shape.heads + 1
-    assert naive[1] - naive[0] == shape.layers * 512 * per_key * (512 - 128)
+    """Documents see themselves alone: of naive attention's matrices a row of 4 keeps a quarter; flash attention, which
+    keeps none, nothing less. As a packed row of a model keeps them."""
+    shape, naive = shape_of(LLAMA), {"seq": 200, "attention": "naive"}
+    assert by_name(shape, Setup(seq=200)) == by_name(shape, Setup(seq=200, packing=4))
+    whole, packed = (by_name(shape, Setup(**naive, packing=count))["activations"] for count in (1, 4))
+    assert whole - packed == shape.layers * 200 * (8 * shape.heads + 1) * 150
+    model = meters.build(LLAMA, Setup())
+    rig = lab.Rig(LLAMA, shape, Setup(**naive))
+    tokens, ends = torch.zeros(1, 200, dtype=torch.int64), torch.tensor([0, 50, 100, 150, 200])
+
+    def loss():
+        hidden = model(tokens, cu_seqlens=ends, hidden=True).flatten(0, 1)
+        return ops.linear_cross_entropy(hidden, model.head_weight, tokens.flatten())
+
+    with rig.attention():
+        assert packed == pytest.approx(meters.saved_bytes(model, loss), rel=0.05)
 
 
 # --- Published figures of inference and adapters
