@@ -4,9 +4,11 @@
     dv_j = Σ_i p_ij do_i        dp_ij = do_i · v_j        ds_ij = p_ij (dp_ij − δ_i)        δ_i = do_i · o_i
     dq_i = scale Σ_j ds_ij k_j  dk_j = scale Σ_i ds_ij q_i
 
+With a softcap c, s_ij = c · log2(e) · tanh(scale / c · q_i · k_j), and ds_ij is multiplied by 1 − tanh².
+
 The keys that a query sees are one interval [low, high), whatever hides the others: the causal rule, lengths, the bounds
-of its document. Blocks of keys that no query of a block sees are not visited. A block belongs to one document, and what
-lies behind a length or in another document is never loaded: it may be NaN.
+of its document, a window. Blocks of keys that no query of a block sees are not visited. A block belongs to one
+document, and what lies behind a length or in another document is never loaded: it may be NaN.
 Layout: (B, T, H, D) with any strides but unit stride in D (else copied); D is padded to a power of two by masks. The
 forward pass gives a program BLOCK_M queries of one head; it keeps q, the running maximum m and the sums l and o on
 chip, and streams k and v past them in blocks of BLOCK_N. The backward pass has three kernels: δ; dk and dv (a program
@@ -60,6 +62,31 @@ def visible_end(i, stop, end, shift, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def visible_begin(i, end, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Query i sees no key before this one: those are before its window. `end` of its sequence's keys."""
+    low = i * 0
+    if WINDOW:
+        low = tl.maximum(low + ((i + shift + 1) if CAUSAL else end) - window, 0)
+    return low
+
+
+@triton.jit
+def scores_of(products, factor, cap, CAPPED: tl.constexpr):
+    """Scores to base 2 from q · k; with a softcap their derivative's factor 1 − tanh², too."""
+    s = products * factor
+    slope = s
+    if CAPPED:  # tanh to about 1 ulp: Cephes' polynomial below 0.625, else 1 − 2e / (1 + e) with e = e^(−2|x|)
+        size, z = tl.abs(s), s * s
+        e = tl.exp2(size * -2.8853900817779268)
+        p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
+        large = 1 - 2 * e / (1 + e)
+        t = tl.where(size < 0.625, (p - 3.33332819422e-1) * z * s + s, tl.where(s < 0, -large, large))
+        s = t * cap
+        slope = 1 - t * t
+    return s, slope
+
+
+@triton.jit
 def rows(x, first, end, token_stride, dim, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """BLOCK_ROWS tokens of one head from `first` on, (BLOCK_ROWS, BLOCK_D); 0 from token `end` and column `dim` on."""
     t, d = first + tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_D)
@@ -76,9 +103,9 @@ def store_rows(x, value, first, end, token_stride, dim, BLOCK_ROWS: tl.constexpr
 
 @triton.jit
 def attention_kernel(
-    q, k, v, o, m, l, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr,
+    q, k, v, o, m, l, lengths, table, blocks, queries, keys, heads, group, dim, factor,
+    cap, window, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
@@ -86,8 +113,11 @@ def attention_kernel(
     n = blocks - 1 - tl.program_id(0) % blocks  # causal: the longest first
     first, low, stop = own_block(n, blocks, table, queries, BLOCK_M, DOCUMENTS)
     i = first + tl.arange(0, BLOCK_M)
-    high = visible_end(i, stop, real_keys(b, stop if DOCUMENTS else keys, lengths, LENGTHS), keys - queries, CAUSAL)
+    real = real_keys(b, stop if DOCUMENTS else keys, lengths, LENGTHS)
+    high = visible_end(i, stop, real, keys - queries, CAUSAL)
+    passed = visible_begin(i, real, keys - queries, window, CAUSAL, WINDOW)
     end = tl.max(high, 0)
+    low = tl.maximum(low, visible_begin(first, real, keys - queries, window, CAUSAL, WINDOW))
     k += b * k_batch + h // group * k_head
     v += b * v_batch + h // group * v_head
     q_rows = rows(q + b * q_batch + h * q_head, first, stop, q_token, dim, BLOCK_M, BLOCK_D)
@@ -98,8 +128,10 @@ def attention_kernel(
     for start in range(low, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         k_rows = rows(k, start, end, k_token, dim, BLOCK_N, BLOCK_D)
-        s = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee") * log2_scale
+        s, _ = scores_of(tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee"), factor, cap, CAPPED)
         seen = j[None, :] < high[:, None]
+        if WINDOW:
+            seen &= j[None, :] >= passed[:, None]
         s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet: not −inf − −inf
@@ -145,9 +177,9 @@ def row_statistics(m, l, delta, row, exists):
 
 @triton.jit
 def attention_backward_keys_kernel(
-    q, k, v, do, dk, dv, m, l, delta, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
+    q, k, v, do, dk, dv, m, l, delta, lengths, table, blocks, queries, keys, heads, group, dim, factor, cap, window,
     scale, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
-    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr,
+    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     kv_heads = heads // group
@@ -161,6 +193,12 @@ def attention_backward_keys_kernel(
     begin, last = low, stop if DOCUMENTS else queries  # of the queries that may see a key of this block
     if CAUSAL:
         begin = tl.maximum(low, first - (keys - queries))
+    if WINDOW:
+        newest = tl.minimum(first + BLOCK_N, end) - 1  # the block's last real key
+        if CAUSAL:
+            last = tl.minimum(last, newest - (keys - queries) + window)
+        else:
+            last = tl.where(newest >= end - window, last, 0)
     last = tl.where(first < end, last, 0)
 
     dk_rows = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -174,12 +212,18 @@ def attention_backward_keys_kernel(
             m_i, inverse_l, d = row_statistics(m, l, delta, row, i < last)
             q_rows = rows(q + b * q_batch + h * q_head, start, last, q_token, dim, BLOCK_M, BLOCK_D)
             do_rows = rows(do + b * g_batch + h * g_head, start, last, g_token, dim, BLOCK_M, BLOCK_D)
-            s = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee") * log2_scale  # (BLOCK_N, BLOCK_M)
+            products = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
+            s, slope = scores_of(products, factor, cap, CAPPED)
             seen = j[:, None] < high[None, :]
+            if WINDOW:
+                passed = visible_begin(i, end, keys - queries, window, CAUSAL, WINDOW)
+                seen &= j[:, None] >= passed[None, :]
             p = tl.where(seen, tl.exp2(s - m_i[None, :]) * inverse_l[None, :], 0.0)
             dv_rows = tl.dot(p.to(do_rows.dtype), do_rows, dv_rows, input_precision="ieee")
             dp = tl.dot(v_rows, tl.trans(do_rows), input_precision="ieee")
             ds = tl.where(seen, p * (dp - d[None, :]), 0.0)
+            if CAPPED:
+                ds *= slope
             dk_rows = tl.dot(ds.to(q_rows.dtype), q_rows, dk_rows, input_precision="ieee")
     to = (b * keys * kv_heads + g) * dim
     store_rows(dk + to, dk_rows * scale, first, stop, kv_heads * dim, dim, BLOCK_N, BLOCK_D)
@@ -188,9 +232,9 @@ def attention_backward_keys_kernel(
 
 @triton.jit
 def attention_backward_queries_kernel(
-    q, k, v, do, dq, m, l, delta, lengths, table, blocks, queries, keys, heads, group, dim, log2_scale,
+    q, k, v, do, dq, m, l, delta, lengths, table, blocks, queries, keys, heads, group, dim, factor, cap, window,
     scale, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
-    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr,
+    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
@@ -198,8 +242,11 @@ def attention_backward_queries_kernel(
     n = blocks - 1 - tl.program_id(0) % blocks
     first, low, stop = own_block(n, blocks, table, queries, BLOCK_M, DOCUMENTS)
     i = first + tl.arange(0, BLOCK_M)
-    high = visible_end(i, stop, real_keys(b, stop if DOCUMENTS else keys, lengths, LENGTHS), keys - queries, CAUSAL)
+    real = real_keys(b, stop if DOCUMENTS else keys, lengths, LENGTHS)
+    high = visible_end(i, stop, real, keys - queries, CAUSAL)
+    passed = visible_begin(i, real, keys - queries, window, CAUSAL, WINDOW)
     end = tl.max(high, 0)
+    low = tl.maximum(low, visible_begin(first, real, keys - queries, window, CAUSAL, WINDOW))
     m_i, inverse_l, d = row_statistics(m, l, delta, (b * heads + h) * queries + i, i < stop)
     k += b * k_batch + h // group * k_head
     v += b * v_batch + h // group * v_head
@@ -210,11 +257,15 @@ def attention_backward_queries_kernel(
     for start in range(low, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         k_rows = rows(k, start, end, k_token, dim, BLOCK_N, BLOCK_D)
-        s = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee") * log2_scale
+        s, slope = scores_of(tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee"), factor, cap, CAPPED)
         seen = j[None, :] < high[:, None]
+        if WINDOW:
+            seen &= j[None, :] >= passed[:, None]
         p = tl.where(seen, tl.exp2(s - m_i[:, None]) * inverse_l[:, None], 0.0)
         dp = tl.dot(do_rows, tl.trans(rows(v, start, end, v_token, dim, BLOCK_N, BLOCK_D)), input_precision="ieee")
         ds = tl.where(seen, p * (dp - d[:, None]), 0.0)
+        if CAPPED:
+            ds *= slope
         dq_rows = tl.dot(ds.to(k_rows.dtype), k_rows, dq_rows, input_precision="ieee")
     store_rows(dq + (b * queries * heads + h) * dim, dq_rows * scale, first, stop, heads * dim, dim, BLOCK_M, BLOCK_D)
 
@@ -271,10 +322,10 @@ def blocks_of(tokens: int, size: int, ends: Tensor | None, none: Tensor) -> tupl
 
 
 def who_sees_what(
-    q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None, cu_seqlens: Tensor | None
+    q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None, cu_seqlens: Tensor | None, window: int
 ) -> tuple[Tensor, Tensor | None, Tensor, dict[str, bool]]:
     """lengths as a kernel argument, the documents' bounds, a tensor that is never read, and the constants that say
-    what hides keys."""
+    what hides keys. A window of all keys and more hides none."""
     check(q.dim() == k.dim() == 4 and q.shape[3] == k.shape[3], "attention", "q and k must be (B, T, H, D) of one D")
     check(q.shape[2] % k.shape[2] == 0, "attention", "q's heads must be a multiple of k's")
     none = empty_f32(q, 1)  # never read
@@ -285,14 +336,21 @@ def who_sees_what(
         check(q.shape[0] == 1 and q.shape[1] == k.shape[1], "attention", "cu_seqlens needs batch 1 and Tq = Tk")
         ends = cu_seqlens.to(q.device, torch.int32).clamp(0, q.shape[1])
     hidden = {"CAUSAL": causal, "LENGTHS": lengths is not None, "DOCUMENTS": cu_seqlens is not None}
+    hidden["WINDOW"] = 0 < window < k.shape[1]
     return none if lengths is None else lengths.to(q.device).contiguous(), ends, none, hidden
 
 
+def score_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """What q · k is multiplied by, and what tanh of it is, if there is a softcap: scores to base 2."""
+    return (scale / softcap, softcap * math.log2(math.e)) if softcap else (scale * math.log2(math.e), 0.0)
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, lengths: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, lengths: Tensor | None, cu_seqlens: Tensor | None,
+    window: int = 0, softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v = (unit_stride(t) for t in (q, k, v))
-    real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens)
+    real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens, window)
     (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
     o, m, l = q.new_empty(q.shape), *(empty_f32(q, batch, heads, queries) for _ in range(2))
     if ends is not None:  # tokens of no document, if cu_seqlens is wrong
@@ -302,25 +360,26 @@ def attention(
         table, blocks = blocks_of(queries, chosen["BLOCK_M"], ends, none)
         attention_kernel[(blocks * batch * heads,)](
             q, k, v, o, m, l, real, table, blocks, queries, keys, heads, heads // kv_heads, dim,
-            scale * math.log2(math.e),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **hidden, **chosen,
+            *score_factors(scale, softcap), window if hidden["WINDOW"] else 0,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **hidden, CAPPED=softcap > 0, **chosen,
         )  # fmt: skip
     return o, m, l
 
 
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, l: Tensor, causal: bool, scale: float,
-    lengths: Tensor | None, cu_seqlens: Tensor | None,
+    lengths: Tensor | None, cu_seqlens: Tensor | None, window: int = 0, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     do, q, k, v, o = (unit_stride(t) for t in (do, q, k, v, o))
     m, l = m.contiguous(), l.contiguous()
-    real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens)
+    real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens, window)
     (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
     dq, dk, dv = ((t.new_empty if ends is None else t.new_zeros)(t.shape) for t in (q, k, v))
     delta = torch.empty_like(m)
     if not dq.numel():
         return dq, dk.zero_(), dv.zero_()
-    sizes = (queries, keys, heads, heads // kv_heads, dim, scale * math.log2(math.e), scale)
+    hidden["CAPPED"], near = softcap > 0, window if hidden["WINDOW"] else 0
+    sizes = (queries, keys, heads, heads // kv_heads, dim, *score_factors(scale, softcap), near, scale)
     strides = [s for t in (q, k, v, do) for s in t.stride()[:3]]
     wide = max(triton.next_power_of_2(dim), 16)
     delta_kernel[(triton.cdiv(queries, 32) * batch * heads,)](
@@ -356,3 +415,8 @@ def typical(dtype: torch.dtype):
     stat = empty_f32(q, 1, 9, 500)
     yield "attention", (q, q, q, True, 0.1, None, ends)
     yield "attention_backward", (q, q, q, q, q, stat, stat, True, 0.1, None, ends)
+    for dim in (64, 128, 256):
+        q, k = torch.empty(2, 512, 8, dim, dtype=dtype), torch.empty(2, 512, 4, dim, dtype=dtype)
+        stat = empty_f32(q, 2, 8, 512)
+        yield "attention", (q, k, k, True, dim**-0.5, None, None, 100, 50.0)
+        yield "attention_backward", (q, q, k, k, q, stat, stat, True, dim**-0.5, None, None, 100, 50.0)

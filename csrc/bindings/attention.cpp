@@ -138,7 +138,8 @@ struct ForwardOnDevice {
             written(o),
             out<float>(top),
             out<float>(total),
-            {splits, out<float>(split_rows), out<float>(split_rows) + split_rows.numel() / 2, out<float>(split_acc)}};
+            {splits, attention_span(p.shape), out<float>(split_rows), out<float>(split_rows) + split_rows.numel() / 2,
+             out<float>(split_acc)}};
   }
 };
 

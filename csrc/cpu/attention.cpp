@@ -8,7 +8,8 @@
 //
 // Memory: a worker holds one block of rows (kAttentionRows of q and o, fp32), one of keys (k and v) and one strip of
 // scores. q and o move once, k and v once a row block. 4 · rows · visible keys · dim FLOPs, so the roof is FMA
-// throughput (with few rows, as in decoding, memory bandwidth: few_rows() reads k and v in place).
+// throughput (with few rows, as in decoding, memory bandwidth: few_rows() reads k and v in place). Blocks of keys that no
+// row of a strip sees, being behind the causal limit or before the window, are skipped. A softcap costs a tanh a score.
 #include "attention_backward.h"
 #include "attention_common.h"
 

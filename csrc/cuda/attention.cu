@@ -4,6 +4,8 @@
 //   m' = max(m, max s),   p = 2^(s − m'),   l = 2^(m − m') l + Σ p,   o = 2^(m − m') o + p V;   at the end o / l.
 // m and l are kept. Backward, with P = 2^(s − m) / l made again and delta = rowsum(dO ∘ O):
 //   dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − delta),   dQ = scale dS K,   dK = scale dSᵀ Q.
+// With a softcap c, s = c log2(e) tanh(scale / c q·k), and dS is multiplied by 1 − tanh² (kernels with kCapped). A
+// window skips the tiles that are outside of it for all rows of a block, so the work is tokens · window.
 //
 // A block holds a tile of tokens of one head (64 queries, or keys for dK and dV), a warp 16 rows of it; the tiles of
 // the other side come through shared memory, by cp.async into two stages of pairs (k and v, or q and dO), swizzled so
@@ -45,6 +47,11 @@ Status for_dim(int64_t dim, F&& f) {
   }
 }
 
+template <class F>
+Status for_cap(const AttentionSizes& a, F&& f) {
+  return a.softcap > 0 ? f(std::true_type{}) : f(std::false_type{});
+}
+
 template <class Args>
 Status launch_blocks(void (*kernel)(Args), int64_t blocks, size_t shared, void* stream, const Args& a) {
   if (!blocks) return Status::ok;
@@ -64,11 +71,13 @@ Status launch_cuda(const AttentionCuda& a, void* stream) {
       constexpr size_t kBytes = attention::ForwardMemory<T, D>::kBytes;
       if (!a.splits.count) {
         const int64_t blocks = a.batch * a.heads * attention::tiles_of(a, a.queries, kBlockRows);
-        return launch_blocks(attention::forward<T, D>, blocks, kBytes, stream, a);
+        return for_cap(
+            a, [&](auto capped) { return launch_blocks(attention::forward<T, D, capped>, blocks, kBytes, stream, a); });
       }
       const int64_t row_tiles = ceil_div(a.queries * (a.heads / a.kv_heads), kBlockRows);
       const int64_t blocks = a.batch * a.kv_heads * row_tiles * a.splits.count;
-      const Status status = launch_blocks(attention::decode<T, D>, blocks, kBytes, stream, a);
+      const Status status = for_cap(
+          a, [&](auto capped) { return launch_blocks(attention::decode<T, D, capped>, blocks, kBytes, stream, a); });
       if (status != Status::ok || a.splits.count == 1) return status;
       const int64_t rows = a.batch * a.heads * a.queries;
       return launch_blocks(attention::combine<T, D>, ceil_div(rows, attention::kWarps), 0, stream, a);
@@ -85,11 +94,15 @@ Status launch_cuda(const AttentionBackwardCuda& a, void* stream) {
       using W = attention::Warp<T, D>;
       constexpr size_t kBytes = attention::BackwardMemory<T, D>::kBytes;
       const int64_t tiles = attention::tiles_of(a, a.queries, W::kBlockRows);
-      const Status status =
-          launch_blocks(attention::backward_queries<T, D>, a.batch * a.heads * tiles, kBytes, stream, a);
+      const Status status = for_cap(a, [&](auto capped) {
+        return launch_blocks(attention::backward_queries<T, D, capped>, a.batch * a.heads * tiles, kBytes, stream, a);
+      });
       if (status != Status::ok) return status;
       const int64_t parts = D / W::kKeyColumns, key_tiles = attention::tiles_of(a, a.keys, W::kBlockRows);
-      return launch_blocks(attention::backward_keys<T, D>, a.batch * a.kv_heads * key_tiles * parts, kBytes, stream, a);
+      const int64_t blocks = a.batch * a.kv_heads * key_tiles * parts;
+      return for_cap(a, [&](auto capped) {
+        return launch_blocks(attention::backward_keys<T, D, capped>, blocks, kBytes, stream, a);
+      });
     });
   });
 }

@@ -37,9 +37,10 @@ struct BackwardMemory {
 
 // A block per tile of BLOCK_M queries; it loops over tiles of BLOCK_N keys:
 //   S = Q Kᵀ,   dP = dO Vᵀ,   dS = P ∘ (dP − delta),   dQ += dS K.
+// With a softcap dS is multiplied by 1 − tanh².
 // delta = dO · O comes from the products that make dP, and so in their order: where a row's P is 1 at one key and 0
 // elsewhere, they cancel to the bit, as they should. It is left in a.rows for backward_keys.
-template <class T, int D>
+template <class T, int D, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwardCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBlockRows, BLOCK_N = W::kBackwardStep, kRows = W::kRows;
@@ -51,9 +52,10 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
 
   const int kv_head = work.head / static_cast<int>(a.heads / a.kv_heads);
   const int least = work.s.limit(work.first), most = work.s.limit(work.first + work.rows - 1);
+  const int begin = work.s.passed(work.first), most_passed = work.s.passed(work.first + work.rows - 1);
   const bool chunks_k = in_chunks<T>(a.k, a.dim), chunks_v = in_chunks<T>(a.v, a.dim);
   const auto load = [&](int n, int stage) {
-    const int key = n * BLOCK_N;
+    const int key = begin + n * BLOCK_N;
     load_tile<BLOCK_N>(memory.step(0, stage), at<const T>(a.k, work.s, key, kv_head), a.k.token, most - key, a.dim,
                        chunks_k);
     load_tile<BLOCK_N>(memory.step(1, stage), at<const T>(a.v, work.s, key, kv_head), a.v.token, most - key, a.dim,
@@ -74,12 +76,14 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
   const int other = w.diagonal();
   w.multiply(memory.held(1), Tile<T, D>{o.data + other * D}, dots);
 
+  const auto query = [&](int r) { return min(work.first + w.row(r), work.s.queries - 1); };
+  const auto passed = [&](int r) { return work.s.passed(query(r)); };
   int limit[kRows];
   AttentionRow rows[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = w.row(r);
-    limit[r] = work.s.limit(min(work.first + row, work.s.queries - 1));
+    limit[r] = work.s.limit(query(r));
     float delta = 0;
 #pragma unroll
     for (int c = 0; c < dots.kColumns; ++c) delta = other + w.column(c) == row ? dots.at(r, c) : delta;
@@ -92,11 +96,12 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
   }
   __syncthreads();
 
+  const Score<kCapped> score(a);
   typename W::template Matrix<D> dq;
-  pipeline<W::kStages>(static_cast<int>(ceil_div(most, BLOCK_N)), load, [&](int n, int stage) {
+  pipeline<W::kStages>(static_cast<int>(ceil_div(max(most - begin, 0), BLOCK_N)), load, [&](int n, int stage) {
     const Tile<T, D> k = memory.step(0, stage), v = memory.step(1, stage);
-    const int key = n * BLOCK_N;
-    const bool whole = key + BLOCK_N <= least;
+    const int key = begin + n * BLOCK_N;
+    const bool whole = key + BLOCK_N <= least && key >= most_passed;
     typename W::template Matrix<BLOCK_N> p, ds;  // S; dP, then dS
     w.multiply(memory.held(0), k, p);
     w.multiply(memory.held(1), v, ds);
@@ -104,16 +109,19 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int c = 0; c < p.kColumns; ++c) {
-        const float weight = ptx::exp2(__fmul_rn(p.at(r, c), a.scale * kLog2e) - rows[r].m) * rows[r].inverse_l;
+        const float tanh = score.tanh_of(p.at(r, c));
+        const float weight = ptx::exp2(score.log2_of(tanh) - rows[r].m) * rows[r].inverse_l;
         ds.at(r, c) = weight * (ds.at(r, c) - rows[r].delta);
+        if constexpr (kCapped) ds.at(r, c) *= score.slope(tanh);
       }
     }
-    if (!whole) {  // the last tiles
+    if (!whole) {  // the last tiles, and the first of a window
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int c = 0; c < p.kColumns; ++c) {
-          if (key + w.column(c) >= limit[r]) ds.at(r, c) = 0;
+          const int j = key + w.column(c);
+          if (j >= limit[r] || j < passed(r)) ds.at(r, c) = 0;
         }
       }
     }
@@ -131,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
 // A block per tile of BLOCK_N keys of one key/value head; where a block's registers do not hold all columns (D = 256),
 // for a part of them. It loops over tiles of BLOCK_M queries of all the heads that share it:
 //   Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q.
-template <class T, int D>
+template <class T, int D, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBackwardStep, BLOCK_N = W::kBlockRows, kRows = W::kRows, kColumns = W::kKeyColumns;
@@ -144,7 +152,8 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
   const int group = static_cast<int>(a.heads / a.kv_heads);
   const int real = min(max(work.s.keys - work.first, 0), work.rows);  // keys past the length get the gradient 0
   const int from = real ? min(work.s.since(work.first), work.s.queries) : work.s.queries;
-  const int steps = static_cast<int>(ceil_div(work.s.queries - from, BLOCK_M));  // for each head
+  const int to = real ? min(work.s.until(work.first + real - 1), work.s.queries) : from;  // the rows [from, to)
+  const int steps = static_cast<int>(ceil_div(max(to - from, 0), BLOCK_M));               // for each head
   const bool chunks_q = in_chunks<T>(a.q, a.dim), chunks_g = in_chunks<T>(a.grad_o, a.dim);
   const auto load = [&](int n, int stage) {
     if (n == 0) {
@@ -154,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
                          in_chunks<T>(a.v, a.dim));
     }
     const int head = work.head * group + n / steps;
-    const int query = from + n % steps * BLOCK_M, left = work.s.queries - query;
+    const int query = from + n % steps * BLOCK_M, left = to - query;
     load_tile<BLOCK_M>(memory.step(0, stage), at<const T>(a.q, work.s, query, head), a.q.token, left, a.dim, chunks_q);
     load_tile<BLOCK_M>(memory.step(1, stage), at<const T>(a.grad_o, work.s, query, head), a.grad_o.token, left, a.dim,
                        chunks_g);
@@ -167,11 +176,15 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
   int since[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) since[r] = w.row(r) < real ? work.s.since(work.first + w.row(r)) : 0x7fffffff;
+  const auto until = [&](int r) { return work.s.until(work.first + w.row(r)); };
+  const int least_until = work.s.until(work.first);
+  const Score<kCapped> score(a);
   typename W::template Matrix<kColumns> dk, dv;
   pipeline<W::kStages>(group * steps, load, [&](int n, int stage) {
     const Tile<T, D> q = memory.step(0, stage), grad = memory.step(1, stage);
     const int query = from + n % steps * BLOCK_M;
-    const bool whole = real == BLOCK_N && query >= work.s.since(work.first + real - 1);
+    const bool after = query >= work.s.since(work.first + real - 1), before = query <= least_until - BLOCK_M;
+    const bool whole = real == BLOCK_N && after && before;
     typename W::template Matrix<BLOCK_M> p, ds;  // Sᵀ, then Pᵀ; dPᵀ, then dSᵀ
     w.multiply(memory.held(0), q, p);
     w.multiply(memory.held(1), grad, ds);
@@ -180,16 +193,19 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
       const AttentionRow row = memory.rows(stage)[w.column(c)];  // 0, and so inverse_l, past the last query
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        p.at(r, c) = ptx::exp2(__fmul_rn(p.at(r, c), a.scale * kLog2e) - row.m) * row.inverse_l;
+        const float tanh = score.tanh_of(p.at(r, c));
+        p.at(r, c) = ptx::exp2(score.log2_of(tanh) - row.m) * row.inverse_l;
         ds.at(r, c) = p.at(r, c) * (ds.at(r, c) - row.delta);
+        if constexpr (kCapped) ds.at(r, c) *= score.slope(tanh);
       }
     }
-    if (!whole) {  // the first tiles, and the last keys
+    if (!whole) {  // the first tiles, the last keys, and the last tiles of a window
 #pragma unroll
       for (int c = 0; c < p.kColumns; ++c) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          if (query + w.column(c) < since[r]) p.at(r, c) = ds.at(r, c) = 0;
+          const int i = query + w.column(c);
+          if (i < since[r] || i >= until(r)) p.at(r, c) = ds.at(r, c) = 0;
         }
       }
     }

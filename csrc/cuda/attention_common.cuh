@@ -25,14 +25,26 @@ struct Sequence {
   int batch, begin;  // its tokens start at `begin`
   int queries, keys, shift;
   bool causal;
+  int window;  // 0: none
 
   // How many keys query i sees, counted from the first.
   __device__ int limit(int i) const {
     const int visible = i + shift + 1;
     return causal ? min(max(visible, 0), keys) : keys;
   }
+  // How many keys lie before query i's window. It sees those from there to its limit, which may be none.
+  __device__ int passed(int i) const {
+    const int last = causal ? i + shift : keys - 1;
+    return window ? max(last - window + 1, 0) : 0;
+  }
   // The first query that sees key j, if one does.
   __device__ int since(int j) const { return causal ? max(j - shift, 0) : 0; }
+  // The first query, and all after it, for which key j is before the window; 0x7fffffff or more than there are: none.
+  __device__ int until(int j) const {
+    if (!window) return 0x7fffffff;
+    if (!causal) return j >= keys - window ? 0x7fffffff : 0;
+    return max(j - shift >= queries - window ? queries : j - shift + window, 0);
+  }
 };
 
 // A block's share of the work: `rows` tokens (queries or keys) of one head from token `first` of a sequence.
@@ -51,7 +63,8 @@ __host__ __device__ inline int64_t tiles_of(const AttentionCudaShape& a, int64_t
 __device__ __forceinline__ Sequence sequence(const AttentionCudaShape& a, int batch) {
   const int queries = static_cast<int>(a.queries), keys = static_cast<int>(a.keys);
   const int real = a.lengths.data ? bounded(integer(a.lengths, batch), 0, keys) : keys;
-  return {batch, 0, queries, real, keys - queries, a.causal};
+  const int window = a.window < keys ? static_cast<int>(a.window) : 0;  // a wider one hides nothing
+  return {batch, 0, queries, real, keys - queries, a.causal, window};
 }
 
 // The place of block `index` where blocks are numbered (batch, head, tile, part); of_keys: tokens are keys.
@@ -98,6 +111,33 @@ template <class T>
 __device__ __forceinline__ bool in_chunks(const AttentionView& x, int64_t dim) {
   return (dim | x.batch | x.token | x.head) % kVector<T> == 0 && are_aligned(static_cast<const char*>(x.data));
 }
+
+// --- scores
+
+// tanh to about 1 ulp: x + x³ P(x²) (Cephes tanhf) for |x| below 0.625, else ± (1 − 2e / (1 + e)) with e = e^(−2|x|).
+__device__ __forceinline__ float hyperbolic_tangent(float x) {
+  const float size = fabsf(x), e = ptx::exp2(size * (-2 * kLog2e)), z = x * x;
+  const float large = 1 - __fdividef(2 * e, 1 + e);
+  float p = -5.70498872745e-3f;
+  p = fmaf(p, z, 2.06390887954e-2f);
+  p = fmaf(p, z, -5.37397155531e-2f);
+  p = fmaf(p, z, 1.33314422036e-1f);
+  p = fmaf(p, z, -3.33332819422e-1f);
+  return size < 0.625f ? fmaf(p * z, x, x) : copysignf(large, x);
+}
+
+// A score to base 2 from x = q·k: log2(e) scale x, or with a softcap c log2(e) tanh(scale / c x).
+template <bool kCapped>
+struct Score {
+  float scale, factor;
+  __device__ explicit Score(const AttentionSizes& a)
+      : scale(kCapped ? a.scale / a.softcap : a.scale), factor((kCapped ? a.softcap : a.scale) * kLog2e) {}
+
+  __device__ float tanh_of(float x) const { return kCapped ? hyperbolic_tangent(x * scale) : x; }
+  __device__ float log2_of(float x) const { return __fmul_rn(x, factor); }  // of what tanh_of gave
+  // Its derivative is scale times this.
+  __device__ float slope(float tanh) const { return kCapped ? fmaf(-tanh, tanh, 1.0f) : 1.0f; }
+};
 
 // --- tiles
 

@@ -2,6 +2,7 @@
 // the queries of all heads that share a key/value head, so that keys and values are read once for them, and the keys
 // are split: a block writes m, l and acc of its keys, and `combine` joins the splits of a row, in order:
 //   m = max m_s,   l = Σ 2^(m_s − m) l_s,   o = Σ 2^(m_s − m) acc_s / l
+// With a window only the keys that some row sees are split.
 // The splits are a function of the sizes alone (attention_splits): the same bits on every GPU and at every run.
 //
 // Blocks: batch · kv_heads · splits, up to 264 as far as there are keys, instead of batch · heads. Bytes: keys and
@@ -23,7 +24,7 @@ struct PackedRows {
 };
 
 // Blocks are numbered (batch, kv head, tile of rows, split).
-template <class T, int D>
+template <class T, int D, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 1) decode(AttentionCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBlockRows, BLOCK_N = W::kStep, kRows = W::kRows;
@@ -40,19 +41,23 @@ __global__ void __launch_bounds__(kThreads, 1) decode(AttentionCuda a) {
   const Sequence s = sequence(a, index / tiles / static_cast<int>(a.kv_heads));
   const PackedRows packing{kv_head * group, group, first};
 
-  const int each = static_cast<int>(ceil_div(ceil_div(a.keys, BLOCK_N), splits)) * BLOCK_N, begin = split * each;
+  const int each = static_cast<int>(ceil_div(ceil_div(a.splits.keys, BLOCK_N), splits)) * BLOCK_N;
+  const int begin = s.passed(packing.query(0)) + split * each, most_passed = s.passed(packing.query(rows - 1));
   const int least = s.limit(packing.query(0)), most = s.limit(packing.query(rows - 1));
+  const auto query = [&](int r) { return packing.query(min(w.row(r), rows - 1)); };
+  const auto passed = [&](int r) { return s.passed(query(r)); };
   int limit[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) limit[r] = s.limit(packing.query(min(w.row(r), rows - 1)));
+  for (int r = 0; r < kRows; ++r) limit[r] = s.limit(query(r));
   const bool chunks = in_chunks<T>(a.q, a.dim);
   const auto load_q = [&] {
     load_rows<BLOCK_M>(
         memory.q(), [&](int i) { return at<const T>(a.q, s, packing.query(i), packing.head(i)); }, rows, a.dim, chunks);
   };
-  OnlineSoftmax<kRows> softmax(a.scale);
+  OnlineSoftmax<kRows, kCapped> softmax(a);
   typename W::template Matrix<D> acc;
-  attend<T, D>(a, memory, w, s, kv_head, rows, begin, min(most, begin + each), least, limit, load_q, softmax, acc);
+  attend<T, D>(a, memory, w, s, kv_head, rows, begin, min(most, begin + each), most_passed, least, passed, limit,
+               load_q, softmax, acc);
 
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {

@@ -21,12 +21,13 @@ struct ForwardMemory {
 };
 
 // Algorithm 1 of a tile of `rows` queries, which load_q() copies, and the keys [begin, end) of one key/value head. Row
-// r of a lane sees the keys before limit[r]; all rows see those before `least`, so only tiles past it have a mask.
-template <class T, int D, class LoadQ>
+// r of a lane sees the keys from passed(r) to limit[r]; all rows see those from `most_passed` to `least`, so only tiles
+// that reach beyond have a mask.
+template <class T, int D, bool kCapped, class Passed, class LoadQ>
 __device__ __forceinline__ void attend(const AttentionCuda& a, const ForwardMemory<T, D>& memory, const Warp<T, D>& w,
-                                       const Sequence& s, int kv_head, int rows, int begin, int end, int least,
-                                       const int (&limit)[Warp<T, D>::kRows], LoadQ&& load_q,
-                                       OnlineSoftmax<Warp<T, D>::kRows>& softmax,
+                                       const Sequence& s, int kv_head, int rows, int begin, int end, int most_passed,
+                                       int least, Passed&& passed, const int (&limit)[Warp<T, D>::kRows],
+                                       LoadQ&& load_q, OnlineSoftmax<Warp<T, D>::kRows, kCapped>& softmax,
                                        typename Warp<T, D>::template Matrix<D>& acc) {
   using W = Warp<T, D>;
   constexpr int BLOCK_N = W::kStep;
@@ -43,15 +44,15 @@ __device__ __forceinline__ void attend(const AttentionCuda& a, const ForwardMemo
     typename W::template Matrix<BLOCK_N> scores;
     w.multiply(memory.q(), memory.k(stage), scores);
     const int key = begin + n * BLOCK_N;
-    const auto visible = [&](int r, int c) { return key + w.column(c) < limit[r]; };
-    softmax.step(scores, acc, key + BLOCK_N > least, visible, over_row);
+    const auto visible = [&](int r, int c) { return key + w.column(c) < limit[r] && key + w.column(c) >= passed(r); };
+    softmax.step(scores, acc, key + BLOCK_N > least || key < most_passed, visible, over_row);
     w.accumulate(scores, memory.v(stage), 0, acc);
   });
   softmax.finish(over_row);
 }
 
 // A block per tile of BLOCK_M queries of one head.
-template <class T, int D>
+template <class T, int D, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 1) forward(AttentionCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBlockRows, kRows = W::kRows;
@@ -62,16 +63,20 @@ __global__ void __launch_bounds__(kThreads, 1) forward(AttentionCuda a) {
   const W w(memory.scratch());
   const int kv_head = work.head / static_cast<int>(a.heads / a.kv_heads);
   const int least = work.s.limit(work.first), most = work.s.limit(work.first + work.rows - 1);
+  const int begin = work.s.passed(work.first), most_passed = work.s.passed(work.first + work.rows - 1);
+  const auto query = [&](int r) { return min(work.first + w.row(r), work.s.queries - 1); };
+  const auto passed = [&](int r) { return work.s.passed(query(r)); };
   int limit[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) limit[r] = work.s.limit(min(work.first + w.row(r), work.s.queries - 1));
+  for (int r = 0; r < kRows; ++r) limit[r] = work.s.limit(query(r));
   const auto load_q = [&] {
     load_tile<BLOCK_M>(memory.q(), at<const T>(a.q, work.s, work.first, work.head), a.q.token, work.rows, a.dim,
                        in_chunks<T>(a.q, a.dim));
   };
-  OnlineSoftmax<kRows> softmax(a.scale);
+  OnlineSoftmax<kRows, kCapped> softmax(a);
   typename W::template Matrix<D> acc;
-  attend<T, D>(a, memory, w, work.s, kv_head, work.rows, 0, most, least, limit, load_q, softmax, acc);
+  attend<T, D>(a, memory, w, work.s, kv_head, work.rows, begin, most, most_passed, least, passed, limit, load_q,
+               softmax, acc);
 
   float factor[kRows];
 #pragma unroll

@@ -68,15 +68,16 @@ __device__ __forceinline__ void copy_tile(T* to, const ptx::TensorMap* map, int6
 }
 
 template <class T, int D>
-__device__ __forceinline__ void produce(const Arguments& a, const Memory<T, D>& m, const WorkTile& work, int tiles) {
+__device__ __forceinline__ void produce(const Arguments& a, const Memory<T, D>& m, const WorkTile& work, int begin,
+                                        int tiles) {
   const int64_t kv_head = work.head / (a.heads / a.kv_heads);
   if (tiles) copy_tile<T, D>(m.q(), &a.q_map, work.head, work.first, work.s.batch, m.q_full());
   for (int n = 0; n < tiles; ++n) {
     const int stage = n % kStages, parity = n / kStages % 2;
     ptx::mbarrier_wait(m.k_empty(stage), parity ^ 1);
-    copy_tile<T, D>(m.k(stage), &a.k_map, kv_head, n * BLOCK_N, work.s.batch, m.k_full(stage));
+    copy_tile<T, D>(m.k(stage), &a.k_map, kv_head, begin + n * BLOCK_N, work.s.batch, m.k_full(stage));
     ptx::mbarrier_wait(m.v_empty(stage), parity ^ 1);
-    copy_tile<T, D>(m.v(stage), &a.v_map, kv_head, n * BLOCK_N, work.s.batch, m.v_full(stage));
+    copy_tile<T, D>(m.v(stage), &a.v_map, kv_head, begin + n * BLOCK_N, work.s.batch, m.v_full(stage));
   }
 }
 
@@ -111,20 +112,23 @@ __device__ __forceinline__ void clear_behind_the_end(T* v, int end) {
 }
 
 // A consumer warpgroup's 64 queries, from `first_row` of the block's on.
-template <class T, int D>
-__device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& m, const WorkTile& work, int tiles,
-                                        int first_row) {
+template <class T, int D, bool kCapped>
+__device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& m, const WorkTile& work, int begin,
+                                        int tiles, int first_row) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, first = first_row + 16 * warp + lane / 4;
   const int least = work.s.limit(work.first + first_row);
   const auto over_row = [](float x, auto&& join) {  // four lanes have a row
     x = join(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return join(x, __shfl_xor_sync(0xffffffffu, x, 2));
   };
+  const auto query = [&](int row) { return min(work.first + row, work.s.queries - 1); };
+  const auto passed = [&](int r) { return work.s.passed(query(first + 8 * r)); };
+  const int most_passed = work.s.passed(query(first_row + 63));
   int limit[2];
-  attention::OnlineSoftmax<2> softmax(a.scale);
+  attention::OnlineSoftmax<2, kCapped> softmax(a);
   Accumulator<D> acc;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) limit[r] = work.s.limit(min(work.first + first + 8 * r, work.s.queries - 1));
+  for (int r = 0; r < 2; ++r) limit[r] = work.s.limit(query(first + 8 * r));
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) acc.d[i] = 0;
 
@@ -147,9 +151,10 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
     ptx::wgmma_wait<0>(s.d);
     release(m.k_empty(stage));
 
-    const int key = n * BLOCK_N;
-    const bool masked = key + BLOCK_N > least;  // the last tiles alone
-    softmax.step(s, acc, masked, [&](int r, int c) { return key + column_of(c) < limit[r]; }, over_row);
+    const int key = begin + n * BLOCK_N;
+    const bool masked = key + BLOCK_N > least || key < most_passed;  // the last tiles, and the first of a window
+    const auto visible = [&](int r, int c) { return key + column_of(c) < limit[r] && key + column_of(c) >= passed(r); };
+    softmax.step(s, acc, masked, visible, over_row);
 
     unsigned probability[BLOCK_N / 16][4];
 #pragma unroll
@@ -160,7 +165,7 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
       }
     }
     ptx::mbarrier_wait(m.v_full(stage), parity);
-    if (n + 1 == tiles && work.s.keys < a.keys) clear_behind_the_end<T, D>(m.v(stage), work.s.keys - n * BLOCK_N);
+    if (n + 1 == tiles && work.s.keys < a.keys) clear_behind_the_end<T, D>(m.v(stage), work.s.keys - key);
     ptx::wgmma_fence(acc.d, probability);
 #pragma unroll
     for (int c = 0; c < BLOCK_N / 16; ++c) {
@@ -192,7 +197,7 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
   }
 }
 
-template <class T, int D>
+template <class T, int D, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Arguments a) {
   DYN_SHARED(unsigned char, memory);
   const WorkTile work =
@@ -210,14 +215,15 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ A
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
-  const int tiles = static_cast<int>(ceil_div(work.s.limit(work.first + work.rows - 1), BLOCK_N));
+  const int begin = work.s.passed(work.first), end = work.s.limit(work.first + work.rows - 1);
+  const int tiles = static_cast<int>(ceil_div(max(end - begin, 0), BLOCK_N));
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::fewer_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<T, D>(a, m, work, tiles);
+    if (threadIdx.x == 0) produce<T, D>(a, m, work, begin, tiles);
   } else {
     ptx::more_registers<kConsumerRegisters>();
-    consume<T, D>(a, m, work, tiles, (warpgroup - 1) * 64);
+    consume<T, D, kCapped>(a, m, work, begin, tiles, (warpgroup - 1) * 64);
   }
 }
 
@@ -258,7 +264,8 @@ Status launch_forward(const AttentionCuda& a, void* stream) {
       !make_map<T>(args.v_map, a.v, D, a.kv_heads, a.keys, a.batch)) {
     return Status::no_tensor_map;
   }
-  return launch(forward<T, D>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Memory<T, D>::kBytes, stream, args);
+  const auto kernel = a.softcap > 0 ? forward<T, D, true> : forward<T, D, false>;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Memory<T, D>::kBytes, stream, args);
 }
 
 }  // namespace

@@ -13,16 +13,23 @@
 namespace finetune::attention {
 
 // f, for the maximum is taken of products: it must be positive. From a negative scale the sign goes to the products
-// first, and 0 (or NaN) is multiplied in.
+// first, and 0 (or NaN) is multiplied in. With a softcap the maximum is that of their tanh, and f is c log2(e).
+template <bool kCapped>
 struct ScaleLog2 {
   float scale, factor;
-  __device__ explicit ScaleLog2(float scale_)
-      : scale(scale_ * kLog2e),
+  __device__ explicit ScaleLog2(const AttentionSizes& a)
+      : scale(a.scale * kLog2e),
         factor(scale > 0   ? scale
                : scale < 0 ? -scale
                            : 1.0f) {}
   __device__ bool positive() const { return scale > 0; }
   __device__ float product(float x) const { return scale < 0 ? -x : x * scale; }  // where not positive()
+};
+template <>
+struct ScaleLog2<true> : Score<true> {
+  using Score<true>::Score;
+  __device__ bool positive() const { return false; }
+  __device__ float product(float x) const { return tanh_of(x); }
 };
 
 // 2^(f x − f m) is one FMA and the exponential where |f m| is at most this. The rounding of f m then stays in the
@@ -30,13 +37,13 @@ struct ScaleLog2 {
 // that P is 1 at the maximum, o is that key's v, and dP − delta is exactly 0 where nothing else is seen.
 constexpr float kFused = 64;
 
-template <int kRows>
+template <int kRows, bool kCapped>
 struct OnlineSoftmax {
-  ScaleLog2 f;
+  ScaleLog2<kCapped> f;
   float m[kRows];  // maximum of the products so far
   float l[kRows];  // sum of this lane's columns of P so far; joined over the row's lanes at the end
 
-  __device__ explicit OnlineSoftmax(float scale) : f(scale) {
+  __device__ explicit OnlineSoftmax(const AttentionSizes& a) : f(a) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) m[r] = -INFINITY, l[r] = 0;
   }

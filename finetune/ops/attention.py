@@ -153,16 +153,12 @@ def _(
 
 
 attention.on_host = ("lengths", "cu_seqlens")
-WITH_WINDOW = ("cpp",)  # the backends whose kernels have both
 
 
 @attention.supports
 def _(backend: str, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, **_) -> str | None:
-    if window or softcap:
-        if "window" not in dict(attention.schemas["attention"].arguments):
-            return "the native library is older than its window and softcap: pip install -e . builds it again"
-        if backend not in WITH_WINDOW:
-            return "its kernels have no window and no softcap yet"
+    if (window or softcap) and "window" not in dict(attention.schemas["attention"].arguments):
+        return "the native library is older than its window and softcap: pip install -e . builds it again"
     if backend not in ("cpp", "triton") and q.shape[-1] > 256:
         return f"it takes head dims up to 256, got {q.shape[-1]}"
     return native_float(backend, q, k, v)
@@ -290,10 +286,32 @@ def samples() -> Iterator[Sample]:
     every = [(argument, dimension) for argument in range(3) for dimension in range(3)]
     yield from make("heads", 2, 17, 17, 4, 2, 24).far_apart(*every)
 
+    # a window: of 1, wider than the keys, past whole tiles, and where it hides every key (rows past the length)
+    yield make("window", 1, 37, 37, 2, 1, 16, window=9)
+    yield make("window of one", 2, 21, 21, 2, 1, 8, window=1)
+    yield make("wide window", 1, 19, 19, 2, 2, 8, window=40)
+    yield make("window of two tiles", 1, 100, 100, 1, 1, 8, window=60)  # of fp32: the first is masked on its own
+    yield make("window over tiles", 1, 210, 210, 1, 1, 40, window=70)
+    yield make("window, fewer queries", 1, 7, 83, 4, 2, 20, window=20)
+    yield make("window, more queries", 1, 41, 29, 2, 1, 12, window=5)
+    yield make("window, lengths", 3, 45, 45, 6, 2, 16, window=6, lengths=ints(45, 17, 0))
+    yield make("window, packed", 1, 190, 190, 4, 2, 16, window=12, cu_seqlens=ints(0, 1, 1, 40, 117, 190))
+    yield make("window, packed full", 1, 90, 90, 2, 1, 10, window=30, causal=False, cu_seqlens=ints(0, 70, 90))
+    yield make("window, full", 3, 45, 150, 2, 1, 16, window=20, causal=False, lengths=ints(150, 100, 3))
+    yield make("window decode", 4, 1, 171, 6, 2, 24, window=40, causal=False, lengths=ints(171, 60, 9, 0))
+    yield make("window decode long", 2, 1, 600, 4, 2, 16, window=250, causal=False, lengths=ints(600, 310))
+    yield make("window decode several", 1, 5, 530, 6, 2, 24, window=100)
+    yield make("softcap", 1, 45, 45, 2, 1, 16, size=2.0, softcap=3.0)
+    yield make("softcap, large logits", 1, 50, 50, 1, 1, 16, size=12.0, softcap=50.0, causal=False)
+    yield make("softcap, negative scale", 1, 41, 41, 2, 1, 24, scale=-0.5, softcap=2.0)
+    yield make("softcap, window, packed", 1, 150, 150, 2, 2, 64, softcap=2.0, window=37, cu_seqlens=ints(0, 20, 150))
+    yield make("softcap decode", 2, 1, 600, 4, 2, 16, softcap=2.0, window=300, causal=False, lengths=ints(600, 31))
+
     yield make("bench", 1, 1024, 1024, 8, 8, 64, bench=True)
     yield make("bench grouped", 4, 512, 512, 9, 3, 64, bench=True)
     yield make("bench short", 32, 128, 128, 4, 4, 64, bench=True)
     ends = [0, 118, 241, 359, 483, 600, 724, 841, 960]
     yield make("bench packed", 1, 960, 960, 9, 3, 64, bench=True, cu_seqlens=ints(*ends))
+    yield make("bench window", 1, 1024, 1024, 9, 3, 64, bench=True, window=256)
     tokens = ints(*range(64, 513, 64))
     yield make("bench decode", 8, 1, 512, 9, 3, 64, bench=True, grad=False, lengths=tokens, causal=False)

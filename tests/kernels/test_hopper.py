@@ -60,6 +60,11 @@ SAMPLES = [
     sample("lengths", 3, 60, 260, 2, 1, 64, causal=False, lengths=torch.tensor([260, 129, 0])),
     sample("large logits", 1, 150, 150, 1, 1, 64, size=30.0),
     sample("no queries", 1, 0, 5, 2, 1, 64),
+    sample("window", 1, 310, 310, 1, 1, 64, window=100),
+    sample("window, lengths", 2, 70, 300, 2, 1, 64, window=150, causal=False, lengths=torch.tensor([300, 40])),
+    sample("window, more queries", 1, 200, 180, 1, 1, 64, window=30, lengths=torch.tensor([100])),
+    sample("softcap", 1, 150, 150, 1, 1, 64, size=2.0, softcap=3.0),
+    sample("softcap, window, wide", 1, 270, 270, 2, 1, 128, scale=-0.3, softcap=2.0, window=140),
 ]
 # What is behind `lengths` is NaN: it counts for nothing.
 PADDED = sample("padding", 2, 130, 260, 1, 1, 64, causal=False, lengths=torch.tensor([200, 5]))
@@ -108,7 +113,7 @@ def test_padding_and_strides(controls, given, eager):
 
 
 @pytest.mark.parametrize(("order", "eager"), [(0, False), (1, True), (5, False)])
-@pytest.mark.parametrize("given", [SAMPLES[0], SAMPLES[3], APART, PADDED], ids=lambda s: s.name)
+@pytest.mark.parametrize("given", [SAMPLES[0], SAMPLES[3], APART, PADDED, SAMPLES[-1]], ids=lambda s: s.name)
 def test_no_wrong_access_and_no_race(checker, given, order, eager):
     checker.set_order(order)
     checker.set_eager(eager)
@@ -176,6 +181,9 @@ CHECKED = {
 }
 SAMPLES_OF = {"padding_counts": [PADDED], "v_strides_of_k": [APART], "no_proxy_fence": [PADDED]}
 SAMPLES_OF["no_barrier_after_clearing"] = [PADDED]
+WINDOWS = [given for given in SAMPLES if given.kwargs.get("window")]
+SAMPLES_OF |= dict.fromkeys(("no_window_mask", "window_of_the_first_row"), WINDOWS)
+SAMPLES_OF |= {f"{what}_from_the_start": WINDOWS for what in ("keys", "values")}
 CHECKED_ONLY = {"no_proxy_fence", "no_barrier_after_clearing"}
 
 

@@ -130,7 +130,7 @@ def test_attention_has_one_fma_for_each_exponential_and_no_mask_in_the_main_loop
     a tile, masks and scale included; 32 of the FMUL were the scale, 32 of the FADD the maximum."""
     _, rows = static_table.golden()
     for arch, found in rows["attention"].items():
-        around = found[f"attention::forward<{kind}, {dim}>"]["around"]
+        around = found[f"attention::forward<{kind}, {dim}, false>"]["around"]
         assert around["FFMA"] == 32, (arch, around)  # the usual branch; the one of large scores has 32 FMUL and FADD
         assert around["MUFU"] == 64
         assert around["FMUL"] <= 32
@@ -144,7 +144,7 @@ def test_hopper_attention_has_one_fma_for_each_exponential_and_no_mask_in_the_ma
     """A lane has 64 scores of a tile. It had 64 FMUL, 126 FADD, 66 FSEL and 66 ISETP a tile in addition to products,
     maxima and exponentials; now 64 FFMA and 64 FADD, and the branch of large scores."""
     _, rows = static_table.golden()
-    around = rows["attention_hopper"]["90a"][f"forward<{kind}, {dim}>"]["around"]
+    around = rows["attention_hopper"]["90a"][f"forward<{kind}, {dim}, false>"]["around"]
     assert around["FFMA"] == 64, around
     assert around["MUFU"] == 128
     assert around["FMUL"] <= 64

@@ -1,6 +1,7 @@
 """Attention by its meaning: packing, padding, decoding, heads, memory, accesses; its numbers are tested in test_ops.py
 and test_cuda.py."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -367,3 +368,63 @@ def test_rules_that_mean_nothing_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             attention(*inputs, **rules)
+
+
+@KERNELS
+@pytest.mark.parametrize("tq", [1, 20, 150])
+def test_keys_before_every_window_cost_nothing(backend, tq):
+    """Whole tiles of them are skipped: NaN in them changes no bit, and they get the gradient 0."""
+    clean, dirty = qkv(tq=tq, tk=400), qkv(tq=tq, tk=400)
+    first = 400 - tq + 1 - 30  # the first query's window begins there
+    for x in dirty[1:]:
+        x[:, :first] = torch.nan
+    found = []
+    for inputs in (clean, dirty):
+        inputs = [x.requires_grad_() for x in inputs]
+        out = attention(*inputs, window=30, backend=backend)
+        found.append([out, *gradients(out, inputs)])
+    assert all(map(torch.equal, *found))
+    assert all((grad[:, :first] == 0).all() for grad in found[0][2:])
+
+
+def test_a_window_costs_what_it_shows():
+    """256 causal tokens, a window of 64, D = 64: a tile of 64 queries sees 127 keys, two tiles; the first sees one."""
+    inputs = [x.to(torch.bfloat16).requires_grad_() for x in qkv(tq=256, heads=1, kv_heads=1, dim=64)]
+
+    def call():
+        torch.autograd.grad((out := attention(*inputs, window=64, backend="checked")), inputs, torch.ones_like(out))
+
+    mma = sum(row["requests"] for row in emulator.trace(call) if row["kind"] == "mma")
+    tile, diagonal = 4 * 4 * 8, 4 * 4 * 2
+    assert mma == (1 + 2 + 2 + 2) * (2 + 7) * tile + 4 * diagonal
+
+
+def test_a_decoding_step_reads_the_window_alone():
+    """600 keys, of which 256 are seen: one split of four tiles for each of two groups of heads."""
+    q, k, v = (x.to(torch.bfloat16) for x in qkv(tq=1, tk=600, heads=8, kv_heads=2, dim=64))
+    rows = emulator.trace(lambda: attention(q, k, v, window=256, backend="checked"))
+    mma = sum(row["requests"] for row in rows if row["kind"] == "mma")
+    assert mma == 2 * 4 * 2 * (4 * 8)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_softcap_far_above_the_scores_changes_little(dim):
+    """c tanh(s / c) is s − s³ / 3c² + …: at c = 1000 the results of scores up to 4 move by 1e-5 at most."""
+    inputs = qkv(tq=100, dim=dim, grad=True)
+    for backend in ("reference", "cpp", "emulated"):
+        plain = attention(*inputs, backend=backend)
+        capped = attention(*inputs, softcap=1000.0, backend=backend)
+        assert 0 < (plain - capped).abs().max() <= 3e-5
+        for a, b in zip(gradients(plain, inputs), gradients(capped, inputs), strict=True):
+            assert (a - b).abs().max() <= 1e-4
+
+
+def test_a_library_that_is_older_than_the_window_refuses_it(monkeypatch):
+    """It must not drop what its operator does not know."""
+    inputs, schema = qkv(), attention.schemas["attention"]
+    known = [(name, default) for name, default in schema.arguments if name not in ("window", "softcap")]
+    monkeypatch.setitem(attention.schemas, "attention", dataclasses.replace(schema, arguments=tuple(known)))
+    for rule in ({"window": 3}, {"softcap": 2.0}):
+        with pytest.raises(ops.BackendUnavailable, match="older than its window"):
+            attention(*inputs, backend="cpp", **rule)
+    assert attention.why_not("cpp", *inputs) is None

@@ -86,7 +86,7 @@ def test_fp32_with_its_own_tiles(op):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="test_gpu.py compares both with the reference there")
-@pytest.mark.parametrize("name", ["grouped", "packed", "lengths"])
+@pytest.mark.parametrize("name", ["grouped", "packed", "lengths", "window, packed", "softcap, window, packed"])
 def test_triton_and_cuda_attention_agree(name, large_tiles):
     """Two implementations of one algorithm, in two languages, by two interpreters: results, statistics, gradients."""
     emulator.load("emulated")

@@ -60,6 +60,7 @@ struct AttentionCudaShape : AttentionSizes {
 // The keys of a decoding step are split over blocks (csrc/cuda/attention_decode.cuh). Rows are (batch, heads, queries).
 struct AttentionSplits {
   int64_t count;       // attention_splits(); 0: another kernel's work
+  int64_t keys;        // attention_span(): how many are split, from the first that the first query sees
   float *m, *l, *acc;  // scratch where count > 1: (count, rows), (count, rows), (count, rows, attention_tile_dim())
 };
 
@@ -90,11 +91,18 @@ constexpr int64_t attention_tile_dim(int64_t dim) { return dim <= 32 ? 32 : dim 
 // the device: it would change the order of sums, and with it bits.
 constexpr int64_t kAttentionDecodeRows = 64, kAttentionDecodeBlocks = 2 * 132, kAttentionSplitKeys = 256;
 
+// The most keys that the queries of a sequence see together.
+constexpr int64_t attention_span(const AttentionSizes& a) {
+  if (!a.window || a.window >= a.keys) return a.keys;
+  const int64_t seen = a.window + (a.causal ? a.queries - 1 : 0);
+  return seen < a.keys ? seen : a.keys;
+}
+
 // Blocks over which the keys of a row are split; 0 where this is no decoding step, or has nothing to gain as one.
 constexpr int64_t attention_splits(const AttentionSizes& a, bool documents) {
   const int64_t group = a.heads / a.kv_heads, pairs = a.batch * a.kv_heads;
   if (documents || !pairs || !a.keys || !a.queries || a.queries * group > kAttentionDecodeRows) return 0;
-  const int64_t most = (a.keys + kAttentionSplitKeys - 1) / kAttentionSplitKeys;
+  const int64_t most = (attention_span(a) + kAttentionSplitKeys - 1) / kAttentionSplitKeys;
   const int64_t wanted = kAttentionDecodeBlocks / pairs, splits = wanted < 1 ? 1 : wanted < most ? wanted : most;
   return splits > 1 || group > 1 ? splits : 0;
 }
