@@ -220,10 +220,10 @@ def attention_backward_keys_kernel(
                 seen &= j[:, None] >= passed[None, :]
             p = tl.where(seen, tl.exp2(s - m_i[None, :]) * inverse_l[None, :], 0.0)
             dv_rows = tl.dot(p.to(do_rows.dtype), do_rows, dv_rows, input_precision="ieee")
+            if CAPPED:  # before dp, which then finds one tile in registers instead of two
+                p *= slope
             dp = tl.dot(v_rows, tl.trans(do_rows), input_precision="ieee")
             ds = tl.where(seen, p * (dp - d[None, :]), 0.0)
-            if CAPPED:
-                ds *= slope
             dk_rows = tl.dot(ds.to(q_rows.dtype), q_rows, dk_rows, input_precision="ieee")
     to = (b * keys * kv_heads + g) * dim
     store_rows(dk + to, dk_rows * scale, first, stop, kv_heads * dim, dim, BLOCK_N, BLOCK_D)
@@ -262,10 +262,10 @@ def attention_backward_queries_kernel(
         if WINDOW:
             seen &= j[None, :] >= passed[:, None]
         p = tl.where(seen, tl.exp2(s - m_i[:, None]) * inverse_l[:, None], 0.0)
+        if CAPPED:
+            p *= slope
         dp = tl.dot(do_rows, tl.trans(rows(v, start, end, v_token, dim, BLOCK_N, BLOCK_D)), input_precision="ieee")
         ds = tl.where(seen, p * (dp - d[:, None]), 0.0)
-        if CAPPED:
-            ds *= slope
         dq_rows = tl.dot(ds.to(k_rows.dtype), k_rows, dq_rows, input_precision="ieee")
     store_rows(dq + (b * queries * heads + h) * dim, dq_rows * scale, first, stop, heads * dim, dim, BLOCK_M, BLOCK_D)
 
@@ -283,20 +283,26 @@ TILES = {
 }
 # Compute capability 9.0, up to 227 KB: a warp group's product has 64 rows and as many columns as the stream tile has
 # rows, or as D is divided among the groups. Those above give it 16 and 32, and every operand is read the more often.
+# A window's bounds and a softcap's tanh need registers that these leave none for: such calls have those above.
 # The backward passes have no registers for more: keys' holds dK and dV, and D = 256 spills with any tile that is wider.
 HOPPER = {
     (16, 64): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1)),
     (16, 128): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
     (16, 256): ((128, 64, 8, 1), *TILES[16, 256][1:]),
 }
+CAPPED = {(16, 64): (*TILES[16, 64][:2], (64, 32, 8, 2))}  # with 4 warps the tanh makes keys' kernel spill
 FORWARD, QUERIES, KEYS = range(3)
 
 
-def tiles(t: Tensor, kernel: int, rows: int) -> dict[str, int]:
+def tiles(t: Tensor, kernel: int, rows: int, window: int, softcap: float) -> dict[str, int]:
     """Block sizes, warps and stages of a kernel whose programs own BLOCK_M queries or (KEYS) BLOCK_N keys of `rows`."""
     wide, bits = max(triton.next_power_of_2(t.shape[3]), 16), 8 * t.element_size()
     key = bits, min(max(wide, 64), 256)
-    kind = HOPPER.get(key, TILES[key]) if capability() == 90 else TILES[key]
+    kind = TILES[key]
+    if softcap:
+        kind = CAPPED.get(key, kind)
+    elif not window and capability() == 90:
+        kind = HOPPER.get(key, kind)
     mine, stream, warps, stages = kind[kernel] if wide <= 256 else (16, 16, 8, 1)
     mine = min(mine, max(triton.next_power_of_2(rows), 16))
     sizes = {"BLOCK_M": stream, "BLOCK_N": mine} if kernel == KEYS else {"BLOCK_M": mine, "BLOCK_N": stream}
@@ -356,7 +362,7 @@ def attention(
     if ends is not None:  # tokens of no document, if cu_seqlens is wrong
         o.zero_()
     if m.numel():
-        chosen = tiles(q, FORWARD, queries)
+        chosen = tiles(q, FORWARD, queries, window, softcap)
         table, blocks = blocks_of(queries, chosen["BLOCK_M"], ends, none)
         attention_kernel[(blocks * batch * heads,)](
             q, k, v, o, m, l, real, table, blocks, queries, keys, heads, heads // kv_heads, dim,
@@ -386,12 +392,12 @@ def attention_backward(
         o, do, delta, queries, heads, dim, *o.stride()[:3], *do.stride()[:3], BLOCK_M=32, BLOCK_D=wide, num_warps=8
     )
     if keys:
-        chosen = tiles(q, KEYS, keys)
+        chosen = tiles(q, KEYS, keys, window, softcap)
         table, blocks = blocks_of(keys, chosen["BLOCK_N"], ends, none)
         attention_backward_keys_kernel[(blocks * batch * kv_heads,)](
             q, k, v, do, dk, dv, m, l, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
         )
-    chosen = tiles(q, QUERIES, queries)
+    chosen = tiles(q, QUERIES, queries, window, softcap)
     table, blocks = blocks_of(queries, chosen["BLOCK_M"], ends, none)
     attention_backward_queries_kernel[(blocks * batch * heads,)](
         q, k, v, do, dq, m, l, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
@@ -418,5 +424,6 @@ def typical(dtype: torch.dtype):
     for dim in (64, 128, 256):
         q, k = torch.empty(2, 512, 8, dim, dtype=dtype), torch.empty(2, 512, 4, dim, dtype=dtype)
         stat = empty_f32(q, 2, 8, 512)
-        yield "attention", (q, k, k, True, dim**-0.5, None, None, 100, 50.0)
-        yield "attention_backward", (q, q, k, k, q, stat, stat, True, dim**-0.5, None, None, 100, 50.0)
+        for rules in ((100, 0.0), (100, 50.0)):
+            yield "attention", (q, k, k, True, dim**-0.5, None, None, *rules)
+            yield "attention_backward", (q, q, k, k, q, stat, stat, True, dim**-0.5, None, None, *rules)

@@ -4,8 +4,9 @@
 //   m' = max(m, max s),   p = 2^(s − m'),   l = 2^(m − m') l + Σ p,   o = 2^(m − m') o + p V;   at the end o / l.
 // m and l are kept. Backward, with P = 2^(s − m) / l made again and delta = rowsum(dO ∘ O):
 //   dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − delta),   dQ = scale dS K,   dK = scale dSᵀ Q.
-// With a softcap c, s = c log2(e) tanh(scale / c q·k), and dS is multiplied by 1 − tanh² (kernels with kCapped). A
-// window skips the tiles that are outside of it for all rows of a block, so the work is tokens · window.
+// With a softcap c, s = c log2(e) tanh(scale / c q·k), and dS is multiplied by 1 − tanh². A
+// window skips the tiles that are outside of it for all rows of a block, so the work is tokens · window. Kernels with
+// kRules have both; the others are as if there were neither.
 //
 // A block holds a tile of tokens of one head (64 queries, or keys for dK and dV), a warp 16 rows of it; the tiles of
 // the other side come through shared memory, by cp.async into two stages of pairs (k and v, or q and dO), swizzled so
@@ -47,9 +48,10 @@ Status for_dim(int64_t dim, F&& f) {
   }
 }
 
+// Calls f with kRules of the kernels.
 template <class F>
-Status for_cap(const AttentionSizes& a, F&& f) {
-  return a.softcap > 0 ? f(std::true_type{}) : f(std::false_type{});
+Status for_rules(const AttentionSizes& a, F&& f) {
+  return a.window > 0 || a.softcap > 0 ? f(std::true_type{}) : f(std::false_type{});
 }
 
 template <class Args>
@@ -71,13 +73,13 @@ Status launch_cuda(const AttentionCuda& a, void* stream) {
       constexpr size_t kBytes = attention::ForwardMemory<T, D>::kBytes;
       if (!a.splits.count) {
         const int64_t blocks = a.batch * a.heads * attention::tiles_of(a, a.queries, kBlockRows);
-        return for_cap(
-            a, [&](auto capped) { return launch_blocks(attention::forward<T, D, capped>, blocks, kBytes, stream, a); });
+        return for_rules(
+            a, [&](auto rules) { return launch_blocks(attention::forward<T, D, rules>, blocks, kBytes, stream, a); });
       }
       const int64_t row_tiles = ceil_div(a.queries * (a.heads / a.kv_heads), kBlockRows);
       const int64_t blocks = a.batch * a.kv_heads * row_tiles * a.splits.count;
-      const Status status = for_cap(
-          a, [&](auto capped) { return launch_blocks(attention::decode<T, D, capped>, blocks, kBytes, stream, a); });
+      const Status status = for_rules(
+          a, [&](auto rules) { return launch_blocks(attention::decode<T, D, rules>, blocks, kBytes, stream, a); });
       if (status != Status::ok || a.splits.count == 1) return status;
       const int64_t rows = a.batch * a.heads * a.queries;
       return launch_blocks(attention::combine<T, D>, ceil_div(rows, attention::kWarps), 0, stream, a);
@@ -94,14 +96,14 @@ Status launch_cuda(const AttentionBackwardCuda& a, void* stream) {
       using W = attention::Warp<T, D>;
       constexpr size_t kBytes = attention::BackwardMemory<T, D>::kBytes;
       const int64_t tiles = attention::tiles_of(a, a.queries, W::kBlockRows);
-      const Status status = for_cap(a, [&](auto capped) {
-        return launch_blocks(attention::backward_queries<T, D, capped>, a.batch * a.heads * tiles, kBytes, stream, a);
+      const Status status = for_rules(a, [&](auto rules) {
+        return launch_blocks(attention::backward_queries<T, D, rules>, a.batch * a.heads * tiles, kBytes, stream, a);
       });
       if (status != Status::ok) return status;
       const int64_t parts = D / W::kKeyColumns, key_tiles = attention::tiles_of(a, a.keys, W::kBlockRows);
       const int64_t blocks = a.batch * a.kv_heads * key_tiles * parts;
-      return for_cap(a, [&](auto capped) {
-        return launch_blocks(attention::backward_keys<T, D, capped>, blocks, kBytes, stream, a);
+      return for_rules(a, [&](auto rules) {
+        return launch_blocks(attention::backward_keys<T, D, rules>, blocks, kBytes, stream, a);
       });
     });
   });

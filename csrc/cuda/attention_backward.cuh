@@ -40,13 +40,13 @@ struct BackwardMemory {
 // With a softcap dS is multiplied by 1 − tanh².
 // delta = dO · O comes from the products that make dP, and so in their order: where a row's P is 1 at one key and 0
 // elsewhere, they cancel to the bit, as they should. It is left in a.rows for backward_keys.
-template <class T, int D, bool kCapped>
+template <class T, int D, bool kRules>
 __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwardCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBlockRows, BLOCK_N = W::kBackwardStep, kRows = W::kRows;
   DYN_SHARED(unsigned char, shared);
   const BackwardMemory<T, D> memory{shared};
-  const WorkTile work = work_tile(a, gridDim.x - 1 - blockIdx.x, false, BLOCK_M, 1);
+  const WorkTile work = work_tile(a, gridDim.x - 1 - blockIdx.x, false, BLOCK_M, 1, kRules);
   if (!work.rows) return;
   const W w(memory.scratch());
 
@@ -96,32 +96,36 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
   }
   __syncthreads();
 
-  const Score<kCapped> score(a);
+  const Score score(a, kRules);
   typename W::template Matrix<D> dq;
   pipeline<W::kStages>(static_cast<int>(ceil_div(max(most - begin, 0), BLOCK_N)), load, [&](int n, int stage) {
     const Tile<T, D> k = memory.step(0, stage), v = memory.step(1, stage);
     const int key = begin + n * BLOCK_N;
-    const bool whole = key + BLOCK_N <= least && key >= most_passed;
+    const bool whole = key + BLOCK_N <= least && (!kRules || key >= most_passed);
     typename W::template Matrix<BLOCK_N> p, ds;  // S; dP, then dS
     w.multiply(memory.held(0), k, p);
     w.multiply(memory.held(1), v, ds);
+    const auto gradient = [&](auto capped) {
+      constexpr bool kCapped = decltype(capped)::value;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-      for (int c = 0; c < p.kColumns; ++c) {
-        const float tanh = score.tanh_of(p.at(r, c));
-        const float weight = ptx::exp2(score.log2_of(tanh) - rows[r].m) * rows[r].inverse_l;
-        ds.at(r, c) = weight * (ds.at(r, c) - rows[r].delta);
-        if constexpr (kCapped) ds.at(r, c) *= score.slope(tanh);
+        for (int c = 0; c < p.kColumns; ++c) {
+          const float x = kCapped ? hyperbolic_tangent(p.at(r, c) * score.scale) : p.at(r, c);
+          const float weight = ptx::exp2(__fmul_rn(x, score.factor) - rows[r].m) * rows[r].inverse_l;
+          ds.at(r, c) = weight * (ds.at(r, c) - rows[r].delta);
+          if (kCapped) ds.at(r, c) *= fmaf(-x, x, 1.0f);
+        }
       }
-    }
+    };
+    score.capped ? gradient(std::true_type{}) : gradient(std::false_type{});
     if (!whole) {  // the last tiles, and the first of a window
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int c = 0; c < p.kColumns; ++c) {
           const int j = key + w.column(c);
-          if (j >= limit[r] || j < passed(r)) ds.at(r, c) = 0;
+          if (j >= limit[r] || (kRules && j < passed(r))) ds.at(r, c) = 0;
         }
       }
     }
@@ -139,21 +143,22 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
 // A block per tile of BLOCK_N keys of one key/value head; where a block's registers do not hold all columns (D = 256),
 // for a part of them. It loops over tiles of BLOCK_M queries of all the heads that share it:
 //   Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q.
-template <class T, int D, bool kCapped>
+template <class T, int D, bool kRules>
 __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBackwardStep, BLOCK_N = W::kBlockRows, kRows = W::kRows, kColumns = W::kKeyColumns;
   DYN_SHARED(unsigned char, shared);
   const BackwardMemory<T, D> memory{shared};
-  const WorkTile work = work_tile(a, blockIdx.x, true, BLOCK_N, D / kColumns);
+  const WorkTile work = work_tile(a, blockIdx.x, true, BLOCK_N, D / kColumns, kRules);
   if (!work.rows) return;
   const W w(memory.scratch());
 
   const int group = static_cast<int>(a.heads / a.kv_heads);
   const int real = min(max(work.s.keys - work.first, 0), work.rows);  // keys past the length get the gradient 0
   const int from = real ? min(work.s.since(work.first), work.s.queries) : work.s.queries;
-  const int to = real ? min(work.s.until(work.first + real - 1), work.s.queries) : from;  // the rows [from, to)
-  const int steps = static_cast<int>(ceil_div(max(to - from, 0), BLOCK_M));               // for each head
+  const int stop = kRules && real ? work.s.until(work.first + real - 1) : work.s.queries;
+  const int to = kRules ? max(min(stop, work.s.queries), from) : stop;  // the rows [from, to) see a key of the tile
+  const int steps = static_cast<int>(ceil_div(to - from, BLOCK_M));     // for each head
   const bool chunks_q = in_chunks<T>(a.q, a.dim), chunks_g = in_chunks<T>(a.grad_o, a.dim);
   const auto load = [&](int n, int stage) {
     if (n == 0) {
@@ -178,34 +183,38 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
   for (int r = 0; r < kRows; ++r) since[r] = w.row(r) < real ? work.s.since(work.first + w.row(r)) : 0x7fffffff;
   const auto until = [&](int r) { return work.s.until(work.first + w.row(r)); };
   const int least_until = work.s.until(work.first);
-  const Score<kCapped> score(a);
+  const Score score(a, kRules);
   typename W::template Matrix<kColumns> dk, dv;
   pipeline<W::kStages>(group * steps, load, [&](int n, int stage) {
     const Tile<T, D> q = memory.step(0, stage), grad = memory.step(1, stage);
     const int query = from + n % steps * BLOCK_M;
-    const bool after = query >= work.s.since(work.first + real - 1), before = query <= least_until - BLOCK_M;
-    const bool whole = real == BLOCK_N && after && before;
+    const bool after = query >= work.s.since(work.first + real - 1);
+    const bool whole = real == BLOCK_N && after && (!kRules || query <= least_until - BLOCK_M);
     typename W::template Matrix<BLOCK_M> p, ds;  // Sᵀ, then Pᵀ; dPᵀ, then dSᵀ
     w.multiply(memory.held(0), q, p);
     w.multiply(memory.held(1), grad, ds);
+    const auto gradient = [&](auto capped) {
+      constexpr bool kCapped = decltype(capped)::value;
 #pragma unroll
-    for (int c = 0; c < p.kColumns; ++c) {
-      const AttentionRow row = memory.rows(stage)[w.column(c)];  // 0, and so inverse_l, past the last query
+      for (int c = 0; c < p.kColumns; ++c) {
+        const AttentionRow row = memory.rows(stage)[w.column(c)];  // 0, and so inverse_l, past the last query
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float tanh = score.tanh_of(p.at(r, c));
-        p.at(r, c) = ptx::exp2(score.log2_of(tanh) - row.m) * row.inverse_l;
-        ds.at(r, c) = p.at(r, c) * (ds.at(r, c) - row.delta);
-        if constexpr (kCapped) ds.at(r, c) *= score.slope(tanh);
+        for (int r = 0; r < kRows; ++r) {
+          const float x = kCapped ? hyperbolic_tangent(p.at(r, c) * score.scale) : p.at(r, c);
+          p.at(r, c) = ptx::exp2(__fmul_rn(x, score.factor) - row.m) * row.inverse_l;
+          ds.at(r, c) = p.at(r, c) * (ds.at(r, c) - row.delta);
+          if (kCapped) ds.at(r, c) *= fmaf(-x, x, 1.0f);
+        }
       }
-    }
+    };
+    score.capped ? gradient(std::true_type{}) : gradient(std::false_type{});
     if (!whole) {  // the first tiles, the last keys, and the last tiles of a window
 #pragma unroll
       for (int c = 0; c < p.kColumns; ++c) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const int i = query + w.column(c);
-          if (i < since[r] || i >= until(r)) p.at(r, c) = ds.at(r, c) = 0;
+          if (i < since[r] || (kRules && i >= until(r))) p.at(r, c) = ds.at(r, c) = 0;
         }
       }
     }

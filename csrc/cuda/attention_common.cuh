@@ -59,17 +59,18 @@ __host__ __device__ inline int64_t tiles_of(const AttentionCudaShape& a, int64_t
   return a.offsets.data ? tokens / size + a.documents : ceil_div(tokens, size);
 }
 
-// A sequence of the batch, without documents.
-__device__ __forceinline__ Sequence sequence(const AttentionCudaShape& a, int batch) {
+// A sequence of the batch, without documents. Kernels with `rules` have a window or a softcap, or both; for the others
+// the compiler removes what would serve them.
+__device__ __forceinline__ Sequence sequence(const AttentionCudaShape& a, int batch, bool rules) {
   const int queries = static_cast<int>(a.queries), keys = static_cast<int>(a.keys);
   const int real = a.lengths.data ? bounded(integer(a.lengths, batch), 0, keys) : keys;
-  const int window = a.window < keys ? static_cast<int>(a.window) : 0;  // a wider one hides nothing
+  const int window = rules && a.window < keys ? static_cast<int>(a.window) : 0;  // a wider one hides nothing
   return {batch, 0, queries, real, keys - queries, a.causal, window};
 }
 
 // The place of block `index` where blocks are numbered (batch, head, tile, part); of_keys: tokens are keys.
-__device__ __forceinline__ WorkTile work_tile(const AttentionCudaShape& a, int index, bool of_keys, int size,
-                                              int parts) {
+__device__ __forceinline__ WorkTile work_tile(const AttentionCudaShape& a, int index, bool of_keys, int size, int parts,
+                                              bool rules) {
   const int heads = static_cast<int>(of_keys ? a.kv_heads : a.heads);
   const int tokens = static_cast<int>(of_keys ? a.keys : a.queries);
   const int tiles = static_cast<int>(tiles_of(a, tokens, size));
@@ -78,7 +79,7 @@ __device__ __forceinline__ WorkTile work_tile(const AttentionCudaShape& a, int i
   index /= parts;
   int tile = index % tiles;
   work.head = index / tiles % heads;
-  work.s = sequence(a, index / tiles / heads);
+  work.s = sequence(a, index / tiles / heads, rules);
   int here = tokens;
   if (a.offsets.data) {
     int low = 0, high = static_cast<int>(a.documents);  // document `low` begins at or before the tile, `high` after it
@@ -126,17 +127,14 @@ __device__ __forceinline__ float hyperbolic_tangent(float x) {
   return size < 0.625f ? fmaf(p * z, x, x) : copysignf(large, x);
 }
 
-// A score to base 2 from x = q·k: log2(e) scale x, or with a softcap c log2(e) tanh(scale / c x).
-template <bool kCapped>
+// A score to base 2 from x = q·k: factor x, or with a softcap c log2(e) tanh(scale / c x).
 struct Score {
+  bool capped;
   float scale, factor;
-  __device__ explicit Score(const AttentionSizes& a)
-      : scale(kCapped ? a.scale / a.softcap : a.scale), factor((kCapped ? a.softcap : a.scale) * kLog2e) {}
-
-  __device__ float tanh_of(float x) const { return kCapped ? hyperbolic_tangent(x * scale) : x; }
-  __device__ float log2_of(float x) const { return __fmul_rn(x, factor); }  // of what tanh_of gave
-  // Its derivative is scale times this.
-  __device__ float slope(float tanh) const { return kCapped ? fmaf(-tanh, tanh, 1.0f) : 1.0f; }
+  __device__ Score(const AttentionSizes& a, bool rules)
+      : capped(rules && a.softcap > 0),
+        scale(capped ? a.scale / a.softcap : a.scale),
+        factor((capped ? a.softcap : a.scale) * kLog2e) {}
 };
 
 // --- tiles

@@ -24,7 +24,7 @@ struct PackedRows {
 };
 
 // Blocks are numbered (batch, kv head, tile of rows, split).
-template <class T, int D, bool kCapped>
+template <class T, int D, bool kRules>
 __global__ void __launch_bounds__(kThreads, 1) decode(AttentionCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBlockRows, BLOCK_N = W::kStep, kRows = W::kRows;
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode(AttentionCuda a) {
   index /= splits;
   const int first = index % tiles * BLOCK_M, rows = min(packed - first, BLOCK_M);
   const int kv_head = index / tiles % static_cast<int>(a.kv_heads);
-  const Sequence s = sequence(a, index / tiles / static_cast<int>(a.kv_heads));
+  const Sequence s = sequence(a, index / tiles / static_cast<int>(a.kv_heads), kRules);
   const PackedRows packing{kv_head * group, group, first};
 
   const int each = static_cast<int>(ceil_div(ceil_div(a.splits.keys, BLOCK_N), splits)) * BLOCK_N;
@@ -54,10 +54,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode(AttentionCuda a) {
     load_rows<BLOCK_M>(
         memory.q(), [&](int i) { return at<const T>(a.q, s, packing.query(i), packing.head(i)); }, rows, a.dim, chunks);
   };
-  OnlineSoftmax<kRows, kCapped> softmax(a);
+  OnlineSoftmax<kRows> softmax(a, kRules);
   typename W::template Matrix<D> acc;
-  attend<T, D>(a, memory, w, s, kv_head, rows, begin, min(most, begin + each), most_passed, least, passed, limit,
-               load_q, softmax, acc);
+  attend<T, D, kRules>(a, memory, w, s, kv_head, rows, begin, min(most, begin + each), most_passed, least, passed,
+                       limit, load_q, softmax, acc);
 
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) combine(AttentionCuda a) {
     for (int j = 0; j < D / 32; ++j) acc[j] += weight * from[32 * j + lane];
   }
   const int query = static_cast<int>(row % a.queries), head = static_cast<int>(row / a.queries % a.heads);
-  T* const to = at<T>(a.o, sequence(a, static_cast<int>(row / a.queries / a.heads)), query, head);
+  T* const to = at<T>(a.o, sequence(a, static_cast<int>(row / a.queries / a.heads), false), query, head);
   const float factor = l == 0 ? 0.0f : 1 / l;
 #pragma unroll
   for (int j = 0; j < D / 32; ++j) {

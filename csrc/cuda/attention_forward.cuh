@@ -23,14 +23,15 @@ struct ForwardMemory {
 // Algorithm 1 of a tile of `rows` queries, which load_q() copies, and the keys [begin, end) of one key/value head. Row
 // r of a lane sees the keys from passed(r) to limit[r]; all rows see those from `most_passed` to `least`, so only tiles
 // that reach beyond have a mask.
-template <class T, int D, bool kCapped, class Passed, class LoadQ>
+template <class T, int D, bool kRules, class Passed, class LoadQ>
 __device__ __forceinline__ void attend(const AttentionCuda& a, const ForwardMemory<T, D>& memory, const Warp<T, D>& w,
                                        const Sequence& s, int kv_head, int rows, int begin, int end, int most_passed,
                                        int least, Passed&& passed, const int (&limit)[Warp<T, D>::kRows],
-                                       LoadQ&& load_q, OnlineSoftmax<Warp<T, D>::kRows, kCapped>& softmax,
+                                       LoadQ&& load_q, OnlineSoftmax<Warp<T, D>::kRows>& softmax,
                                        typename Warp<T, D>::template Matrix<D>& acc) {
   using W = Warp<T, D>;
-  constexpr int BLOCK_N = W::kStep;
+  constexpr bool kFew = kRules && D > 128 && sizeof(T) == 2;  // registers: the bounds and the tanh take more of them
+  constexpr int BLOCK_N = kFew ? W::kStep / 2 : W::kStep;
   const bool chunks_k = in_chunks<T>(a.k, a.dim), chunks_v = in_chunks<T>(a.v, a.dim);
   const auto load = [&](int n, int stage) {
     const int key = begin + n * BLOCK_N;
@@ -44,21 +45,24 @@ __device__ __forceinline__ void attend(const AttentionCuda& a, const ForwardMemo
     typename W::template Matrix<BLOCK_N> scores;
     w.multiply(memory.q(), memory.k(stage), scores);
     const int key = begin + n * BLOCK_N;
-    const auto visible = [&](int r, int c) { return key + w.column(c) < limit[r] && key + w.column(c) >= passed(r); };
-    softmax.step(scores, acc, key + BLOCK_N > least || key < most_passed, visible, over_row);
+    const auto visible = [&](int r, int c) {
+      const int j = key + w.column(c);
+      return j < limit[r] && (!kRules || j >= passed(r));
+    };
+    softmax.step(scores, acc, key + BLOCK_N > least || (kRules && key < most_passed), visible, over_row);
     w.accumulate(scores, memory.v(stage), 0, acc);
   });
   softmax.finish(over_row);
 }
 
 // A block per tile of BLOCK_M queries of one head.
-template <class T, int D, bool kCapped>
+template <class T, int D, bool kRules>
 __global__ void __launch_bounds__(kThreads, 1) forward(AttentionCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBlockRows, kRows = W::kRows;
   DYN_SHARED(unsigned char, shared);
   const ForwardMemory<T, D> memory{shared};
-  const WorkTile work = work_tile(a, gridDim.x - 1 - blockIdx.x, false, BLOCK_M, 1);  // long causal rows first
+  const WorkTile work = work_tile(a, gridDim.x - 1 - blockIdx.x, false, BLOCK_M, 1, kRules);  // long causal rows first
   if (!work.rows) return;
   const W w(memory.scratch());
   const int kv_head = work.head / static_cast<int>(a.heads / a.kv_heads);
@@ -73,10 +77,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward(AttentionCuda a) {
     load_tile<BLOCK_M>(memory.q(), at<const T>(a.q, work.s, work.first, work.head), a.q.token, work.rows, a.dim,
                        in_chunks<T>(a.q, a.dim));
   };
-  OnlineSoftmax<kRows, kCapped> softmax(a);
+  OnlineSoftmax<kRows> softmax(a, kRules);
   typename W::template Matrix<D> acc;
-  attend<T, D>(a, memory, w, work.s, kv_head, work.rows, begin, most, most_passed, least, passed, limit, load_q,
-               softmax, acc);
+  attend<T, D, kRules>(a, memory, w, work.s, kv_head, work.rows, begin, most, most_passed, least, passed, limit, load_q,
+                       softmax, acc);
 
   float factor[kRows];
 #pragma unroll

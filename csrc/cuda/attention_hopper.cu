@@ -112,7 +112,7 @@ __device__ __forceinline__ void clear_behind_the_end(T* v, int end) {
 }
 
 // A consumer warpgroup's 64 queries, from `first_row` of the block's on.
-template <class T, int D, bool kCapped>
+template <class T, int D, bool kRules>
 __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& m, const WorkTile& work, int begin,
                                         int tiles, int first_row) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, first = first_row + 16 * warp + lane / 4;
@@ -125,7 +125,7 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
   const auto passed = [&](int r) { return work.s.passed(query(first + 8 * r)); };
   const int most_passed = work.s.passed(query(first_row + 63));
   int limit[2];
-  attention::OnlineSoftmax<2, kCapped> softmax(a);
+  attention::OnlineSoftmax<2> softmax(a, kRules);
   Accumulator<D> acc;
 #pragma unroll
   for (int r = 0; r < 2; ++r) limit[r] = work.s.limit(query(first + 8 * r));
@@ -152,8 +152,11 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
     release(m.k_empty(stage));
 
     const int key = begin + n * BLOCK_N;
-    const bool masked = key + BLOCK_N > least || key < most_passed;  // the last tiles, and the first of a window
-    const auto visible = [&](int r, int c) { return key + column_of(c) < limit[r] && key + column_of(c) >= passed(r); };
+    const bool masked = key + BLOCK_N > least || (kRules && key < most_passed);  // the last tiles; a window's first
+    const auto visible = [&](int r, int c) {
+      const int j = key + column_of(c);
+      return j < limit[r] && (!kRules || j >= passed(r));
+    };
     softmax.step(s, acc, masked, visible, over_row);
 
     unsigned probability[BLOCK_N / 16][4];
@@ -197,11 +200,11 @@ __device__ __forceinline__ void consume(const Arguments& a, const Memory<T, D>& 
   }
 }
 
-template <class T, int D, bool kCapped>
+template <class T, int D, bool kRules>
 __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Arguments a) {
   DYN_SHARED(unsigned char, memory);
   const WorkTile work =
-      attention::work_tile(a, gridDim.x - 1 - blockIdx.x, false, BLOCK_M, 1);  // long causal rows first
+      attention::work_tile(a, gridDim.x - 1 - blockIdx.x, false, BLOCK_M, 1, kRules);  // long causal rows first
   if (!work.rows) return;
   const Memory<T, D> m{memory};
   if (threadIdx.x == 0) {
@@ -223,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ A
     if (threadIdx.x == 0) produce<T, D>(a, m, work, begin, tiles);
   } else {
     ptx::more_registers<kConsumerRegisters>();
-    consume<T, D, kCapped>(a, m, work, begin, tiles, (warpgroup - 1) * 64);
+    consume<T, D, kRules>(a, m, work, begin, tiles, (warpgroup - 1) * 64);
   }
 }
 
@@ -264,7 +267,7 @@ Status launch_forward(const AttentionCuda& a, void* stream) {
       !make_map<T>(args.v_map, a.v, D, a.kv_heads, a.keys, a.batch)) {
     return Status::no_tensor_map;
   }
-  const auto kernel = a.softcap > 0 ? forward<T, D, true> : forward<T, D, false>;
+  const auto kernel = a.window > 0 || a.softcap > 0 ? forward<T, D, true> : forward<T, D, false>;
   return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Memory<T, D>::kBytes, stream, args);
 }
 

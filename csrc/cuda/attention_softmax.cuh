@@ -14,22 +14,18 @@ namespace finetune::attention {
 
 // f, for the maximum is taken of products: it must be positive. From a negative scale the sign goes to the products
 // first, and 0 (or NaN) is multiplied in. With a softcap the maximum is that of their tanh, and f is c log2(e).
-template <bool kCapped>
 struct ScaleLog2 {
+  bool capped;
   float scale, factor;
-  __device__ explicit ScaleLog2(const AttentionSizes& a)
-      : scale(a.scale * kLog2e),
-        factor(scale > 0   ? scale
+  __device__ ScaleLog2(const AttentionSizes& a, bool rules)
+      : capped(rules && a.softcap > 0),
+        scale(capped ? a.scale / a.softcap : a.scale * kLog2e),
+        factor(capped      ? a.softcap * kLog2e
+               : scale > 0 ? scale
                : scale < 0 ? -scale
                            : 1.0f) {}
   __device__ bool positive() const { return scale > 0; }
   __device__ float product(float x) const { return scale < 0 ? -x : x * scale; }  // where not positive()
-};
-template <>
-struct ScaleLog2<true> : Score<true> {
-  using Score<true>::Score;
-  __device__ bool positive() const { return false; }
-  __device__ float product(float x) const { return tanh_of(x); }
 };
 
 // 2^(f x − f m) is one FMA and the exponential where |f m| is at most this. The rounding of f m then stays in the
@@ -37,13 +33,13 @@ struct ScaleLog2<true> : Score<true> {
 // that P is 1 at the maximum, o is that key's v, and dP − delta is exactly 0 where nothing else is seen.
 constexpr float kFused = 64;
 
-template <int kRows, bool kCapped>
+template <int kRows>
 struct OnlineSoftmax {
-  ScaleLog2<kCapped> f;
+  ScaleLog2 f;
   float m[kRows];  // maximum of the products so far
   float l[kRows];  // sum of this lane's columns of P so far; joined over the row's lanes at the end
 
-  __device__ explicit OnlineSoftmax(const AttentionSizes& a) : f(a) {
+  __device__ OnlineSoftmax(const AttentionSizes& a, bool rules) : f(a, rules) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) m[r] = -INFINITY, l[r] = 0;
   }
@@ -52,7 +48,13 @@ struct OnlineSoftmax {
   // value of each of the lanes that share a row.
   template <class S, class Acc, class Visible, class OverRow>
   __device__ __forceinline__ void step(S& s, Acc& acc, bool masked, Visible&& visible, OverRow&& over_row) {
-    if (!f.positive()) {
+    if (f.capped) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int c = 0; c < S::kColumns; ++c) s.at(r, c) = hyperbolic_tangent(s.at(r, c) * f.scale);
+      }
+    } else if (!f.positive()) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll

@@ -167,7 +167,8 @@ class Library:
             """The backward pass by the reference, recorded."""
             warn_once(self.name, operator)
             inputs = ctx.rest | {names[i]: t for i, t in zip(schema.tensors, ctx.saved_tensors, strict=False)}
-            wanted = [name for name, needed in zip(names, ctx.needs_input_grad, strict=True) if needed]
+            needed = zip(names, ctx.needs_input_grad, strict=False)  # shorter where defaults at the end are omitted
+            wanted = [name for name, is_needed in needed if is_needed]
             for name in wanted:  # a view of each: two inputs may be one tensor
                 inputs[name] = inputs[name].view_as(inputs[name])
             outputs = how.again(**inputs)
