@@ -13,6 +13,7 @@ from finetune.errors import UserError
 from finetune.export import export
 from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.io import gguf_write, load, save
+from finetune.lm.io.gguf import GGUFModel
 from finetune.lm.io.gguf_types import TYPES, quantize
 from finetune.lm.layers import RopeScaling
 from finetune.lm.tokenizer import Tokenizer
@@ -272,3 +273,38 @@ def test_the_command_line_offers_what_can_be_written():
     assert list(choice.choices) == list(gguf_write.FORMATS)
     assert {kind for kind, _ in gguf_write.FORMATS.values()} | {"F32"} == {k for k, one in TYPES.items() if one.encode}
     assert all(one.about.endswith(".") for one in TYPES.values())
+
+
+TEMPLATES = {
+    "Llama 3": "{{ bos_token }}{% if tools is not none %}{{ '<|start_header_id|>system<|end_header_id|>\\n\\n' }}"
+    "{% for t in tools %}{{ t | tojson(indent=4) }}{% endfor %}{{ '<|eot_id|>' }}{% endif %}{% for m in messages %}{{ "
+    "'<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+    "Mistral": "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + "
+    "' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
+    "Gemma": "{{ bos_token }}{%- for m in messages -%}\n{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' "
+    "else m['role']) + '\\n' + m['content'] | trim + '<end_of_turn>\\n' }}\n{%- endfor -%}\n{% if add_generation_prompt %}"
+    "{{ '<start_of_turn>model\\n' }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_templates_are_carried_unchanged(tmp_path, family):
+    chat = [{"role": "user", "content": " 日本 'a' {{ b }}"}, {"role": "assistant", "content": "c\n"}]
+    tokenizer = Tokenizer.train([TEXT], 300)
+    tokenizer.chat_template = TEMPLATES[family]
+    read = load.tokenizer(written(tmp_path, tiny(), tokenizer))
+    assert read.chat_template == TEMPLATES[family]
+    assert read.render_text(chat)[0] == tokenizer.render_text(chat)[0]
+    marked = "{%- for m in messages -%} {%- generation -%} {{ m['content'] }} {% endgeneration %} {% endfor %}"
+    tokenizer.chat_template = marked
+    again = load.tokenizer(written(tmp_path, tiny(), tokenizer, name="marked.gguf"))
+    assert again.render_text(chat)[0] == tokenizer.render_text(chat)[0]
+
+
+def test_the_end_of_a_turn_that_a_file_does_not_name(tmp_path):
+    tokenizer = Tokenizer.train([TEXT], 300)
+    tokenizer.eos, tokenizer.eos_id = "<|endoftext|>", 0
+    file = GGUFModel(written(tmp_path, tiny(), tokenizer))
+    assert file.stop_ids() == [0, 2]  # <|im_end|>

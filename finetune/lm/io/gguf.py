@@ -261,8 +261,12 @@ class GGUFModel(GGUFFile):
         return {key: value for key, value in found.items() if value is not None}
 
     def stop_ids(self) -> list[int]:
-        """The tokens that end an answer: of the text, of the turn, of the message."""
+        """The tokens that end an answer: of the text, of the turn, of the message. Where the file does not name the
+        second, its text does, as for llama.cpp."""
         found = [self.token_id(name) for name in ("eos", "eot", "eom")]
+        if found[1] is None:
+            tokens = self.get("tokenizer.ggml.tokens", [])
+            found += [tokens.index(end) for end in TURN_ENDS if end in tokens]
         return list(dict.fromkeys(i for i in found if i is not None))
 
     def token_id(self, name: str) -> int | None:
@@ -275,6 +279,7 @@ class GGUFModel(GGUFFile):
         return value
 
 
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 TOKEN_KEYS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 

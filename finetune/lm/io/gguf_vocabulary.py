@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from finetune.errors import UserError
+from finetune.lm.io.gguf import TURN_ENDS
 from finetune.lm.io.vocabulary import (
     BYTE,
     CONTROL,
@@ -26,7 +27,6 @@ from finetune.lm.tokenizer import Tokenizer
 
 BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 # Both tokenizers, the one that is written and the one that is read again, must give the same for these.
 PROBES = (
     "Hello, world! It's 12345 o'clock; don't SHOUT.",
