@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from known_tasks import GAMMA, continuous_log, continuous_value, optimal_value, tabular_log, tabular_value, world
 from learner_state import continues_from_its_state
 from summaries import numbers
 
@@ -15,6 +16,7 @@ from finetune.errors import UserError
 from finetune.rl.agents.offline import Cloning
 from finetune.rl.envs import logged_data
 from finetune.rl.envs.replay import Transitions
+from finetune.rl.tabular import mdp as tables
 from finetune.runs import registry
 from finetune.runs.run import execute
 
@@ -338,6 +340,70 @@ def test_the_unit_of_rewards_changes_nothing_that_is_learned(env, tmp_path, caps
             assert found[100.0][name] == pytest.approx(value, rel=0.3), name
 
 
+# --- A log alone
+
+
+ALONE = {"envs": "none", "hidden": 32, "steps": 300, "fqe_steps": 400, "eval_every": 100, "gamma": GAMMA, "lr": 1e-2,
+         "polyak": 0.05, "target_every": 20, "candidates": 5, "act_candidates": 10}  # fmt: skip
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The learners of the last run, and its task."""
+    found, train_all = {}, bcq.train_all
+
+    def spy(cfg, run, task, learners):
+        found.update(learners, task=task)
+        return train_all(cfg, run, task, learners)
+
+    monkeypatch.setattr(bcq, "train_all", spy)
+    return found
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_log_alone_teaches_more_than_its_policy_by_fqe_and_in_truth(seed, tmp_path, kept):
+    mdp = world(seed)
+    policy = tables.uniform(mdp)
+    tabular_log(tmp_path / "log.npz", mdp, policy, seed=seed)
+    config = toy(**ALONE, data=tmp_path / "log.npz", seed=seed)
+    summary = execute(INFO, config, tmp_path / "run", toy=True)
+    found, behavior = numbers(summary), tables.performance(mdp, policy)
+    assert set(summary["metrics"]) == {"fqe_bcq_log_log"}
+    assert summary["passed"] is None, "FQE is no measurement: nothing is called reached"
+    observed, gap = summary["baseline"]["fqe_bcq_log_log"], optimal_value(mdp) - behavior
+    assert observed == pytest.approx(behavior, abs=0.15 * gap)
+    del kept["task"]
+    truth = {name: tabular_value(mdp, learner) for name, learner in kept.items()}
+    assert truth["bcq"] > behavior + gap / 2
+    assert found["fqe_bcq_log_log"] > observed + gap / 2
+    for name, value in (truth | {"behavior": behavior}).items():
+        assert found[f"fqe_{name}_log_log"] == pytest.approx(value, abs=0.15 * gap), name
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
+def test_every_method_for_continuous_actions_learns_from_a_log_alone(seed, tmp_path, kept):
+    """Cloning finds the mean of the uniform actions, which pays more than they do; the others find what pays more."""
+    behavior = continuous_log(tmp_path / "log.npz", seed=seed)
+    config = toy(**ALONE, data=tmp_path / "log.npz", compared="bc,td3,td3_bc,iql,awac", seed=seed, action_low="-1",
+                 action_high="1", temperature=10.0, awac_lam=0.1, phi=0.2)  # fmt: skip
+    found = numbers(execute(INFO, config, tmp_path / "run", toy=True))
+    scale = kept.pop("task").scale
+    assert found["fqe_behavior_log_log"] == pytest.approx(behavior, abs=0.15 * abs(behavior))
+    truth = {}
+    for name, learner in kept.items():
+        truth[name] = continuous_value(
+            lambda seen, learner=learner: scale.to_env(
+                learner.act(scale.observations(seen), torch.Generator().manual_seed(0))
+            )
+        )
+        assert found[f"fqe_{name}_log_log"] == pytest.approx(truth[name], abs=0.15 * abs(behavior)), name
+    assert set(truth) == {"bcq", "bc", "td3", "td3_bc", "iql", "awac"}
+    for name in ("bcq", "td3", "td3_bc", "iql", "awac"):
+        assert truth[name] > behavior / 2, name
+
+
 def test_names_are_plain_whatever_environment_and_file_are_called():
     for env, name, wanted in (
         ("CartPole-v1", "expert", "cartpole_expert"),
@@ -370,7 +436,10 @@ def test_bad_settings_are_refused(tmp_path):
         ({"candidates": 0}, "--candidates 0 is too small"),
         ({"sweep": "0,two"}, "--sweep: 'two' is not a threshold"),
         ({"reward_scale": 0.0}, "--reward-scale 0 is too small: it must be above 0"),
-        ({"data": tmp_path / "x.npz"}, "name it with --envs"),
+        ({"data": tmp_path / "x.npz"}, "name it with --envs, or learn from the log alone with --envs none"),
+        ({"envs": "none"}, "--envs names no environment"),
+        ({"action_low": "0"}, "--action-low is for learning from a log alone"),
+        ({"data": tmp_path / "x.npz", "envs": "none", "env_arg": ("a=1",)}, "--env-arg is for the environment of"),
         ({"envs": "Pendulum-v1,Pendulum-v1"}, "--envs: 'Pendulum-v1' is there twice"),
         ({"hidden": 10**9}, "--hidden 1000000000 is too large"),
     ):

@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from known_tasks import GAMMA, continuous_log, continuous_value, optimal_value, tabular_log, tabular_value, world
 from learner_state import continues_from_its_state
 from summaries import numbers
 
@@ -15,6 +17,7 @@ from finetune.rl.agents.networks import QNetwork, SquashedGaussian, TwinQ
 from finetune.rl.agents.targets import double_dqn_target, gather_actions, polyak_
 from finetune.rl.envs import logged_data
 from finetune.rl.envs.replay import Transitions
+from finetune.rl.tabular import mdp as tables
 from finetune.runs import registry
 from finetune.runs.run import execute
 
@@ -424,6 +427,83 @@ def test_the_unit_of_rewards_changes_nothing_that_is_learned(env, tmp_path, caps
         assert value == found[1.0][name], name
 
 
+# --- A log alone
+
+
+ALONE = {"env": "none", "hidden": 32, "updates": 50, "steps": 6, "fqe_steps": 8, "gamma": GAMMA,
+         "gamma_continuous": GAMMA, "alpha": 0.1, "alpha_continuous": 0.1, "lr": 1e-2, "samples": 3}  # fmt: skip
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The learners of the last run."""
+    found, judge = {}, cql.judge
+
+    def spy(cfg, run, task, learners):
+        found.update(learners)
+        return judge(cfg, run, task, learners)
+
+    monkeypatch.setattr(cql, "judge", spy)
+    return found
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_log_alone_teaches_more_than_its_policy_by_fqe_and_in_truth(seed, tmp_path, kept):
+    mdp = world(seed)
+    policy = tables.uniform(mdp)
+    tabular_log(tmp_path / "log.npz", mdp, policy, seed=seed)
+    config = small(**ALONE | {"data": tmp_path / "log.npz", "seed": seed})
+    summary = execute(INFO, config, tmp_path / "run", toy=True)
+    found, behavior = numbers(summary), tables.performance(mdp, policy)
+    assert set(summary["metrics"]) == {"fqe_data_cql"}
+    assert summary["passed"] is None, "FQE is no measurement: nothing is called reached"
+    observed, gap = summary["baseline"]["fqe_data_cql"], optimal_value(mdp) - behavior
+    assert observed == pytest.approx(behavior, abs=0.15 * gap)
+    truth = {name: tabular_value(mdp, learner) for name, learner in kept.items()}
+    assert truth["cql"] > behavior + gap / 2
+    assert found["fqe_data_cql"] > observed + gap / 2
+    for name, value in (truth | {"behavior": behavior}).items():
+        assert found[f"fqe_data_{name}"] == pytest.approx(value, abs=0.15 * gap), name
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
+def test_a_log_alone_of_continuous_actions_too(seed, tmp_path, kept):
+    behavior = continuous_log(tmp_path / "log.npz", seed=seed)
+    config = small(**ALONE | {"data": tmp_path / "log.npz", "seed": seed})
+    found = numbers(execute(INFO, config, tmp_path / "run", toy=True))
+    assert found["fqe_data_behavior"] == pytest.approx(behavior, abs=0.15 * abs(behavior))
+    for name in ("cql", "naive"):
+        truth = continuous_value(kept[name].act)
+        assert truth > behavior / 2
+        assert found[f"fqe_data_{name}"] == pytest.approx(truth, abs=0.15 * abs(behavior)), name
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_from_a_log_alone_resumes_to_the_same_result(tmp_path):
+    tabular_log(tmp_path / "log.npz", world(0), tables.uniform(world(0)), episodes=50)
+    config = small(**ALONE | {"data": tmp_path / "log.npz", "steps": 4, "updates": 5, "fqe_steps": 4})
+    whole = execute(INFO, config, tmp_path / "whole", toy=True)
+    execute(INFO, config, tmp_path / "cut", toy=True)
+    for name in ("summary.json", "checkpoints/data_fqe/step_000004"):
+        path = tmp_path / "cut" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = execute(INFO, config, tmp_path / "cut", toy=True, resume=True)
+    assert again["metrics"] == whole["metrics"]
+    assert again["checks"] == whole["checks"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_log_of_one_episode_is_judged_by_itself_and_it_is_said(tmp_path, capsys):
+    made = logged_data.generate("CartPole-v1", "expert", 100, 0)
+    made.save(tmp_path / "log.npz")
+    config = small(data=tmp_path / "log.npz", env="none")
+    found = numbers(execute(INFO, config, tmp_path / "run", toy=True))
+    assert math.isfinite(found["fqe_data_cql"])
+    assert "it holds one episode: policies are judged by the steps that they learned from" in capsys.readouterr().out
+
+
 def test_bad_settings_and_data_are_refused(tmp_path):
     for change, message in (
         ({"sets": "expret"}, "--sets: 'expret' is not one of .*did you mean 'expert'"),
@@ -434,6 +514,10 @@ def test_bad_settings_and_data_are_refused(tmp_path):
         ({"updates": 10**12}, "--updates .* is too large"),
         ({"threshold": 1.0, "alpha": 0.0}, "--threshold learns"),
         ({"env": "Acrobot-v1"}, "--env Acrobot-v1 says where the steps of --data come from"),
+        ({"states": 3}, "--states is for learning from a log alone"),
+        ({"data": tmp_path / "x.npz", "env": "none", "fqe_steps": 0}, "fitted Q evaluation is the only judge"),
+        ({"data": tmp_path / "x.npz", "env": "none", "env_arg": ("a=1",)}, "--env-arg is for the environment of"),
+        ({"data_format": "hdf"}, "--data-format 'hdf' is not one of auto, columns"),
     ):
         with pytest.raises(UserError, match=message):
             toy(**change)
@@ -441,7 +525,10 @@ def test_bad_settings_and_data_are_refused(tmp_path):
     logged_data.generate("Pendulum-v1", "random", 200, 0).save(tmp_path / "other.npz")
     for name, message in (
         ("bad", "bad.npz: it has no actions, rewards, terminations, truncations"),
-        ("other", "other: actions are continuous, those of CartPole-v1 discrete"),
+        (
+            "other",
+            "other: actions are continuous, those of CartPole-v1 discrete .*--env none: learn from the log alone",
+        ),
         ("none", "none.npz: there is no such file"),
     ):
         with pytest.raises(UserError, match=message):

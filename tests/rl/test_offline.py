@@ -71,7 +71,7 @@ def test_returns_end_with_their_episodes(tmp_path):
         ({"rewards": np.array(list("abcde"))}, "rewards is <U1: it must hold numbers"),
         ({"actions": np.zeros(4, int)}, "actions has 4 rows, rewards has 5"),
         ({"actions": np.zeros(5)}, r"actions is float64: it must hold integers, or floats in rows \(N, A\)"),
-        ({"actions": np.zeros((5, 2), int)}, r"actions are integers of shape \(5, 2\): of discrete actions one a step"),
+        ({"actions": np.zeros((5, 2, 1), int)}, r"actions has shape \(5, 2, 1\): \(N,\), \(N, 1\) or \(N, A\) is read"),
         (
             {"actions": np.array([0, 1, 2**63, 0, 0], np.uint64)},
             r"actions\[2\] is 9223372036854775808: no environment has so many",

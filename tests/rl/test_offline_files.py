@@ -2,6 +2,7 @@
 
 import json
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -265,7 +266,7 @@ def test_bounds_of_actions_are_the_logged_range_and_its_margin_or_given(tmp_path
         logged_data.load(states_file(tmp_path)).alone(low="1")
 
 
-def test_halves_of_the_episodes_are_held_out(tmp_path):
+def test_a_share_of_the_episodes_are_held_out(tmp_path):
     data = logged_data.load(written(tmp_path / "log.h5", D4RL))
     rest, held = data.split(0.5, torch.Generator().manual_seed(0))
     assert len(rest) + len(held) == 8
@@ -275,6 +276,40 @@ def test_halves_of_the_episodes_are_held_out(tmp_path):
     assert len(rest.transitions()) + len(held.transitions()) == 7
     one = logged_data.load(written(tmp_path / "one.h5", {n: a[:3] for n, a in D4RL.items()}))
     assert one.split(0.5, torch.Generator())[1] is None
+
+
+class Parts(gymnasium.Env):
+    """An environment of several discrete parts."""
+
+    observation_space = gymnasium.spaces.MultiDiscrete([3, 2])
+    action_space = gymnasium.spaces.MultiDiscrete([2, 3], start=[0, 1])
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.int64), {}
+
+    def step(self, action):
+        return np.zeros(2, np.int64), 0.0, True, False, {}
+
+
+def test_several_discrete_parts_are_coded_as_the_environment_codes_them(tmp_path):
+    seen, after = np.array([[0, 1], [2, 0], [1, 1], [0, 0], [2, 1]]), np.array([[2, 1], [1, 0]] + [[0, 0]] * 3)
+    taken = np.array([[0, 1], [1, 3], [0, 3], [1, 1], [1, 2]])
+    path = states_file(tmp_path, observations=seen, next_observations=after, actions=taken)
+    env = environments.Env(Parts(), "Parts", 5, environments.EpisodeLimit())
+    data = logged_data.load(path).fit(env)
+    for i in range(5):
+        assert data.observations[i].tolist() == env.vector(seen[i]).tolist()
+        assert data.next_observations[i].tolist() == env.vector(after[i]).tolist()
+        assert env.to_env(int(data.actions[i])).tolist() == taken[i].tolist()
+    alone, spaces = logged_data.load(path).alone()
+    assert alone.actions.tolist() == data.actions.tolist()
+    assert spaces.action_dim == 6
+    taken[3, 1] = 4
+    with pytest.raises(UserError, match=r"actions\[3, 1\] is 4, Parts has 1 … 3"):
+        logged_data.load(states_file(tmp_path, observations=seen, next_observations=after, actions=taken)).fit(env)
+    many = logged_data.load(states_file(tmp_path, actions=np.array([[0, 0]] * 4 + [[900, 900]])))
+    with pytest.raises(UserError, match="integer actions of 2 parts have 811,801 combinations"):
+        many.alone()
 
 
 # --- What is refused
@@ -307,7 +342,7 @@ def d3rlpy_with(**changes):
         (minari_with(**{"episode_2/observations": np.zeros((4, 5))}), r"episode_2/observations has shape \(3, 5\)"),
         (minari_with(**{"episode_0/terminations": [1, 0, 0]}), "episode_0 ends at step 0, before its last, 2"),
         (minari_with(**{"episode_0/actions": None, "episode_0/actions/a": TAKEN[0]}), "episode_0/actions is a group"),
-        (minari_arrays(taken=[np.zeros((n, 2), int) for n in LENGTHS]), r"actions are integers of shape \(8, 2\)"),
+        (minari_arrays(taken=[np.zeros((n, 2, 2)) for n in LENGTHS]), r"actions has shape \(8, 2, 2\)"),
         (
             minari_arrays(seen=[{"/a": np.zeros(n + 1, int), "/b": s} for n, s in zip(LENGTHS, SEEN, strict=True)]),
             "episode_0/observations/a holds integers, and no metadata.json says how many",

@@ -16,6 +16,7 @@ Minari's names, one row a step, episode after episode:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,19 +25,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.errors import UserError, nearest
 from finetune.rl.advantages import returns_to_go
-from finetune.rl.envs import environments, npz, offline_files
+from finetune.rl.envs import columns, environments, npz, offline_files
+from finetune.rl.envs.columns import MAX_CLASSES
 from finetune.rl.envs.controllers import SETS
 from finetune.rl.envs.offline_files import FIELDS, Log
 from finetune.rl.envs.replay import Transitions
+from finetune.rl.envs.spaces import MAX_ACTIONS
 from finetune.runs.checkpoint import atomic_write
 
-MAX_NUMBER = 1e15
-MAX_CLASSES = 100_000  # states or actions
 MARGIN = 0.01  # of the range of the logged actions: how far beyond it a policy learned from the log alone may go
 COLUMNS = (*FIELDS, "next_observations")
 
@@ -46,7 +46,8 @@ class Dataset:
     """Logged steps, episode after episode. `generate` and `load` make and check it."""
 
     observations: Tensor  # (N, D) float32; (N, 1) numbers of states until `fit` or `alone` makes them one-hot
-    actions: Tensor  # (N,) int64, or (N, A) float32
+    # (N,) int64, or (N, A) float32; (N, A) int64 of several discrete parts, until `fit` or `alone` makes them one
+    actions: Tensor
     rewards: Tensor  # (N,) float32
     next_observations: Tensor  # (N, D) float32
     terminations: Tensor  # (N,) bool
@@ -126,34 +127,67 @@ class Dataset:
         return Dataset(**values)
 
     def save(self, path: Path) -> None:
-        columns = {name: getattr(self, name).numpy() for name in COLUMNS}
+        arrays = {name: getattr(self, name).numpy() for name in COLUMNS}
         with atomic_write(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **columns)
+            np.savez_compressed(file, **arrays)
 
     def fit(self, env: environments.Env) -> Dataset:
         """The same steps as the environment's: discrete actions counted from 0, whatever number the environment gives
-        its first action, and states one-hot. UserError if shapes or actions do not match the environment."""
-        name = env.name
+        its first action, several discrete parts as one number, states one-hot. UserError if shapes or actions do not
+        match the environment."""
+        name, space = env.name, env.action_space
+        environments.refuse_images(env, "offline RL", "make features of them, (N, D), and an environment of these")
+        if env.continuous and not self.continuous and getattr(space.dtype, "kind", "") in "iu":
+            return replace(self, actions=self.actions.view(len(self), -1).float()).fit(env)
         if self.continuous != env.continuous:
             kinds = {True: "continuous", False: "discrete"}
             raise UserError(
                 f"{self.name}: actions are {kinds[self.continuous]}, those of {name} {kinds[env.continuous]}"
             )
-        data = self
-        if env.classes and self.observations.shape[1] == 1 and env.obs_dim > 1:
-            whole = bool((self.observations == self.observations.round()).all())
-            if self.states or whole:
+        data, dim = self, self.observations.shape[1]
+        if dim != env.obs_dim and bool((self.observations == self.observations.round()).all()):
+            if env.classes and dim == 1:
                 data = self.one_hot(env.classes, env.first, name)
+            elif type(env.observation_space).__name__ == "MultiDiscrete" and dim == env.observation_space.nvec.size:
+                data = self._coded(env)
         if (dim := data.observations.shape[1]) != env.obs_dim:
             raise UserError(f"{self.name}: observations have {dim} numbers, {name}'s {env.obs_dim}")
         if not env.continuous:
+            if self.actions.ndim == 2:
+                counts, first = _parts(space)
+                return data._combined(counts, first, f"{name} has")
             return data._counted(env.action_dim, env.start, f"{name} has")
         if (dim := self.actions.shape[1]) != env.action_dim:
             raise UserError(f"{self.name}: actions have {dim} numbers, {name}'s {env.action_dim}")
-        low, high = (torch.from_numpy(bound) for bound in (env.action_space.low, env.action_space.high))
+        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (env.actions.low, env.actions.high))
         if bool(((self.actions < low) | (self.actions > high)).any()):
             raise UserError(f"{self.name}: actions beyond {low.tolist()} … {high.tolist()}, the bounds of {name}")
         return data
+
+    def _coded(self, env: environments.Env) -> Dataset:
+        """Numbers of a MultiDiscrete space as the environment's one-hot vectors."""
+        shape = env.observation_space.nvec.shape
+        coded = {
+            name: torch.from_numpy(
+                np.stack([env.vector(row.reshape(shape)) for row in getattr(self, name).long().numpy()])
+            )
+            for name in ("observations", "next_observations")
+        }
+        return replace(self, **coded)
+
+    def _combined(self, counts: list[int], first: list[int], has: str) -> Dataset:
+        """Several discrete parts of an action as one number in mixed radix, the last part fastest."""
+        if len(counts) != self.actions.shape[1]:
+            raise UserError(f"{self.name}: actions have {self.actions.shape[1]} parts, {has} {len(counts)}")
+        combined = torch.zeros(len(self), dtype=torch.long)
+        for i, (count, least) in enumerate(zip(counts, first, strict=True)):
+            part = self.actions[:, i] - least
+            if bool((wrong := (part < 0) | (part >= count)).any()):
+                row = int(wrong.int().argmax())
+                allowed = f"{has} {least} … {least + count - 1}"
+                raise UserError(f"{self.name}: actions[{row}, {i}] is {int(self.actions[row, i])}, {allowed}")
+            combined = combined * count + part
+        return replace(self, actions=combined)
 
     def _counted(self, count: int, first: int, has: str) -> Dataset:
         actions = self.actions - first
@@ -204,6 +238,17 @@ class Dataset:
         if not self.continuous:
             if low or high:
                 raise UserError(f"--action-low and --action-high: the actions of {self.name} are discrete")
+            if self.actions.ndim == 2:
+                low_, high_ = self.actions.amin(0), self.actions.amax(0)
+                counts, firsts = (high_ - low_ + 1).tolist(), low_.tolist()
+                if (total := math.prod(counts)) > MAX_ACTIONS:
+                    raise UserError(
+                        f"{self.name}: integer actions of {len(counts)} parts have {total:,} combinations, "
+                        f"{MAX_ACTIONS:,} are taken; floats are continuous actions"
+                    )
+                data = data._combined(counts, firsts, "the log has")
+                said += f", {total} combinations of {len(counts)} discrete actions"
+                return data, Spaces(dim, total, None, None, said)
             least, most = int(self.actions.min()), int(self.actions.max())
             count, first = self.action_space or (most - least + 1, least)
             if count > MAX_CLASSES:
@@ -246,6 +291,17 @@ class Spaces:
         assert self.low is not None
         assert self.high is not None
         return self.low, self.high
+
+
+def _parts(space: Any) -> tuple[list[int], list[int]]:
+    """(numbers, first numbers) of the parts of a MultiDiscrete or MultiBinary space; one of a Discrete one."""
+    if hasattr(space, "nvec"):
+        return space.nvec.ravel().tolist(), np.broadcast_to(
+            getattr(space, "start", 0), space.nvec.shape
+        ).ravel().tolist()
+    if hasattr(space, "shape") and type(space).__name__ == "MultiBinary":
+        return [2] * math.prod(space.shape), [0] * math.prod(space.shape)
+    return [int(getattr(space, "n", 1))], [int(getattr(space, "start", 0))]
 
 
 def _bounds(text: str, option: str, otherwise: Tensor) -> Tensor:
@@ -297,137 +353,17 @@ def _name(path: Path) -> str:
 
 
 def _dataset(log: Log, name: str) -> Dataset:
-    """Checks the columns of a file and converts them to tensors."""
-    arrays = log.columns
-    rewards = arrays["rewards"]
-    steps = rewards.shape[0] if rewards.ndim else 0
-    if not steps:
-        raise UserError("rewards is empty")
-    for field in ("rewards", "terminations", "truncations"):
-        if arrays[field].ndim == 2 and arrays[field].shape[1] == 1:
-            arrays[field] = arrays[field][:, 0]
-    if arrays["actions"].dtype.kind in "iu" and arrays["actions"].ndim == 2 and arrays["actions"].shape[1] == 1:
-        arrays["actions"] = arrays["actions"][:, 0]
-    states = _observations(arrays)
-    discrete = arrays["actions"].ndim == 1
-    _check_shapes(arrays, steps, discrete)
-    _check_numbers(log, discrete)
-    known = log.known
-    if "next_observations" not in arrays:
-        known = _split_observations(arrays, steps)
-    if arrays["observations"].shape != arrays["next_observations"].shape:
-        shapes = arrays["observations"].shape, arrays["next_observations"].shape
-        raise UserError(f"observations are {shapes[0]}, next_observations {shapes[1]}")
-    dtypes = {"actions": np.int64 if discrete else np.float32, "terminations": bool, "truncations": bool}
-    columns: dict[str, Any] = {
-        field: torch.from_numpy(array.astype(dtypes.get(field, np.float32))) for field, array in arrays.items()
+    """The columns of a file, checked, as tensors."""
+    states, known = columns.check(log)
+    dtypes: dict[str, Any] = {"terminations": bool, "truncations": bool}
+    dtypes["actions"] = np.int64 if log.columns["actions"].dtype.kind in "iu" else np.float32
+    tensors: dict[str, Any] = {
+        field: torch.from_numpy(array.astype(dtypes.get(field, np.float32))) for field, array in log.columns.items()
     }
     return Dataset(
-        **columns, name=name, known=None if known is None else torch.from_numpy(known), ordered=log.ordered,
+        **tensors, name=name, known=None if known is None else torch.from_numpy(known), ordered=log.ordered,
         states=states, state_space=log.states, action_space=log.actions,
     )  # fmt: skip
-
-
-def _observations(arrays: dict[str, NDArray[Any]]) -> bool:
-    """Makes observations one row of numbers a step; returns whether they are numbers of states."""
-    states = False
-    for field in ("observations", "next_observations"):
-        array = arrays.get(field)
-        if array is None:
-            continue
-        if array.dtype.kind in "iu" and (array.ndim == 1 or array.shape[1:] == (1,)):
-            states = field == "observations" or states
-            arrays[field] = array.reshape(-1, 1)
-            if len(array) and (large := np.abs(array.astype(np.float64)).max()) > 2**24:
-                raise UserError(f"{field} has the state {large:.0f}: states are numbered from 0, up to {MAX_CLASSES:,}")
-        elif array.ndim > 2 and array.dtype == np.uint8:
-            raise UserError(
-                f"{field} has shape {array.shape}: images are not read; make rows of features (N, D) of them"
-            )
-        elif array.ndim > 2 and array.size:
-            arrays[field] = array.reshape(len(array), -1)
-    return states
-
-
-def _check_shapes(arrays: dict[str, NDArray[Any]], steps: int, discrete: bool) -> None:
-    """Dimensions, kinds of dtypes and numbers of rows."""
-    if arrays["actions"].dtype.kind in "iu" and arrays["actions"].ndim > 1:
-        raise UserError(
-            f"actions are integers of shape {arrays['actions'].shape}: of discrete actions one a step is read, (N,) or "
-            "(N, 1); continuous ones are floats"
-        )
-    numbers, flags = ("biuf", "numbers"), ("biuf", "booleans")
-    expected = {
-        "observations": (2, *numbers),
-        "actions": (1, "iu", "integers, or floats in rows (N, A)") if discrete else (2, *numbers),
-        "rewards": (1, *numbers),
-        "next_observations": (2, *numbers),
-        "terminations": (1, *flags),
-        "truncations": (1, *flags),
-    }
-    for field, array in arrays.items():
-        dimensions, kinds, what = expected[field]
-        if array.ndim != dimensions:
-            raise UserError(f"{field} has shape {array.shape}: it must have {dimensions} dimensions")
-        if array.dtype.kind not in kinds:
-            raise UserError(f"{field} is {array.dtype}: it must hold {what}")
-        if len(array) != steps and not (field == "observations" and "next_observations" not in arrays):
-            raise UserError(f"{field} has {len(array)} rows, rewards has {steps}")
-
-
-def _check_numbers(log: Log, discrete: bool) -> None:
-    """Finite numbers of a size that float32 can square, flags of 0 and 1, discrete actions that int64 can hold."""
-    arrays = log.columns
-    for field, array in arrays.items():
-        if field == "actions" and discrete:
-            continue
-        if array.dtype.kind == "f":
-            with np.errstate(over="ignore"):
-                finite = np.isfinite(array.astype(np.float32))
-            if not finite.all():
-                row = int(np.argwhere(~finite)[0][0])
-                shown = " ".join(str(array[row]).split())[:80]
-                raise UserError(f"{log.place(field, row)} is {shown}: every number must be finite, in float32 too")
-        if array.dtype.kind != "b" and (large := abs(array) > MAX_NUMBER).any():
-            row = int(np.argwhere(large)[0][0])
-            raise UserError(
-                f"{log.place(field, row)} has a number beyond ±{MAX_NUMBER:g}, whose square is infinite in float32: "
-                "scale it"
-            )
-    for field in ("terminations", "truncations"):
-        if bool((wrong := (arrays[field] != 0) & (arrays[field] != 1)).any()):
-            row = int(wrong.argmax())
-            raise UserError(f"{log.place(field, row)} is {arrays[field][row]}: it must be 0 or 1")
-    if discrete and (large := abs(arrays["actions"].astype(np.float64)) > 2**31).any():
-        row = int(large.argmax())
-        raise UserError(f"{log.place('actions', row)} is {arrays['actions'][row]}: no environment has so many actions")
-
-
-def _split_observations(arrays: dict[str, NDArray[Any]], steps: int) -> NDArray[np.bool_] | None:
-    """Adds next_observations: of observations with one more row an episode (Minari's), or with one a step (D4RL's).
-
-    Returns where the observation after a step is known; None: everywhere.
-    """
-    over = arrays["terminations"] != 0
-    ends = over | (arrays["truncations"] != 0)
-    episodes = int(ends.sum()) + int(not ends[-1])
-    observations = arrays["observations"]
-    if len(observations) == steps + episodes:
-        rows = np.arange(steps) + np.concatenate([[0], ends.cumsum()[:-1]])  # episode i is shifted by i rows
-        arrays["observations"], arrays["next_observations"] = observations[rows], observations[rows + 1]
-        return None
-    if len(observations) != steps:
-        raise UserError(
-            f"observations has {len(observations)} rows: without next_observations it must have {steps}, one a step, "
-            f"or {steps + episodes}, one more for each of {episodes} episodes"
-        )
-    goes_on = ~ends
-    goes_on[-1] = False
-    rows = np.arange(steps) + goes_on
-    arrays["next_observations"] = observations[rows]
-    if not (known := goes_on | over).any():
-        raise UserError("no step has a known next observation: every episode has one step that did not terminate it")
-    return None if known.all() else known
 
 
 # --- Generated

@@ -49,6 +49,8 @@ class Config(config.Config):
     # --- data
     # one after the other, separated by commas; none, with --data: learn from the log alone
     envs: str = "CartPole-v1,Pendulum-v1"
+    # with --data: keyword arguments of --envs, such as is_slippery=false; may be given several times
+    env_arg: tuple[str, ...] = ()
     # logged steps of the one environment that --envs names: an npz, or what Minari, D4RL, CORL and d3rlpy write
     # (README: your own log); none: sets are generated
     data: Path | None = None
@@ -130,6 +132,8 @@ class Config(config.Config):
             named = parts(getattr(self, key))
             if twice := next((name for name in named if named.count(name) > 1), None):
                 raise UserError(f"--{config.dashed(key)}: '{twice}' is there twice")
+        if self.env_arg and (self.data is None or self.alone):
+            raise UserError("--env-arg is for the environment of --data's steps: it needs --data and --envs")
         offline_files.check_format(self.data_format)
         alone = {"--states": self.states, "--action-low": self.action_low, "--action-high": self.action_high}
         log_alone.check_settings(self.alone, alone, self.fqe_steps)
@@ -169,7 +173,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         task = task_of_log_alone(cfg, run)
         found[task.name] = (compare_continuous if task.data.continuous else compare_discrete)(cfg, run, task)
     for env in parts(cfg.envs):
-        envs = environments.make(env, cfg.eval_episodes, episode_limit=limit)
+        envs = environments.make(env, cfg.eval_episodes, episode_limit=limit, args=cfg.env_arg)
         continuous = envs[0].continuous
         if cfg.data:
             tasks = [task_of_file(cfg, run, envs, env)]

@@ -55,7 +55,7 @@ def prepare(cfg: Config, run: Run, name: str, limit: environments.EpisodeLimit) 
     if cfg.data and cfg.env == "none":
         return from_log_alone(cfg, run, name)
     env, quality = (cfg.env, "") if cfg.data else SETS[name]
-    envs = environments.make(env, cfg.eval_episodes, episode_limit=limit)
+    envs = environments.make(env, cfg.eval_episodes, episode_limit=limit, args=cfg.env_arg if cfg.data else ())
     if cfg.data:
         data = logged_data.load(cfg.data, cfg.data_format, run.print)
     else:

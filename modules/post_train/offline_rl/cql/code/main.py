@@ -42,6 +42,8 @@ class Config(config.Config):
     data_format: str = "auto"  # of --data; auto: by the names in the file
     # with --data: the environment of the steps, in which the policies are evaluated; none: learn from the log alone
     env: str = "CartPole-v1"
+    # keyword arguments of --env, such as is_slippery=false; may be given several times
+    env_arg: tuple[str, ...] = ()
     data_steps: int = bounded(50_000, at_least=100, at_most=10**7)  # of a generated set; an expert's has 1/25 of it
     shuffle_actions: bool = False  # control: actions are permuted over the set, so there is nothing to learn
     # --- a log alone (--data FILE --env none)
@@ -101,6 +103,8 @@ class Config(config.Config):
                 raise UserError(f"--sets: '{name}' is there twice")
         if self.data is None and self.env != type(self).env:
             raise UserError(f"--env {self.env} says where the steps of --data come from: without it, choose --sets")
+        if self.env_arg and (self.data is None or self.env == "none"):
+            raise UserError("--env-arg is for the environment of --data's steps: it needs --data and --env")
         offline_files.check_format(self.data_format)
         alone = {"--states": self.states, "--action-low": self.action_low, "--action-high": self.action_high}
         log_alone.check_settings(self.data is not None and self.env == "none", alone, self.fqe_steps)
