@@ -9,6 +9,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.rl.envs import environments, hdf5, logged_data, offline_files
+from finetune.runs import registry
 
 h5py = pytest.importorskip("h5py")
 
@@ -213,6 +214,13 @@ def test_what_minari_writes_is_read(tmp_path, monkeypatch):
     assert torch.equal(data.observations, torch.from_numpy(joined([f[:-1] for f in flat]).astype(np.float32)))
     assert torch.equal(data.next_observations, torch.from_numpy(joined([f[1:] for f in flat]).astype(np.float32)))
     assert data.name == "dict-v0"
+
+
+@pytest.mark.parametrize("module", ["cql", "bcq"])
+def test_the_readme_of_a_module_lists_the_formats(module):
+    text = (registry.find(module).folder / "README.md").read_text()
+    for name, form in offline_files.FORMATS.items():
+        assert f"| `{name}` | {form.description} |" in text, name
 
 
 # --- States, actions
