@@ -167,7 +167,7 @@ class Dataset:
     def _coded(self, env: environments.Env) -> Dataset:
         """Numbers of a MultiDiscrete space as the environment's one-hot vectors."""
         shape = env.observation_space.nvec.shape
-        coded = {
+        coded: dict[str, Any] = {
             name: torch.from_numpy(
                 np.stack([env.vector(row.reshape(shape)) for row in getattr(self, name).long().numpy()])
             )
