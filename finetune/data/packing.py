@@ -55,11 +55,14 @@ def tokenize(
     `unwritten`: what happens to rows of which the chat template does not write something, or which it refuses.
     UserError names the first of them.
     """
-    documents, cut, dropped, split = [], 0, 0, 0
+    documents, cut, dropped, split, endless = [], 0, 0, 0, 0
+    ends = {*tokenizer.backend.get_added_tokens_decoder(), tokenizer.eos_id}
     for row, parts in rendered(rows, tokenizer, unwritten, say):
         split += len(parts) > 1
         for ids, mask, count in parts:
             document = Document(ids[:max_length], mask[:max_length], row[:count])
+            last = [i for i, learn in zip(ids, mask, strict=True) if learn][-2:]  # an end, and white space behind it
+            endless += bool(last) and ends.isdisjoint(last)
             if document.learned:
                 cut += len(ids) > max_length
                 documents.append(document)
@@ -73,6 +76,8 @@ def tokenize(
     if cut or dropped:
         count = len(documents) + dropped
         say(f"of {count} conversations {cut} were cut to {max_length} tokens and {dropped} dropped")
+    if endless:
+        say(f"{endless:,} texts end without a token that ends an answer: the model does not learn from them to stop")
     if count := tokenizer.renderer.straddled:
         say(
             f"{count:,} answers begin within a token that begins in the text before them, and learn it whole: a prompt "

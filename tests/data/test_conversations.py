@@ -134,8 +134,10 @@ def test_a_token_of_prompt_and_answer_is_said():
         (document,) = packing.tokenize([[USER, ASSISTANT | {"content": "yes"}]], tokenizer, 50, say=said.append)
         kept = tokenizer.decode([i for i, learned in zip(document.ids, document.mask, strict=True) if learned])
         assert kept == {"Bot: ": " yes", "Bot:": "yes"}[source]
-    (text,) = said
-    assert text.startswith("1 answers begin within a token that begins in the text before them")
+    endless = "1 texts end without a token that ends an answer: the model does not learn from them to stop"
+    assert said[0] == said[2] == endless
+    assert said[1].startswith("1 answers begin within a token that begins in the text before them")
+    assert len(said) == 3
 
 
 def test_held_out_of_what_fits():

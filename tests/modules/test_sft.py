@@ -556,6 +556,13 @@ def test_a_base_model_gets_chatml_and_its_tokens(tmp_path, base_model, method, c
     assert isinstance(answer, str)
 
 
+def test_embeddings_that_do_not_fit_are_refused(tmp_path, base_model, monkeypatch):
+    monkeypatch.setattr(sft.memory, "check_memory", lambda *_: None, raising=False)
+    monkeypatch.setattr(sft.machine, "available_memory_bytes", lambda: 100_000)
+    with pytest.raises(UserError, match=r"whole modules needs 2\d\d\.\d kB .*, 100\.0 kB are free: .*zephyr"):
+        tuned(tmp_path, base_model, [pair(i) for i in range(20)], template="chatml")
+
+
 def test_a_template_without_new_tokens_trains_no_embeddings(tmp_path, base_model):
     _, folder = tuned(tmp_path, base_model, [pair(i) for i in range(20)], template="zephyr")
     assert not [name for name in load_file(folder / "model" / "adapter_model.safetensors") if "embed" in name]

@@ -29,7 +29,7 @@ from finetune.lm.io import hub, load, save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.peft import adapters, bases, lora
-from finetune.runs import config, display
+from finetune.runs import config, display, machine
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
 
@@ -167,6 +167,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         ]
         if whole:
             lora.train_modules(model, whole)
+            check_whole(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.AdamW(optim.decay_groups(trained.values(), cfg.weight_decay), lr=cfg.lr)
     model.gradient_checkpointing = cfg.checkpointing
@@ -339,6 +340,20 @@ def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) 
         lora.merge(model, keep=True)
         save.model(model, folder, tokenizer)
         lora.unmerge(model)
+
+
+def check_whole(model: Llama) -> None:
+    """UserError if the gradients and optimizer states of the modules that an adapter holds whole, which the formulas do
+    not count, exceed the free memory."""
+    tables = [p for name, p in model.named_parameters() if p.requires_grad and ".parts." not in name]
+    needed = sum(p.nbytes + p.numel() * (8 if p.dtype == torch.float32 else 12) for p in tables)
+    free = machine.available_memory_bytes()
+    if free is not None and needed > free:
+        raise UserError(
+            f"training whole modules needs {display.size(needed)} for gradients and optimizer states, "
+            f"{display.size(free)} are free: omit --modules-to-save, or choose a template without new tokens "
+            "(zephyr, mistral, alpaca)"
+        )
 
 
 def check_disk(cfg: Config, run: Run, model: Llama, trained: dict[str, torch.nn.Parameter]) -> None:
