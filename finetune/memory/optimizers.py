@@ -23,6 +23,9 @@ class Optimizer:
     states: tuple[tuple[str, int], ...]
     source: str
 
+    def __str__(self) -> str:
+        return self.summary
+
     @property
     def summary(self) -> str:
         return f"{self.name}: {self.keeps}"

@@ -107,7 +107,10 @@ def search(model: Model, setup: Setup, given: set[str], room: int, count: int = 
     shape, found, least = model.shape, list[Any](), None
     model = replace(model, stored={})
     for at, candidate in enumerate(candidates(setup, given)):
-        check_shape(model.name, shape, candidate)
+        try:
+            check_shape(model.name, shape, candidate)
+        except UserError:  # such as adapters of a higher rank than a small model's layers
+            continue
         best = fitting(model, candidate, given, room)
         if best is None:
             smallest = candidate if "batch" in given else replace(candidate, batch=1)
@@ -190,8 +193,10 @@ def instead(model: Model, setup: Setup) -> dict[str, int]:
         }  # fmt: skip
     found = {}
     for option, changes in options.items():
-        with contextlib.suppress(UserError):  # it excludes another setting
+        with contextlib.suppress(UserError):  # it excludes another setting, or the model cannot have it
             made = replace(setup, **changes)
+            if not model.module:  # whose row may be several documents
+                check_shape(model.name, model.shape, made)
             if made != setup:
                 plain = replace(model, stored={}) if "dtype" in changes else model
                 found[option] = plain.predict(made)[-1].bytes

@@ -197,7 +197,9 @@ def test_checkpointing_as_a_switch():
 def test_modules_keep_their_own_switches(capsys):
     """sft's --checkpointing is a switch of sft."""
     for words, kind in (([], "none"), (["--checkpointing"], "block"), (["--checkpointing", "true"], "block")):
-        assert asked(capsys, "sft", "--toy", *words)["setup"]["checkpointing"] == kind
+        found = asked(capsys, "sft", "--toy", *words)
+        assert found["setup"]["checkpointing"] == kind
+        assert len(found["instead"]) > 5
     assert "not for the module 'sft'" in refused(capsys, "sft", "--for", "24")
 
 
@@ -382,6 +384,16 @@ def test_eighty_columns(words, monkeypatch, capsys):
     assert main(["memory", *shlex.split(words)]) == 0
     for line in capsys.readouterr().out.splitlines():
         assert len(line) <= 80 or line.startswith("   python -m finetune"), line
+
+
+def test_alternatives_are_possible(capsys):
+    """Each option of "the peak would be", given as it is printed, has that peak; none that is refused is offered."""
+    for name in ("gemma-2-2b", "gpt2"):
+        offered = asked(capsys, name, "--seq", 512)["instead"]
+        assert ("--loss full" in offered) == (name == "gpt2")
+        for option, peak in offered.items():
+            assert asked(capsys, name, "--seq", 512, *option.split())["terms"][-1]["bytes"] == peak
+    assert "the logits of gemma-2-2b have a soft cap" in refused(capsys, "gemma-2-2b", "--loss", "full")
 
 
 def test_pictures_stay_in_their_folder():
