@@ -3,8 +3,9 @@
     python scripts/readme.py [--run RUN_FOLDER …]
 
 The table of modules comes from their module.toml, that of performance from benches/results, that of the kernel ladder
-from the module cuda. With --run, what a finished default run measured goes into its module's README; that of sft, as
-the main job, without its answers into README.md and README.zh-CN.md too.
+from the module cuda, and that of what one can bring from the tables by which the code reads it. With --run, what a
+finished default run measured goes into its module's README; that of sft, as the main job, without its answers into
+README.md and README.zh-CN.md too.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -90,6 +92,51 @@ def performance(chinese: bool = False) -> str:
     return "\n".join(texts)
 
 
+def names(of: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in of)
+
+
+def bring(chinese: bool = False) -> str:
+    """What is read of models, adapters, rows, logs and environments that people have."""
+    from finetune.data import conversations, rows
+    from finetune.lm import chat_template
+    from finetune.lm.io import gguf, gguf_types, gguf_write, hf_families, hf_rope, vocabulary
+    from finetune.memory import cards, optimizers
+    from finetune.peft import adapters
+    from finetune.rl.envs import offline_files, spaces
+
+    families = [family.title.partition(":")[0] for family in hf_families.FAMILIES.values()]
+    kinds = "; ".join(text.partition(":")[0] for text in adapters.KINDS.values())
+    sft, td = "modules/post_train/alignment/sft", "modules/post_train/rl_basics/td_learning"
+    cql = "modules/post_train/offline_rl/cql"
+    found = [
+        ("A model folder or hub id", "模型目录或 hub id",
+         f"{'; '.join([*families, 'GPT-2'])}; rope scaling {names(hf_rope.KINDS)}",
+         "`run sft --model FOLDER`, `generate`, `serve`"),
+        ("A GGUF file, split or not", "GGUF 文件（可分片）",
+         f"{names(gguf_types.TYPES)} of the architectures {names(gguf.ARCHITECTURES)}; SentencePiece and byte-level "
+         f"BPE with the pre-tokenizers {names(vocabulary.PRE_TOKENIZERS)}",
+         f"the same; `export RUN --gguf T` writes {names(gguf_write.FORMATS)}"),
+        ("An adapter of peft", "peft 适配器", kinds,
+         "`generate --adapter A --compare`, `run sft --adapter A`, `merge A --out DIR`"),
+        ("Chats", "对话数据", f"forms {names(conversations.FORMS)}; files {names(rows.FILES)}, each also with `.gz`",
+         f"[`run sft --data FILE --dry-run`]({sft}/README.md)"),
+        ("A base model, or another template", "基础模型或其他模板",
+         f"the model's own template, {names(chat_template.TEMPLATES)}, or a Jinja file", "`run sft --template chatml`"),
+        ("A log of steps", "离线交互日志", f"formats {names(offline_files.FORMATS)}",
+         f"[`run cql --data FILE`]({cql}/README.md), with an environment or without"),
+        ("An environment", "环境", f"spaces {names(spaces.SPACES)}; by id, `module:Class` or `file.py:Class`",
+         f"[`run td_learning --env ID --env-arg key=value`]({td}/README.md)"),
+        ("The question whether it fits", "显存是否够用",
+         f"optimizers {names(optimizers.OPTIMIZERS)}; {len(cards.CARDS)} cards; LoRA, quantized weights, "
+         "checkpointing, offload, ZeRO, tensor and pipeline parallelism, inference",
+         '`memory config.json --for "24 GiB"`'),
+    ]  # fmt: skip
+    lines = ["| 你有 | 可读取 | 命令 |" if chinese else "| you have | what is read | command |", "|---|---|---|"]
+    lines += [f"| {zh if chinese else en} | {what} | {command} |" for en, zh, what, command in found]
+    return "\n".join(lines) + "\n"
+
+
 def measured(folder: Path, samples: bool = True) -> str:
     """What the run showed at its end, as text."""
     summary, settings = (json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "config"))
@@ -125,7 +172,7 @@ def main() -> int:
     p.add_argument("--run", nargs="+", type=Path, default=[], metavar="FOLDER", help="finished default runs to show")
     wanted = p.parse_args()
     text, chinese = README.read_text(), CHINESE.read_text()
-    for name, made in (("modules", table), ("performance", performance)):
+    for name, made in (("modules", table), ("bring", bring), ("performance", performance)):
         text, chinese = block(text, name, made()), block(chinese, name, made(chinese=True))
     text, chinese = (block(page, "ladder", ladder()) for page in (text, chinese))
     if wanted.check:
