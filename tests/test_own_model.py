@@ -100,14 +100,17 @@ def test_from_a_folder_to_a_gguf_by_the_command_line(qwen, tmp_path):
     finetune("merge", run, "--out", merged)
     finetune("export", merged, "--gguf", "f16", "--out", file)
     question = ("--prompt", "word 5?", "--max-new-tokens", 8)
-    answers = [finetune("generate", "--model", path, *question) for path in (run, merged, file)]
-    assert answers[0] == answers[1] == answers[2]
-    assert answers[0] != finetune("generate", "--model", qwen, *question)
-    assert answers[0].strip() in WORDS  # it has learned what answers look like
+    base, tuned = json.loads(finetune("generate", "--model", run, "--compare", "--json", *question))[0][
+        "answers"
+    ].values()
+    answers = [finetune("generate", "--model", path, *question) for path in (merged, file)]
+    assert tuned != base
+    assert {answer.strip() for answer in answers} == {tuned.strip()}
+    assert tuned.strip() in WORDS  # it has learned what answers look like
     theirs = transformers.AutoModelForCausalLM.from_pretrained(merged)
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "word 5?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     new = theirs.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert tokenizer.decode(new, skip_special_tokens=True).strip() == answers[0].strip()
+    assert tokenizer.decode(new, skip_special_tokens=True).strip() == tuned.strip()
