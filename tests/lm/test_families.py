@@ -116,6 +116,7 @@ CASES = {
         },
     ),
 }
+ROOT = tempfile.TemporaryDirectory(prefix="families")  # removed when the process ends
 every = pytest.mark.parametrize("case", CASES)
 
 
@@ -131,7 +132,7 @@ def folder(case):
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    path = Path(tempfile.mkdtemp(prefix="family"))
+    path = Path(ROOT.name) / case
     made.save_pretrained(path)
     return path
 
