@@ -224,6 +224,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", tr
     others: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.read_safetensors(folder, TENSORS):
         at, part = adapted(key, folder, whole.has_post_norms(model))
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder}: tensor {key} holds NaN or infinite numbers")
         if part in PARTS:
             tensors[at, PARTS[part]] = tensor
         elif part not in TWICE:

@@ -97,6 +97,10 @@ def test_damaged_and_foreign_adapters(model, tmp_path):
     save_adapter(model, tmp_path)
     with pytest.raises(UserError, match=r"layer blocks\.1\."):
         load_adapter(small, tmp_path)
+    next(adapters(model))[1].part("default").lora_A.data[0, 0] = torch.nan
+    save_adapter(model, tmp_path / "nan")
+    with pytest.raises(UserError, match=r"q_proj.lora_A.weight holds NaN"):
+        load_adapter(base, tmp_path / "nan")
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="cut short"):
