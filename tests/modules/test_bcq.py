@@ -370,7 +370,7 @@ def test_a_log_alone_teaches_more_than_its_policy_by_fqe_and_in_truth(seed, tmp_
     summary = execute(INFO, config, tmp_path / "run", toy=True)
     found, behavior = numbers(summary), tables.performance(mdp, policy)
     assert set(summary["metrics"]) == {"fqe_bcq_log_log"}
-    assert summary["passed"] is None, "FQE is no measurement: nothing is called reached"
+    assert summary["passed"] is None, "FQE is an estimate: nothing is called reached"
     observed, gap = summary["baseline"]["fqe_bcq_log_log"], optimal_value(mdp) - behavior
     assert observed == pytest.approx(behavior, abs=0.15 * gap)
     del kept["task"]

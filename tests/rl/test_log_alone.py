@@ -55,6 +55,22 @@ def test_fqe_of_the_behavior_policy_is_what_it_earned(seed, tmp_path):
     assert np.mean(held.returns) == pytest.approx(exact, abs=4 * error)
 
 
+def test_rows_in_no_order_have_no_returns_and_no_behavior_policy(tmp_path):
+    """As of CORL's files whose rows were shuffled: every row may be a start, and what the log earned is unknown."""
+    draw, said = np.random.default_rng(0), []
+    seen = draw.normal(size=(40, 3))
+    np.savez(tmp_path / "log.npz", observations=seen, next_observations=seen + draw.normal(size=(40, 3)),
+             actions=draw.integers(0, 2, 40), rewards=np.ones(40), terminals=draw.random(40) < 0.2)  # fmt: skip
+    data = logged_data.load(tmp_path / "log.npz", report=said.append)
+    assert "format corl" in said[0]
+    assert "its rows are in no order" in said[0]
+    assert data.returns() == []
+    with pytest.raises(UserError, match="its rows are in no order"):
+        data.returns_to_go(0.9)
+    held = log_alone.HeldOut.of(data, 2, 0.9, 1.0)
+    assert (len(held.starts), held.returns, len(held.followed)) == (40, [], 0)
+
+
 def test_settings_of_a_log_alone_are_refused_without_one():
     log_alone.check_settings(True, {"--states": 3}, 5)
     for alone, settings, steps, message in (

@@ -74,7 +74,7 @@ def test_returns_end_with_their_episodes(tmp_path):
         ({"actions": np.zeros((5, 2, 1), int)}, r"actions has shape \(5, 2, 1\): \(N,\), \(N, 1\) or \(N, A\) is read"),
         (
             {"actions": np.array([0, 1, 2**63, 0, 0], np.uint64)},
-            r"actions\[2\] is 9223372036854775808: no environment has so many",
+            r"actions\[2\] is 9223372036854775808: more actions than any environment has",
         ),
         ({"rewards": np.array([1, 2, 1e39, 4, 5])}, r"rewards\[2\] is 1e\+39: every number must be finite, in float32"),
         ({"observations": np.full((5, 2), -2e28, np.float32)}, r"observations\[0\] has a number beyond ±1e\+15"),

@@ -32,7 +32,8 @@ class HeldOut:
     steps: Transitions
     starts: Tensor  # (E, D) first observations
     returns: list[float]  # discounted returns (E,) of the behavior policy; empty if no episode is whole
-    followed: Transitions  # the steps after which the behavior policy's next action is known, or needless
+    # the steps after which the behavior policy's next action is known, or needless; none if rows are in no order
+    followed: Transitions
     next_policy: Tensor  # its action there: one-hot (M, A) if discrete, else (M, A)
     first_policy: Tensor  # its first actions (E, A)
 
@@ -43,7 +44,7 @@ class HeldOut:
         starts = data.starts()[: whole or None]
         goes_on = ~ends
         goes_on[-1] = False
-        followed = data.terminations | (goes_on & torch.tensor(data.ordered))
+        followed = (data.terminations | goes_on) & torch.tensor(data.ordered)
         if data.known is not None:
             followed &= data.known
         rows = followed.nonzero()[:, 0]
@@ -92,7 +93,7 @@ def report(
     """Shows and records FQE's values of the policies, next to what the behavior policy earned.
 
     values: of each learner and of BEHAVIOR, of the starts (E,). key: the name of a learner's figure. method: the
-    learner that the run is about. Its value is a result without a target: FQE is no measurement.
+    learner that the run is about. Its value is a result without a target: FQE is an estimate.
     """
     observed = mean_and_error([held.returns]) if held.returns else None
     rows = []

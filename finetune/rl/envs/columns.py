@@ -112,7 +112,9 @@ def _check_numbers(log: Log, discrete: bool) -> None:
             raise UserError(f"{log.place(field, row)} is {arrays[field][row]}: it must be 0 or 1")
     if discrete and (large := abs(arrays["actions"].astype(np.float64)) > 2**31).any():
         row = int(np.argwhere(large)[0][0])
-        raise UserError(f"{log.place('actions', row)} is {arrays['actions'][row]}: no environment has so many actions")
+        raise UserError(
+            f"{log.place('actions', row)} is {arrays['actions'][row]}: more actions than any environment has"
+        )
 
 
 def _split_observations(arrays: dict[str, NDArray[Any]], steps: int) -> NDArray[np.bool_] | None:

@@ -24,7 +24,7 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 def head(path: Path, length: int = 8) -> bytes:
-    """The first bytes of a regular file; empty if there is none, it cannot be read, or it is no regular file."""
+    """The first bytes of a regular file; empty if there is none, it cannot be read, or it is not a regular file."""
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             return file.read(length) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""

@@ -232,7 +232,7 @@ class Dataset:
             data = self.one_hot(count, first, "--states" if states else "the log")
             said = f"{count} one-hot states"
         elif states:
-            raise UserError(f"--states is for integer observations (N,) or (N, 1): those of {self.name} are no states")
+            raise UserError(f"--states is for integer observations (N,) or (N, 1): those of {self.name} are not")
         dim = data.observations.shape[1]
         said = said or f"observations of {dim} numbers"
         if not self.continuous:

@@ -90,7 +90,7 @@ def _columns(source: Source) -> Log:
         columns["truncations"] = cut & ~over if _binary(log) else columns["truncations"]
     elif keys["terminations"].startswith("done") and over.shape == cut.shape and _binary(log) and (over & cut).any():
         columns["terminations"] = over & ~cut
-        log.notes.append(f"{keys['terminations']} at a time limit are no terminations")
+        log.notes.append(f"{keys['terminations']} at a time limit are not read as terminations")
     return log
 
 
@@ -247,7 +247,7 @@ def _one_hot(numbers: Array, count: int, first: int, place: str) -> Array:
 
 def _tree(source: Source, name: str) -> hdf5.Tree:
     if source.tree is None:
-        raise UserError(f"it is no HDF5 file, as those of {name} are")
+        raise UserError(f"it is not an HDF5 file, as those of {name} are")
     return source.tree
 
 
