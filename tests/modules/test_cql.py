@@ -494,6 +494,16 @@ def test_a_run_from_a_log_alone_resumes_to_the_same_result(tmp_path):
     assert again["checks"] == whole["checks"]
 
 
+def test_a_log_that_never_earns_anything_is_no_failure(tmp_path):
+    """Pictures included: every return is 0, whatever the learners believe."""
+    tabular_log(tmp_path / "log.npz", world(0), tables.uniform(world(0)), episodes=20)
+    arrays = dict(np.load(tmp_path / "log.npz"))
+    np.savez(tmp_path / "log.npz", **arrays | {"rewards": 0 * arrays["rewards"], "actions": arrays["actions"] % 2})
+    for env in ("none", "FrozenLake-v1"):
+        found = numbers(execute(INFO, small(data=tmp_path / "log.npz", env=env), tmp_path / env, toy=True))
+        assert found["fqe_data_cql" if env == "none" else "return_data_cql"] == pytest.approx(0, abs=0.5)
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_a_log_of_one_episode_is_judged_by_itself_and_it_is_said(tmp_path, capsys):
     made = logged_data.generate("CartPole-v1", "expert", 100, 0)

@@ -32,6 +32,7 @@ class HeldOut:
     steps: Transitions
     starts: Tensor  # (E, D) first observations
     returns: list[float]  # discounted returns (E,) of the behavior policy; empty if no episode is whole
+    reward_size: float  # the largest absolute reward, not scaled
     # the steps after which the behavior policy's next action is known, or needless; none if rows are in no order
     followed: Transitions
     next_policy: Tensor  # its action there: one-hot (M, A) if discrete, else (M, A)
@@ -55,6 +56,7 @@ class HeldOut:
         steps = Transitions(data.observations, data.actions, data.rewards, data.next_observations, data.terminations)
         return cls(
             data.transitions(), data.observations[starts], [g / reward_scale for g in data.returns(gamma)],
+            data.reward_size / reward_scale,
             steps[rows], policy(rows + goes_on[rows].long()), policy(starts),
         )  # fmt: skip
 
@@ -118,7 +120,7 @@ def report(
         return
     off, error = mean_and_error([(values[BEHAVIOR] - torch.tensor(held.returns)).tolist()])
     run.check(key(f"error_{BEHAVIOR}"), off, error=error)
-    if abs(off) > max(3 * error, 0.1 * abs(observed[0])):
+    if abs(off) > max(3 * error, 0.1 * abs(observed[0]), 0.01 * held.reward_size):
         run.print(
             f"FQE is off by {uncertain(off, error)} for the log's own policy, whose return is known: read its other "
             "values with an error of that size, or give it more --fqe-steps"

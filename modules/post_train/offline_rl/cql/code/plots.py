@@ -72,8 +72,9 @@ def plot_values(run: Run, found: dict[str, dict[str, Estimate]]) -> None:
             room = 0.1 * max(high - low, 1.0)
             axes.plot([low - room, high + room], [low - room, high + room], color=GREY, linestyle="--", linewidth=1.2,
                       label="believed = true")  # fmt: skip
-            if max(believed.max(initial=0.0), e.believed) > 10 * max(abs(low), abs(high)):
-                axes.set_yscale("symlog", linthresh=max(abs(low), abs(high)))
+            size = max(abs(low), abs(high))
+            if size and max(believed.max(initial=0.0), e.believed) > 10 * size:
+                axes.set_yscale("symlog", linthresh=size)
             label(axes, f"{name}: {LABELS[key]}", "discounted return")
             if i == 0:
                 axes.set_ylabel("believed value", color=INK)
