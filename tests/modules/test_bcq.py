@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import shutil
 import warnings
 
 import numpy as np
@@ -402,6 +403,20 @@ def test_every_method_for_continuous_actions_learns_from_a_log_alone(seed, tmp_p
     assert set(truth) == {"bcq", "bc", "td3", "td3_bc", "iql", "awac"}
     for name in ("bcq", "td3", "td3_bc", "iql", "awac"):
         assert truth[name] > behavior / 2, name
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_from_a_log_alone_resumes_to_the_same_result(tmp_path):
+    tabular_log(tmp_path / "log.npz", world(0), tables.uniform(world(0)), episodes=30)
+    config = toy(**ALONE | {"steps": 10, "fqe_steps": 10}, data=tmp_path / "log.npz")
+    config.checkpoint_every = 2
+    whole = execute(INFO, config, tmp_path / "whole", toy=True)
+    execute(INFO, config, tmp_path / "cut", toy=True)
+    (tmp_path / "cut/summary.json").unlink()
+    shutil.rmtree(tmp_path / "cut/checkpoints/log_log_fqe/step_000004")
+    again = execute(INFO, config, tmp_path / "cut", toy=True, resume=True)
+    assert again["metrics"] == whole["metrics"]
+    assert again["checks"] == whole["checks"]
 
 
 def test_names_are_plain_whatever_environment_and_file_are_called():
