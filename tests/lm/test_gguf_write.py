@@ -284,8 +284,8 @@ TEMPLATES = {
     "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + "
     "' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
     "Gemma": "{{ bos_token }}{%- for m in messages -%}\n{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' "
-    "else m['role']) + '\\n' + m['content'] | trim + '<end_of_turn>\\n' }}\n{%- endfor -%}\n{% if add_generation_prompt %}"
-    "{{ '<start_of_turn>model\\n' }}{% endif %}",
+    "else m['role']) + '\\n' + m['content'] | trim + '<end_of_turn>\\n' }}\n{%- endfor -%}\n"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
 }
 
 
