@@ -71,6 +71,8 @@ SETTINGS = {
         "10",
         "--dqn-steps",
         "64",
+        "--world-steps",
+        "40",
     ],
 }
 
@@ -92,6 +94,31 @@ COMMANDS = [*dict.fromkeys(plain(line) for page in PAGES for line in lines(page.
 OURS = [c.removeprefix(FINETUNE) for c in COMMANDS if c.startswith(FINETUNE)]
 
 
+AN_ENVIRONMENT = """
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+
+
+class MyEnv(gymnasium.Env):
+    def __init__(self, size=4, noisy=True):
+        self.observation_space, self.action_space = Box(0, 1, (size,), np.float32), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.age = 0
+        return self.np_random.random(self.observation_space.shape, np.float32), {}
+
+    def step(self, action):
+        self.age += 1
+        seen = self.np_random.random(self.observation_space.shape, np.float32)
+        return seen, float(action), self.age == 20, False, {}
+
+
+gymnasium.register("MyEnv-v0", MyEnv)
+"""
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """An empty folder to run commands in, with the modules, but none of their runs."""
@@ -107,6 +134,8 @@ def place(tmp_path_factory):
         patch.setenv("FINETUNE_DATA", str(folder / "data"))
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.chdir(folder)
+        for name in ("my_module.py", "my_file.py"):
+            (folder / name).write_text(AN_ENVIRONMENT)
         yield folder
 
 
