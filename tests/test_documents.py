@@ -209,7 +209,7 @@ def test_a_printed_command_runs(command, place, a_run, monkeypatch, capsys, requ
         words += ["--out", str(place / "runs" / str(OURS.index(command)))]
     if words[0] == "brief":
         a_run(words[1])
-    if {"merge", "--compare"} & set(words):
+    if {"merge", "--compare", "export"} & set(words):
         request.getfixturevalue("an_adapter")  # RUN
     elif words[0] == "generate":
         if "smollm2" in words:
