@@ -390,3 +390,27 @@ def test_on_policy_methods_take_continuous_actions(tmp_path, no_pictures):
 def test_bad_settings_are_refused(change, message, tmp_path):
     with pytest.raises(UserError, match=message):
         execute(INFO, toy(**change), tmp_path / "run", toy=True)
+
+
+def test_an_environment_that_does_not_repeat_is_trained_without_a_check_of_its_critic(tmp_path, no_pictures, capsys):
+    class Unseeded(gymnasium.Env):
+        observation_space, action_space = gymnasium.spaces.Box(0, 1, (3,)), gymnasium.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            self.age = 0
+            return np.random.rand(3).astype(np.float32), {}
+
+        def step(self, action):
+            self.age += 1
+            return np.random.rand(3).astype(np.float32), 1.0, self.age == 9, False, {}
+
+    gymnasium.register("finetune/Unseeded-v0", Unseeded)
+    info = registry.find("actor_critic")
+    changes = {"env": "finetune/Unseeded-v0", "methods": "a2c", "steps": 2, "eval_episodes": 2, "envs": 2}
+    try:
+        summary = execute(info, dataclasses.replace(module.Config.toy(), **changes), tmp_path / "run", toy=True)
+    finally:
+        del gymnasium.registry["finetune/Unseeded-v0"]
+    assert summary["metrics"] == {"return_a2c": 9}
+    assert not [name for name in summary["checks"] if name.startswith("critic")]
+    assert capsys.readouterr().out.count("does not repeat an episode from its seed") == 1
