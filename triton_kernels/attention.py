@@ -290,7 +290,7 @@ HOPPER = {
     (16, 128): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
     (16, 256): ((128, 64, 8, 1), *TILES[16, 256][1:]),
 }
-CAPPED = {(16, 64): (*TILES[16, 64][:2], (64, 32, 8, 2))}  # with 4 warps the tanh makes keys' kernel spill
+WITH_RULES = {(16, 64): (*TILES[16, 64][:2], (64, 32, 8, 2))}  # a window or a softcap: keys' kernel spills with 4 warps
 FORWARD, QUERIES, KEYS = range(3)
 
 
@@ -299,9 +299,9 @@ def tiles(t: Tensor, kernel: int, rows: int, window: int, softcap: float) -> dic
     wide, bits = max(triton.next_power_of_2(t.shape[3]), 16), 8 * t.element_size()
     key = bits, min(max(wide, 64), 256)
     kind = TILES[key]
-    if softcap:
-        kind = CAPPED.get(key, kind)
-    elif not window and capability() == 90:
+    if window or softcap:
+        kind = WITH_RULES.get(key, kind)
+    elif capability() == 90:
         kind = HOPPER.get(key, kind)
     mine, stream, warps, stages = kind[kernel] if wide <= 256 else (16, 16, 8, 1)
     mine = min(mine, max(triton.next_power_of_2(rows), 16))
