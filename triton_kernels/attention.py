@@ -290,7 +290,12 @@ HOPPER = {
     (16, 128): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
     (16, 256): ((128, 64, 8, 1), *TILES[16, 256][1:]),
 }
-WITH_RULES = {(16, 64): (*TILES[16, 64][:2], (64, 32, 8, 2))}  # a window or a softcap: keys' kernel spills with 4 warps
+# Calls with a window or a softcap, whose kernels for keys spill with the tiles above.
+WITH_RULES = {
+    (16, 64): (*TILES[16, 64][:2], (64, 32, 8, 2)),
+    (32, 128): (*TILES[32, 128][:2], (16, 16, 8, 2)),
+    (32, 256): (*TILES[32, 256][:2], (16, 16, 8, 1)),
+}
 FORWARD, QUERIES, KEYS = range(3)
 
 
