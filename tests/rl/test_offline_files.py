@@ -1,6 +1,7 @@
 """rl.envs.offline_files and hdf5: logs as Minari, D4RL, CORL and d3rlpy write them, field by field; what is refused."""
 
 import json
+import re
 
 import gymnasium
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from finetune.errors import UserError
-from finetune.rl.envs import environments, hdf5, logged_data, offline_files
+from finetune.rl.envs import environments, hdf5, logged_data, npz, offline_files
 from finetune.runs import registry
 
 h5py = pytest.importorskip("h5py")
@@ -320,6 +321,54 @@ def test_several_discrete_parts_are_coded_as_the_environment_codes_them(tmp_path
         many.alone()
 
 
+# --- Images
+
+
+def images(rows, shape):
+    """An image of uint8 for each row of numbers."""
+    found = [np.resize(np.frombuffer(row.tobytes(), np.uint8), shape) for row in rows.astype(np.float32)]
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("shape", [(8, 9, 3), (3, 8, 9), (8, 9), (2, 8, 9, 1)])
+@pytest.mark.parametrize("case", CASES)
+def test_images_of_every_format_stay_bytes(case, shape, tmp_path):
+    form, arrays, _ = CASES[case]
+    arrays = {
+        name: images(array, shape) if re.search("observations|next_obs", name) else array
+        for name, array in arrays.items()
+        if name != "columns" and not name.startswith(("infos", "metadata"))
+    }
+    data = logged_data.load(written(tmp_path / "log.h5", arrays), form)
+    assert data.observations.dtype == data.next_observations.dtype == torch.uint8
+    assert data.shape == data.image.shape == shape
+    assert (data.image.height, data.image.width) == (8, 9)
+    assert np.array_equal(data.observations.numpy(), images(BEFORE, shape).reshape(8, -1))
+    after = ~data.terminations & (torch.ones(8, dtype=torch.bool) if data.known is None else data.known)
+    assert np.array_equal(data.next_observations[after].numpy(), images(AFTER, shape).reshape(8, -1)[after.numpy()])
+    data.save(tmp_path / "again.npz")
+    again = logged_data.load(tmp_path / "again.npz")
+    assert again.shape == shape
+    assert torch.equal(again.observations, data.observations)
+    assert torch.equal(again.next_observations, data.next_observations)
+    alone, spaces = again.alone()
+    assert spaces.observed == data.image
+    assert alone.observations.dtype == torch.uint8
+
+
+def test_bytes_of_several_axes_too_small_for_an_image_are_numbers(tmp_path):
+    seen = images(BEFORE, (4, 4, 3))
+    data = logged_data.load(written(tmp_path / "log.h5", {**D4RL, "observations": seen}))
+    assert data.image is None
+    assert data.observations.dtype == torch.float32
+    assert np.array_equal(data.observations.numpy(), seen.reshape(8, -1))
+
+
+def test_pixels_count_as_a_quarter_of_the_numbers_that_are_read():
+    assert npz.count((10, 8, 8, 3), np.dtype(np.uint8)) == 480
+    assert npz.count((10, 8, 8, 3), np.dtype(np.float32)) == npz.count((10, 192), np.dtype(np.uint8)) == 1920
+
+
 # --- What is refused
 
 
@@ -340,7 +389,14 @@ def d3rlpy_with(**changes):
         ({**D4RL, "rewards": np.where(np.arange(8) == 5, np.nan, 1)}, r"rewards\[5\] is nan"),
         ({**D4RL, "terminals": TERMINALS * 0.5}, r"terminals\[2\] is 0.5: it must be 0 or 1"),
         ({**D4RL, "timeouts": TIMEOUTS[:5]}, "truncations has 5 rows, rewards has 8"),
-        ({**D4RL, "observations": np.zeros((8, 4, 4, 3), np.uint8)}, r"observations has shape \(8, 4, 4, 3\): images"),
+        (
+            {**D4RL, "observations": np.zeros((8, 9, 9, 3), "u1"), "next_observations": np.zeros((8, 3, 9, 9), "u1")},
+            r"observations are \(8, 9, 9, 3\), next_observations \(8, 3, 9, 9\)",
+        ),
+        (
+            {**D4RL, "observations": np.zeros((8, 9, 9, 3), "u1"), "next_observations": np.zeros((8, 9, 9, 3))},
+            "observations are uint8, next_observations float64: write both as uint8",
+        ),
         ({**D4RL, "observations": [b"a"] * 8}, "observations holds .* values: only numbers are read"),
         ({"x": np.zeros(3)}, "it has no observations, actions, rewards, terminations, truncations.*it holds x"),
         (minari_with(**{"episode_1/rewards": np.zeros(5)}), "episode_1/observations has 3 rows, rewards has 5"),

@@ -30,7 +30,7 @@ class HeldOut:
     """Episodes to evaluate a policy on. Rewards are scaled as in learning, `returns` are not."""
 
     steps: Transitions
-    starts: Tensor  # (E, D) first observations
+    starts: Tensor  # (E, D) first observations, bytes of images
     returns: list[float]  # discounted returns (E,) of the behavior policy; empty if no episode is whole
     reward_size: float  # the largest absolute reward, not scaled
     # the steps after which the behavior policy's next action is known, or needless; none if rows are in no order

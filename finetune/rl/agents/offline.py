@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,21 @@ def set_lr(learner: OfflineLearner, lr: float) -> None:
     for part in learner.state.values():
         if isinstance(part, torch.optim.Optimizer):
             part.param_groups[0]["lr"] = lr
+
+
+def in_parts(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+    """function(*columns) (N, …), four million numbers at a time: the features that convolutions make of a whole log of
+    images take much memory."""
+    rows = max(2**22 // columns[0].shape[1], 1)
+    return torch.cat([function(*part) for part in zip(*(column.split(rows) for column in columns), strict=True)])
+
+
+def own_value(learner: OfflineLearner, observations: Tensor, rng: torch.Generator) -> Tensor | None:
+    """What a learner believes of its policy: V(s) = Q(s, π(s)) (N,); None if it learns no values."""
+    parts = observations.split(max(2**22 // observations.shape[1], 1))
+    values = [learner.value(part, learner.act(part, rng)) for part in parts]
+    known = [value for value in values if value is not None]
+    return torch.cat(known) if known else None
 
 
 # --- Behavior cloning
@@ -152,7 +167,7 @@ class FQE:
 
     @torch.no_grad()
     def value(self, observations: Tensor, policy: Tensor) -> Tensor:
-        return state_value(self.q, observations, policy)
+        return in_parts(lambda *part: state_value(self.q, *part), observations, policy)
 
 
 # --- Rewards and scores
@@ -167,7 +182,7 @@ def reward_mismatch(
     Plays an episode of each environment with the action of the nearest logged observation, which keeps it near the
     logs. Each step (s, a, s', whether it terminated) is matched with its nearest logged step, and counts if that is
     about as near as the logged step's own nearest neighbor in the logs; the difference between those two is the
-    difference to expect.
+    difference to expect. Where enough steps recur exactly, as in games and finite worlds, only those count.
     """
     rows = min(rows, max(500, 250_000 // data.observations.shape[1]))
     logs = data[torch.arange(0, len(data), -(-len(data) // rows))]
@@ -175,8 +190,10 @@ def reward_mismatch(
         x.float().std(0).nan_to_num().clamp(min=1e-6) for x in (logs.observations, logs.actions)
     )
 
+    seen = logs.observations / observation_std
+
     def nearest_action(observations: Tensor) -> Tensor:
-        distances = torch.cdist(observations / observation_std, logs.observations / observation_std)
+        distances = torch.cdist(observations / observation_std, seen)
         return logs.actions[distances.argmin(1)]
 
     def features(observations: Tensor, actions: Tensor, next_observations: Tensor, terminated: Tensor) -> Tensor:
@@ -192,6 +209,8 @@ def reward_mismatch(
     spacing, neighbor = among_logs.min(1)
     distance, match = torch.cdist(played, logged, compute_mode="donot_use_mm_for_euclid_dist").min(1)
     near = distance <= 3 * spacing[match] + 1e-3
+    recurs = near & (spacing[match] <= 1e-3)
+    near = recurs if int(recurs.sum()) >= 20 else near
     if int(near.sum()) < 20:
         return None
     env_rewards, log_rewards = r.rewards[on][:rows][near], logs.rewards[match[near]]

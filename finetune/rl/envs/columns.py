@@ -1,7 +1,7 @@
 """Checks of the columns of logged steps: shapes, kinds, numbers. Each failure names the column and its first wrong row.
 
-Columns of shape (N, 1) become (N,), observations of several axes one row of numbers a step, and next_observations is
-derived where a file lacks it.
+Columns of shape (N, 1) become (N,), observations of several axes one row of numbers a step (bytes stay bytes: they may
+be pixels), and next_observations is derived where a file lacks it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check(log: Log) -> tuple[bool, NDArray[np.bool_] | None]:
         array = arrays[field]
         if array.ndim == 2 and array.shape[1] == 1 and (field != "actions" or array.dtype.kind in "iu"):
             arrays[field] = array[:, 0]
-    states = _observations(arrays)
+    states = _observations(log)
     discrete = arrays["actions"].ndim == 1 or arrays["actions"].dtype.kind in "iu"
     _check_shapes(arrays, steps, discrete)
     _check_numbers(log, discrete)
@@ -43,9 +43,16 @@ def check(log: Log) -> tuple[bool, NDArray[np.bool_] | None]:
     return states, known
 
 
-def _observations(arrays: dict[str, NDArray[Any]]) -> bool:
+def _observations(log: Log) -> bool:
     """Makes observations one row of numbers a step; returns whether they are numbers of states."""
-    states = False
+    arrays, states = log.columns, False
+    seen, after = arrays["observations"], arrays.get("next_observations")
+    if after is not None and max(seen.ndim, after.ndim) > 2:
+        if seen.shape[1:] != after.shape[1:]:
+            raise UserError(f"observations are {seen.shape}, next_observations {after.shape}")
+        if np.uint8 in (seen.dtype, after.dtype) and seen.dtype != after.dtype:
+            raise UserError(f"observations are {seen.dtype}, next_observations {after.dtype}: write both as uint8")
+    log.shape = seen.shape[1:] if seen.ndim > 2 else ()
     for field in ("observations", "next_observations"):
         array = arrays.get(field)
         if array is None:
@@ -55,10 +62,6 @@ def _observations(arrays: dict[str, NDArray[Any]]) -> bool:
             arrays[field] = array.reshape(-1, 1)
             if len(array) and (large := np.abs(array.astype(np.float64)).max()) > 2**24:
                 raise UserError(f"{field} has the state {large:.0f}: states are numbered from 0, up to {MAX_CLASSES:,}")
-        elif array.ndim > 2 and array.dtype == np.uint8:
-            raise UserError(
-                f"{field} has shape {array.shape}: images are not read; make rows of features (N, D) of them"
-            )
         elif array.ndim > 2 and array.size:
             arrays[field] = array.reshape(len(array), -1)
     return states
@@ -100,7 +103,7 @@ def _check_numbers(log: Log, discrete: bool) -> None:
                 row = int(np.argwhere(~finite)[0][0])
                 shown = " ".join(str(array[row]).split())[:80]
                 raise UserError(f"{log.place(field, row)} is {shown}: every number must be finite, in float32 too")
-        if array.dtype.kind != "b" and (large := abs(array) > MAX_NUMBER).any():
+        if array.dtype.kind != "b" and array.dtype != np.uint8 and (large := abs(array) > MAX_NUMBER).any():
             row = int(np.argwhere(large)[0][0])
             raise UserError(
                 f"{log.place(field, row)} has a number beyond ±{MAX_NUMBER:g}, whose square is infinite in float32: "

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.errors import UserError
-from finetune.rl.envs.npz import NUMBERS
+from finetune.rl.envs.npz import NUMBERS, count
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -63,10 +63,10 @@ class Tree:
         if node.shape is None or node.dtype.kind not in "biuf":
             what = "nothing" if node.shape is None else f"{node.dtype} values"
             raise UserError(f"{place} holds {what}: only numbers are read")
-        if node.size > self.left:
+        if (size := count(node.shape, node.dtype)) > self.left:
             shape = "×".join(map(str, node.shape))[:60]
             raise UserError(f"{place} is {shape}, too many numbers: {self.left:,} are left to read")
-        self.left -= node.size
+        self.left -= size
         found = np.asarray(node[()])
         if found.dtype.kind == "b":  # whatever byte was stored
             found = found.view(np.uint8) != 0

@@ -3,7 +3,8 @@
 The files' formats are those of `offline_files.FORMATS`; this project's own, which `Dataset.save` writes, is an npz with
 Minari's names, one row a step, episode after episode:
 
-    observations       (N, D) float     what the policy saw; integers (N,) or (N, 1) are states, which become one-hot
+    observations       (N, D) float     what the policy saw; integers (N,) or (N, 1) are states, which become one-hot,
+                                        uint8 of two to four axes and 8 pixels a side or more, (N, H, W, C), are images
     actions            (N,) int         or (N, A) float if they are continuous
     rewards            (N,) float
     terminations       (N,) bool        the episode ended: a target does not bootstrap
@@ -34,7 +35,7 @@ from finetune.rl.envs.columns import MAX_CLASSES
 from finetune.rl.envs.controllers import SETS
 from finetune.rl.envs.offline_files import FIELDS, Log
 from finetune.rl.envs.replay import Transitions
-from finetune.rl.envs.spaces import MAX_ACTIONS
+from finetune.rl.envs.spaces import MAX_ACTIONS, Image
 from finetune.runs.checkpoint import atomic_write
 
 MARGIN = 0.01  # of the range of the logged actions: how far beyond it a policy learned from the log alone may go
@@ -45,11 +46,12 @@ COLUMNS = (*FIELDS, "next_observations")
 class Dataset:
     """Logged steps, episode after episode. `generate` and `load` make and check it."""
 
-    observations: Tensor  # (N, D) float32; (N, 1) numbers of states until `fit` or `alone` makes them one-hot
+    # (N, D) float32, of images the bytes (N, D); (N, 1) numbers of states until `fit` or `alone` makes them one-hot
+    observations: Tensor
     # (N,) int64, or (N, A) float32; (N, A) int64 of several discrete parts, until `fit` or `alone` makes them one
     actions: Tensor
     rewards: Tensor  # (N,) float32
-    next_observations: Tensor  # (N, D) float32
+    next_observations: Tensor  # (N, D) of the same dtype
     terminations: Tensor  # (N,) bool
     truncations: Tensor  # (N,) bool
     name: str
@@ -58,6 +60,7 @@ class Dataset:
     states: bool = False  # whether observations are numbers of states
     state_space: tuple[int, int] | None = None  # (number, first) of the states, if the file says so
     action_space: tuple[int, int] | None = None  # the same of discrete actions
+    shape: tuple[int, ...] = ()  # of an observation in the file, if it has several axes
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -65,6 +68,11 @@ class Dataset:
     @property
     def continuous(self) -> bool:
         return self.actions.is_floating_point()
+
+    @property
+    def image(self) -> Image | None:
+        """The images that observations of bytes are."""
+        return Image.of_shape(self.shape) if self.observations.dtype == torch.uint8 else None
 
     @property
     def ends(self) -> Tensor:
@@ -128,15 +136,20 @@ class Dataset:
 
     def save(self, path: Path) -> None:
         arrays = {name: getattr(self, name).numpy() for name in COLUMNS}
+        if self.shape:
+            for name in ("observations", "next_observations"):
+                arrays[name] = arrays[name].reshape(-1, *self.shape)
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
     def fit(self, env: environments.Env) -> Dataset:
         """The same steps as the environment's: discrete actions counted from 0, whatever number the environment gives
         its first action, several discrete parts as one number, states one-hot. UserError if shapes or actions do not
-        match the environment."""
+        match the environment, or if actions are continuous and observations images."""
         name, space = env.name, env.action_space
-        environments.refuse_images(env, "offline RL", "make features of them, (N, D), and an environment of these")
+        if env.continuous:
+            features = "make features of them, (N, D), and an environment of these"
+            environments.refuse_images(env, "offline RL of continuous actions", features)
         if env.continuous and not self.continuous and getattr(space.dtype, "kind", "") in "iu":
             return replace(self, actions=self.actions.view(len(self), -1).float()).fit(env)
         if self.continuous != env.continuous:
@@ -152,6 +165,7 @@ class Dataset:
                 data = self._coded(env)
         if (dim := data.observations.shape[1]) != env.obs_dim:
             raise UserError(f"{self.name}: observations have {dim} numbers, {name}'s {env.obs_dim}")
+        self._check_pixels(env)
         if not env.continuous:
             if self.actions.ndim == 2:
                 counts, first = _parts(space)
@@ -164,6 +178,22 @@ class Dataset:
             raise UserError(f"{self.name}: actions beyond {low.tolist()} … {high.tolist()}, the bounds of {name}")
         return data
 
+    def _check_pixels(self, env: environments.Env) -> None:
+        """UserError unless observations have the axes and the type of the environment's images, if these are any."""
+        pixels, image = self.observations.dtype == torch.uint8, env.observed
+        if not isinstance(image, Image):
+            if pixels:
+                raise UserError(f"{self.name}: observations are {self.image}, those of {env.name} are vectors")
+            return
+        if (shape := self.shape or self.observations.shape[1:]) != image.shape:
+            raise UserError(f"{self.name}: observations have the axes {tuple(shape)}, {env.name}'s {image.shape}")
+        if pixels != (env.dtype == np.uint8):
+            kinds = {True: "pixels of uint8", False: "numbers other than uint8"}
+            raise UserError(
+                f"{self.name}: observations are {kinds[pixels]}, those of {env.name} {kinds[not pixels]}: write them "
+                "as the environment gives them"
+            )
+
     def _coded(self, env: environments.Env) -> Dataset:
         """Numbers of a MultiDiscrete space as the environment's one-hot vectors."""
         shape = env.observation_space.nvec.shape
@@ -173,7 +203,7 @@ class Dataset:
             )
             for name in ("observations", "next_observations")
         }
-        return replace(self, **coded)
+        return replace(self, **coded, shape=())
 
     def _combined(self, counts: list[int], first: list[int], has: str) -> Dataset:
         """Several discrete parts of an action as one number in mixed radix, the last part fastest."""
@@ -233,8 +263,13 @@ class Dataset:
             said = f"{count} one-hot states"
         elif states:
             raise UserError(f"--states is for integer observations (N,) or (N, 1): those of {self.name} are not")
-        dim = data.observations.shape[1]
-        said = said or f"observations of {dim} numbers"
+        seen: int | Image = self.image or data.observations.shape[1]
+        if self.image and self.continuous:
+            raise UserError(
+                f"{self.name}: observations are {self.image}, and offline RL of continuous actions learns from "
+                "vectors: make features of them, (N, D)"
+            )
+        said = said or (str(seen) if self.image else f"observations of {seen} numbers")
         if not self.continuous:
             if low or high:
                 raise UserError(f"--action-low and --action-high: the actions of {self.name} are discrete")
@@ -248,13 +283,13 @@ class Dataset:
                     )
                 data = data._combined(counts, firsts, "the log has")
                 said += f", {total} combinations of {len(counts)} discrete actions"
-                return data, Spaces(dim, total, None, None, said)
+                return data, Spaces(seen, total, None, None, said)
             least, most = int(self.actions.min()), int(self.actions.max())
             count, first = self.action_space or (most - least + 1, least)
             if count > MAX_CLASSES:
                 raise UserError(f"{self.name}: actions from {least} to {most}: no more than {MAX_CLASSES:,} are taken")
             data = data._counted(count, first, "the log has")
-            return data, Spaces(dim, count, None, None, f"{said}, actions {first} … {first + count - 1}")
+            return data, Spaces(seen, count, None, None, f"{said}, actions {first} … {first + count - 1}")
         least_, most_ = self.actions.amin(0), self.actions.amax(0)
         room = MARGIN * (most_ - least_)
         room = torch.where(room > 0, room, MARGIN * least_.abs().clamp(min=1.0))
@@ -266,16 +301,17 @@ class Dataset:
             raise UserError("--action-low must be below --action-high")
         how = "" if low and high else f" (the logged range and {MARGIN:.0%} of it; --action-low, --action-high)"
         return data, Spaces(
-            dim, len(least_), *bounds, f"{said}, actions {_shown(bounds[0])} … {_shown(bounds[1])}{how}"
+            seen, len(least_), *bounds, f"{said}, actions {_shown(bounds[0])} … {_shown(bounds[1])}{how}"
         )
 
 
 @dataclass
 class Spaces:
-    """What a learner has to know of an environment. obs_dim: length of an observation; action_dim: length of a
-    continuous action, or the number of discrete ones; low, high (A,): bounds of continuous actions, else None."""
+    """What a learner has to know of an environment. observed: length of an observation, or the image that it is;
+    action_dim: length of a continuous action, or the number of discrete ones; low, high (A,): bounds of continuous
+    actions, else None."""
 
-    obs_dim: int
+    observed: int | Image
     action_dim: int
     low: Tensor | None
     high: Tensor | None
@@ -284,7 +320,12 @@ class Spaces:
     @classmethod
     def of(cls, env: environments.Env) -> Spaces:
         """UserError if continuous actions have no bounds."""
-        return cls(env.obs_dim, env.action_dim, *(environments.action_bounds(env) if env.continuous else (None, None)))
+        return cls(env.observed, env.action_dim, *(environments.action_bounds(env) if env.continuous else (None, None)))
+
+    @property
+    def obs_dim(self) -> int:
+        """Length of an observation's vector; methods for continuous actions learn from no images."""
+        return self.observed.size if isinstance(self.observed, Image) else self.observed
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -356,13 +397,15 @@ def _dataset(log: Log, name: str) -> Dataset:
     """The columns of a file, checked, as tensors."""
     states, known = columns.check(log)
     dtypes: dict[str, Any] = {"terminations": bool, "truncations": bool}
+    if log.columns["observations"].dtype == np.uint8 and Image.of_shape(log.shape):
+        dtypes |= {"observations": np.uint8, "next_observations": np.uint8}
     dtypes["actions"] = np.int64 if log.columns["actions"].dtype.kind in "iu" else np.float32
     tensors: dict[str, Any] = {
         field: torch.from_numpy(array.astype(dtypes.get(field, np.float32))) for field, array in log.columns.items()
     }
     return Dataset(
         **tensors, name=name, known=None if known is None else torch.from_numpy(known), ordered=log.ordered,
-        states=states, state_space=log.states, action_space=log.actions,
+        states=states, state_space=log.states, action_space=log.actions, shape=log.shape,
     )  # fmt: skip
 
 

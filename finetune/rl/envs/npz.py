@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.errors import UserError
+from finetune.rl.envs.spaces import Image
 from finetune.runs import reading
 
 FILE = 1 << 30  # most bytes of a file
-NUMBERS = 1 << 28  # most numbers in all arrays together: 1 GiB as float32
+NUMBERS = 1 << 28  # most numbers in all arrays together: 1 GiB as float32; pixels count as a quarter
 HEADER = 4096  # most bytes; numpy writes 128
 MEMBERS = 100  # most arrays of a file
 METHODS = {zipfile.ZIP_STORED: "none", zipfile.ZIP_DEFLATED: "deflate"}
+
+
+def count(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
+    """How many numbers of float32 an array takes: images (N, …) stay bytes."""
+    size = math.prod(shape)
+    return -(-size // 4) if dtype == np.uint8 and Image.of_shape(shape[1:]) else size
 
 
 def read(path: Path, fields: Collection[str], numbers: int = NUMBERS) -> tuple[dict[str, NDArray[Any]], list[str]]:
@@ -38,7 +45,9 @@ def read(path: Path, fields: Collection[str], numbers: int = NUMBERS) -> tuple[d
             found: dict[str, NDArray[Any]] = {}
             for name in fields:
                 if name in members:
-                    found[name] = _array(file, members[name], name, numbers - sum(a.size for a in found.values()))
+                    found[name] = _array(
+                        file, members[name], name, numbers - sum(count(a.shape, a.dtype) for a in found.values())
+                    )
             return found, [name for name in members if name not in fields]
     except UserError as e:
         raise UserError(f"{path} is not an npz of plain arrays: {e}") from None
@@ -68,7 +77,7 @@ def _array(file: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, left: int) -
         size = math.prod(shape)
         if dtype.hasobject:
             raise UserError(f"{name} holds Python objects: only numbers are read")
-        if size > left:
+        if count(shape, dtype) > left:
             raise UserError(f"{name} is {'×'.join(map(str, shape))[:60]}, too many numbers: {left:,} are left to read")
         length = size * dtype.itemsize
         if info.file_size != begin + length:

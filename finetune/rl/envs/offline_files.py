@@ -50,6 +50,7 @@ class Log:
     states: tuple[int, int] | None = None  # (number, first) of Discrete observations, if the file says so
     actions: tuple[int, int] | None = None  # the same of Discrete actions
     notes: list[str] = field(default_factory=list)
+    shape: tuple[int, ...] = ()  # of an observation, if it has several axes; `columns.check` finds it
 
 
 @dataclass

@@ -21,10 +21,10 @@ class Transitions:
     A step that a time limit cut off is not `terminated`: a target bootstraps from its next observation.
     """
 
-    observations: Tensor  # (N, D) fp32
+    observations: Tensor  # (N, D) fp32, of images uint8
     actions: Tensor  # (N,) int64, or (N, A) fp32
     rewards: Tensor  # (N,) fp32
-    next_observations: Tensor  # (N, D) fp32
+    next_observations: Tensor  # (N, D) of the same dtype
     terminated: Tensor  # (N,) bool
     steps: Tensor | None = None  # (N,) int64 environment steps that each spans; None: all span one
     returns_to_go: Tensor | None = None  # (N,) fp32 what the behavior policy earned from here on (Cal-QL)

@@ -80,8 +80,15 @@ class Image:
         largest = 255.0 if pixels else float(space.high.flat[0])
         if not (pixels or ((space.low == 0).all() and (space.high == largest).all() and 0 < largest < math.inf)):
             return None
+        return cls.of_shape(shape, largest)
+
+    @classmethod
+    def of_shape(cls, shape: Sequence[int], largest: float = 255.0) -> Image | None:
+        """The same of arrays of this shape, pixels from 0 to `largest`."""
         last = len(shape) - 1
-        if len(shape) == 2:
+        if not 1 <= last <= 3:
+            return None
+        if last == 1:
             axes: tuple[int, ...] = (0, 1)
         elif shape[-1] <= shape[-3]:
             axes = (*range(last - 2), last, last - 2, last - 1)

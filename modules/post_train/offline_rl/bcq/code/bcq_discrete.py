@@ -21,6 +21,7 @@ from finetune.rl.agents.networks import QNetwork
 from finetune.rl.agents.offline import OfflineLearner, cloning_loss
 from finetune.rl.agents.targets import double_dqn_target, gather_actions, td_loss
 from finetune.rl.envs.replay import Transitions
+from finetune.rl.envs.spaces import Image
 from finetune.runs.run import Run
 
 from .evaluation import LOG_EVERY, curve, evaluate
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
 class QAndImitator(nn.Module):
     """Q(s, ·) and the imitator's logits of G(·|s); they share all layers but the last, or none."""
 
-    def __init__(self, obs_dim: int, actions: int, hidden: int, shared: bool) -> None:
+    def __init__(self, observed: int | Image, actions: int, hidden: int, shared: bool) -> None:
         super().__init__()
-        self.q = QNetwork(obs_dim, actions, [hidden, hidden])
-        self.imitator = nn.Linear(hidden, actions) if shared else QNetwork(obs_dim, actions, [hidden, hidden])
+        self.q = QNetwork(observed, actions, [hidden, hidden])
+        self.imitator = nn.Linear(hidden, actions) if shared else QNetwork(observed, actions, [hidden, hidden])
         self.shared = shared
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,8 @@ class Scale:
         return cls(rewards, *spaces.bounds, mean, std.masked_fill(constant, 1.0))
 
     def observations(self, observations: Tensor) -> Tensor:
+        if self.low is None:  # bytes of images stay bytes
+            return observations
         return (observations - self.mean) / self.std
 
     def original(self, observations: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.rl.agents.networks import QNetwork, TwinQ
-from finetune.rl.agents.offline import FQE, OfflineLearner, return_bounds
+from finetune.rl.agents.offline import FQE, OfflineLearner, own_value, return_bounds
 from finetune.rl.envs.evaluation import true_returns
 from finetune.rl.envs.rollout import episode_seeds
 from finetune.rl.statistics import standard_error
@@ -36,7 +36,7 @@ def evaluate(cfg: Config, run: Run, task: Task, learner: OfflineLearner) -> dict
     """
     rng, scale = run.generator("acting"), task.scale
     if task.held:
-        believed = learner.value(task.held.starts, learner.act(task.held.starts, rng))
+        believed = own_value(learner, task.held.starts, rng)
         return {} if believed is None else {"believed": believed.mean().item() / scale.rewards}
 
     def act(observations: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def fitted_q_evaluation(cfg: Config, run: Run, task: Task, learner: OfflineLearn
     if task.data.continuous:
         q: QNetwork | TwinQ = TwinQ(spaces.obs_dim, spaces.action_dim, hidden, count=1)
     else:
-        q = QNetwork(spaces.obs_dim, spaces.action_dim, hidden)
+        q = QNetwork(spaces.observed, spaces.action_dim, hidden)
     if held:
         steps, starts, total = held.steps if learner else held.followed, held.starts, cfg.fqe_steps
     else:

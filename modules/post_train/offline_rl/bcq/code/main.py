@@ -211,7 +211,7 @@ def compare_discrete(cfg: Config, run: Run, task: Task) -> Found:
 
 def q_and_imitator(cfg: Config, run: Run, spaces: Spaces, shared: bool) -> QAndImitator:
     run.seed("networks")
-    return QAndImitator(spaces.obs_dim, spaces.action_dim, cfg.hidden, shared)
+    return QAndImitator(spaces.observed, spaces.action_dim, cfg.hidden, shared)
 
 
 def compare_continuous(cfg: Config, run: Run, task: Task) -> Found:

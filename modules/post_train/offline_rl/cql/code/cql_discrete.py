@@ -133,7 +133,7 @@ def train(cfg: Config, run: Run, task: Task) -> dict[str, OfflineLearner]:
 
     def network() -> QNetwork:
         run.seed("networks")
-        return QNetwork(task.spaces.obs_dim, task.spaces.action_dim, [cfg.hidden, cfg.hidden])
+        return QNetwork(task.spaces.observed, task.spaces.action_dim, [cfg.hidden, cfg.hidden])
 
     common: dict[str, Any] = {"gamma": task.gamma, "lr": cfg.lr, "tau": cfg.tau}
     learners: dict[str, OfflineLearner] = {

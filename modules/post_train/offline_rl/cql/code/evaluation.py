@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.rl.agents.log_alone import BEHAVIOR
 from finetune.rl.agents.networks import QNetwork, TwinQ
-from finetune.rl.agents.offline import FQE, OfflineLearner, return_bounds
+from finetune.rl.agents.offline import FQE, OfflineLearner, in_parts, own_value, return_bounds
 from finetune.rl.envs.environments import Act
 from finetune.rl.envs.evaluation import returns, true_returns
 from finetune.rl.envs.replay import Transitions
@@ -89,7 +89,7 @@ def estimate(cfg: Config, run: Run, task: Task, learners: dict[str, OfflineLearn
 
     def believed(learner: OfflineLearner, observations: Tensor) -> Tensor | None:
         """V(s) = Q(s, π(s)) in the environment's rewards."""
-        values = learner.value(observations, learner.act(observations, rng))
+        values = own_value(learner, observations, rng)
         return None if values is None else values / task.reward_scale
 
     estimates = {}
@@ -121,16 +121,22 @@ def fitted_q_evaluation(
     if not total:
         return {}
     rng, limits = run.generator("fqe", task.name), return_bounds(task.steps.rewards, task.gamma)
+    spaces, hidden = task.spaces, [cfg.hidden, cfg.hidden]
     evaluations, at_starts = {}, {}
 
+    def policy(learner: OfflineLearner, observations: Tensor) -> Tensor:
+        return in_parts(lambda part: learner.policy(part, rng), observations)
+
     def add(name: str, steps: Transitions, policy: Tensor) -> None:
-        sizes, hidden = (starts.shape[1], policy.shape[1]), [cfg.hidden, cfg.hidden]
         run.seed("fqe")
-        q = TwinQ(*sizes, hidden, count=1) if task.data.continuous else QNetwork(*sizes, hidden)
+        if task.data.continuous:
+            q: TwinQ | QNetwork = TwinQ(spaces.obs_dim, spaces.action_dim, hidden, count=1)
+        else:
+            q = QNetwork(spaces.observed, spaces.action_dim, hidden)
         evaluations[name] = FQE(q, steps, policy, gamma=task.gamma, lr=cfg.lr, tau=FQE_TAU, limits=limits)
 
     for name, learner in learners.items():
-        add(name, steps, learner.policy(steps.next_observations, rng))
+        add(name, steps, policy(learner, steps.next_observations))
     if task.held and len(task.held.followed):
         add(BEHAVIOR, task.held.followed, task.held.next_policy)
         at_starts[BEHAVIOR] = task.held.first_policy
@@ -145,7 +151,7 @@ def fitted_q_evaluation(
                 fqe.optimizer.param_groups[0]["lr"] = cfg.lr * (1 - (step + i / cfg.updates) / total)
                 losses[name] += fqe.update(batch) / cfg.updates
         run.log(step, **{f"td_error_{name}": value for name, value in losses.items()})
-    at_starts |= {name: learner.policy(starts, rng) for name, learner in learners.items()}
+    at_starts |= {name: policy(learner, starts) for name, learner in learners.items()}
     return {name: fqe.value(starts, at_starts[name]) for name, fqe in evaluations.items()}
 
 
@@ -155,7 +161,7 @@ def judge(cfg: Config, run: Run, task: Task, learners: dict[str, OfflineLearner]
     assert task.held is not None
     starts, rng = task.held.starts, run.generator("values", task.name)
     fqe = fitted_q_evaluation(cfg, run, task, task.held.steps, learners, starts, cfg.fqe_steps)
-    believed = {name: learner.value(starts, learner.act(starts, rng)) for name, learner in learners.items()}
+    believed = {name: own_value(learner, starts, rng) for name, learner in learners.items()}
     return Judged(
         {name: values / task.reward_scale for name, values in fqe.items()},
         {name: float(v.mean()) / task.reward_scale for name, v in believed.items() if v is not None},
