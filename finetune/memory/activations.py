@@ -14,6 +14,7 @@ from dataclasses import replace
 from finetune.memory.counts import block_adapters, block_parameters, outputs
 from finetune.memory.setup import Setup, Shape, Term
 from finetune.memory.states import gradients
+from finetune.memory.whole import trains_below, trains_embedding, trains_head, whole, within_blocks
 
 # What sequence parallelism divides along the row: all between the layers' parts (Korthikanti et al. 2022, §4.2).
 ALONG_THE_ROW = ("norm 1: input, statistics", "q, k, v: input", "norm 2: input, statistics", "MLP: input",
@@ -29,11 +30,13 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
     Frozen linear layers keep nothing (their dx needs the weight alone); one that is trained, or has an adapter, keeps
     its input; an adapter also the r numbers between A and B, and its input in fp32 where activations are bf16; DoRA
     each output before it is scaled. The `first` block of a LoRA model has an input without gradient: nothing before its
-    first adapter is kept, and with a prefix nothing before its keys.
+    first adapter is kept, and with a prefix nothing before its keys. Modules that are trained whole next to adapters
+    count as those of full fine-tuning.
     """
     e, c, f, heads, kv = setup.element, shape.dim, shape.hidden, shape.heads, shape.kv_heads
     llama, linears, targets = shape.family == "llama", shape.linears, setup.targets(shape)
-    active = targets if setup.frozen else tuple(linears)  # linear layers with something to train
+    copies = within_blocks(shape, setup)
+    active = (*targets, *copies) if setup.frozen else tuple(linears)  # layers with something to train
     norm = 4 if llama else 8  # 1/rms; or mean and 1/std: fp32
     wide, width = (4, "4") if shape.wide_norms else (e, "e")
     saved: dict[str, tuple[int, str]] = {}
@@ -44,12 +47,14 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
     def keeps_norm(name: str) -> None:
         saved[name] = c * wide + norm, f"C·{width} + {norm}"
 
-    flowing = not (first and setup.frozen and not setup.prompt)  # does a gradient flow through here?
+    flowing = not first or bool(setup.prompt) or trains_embedding(shape, setup)  # does a gradient flow through here?
+    flowing = flowing or "attn_norm" in copies
     if flowing:
         keeps_norm("norm 1: input, statistics")
     if any_of("q", "k", "v", "qkv"):
         saved["q, k, v: input"] = c * e, "C·e"
         flowing = True
+    flowing = flowing or any_of("q_norm", "k_norm")
     if flowing and shape.qk_norm:
         saved["norms of q, k: input, statistics"] = (
             (heads + kv) * (shape.head_dim * wide + 4),
@@ -70,6 +75,7 @@ def block_saved(shape: Shape, setup: Setup, first: bool = False) -> dict[str, tu
     flowing = flowing or any_of("o")
     if flowing and shape.post_norms:
         keeps_norm("norm behind attention: input, statistics")
+    flowing = flowing or "mlp_norm" in copies
     if flowing:
         keeps_norm("norm 2: input, statistics")
     if any_of("gate", "up"):
@@ -119,6 +125,8 @@ def activations(shape: Shape, setup: Setup) -> Term:
     Without checkpointing those that L blocks keep; with it (Chen et al. 2016, arXiv:1604.06174) the input of each. Then
     the last norm's input and statistics, the loss's input, and positions, targets and (if its table is trained) the
     embedding's tokens, 8 bytes each. A pipeline's first stage has as many micro-batches in flight as there are stages.
+    A head with an adapter is W + s B A for the loss, which keeps it. Where nothing below it is trained, the blocks keep
+    nothing.
     """
     if not setup.training:
         return Term("activations", 0, "0", "inference keeps nothing")
@@ -134,7 +142,10 @@ def activations(shape: Shape, setup: Setup) -> Term:
         blocks = (shape.layers - 1) * each.bytes + first.bytes
         inner = f"({each.formula})" if setup.sequence_parallel else each.formula  # a sum, or a product
         text = f"L·{inner}" if each == first else f"(L - 1)·{inner} + {first.formula}"
-    integers = 16 if setup.frozen else 24
+    integers = 24 if trains_embedding(shape, setup) else 16
+    if not trains_below(shape, setup):
+        blocks, text, integers = 0, "0", 8
+        last, norm, ends = (last, norm, ends) if "norm" in whole(shape, setup) else (0, 0, "C·e")
     if not shape.last:
         total, text = blocks + n * integers, f"{text} + N·{integers}"
     elif cut == 1:
@@ -144,12 +155,24 @@ def activations(shape: Shape, setup: Setup) -> Term:
         text = f"{text} + N/t·({ends} + {norm}) + N·{integers}"
     if setup.adapter == "dora" and setup.lora_rank:  # the factors of the outputs, and the norms in them
         total, text = total + shape.layers * 8 * outputs(shape, setup), f"{text} + L·O·8"
+    if setup.adapts_head:
+        total, text = total + head_bytes(shape, setup), f"{text} + {head_text(setup)}"
     if setup.prefix:  # each row's copy, in addition to its own keys and values
         size = setup.batch * setup.prefix * 2 * shape.kv_heads * shape.head_dim * setup.element
         total, text = total + shape.layers * size, f"{text} + L·B·A·2·K·D·e"
     if shape.in_flight > 1:
         total, text = total * shape.in_flight, f"p·({text})"
     return Term("activations", total, text, "what each op saves, once a tensor")
+
+
+def head_bytes(shape: Shape, setup: Setup) -> int:
+    """W + s B A of a head with an adapter; of DoRA also what is scaled, in fp32, the factors and the rows' norms."""
+    table = shape.vocab * shape.dim
+    return table * setup.element + (4 * table + 8 * shape.vocab if setup.adapter == "dora" else 0)
+
+
+def head_text(setup: Setup) -> str:
+    return "V·C·e" + (" + V·C·4 + V·8" if setup.adapter == "dora" else "")
 
 
 def loss_plan(shape: Shape, setup: Setup) -> tuple[int, int, int]:
@@ -168,10 +191,10 @@ def plan_of_kernel(tokens: int, vocab: int) -> tuple[int, int, int]:
 
 
 def logits(shape: Shape, setup: Setup) -> Term:
-    """Memory of the loss without its input. Chunked: a chunk of fp32 logits, each tile's part of the gradient of its
-    input, maxima and sums, and the gradients that the forward pass makes: of all inputs, and of the head where it is
-    trained (Hsu et al. 2024, arXiv:2410.10989). Full: log-probabilities, their gradient and the logits' gradient, N·V
-    fp32 each. Inference: the last position's logits of each row."""
+    """Memory of the loss without its input and its head. Chunked: a chunk of fp32 logits, each tile's part of the
+    gradient of its input, maxima and sums, and the gradients that the forward pass makes: of all inputs, and of the
+    head where it or its adapter is trained (Hsu et al. 2024, arXiv:2410.10989). Full: log-probabilities, their gradient
+    and the logits' gradient, N·V fp32 each. Inference: the last position's logits of each row."""
     n, e, c, v = setup.tokens, setup.element, shape.dim, shape.vocab
     if not shape.last:
         return Term("logits", 0, "0", "on the last stage")
@@ -180,16 +203,17 @@ def logits(shape: Shape, setup: Setup) -> Term:
     if setup.loss == "full":
         return Term("logits", 3 * n * v * 4, "3·N·V·4", "torch.nn.functional.cross_entropy")
     chunk, tiles, blocks = loss_plan(shape, setup)
+    learned = trains_head(shape, setup) or setup.adapts_head
     if shape.capped_logits:  # tanh, log-probabilities and the gradients of both; inputs once more, and their gradient
         total, text = 16 * chunk * v + 2 * n * c * e, "16·S·V + 2·N·C·e"
-        if not setup.frozen and chunk < n:
+        if learned and chunk < n:
             total, text = total + v * c * e, text + " + V·C·e"
         return Term("logits", total, text, f"finetune/lm/head.py, {chunk} tokens a chunk")
     parts = tiles * chunk
     total, text = chunk * v * 4 + parts * (c * 4 + 12) + n * c * e, "S·V·4 + J·(C·4 + 12) + N·C·e"
     if e < 4:
         total, text = total + chunk * c * 4, text + " + S·C·4"
-    if not setup.frozen:
+    if learned:
         several = blocks > 1 or e < 4
         total, text = total + v * c * (e + 4 * blocks * several), text + " + V·C·" + ("(e + 4·U)" if several else "e")
     return Term("logits", total, text, f"ops.linear_cross_entropy, {chunk} tokens a chunk")
@@ -208,8 +232,9 @@ def step_growth(shape: Shape, setup: Setup) -> Term:
     waiting = saved // shape.in_flight * (shape.in_flight - 1)  # of other micro-batches of a pipeline
     gone = setup.buffers or setup.offload != "none"  # a gradient leaves as soon as it is whole
     all_gradients = 0 if gone else gradients(shape, setup).bytes
-    head = 0 if setup.frozen or not shape.last else v * c * e
-    table = head if shape.tied and shape.first else 0
+    head = v * c * e if trains_head(shape, setup) and shape.last else 0
+    table = head if shape.tied and shape.first and not setup.own_head(shape) else 0
+    adapted, doubled = head_bytes(shape, setup) if setup.adapts_head else 0, setup.adapter == "dora"
     passing = n * (c + (2 if shape.family == "llama" else 1) * shape.hidden) * e
     one = block(shape, setup).bytes
     again = 0  # computed again
@@ -217,11 +242,14 @@ def step_growth(shape: Shape, setup: Setup) -> Term:
         again = one
     elif setup.checkpointing == "selective":
         again = block(shape, replace(setup, checkpointing="none")).bytes - one
-    inputs = n * 2 * c * e if shape.last else 0  # of the last norm and the loss: gone by then
+    inputs = n * 2 * c * e + adapted if shape.last else 0  # of the last norm and the loss: gone by then
     if (setup.zero >= 2 and setup.ranks > 1) or gone:  # a block's gradients are whole until they are summed or moved
         passing += block_adapters(shape, setup) * 4 if setup.frozen else block_parameters(shape) * e
     moments = {
         "in the loss: activations + logits": saved + logits(shape, setup).bytes,
+        "in the head's backward: activations + gradients of an adapted head, in fp32 too": (
+            saved + n * c * e + v * c * (e + 4 * (e < 4) + 8 * doubled) if adapted else 0
+        ),
         "in the last block's backward: activations + gradients in flight": saved - inputs + again + head + passing,
         "in the first block's backward: gradients + gradients in flight": waiting + all_gradients + one + passing,
         "at the backward's end: gradients": waiting + all_gradients + table,

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from math import prod
 
 from finetune.memory.setup import Setup, Shape
-
-Tensors = list[tuple[int, tuple[int, ...], bool]]  # number of tensors, shape of each, whether it is a block's matrix
+from finetune.memory.whole import Tensors, whole_tensors
 
 
 def parameters(shape: Shape) -> int:
@@ -41,6 +40,13 @@ def block_adapters(shape: Shape, setup: Setup) -> int:
     return count + (outputs(shape, setup) if setup.adapter == "dora" else 0)
 
 
+def head_adapter(shape: Shape, setup: Setup) -> int:
+    """Trained by the adapter of the projection to the vocabulary."""
+    if not setup.adapts_head:
+        return 0
+    return setup.lora_rank * (shape.dim + shape.vocab) + (shape.vocab if setup.adapter == "dora" else 0)
+
+
 def outputs(shape: Shape, setup: Setup) -> int:
     return sum(shape.linears[name][1] for name in setup.targets(shape))
 
@@ -66,11 +72,11 @@ def output_rows(shape: Shape) -> int:
 
 
 def trained(shape: Shape, setup: Setup) -> tuple[int, int]:
-    """(number of trained parameters, bytes of one)."""
+    """(number of trained parameters, bytes of one), modules that are trained whole next to adapters not counted."""
     if not setup.training:
         return 0, setup.element
     if setup.lora_rank:
-        return shape.layers * block_adapters(shape, setup), 4
+        return shape.layers * block_adapters(shape, setup) + head_adapter(shape, setup), 4
     if setup.prompt:
         return setup.prompt * shape.dim, 4
     if setup.prefix:
@@ -79,14 +85,18 @@ def trained(shape: Shape, setup: Setup) -> tuple[int, int]:
 
 
 def trained_tensors(shape: Shape, setup: Setup) -> Tensors:
-    """The trained tensors; their elements together are the count of `trained`."""
+    """The trained tensors; their elements together are the count of `trained` and `whole_parameters`."""
     if not setup.training:
         return []
     rank, layers, c = setup.lora_rank, shape.layers, shape.dim
     if rank:
         sizes = [shape.linears[name] for name in setup.targets(shape)]
         matrices: Tensors = [(layers, pair, True) for a, b in sizes for pair in ((rank, a), (b, rank))]
-        return matrices + [(layers, (out,), False) for _, out in sizes if setup.adapter == "dora"]
+        if setup.adapts_head:
+            matrices += [(1, (rank, c), False), (1, (shape.vocab, rank), False)]
+        made = [(layers, out) for _, out in sizes] + [(1, shape.vocab)] * setup.adapts_head
+        matrices += [(count, (out,), False) for count, out in made if setup.adapter == "dora"]
+        return matrices + whole_tensors(shape, setup)
     if setup.frozen:
         return [(1, (trained(shape, setup)[0],), False)]
     tensors: Tensors = [(shape.tables, (shape.vocab, c), False)]

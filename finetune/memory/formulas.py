@@ -13,6 +13,7 @@ from finetune.memory.counts import (
     blocks_of_64,
     constants_of_blocks,
     factors,
+    head_adapter,
     linear_weights,
     output_rows,
     outputs,
@@ -25,6 +26,7 @@ from finetune.memory.counts import (
 from finetune.memory.parallel import parts
 from finetune.memory.setup import Setup, Shape, Term
 from finetune.memory.states import companions, gathered, gradients, kv_cache, optimizer_states, weights
+from finetune.memory.whole import whole_parameters
 
 
 def predict(shape: Shape, setup: Setup) -> list[Term]:
@@ -79,6 +81,8 @@ MEANING = {
         "每个块的 adapter 参数 Σ r·(in + out)，DoRA 另加 Σ out",
     ),
     "O": ("Σ out of a block's layers with an adapter", "每个块中带 adapter 的层的 Σ out"),
+    "h": ("adapter parameters of the head, r·(C + V), with DoRA + V", "输出层的 adapter 参数 r·(C + V)，DoRA 另加 V"),
+    "w": ("numbers in modules trained whole next to adapters", "与 adapter 一起完整训练的模块的参数量"),
     "I": ("weights of a block's linear layers", "每个块的线性层的权重数"),
     "A": ("virtual tokens that are trained", "可训练的虚拟 token 数"),
     "X": ("blocks of 64 weights in a block's linear layers", "每个块的线性层中每 64 个权重一组的组数"),
@@ -125,6 +129,8 @@ def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
         "r": setup.lora_rank,
         "R": block_adapters(shape, setup),
         "O": outputs(shape, setup),
+        "h": head_adapter(shape, setup),
+        "w": whole_parameters(shape, setup),
         "I": linear_weights(shape),
         "A": setup.prompt or setup.prefix,
         "X": blocks_of_64(shape),
@@ -133,7 +139,7 @@ def symbols(shape: Shape, setup: Setup) -> dict[str, int]:
         "W": setup.ranks,
         "g": setup.gradient,
         "m": trained_matrices(shape, setup),
-        "v": trained(shape, setup)[0] - trained_matrices(shape, setup),
+        "v": trained(shape, setup)[0] + whole_parameters(shape, setup) - trained_matrices(shape, setup),
         "f": factors(shape, setup),
         "t": setup.tp,
         "p": shape.in_flight,

@@ -201,7 +201,7 @@ def kv_cache(rig: Rig) -> int:
 
 def plain(setup: Setup) -> Setup:
     """The setup without adapters and virtual tokens."""
-    return replace(setup, lora_rank=0, prompt=0, prefix=0, quantized="none")
+    return replace(setup, lora_rank=0, whole="", untied=False, prompt=0, prefix=0, quantized="none")
 
 
 def scalar_model(rig: Rig) -> Any:

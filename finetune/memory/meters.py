@@ -47,8 +47,11 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Parameters, and buffers: frozen weights in few bits are such."""
-    return storage_bytes(chain(model.parameters(), model.buffers()))
+    """Parameters, and buffers: frozen weights in few bits are such; the base's modules of which copies are trained."""
+    from finetune.peft.whole import kept
+
+    modules = (model, *kept(model).base.values())
+    return storage_bytes(chain.from_iterable((*m.parameters(), *m.buffers()) for m in modules))
 
 
 def gradient_bytes(model: nn.Module) -> int:
@@ -225,7 +228,7 @@ def build(config: Any, setup: Setup) -> Any:
     its attribute `virtual`."""
     from finetune.lm.gpt import GPT, GPTConfig
     from finetune.lm.llama import Llama, LlamaConfig
-    from finetune.peft import lora, quantize, virtual_tokens
+    from finetune.peft import lora, quantize, virtual_tokens, whole
 
     settings = config if isinstance(config, dict) else asdict(config)
     kinds: tuple[Any, Any] = (Llama, LlamaConfig) if "rope_theta" in settings else (GPT, GPTConfig)
@@ -238,8 +241,12 @@ def build(config: Any, setup: Setup) -> Any:
     if setup.quantized != "none":
         quantize.quantize_linears(model, setup.quantized)
     if setup.lora_rank:
-        targets, kind = setup.targets(shape_of(config)), setup.adapter
+        targets, kind = (*setup.targets(shape_of(config)), *(("head",) if setup.adapts_head else ())), setup.adapter
         lora.apply_lora(model, setup.lora_rank, targets=targets, dora=kind == "dora", pissa=kind == "pissa")
+    if setup.untied:
+        whole.untie(model)
+    if setup.whole:
+        lora.train_modules(model, setup.whole.split(","))
     if count := setup.prompt or setup.prefix:
         part = virtual_tokens.Prompt if setup.prompt else virtual_tokens.Prefix
         model.virtual = part.from_tokens(model.requires_grad_(False), torch.arange(count))
@@ -278,18 +285,21 @@ def measure(
 
 
 def loss_bytes(model: Any, shape: Shape, setup: Setup) -> int:
-    """Most bytes that the loss has allocated at once, on as many tokens as `setup` says, all of them counted."""
+    """Most bytes that the loss has allocated at once, on as many tokens as `setup` says, all of them counted; a head
+    with an adapter is there before."""
+    from finetune import ops
     from finetune.lm import head
 
     weight = model.head_weight
     x = torch.zeros(setup.tokens, shape.dim, dtype=weight.dtype, device=weight.device, requires_grad=True)
     targets = torch.zeros(setup.tokens, dtype=torch.int64, device=weight.device)
     if shape.capped_logits:  # whose chunks are computed again in the backward pass
-        before = weight.grad
+        before = [(p, p.grad) for p in model.parameters()]
         found = peak_allocated(lambda: head.cross_entropy(model, x, targets).backward())
-        weight.grad = before
+        for p, grad in before:
+            p.grad = grad
         return found
-    return peak_allocated(lambda: head.cross_entropy(model, x, targets))
+    return peak_allocated(lambda: ops.linear_cross_entropy(x, weight, targets))
 
 
 def table(predicted: dict[str, int], measured: dict[str, int]) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ def check_settings(setup: Setup) -> None:
     """UserError for the first pair of settings that exclude each other whatever the model."""
     s, virtual = setup, setup.prompt or setup.prefix
     adapters = "the formulas know it for full fine-tuning only"
+    more = "--whole" if s.whole else "--lora-targets head" if s.adapts_head else ""
+    many = [f"--{name}" for name in ("zero", "tp", "pp", "offload") if getattr(s, name) != getattr(type(s), name)]
     rules = (
         (s.zero and s.ranks == 1, f"--zero {s.zero}: one rank has nothing to divide; give the number of --ranks"),
         (
@@ -47,6 +49,13 @@ def check_settings(setup: Setup) -> None:
             "--offload parameters: several ranks divide them first; give --zero 3",
         ),
         (s.offload == "parameters" and s.frozen, f"--offload parameters: {adapters}"),
+        (s.whole and not s.lora_rank, "--whole: modules are trained whole next to LoRA; give a --lora-rank"),
+        (s.untied and not s.whole, "--untied is for --whole: give it a module"),
+        (more and many, f"{more}: the formulas know it on one device that holds everything; omit {', '.join(many)}"),
+        (
+            s.whole and s.dtype != "fp32" and not s.master and s.optimizer in ("sgd_momentum", "muon"),
+            f"--whole with --no-master: momenta of {s.optimizer} would have two dtypes; take --optimizer adamw",
+        ),
         (s.offload == "parameters" and s.pp > 1, "--offload parameters and --pp exclude each other: omit one"),
         (s.offload != "none" and s.algorithm == "ppo", "--offload: the formulas do not know it for ppo's four models"),
         (
@@ -92,9 +101,14 @@ def check_shape(name: str, shape: Shape, setup: Setup) -> None:
     for what, count in (("heads", shape.heads), ("KV heads", shape.kv_heads), ("MLP columns", shape.hidden)):
         if count % setup.tp:
             raise UserError(f"--tp {setup.tp}: {name} has {count:,} {what}, which is no multiple of {setup.tp}")
-    for target in setup.targets(shape):
-        if setup.lora_rank > (least := min(shape.linears[target])):
+    adapted = {target: shape.linears[target] for target in setup.targets(shape)}
+    if setup.adapts_head:
+        adapted["head"] = shape.dim, shape.vocab
+    for target, (inputs, outputs) in adapted.items():
+        if setup.lora_rank > (least := min(inputs, outputs)):
             raise UserError(
-                f"--lora-rank {setup.lora_rank}: layer {target} of {name} has {shape.linears[target][0]:,} inputs and "
-                f"{shape.linears[target][1]:,} outputs, so a rank above {least:,} adds nothing"
+                f"--lora-rank {setup.lora_rank}: layer {target} of {name} has {inputs:,} inputs and {outputs:,} "
+                f"outputs, so a rank above {least:,} adds nothing"
             )
+    if setup.untied and not shape.tied:
+        raise UserError(f"--untied: embedding and head of {name} are two tables already; omit it")

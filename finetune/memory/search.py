@@ -150,7 +150,7 @@ def options(setup: Setup, given: Iterable[str] = ()) -> list[str]:
 
 def command(model: Model, setup: Setup, given: set[str]) -> str:
     """`run sft` where it has all of these settings and can find the weights; else `memory`."""
-    known = {"batch", "seq", "packing", "dtype", "lora_rank", "lora_targets", "checkpointing"}
+    known = {"batch", "seq", "packing", "dtype", "lora_rank", "lora_targets", "whole", "checkpointing"}
     plain = Setup()
     other = [name for name, value in vars(setup).items() if name not in known and value != getattr(plain, name)]
     if not model.weights or other or setup.dtype == "fp16":
@@ -158,7 +158,10 @@ def command(model: Model, setup: Setup, given: set[str]) -> str:
     words = [f"python -m finetune run sft --model {model.weights}"]
     words += [f"--method lora --rank {setup.lora_rank}" if setup.lora_rank else "--method full"]
     if setup.lora_rank and setup.lora_targets != "all":
-        words.append(f"--targets {setup.lora_targets}")
+        names = ("all-linear" if name == "all" else name for name in setup.named_targets)
+        words.append(f"--targets {','.join(names)}")
+    if setup.whole:
+        words.append(f"--modules-to-save {setup.whole}")
     words.append(f"--dtype {'float32' if setup.dtype == 'fp32' else 'bfloat16'}")
     words.append(f"--batch {setup.batch} --max-length {setup.seq}")
     return " ".join([*words, *["--checkpointing"] * (setup.checkpointing == "block")])
@@ -181,7 +184,7 @@ def instead(model: Model, setup: Setup) -> dict[str, int]:
             options[f"--quantized {other}"] = {"quantized": other}
         if setup.quantized == "none" and not (setup.prompt or setup.prefix):
             rank = 0 if setup.lora_rank else 8
-            options[f"--lora-rank {rank}"] = {"lora_rank": rank, "lora_targets": "all"}
+            options[f"--lora-rank {rank}"] = {"lora_rank": rank, "lora_targets": "all", "whole": "", "untied": False}
         for stage in (1, 2, 3):
             options[f"--zero {stage}"] = {"zero": stage}
         options["--offload optimizer"] = {"offload": "optimizer"}
@@ -190,6 +193,7 @@ def instead(model: Model, setup: Setup) -> dict[str, int]:
     if setup.training:
         options["--optimizer none"] = {
             "optimizer": "none", "lora_rank": 0, "prompt": 0, "prefix": 0, "checkpointing": "none", "offload": "none",
+            "whole": "", "untied": False,
         }  # fmt: skip
     found = {}
     for option, changes in options.items():

@@ -123,7 +123,9 @@ class Setup:
     grad_dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"  # another than dtype: summed in buffers that stay
     # --- What is trained
     lora_rank: int = 0  # rank of LoRA adapters; 0: all parameters are trained
-    lora_targets: str = "all"  # linear layers with an adapter, separated by commas
+    lora_targets: str = "all"  # linear layers with an adapter, separated by commas; all: the blocks'; head is one too
+    whole: str = ""  # modules trained whole next to LoRA, separated by commas: embed_tokens, lm_head, norm, mlp_norm, …
+    untied: bool = False  # of a tied model, --whole trains embedding or head alone, or both apart, as peft does
     adapter: Literal["lora", "dora", "pissa"] = "lora"  # dora trains magnitudes too; pissa keeps its first A, B
     quantized: Literal["none", "nf4", "nf4_double", "int8"] = "none"  # form of frozen linear layers
     prompt: int = 0  # prompt tuning: only this many vectors before each row are trained; seq includes them
@@ -198,6 +200,19 @@ class Setup:
         return self.training and bool(self.lora_rank or self.prompt or self.prefix)
 
     @property
+    def named_targets(self) -> tuple[str, ...]:
+        return tuple("head" if name == "lm_head" else name for name in self.lora_targets.split(","))
+
+    @property
+    def adapts_head(self) -> bool:
+        """Whether the projection to the vocabulary has an adapter."""
+        return self.training and self.lora_rank > 0 and "head" in self.named_targets
+
+    def own_head(self, shape: Shape) -> bool:
+        """Whether a tied model's head becomes a layer of its own, which begins as the embedding's tensor."""
+        return shape.tied and (self.untied or self.adapts_head)
+
+    @property
     def devices(self) -> int:
         return self.ranks * self.tp * self.pp
 
@@ -206,15 +221,16 @@ class Setup:
         return -(-count // self.ranks) if self.zero >= stage else count
 
     def targets(self, shape: Shape) -> tuple[str, ...]:
-        """The linear layers with an adapter; () without LoRA."""
+        """A block's linear layers with an adapter; () without LoRA."""
         if not self.lora_rank or not self.training:
             return ()
-        names = tuple(shape.linears) if self.lora_targets == "all" else tuple(self.lora_targets.split(","))
-        for name in names:
-            if name not in shape.linears:
-                known = ", ".join(shape.linears)
+        head = ("head",) if shape.family == "llama" else ()  # GPT-2's is always its embedding
+        names = tuple(shape.linears) if "all" in self.named_targets else self.named_targets
+        for name in (*names, *self.named_targets):
+            if name not in (*shape.linears, *head, "all"):
+                known = ", ".join((*shape.linears, *head))
                 raise UserError(f"--lora-targets: a {shape.family} has no linear layer {name!r}; it has {known}")
-        return names
+        return tuple(name for name in names if name != "head")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def described(setup: Setup) -> str:
     if setup.training:
         name_of = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA"}[setup.adapter]
         kind = f"{name_of} of rank {setup.lora_rank}" if setup.lora_rank else "full fine-tuning"
+        names = setup.whole.split(",") if setup.whole else []
+        kind += f" and {', '.join(names) if len(names) < 5 else f'{len(names)} modules'} whole" if names else ""
         kind = f"a prompt of {setup.prompt}" if setup.prompt else kind
         kind = f"a prefix of {setup.prefix}" if setup.prefix else kind
         kind += f" over {setup.quantized}" if setup.quantized != "none" else ""

@@ -7,6 +7,7 @@ from finetune.memory.counts import (
     blocks_of_64,
     constants_of_blocks,
     factors,
+    head_adapter,
     linear_weights,
     output_rows,
     outputs,
@@ -18,6 +19,7 @@ from finetune.memory.counts import (
 )
 from finetune.memory.optimizers import LIKE, OPTIMIZERS
 from finetune.memory.setup import BYTES, Setup, Shape, Term
+from finetune.memory.whole import whole_parameters
 
 # Bytes of a block's linear layers in few bits (peft/quantize.py): codes of 4 bits and the absmax of 64 weights, or
 # that again as codes of 8 bits with an absmax for 256 and a mean a layer (Dettmers et al. 2023, arXiv:2305.14314,
@@ -34,11 +36,14 @@ def quantized_bytes(shape: Shape, setup: Setup) -> int:
 
 def weights(shape: Shape, setup: Setup) -> Term:
     """Parameters in their dtype, or the linear layers in few bits; adapters are fp32 whatever the dtype
-    (finetune/peft/lora.py). PiSSA keeps the A and B that it started from, DoRA the squares of the rows of W, summed."""
+    (finetune/peft/lora.py). PiSSA keeps the A and B that it started from, DoRA the squares of the rows of W, summed. A
+    module that is trained whole next to adapters is a copy, and the base's stays (finetune/peft/whole.py)."""
     base = setup.share(parameters(shape), 3) * setup.element
     kept = {"lora": 1, "pissa": 2, "dora": 1}[setup.adapter] * block_adapters(shape, setup)
     kept += outputs(shape, setup) if setup.adapter == "dora" else 0
-    adapters = 4 * setup.share(shape.layers * kept, 3)
+    head = {"lora": 1, "pissa": 2, "dora": 1}[setup.adapter] * head_adapter(shape, setup)
+    head += shape.vocab if setup.adapter == "dora" and head else 0
+    adapters = 4 * setup.share(shape.layers * kept + head, 3)
     text = f"({parameters_text(shape)})·e"
     if shared := setup.zero >= 3:
         text = "⌈P/W⌉·e"
@@ -48,7 +53,11 @@ def weights(shape: Shape, setup: Setup) -> Term:
         text = f"(P - L·I)·e + L·({QUANTIZED[setup.quantized]})"
     if adapters:
         each = {"lora": "L·R", "pissa": "2·L·R", "dora": "L·(R + O)"}[setup.adapter]
+        if head:
+            each = f"({each} + {'2·' * (setup.adapter == 'pissa')}h{' + V' * (setup.adapter == 'dora')})"
         text += f" + ⌈{each}/W⌉·4" if shared else f" + {each}·4"
+        if count := whole_parameters(shape, setup):
+            base, text = base + count * setup.element, f"{text} + w·e"
     elif setup.frozen:
         base, text = base + 4 * setup.share(trained(shape, setup)[0], 3), f"{text} + {shared_text(setup, 3)}·4"
     term = Term("weights", base + adapters, text, f"layers of finetune/lm/{shape.family}.py")
@@ -69,8 +78,9 @@ def parameters_text(shape: Shape) -> str:
 
 
 def shared_text(setup: Setup, stage: int) -> str:
-    """The number of trained parameters that a rank holds the states of, as a formula."""
+    """The number of trained parameters (see `trained`) that a rank holds the states of, as a formula."""
     text = "L·R" if setup.lora_rank else "A·C" if setup.prompt else "2·L·A·K·D" if setup.prefix else "P"
+    text = "(L·R + h)" if setup.adapts_head else text
     return f"⌈{text}/W⌉" if setup.zero >= stage else text
 
 
@@ -82,7 +92,10 @@ def gradients(shape: Shape, setup: Setup) -> Term:
     source = "p.grad is like p"
     if setup.buffers:
         element, width, source = setup.gradient, "g", "buffers that stay (Megatron-LM's main_grad)"
-    term = Term("gradients", setup.share(count, 2) * element, f"{shared_text(setup, 2)}·{width}", source)
+    size, text = setup.share(count, 2) * element, f"{shared_text(setup, 2)}·{width}"
+    if copies := whole_parameters(shape, setup):
+        size, text = size + copies * setup.element, f"{text} + w·e"
+    term = Term("gradients", size, text, source)
     return term.on_host() if setup.offload != "none" and setup.training else term
 
 
@@ -95,16 +108,20 @@ def optimizer_states(shape: Shape, setup: Setup) -> Term:
     Parameters of 16 bits have an fp32 master copy too (Micikevicius et al. 2018, arXiv:1710.03740, §3.1): AdamW's
     K = 12 bytes a parameter of ZeRO's accounting (Rajbhandari et al. 2020, arXiv:1910.02054, §3.1). The scratch of a
     step is not counted."""
-    each, master = state_widths(setup, trained(shape, setup)[1])
+    (count, element), copies = trained(shape, setup), whole_parameters(shape, setup)
+    each, master = state_widths(setup, element)
+    name = f"({shared_text(setup, 1).strip('()')} + w)" if copies else shared_text(setup, 1)
     counted = {
-        "trained": (shared_text(setup, 1), lambda: trained(shape, setup)[0]),
+        "trained": (name, lambda: count + copies),
         "matrices": (shared(setup, "m"), lambda: trained_matrices(shape, setup)),
-        "others": (shared(setup, "v"), lambda: trained(shape, setup)[0] - trained_matrices(shape, setup)),
+        "others": (shared(setup, "v"), lambda: count + copies - trained_matrices(shape, setup)),
         "factors": ("f", lambda: factors(shape, setup)),
         "blocks": (shared(setup, "Q"), lambda: quantized_blocks(shape, setup)),
     }
     size = sum(setup.share(counted[name][1](), 1) * width for name, width in each.items())
     text = " + ".join(f"{counted[name][0]}·{width}" for name, width in each.items()) or "0"
+    if copies and setup.element < 4 and setup.master:  # adapters are fp32, modules that are trained whole may not be
+        size, text, master = size + 4 * copies, f"{text} + w·4", True
     source = OPTIMIZERS[setup.optimizer].summary + ("; an fp32 master" if master else "")
     term = Term("optimizer states", size, text, source)
     return term.on_host() if setup.offload != "none" and setup.training else term

@@ -24,7 +24,7 @@ from finetune.lm.io.hf_llama import from_hf
 from finetune.lm.io.load import ADAPTER_CONFIG as CONFIG
 from finetune.lm.llama import Llama
 from finetune.peft import whole
-from finetune.peft.adapter_modules import Modules
+from finetune.peft.adapter_modules import TABLES, Modules
 from finetune.peft.lora import TARGETS, LoRA, LoRALinear, adapters, apply_lora, first_fit, linear_layers
 from finetune.peft.virtual_tokens import Prefix, Prompt
 from finetune.peft.whole import hf_module
@@ -73,11 +73,16 @@ def kind(folder: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Description:
-    """What an adapter folder trains: the usual rank and alpha, and the layers by the last part of their names."""
+    """What an adapter folder trains: the usual rank and alpha, the layers by the last part of their names, the modules
+    that it holds whole; the rows of embedding or head if it holds them, and whether it holds the same for both."""
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    kind: Literal["lora", "dora", "pissa"] = "lora"
+    whole: tuple[str, ...] = ()
+    rows: int = 0
+    joint: bool = False
 
 
 def describe(folder: str | Path) -> Description:
@@ -85,10 +90,27 @@ def describe(folder: str | Path) -> Description:
     folder = Path(folder)
     if (found := kind(folder)) != "LORA":
         raise UserError(f"{folder / CONFIG}: peft_type is {found!r}: only LoRA adapters are trained further")
-    config = reading.convert(read_json(folder / CONFIG), LoRAConfig, folder / CONFIG)
-    parts = (adapted(key, folder) for key, _ in weights.read_safetensors(folder, TENSORS))
-    names = {at.rpartition(".")[2] for at, part in parts if part == "lora_A.weight"}
-    return Description(config.r, config.lora_alpha, tuple(sorted(names, key=order)))
+    raw = read_json(folder / CONFIG)
+    config = reading.convert(raw, LoRAConfig, folder / CONFIG)
+    names: set[str] = set()
+    held: dict[str, Tensor] = {}
+    for key, tensor in weights.read_safetensors(folder, TENSORS):
+        at, part = adapted(key, folder)
+        if part == "lora_A.weight":
+            names.add(at.rpartition(".")[2])
+        elif part == "weight":
+            held[at] = tensor
+    saved = tuple(config.modules_to_save or ())
+    tables = [held[at] for at in TABLES if at in held]
+    return Description(
+        config.r,
+        config.lora_alpha,
+        tuple(sorted(names, key=order)),
+        "dora" if config.use_dora else "pissa" if raw.get("init_lora_weights") == "pissa" else "lora",
+        tuple(at for at in held if hf_module(at).endswith(saved)) if saved else (),
+        len(tables[0]) if tables else 0,
+        len(tables) == 2 and torch.equal(*tables),
+    )
 
 
 def order(target: str) -> int:

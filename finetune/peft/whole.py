@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -76,20 +76,33 @@ def train_modules(model: Llama, names: Sequence[str], name: str = "default") -> 
     modules as peft's modules_to_save; `adapters.load_adapter` resizes the model to them, if they have other rows.
     """
     swap(model, ())
-    there = trainable(model)
-    chosen: list[str] = []
-    for wanted in names:
-        found = [at for at in there if any(fits(wanted, called) for called in {at, hf_module(at, model)})]
-        if model.config.tied and wanted in ("head", "lm_head"):
-            found = ["embed"]
-        if not found:
-            known = {
-                ending for at in there for ending in (at.rpartition(".")[2], hf_module(at, model).rpartition(".")[2])
-            }
-            raise UserError(f"module '{wanted}' cannot be trained whole: it names none{nearest(wanted, known)}")
-        chosen += [at for at in found if at not in chosen]
+    chosen = choose(trainable(model), names, model.config.tied, has_post_norms(model))
     copies = {at: copy.deepcopy(model.get_submodule(at)).requires_grad_(True) for at in chosen}
     return put(model, copies, name)
+
+
+def choose(there: Sequence[str], names: Sequence[str], tied: bool, post_norms: bool) -> list[str]:
+    """Those of the modules `there` that `names` mean (see `train_modules`), of a model with these two properties.
+    UserError for a name that means none."""
+    called = {at: (at, to_hf(f"{at}.weight", post_norms).removesuffix(".weight")) for at in there}
+    chosen: list[str] = []
+    for wanted in names:
+        found = [at for at in there if any(fits(wanted, name) for name in called[at])]
+        if tied and wanted in ("head", "lm_head"):
+            found = ["embed"]
+        if not found:
+            known = {name.rpartition(".")[2] for both in called.values() for name in both}
+            raise UserError(f"module '{wanted}' cannot be trained whole: it names none{nearest(wanted, known)}")
+        chosen += [at for at in found if at not in chosen]
+    return chosen
+
+
+def check_norms(names: Iterable[str], post_norms: bool) -> None:
+    """UserError for norms that an adapter's file cannot name."""
+    if post_norms and any(at.endswith(("attn_norm", "mlp_norm", "post_norm")) for at in names):
+        raise UserError(
+            "norms of Gemma's blocks cannot be an adapter's modules: Llama's names of them mean others there"
+        )
 
 
 def trainable(model: nn.Module) -> list[str]:
@@ -112,11 +125,7 @@ def set_weight(module: nn.Module, weight: Tensor, learns: bool = False) -> None:
 
 def put(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> list[nn.Parameter]:
     """Makes `modules`, by name, the adapter's own, and puts them in place; returns their trained parameters."""
-    norms = any(at.endswith(("attn_norm", "mlp_norm", "post_norm")) for at in modules)
-    if norms and isinstance(model, Llama) and model.config.post_norms:
-        raise UserError(
-            "norms of Gemma's blocks cannot be an adapter's modules: Llama's names of them mean others there"
-        )
+    check_norms(modules, has_post_norms(model))
     state = kept(model)
     swap(model, ())
     for at in modules:

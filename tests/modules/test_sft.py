@@ -32,7 +32,8 @@ from finetune.lm.io import load, save
 from finetune.lm.io.hf_llama import to_hf
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import GPT2, Tokenizer, byte_level
-from finetune.peft.adapters import load_adapter
+from finetune.peft import whole
+from finetune.peft.adapters import load_adapter, save_adapter
 from finetune.peft.lora import apply_lora
 from finetune.runs import registry
 from finetune.runs.config import describe
@@ -561,6 +562,54 @@ def test_embeddings_that_do_not_fit_are_refused(tmp_path, base_model, monkeypatc
     monkeypatch.setattr(sft.machine, "available_memory_bytes", lambda: 100_000)
     with pytest.raises(UserError, match=r"whole modules needs 2\d\d\.\d kB .*, 100\.0 kB are free: .*zephyr"):
         tuned(tmp_path, base_model, [pair(i) for i in range(20)], template="chatml")
+
+
+@pytest.mark.parametrize(
+    ("tied", "changes"),
+    [
+        (True, {"template": "chatml", "dtype": "bfloat16"}),
+        (False, {"template": "chatml", "modules_to_save": "norm"}),
+        (True, {"template": "zephyr", "targets": "q,lm_head", "modules_to_save": "embed_tokens"}),
+    ],
+)
+def test_memory_of_whole_modules(tmp_path, base_model, tied, changes):
+    """Of the first run, planned before the model is read, and of one that trains its adapter further: states to the
+    byte, activations within 5 %."""
+    model = load.llama(base_model)
+    model = tiny(vocab_size=model.config.vocab_size, tied=tied)
+    model.token_ids = {"eos_token_id": 0}
+    save.model(model, base_model, load.tokenizer(base_model))
+    rows, quick = [pair(i) for i in range(20)], {"steps": 1, "samples": 0, "dtype": changes.get("dtype", "float32")}
+    first, folder = tuned(tmp_path, base_model, rows, **quick | changes)
+    further, _ = tuned(tmp_path, base_model, rows, **quick, adapter=str(folder))
+    well_predicted(first)
+    lacking = 2 * (1 if tied else 2) * 64 * (2 if "dtype" in changes else 4)  # two rows of the base's tables
+    well_predicted(further, lacking if "chatml" in changes.values() else 0)
+
+
+def well_predicted(summary, more=0):
+    found = {row["name"]: (row["predicted"], row["measured"]) for row in summary["memory"]}
+    assert found["weights"][0] == found["weights"][1] + more
+    for name in ("gradients", "optimizer states"):
+        assert found[name][0] == found[name][1] > 0, name
+    assert found["activations"][0] == pytest.approx(found["activations"][1], rel=0.05)
+
+
+def test_memory_of_an_adapter_with_two_tables(tmp_path, own_model):
+    """Embedding and head of a tied model apart, as peft trains them, and DoRA."""
+    model = load.llama(own_model[0])
+    apply_lora(model, 2, 4, dora=True)
+    whole.untie(model)
+    for p in whole.train_modules(model, ["embed", "head"]):
+        p.data += torch.randn(p.shape)
+    save_adapter(model, tmp_path / "adapter", str(own_model[0]))
+    quick = {"steps": 1, "samples": 0, "adapter": str(tmp_path / "adapter")}
+    well_predicted(tuned(tmp_path, own_model[0], [pair(i) for i in range(20)], **quick)[0])
+
+
+def test_a_head_that_a_template_needs_has_no_adapter(tmp_path, base_model):
+    with pytest.raises(UserError, match=r"--template chatml needs tokens .* omit it from --targets"):
+        tuned(tmp_path, base_model, [pair(i) for i in range(20)], template="chatml", targets="q,head")
 
 
 def test_a_template_without_new_tokens_trains_no_embeddings(tmp_path, base_model):

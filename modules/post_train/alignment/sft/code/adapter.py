@@ -10,7 +10,7 @@ from rich.console import Console
 
 from finetune.errors import UserError
 from finetune.lm.io import hub, load
-from finetune.lm.llama import Llama
+from finetune.lm.llama import Llama, LlamaConfig
 from finetune.peft import adapters, bases, lora
 from finetune.runs import reading
 from finetune.runs.run import Run
@@ -52,6 +52,15 @@ def settled(cfg: C, console: Console | None = None) -> C:
                 f"--{name} {given}: the adapter {folder} has {value}, and is trained with that; omit --{name}"
             )
     return replace(cfg, model=str(bases.base_folder(folder, base, console, option="--model")), **own)
+
+
+def planned(cfg: "Config", shape: LlamaConfig) -> tuple[LlamaConfig, dict[str, Any]]:
+    """The shape of the base with the adapter's vocabulary, and what the memory formulas need to know of the adapter."""
+    assert cfg.adapter
+    found = adapters.describe(bases.adapter_folder(cfg.adapter))
+    apart = shape.tied and not found.joint and any(table in found.whole for table in ("embed", "head"))
+    own = {"adapter": found.kind, "whole": ",".join(found.whole), "untied": apart}
+    return replace(shape, vocab_size=found.rows or shape.vocab_size), own
 
 
 def tokenizer_folder(cfg: "Config", model: Path) -> Path:

@@ -160,14 +160,10 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     elif cfg.method == "lora":
         layers = lora.parse_targets(cfg.targets)
         lora.apply_lora(model, cfg.rank, cfg.alpha, cfg.dropout, layers, run.generator("lora"))
-        # No base model has embeddings of new tokens: the adapter holds the tables whole.
-        whole = [
-            *(cfg.modules_to_save.split(",") if cfg.modules_to_save else ()),
-            *(("embed", "head") if fresh else ()),
-        ]
-        if whole:
+        if whole := whole_modules(cfg, fresh):
             lora.train_modules(model, whole)
             check_whole(model)
+            setup = replace(setup, whole=",".join(whole))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.AdamW(optim.decay_groups(trained.values(), cfg.weight_decay), lr=cfg.lr)
     model.gradient_checkpointing = cfg.checkpointing
@@ -294,16 +290,23 @@ def next_commands(cfg: Config, folder: Path) -> list[tuple[str, str]]:
 def load_tokenizer(cfg: Config, rows: list[Conversation], console: Console) -> tuple[Tokenizer, list[str], list[str]]:
     """The model's tokenizer with the chat template of --template, the tokens that this writes, and those of them that
     were added to the vocabulary; from scratch a new tokenizer, of the training `rows`."""
-    tokenizer = small_tokenizer(rows) if cfg.model == "scratch" else read_tokenizer(cfg, console)
-    if cfg.template is None:
-        return tokenizer, [], []
-    names, added = template_tokens.adopt(tokenizer, cfg.template)
-    new = f"; new in the vocabulary: {', '.join(added)}" if added else ""
-    display.say(console, f"chat template: {cfg.template}; an answer ends with {tokenizer.eos}{new}")
+    tokenizer, names, added = adopted(cfg, rows, console)
+    if cfg.template is not None:
+        new = f"; new in the vocabulary: {', '.join(added)}" if added else ""
+        display.say(console, f"chat template: {cfg.template}; an answer ends with {tokenizer.eos}{new}")
     return tokenizer, names, added
 
 
-def read_tokenizer(cfg: Config, console: Console) -> Tokenizer:
+def adopted(
+    cfg: Config, rows: list[Conversation], console: Console | None = None
+) -> tuple[Tokenizer, list[str], list[str]]:
+    """The same without a word."""
+    tokenizer = small_tokenizer(rows) if cfg.model == "scratch" else read_tokenizer(cfg, console)
+    names, added = ([], []) if cfg.template is None else template_tokens.adopt(tokenizer, cfg.template)
+    return tokenizer, names, added
+
+
+def read_tokenizer(cfg: Config, console: Console | None) -> Tokenizer:
     """The tokenizer of the model, or of the adapter that is trained further."""
     cfg = adapter.settled(cfg, console)
     return load.tokenizer(adapter.tokenizer_folder(cfg, hub.resolve(cfg.model, console)))
@@ -342,9 +345,23 @@ def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) 
         lora.unmerge(model)
 
 
+def whole_modules(cfg: Config, new: bool) -> list[str]:
+    """What LoRA trains whole: --modules-to-save, and embedding and head if they have `new` tokens, which no base model
+    has learned."""
+    if new and "head" in lora.parse_targets(cfg.targets):
+        raise UserError(
+            f"--template {cfg.template} needs tokens that the model has not learned, so that the head is trained "
+            "whole: omit it from --targets"
+        )
+    return [
+        *(cfg.modules_to_save.split(",") if cfg.modules_to_save else ()),
+        *(("embed", "head") if new else ()),
+    ]
+
+
 def check_whole(model: Llama) -> None:
-    """UserError if the gradients and optimizer states of the modules that an adapter holds whole, which the formulas do
-    not count, exceed the free memory."""
+    """UserError if the gradients and optimizer states of the modules that an adapter holds whole exceed the free
+    memory: that a model has not learned a token of its vocabulary, only its weights tell, not `memory_plan`."""
     tables = [p for name, p in model.named_parameters() if p.requires_grad and ".parts." not in name]
     needed = sum(p.nbytes + p.numel() * (8 if p.dtype == torch.float32 else 12) for p in tables)
     free = machine.available_memory_bytes()
@@ -368,15 +385,26 @@ def check_disk(cfg: Config, run: Run, model: Llama, trained: dict[str, torch.nn.
 def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
     """What is trained and how, for the memory formulas; nothing is loaded."""
     cfg = adapter.settled(cfg)
+    added: list[str] = []
+    own: dict[str, Any] = {}
     if cfg.model == "scratch":
-        shape = small_config(small_tokenizer(load_data(cfg)["train"]).vocab_size, cfg.max_length)
+        tokenizer, *_ = adopted(cfg, load_data(cfg)["train"])
+        shape = small_config(tokenizer.vocab_size, cfg.max_length)
+    elif cfg.adapter:
+        shape, own = adapter.planned(cfg, load.llama_config(cfg.model))
     else:
         shape = load.llama_config(cfg.model)
+        if cfg.template is not None:
+            tokenizer, _, added = adopted(cfg, [])
+            shape = replace(shape, vocab_size=max(shape.vocab_size, tokenizer.vocab_size if added else 0))
+    if cfg.method == "lora" and not cfg.adapter:
+        own = {"whole": ",".join(whole_modules(cfg, bool(added)))}
     return shape, memory.Setup(
         batch=1,
         seq=cfg.max_length * -(-cfg.batch // cfg.accumulate),  # the rows of a micro-batch lie end to end in one
         dtype="fp32" if cfg.dtype == "float32" else "bf16",
         lora_rank=cfg.rank if cfg.method == "lora" else 0,
-        lora_targets=",".join(t for t in lora.parse_targets(cfg.targets) if t in lora.TARGETS) or "q",
+        lora_targets=",".join(lora.parse_targets(cfg.targets)),
         checkpointing="block" if cfg.checkpointing else "none",
+        **own,
     )
