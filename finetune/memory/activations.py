@@ -220,9 +220,10 @@ def logits(shape: Shape, setup: Setup) -> Term:
 
 
 def step_growth(shape: Shape, setup: Setup) -> Term:
-    """Memory that a training step adds at its peak to weights and optimizer states: the largest of four moments.
+    """Memory that a training step adds at its peak to weights and optimizer states: the largest of five moments.
 
-    In the loss: all activations and the loss's own. In the last block's backward: the blocks' activations, the head's
+    In the loss: all activations and the loss's own. In the backward of a head with DoRA: three gradients of its size,
+    the loss's copy of it gone. In the last block's backward: the blocks' activations, the head's
     gradient, and gradients that pass through the MLP (of its output, of gate and up). In the first block's: its
     activations and nearly all gradients. At the end: all gradients; a tied table's comes in two parts until then, from
     the head and from the embedding. Between the last and the first block the sum changes evenly, so its ends suffice.
@@ -234,7 +235,7 @@ def step_growth(shape: Shape, setup: Setup) -> Term:
     all_gradients = 0 if gone else gradients(shape, setup).bytes
     head = v * c * e if trains_head(shape, setup) and shape.last else 0
     table = head if shape.tied and shape.first and not setup.own_head(shape) else 0
-    adapted, doubled = head_bytes(shape, setup) if setup.adapts_head else 0, setup.adapter == "dora"
+    adapted = head_bytes(shape, setup) if setup.adapts_head else 0
     passing = n * (c + (2 if shape.family == "llama" else 1) * shape.hidden) * e
     one = block(shape, setup).bytes
     again = 0  # computed again
@@ -247,8 +248,8 @@ def step_growth(shape: Shape, setup: Setup) -> Term:
         passing += block_adapters(shape, setup) * 4 if setup.frozen else block_parameters(shape) * e
     moments = {
         "in the loss: activations + logits": saved + logits(shape, setup).bytes,
-        "in the head's backward: activations + gradients of an adapted head, in fp32 too": (
-            saved + n * c * e + v * c * (e + 4 * (e < 4) + 8 * doubled) if adapted else 0
+        "in the head's backward, with DoRA: activations + fp32 gradients": (
+            saved + n * c * e + v * c * (12 - e) if adapted and setup.adapter == "dora" else 0
         ),
         "in the last block's backward: activations + gradients in flight": saved - inputs + again + head + passing,
         "in the first block's backward: gradients + gradients in flight": waiting + all_gradients + one + passing,

@@ -8,7 +8,7 @@ import pytest
 from finetune.errors import UserError
 from finetune.lm.gpt import GPTConfig
 from finetune.lm.llama import LlamaConfig
-from finetune.memory import Setup, counts, formulas, lab, models, predict, search, shape_of
+from finetune.memory import Setup, counts, formulas, lab, meters, models, predict, search, shape_of
 from finetune.memory.possible import check_shape
 
 SIZES = {"vocab_size": 1000, "dim": 96, "layers": 3, "heads": 6, "kv_heads": 2, "hidden": 160, "max_length": 256}
@@ -82,6 +82,21 @@ def test_the_loss(config, changes):
     found = lab.logits(lab.Rig(config, shape_of(config), setup))
     assert by_name(config, setup)["logits"] == pytest.approx(found, rel=0.05)
     assert by_name(config, Setup(**LORA | {"seq": 900}))["logits"] < by_name(config, setup)["logits"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "changes", [{"whole": "embed,head"}, {"lora_targets": "q,head"}, {"lora_targets": "q,head", "adapter": "dora"}]
+)
+def test_the_peak_of_a_step(tied, changes, dtype):
+    """What a forward and backward pass have allocated at once, of few tokens, where tables are most of it."""
+    config = LlamaConfig(**{**SIZES, "vocab_size": 8000, "dim": 192, "tied": tied})
+    setup = Setup(**(LORA | changes | {"seq": 16, "dtype": dtype}))
+    rig = lab.Rig(config, shape_of(config), setup)
+    assert rig.model is not None
+    found = meters.peak_allocated(lambda: rig.loss(rig.tokens(1, 16)).backward())
+    assert by_name(config, setup)["step growth"] == pytest.approx(found, rel=0.05)
 
 
 def test_what_it_adds(capsys):

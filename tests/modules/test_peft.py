@@ -82,6 +82,14 @@ def test_bytes_are_predicted(finished):
     assert metrics["nf4_8_bytes"] < metrics["lora_8_bytes"] < metrics["full_bytes"]
 
 
+def test_bytes_of_patterns_and_of_the_head(no_pictures, tmp_path):
+    """Also where head and embedding are tied."""
+    few = FEW | {"methods": "lora_2,dora_2,nf4_2", "base_steps": 1, "steps": 1, "mix": False}
+    metrics = numbers(run(tmp_path / "run", **few, targets="attn.[qv],head"))
+    for name in ("lora_2", "dora_2", "nf4_2"):
+        assert metrics[f"{name}_bytes_predicted"] == pytest.approx(metrics[f"{name}_bytes"], rel=0.02), name
+
+
 def test_two_adapters_on_one_base(finished):
     """Switched, each does its own task and leaves the other as it was; half of both does a good part of both."""
     rows = next(

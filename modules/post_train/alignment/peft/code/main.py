@@ -37,7 +37,7 @@ from finetune.runs.run import Run
 
 from . import plots, toy
 from .data import Task, load_task, load_tokenizer, longest, small_tokenizer, task_conversations, tokenize
-from .methods import ADAPTERS, QUANTIZED, VIRTUAL, Adapted, Method, adapt, parse, plain, setup
+from .methods import ADAPTERS, QUANTIZED, VIRTUAL, Adapted, Method, adapt, layers_of, parse, plain, setup
 from .training import batch_of, evaluate, loss_of, packed, train
 
 METHODS = "full,lora_2,lora_8,lora_32,rslora_32,dora_8,pissa_8,prompt_16,prefix_16,nf4_8,int8_8"
@@ -154,21 +154,14 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 def check(cfg: Config, run: Run) -> None:
     """Refuses, before anything is trained, a method that the model or this machine cannot hold."""
     shape = shape_of(cfg)
-    with torch.device("meta"):
-        layers = lora.linear_layers(Llama(shape))
     patterns = cfg.targets.split(",") if any(m.kind in (*ADAPTERS, *QUANTIZED) for m in cfg.chosen) else []
-    named: list[Any] = [
-        layer for name, layer in layers.items() if any(lora.fits(pattern, name) for pattern in patterns)
-    ]
-    for pattern in patterns:
-        if not any(lora.fits(pattern, name) for name in layers):
-            raise UserError(f"--targets: '{pattern}' names no linear layer of the model")
+    named = layers_of(shape, patterns).values()
     files = 0
     for method in cfg.chosen:
         smallest = min((min(layer.in_features, layer.out_features) for layer in named), default=0)
         if method.kind == "pissa" and method.size > smallest:
             raise UserError(f"--methods: {method.name}: a layer of the model has {smallest} singular values only")
-        made = plan_of(cfg, method)
+        made = plan_of(cfg, method, shape)
         memory.check_memory(shape, made, "--max-length, --batch or --methods")
         terms = {term.name: term.bytes for term in memory.predict(memory.shape_of(shape), made)}
         files += 3 * (terms["gradients"] + terms["optimizer states"])
@@ -233,7 +226,8 @@ def measured(
     kept["activations"] = meters.saved_bytes(adapted.model, lambda: loss_of(adapted, batch))
     loss_of(adapted, batch).backward()
     kept["gradients"] = sum(map(meters.gradient_bytes, owners))
-    predicted = memory.predict(memory.shape_of(adapted.model.config), setup(method, batch, "fp32", cfg.targets))
+    shape = task.base.config
+    predicted = memory.predict(memory.shape_of(shape), setup(method, batch, "fp32", shape, cfg.targets.split(",")))
     return memory.table({term.name: term.bytes for term in predicted}, kept)
 
 
@@ -369,7 +363,8 @@ def report(cfg: Config, run: Run, results: list[Result], before: float, total: i
 
 def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
     """What the method that is saved, or else the first, needs by the memory formulas; nothing is loaded."""
-    return shape_of(cfg), plan_of(cfg, first_lora(cfg) or cfg.chosen[0])
+    shape = shape_of(cfg)
+    return shape, plan_of(cfg, first_lora(cfg) or cfg.chosen[0], shape)
 
 
 def shape_of(cfg: Config) -> LlamaConfig:
@@ -380,8 +375,8 @@ def shape_of(cfg: Config) -> LlamaConfig:
     return small_config(vocabulary, cfg.max_length + longest(cfg))
 
 
-def plan_of(cfg: Config, method: Method) -> memory.Setup:
+def plan_of(cfg: Config, method: Method, shape: LlamaConfig) -> memory.Setup:
     """A step of the method on full rows."""
     row = torch.empty(1, 1, dtype=torch.int64).expand(1, cfg.batch * cfg.max_length)
     whole = Batch(row, row, row, torch.tensor([0, row.numel()]))
-    return setup(method, whole, "fp32", cfg.targets)
+    return setup(method, whole, "fp32", shape, cfg.targets.split(","))

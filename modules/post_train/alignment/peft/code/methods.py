@@ -11,7 +11,7 @@ from torch import Tensor
 from finetune import memory
 from finetune.data.packing import Batch
 from finetune.errors import UserError, nearest
-from finetune.lm.llama import Llama
+from finetune.lm.llama import Llama, LlamaConfig
 from finetune.peft import lora
 from finetune.peft.quantize import quantize_linears
 from finetune.peft.virtual_tokens import Prefix, Prompt
@@ -104,8 +104,20 @@ def prefixed(part: Prefix, model: Llama, batch: Batch) -> Tensor:
     return part(model, tokens, lengths=lengths, hidden=True)[real]
 
 
-def setup(method: Method, batch: Batch, dtype: Literal["fp32", "bf16", "fp16"], targets: str) -> memory.Setup:
-    """A step of the method on this batch, for the memory formulas."""
+def layers_of(shape: LlamaConfig, targets: list[str]) -> dict[str, Any]:
+    """The linear layers that the targets mean, by name. UserError for a target that means none."""
+    with torch.device("meta"):
+        layers = lora.linear_layers(Llama(replace(shape, tied=shape.tied and "head" not in targets)))
+    for target in targets:
+        if not any(lora.fits(target, name) for name in layers):
+            raise UserError(f"--targets: '{target}' names no linear layer of the model")
+    return {name: layer for name, layer in layers.items() if any(lora.fits(target, name) for target in targets)}
+
+
+def setup(
+    method: Method, batch: Batch, dtype: Literal["fp32", "bf16", "fp16"], shape: LlamaConfig, targets: list[str]
+) -> memory.Setup:
+    """A step of the method on this batch, for the memory formulas; layers adapted in one block count in all."""
     count, longest = len(batch.cu_seqlens) - 1, int(batch.cu_seqlens.diff().max())
     made = memory.Setup(batch=1, seq=batch.tokens.numel(), dtype=dtype)
     if method.kind == "prompt":
@@ -115,5 +127,6 @@ def setup(method: Method, batch: Batch, dtype: Literal["fp32", "bf16", "fp16"], 
     if method.kind == "full":
         return made
     adapter: Any = method.kind if method.kind in ("dora", "pissa") else "lora"
-    return replace(made, lora_rank=method.size, lora_targets=targets, adapter=adapter,
+    names = ",".join(dict.fromkeys(name.rpartition(".")[2] for name in layers_of(shape, targets)))
+    return replace(made, lora_rank=method.size, lora_targets=names, adapter=adapter,
                    quantized=QUANTIZED.get(method.kind, "none"))  # fmt: skip
