@@ -223,10 +223,10 @@ def step_growth(shape: Shape, setup: Setup) -> Term:
     """Memory that a training step adds at its peak to weights and optimizer states: the largest of five moments.
 
     In the loss: all activations and the loss's own. In the backward of a head with DoRA: three gradients of its size,
-    the loss's copy of it gone. In the last block's backward: the blocks' activations, the head's
-    gradient, and gradients that pass through the MLP (of its output, of gate and up). In the first block's: its
-    activations and nearly all gradients. At the end: all gradients; a tied table's comes in two parts until then, from
-    the head and from the embedding. Between the last and the first block the sum changes evenly, so its ends suffice.
+    the loss's copy of it gone. In the last block's backward: the blocks' activations, the head's gradient, and
+    gradients that pass through the MLP (of its output, of gate and up). In the first block's: its activations and
+    nearly all gradients. At the end: all gradients; a tied table's comes in two parts until then, from the head and
+    from the embedding. Between the last and the first block the sum changes evenly, so its ends suffice.
     """
     n, e, c, v = setup.tokens, setup.element, shape.dim, shape.vocab
     saved = activations(shape, setup).bytes
