@@ -261,10 +261,10 @@ def generate(model: str | None, prompts: tuple[str, ...], chat: bool | None, jso
     found = answers(model, list(prompts), chat, console=_console(stderr=True), **given)
     one = next(iter(found.values())) if len(found) == 1 else None
     if json:
-        said = [{"text": text} for text in one or ()] or [
+        said: list[dict[str, Any]] = [{"text": text} for text in one or ()] or [
             {"answers": {name: texts[i] for name, texts in found.items()}} for i in range(len(prompts))
         ]
-        rows = [{"prompt": prompt} | texts for prompt, texts in zip(prompts, said, strict=True)]
+        rows = [{"prompt": prompt, **texts} for prompt, texts in zip(prompts, said, strict=True)]
         return click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
     if one:
         return click.echo("\n\n".join(one))
