@@ -59,13 +59,24 @@ def rope(x, cos, sin, positions):
     return {"rotate_half": call}
 
 
-def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None, window=0):
-    from finetune.ops.attention import visible
+def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None, window=0, softcap=0.0):
+    from finetune.ops.attention import capped, visible
 
     (_, tq, heads, _), (_, tk, kv_heads, _) = q.shape, k.shape
     plain = lengths is None and cu_seqlens is None and not window and (not causal or tq == tk)
     mask = None if plain else visible(q, k, causal, lengths, cu_seqlens, window)[:, None]  # (B, 1, Tq, Tk)
     options = {"scale": scale, "enable_gqa": heads != kv_heads}
+
+    def composed():  # torch has no fused form of a softcap
+        queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
+        keys, values = (t.repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
+        scores = capped(queries @ keys.mT * (q.shape[-1] ** -0.5 if scale is None else scale), softcap)
+        seen = visible(q, k, causal, lengths, cu_seqlens, window)[:, None]
+        p = scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+        return (p @ values).transpose(1, 2)
+
+    if softcap:
+        return {"composed": composed}
 
     def sdpa(q, k, v, **how):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))

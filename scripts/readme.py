@@ -117,7 +117,7 @@ def bring(chinese: bool = False) -> str:
          f"{names(gguf_types.TYPES)} of the architectures {names(gguf.ARCHITECTURES)}; SentencePiece and byte-level "
          f"BPE with the pre-tokenizers {names(vocabulary.PRE_TOKENIZERS)}",
          f"the same; `export RUN --gguf T` writes {names(gguf_write.FORMATS)}"),
-        ("An adapter of peft", "peft 适配器", kinds,
+        ("An adapter of peft", "peft 的 adapter", kinds,
          "`generate --adapter A --compare`, `run sft --adapter A`, `merge A --out DIR`"),
         ("Chats", "对话数据", f"forms {names(conversations.FORMS)}; files {names(rows.FILES)}, each also with `.gz`",
          f"[`run sft --data FILE --dry-run`]({sft}/README.md)"),

@@ -82,6 +82,7 @@ def test_answers_next_to_the_base(home, capsys, monkeypatch):
         str(home / "lora"): low,
     }
     words = ["generate", "--model", str(home / "lora"), "--compare", "--prompt", "def f(x)", "--max-new-tokens", "8"]
+    monkeypatch.setenv("COLUMNS", "200")
     assert command([*words, "--system", "Be short."]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "def f(x)"

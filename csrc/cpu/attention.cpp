@@ -40,7 +40,7 @@ FINETUNE_INLINE void online_softmax(const Strip& s, int64_t first, int64_t n) {
       vf x = load(at);
       if constexpr (kMasked) {
         const vi key = keys_from(first + j);
-        x = (key < limit[v]) & (key >= passed[v]) ? x : set1(-__builtin_inff());
+        x = ((key < limit[v]) & (key >= passed[v])) ? x : set1(-__builtin_inff());
         store(at, x);
       }
       top[v] = larger(x, top[v]);

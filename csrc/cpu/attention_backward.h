@@ -65,7 +65,7 @@ FINETUNE_INLINE void softmax_gradient(float* p, float* ds, const float* top, con
       vf x = vexp2(score - shift[v]) * factor[v];
       if constexpr (kMasked) {
         const vi key = keys_from(first + j);
-        x = (key < limits[v]) & (key >= starts[v]) ? x : vf{};
+        x = ((key < limits[v]) & (key >= starts[v])) ? x : vf{};
       }
       store(at, x);
       x *= load(slope) - pull[v];

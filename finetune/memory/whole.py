@@ -14,18 +14,16 @@ Tensors = list[tuple[int, tuple[int, ...], bool]]  # number of tensors, shape of
 
 @functools.lru_cache(maxsize=1024)
 def whole(shape: Shape, setup: Setup) -> dict[str, Tensors]:
-    """The modules that are trained whole, by name, and their tensors. UserError for a name that means none, and for
-    what no adapter can hold."""
+    """The modules that are trained whole, by name, and their tensors. UserError for a name that means none."""
     if not setup.whole or not setup.training:
         return {}
-    from finetune.peft.whole import check_norms, choose  # imports torch, which other formulas do without
+    from finetune.peft.whole import choose  # imports torch, which other formulas do without
 
     if shape.family == "gpt":
         raise UserError("--whole: modules of a gpt are not trained next to adapters; take a llama")
     there = modules(shape, setup)
     tied = shape.tied and not setup.own_head(shape)
     chosen = choose(list(there), setup.whole.split(","), tied, shape.post_norms)
-    check_norms(chosen, shape.post_norms)
     return {name: there[name] for name in chosen}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -97,14 +97,6 @@ def choose(there: Sequence[str], names: Sequence[str], tied: bool, post_norms: b
     return chosen
 
 
-def check_norms(names: Iterable[str], post_norms: bool) -> None:
-    """UserError for norms that an adapter's file cannot name."""
-    if post_norms and any(at.endswith(("attn_norm", "mlp_norm", "post_norm")) for at in names):
-        raise UserError(
-            "norms of Gemma's blocks cannot be an adapter's modules: Llama's names of them mean others there"
-        )
-
-
 def trainable(model: nn.Module) -> list[str]:
     """The modules with weights that are neither an adapter's nor adapted nor quantized."""
     adapted = {at.removesuffix(".parts") for at, m in model.named_modules() if at.endswith(".parts")}
@@ -125,7 +117,6 @@ def set_weight(module: nn.Module, weight: Tensor, learns: bool = False) -> None:
 
 def put(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> list[nn.Parameter]:
     """Makes `modules`, by name, the adapter's own, and puts them in place; returns their trained parameters."""
-    check_norms(modules, has_post_norms(model))
     state = kept(model)
     swap(model, ())
     for at in modules:

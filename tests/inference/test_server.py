@@ -3,9 +3,15 @@
 import asyncio
 import contextlib
 import json
+import os
 import random
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import browser
 import httpx
@@ -20,8 +26,10 @@ from finetune.inference.sampler import Sampling
 from finetune.inference.server import Server
 from finetune.inference.text import TextStream
 from finetune.inference.worker import Worker
+from finetune.lm.io import save
 from finetune.lm.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parents[2]
 TEXT = "the quick brown fox jumps over the lazy dog 🙂 süß <|im_start|>user assistant\n"
 
 
@@ -227,6 +235,35 @@ def test_under_load_every_answer_is_the_one_it_gets_alone(tokenizer):
             float(next(line.split()[1] for line in page.splitlines() if line.startswith("finetune_requests_total")))
             >= 135
         )
+
+
+def test_the_command_serves_until_it_is_told_to_stop(tokenizer, tmp_path):
+    """A request under way when SIGTERM comes is answered; then the process ends with 0."""
+    save.model(llama(vocab_size=tokenizer.vocab_size), tmp_path / "small", tokenizer)
+    words = ["serve", "--model", tmp_path / "small", "--port", "0", "--threads", "1", "--cache-tokens", "256"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune", *map(str, words)], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+    try:
+        base = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())[0]
+        assert "finetune" in httpx.get(base).text
+        body = {"model": "small", "prompt": "the quick", "max_tokens": 100, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{base}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+    for wrong, what in (
+        (["--model", tmp_path / "none"], "no folder"), (["--model", tmp_path / "small", "--host", "999.1.1.1"], "--host"),
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "finetune", "serve", *map(str, wrong)], capture_output=True, text=True, cwd=ROOT
+        )
+        assert (done.returncode, what in done.stderr, "Traceback" in done.stderr) == (2, True, False)
 
 
 @pytest.mark.slow

@@ -132,7 +132,6 @@ def test_what_it_adds(capsys):
         (APART, {"whole": "embed_token"}, "'embed_token' cannot be trained whole.* did you mean 'embed_tokens'"),
         (APART, {"whole": "q", "quantized": "nf4"}, "'q' cannot be trained whole"),
         (TIED, {"whole": "lm_head", "lora_targets": "head"}, "'lm_head' cannot be trained whole"),
-        (LlamaConfig(**SIZES, post_norms=True), {"whole": "mlp_norm"}, "norms of Gemma's blocks"),
         (GPTConfig(vocab_size=99, dim=96, layers=1, heads=6, max_length=256), {"whole": "embed"}, "modules of a gpt"),
         (GPTConfig(vocab_size=99, dim=96, layers=1, heads=6, max_length=256), {"lora_targets": "head"}, "'head'; it "),
         (APART, {"lora_rank": 97, "lora_targets": "head"}, "layer head of m has 96 inputs and 1,000 outputs"),

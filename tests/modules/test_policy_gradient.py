@@ -346,8 +346,8 @@ class Broken(gymnasium.Env):
         return np.zeros(2, np.float32), math.nan, True, False, {}
 
 
-class Picture(Broken):
-    observation_space = gymnasium.spaces.Box(0, 1, (3, 4, 4))
+class Telling(Broken):
+    observation_space = gymnasium.spaces.Text(5)
 
 
 class Needy(Broken):
@@ -360,16 +360,16 @@ class Needy(Broken):
     [
         ("CartPole-v9", "no environment 'CartPole-v9'; did you mean 'CartPole-v"),
         ("finetune/Needy-v0", "'finetune/Needy-v0' cannot be made: .*it needs more"),
-        ("finetune/Picture-v0", "has observations of Box"),
+        ("finetune/Telling-v0", "observations of Text"),
         ("finetune/Broken-v0", "gave the reward nan"),
     ],
 )
 def test_environments_that_do_not_serve_are_refused(env, message, tmp_path):
-    for kind in (Broken, Picture, Needy):
+    for kind in (Broken, Telling, Needy):
         gymnasium.register(f"finetune/{kind.__name__}-v0", kind)
     with pytest.raises(UserError, match=message):
         execute(INFO, toy(env=env, corridor_steps=0), tmp_path / "run", toy=True)
-    for kind in (Broken, Picture, Needy):
+    for kind in (Broken, Telling, Needy):
         del gymnasium.registry[f"finetune/{kind.__name__}-v0"]
 
 

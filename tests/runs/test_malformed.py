@@ -18,7 +18,7 @@ import small_gguf
 import torch
 from small_gguf import TEXT
 
-from finetune.data import conversations
+from finetune.data import rows
 from finetune.errors import UserError
 from finetune.interview import content
 from finetune.interview.quiz import Schedule
@@ -238,7 +238,7 @@ KINDS = {
     "adapter_config.json": (write_adapter, "adapter_config.json", lambda f: adapters.load_adapter(llama(), f)),
     "adapter safetensors": (write_adapter, "adapter_model.safetensors", lambda f: adapters.load_adapter(llama(), f)),
     "gguf": (write_gguf, "m.gguf", read_gguf),
-    "rows": (write_rows, alter_rows, lambda f: conversations.read_jsonl(f / "rows.jsonl")),
+    "rows": (write_rows, alter_rows, lambda f: rows.read(f / "rows.jsonl")),
     "run config.json": (write_run, "config.json", read_run),
     "summary.json": (write_run, "summary.json", read_run),
     "meta.json": (write_checkpoint, "c/meta.json", lambda f: checkpoint.load(f / "c")),
