@@ -30,6 +30,7 @@ def serve(
     together. lookup: this many tokens are guessed from the text (speculative decoding). UserError if the model is not
     found, has no chat template, or does not fit into memory, and if the port is taken.
     """
+    import signal
     import socket
 
     import torch
@@ -66,6 +67,8 @@ def serve(
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     console.print(f"{name} answers at {address} (a page to chat) and {address}/v1 (OpenAI's API); Ctrl-C stops it",
                   markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn drains, then raises the signal again: that is the end
+        signal.signal(number, lambda *_: None)
     try:
         uvicorn.Server(uvicorn.Config(server.app, log_level="warning")).run(sockets=[listening])
     finally:

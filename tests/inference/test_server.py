@@ -257,12 +257,13 @@ def test_the_command_serves_until_it_is_told_to_stop(tokenizer, tmp_path):
         assert process.wait(30) == 0
     finally:
         process.kill()
+    small = tmp_path / "small"
     for wrong, what in (
-        (["--model", tmp_path / "none"], "no folder"), (["--model", tmp_path / "small", "--host", "999.1.1.1"], "--host"),
-    ):  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-m", "finetune", "serve", *map(str, wrong)], capture_output=True, text=True, cwd=ROOT
-        )
+        (["--model", tmp_path / "none"], "none"),
+        (["--model", small, "--host", "999.1.1.1"], "--host"),
+    ):
+        words = [sys.executable, "-m", "finetune", "serve", *map(str, wrong)]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
         assert (done.returncode, what in done.stderr, "Traceback" in done.stderr) == (2, True, False)
 
 
