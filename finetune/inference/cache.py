@@ -39,10 +39,13 @@ class PagedCache:
         return sum(t.nbytes for layer in self.layers for pair in layer for t in pair if t is not None)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies blocks, in every layer, from the first of a pair to the second."""
-        if pairs:
-            tensors = [t for layer in self.layers for pair in layer for t in pair if t is not None]
-            kv_cache_copy_(tensors, torch.tensor(pairs, device=tensors[0].device))
+        """Copies blocks, in every layer, from the first of a pair to the second, one pair after the other."""
+        tensors = [t for layer in self.layers for pair in layer for t in pair if t is not None]
+        # A block that was copied, given back and taken again in one plan is a source and a destination.
+        again = {source for source, _ in pairs} & {to for _, to in pairs}
+        for together in [[pair] for pair in pairs] if again else [pairs]:
+            if together:
+                kv_cache_copy_(tensors, torch.tensor(together, device=tensors[0].device))
 
     def step(self, plan: Sequence[Work]) -> PagedStep:
         """The view of one forward pass over the tokens of `plan`, whose blocks are copied and allotted."""

@@ -7,6 +7,8 @@ import torch
 from small_served import llama, prompts, wide
 
 from finetune.errors import UserError
+from finetune.inference.blocks import BlockPool
+from finetune.inference.cache import PagedCache
 from finetune.inference.engine import Engine
 from finetune.inference.sampler import Sampling
 from finetune.lm.generate import generate
@@ -77,6 +79,16 @@ def test_a_cache_of_8_bits_is_smaller_and_close(dtype):
         plain.run(), small.run()
         same += first.answer == second.answer
     assert same >= len(prompts()) - 2
+
+
+def test_blocks_are_copied_one_pair_after_the_other():
+    """Block 0 goes to 1, and is then overwritten by 2."""
+    cache = PagedCache(llama(), BlockPool(4, 2))
+    for layer in cache.layers:
+        for blocks, _ in layer:
+            blocks[:] = torch.arange(4.0)[:, None, None, None]
+    cache.copy([(0, 1), (2, 0)])
+    assert all(blocks[:, 0, 0, 0].tolist() == [2, 0, 2, 3] for layer in cache.layers for blocks, _ in layer)
 
 
 def test_an_answer_ends_at_a_stop_token():
