@@ -99,11 +99,12 @@ def test_the_peak_of_a_step(tied, changes, dtype):
     assert by_name(config, setup)["step growth"] == pytest.approx(found, rel=0.05)
 
 
-def test_what_it_adds(capsys):
+def test_what_it_adds(capsys, monkeypatch):
     """To LoRA of SmolLM2-135M in bf16: a table of 49,152 × 576, in bytes of weight, gradient, and moments with master;
     the search's command for sft has it too."""
     from finetune.cli import main
 
+    monkeypatch.setenv("COLUMNS", "200")
     words = ["memory", "smollm2", "--dtype", "bf16", "--lora-rank", "8", "--seq", "256"]
     found = []
     for more in ([], ["--whole", "embed_tokens"]):
