@@ -288,6 +288,7 @@ def generate(model: str | None, prompts: tuple[str, ...], chat: bool | None, jso
               help="What the key–value cache holds, of all requests together.")  # fmt: skip
 @click.option("--max-requests", type=click.IntRange(1, 1 << 16), default=256, show_default=True,
               help="In work or waiting; further ones are refused.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of weights and cache; default: the model's.")
 @click.option("--lookup", type=click.IntRange(0, 64), default=0, show_default=True,
               help="Tokens to guess from the text (speculative decoding).")  # fmt: skip
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores.")

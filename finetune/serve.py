@@ -20,6 +20,7 @@ def serve(
     api_key: str | None = None,
     cache_tokens: int = 16_384,
     max_requests: int = 256,
+    dtype: str | None = None,
     lookup: int = 0,
     threads: int = 0,
     console: "Console",
@@ -27,8 +28,9 @@ def serve(
     """Serves until it is told to stop; requests in work are answered first.
 
     source, base: as in `finetune.export.opened`. cache_tokens: what the key–value cache holds, of all requests
-    together. lookup: this many tokens are guessed from the text (speculative decoding). UserError if the model is not
-    found, has no chat template, or does not fit into memory, and if the port is taken.
+    together. dtype: of weights and cache, float32 or bfloat16; None: that of the model. lookup: this many tokens are
+    guessed from the text (speculative decoding). UserError if the model is not found, has no chat template, or does
+    not fit into memory, and if the port is taken.
     """
     import signal
     import socket
@@ -50,6 +52,8 @@ def serve(
         raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None
     torch.set_num_threads(threads or machine.physical_cores())
     model, tokenizer, name = opened(source, base, console)
+    if dtype:
+        model = model.to(getattr(torch, dtype))
     if not tokenizer.chat_template:
         raise UserError(f"{source} has no chat template, which turns messages into text")
     shape = model.config

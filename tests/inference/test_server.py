@@ -240,7 +240,8 @@ def test_under_load_every_answer_is_the_one_it_gets_alone(tokenizer):
 def test_the_command_serves_until_it_is_told_to_stop(tokenizer, tmp_path):
     """A request under way when SIGTERM comes is answered; then the process ends with 0."""
     save.model(llama(vocab_size=tokenizer.vocab_size), tmp_path / "small", tokenizer)
-    words = ["serve", "--model", tmp_path / "small", "--port", "0", "--threads", "1", "--cache-tokens", "256"]
+    words = ["serve", "--model", tmp_path / "small", "--port", "0", "--threads", "1", "--cache-tokens", "256",
+             "--dtype", "bfloat16"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "finetune", *map(str, words)], stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=os.environ | {"COLUMNS": "200"},
