@@ -247,7 +247,8 @@ def test_the_command_serves_until_it_is_told_to_stop(tokenizer, tmp_path):
         env=os.environ | {"COLUMNS": "200"},
     )  # fmt: skip
     try:
-        base = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())[0]
+        found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)
+        base = next(match[0] for match in found if match)
         assert "finetune" in httpx.get(base).text
         body = {"model": "small", "prompt": "the quick", "max_tokens": 100, "temperature": 0, "stream": True}
         with httpx.stream("POST", f"{base}/v1/completions", json=body, timeout=60) as answer:
