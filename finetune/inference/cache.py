@@ -7,7 +7,7 @@ attention looks at each sequence separately, through its table of blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -52,10 +52,17 @@ class PagedCache:
         self.copy([pair for work in plan for pair in work.copies])
         return PagedStep(self, plan)
 
+    def forward(self, model: Llama | GPT, plan: Sequence[Work]) -> tuple[Tensor, list[int]]:
+        """One pass over the tokens of `plan`: their states (N, C) after the last norm, in the order of the plan, and
+        where the last token of each work is among them."""
+        view = self.step(plan)
+        tokens = torch.tensor([[token for work in plan for token in work.tokens]], device=view.positions.device)
+        return model(tokens, positions=view.positions, cache=view, hidden=True)[0], view.last
+
 
 class PagedStep:
     """The cache of one forward pass (finetune/lm/forward.py). `positions` (1, N): those of the tokens, in the order of
-    the plan; `last` (B,): where the last token of each sequence is among them."""
+    the plan; `last`: where the last token of each sequence is among them."""
 
     def __init__(self, cache: PagedCache, plan: Sequence[Work]) -> None:
         self.cache = cache
@@ -63,8 +70,7 @@ class PagedStep:
         places = [(work, work.start + i) for work in plan for i in range(work.count)]
         self.positions = torch.tensor([[at for _, at in places]], device=device)
         self.slots = torch.tensor([cache.blocks.slot(w.sequence.table, at) for w, at in places], device=device)
-        ends = torch.tensor([work.count for work in plan]).cumsum(0)
-        self.last = (ends - 1).to(device)
+        self.last = [end - 1 for end in accumulate(work.count for work in plan)]
         self.lengths = torch.tensor([work.start for work in plan], device=device)  # tokens stored before this step
         # Neighbors in the plan with equally many tokens attend in one call: all that decode, and each prompt's part.
         self.groups: list[tuple[slice, int, Tensor, Tensor]] = []  # tokens, sequences, table (b, blocks), lengths (b,)

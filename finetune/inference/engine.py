@@ -102,13 +102,11 @@ class Engine:
         plan = self.scheduler.plan()
         if not plan:
             return []
-        view = self.cache.step(plan)
-        tokens = torch.tensor([[token for work in plan for token in work.tokens]], device=view.positions.device)
-        state = self.model(tokens, positions=view.positions, cache=view, hidden=True)[0]  # (N, C)
+        state, ends = self.cache.forward(self.model, plan)
         self.changed = []
-        for work, last in zip(plan, view.last.tolist(), strict=True):
+        for work, last in zip(plan, ends, strict=True):
             sequence = work.sequence
-            self.pool.publish(sequence.table, sequence.tokens[: sequence.table.tokens])
+            self.pool.publish(sequence.table, sequence.tokens)
             if sequence.left <= 0:
                 logits = head.logits(self.model, state[last - len(sequence.guesses) : last + 1])
                 if sequence.receive:

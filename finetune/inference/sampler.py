@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-
-LEAST_TEMPERATURE = 1e-6  # below, logits / temperature leave the range of fp32
+from finetune.lm.generate import LEAST_TEMPERATURE, warp
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,7 @@ def penalized(logits: Tensor, how: Sampling, prompt: Sequence[int], answer: Sequ
 def truncated(logits: Tensor, how: Sampling) -> Tensor:
     """One row of logits (V,) / temperature, with −inf for the tokens that top-k, top-p, min-p and typical-p drop. The
     temperature must not be 0."""
-    logits = logits / how.temperature
-    if 0 < how.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(how.top_k).values[-1], -torch.inf)
-    if how.top_p < 1:
-        ascending, order = logits.sort()
-        out = ascending.softmax(-1).cumsum(-1) <= 1 - how.top_p  # from the least likely up
-        out[-1] = False
-        logits = logits.masked_fill(torch.zeros_like(out).scatter(0, order, out), -torch.inf)
+    logits = warp(logits[None], how.temperature, how.top_k, how.top_p)[0]
     if how.min_p > 0:
         p = logits.softmax(-1)
         logits = logits.masked_fill(p < how.min_p * p.max(), -torch.inf)

@@ -9,7 +9,7 @@ made, and the guess is accepted if it is the same token. Then the answer is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -85,7 +85,8 @@ class DraftModel:
                     continue  # no guesses for this one
             if not plan:
                 return
-            rows = forward(self.model, self.cache, [work for _, work in plan])
+            state, last = self.cache.forward(self.model, [work for _, work in plan])
+            rows = head.logits(self.model, state[last])  # (B, V)
             for (one, _), row in zip(plan, rows, strict=True):
                 answer = one.answer + one.guesses
                 q = probabilities(row, one.how, one.prompt, answer)
@@ -114,16 +115,7 @@ class DraftModel:
             self.pool.release(shadow.table)
 
 
-def forward(model: Llama | GPT, cache: PagedCache, plan: Sequence[scheduler.Work]) -> Tensor:
-    """Logits (B, V) of the last token of each work."""
-    view = cache.step(plan)
-    new = [token for work in plan for token in work.sequence.tokens[work.start : work.start + work.count]]
-    tokens = torch.tensor([new], device=view.positions.device)
-    state = model(tokens, positions=view.positions, cache=view, hidden=True)[0]
-    return head.logits(model, state[view.last])
-
-
-def verified(sequence: scheduler.Sequence, logits: Tensor, random: Callable[..., float] = uniform) -> list[int]:
+def verified(sequence: scheduler.Sequence, logits: Tensor) -> list[int]:
     """The new tokens of a sequence with guesses: those accepted and one of the model's own. logits (1 + guesses, V):
     row i is the model's after the first i guesses."""
     how, answer = sequence.how, list(sequence.answer)
@@ -132,11 +124,11 @@ def verified(sequence: scheduler.Sequence, logits: Tensor, random: Callable[...,
         p, at = probabilities(logits[i], how, sequence.prompt, answer), len(answer)
         q = sequence.guessed_from[i] if sequence.guessed_from and guess is not None else None
         if guess is None or q is None or not how.temperature:
-            token = draw(p, random(how.seed, at) if how.temperature else 0.0)
-        elif random(how.seed, at, ACCEPT) * float(q[guess]) < float(p[guess]):
+            token = draw(p, uniform(how.seed, at) if how.temperature else 0.0)
+        elif uniform(how.seed, at, ACCEPT) * float(q[guess]) < float(p[guess]):
             token = guess
         else:
-            token = draw((p - q).clamp(min=0), random(how.seed, at, AGAIN))
+            token = draw((p - q).clamp(min=0), uniform(how.seed, at, AGAIN))
         answer.append(token)
         if token != guess:
             break
