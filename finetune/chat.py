@@ -80,10 +80,10 @@ def answers(
     shape, known = load.config(origin), dict(zip(adapters, folders, strict=True))
     if compare or not known:
         known = {BASE: None, **known}
-    voices = [
-        Voice(name, folder, own := own_tokenizer(folder, origin), tokens(own, prompts, chat, system, folder or origin))
-        for name, folder in known.items()
-    ]
+    voices = []
+    for name, folder in known.items():
+        own = load.tokenizer(bases.tokenizer_source(origin, folder))
+        voices.append(Voice(name, folder, own, tokens(own, prompts, chat, system, folder or origin)))
     longest = max((len(row) for v in voices for row in v.rows), default=1) + sampling.get("max_new_tokens", 0)
     if longest <= shape.max_length:  # else `generate` explains the error
         setup = memory.Setup(batch=max(len(prompts), 1), seq=max(longest, 1), optimizer="none")
@@ -108,13 +108,6 @@ def answers(
         new = generate(model, voice.rows, stop_ids=stops, generator=torch.Generator().manual_seed(seed), **sampling)
         found[voice.name] = [answer_text(voice.tokenizer, ids, stops) for ids in new]
     return found
-
-
-def own_tokenizer(adapter: Path | None, base: Path) -> "Tokenizer":
-    """The tokenizer of the adapter's folder, if it holds one, else the base's."""
-    from finetune.lm.io import load
-
-    return load.tokenizer(adapter if adapter and (adapter / "tokenizer.json").exists() else base)
 
 
 def tokens(

@@ -53,7 +53,7 @@ def opened(source: str, base: str | None, console: "Console") -> tuple[Any, Any,
             raise UserError(f"--base {base}: {path} is not an adapter, so it has no base model")
         return load.model(path, getattr(torch, base_dtype(path))), load.tokenizer(path), name
     origin = bases.base_folder(path, base, console)
-    tokenizer = load.tokenizer(path if (path / "tokenizer.json").exists() else origin)
+    tokenizer = load.tokenizer(bases.tokenizer_source(origin, path))
     model = load.llama(origin)
     with bases.of(origin):
         adapters.load_adapter(model, path)

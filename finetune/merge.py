@@ -63,7 +63,7 @@ def merge(
     import torch
 
     model = load.llama(origin, getattr(torch, kind))
-    tokenizer = load.tokenizer(next((f for f in folders if (f / "tokenizer.json").exists()), origin))
+    tokenizer = load.tokenizer(bases.tokenizer_source(origin, *folders))
     with bases.of(origin):
         for i, folder in enumerate(folders):
             adapters.load_adapter(model, folder, f"adapter{i}")

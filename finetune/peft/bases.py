@@ -51,6 +51,11 @@ def base_folder(adapter: Path, base: str | None = None, console: Console | None 
     return found
 
 
+def tokenizer_source(base: Path, *adapters: Path | None) -> Path:
+    """Where the tokenizer is: in the first of the adapters' folders that holds one, else with the base model."""
+    return next((folder for folder in adapters if folder and (folder / "tokenizer.json").exists()), base)
+
+
 def base_name(model: str) -> str:
     """What an adapter's folder says of its base: a hub id as it is, of a folder or file its whole path."""
     if not reading.home_path(model).exists() and model != "smollm2":

@@ -67,8 +67,7 @@ def tokenizer_folder(cfg: "Config", model: Path) -> Path:
     """Where the tokenizer is: in the adapter's folder if it holds one, else with the model."""
     if cfg.adapter is None:
         return model
-    folder = bases.adapter_folder(cfg.adapter)
-    return folder if (folder / "tokenizer.json").exists() else model
+    return bases.tokenizer_source(model, bases.adapter_folder(cfg.adapter))
 
 
 def put(cfg: "Config", run: Run, model: Llama, added: Sequence[str]) -> None:
