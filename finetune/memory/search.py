@@ -1,7 +1,7 @@
 """The settings with which a model fits into a given memory, fastest first (`memory NAME --for "24 GiB"`).
 
-Nothing is timed. `cost` adds up the FLOPs of a token and the bytes that are moved for it, a byte as dear as the FLOPs
-that a card does meanwhile; it ranks settings of one model and says nothing about seconds.
+Nothing is timed. `cost` adds up the FLOPs of a token and the bytes that are moved for it, a byte as expensive as the
+FLOPs that a card does meanwhile; it ranks settings of one model and says nothing about seconds.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ FILE = '''
 """A walk on a line, as a class, as a function and as a registered id."""
 import gymnasium, numpy as np
 from gymnasium.spaces import Discrete, Box
-from beside import LENGTH
+from neighbor import LENGTH
 
 class Walk(gymnasium.Env):
     def __init__(self, length=LENGTH, reward: float = 1.0, *, label="x"):
@@ -42,13 +42,13 @@ gymnasium.register("Walk-v0", Walk, kwargs={"length": 4}, max_episode_steps=7)
 @pytest.fixture
 def walks(tmp_path, monkeypatch):
     (tmp_path / "walks.py").write_text(FILE)
-    (tmp_path / "beside.py").write_text("LENGTH = 6\n")
+    (tmp_path / "neighbor.py").write_text("LENGTH = 6\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     before, known = set(sys.modules), set(gymnasium.registry)
     yield tmp_path
     for name in set(sys.modules) - before:
-        if name in ("walks", "beside") or name.startswith("finetune_environment"):
+        if name in ("walks", "neighbor") or name.startswith("finetune_environment"):
             del sys.modules[name]
     for name in set(gymnasium.registry) - known:
         del gymnasium.registry[name]
