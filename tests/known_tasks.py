@@ -1,7 +1,9 @@
 """Logs of tasks whose true values are known, for tests of learning from a log alone: a policy's value is exact."""
 
 import numpy as np
+import pytest
 import torch
+from summaries import numbers
 
 from finetune.rl.tabular import mdp as tables
 from finetune.rl.tabular.sample import sample_tabular
@@ -36,6 +38,22 @@ def tabular_value(mdp, learner):
     """The exact value of a learner's policy, from one-hot states."""
     states = mdp.size[0]
     return tables.performance(mdp, learner.policy(torch.eye(states), torch.Generator().manual_seed(0)).double().numpy())
+
+
+def check_learned_alone(summary, learners, mdp, policy, best, key):
+    """Of a run on a log of `policy` alone: FQE is near the true value of every learner and of `policy`, and says of
+    `best`, as is true, that it gains more than half of what there is to gain. key(name): the name of a number."""
+    behavior = tables.performance(mdp, policy)
+    found, gap = numbers(summary), optimal_value(mdp) - behavior
+    assert set(summary["metrics"]) == {key(best)}
+    assert summary["passed"] is None, "FQE is an estimate: nothing is called reached"
+    observed = summary["baseline"][key(best)]
+    assert observed == pytest.approx(behavior, abs=0.15 * gap)
+    truth = {name: tabular_value(mdp, learner) for name, learner in learners.items()}
+    assert truth[best] > behavior + gap / 2
+    assert found[key(best)] > observed + gap / 2
+    for name, value in (truth | {"behavior": behavior}).items():
+        assert found[key(name)] == pytest.approx(value, abs=0.15 * gap), name
 
 
 # --- Continuous: s uniform in −1 … 1 at every step, whatever was done; a step pays −(a − s/2)² and is the last with

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from known_tasks import GAMMA, continuous_log, continuous_value, optimal_value, tabular_log, tabular_value, world
+from known_tasks import GAMMA, check_learned_alone, continuous_log, continuous_value, tabular_log, world
 from learner_state import continues_from_its_state
 from summaries import numbers
 
@@ -455,16 +455,7 @@ def test_a_log_alone_teaches_more_than_its_policy_by_fqe_and_in_truth(seed, tmp_
     tabular_log(tmp_path / "log.npz", mdp, policy, seed=seed)
     config = small(**ALONE | {"data": tmp_path / "log.npz", "seed": seed})
     summary = execute(INFO, config, tmp_path / "run", toy=True)
-    found, behavior = numbers(summary), tables.performance(mdp, policy)
-    assert set(summary["metrics"]) == {"fqe_data_cql"}
-    assert summary["passed"] is None, "FQE is an estimate: nothing is called reached"
-    observed, gap = summary["baseline"]["fqe_data_cql"], optimal_value(mdp) - behavior
-    assert observed == pytest.approx(behavior, abs=0.15 * gap)
-    truth = {name: tabular_value(mdp, learner) for name, learner in kept.items()}
-    assert truth["cql"] > behavior + gap / 2
-    assert found["fqe_data_cql"] > observed + gap / 2
-    for name, value in (truth | {"behavior": behavior}).items():
-        assert found[f"fqe_data_{name}"] == pytest.approx(value, abs=0.15 * gap), name
+    check_learned_alone(summary, kept, mdp, policy, "cql", lambda name: f"fqe_data_{name}")
 
 
 @pytest.mark.usefixtures("no_pictures")
