@@ -16,7 +16,8 @@ from torch import Tensor
 from finetune import ops
 from finetune.errors import UserError
 from finetune.inference.blocks import BlockPool
-from finetune.inference.scheduler import Work
+from finetune.inference.scheduler import Asked, Work
+from finetune.lm import head
 from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
 from finetune.ops.kv_cache import kv_cache_append_, kv_cache_copy_, pool
@@ -51,6 +52,25 @@ class PagedCache:
         """The view of one forward pass over the tokens of `plan`, whose blocks are copied and allotted."""
         self.copy([pair for work in plan for pair in work.copies])
         return PagedStep(self, plan)
+
+    def answers(
+        self, model: Llama | GPT, plan: Sequence[Work], asked: Sequence[Asked]
+    ) -> list[list[int] | Tensor | None]:
+        """One pass over the tokens of `plan`. For each work what was `asked` of its last tokens, the one before the
+        first guess and the guesses: "tokens", the most likely next token after each; "logits" (1 + guesses, V); or
+        "nothing". A tensor is good until the next pass."""
+        state, ends = self.forward(model, plan)
+        counts = [
+            0 if what == "nothing" else 1 + len(work.sequence.guesses) for work, what in zip(plan, asked, strict=True)
+        ]
+        rows = [at for end, count in zip(ends, counts, strict=True) for at in range(end + 1 - count, end + 1)]
+        if not rows:
+            return [None] * len(plan)
+        logits = head.logits(model, state[rows]).split(counts)  # one product: the weights are read once
+        return [
+            one.argmax(-1).tolist() if what == "tokens" else one if what == "logits" else None
+            for one, what in zip(logits, asked, strict=True)
+        ]
 
     def forward(self, model: Llama | GPT, plan: Sequence[Work]) -> tuple[Tensor, list[int]]:
         """One pass over the tokens of `plan`: their states (N, C) after the last norm, in the order of the plan, and

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,9 +21,8 @@ from finetune.inference.blocks import BlockPool
 from finetune.inference.cache import PagedCache
 from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Logprobs, Scheduler, Sequence
-from finetune.inference.speculative import Drafter, verified
+from finetune.inference.speculative import Drafter, agreed, verified
 from finetune.inference.text import TextStream
-from finetune.lm import head
 from finetune.lm.forward import check_tokens
 from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
@@ -102,17 +102,17 @@ class Engine:
         plan = self.scheduler.plan()
         if not plan:
             return []
-        state, ends = self.cache.forward(self.model, plan)
+        found = self.cache.answers(self.model, plan, [work.sequence.asks for work in plan])
         self.changed = []
-        for work, last in zip(plan, ends, strict=True):
+        for work, answer in zip(plan, found, strict=True):
             sequence = work.sequence
             self.pool.publish(sequence.table, sequence.tokens)
-            if sequence.left <= 0:
-                logits = head.logits(self.model, state[last - len(sequence.guesses) : last + 1])
-                if sequence.receive:
-                    sequence.receive(sequence, logits[0])
-                else:
-                    self.choose(sequence, logits)
+            if answer is None:
+                continue
+            if sequence.receive:
+                sequence.receive(sequence, cast(Tensor, answer)[0])
+            else:
+                self.choose(sequence, answer)
         return self.changed
 
     def fork(self, sequence: Sequence, how: Sampling) -> Sequence:
@@ -124,16 +124,16 @@ class Engine:
         self.scheduler.adopt(other)
         return other
 
-    def choose(self, sequence: Sequence, logits: Tensor) -> None:
+    def choose(self, sequence: Sequence, found: Tensor | list[int]) -> None:
         """Adds the next token, with guesses several, up to the one that ends the answer; the cache forgets guesses that
-        were rejected. logits (1 + guesses, V)."""
-        new = verified(sequence, logits)
+        were rejected. found: the logits (1 + guesses, V), or the most likely tokens if the sequence asked for these."""
+        new = agreed(sequence.guesses, found) if isinstance(found, list) else verified(sequence, found)
         self.proposed += len(sequence.guesses)
         self.accepted += len(new) - 1
-        for token, row in zip(new, logits, strict=False):
+        for token, row in zip(new, found, strict=False):
             sequence.answer.append(token)
             if sequence.how.logprobs is not None:
-                sequence.logprobs.append(Logprobs.of(row, token, sequence.how.logprobs))
+                sequence.logprobs.append(Logprobs.of(cast(Tensor, row), token, sequence.how.logprobs))
             ended = token in sequence.stop_ids
             if sequence.text and not ended:
                 sequence.text.push(token)

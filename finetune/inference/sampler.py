@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -61,6 +62,12 @@ class Sampling:
         ):
             if not fits:
                 raise UserError(f"{name} must be {bound}, not {getattr(self, name)!r}")
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the next token is the one of the largest logit, and nothing else is asked."""
+        drawn_from = {"seed": 0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}  # no matter to the greedy
+        return replace(self, **drawn_from) == Sampling()
 
 
 def uniform(seed: int, position: int, stream: int = 0) -> float:

@@ -15,12 +15,15 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from finetune.inference.blocks import BlockPool, NoBlocks, Table
 from finetune.inference.sampler import Sampling
 from finetune.inference.text import TextStream
+
+Asked = Literal["nothing", "tokens", "logits"]  # of one sequence's part of a pass
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,13 @@ class Sequence:
     def left(self) -> int:
         """Tokens that are known and not computed yet; guesses do not count."""
         return len(self.prompt) + len(self.answer) - self.table.tokens
+
+    @property
+    def asks(self) -> Asked:
+        """What a step that is planned must find of this sequence (PagedCache.answers)."""
+        if self.left > 0:  # a prompt whose other tokens come later
+            return "nothing"
+        return "tokens" if self.how.plain and not self.receive else "logits"
 
     @property
     def order(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ made, and the guess is accepted if it is the same token. Then the answer is the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from finetune.inference import scheduler
 from finetune.inference.blocks import BlockPool, NoBlocks
 from finetune.inference.cache import PagedCache
 from finetune.inference.sampler import Sampling, draw, probabilities, uniform
-from finetune.lm import head
 from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
 
@@ -85,9 +84,8 @@ class DraftModel:
                     continue  # no guesses for this one
             if not plan:
                 return
-            state, last = self.cache.forward(self.model, [work for _, work in plan])
-            rows = head.logits(self.model, state[last])  # (B, V)
-            for (one, _), row in zip(plan, rows, strict=True):
+            rows = self.cache.answers(self.model, [work for _, work in plan], ["logits"] * len(plan))  # (1, V) each
+            for (one, _), (row,) in zip(plan, cast(list[Tensor], rows), strict=True):
                 answer = one.answer + one.guesses
                 q = probabilities(row, one.how, one.prompt, answer)
                 token = draw(q, uniform(one.how.seed, len(answer), GUESS) if one.how.temperature else 0.0)
@@ -113,6 +111,14 @@ class DraftModel:
     def forget(self, sequence: scheduler.Sequence) -> None:
         if shadow := self.shadows.pop(sequence, None):
             self.pool.release(shadow.table)
+
+
+def agreed(guesses: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """The new tokens of a greedy sequence. tokens: the most likely one after 0, 1, … of the guesses."""
+    same = 0
+    while same < len(guesses) and guesses[same] == tokens[same]:
+        same += 1
+    return list(tokens[: same + 1])
 
 
 def verified(sequence: scheduler.Sequence, logits: Tensor) -> list[int]:
