@@ -66,8 +66,8 @@ class Sampling:
     @cached_property
     def plain(self) -> bool:
         """Whether the next token is the one of the largest logit, and nothing else is asked."""
-        drawn_from = {"seed": 0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}  # no matter to the greedy
-        return replace(self, **drawn_from) == Sampling()
+        # What the greedy never look at is set to its default.
+        return replace(self, seed=0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0) == Sampling()
 
 
 def uniform(seed: int, position: int, stream: int = 0) -> float:
