@@ -1,6 +1,6 @@
 """A model behind a server: what `python -m finetune serve` runs."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.runs import machine
@@ -8,48 +8,38 @@ from finetune.runs import machine
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from finetune.inference.worker import Worker
+    from finetune.lm.tokenizer import Tokenizer
+
 BLOCK = 16  # tokens of a cache block
 
 
-def serve(
+def started(
     source: str,
     *,
     base: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: str | None = None,
     cache_tokens: int = 16_384,
-    max_requests: int = 256,
     dtype: str | None = None,
     lookup: int = 0,
     threads: int = 0,
     console: "Console",
-) -> None:
-    """Serves until it is told to stop; requests in work are answered first.
+) -> tuple["Worker", "Tokenizer", str, set[int]]:
+    """A running engine of the model at `source`, its tokenizer and name, and the tokens that end an answer.
 
     source, base: as in `finetune.export.opened`. cache_tokens: what the key–value cache holds, of all requests
     together. dtype: of weights and cache, float32 or bfloat16; None: that of the model. lookup: this many tokens are
     guessed from the text (speculative decoding). UserError if the model is not found, has no chat template, or does
-    not fit into memory, and if the port is taken.
+    not fit into memory.
     """
-    import signal
-    import socket
-
     import torch
-    import uvicorn
 
     from finetune.export import opened
     from finetune.inference.engine import Engine
-    from finetune.inference.server import Server
     from finetune.inference.speculative import PromptLookup
     from finetune.inference.worker import Worker
     from finetune.lm.generate import stop_ids
     from finetune.memory import room
 
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None
     torch.set_num_threads(threads or machine.physical_cores())
     model, tokenizer, name = opened(source, base, console)
     if dtype:
@@ -65,9 +55,35 @@ def serve(
         )
     engine = Engine(model.eval(), -(-cache_tokens // BLOCK), BLOCK, drafter=PromptLookup(lookup) if lookup else None)
     worker = Worker(engine)
-    stops = stop_ids(model, tokenizer)
-    server = Server(worker, tokenizer, name, stops, key=api_key, most_requests=max_requests)
     worker.start()
+    return worker, tokenizer, name, stop_ids(model, tokenizer)
+
+
+def serve(
+    source: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    max_requests: int = 256,
+    console: "Console",
+    **engine: Any,
+) -> None:
+    """Serves until it is told to stop; requests in work are answered first. `engine`: as in `started`, whose errors
+    this has too; UserError also if the port is taken."""
+    import signal
+    import socket
+
+    import uvicorn
+
+    from finetune.inference.server import Server
+
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None
+    worker, tokenizer, name, stops = started(source, console=console, **engine)
+    server = Server(worker, tokenizer, name, stops, key=api_key, most_requests=max_requests)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     console.print(f"{name} answers at {address} (a page to chat) and {address}/v1 (OpenAI's API); Ctrl-C stops it",
                   markup=False, highlight=False, soft_wrap=True)  # fmt: skip
