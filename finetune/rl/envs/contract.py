@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from finetune.rl.envs import spaces
-from finetune.rl.envs.creators import exception
 from finetune.rl.envs.spaces import Fault, Observations, Unsupported, shown
+from finetune.runs.own_code import exception
 
 FIVE = "observation, reward, terminated, truncated, info; older environments gave four, with one `done`"
 MAX_REWARD = float(np.finfo(np.float32).max)

@@ -15,15 +15,13 @@ import importlib
 import importlib.util
 import inspect
 import json
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from finetune.errors import UserError, nearest
+from finetune.runs import own_code
 
 RESERVED = {"id": "--env", "max_episode_steps": "--max-episode-steps", "disable_env_checker": "", "vector_kwargs": ""}
 WORDS = {"true": True, "false": False, "none": None, "null": None}
@@ -79,10 +77,10 @@ def find(name: str) -> Creator:
     place, colon, what = name.rpartition(":")
     if not colon:
         if name.endswith(".py"):
-            module = _module(name, name)
+            module = own_code.module(name, name)
             raise UserError(f"'{name}' names no environment: {_offers(module, name)}")
         return _registered(name, name)
-    module = _module(name, place)
+    module = own_code.module(name, place)
     if what in gymnasium.registry:
         return _registered(name, what)
     if callable(made := getattr(module, what, None)):
@@ -125,9 +123,9 @@ def create(name: str, creator: Creator, args: Mapping[str, Any]) -> Any:
         raise UserError(f"'{name}' cannot be made{given}: {str(e).splitlines()[0]}") from None
     except ModuleNotFoundError as e:
         cause = e.__cause__ if isinstance(e.__cause__, Exception) else e
-        raise UserError(f"'{name}' cannot be made{given}: {exception(cause)}") from None
+        raise UserError(f"'{name}' cannot be made{given}: {own_code.exception(cause)}") from None
     except Exception as e:
-        raise UserError(f"'{name}' cannot be made{given}: {exception(e)}") from e
+        raise UserError(f"'{name}' cannot be made{given}: {own_code.exception(e)}") from e
     missing = [method for method in ("reset", "step") if not callable(getattr(made, method, None))]
     if missing:
         raise UserError(f"'{name}' makes {type(made).__name__}, which has no {' and no '.join(missing)}")
@@ -157,46 +155,6 @@ def _check_arguments(name: str, creator: Creator, args: Mapping[str, Any]) -> No
         raise UserError(f"'{name}' needs {', '.join(needed)}: --env-arg {needed[0]}=…; {accepted}")
 
 
-def _module(name: str, place: str) -> ModuleType:
-    """A module by its name or by its file."""
-    path = Path(place)
-    if not (place.endswith(".py") or "/" in place):
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as e:
-            missing = e.name or "?"
-            path = Path(place.replace(".", "/") + ".py")  # the current folder may not be on Python's path
-            if not (place == missing or place.startswith(f"{missing}.")):
-                raise UserError(f"'{name}' cannot be made: {exception(e)}") from None
-            if not path.is_file():
-                raise UserError(f"'{name}': Python finds no module '{missing}' (current folder, PYTHONPATH)") from None
-        except Exception as e:
-            raise UserError(f"'{name}' cannot be made: {exception(e)}") from e
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"'{name}': there is no file {path}")
-    return _file(name, path)
-
-
-def _file(name: str, path: Path) -> ModuleType:
-    """A module from its file, once; it may import others from its folder."""
-    key = f"finetune_environment_{path.stem}_{abs(hash(path)):x}"
-    if key in sys.modules:
-        return sys.modules[key]
-    spec = importlib.util.spec_from_file_location(key, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"'{name}': {path} is not a Python file")
-    module = sys.modules[key] = importlib.util.module_from_spec(spec)
-    if (folder := str(path.parent)) not in sys.path:
-        sys.path.append(folder)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:
-        del sys.modules[key]
-        raise UserError(f"'{name}' cannot be made: {exception(e)}") from e
-    return module
-
-
 def _offers(module: ModuleType, place: str) -> str:
     """What a module has to offer, for an error message."""
     import gymnasium
@@ -206,12 +164,3 @@ def _offers(module: ModuleType, place: str) -> str:
         if isinstance(value, type) and issubclass(value, gymnasium.Env) and value.__module__ == module.__name__
     ]  # fmt: skip
     return f"it has {', '.join(f'{place}:{c}' for c in classes)}" if classes else "it has no class of environments"
-
-
-def exception(e: Exception) -> str:
-    """An exception from the user's environment on one line, with file and line."""
-    frames = [f for f in traceback.extract_tb(e.__traceback__) if Path(f.filename).parent != Path(__file__).parent]
-    own = [f for f in frames if "site-packages" not in f.filename and "<frozen" not in f.filename] or frames
-    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-    text = " ".join(str(e).split())
-    return f"{type(e).__name__}{': ' * bool(text)}{text[:200]}{place}"

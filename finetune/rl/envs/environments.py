@@ -22,6 +22,7 @@ from finetune.rl.envs.contract import MAX_REWARD
 from finetune.rl.envs.rollout import Rollout
 from finetune.rl.envs.spaces import SPACES as SPACES
 from finetune.rl.envs.spaces import Fault, Image, Unsupported
+from finetune.runs import own_code
 
 Act = Callable[[Tensor], Tensor]  # a policy: observations (N, D) → actions (N,) or (N, A); called without gradients
 MAX_TIME_LIMIT = 1_000_000  # steps: a longer time limit counts as none
@@ -106,7 +107,7 @@ class Env:
         try:
             found = self.env.reset(seed=seed)
         except Exception as e:
-            raise UserError(f"'{self.name}' raised {creators.exception(e)} in its reset") from e
+            raise UserError(f"'{self.name}' raised {own_code.exception(e)} in its reset") from e
         if "reset" in (faults := contract.reset_faults(self.seen, found)):
             raise self._broken(faults)
         self.age = 0
@@ -117,7 +118,7 @@ class Env:
         try:
             found = self.env.step(self.actions.to_env(action))
         except Exception as e:
-            raise UserError(f"'{self.name}' raised {creators.exception(e)} in its step") from e
+            raise UserError(f"'{self.name}' raised {own_code.exception(e)} in its step") from e
         if not (isinstance(found, (tuple, list)) and len(found) == 5):
             raise self._broken(contract.step_faults(self.seen, found))
         observation, reward, terminated, truncated, info = found

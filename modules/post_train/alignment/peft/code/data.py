@@ -15,7 +15,7 @@ from finetune.data.packing import Document
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
 from finetune.lm import template_tokens
-from finetune.lm.io import hub, load
+from finetune.lm.io import hub, load, smollm2
 from finetune.lm.llama import Llama
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import display
@@ -52,7 +52,7 @@ def load_task(cfg: "Config", run: Run) -> Task:
         base = small_llama(small_config(tokenizer.vocab_size, cfg.max_length + longest(cfg)))
     else:
         source = hub.resolve(cfg.model, run.console)
-        if source != hub.smollm2_folder():  # whose files are known by their hash already
+        if source != smollm2.cached():  # whose files are known by their hash already
             run.depends_on("model", source)
         room = load.llama_config(source).max_length
         if cfg.max_length + longest(cfg) > room:

@@ -25,7 +25,7 @@ from finetune.data.rows import check_form
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
 from finetune.lm import head, template_tokens
-from finetune.lm.io import hub, load, save
+from finetune.lm.io import hub, load, save, smollm2
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.peft import adapters, bases, lora
@@ -321,7 +321,7 @@ def load_model(cfg: Config, tokenizer: Tokenizer, names: list[str], added: list[
     if cfg.model == "scratch":
         return small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(dtype), False
     source = hub.resolve(cfg.model, run.console)
-    if source != hub.smollm2_folder():  # whose files are known by their hash already
+    if source != smollm2.cached():  # whose files are known by their hash already
         run.depends_on("model", source)
     model = load.llama(source, dtype)
     if cfg.template is None or cfg.adapter:
