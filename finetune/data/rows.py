@@ -74,12 +74,13 @@ def ending(path: Path) -> str:
     return next((e for e in FILES if name.removesuffix(".gz").endswith(e) and not (packed and e == ".parquet")), "")
 
 
-def placed(path: Path) -> Placed:
-    """The rows of a file, each with its place in words."""
+def placed(path: Path, every_column: bool = False) -> Placed:
+    """The rows of a file, each with its place in words. Of Parquet only COLUMNS are read unless `every_column`."""
     raw, end = reading.file_bytes(path, LIMIT), ending(path)
     if not end:
         raise UserError(f"{path}: the kind of file is told by its ending: {', '.join(FILES)}, or these texts with .gz")
-    yield from FILES[end][1](path, unpacked(path, raw) if path.suffix.lower() == ".gz" else raw)
+    raw = unpacked(path, raw) if path.suffix.lower() == ".gz" else raw
+    yield from parquet(path, raw, every_column) if end == ".parquet" else FILES[end][1](path, raw)
 
 
 def unpacked(path: Path, raw: bytes) -> bytes:
@@ -150,7 +151,7 @@ def table(separator: str) -> Callable[[Path, bytes], Placed]:
     return rows
 
 
-def parquet(path: Path, raw: bytes) -> Placed:
+def parquet(path: Path, raw: bytes, every_column: bool = False) -> Placed:
     """Parquet, as Hugging Face's datasets save it: text columns, or lists of structs. A struct's field that a row lacks
     is null there, so null is no value."""
     try:
@@ -161,7 +162,7 @@ def parquet(path: Path, raw: bytes) -> Placed:
     number, size = 0, 0
     try:
         with pyarrow.BufferReader(raw) as source, ParquetFile(source) as file:
-            known = [name for name in file.schema_arrow.names if name in COLUMNS]
+            known = [name for name in file.schema_arrow.names if every_column or name in COLUMNS]
             if not known:
                 names = ", ".join(map(repr, file.schema_arrow.names[:5]))
                 raise UserError(f"{path}: it has the columns of no known form (found {names}): "
