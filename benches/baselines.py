@@ -294,6 +294,12 @@ def loss_scale_update(scale, growth_tracker, hysteresis_tracker, found_inf, **ho
     return {"_amp_update_scale_": plain}
 
 
+def quantized_linear(x, weight, bias=None):
+    """torch has no product of any of these weights: it dequantizes once, before the call, and reads them dense."""
+    w = weight.dequantize(x.dtype)
+    return {"F.linear of the dense weight": lambda: F.linear(x, w, bias)}
+
+
 OPS = (
     rms_norm,
     layer_norm,
@@ -313,5 +319,6 @@ OPS = (
     loss_scale_update,
     kv_cache,
     paged_attention,
+    quantized_linear,
 )
 BASELINES: dict[str, Callable[..., dict[str, Call]]] = {f.__name__: f for f in OPS}

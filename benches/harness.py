@@ -34,6 +34,7 @@ from finetune import ops
 from finetune.errors import UserError, nearest
 from finetune.ops._backends import device_for
 from finetune.ops._check import WrongResult, check, cotangents, flat
+from finetune.ops.quantized_linear import QuantizedWeight
 from finetune.runs import display, machine
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -89,11 +90,12 @@ def cells(
 
 
 def traffic(sample: ops.Sample, dtype: torch.dtype) -> float:
-    """The sample's bytes, which are those at fp32, for arguments of `dtype`."""
+    """The sample's bytes, which are those at fp32, for arguments of `dtype`; those of a packed weight stay."""
     width = {torch.float64: torch.finfo(dtype).bits // 8}
     leaves = [leaf for leaf in flat(sample.args) if leaf.is_floating_point()]
     now = sum(leaf.numel() * width.get(leaf.dtype, leaf.dtype.itemsize) for leaf in leaves)
-    return sample.bytes * now / max(sum(4 * leaf.numel() for leaf in leaves), 1)
+    fixed = sum(arg.nbytes for arg in sample.args if isinstance(arg, QuantizedWeight))
+    return fixed + (sample.bytes - fixed) * now / max(sum(4 * leaf.numel() for leaf in leaves), 1)
 
 
 def side(

@@ -18,6 +18,7 @@ from finetune.ops.layer_norm import layer_norm
 from finetune.ops.linear_cross_entropy import linear_cross_entropy
 from finetune.ops.loss_scale_update import loss_scale_update_
 from finetune.ops.paged_attention import paged_attention
+from finetune.ops.quantized_linear import QuantizedWeight, quantized_linear
 from finetune.ops.rms_norm import rms_norm
 from finetune.ops.rope import rope
 from finetune.ops.swiglu import swiglu

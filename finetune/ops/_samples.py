@@ -45,6 +45,8 @@ class Sample:
         def one(arg: Any, i: int) -> Any:
             if isinstance(arg, list):
                 return [one(item, i) for item in arg]
+            if hasattr(arg, "packed"):  # a QuantizedWeight: once, as at load, where it is timed
+                return arg.packed(device) if self.bench else arg.to(device)
             if not isinstance(arg, torch.Tensor):
                 return arg
             keep = dtype if arg.dtype == torch.float64 else arg.dtype

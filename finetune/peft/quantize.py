@@ -18,16 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.ops.adamw8bit import dynamic_map
+from finetune.ops.quantized_linear import NF4
 
 BLOCK, MAXIMA = 64, 256  # weights that share an absmax; absmax that share one when quantized again
 Format = Literal["nf4", "nf4_double", "int8"]
 
-# The 16 quantiles of N(0, 1), scaled to [-1, 1] and with an exact 0 (paper, appendix E).
-NF4 = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
 # Both numbers of each byte, the high half first. Looked up as one float64 they cost a third of two fp32.
 PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], 1).view(torch.float64).flatten()
 
