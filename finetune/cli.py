@@ -291,6 +291,8 @@ def generate(model: str | None, prompts: tuple[str, ...], chat: bool | None, jso
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of weights and cache; default: the model's.")
 @click.option("--lookup", type=click.IntRange(0, 64), default=0, show_default=True,
               help="Tokens to guess from the text (speculative decoding).")  # fmt: skip
+@click.option("--adapter", multiple=True, metavar="NAME=DIR",
+              help="A LoRA adapter over the model, which requests choose by its name; repeatable.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores.")
 def serve(source: str, **given: Any) -> None:
     """Serve a model: OpenAI's API, a page to chat, a picture of the cache blocks."""

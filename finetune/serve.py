@@ -1,5 +1,6 @@
 """A model behind a server: what `python -m finetune serve` runs."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
@@ -21,6 +22,7 @@ def started(
     cache_tokens: int = 16_384,
     dtype: str | None = None,
     lookup: int = 0,
+    adapter: tuple[str, ...] = (),
     threads: int = 0,
     console: "Console",
 ) -> tuple["Worker", "Tokenizer", str, set[int]]:
@@ -28,8 +30,8 @@ def started(
 
     source, base: as in `finetune.export.opened`. cache_tokens: what the key–value cache holds, of all requests
     together. dtype: of weights and cache, float32 or bfloat16; None: that of the model. lookup: this many tokens are
-    guessed from the text (speculative decoding). UserError if the model is not found, has no chat template, or does
-    not fit into memory.
+    guessed from the text (speculative decoding). adapter: NAME=DIR of LoRA adapters that requests may choose. UserError
+    if the model or an adapter is not found, and if the model has no chat template or does not fit into memory.
     """
     import torch
 
@@ -41,6 +43,7 @@ def started(
     from finetune.memory import room
 
     torch.set_num_threads(threads or machine.physical_cores())
+    folders = adapter_folders(adapter, console)
     model, tokenizer, name = opened(source, base, console)
     if dtype:
         model = model.to(getattr(torch, dtype))
@@ -53,7 +56,8 @@ def started(
         raise UserError(
             f"--cache-tokens {cache_tokens} needs {room.size(needed)} of memory, {room.size(free)} are free: use fewer"
         )
-    engine = Engine(model.eval(), -(-cache_tokens // BLOCK), BLOCK, drafter=PromptLookup(lookup) if lookup else None)
+    drafter = PromptLookup(lookup) if lookup else None
+    engine = Engine(model.eval(), -(-cache_tokens // BLOCK), BLOCK, drafter=drafter, adapters=folders)
     worker = Worker(engine)
     worker.start()
     return worker, tokenizer, name, stop_ids(model, tokenizer)
@@ -94,3 +98,18 @@ def serve(
     finally:
         worker.stop()
         worker.join()
+
+
+def adapter_folders(given: tuple[str, ...], console: "Console") -> dict[str, Path]:
+    """The folders of `--adapter NAME=DIR`, by name. UserError for one that is given twice, malformed or not there."""
+    from finetune.peft import bases
+
+    found: dict[str, Path] = {}
+    for one in given:
+        name, equals, source = one.partition("=")
+        if not (name and equals and source):
+            raise UserError(f"--adapter {one}: give a name and a folder, NAME=DIR")
+        if name in found:
+            raise UserError(f"--adapter {name} is given twice")
+        found[name] = bases.adapter_folder(source, console)
+    return found

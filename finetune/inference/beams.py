@@ -32,10 +32,11 @@ def samples(
     count: int,
     stop_ids: Iterable[int] = (),
     text: Callable[[], TextStream] | None = None,
+    adapter: str | None = None,
 ) -> list[Sequence]:
     """Queues `count` answers to one prompt, which is computed once; all are in the list after its last step. Answer i
     has the seed `how.seed + i`; `text` makes the stream of each."""
-    found = [engine.add(prompt, how, most_new, stop_ids, text=text() if text else None)]
+    found = [engine.add(prompt, how, most_new, stop_ids, text=text() if text else None, adapter=adapter)]
 
     def split(first: Sequence, logits: Tensor) -> None:
         first.receive = None
@@ -63,12 +64,13 @@ class BeamSearch:
         most_new: int,
         stop_ids: Iterable[int] = (),
         length_penalty: float = 1.0,
+        adapter: str | None = None,
     ) -> None:
         if width < 1:
             raise UserError(f"beam search needs at least one beam, not {width}")
         self.engine, self.width, self.penalty, self.stops = engine, width, length_penalty, frozenset(stop_ids)
         self.most_new = most_new
-        first = engine.add(prompt, Sampling(), most_new)
+        first = engine.add(prompt, Sampling(), most_new, adapter=adapter)
         first.receive = self.receive
         self.scores: dict[Sequence, float] = {first: 0.0}  # the unfinished answers, the best first
         self.waiting: dict[Sequence, Tensor] = {}  # log-probabilities of those that are computed in this round

@@ -7,8 +7,9 @@ attention looks at each sequence separately, through its table of blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate, groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from finetune.lm import head
 from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
 from finetune.ops.kv_cache import kv_cache_append_, kv_cache_copy_, pool
+
+if TYPE_CHECKING:
+    from finetune.inference.adapters import Adapters
 
 
 class PagedCache:
@@ -54,30 +58,36 @@ class PagedCache:
         return PagedStep(self, plan)
 
     def answers(
-        self, model: Llama | GPT, plan: Sequence[Work], asked: Sequence[Asked]
+        self, model: Llama | GPT, plan: Sequence[Work], asked: Sequence[Asked], adapters: Adapters | None = None
     ) -> list[list[int] | Tensor | None]:
-        """One pass over the tokens of `plan`. For each work what was `asked` of its last tokens, the one before the
-        first guess and the guesses: "tokens", the most likely next token after each; "logits" (1 + guesses, V); or
-        "nothing". A tensor is good until the next pass."""
-        state, ends = self.forward(model, plan)
+        """One pass over the tokens of `plan`, each with the adapter of its sequence. For each work what was `asked` of
+        its last tokens, the one before the first guess and the guesses: "tokens", the most likely next token after
+        each; "logits" (1 + guesses, V); or "nothing". A tensor is good until the next pass."""
+        state, ends = self.forward(model, plan, adapters)
         counts = [
             0 if what == "nothing" else 1 + len(work.sequence.guesses) for work, what in zip(plan, asked, strict=True)
         ]
         rows = [at for end, count in zip(ends, counts, strict=True) for at in range(end + 1 - count, end + 1)]
         if not rows:
             return [None] * len(plan)
-        logits = head.logits(model, state[rows]).split(counts)  # one product: the weights are read once
+        hidden = state[rows]
+        added = adapters.on_head(hidden, plan, counts) if adapters else None
+        logits = head.logits(model, hidden, added).split(counts)  # one product: the weights are read once
         return [
             one.argmax(-1).tolist() if what == "tokens" else one if what == "logits" else None
             for one, what in zip(logits, asked, strict=True)
         ]
 
-    def forward(self, model: Llama | GPT, plan: Sequence[Work]) -> tuple[Tensor, list[int]]:
+    def forward(
+        self, model: Llama | GPT, plan: Sequence[Work], adapters: Adapters | None = None
+    ) -> tuple[Tensor, list[int]]:
         """One pass over the tokens of `plan`: their states (N, C) after the last norm, in the order of the plan, and
         where the last token of each work is among them."""
         view = self.step(plan)
         tokens = torch.tensor([[token for work in plan for token in work.tokens]], device=view.positions.device)
-        return model(tokens, positions=view.positions, cache=view, hidden=True)[0], view.last
+        rows = adapters.rows(plan) if adapters else []
+        with adapters.on(rows) if adapters and rows else nullcontext():
+            return model(tokens, positions=view.positions, cache=view, hidden=True)[0], view.last
 
 
 class PagedStep:

@@ -8,16 +8,18 @@ sequence.answer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.inference.blocks import BlockPool
+from finetune.inference.adapters import Adapters
+from finetune.inference.blocks import BlockPool, Table
 from finetune.inference.cache import PagedCache
 from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Logprobs, Scheduler, Sequence
@@ -30,7 +32,8 @@ from finetune.lm.llama import Llama
 
 class Engine:
     """Serves one model. `blocks` of `block_size` tokens are allocated at once; `most_tokens` and `most_sequences` bound
-    a step; `cache_dtype`: torch.int8 or torch.float8_e4m3fn for a cache of 8 bits; `drafter`: speculative decoding."""
+    a step; `cache_dtype`: torch.int8 or torch.float8_e4m3fn for a cache of 8 bits; `drafter`: speculative decoding;
+    `adapters`: folders of LoRA adapters by name, one of which a request may choose."""
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class Engine:
         prefix_cache: bool = True,
         cache_dtype: torch.dtype | None = None,
         drafter: Drafter | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
         scaling = getattr(model.config, "rope_scaling", None)
         if scaling and scaling.kind == "dynamic":
@@ -53,6 +57,7 @@ class Engine:
         self.pool = BlockPool(blocks, block_size, prefix_cache)
         self.scheduler = Scheduler(self.pool, most_tokens, most_sequences)
         self.cache = PagedCache(model, self.pool, cache_dtype)
+        self.adapters = Adapters(model, adapters or {})
 
     def add(
         self,
@@ -62,9 +67,11 @@ class Engine:
         stop_ids: Iterable[int] = (),
         priority: int = 0,
         text: TextStream | None = None,
+        adapter: str | None = None,
     ) -> Sequence:
-        """Queues a prompt; the answer ends at a stop token, at a stop string of `text`, or after `most_new` tokens.
-        UserError if it is empty, has a token outside the vocabulary, or can never fit."""
+        """Queues a prompt, for the base or with an adapter; the answer ends at a stop token, at a stop string of
+        `text`, or after `most_new` tokens. UserError if it is empty, has a token outside the vocabulary, or can never
+        fit, and for an unknown adapter."""
         limit, room = self.model.config.max_length, self.pool.count * self.pool.block_size
         if not prompt:
             raise UserError("the prompt is empty: give at least one token")
@@ -77,7 +84,10 @@ class Engine:
                 raise UserError(
                     f"the prompt has {len(prompt)} tokens; with {most_new} new ones it does not fit {name} of {most}"
                 )
-        sequence = Sequence(list(prompt), how, most_new, frozenset(stop_ids), priority, text=text)
+        table = Table(self.adapters.digest(adapter))
+        sequence = Sequence(
+            list(prompt), how, most_new, frozenset(stop_ids), priority, text=text, adapter=adapter, table=table
+        )
         if most_new:
             self.scheduler.add(sequence)
         return sequence
@@ -102,7 +112,7 @@ class Engine:
         plan = self.scheduler.plan()
         if not plan:
             return []
-        found = self.cache.answers(self.model, plan, [work.sequence.asks for work in plan])
+        found = self.cache.answers(self.model, plan, [work.sequence.asks for work in plan], self.adapters)
         self.changed = []
         for work, answer in zip(plan, found, strict=True):
             sequence = work.sequence

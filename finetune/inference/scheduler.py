@@ -59,6 +59,7 @@ class Sequence:
     guessed_from: list[Tensor] | None = None  # the distributions (V,) they were drawn from; None: they were copied
     text: TextStream | None = None  # the answer's text, and its stop strings
     finish_reason: str = ""  # "stop" or "length" once it is finished
+    adapter: str | None = None  # the name of its LoRA adapter; None: the base
     receive: Callable[[Sequence, Tensor], None] | None = None  # gets the logits (V,) in place of the sampler
     held: bool = False  # nothing is computed of it for now: a beam waits for the others
 

@@ -49,6 +49,11 @@ class Server:
         most_new: int = 512,
     ) -> None:
         self.worker, self.tokenizer, self.model, self.stop_ids = worker, tokenizer, model, stop_ids
+        self.adapters: dict[str, str | None] = {model: None}  # by each name that a request may call it
+        for name in worker.engine.adapters.digests:
+            if name == model:
+                raise UserError(f"the adapter {name} has the name of the model: call it otherwise")
+            self.adapters |= {name: name, f"{model}:{name}": name}
         self.key, self.most_requests, self.most_new = key, most_requests, most_new
         self.active, self.began, self.seeds = 0, int(time.time()), itertools.count(secrets.randbits(32))
         self.metrics = Metrics(self)
@@ -87,8 +92,11 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         self.authorize(request)
-        entry = {"id": self.model, "object": "model", "created": self.began, "owned_by": "finetune"}
-        return JSONResponse({"object": "list", "data": [entry]})
+        common = {"object": "model", "created": self.began, "owned_by": "finetune"}
+        served = [{"id": self.model} | common]
+        for name in self.worker.engine.adapters.digests:
+            served.append({"id": f"{self.model}:{name}"} | common | {"parent": self.model})
+        return JSONResponse({"object": "list", "data": served})
 
     async def chat(self, request: Request) -> Response:
         call = await self.read(request, ChatCall)
@@ -120,8 +128,9 @@ class Server:
             call = msgspec.json.decode(body, type=kind)
         except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Refused(400, str(error)) from None
-        if call.model != self.model:
-            raise Refused(404, f"the model {call.model!r} is not served; it is {self.model!r}", "model_not_found")
+        if call.model not in self.adapters:
+            served = ", ".join(repr(name) for name in self.adapters)
+            raise Refused(404, f"the model {call.model!r} is not served; it is {served}", "model_not_found")
         return call
 
     async def answer(self, request: Request, call: Call, prompt: list[int]) -> Response:

@@ -78,7 +78,7 @@ class Work:
                 how = Sampling(**call.sampling(), seed=seed % (1 << 63))
                 self.sequences = samples(
                     server.worker.engine, self.prompt, how, most_new, call.n, server.stop_ids,
-                    text=lambda: TextStream(tokenizer, call.stops),
+                    text=lambda: TextStream(tokenizer, call.stops), adapter=server.adapters[call.model],
                 )  # fmt: skip
                 server.worker.listeners[self.sequences[0]] = self.hear
             except UserError as refusal:
@@ -181,7 +181,7 @@ class Work:
             self.end()
 
     def head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.server.model}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.call.model}
 
     def usage(self, made: int) -> dict[str, int]:
         asked = len(self.prompt)

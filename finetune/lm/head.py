@@ -19,9 +19,12 @@ CHUNK = 1 << 24  # logits at once where they have a soft cap: 64 MiB in fp32
 IGNORED = -100
 
 
-def logits(model: Llama | GPT, hidden: Tensor) -> Tensor:
-    """hidden (…, C) → (…, V). With a soft cap c (Gemma 2) logits l are c · tanh(l / c), computed in fp32."""
+def logits(model: Llama | GPT, hidden: Tensor, added: Tensor | None = None) -> Tensor:
+    """hidden (…, C) → (…, V), plus `added` (…, V): an adapter's share. With a soft cap c (Gemma 2) logits l are
+    c · tanh(l / c), computed in fp32."""
     scores, cap = F.linear(hidden, model.head_weight), softcap(model)
+    if added is not None:
+        scores = (scores.to(added.dtype) + added).to(scores.dtype)
     return (cap * (scores.float() / cap).tanh()).to(scores.dtype) if cap else scores
 
 

@@ -219,14 +219,22 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], b
     checkpoint.write_json(folder / CONFIG, config)
 
 
-def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", train: bool = False) -> None:
-    """Puts the LoRA adapter of a peft folder on a Llama and makes it the active one. UserError names what is missing,
-    damaged, of another model, or a variant that is not supported; with `train` also what can be read only.
+@dataclass(frozen=True)
+class Held:
+    """What the folder of a LoRA adapter holds: its configuration; the tensors by layer and LoRA's name for them, with
+    each layer's rank and alpha; others by module and `OTHERS`. The tensors live in the mapped file."""
 
-    A module that the adapter holds whole takes the place of the base's, also with another number of rows. Tokens that
-    were trained alone, LoRA of an embedding and biases become such modules too.
-    """
-    folder = Path(folder)
+    config: LoRAConfig
+    pissa: bool
+    tensors: dict[tuple[str, str], Tensor]
+    others: dict[str, dict[str, Tensor]]
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+
+
+def read_lora(folder: Path, post_norms: bool = False) -> Held:
+    """Reads the folder of a LoRA adapter, for a model with norms after attention and MLP too or without. UserError
+    names what is missing, damaged, or a variant that is not supported."""
     raw = read_json(folder / CONFIG)
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init not in UNSUPPORTED["init_lora_weights"]:
@@ -241,11 +249,10 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", tr
         )
     require(raw, folder / CONFIG, UNSUPPORTED)
     config = reading.convert(raw, LoRAConfig, folder / CONFIG)
-    rank, alpha = config.r, config.lora_alpha
     tensors: dict[tuple[str, str], Tensor] = {}
     others: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.read_safetensors(folder, TENSORS):
-        at, part = adapted(key, folder, whole.has_post_norms(model))
+        at, part = adapted(key, folder, post_norms)
         if not tensor.isfinite().all():
             raise UserError(f"{folder}: tensor {key} holds NaN or infinite numbers")
         if part in PARTS:
@@ -254,34 +261,47 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", tr
             others.setdefault(at, {})[part] = tensor
     if not tensors and not others:
         raise UserError(f"{folder / TENSORS} holds no tensors")
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     targets = sorted({at for at, _ in tensors})
-    ranks = {at: first_fit(ranks, hf_module(at), rank) for at in targets}
-    alphas = {at: first_fit(alphas, hf_module(at), alpha) for at in targets}
-    modules = Modules(model, folder, config, others)
-    known = linear_layers(model)
-    for at in targets:
-        if at not in known and not (at == "head" and modules.tied):
-            raise UserError(f"{folder}: the adapter is for a layer {at}, which this model does not have")
+    ranks = {at: first_fit(config.rank_pattern or {}, hf_module(at), config.r) for at in targets}
+    alphas = {at: first_fit(config.alpha_pattern or {}, hf_module(at), config.lora_alpha) for at in targets}
     for at in targets:  # before anything of that size is made
         down = tensors.get((at, "lora_A"))
         if down is None or down.dim() != 2 or len(down) != ranks[at]:
             got = "missing" if down is None else f"{tuple(down.shape)} instead of ({ranks[at]}, …)"
             raise UserError(f"{folder}: lora_A of {at} is {got}: is it an adapter of this model?")
+    return Held(config, init == "pissa", tensors, others, ranks, alphas)
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", train: bool = False) -> None:
+    """Puts the LoRA adapter of a peft folder on a Llama and makes it the active one. UserError names what is missing,
+    damaged, of another model, or a variant that is not supported; with `train` also what can be read only.
+
+    A module that the adapter holds whole takes the place of the base's, also with another number of rows. Tokens that
+    were trained alone, LoRA of an embedding and biases become such modules too.
+    """
+    folder = Path(folder)
+    held = read_lora(folder, whole.has_post_norms(model))
+    config, tensors, ranks, alphas = held.config, held.tensors, held.ranks, held.alphas
+    targets = list(ranks)
+    modules = Modules(model, folder, config, held.others)
+    known = linear_layers(model)
+    for at in targets:
+        if at not in known and not (at == "head" and modules.tied):
+            raise UserError(f"{folder}: the adapter is for a layer {at}, which this model does not have")
     if "head" in modules.values and "head" in targets:  # LoRA of a head with more rows
         modules.merge_head(tensors, alphas["head"] / (ranks["head"] ** (0.5 if config.use_rslora else 1)))
         targets.remove("head")
     modules.check(train, adapts_head="head" in targets)
     apply_lora(
         model,
-        rank,
-        alpha,
+        config.r,
+        config.lora_alpha,
         0.0 if "head" in targets else config.lora_dropout or 0.0,
         [re.escape(at) for at in targets],
         name=name,
         rslora=bool(config.use_rslora),
         dora=bool(config.use_dora),
-        pissa=init == "pissa",
+        pissa=held.pissa,
         rank_pattern={re.escape(at): ranks[at] for at in targets},
         alpha_pattern={re.escape(at): alphas[at] for at in targets},
     )

@@ -16,18 +16,23 @@ from pathlib import Path
 import browser
 import httpx
 import pytest
+import rich.console
 import torch
 import uvicorn
-from small_served import llama
+from small_served import adapter, llama
 
+from finetune.errors import UserError
 from finetune.inference.beams import samples
 from finetune.inference.engine import Engine
 from finetune.inference.sampler import Sampling
 from finetune.inference.server import Server
 from finetune.inference.text import TextStream
 from finetune.inference.worker import Worker
+from finetune.lm.generate import generate
 from finetune.lm.io import save
 from finetune.lm.tokenizer import Tokenizer
+from finetune.peft.adapters import load_adapter
+from finetune.serve import adapter_folders
 
 ROOT = Path(__file__).parents[2]
 TEXT = "the quick brown fox jumps over the lazy dog 🙂 süß <|im_start|>user assistant\n"
@@ -39,11 +44,11 @@ def tokenizer():
 
 
 @contextlib.contextmanager
-def serving(tokenizer, *, blocks=60, key=None, model=None, **given):
+def serving(tokenizer, *, blocks=60, key=None, model=None, adapters=None, **given):
     """(base address, server) of a server in this process."""
     torch.set_num_threads(1)
     model = model or llama(vocab_size=tokenizer.vocab_size)
-    worker = Worker(Engine(model, blocks=blocks, block_size=4))
+    worker = Worker(Engine(model, blocks=blocks, block_size=4, adapters=adapters))
     worker.start()
     server = Server(worker, tokenizer, "small", {tokenizer.eos_id}, key=key, **given)
     running = uvicorn.Server(uvicorn.Config(server.app, port=0, log_level="warning"))
@@ -179,6 +184,40 @@ def test_a_key_is_needed_where_one_is_set(tokenizer):
         assert httpx.get(f"{base}/v1/models", headers=headers).status_code == 200
 
 
+def test_a_request_chooses_an_adapter_by_the_name_of_its_model(tokenizer, tmp_path):
+    """In one batch; the adapter's name, or the model's and it."""
+    size = {"vocab_size": tokenizer.vocab_size}
+    folders = {name: adapter(tmp_path / name, seed, llama(**size)) for seed, name in enumerate(("law", "verse"))}
+    prompt, wanted = tokenizer.encode("the quick"), {}
+    for name, folder in ({"small": None} | folders).items():
+        model = llama(**size)
+        if folder:
+            load_adapter(model, folder)
+        wanted[name] = tokenizer.decode(generate(model, [prompt], 12, stop_ids=[tokenizer.eos_id])[0])
+    assert len(set(wanted.values())) == 3
+    with serving(tokenizer, adapters=folders) as (base, server):
+        listed = httpx.get(f"{base}/v1/models").json()["data"]
+        assert [(one["id"], one.get("parent")) for one in listed] == [
+            ("small", None), ("small:law", "small"), ("small:verse", "small")
+        ]  # fmt: skip
+
+        async def everyone(names):
+            async with httpx.AsyncClient(timeout=60) as client:
+                body = {"prompt": "the quick", "max_tokens": 12, "temperature": 0}
+                asked = [client.post(f"{base}/v1/completions", json=body | {"model": name}) for name in names]
+                return [answer.json() for answer in await asyncio.gather(*asked)]
+
+        names = ["small", "law", "small:verse", "verse", "small", "small:law"]
+        for name, found in zip(names, asyncio.run(everyone(names)), strict=True):
+            assert (found["model"], found["choices"][0]["text"]) == (name, wanted[name.removeprefix("small:")])
+        for name in ("prose", "small:prose", "law:small", ""):
+            answer = chat(base, model=name)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+        assert server.worker.engine.pool.used == 0
+    with pytest.raises(UserError, match="the name of the model"):
+        Server(Worker(Engine(llama(), 10, adapters={"small": adapter(tmp_path / "s")})), tokenizer, "small", set())
+
+
 def test_too_many_requests_are_refused(tokenizer):
     with serving(tokenizer, most_requests=0) as (base, _):
         answer = chat(base)
@@ -239,9 +278,11 @@ def test_under_load_every_answer_is_the_one_it_gets_alone(tokenizer):
 
 def test_the_command_serves_until_it_is_told_to_stop(tokenizer, tmp_path):
     """A request under way when SIGTERM comes is answered; then the process ends with 0."""
-    save.model(llama(vocab_size=tokenizer.vocab_size), tmp_path / "small", tokenizer)
+    model = llama(vocab_size=tokenizer.vocab_size)
+    save.model(model, tmp_path / "small", tokenizer)
+    adapter(tmp_path / "law", model=model)
     words = ["serve", "--model", tmp_path / "small", "--port", "0", "--threads", "1", "--cache-tokens", "256",
-             "--dtype", "bfloat16"]  # fmt: skip
+             "--dtype", "bfloat16", "--adapter", f"law={tmp_path / 'law'}"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "finetune", *map(str, words)], stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env=os.environ | {"COLUMNS": "200"},
@@ -250,6 +291,7 @@ def test_the_command_serves_until_it_is_told_to_stop(tokenizer, tmp_path):
         found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)
         base = next(match[0] for match in found if match)
         assert "finetune" in httpx.get(base).text
+        assert [one["id"] for one in httpx.get(f"{base}/v1/models").json()["data"]] == ["small", "small:law"]
         body = {"model": "small", "prompt": "the quick", "max_tokens": 100, "temperature": 0, "stream": True}
         with httpx.stream("POST", f"{base}/v1/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
@@ -267,6 +309,17 @@ def test_the_command_serves_until_it_is_told_to_stop(tokenizer, tmp_path):
         words = [sys.executable, "-m", "finetune", "serve", *map(str, wrong)]
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
         assert (done.returncode, what in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+
+
+def test_adapter_options_are_checked(tmp_path):
+    console, one = rich.console.Console(), adapter(tmp_path / "a")
+    assert adapter_folders((f"x={one}", f"y={one}"), console) == {"x": one, "y": one}
+    for wrong, what in (
+        (["x"], "NAME=DIR"), ([f"={one}"], "NAME=DIR"), (["x="], "NAME=DIR"), ([f"x={one}", f"x={one}"], "twice"),
+        ([f"x={tmp_path}"], "not an adapter"), ([f"x={tmp_path}/none"], "none"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=what):
+            adapter_folders(tuple(wrong), console)
 
 
 @pytest.mark.slow
