@@ -202,7 +202,8 @@ def test_every_setting_changes_the_loss():
     changes = [
         {"loss": "cispo"}, {"loss": "sapo"}, {"mean": "dapo"}, {"mean": "dr_grpo"}, {"level": "sequence"},
         {"clip_low": 0.1}, {"clip_high": 0.4}, {"dual_clip": 1.2}, {"kl_weight": 0.2}, {"kl_kind": "k1"},
-        {"kl_kind": "k2"}, {"kl_ratio": False}, {"entropy": 0.2}, {"entropy_share": 0.5}, {"two_sided": 1.3, "dual_clip": 0.0},
+        {"kl_kind": "k2"}, {"kl_ratio": False}, {"entropy": 0.2}, {"entropy_share": 0.5},
+        {"two_sided": 1.3, "dual_clip": 0.0},
         {"loss": "sapo", "temperature_up": 2.0}, {"loss": "sapo", "temperature_down": 2.0},
     ]  # fmt: skip
     for change in changes:
