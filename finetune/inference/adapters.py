@@ -77,7 +77,7 @@ class Adapters:
                 digest.update(a.contiguous().numpy().tobytes())
                 digest.update(b.contiguous().numpy().tobytes())
             self.digests[name] = digest.digest()
-        device = model.embed.weight.device
+        device = model.norm.weight.device
         for at, parts in found.items():
             down, up = torch.cat([a for *_, a, _ in parts]), torch.cat([b.T for *_, b in parts])
             self.stacks[at] = stack = Stack(down.to(device), up.contiguous().to(device))
@@ -106,7 +106,7 @@ class Adapters:
             if count and work.sequence.adapter is not None:
                 own.setdefault(work.sequence.adapter, []).extend(range(start, start + count))
             start += count
-        device = self.model.embed.weight.device
+        device = self.model.norm.weight.device
         return [(name, torch.tensor(places, device=device)) for name, places in own.items()]
 
     @contextmanager

@@ -8,6 +8,7 @@ sequence.answer
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
@@ -21,6 +22,7 @@ from finetune.errors import UserError
 from finetune.inference.adapters import Adapters
 from finetune.inference.blocks import BlockPool, Table
 from finetune.inference.cache import PagedCache
+from finetune.inference.fingerprint import Fingerprint
 from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Logprobs, Scheduler, Sequence
 from finetune.inference.speculative import Drafter, agreed, verified
@@ -58,6 +60,7 @@ class Engine:
         self.scheduler = Scheduler(self.pool, most_tokens, most_sequences)
         self.cache = PagedCache(model, self.pool, cache_dtype)
         self.adapters = Adapters(model, adapters or {})
+        self.fingerprint = Fingerprint(model)
 
     def add(
         self,
@@ -84,13 +87,21 @@ class Engine:
                 raise UserError(
                     f"the prompt has {len(prompt)} tokens; with {most_new} new ones it does not fit {name} of {most}"
                 )
-        table = Table(self.adapters.digest(adapter))
+        table = Table(self.root(adapter))
         sequence = Sequence(
             list(prompt), how, most_new, frozenset(stop_ids), priority, text=text, adapter=adapter, table=table
         )
         if most_new:
             self.scheduler.add(sequence)
         return sequence
+
+    def root(self, adapter: str | None) -> bytes:
+        """What the prefix cache's keys of a sequence begin with: everything but its tokens that changes its keys and
+        values. UserError for an unknown adapter."""
+        content = self.adapters.digest(adapter)
+        if not self.pool.prefix_cache:
+            return b""
+        return hashlib.sha256(f"{self.cache.layers[0][0][0].dtype} ".encode() + self.fingerprint() + content).digest()
 
     @property
     def busy(self) -> bool:
