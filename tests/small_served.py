@@ -1,10 +1,13 @@
-"""Small models with definite answers, and prompts for them: what the tests of the engine share."""
+"""Small models with definite answers, tokenizers and prompts for them: what the tests of the engine share."""
 
 import random
 
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 
 from finetune.lm.llama import Llama, LlamaConfig
+from finetune.lm.tokenizer import Tokenizer
 from finetune.peft.adapters import save_adapter
 from finetune.peft.lora import adapters, apply_lora
 
@@ -42,3 +45,26 @@ def adapter(folder, seed=0, model=None, **given):
             part.lora_B.data.normal_(0, 0.2, generator=g)
     save_adapter(model, folder)
     return folder
+
+
+TEXT = "ein süßer 🙂🙃 Tag, 今日は ½ e\u0301 naïve\n\tab abc abab <|end|>"
+
+
+def byte_level():
+    return Tokenizer.train([TEXT] * 3, vocab_size=290)
+
+
+def sentencepiece():
+    """Words with ▁ for the space before them, and bytes for what is not in the vocabulary."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁ein", "▁Tag", "▁", "a", "b", "ab", "▁ab"]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            {piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, bos="<s>", eos="</s>")

@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.inference.engine import Engine
+from finetune.inference.grammar import Matcher
 from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Sequence
 from finetune.inference.text import TextStream
@@ -33,10 +35,17 @@ def samples(
     stop_ids: Iterable[int] = (),
     text: Callable[[], TextStream] | None = None,
     adapter: str | None = None,
+    grammar: Matcher | None = None,
 ) -> list[Sequence]:
     """Queues `count` answers to one prompt, which is computed once; all are in the list after its last step. Answer i
     has the seed `how.seed + i`; `text` makes the stream of each."""
-    found = [engine.add(prompt, how, most_new, stop_ids, text=text() if text else None, adapter=adapter)]
+    given: dict[str, Any] = {
+        "stop_ids": stop_ids,
+        "text": text() if text else None,
+        "adapter": adapter,
+        "grammar": grammar,
+    }
+    found = [engine.add(prompt, how, most_new, **given)]
 
     def split(first: Sequence, logits: Tensor) -> None:
         first.receive = None
@@ -65,12 +74,13 @@ class BeamSearch:
         stop_ids: Iterable[int] = (),
         length_penalty: float = 1.0,
         adapter: str | None = None,
+        grammar: Matcher | None = None,
     ) -> None:
         if width < 1:
             raise UserError(f"beam search needs at least one beam, not {width}")
         self.engine, self.width, self.penalty, self.stops = engine, width, length_penalty, frozenset(stop_ids)
         self.most_new = most_new
-        first = engine.add(prompt, Sampling(), most_new, adapter=adapter)
+        first = engine.add(prompt, Sampling(), most_new, adapter=adapter, grammar=grammar)
         first.receive = self.receive
         self.scores: dict[Sequence, float] = {first: 0.0}  # the unfinished answers, the best first
         self.waiting: dict[Sequence, Tensor] = {}  # log-probabilities of those that are computed in this round
@@ -82,7 +92,8 @@ class BeamSearch:
         return [answer for _, answer in self.finished]
 
     def receive(self, sequence: Sequence, logits: Tensor) -> None:
-        self.waiting[sequence] = logits.float().log_softmax(-1)
+        logprobs, allowed = logits.float().log_softmax(-1), sequence.allowed(sequence.answer)
+        self.waiting[sequence] = logprobs if allowed is None else logprobs.masked_fill(~allowed, -torch.inf)
         sequence.held = True
         if len(self.waiting) == len(self.scores):
             self.extend()
@@ -95,6 +106,8 @@ class BeamSearch:
         values, places = sums.flatten().topk(count)
         going: list[tuple[Sequence, int, float]] = []
         for rank, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
+            if value == -torch.inf:  # a grammar allows no more
+                break
             parent, token = parents[place // sums.shape[1]], place % sums.shape[1]
             answer = [*parent.answer, token]
             if token in self.stops or len(answer) == self.most_new:

@@ -23,6 +23,7 @@ from finetune.inference.adapters import Adapters
 from finetune.inference.blocks import BlockPool, Table
 from finetune.inference.cache import PagedCache
 from finetune.inference.fingerprint import Fingerprint
+from finetune.inference.grammar import Matcher
 from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Logprobs, Scheduler, Sequence
 from finetune.inference.speculative import Drafter, agreed, verified
@@ -71,10 +72,12 @@ class Engine:
         priority: int = 0,
         text: TextStream | None = None,
         adapter: str | None = None,
+        grammar: Matcher | None = None,
     ) -> Sequence:
         """Queues a prompt, for the base or with an adapter; the answer ends at a stop token, at a stop string of
-        `text`, or after `most_new` tokens. UserError if it is empty, has a token outside the vocabulary, or can never
-        fit, and for an unknown adapter."""
+        `text`, or after `most_new` tokens. `grammar`: what the answer must be; it is this sequence's alone, and the
+        stop tokens are those that end it. UserError if the prompt is empty, has a token outside the vocabulary, or can
+        never fit, and for an unknown adapter."""
         limit, room = self.model.config.max_length, self.pool.count * self.pool.block_size
         if not prompt:
             raise UserError("the prompt is empty: give at least one token")
@@ -89,8 +92,9 @@ class Engine:
                 )
         table = Table(self.root(adapter))
         sequence = Sequence(
-            list(prompt), how, most_new, frozenset(stop_ids), priority, text=text, adapter=adapter, table=table
-        )
+            list(prompt), how, most_new, frozenset(stop_ids), priority, text=text, adapter=adapter, table=table,
+            grammar=grammar,
+        )  # fmt: skip
         if most_new:
             self.scheduler.add(sequence)
         return sequence
@@ -140,7 +144,7 @@ class Engine:
         """A second sequence with the same tokens, which shares all blocks until one of the two writes."""
         other = replace(
             sequence, how=how, answer=[*sequence.answer], logprobs=[*sequence.logprobs], guesses=[],
-            table=self.pool.fork(sequence.table),
+            table=self.pool.fork(sequence.table), grammar=sequence.grammar and sequence.grammar.copy(),
         )  # fmt: skip
         self.scheduler.adopt(other)
         return other
@@ -148,9 +152,12 @@ class Engine:
     def choose(self, sequence: Sequence, found: Tensor | list[int]) -> None:
         """Adds the next token, with guesses several, up to the one that ends the answer; the cache forgets guesses that
         were rejected. found: the logits (1 + guesses, V), or the most likely tokens if the sequence asked for these."""
-        new = agreed(sequence.guesses, found) if isinstance(found, list) else verified(sequence, found)
+        try:
+            new = agreed(sequence.guesses, found) if isinstance(found, list) else verified(sequence, found)
+        except UserError as error:  # its grammar cannot go on
+            sequence.finish_reason, sequence.error, new = "error", str(error), []
         self.proposed += len(sequence.guesses)
-        self.accepted += len(new) - 1
+        self.accepted += max(len(new) - 1, 0)
         for token, row in zip(new, found, strict=False):
             sequence.answer.append(token)
             if sequence.how.logprobs is not None:

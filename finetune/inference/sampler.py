@@ -1,6 +1,6 @@
 """The choice of the next token: penalties, temperature, truncations, and a draw that depends on its own request only.
 
-    logits → penalties and bias → / temperature → top-k → top-p → min-p → typical → softmax → draw
+    logits → penalties and bias → grammar → / temperature → top-k → top-p → min-p → typical → softmax → draw
 
 in the order and with the meaning of transformers' processors. The draw inverts the cumulative distribution at one
 uniform number, a function of (seed of the request, position of the token): who else is in the batch, preemption and the
@@ -112,9 +112,18 @@ def truncated(logits: Tensor, how: Sampling) -> Tensor:
     return logits
 
 
-def probabilities(logits: Tensor, how: Sampling, prompt: Sequence[int] = (), answer: Sequence[int] = ()) -> Tensor:
-    """The distribution (V,) fp64 that the next token is drawn from; for greedy decoding all of it is on one token."""
+def probabilities(
+    logits: Tensor,
+    how: Sampling,
+    prompt: Sequence[int] = (),
+    answer: Sequence[int] = (),
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """The distribution (V,) fp64 that the next token is drawn from; for greedy decoding all of it is on one token.
+    `allowed` (V,) bool: the only tokens that may come."""
     row = penalized(logits.float(), how, prompt, answer)
+    if allowed is not None:
+        row = row.masked_fill(~allowed.to(row.device), -torch.inf)
     if how.temperature == 0:
         return torch.nn.functional.one_hot(row.argmax(), len(row)).double()
     return truncated(row, how).double().softmax(-1)

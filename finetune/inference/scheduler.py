@@ -20,6 +20,7 @@ from typing import Literal
 from torch import Tensor
 
 from finetune.inference.blocks import BlockPool, NoBlocks, Table
+from finetune.inference.grammar import Matcher
 from finetune.inference.sampler import Sampling
 from finetune.inference.text import TextStream
 
@@ -58,7 +59,9 @@ class Sequence:
     guesses: list[int] = field(default_factory=list)  # of the tokens behind the answer (speculative.py)
     guessed_from: list[Tensor] | None = None  # the distributions (V,) they were drawn from; None: they were copied
     text: TextStream | None = None  # the answer's text, and its stop strings
-    finish_reason: str = ""  # "stop" or "length" once it is finished
+    grammar: Matcher | None = None  # what the answer must be (grammar.py)
+    finish_reason: str = ""  # "stop", "length" or "error" once it is finished
+    error: str = ""  # why the answer could not go on
     adapter: str | None = None  # the name of its LoRA adapter; None: the base
     receive: Callable[[Sequence, Tensor], None] | None = None  # gets the logits (V,) in place of the sampler
     held: bool = False  # nothing is computed of it for now: a beam waits for the others
@@ -77,7 +80,11 @@ class Sequence:
         """What a step that is planned must find of this sequence (PagedCache.answers)."""
         if self.left > 0:  # a prompt whose other tokens come later
             return "nothing"
-        return "tokens" if self.how.plain and not self.receive else "logits"
+        return "tokens" if self.how.plain and not self.receive and not self.grammar else "logits"
+
+    def allowed(self, answer: list[int]) -> Tensor | None:
+        """Which tokens (V,) bool its grammar lets follow `answer`; None without one."""
+        return self.grammar.allowed(answer) if self.grammar else None
 
     @property
     def order(self) -> tuple[int, int]:

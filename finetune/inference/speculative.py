@@ -15,6 +15,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from finetune.errors import UserError
 from finetune.inference import scheduler
 from finetune.inference.blocks import BlockPool, NoBlocks
 from finetune.inference.cache import PagedCache
@@ -87,7 +88,10 @@ class DraftModel:
             rows = self.cache.answers(self.model, [work for _, work in plan], ["logits"] * len(plan))  # (1, V) each
             for (one, _), (row,) in zip(plan, cast(list[Tensor], rows), strict=True):
                 answer = one.answer + one.guesses
-                q = probabilities(row, one.how, one.prompt, answer)
+                try:
+                    q = probabilities(row, one.how, one.prompt, answer, one.allowed(answer))
+                except UserError:  # its grammar cannot go on: the engine finds that, too
+                    continue
                 token = draw(q, uniform(one.how.seed, len(answer), GUESS) if one.how.temperature else 0.0)
                 one.guesses.append(token)
                 assert one.guessed_from is not None
@@ -127,7 +131,8 @@ def verified(sequence: scheduler.Sequence, logits: Tensor) -> list[int]:
     how, answer = sequence.how, list(sequence.answer)
     guesses: list[int | None] = [*sequence.guesses, None]
     for i, guess in enumerate(guesses):
-        p, at = probabilities(logits[i], how, sequence.prompt, answer), len(answer)
+        p = probabilities(logits[i], how, sequence.prompt, answer, sequence.allowed(answer))
+        at = len(answer)
         q = sequence.guessed_from[i] if sequence.guessed_from and guess is not None else None
         if guess is None or q is None or not how.temperature:
             token = draw(p, uniform(how.seed, at) if how.temperature else 0.0)

@@ -4,34 +4,11 @@ the text up to the first stop string."""
 import random
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from small_served import TEXT, byte_level, sentencepiece
+from tokenizers import pre_tokenizers
 
 from finetune.errors import UserError
 from finetune.inference.text import TextStream
-from finetune.lm.tokenizer import Tokenizer
-
-TEXT = "ein süßer 🙂🙃 Tag, 今日は ½ e\u0301 naïve\n\tab abc abab <|end|>"
-
-
-def byte_level():
-    return Tokenizer.train([TEXT] * 3, vocab_size=290)
-
-
-def sentencepiece():
-    """Words with ▁ for the space before them, and bytes for what is not in the vocabulary."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁ein", "▁Tag", "▁", "a", "b", "ab", "▁ab"]
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            {piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True
-        )
-    )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens(["<s>", "</s>"])
-    return Tokenizer(backend, bos="<s>", eos="</s>")
 
 
 def cut(text, stops):
