@@ -132,8 +132,12 @@ def kv_cache(what, *args):
     return {"indexing": lambda: ways[what](*args)}
 
 
-def paged_attention(q, k_cache, v_cache, table, lengths, k_scale, v_scale, *, scale=None, window=None, lse=False):
-    """The blocks gathered into dense keys and values, then SDPA with a mask."""
+def paged_attention(
+    q, k_cache, v_cache, table, lengths, k_scale, v_scale, *, scale=None, window=0, softcap=0.0, lse=False
+):
+    """The blocks gathered into dense keys and values, then SDPA with a mask; with a softcap, which SDPA lacks, its two
+    products and a softmax."""
+    from finetune.ops.attention import capped
     from finetune.ops.kv_cache import dequantize
     from finetune.ops.paged_attention import visible
 
@@ -147,6 +151,10 @@ def paged_attention(q, k_cache, v_cache, table, lengths, k_scale, v_scale, *, sc
     def call():
         how = {"attn_mask": mask, "scale": scale, "enable_gqa": q.shape[2] != k_cache.shape[2]}
         k, v = dense(k_cache, k_scale), dense(v_cache, v_scale)
+        if softcap:
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (k, v))
+            scores = capped(q.transpose(1, 2) @ k.mT * (scale or q.shape[-1] ** -0.5), softcap)
+            return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(1, 2)[:, 0]
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, **how).transpose(1, 2)[:, 0]
 
     return {"gather, SDPA": call}

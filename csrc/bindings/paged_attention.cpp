@@ -1,6 +1,7 @@
 #include "finetune/paged_attention.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "kv_pool.h"
 
@@ -11,7 +12,8 @@ constexpr const char* kName = "paged_attention";
 
 std::tuple<Tensor, Tensor> paged_attention(const Tensor& q_, const Tensor& k_cache, const Tensor& v_cache,
                                            const Tensor& table_, const Tensor& lengths_, const OptionalTensor& k_scale,
-                                           const OptionalTensor& v_scale, double scale, int64_t window) {
+                                           const OptionalTensor& v_scale, double scale, int64_t window,
+                                           double softcap) {
   check(q_.dim() == 4 && k_cache.dim() == 4 && v_cache.dim() == 4, kName,
         "q is (batch, queries, heads, dim), a cache (blocks, block_size, kv_heads, dim)");
   const Tensor q = q_.size(3) == 1 || q_.stride(3) == 1 ? q_ : torch::stable::contiguous(q_),
@@ -25,6 +27,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q_, const Tensor& k_cac
         "q's heads must be a multiple of the cache's, and dim its dim");
   check_table(kName, k_cache, table, lengths);
   check(q.size(3) > 0, kName, "heads need at least one element");
+  check(window >= 0 && softcap >= 0 && softcap < INFINITY, kName, "window and softcap are 0 or positive");
   check(table.size(0) == q.size(0), kName, "table is (batch, max_blocks)");
   const int64_t batch = q.size(0), queries = q.size(1), heads = q.size(2), dim = q.size(3);
   int64_t longest = table.size(1) * k_cache.size(1);
@@ -64,6 +67,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q_, const Tensor& k_cac
                             pieces,
                             static_cast<float>(scale),
                             window,
+                            static_cast<float>(softcap),
                             scratch.mutable_data_ptr<float>(),
                             workers};
   run(kName, q, args);
@@ -75,8 +79,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q_, const Tensor& k_cac
 FINETUNE_SCHEMAS(m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor table, Tensor lengths, Tensor? k_scale, "
-      "Tensor? "
-      "v_scale, float scale, int window) -> (Tensor out, Tensor lse)");
+      "Tensor? v_scale, float scale, int window, float softcap=0) -> (Tensor out, Tensor lse)");
 }
 FINETUNE_KERNELS(m) { FINETUNE_KERNEL(m, "paged_attention", paged_attention); }
 

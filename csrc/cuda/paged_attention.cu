@@ -1,5 +1,6 @@
 // Attention of a few queries over a paged cache (Kwon et al. 2023, arXiv:2309.06180) with split keys (Dao et al. 2023,
-// Flash-Decoding). With s_j = scale · log2(e) · q·k_j over the tokens of a piece:
+// Flash-Decoding). With s_j = scale · log2(e) · q·k_j, or with a softcap c log2(e) tanh(scale / c · q·k_j), over the
+// tokens of a piece:
 //   m = max s_j,   p_j = 2^(s_j − m),   l = Σ p_j,   acc = Σ p_j v_j
 // and over the pieces   o = Σ acc · 2^(m − max m) / Σ l · 2^(m − max m).
 //
@@ -13,6 +14,7 @@
 // GPU's tensor cores and near that of its FMA units; the roof is memory bandwidth.
 #include "finetune/paged_attention.h"
 
+#include "attention_common.cuh"
 #include "device/kv_types.cuh"
 #include "device/ptx.cuh"
 #include "device/vector.cuh"
@@ -74,7 +76,7 @@ __device__ __forceinline__ void write(const PagedAttention& a, int64_t row, int6
   if (d == 0) a.lse[row] = (ml.x + log2f(ml.y)) / kLog2e;
 }
 
-template <class T, class C, int R>
+template <class T, class C, int R, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 1) attend(PagedAttention a) {
   SHARED(int2, where, [kPiece]);  // block and offset of each token
   SHARED(float, scores, [R][kPiece]);
@@ -106,6 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend(PagedAttention a) {
 
   const Deal<C> deal = deal_of<C>(a);
   const int per_warp = 32 / deal.lanes, own = warp * per_warp + lane / deal.lanes;
+  const float factor = kCapped ? a.scale / a.softcap : a.scale * kLog2e;
   float q[R][kElements];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend(PagedAttention a) {
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
       const int d = deal.element(j);
-      q[r][j] = d < dim ? to_float(x[d]) * (a.scale * kLog2e) : 0.0f;
+      q[r][j] = d < dim ? to_float(x[d]) * factor : 0.0f;
     }
   }
 #pragma unroll 2
@@ -132,7 +135,9 @@ __global__ void __launch_bounds__(kThreads, 1) attend(PagedAttention a) {
 #pragma unroll
       for (int j = 0; j < kElements; ++j) dot += q[r][j] * k[j];
       for (int bits = deal.lanes / 2; bits > 0; bits /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, bits);
-      if (deal.mine == 0 && i < n) scores[r][i] = bounds[r].x <= i && i < bounds[r].y ? dot * scale : -infinity();
+      float score = dot * scale;
+      if constexpr (kCapped) score = a.softcap * kLog2e * attention::hyperbolic_tangent(score);
+      if (deal.mine == 0 && i < n) scores[r][i] = bounds[r].x <= i && i < bounds[r].y ? score : -infinity();
     }
   }
   __syncthreads();
@@ -214,10 +219,10 @@ __global__ void __launch_bounds__(kThreads) join(PagedAttention a) {
   }
 }
 
-template <class T, class C, int R>
+template <class T, class C, int R, bool kCapped>
 Status launch_attend(const PagedAttention& a, void* stream) {
   const int64_t rows = a.queries * (a.heads / a.kv_heads), blocks = a.batch * a.kv_heads * ceil_div(rows, R) * a.pieces;
-  return launch(attend<T, C, R>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+  return launch(attend<T, C, R, kCapped>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
                 kWarps * R * a.dim * sizeof(float), stream, a);
 }
 
@@ -230,7 +235,9 @@ Status launch_cuda(const PagedAttention& a, void* stream) {
   const Status status = for_types(a.dtype, a.stored, [&](auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
-    return rows == 1 ? launch_attend<T, C, 1>(a, stream) : launch_attend<T, C, 8>(a, stream);
+    if (a.softcap > 0)
+      return rows == 1 ? launch_attend<T, C, 1, true>(a, stream) : launch_attend<T, C, 8, true>(a, stream);
+    return rows == 1 ? launch_attend<T, C, 1, false>(a, stream) : launch_attend<T, C, 8, false>(a, stream);
   });
   if (status != Status::ok || a.pieces == 1) return status;
   return for_dtype(a.dtype, [&](auto t) {

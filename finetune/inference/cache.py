@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from finetune import ops
-from finetune.errors import UserError
 from finetune.inference.blocks import BlockPool
 from finetune.inference.scheduler import Asked, Work
 from finetune.lm import head
@@ -127,16 +126,14 @@ class PagedStep:
         softcap: float = 0.0,
     ) -> Tensor:
         """q (1, N, H, D), new k and v (1, N, Hkv, D) → (1, N, H, D). Stores k and v, then every token sees those of its
-        own sequence up to itself. UserError for a softcap, which paged attention does not have."""
-        if softcap:
-            raise UserError("a soft cap of attention's scores (Gemma 2) is not supported by the engine")
+        own sequence up to itself."""
         (keys, key_scale), (values, value_scale) = self.cache.layers[layer]
         kv_cache_append_(k[0], v[0], keys, values, self.slots, key_scale, value_scale)
         out = torch.empty_like(q)
         for tokens, sequences, table, ends in self.groups:
             part = q[0, tokens].unflatten(0, (sequences, -1))  # (b, Tq, H, D)
             seen: Any = ops.paged_attention(
-                part, keys, values, table, ends, key_scale, value_scale, scale=scale, window=window or None
+                part, keys, values, table, ends, key_scale, value_scale, scale=scale, window=window, softcap=softcap
             )
             out[0, tokens] = seen.flatten(0, 1)
         return out

@@ -1,9 +1,10 @@
 """Attention of the newest tokens of many sequences over a paged key–value cache (Kwon et al. 2023, arXiv:2309.06180),
 with split keys (Dao et al. 2023, Flash-Decoding). Query i of Tq is token lengths[b] − Tq + i of its sequence:
 
-    o[b, i, h] = Σ_j p_j v[j],   p = softmax over the visible j of  scale · q[b, i, h] · k[j]
+    o[b, i, h] = Σ_j p_j v[j],   p = softmax over the visible j of  s_j = scale · q[b, i, h] · k[j]
     k[j], v[j]: token j of kv head h // (H / Hkv), in block table[b, j // block_size], times its scale if it has 8 bits
     visible(i, j) = j <= i + lengths[b] − Tq and, with a window, j > i + lengths[b] − Tq − window
+    softcap c > 0 (Gemma 2, 2024, arXiv:2408.00118):  c · tanh(s_j / c) in place of s_j, log-sum-exps of it too
 
 A query that sees nothing gives 0 and a log-sum-exp of −inf. The rest of a block behind lengths[b], and blocks of no
 sequence, may hold anything, NaN too. Arithmetic in fp32; the result is rounded once. The native kernels cut a sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from finetune.ops._backends import native_float, wrong_device
 from finetune.ops._op import op
 from finetune.ops._samples import Sample
+from finetune.ops.attention import capped
 from finetune.ops.kv_cache import LARGEST, as_integers, check_scale, contiguous_blocks, kv_cache, quantize, raw
 
 MOST_DIM = 256  # of the kernels for GPUs
@@ -38,7 +40,8 @@ def paged_attention(
     v_scale: Tensor | None = None,
     *,
     scale: float | None = None,
-    window: int | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
     lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -46,15 +49,17 @@ def paged_attention(
     table (B, max_blocks), lengths (B,) with the queries' own tokens counted → like q; with `lse` also fp32 log-sum-exps
     (B, H) or (B, Tq, H), by which results over parts of a cache can be combined. No gradients.
 
-    k_scale, v_scale: fp32 (blocks, block_size, Hkv) of caches of int8 or float8_e4m3fn. scale: 1/√D. window: a query
-    sees that many tokens, itself included. Entries of the table behind the last token are never looked at.
+    k_scale, v_scale: fp32 (blocks, block_size, Hkv) of caches of int8 or float8_e4m3fn. scale: 1/√D. window w > 0: a
+    query sees that many tokens, itself included. softcap c > 0: scores s become c · tanh(s / c). 0 turns either off.
+    Entries of the table behind the last token are never looked at.
     """
     queries = q if q.dim() == 4 else q[:, None]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     k = dense(queries, k_cache, table, lengths, k_scale, queries.shape[2])
     v = dense(queries, v_cache, table, lengths, v_scale, queries.shape[2])
     hidden = ~visible(queries, k.shape[1], lengths, window)[:, None]  # (B, 1, Tq, T)
-    scores = (torch.einsum("bihd,bjhd->bhij", queries.to(k.dtype), k) * scale).masked_fill(hidden, -math.inf)
+    scores = capped(torch.einsum("bihd,bjhd->bhij", queries.to(k.dtype), k) * scale, softcap)
+    scores = scores.masked_fill(hidden, -math.inf)
     p = scores.softmax(-1).masked_fill(hidden, 0)
     out = torch.einsum("bhij,bjhd->bihd", p, v).to(q.dtype)
     return shaped((out, scores.logsumexp(-1).transpose(1, 2)), q, lse)
@@ -73,16 +78,18 @@ def dense(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, scale: Tenso
     return x.to(wide).repeat_interleave(heads // x.shape[2], dim=2)
 
 
-def visible(q: Tensor, keys: int, lengths: Tensor, window: int | None) -> Tensor:
+def visible(q: Tensor, keys: int, lengths: Tensor, window: int) -> Tensor:
     """(B, Tq, T) bool: which token each query sees."""
     j = torch.arange(keys, device=q.device)
     last = lengths[:, None].clamp(max=keys) - q.shape[1] + torch.arange(q.shape[1], device=q.device)  # (B, Tq)
     seen = j <= last[..., None]
-    return seen if window is None else seen & (j > last[..., None] - window)
+    return seen & (j > last[..., None] - window) if window else seen
 
 
 @paged_attention.check
-def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor, window: int | None, **_) -> None:
+def _(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor, window: int, softcap: float, **_
+) -> None:
     if q.dim() not in (3, 4) or k_cache.dim() != 4 or k_cache.shape != v_cache.shape or q.shape[-1] != k_cache.shape[3]:
         raise ValueError(
             "paged_attention: q must be (B, H, D) or (B, Tq, H, D) and the caches (blocks, block_size, Hkv, D), got "
@@ -94,12 +101,16 @@ def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tenso
         )
     if table.dim() != 2 or lengths.shape != table.shape[:1] or q.shape[0] != table.shape[0]:
         raise ValueError("paged_attention: table must be (B, max_blocks) and lengths (B,)")
-    if window is not None and window < 1:
-        raise ValueError("paged_attention: a window must hold at least one token")
+    if window < 0:
+        raise ValueError(f"paged_attention: window must be 0 (none) or a number of tokens, got {window}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"paged_attention: softcap must be 0 (none) or positive and finite, got {softcap}")
 
 
 @paged_attention.supports
-def _(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, **_) -> str | None:
+def _(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, softcap: float, **_) -> str | None:
+    if softcap and "softcap" not in dict(paged_attention.schemas["paged_attention"].arguments):
+        return "the native library is older than its softcap: pip install -e . builds it again"
     if k_cache.dtype != v_cache.dtype:
         return "it takes keys and values of one dtype"
     if reason := native_float(backend, q, *(c for c in (k_cache, v_cache) if c.dtype not in LARGEST)):
@@ -112,7 +123,7 @@ def _(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, **_) -> str | N
 
 
 @paged_attention.operands
-def _(q, k_cache, v_cache, table, lengths, k_scale, v_scale, scale, window, **_):
+def _(q, k_cache, v_cache, table, lengths, k_scale, v_scale, scale, **_):
     check_scale("paged_attention", k_cache, k_scale)
     check_scale("paged_attention", v_cache, v_scale)
     return {
@@ -122,7 +133,6 @@ def _(q, k_cache, v_cache, table, lengths, k_scale, v_scale, scale, window, **_)
         "table": as_integers("paged_attention: table", table, torch.int32),
         "lengths": as_integers("paged_attention: lengths", lengths, torch.int32),
         "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else scale,
-        "window": window or 0,
     }
 
 
@@ -197,6 +207,13 @@ def samples() -> Iterator[Sample]:
     yield make("window of 1", [17, 1], 16, 2, 1, 8, window=1, lse=True)
     yield make("queries", [258, 3, 0], 16, 2, 1, 16, queries=5)
     yield make("queries, window, int8", [31, 50], 16, 2, 1, 24, queries=3, window=20, dtype=int8)
+    yield make("softcap", [45, 3, 0], 16, 4, 2, 16, size=2.0, softcap=3.0, lse=True)
+    yield make("softcap, large logits", [60, 7], 16, 4, 2, 16, size=12.0, softcap=50.0)
+    yield make("softcap, negative scale", [41], 16, 2, 1, 24, scale=-0.5, softcap=2.0)
+    yield make("softcap, one head", [41, 9], 16, 2, 2, 24, size=2.0, softcap=4.0)
+    yield make("softcap, split, window, queries", [600, 31], 16, 4, 2, 16, softcap=2.0, window=300, queries=3, lse=True)
+    yield make("softcap, int8", [270, 5], 16, 6, 2, 24, size=2.0, softcap=3.0, dtype=int8, lse=True)
+    yield make("softcap, fp8", [21, 0, 8], 8, 3, 1, 24, size=2.0, softcap=3.0, dtype=fp8)
     yield make("wide", [20], 16, 2, 1, 256)
     yield make("wide, odd, fp8", [18], 5, 8, 1, 251, dtype=fp8)
     yield make("large logits", [60, 7], 16, 4, 2, 16, size=70.0)
@@ -223,4 +240,5 @@ def samples() -> Iterator[Sample]:
     yield make("bench one sequence", [4096], 16, 8, 8, 64, bench=True)
     yield make("bench grouped by 8", [1024, 2048], 16, 32, 4, 128, bench=True)
     yield make("bench int8", many, 16, 9, 3, 64, dtype=int8, bench=True)
+    yield make("bench softcap", many, 16, 8, 4, 128, softcap=50.0, bench=True)
     yield make("bench fp8", many, 16, 9, 3, 64, dtype=fp8, bench=True)

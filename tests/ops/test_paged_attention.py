@@ -1,5 +1,7 @@
 """Attention over a paged cache by its meaning: what it equals, what cannot change it, what 8 bits cost."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -29,11 +31,12 @@ def close(a, b):
 
 
 @pytest.mark.parametrize(("heads", "block_size"), [(2, 16), (6, 7), (16, 32)])
-def test_equals_attention_of_the_gathered_cache(backend, heads, block_size):
+@pytest.mark.parametrize("rules", [{}, {"softcap": 1.5}, {"softcap": 1.5, "window": 9}], ids=str)
+def test_equals_attention_of_the_gathered_cache(backend, heads, block_size, rules):
     q, k, v, table, lengths = case([70, 0, 1], heads, 2, 20, block_size=block_size)
     dense = [kv_cache_gather(cache, table, lengths, backend=backend) for cache in (k, v)]
-    want = ops.attention.reference(q[:, None], *dense, causal=False, lengths=lengths)[:, 0]
-    got = paged_attention(q, k, v, table, lengths, backend=backend)
+    want = ops.attention.reference(q[:, None], *dense, causal=False, lengths=lengths, **rules)[:, 0]
+    got = paged_attention(q, k, v, table, lengths, **rules, backend=backend)
     assert close(got, want)
     assert not got[1].any()
 
@@ -139,14 +142,39 @@ def test_nothing_of_the_cache_is_copied():
     assert 0 < peak < tokens / 10
 
 
+def test_a_softcap_far_above_the_scores_changes_little(backend):
+    """c tanh(s / c) is s − s³ / 3c² + …: at c = 1000 the results of scores up to 4 move by 1e-5 at most."""
+    q, k, v, table, lengths = case([300, 31])
+    plain, lse = paged_attention(q, k, v, table, lengths, lse=True, backend=backend)
+    capped, capped_lse = paged_attention(q, k, v, table, lengths, softcap=1000.0, lse=True, backend=backend)
+    assert 0 < (plain - capped).abs().max() <= 3e-5
+    assert 0 < (lse - capped_lse).abs().max() <= 3e-5
+
+
+def test_a_library_that_is_older_than_the_softcap_refuses_it(monkeypatch):
+    """It must not drop what its operator does not know."""
+    inputs, schema = case([20, 3]), paged_attention.schemas["paged_attention"]
+    known = tuple((name, default) for name, default in schema.arguments if name != "softcap")
+    monkeypatch.setitem(paged_attention.schemas, "paged_attention", dataclasses.replace(schema, arguments=known))
+    with pytest.raises(ops.BackendUnavailable, match="older than its softcap"):
+        paged_attention(*inputs, softcap=2.0, backend="cpp")
+    assert paged_attention.why_not("cpp", *inputs) is None
+
+
 def test_what_is_refused():
     q, k, v, table, lengths = case([20, 3])
     with pytest.raises(RuntimeError, match="names a block outside"):
         paged_attention(q, k, v, table + 1000, lengths, backend="cpp")
     with pytest.raises(ValueError, match="not a multiple"):
         paged_attention(q[:, :3], k, v, table, lengths)
-    with pytest.raises(ValueError, match="at least one token"):
-        paged_attention(q, k, v, table, lengths, window=0)
+    for rules, message in (
+        ({"window": -1}, "window must be 0"),
+        ({"softcap": -2.0}, "softcap must be 0"),
+        ({"softcap": torch.inf}, "softcap must be 0"),
+        ({"softcap": torch.nan}, "softcap must be 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paged_attention(q, k, v, table, lengths, **rules)
     with pytest.raises(ValueError, match="has scales, another has none"):
         paged_attention(q, k.to(torch.int8), v.to(torch.int8), table, lengths)
     with pytest.raises(ops.BackendUnavailable, match="no backward pass"):

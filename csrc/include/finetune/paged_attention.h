@@ -18,11 +18,12 @@ struct PagedAttention {
   void* out;                         // (batch, queries, heads, dim)
   float* lse;                        // (batch, queries, heads) natural log-sum-exp of the visible scores
   float* sums;                       // (batch, queries, heads, pieces, dim), where there are several pieces:
-                                     // Σ_j 2^(s_j − top) v_j over the piece, s_j = scale · log2(e) · q·k_j
+                                     // Σ_j 2^(s_j − top) v_j over the piece, s_j = log2(e) · score of k_j
   float* tops;                       // (batch, queries, heads, pieces, 2): top = max s_j and Σ_j 2^(s_j − top)
   int64_t batch, queries, heads, kv_heads, dim, block_size, width, pieces;
   float scale;
   int64_t window;   // 0: none
+  float softcap;    // c > 0: the score is c tanh(scale / c q·k); 0: scale q·k
   float* scratch;   // CPU: (workers, paged_attention_scratch()), 64-byte aligned
   int64_t workers;  // CPU: threads that may run at once; the result does not depend on it
 };
