@@ -1,6 +1,6 @@
 """Attention of a few queries over a paged cache (Kwon et al. 2023, arXiv:2309.06180) with split keys (Dao et al. 2023,
-Flash-Decoding). With s_j = scale · log2(e) · q·k_j, or with a softcap c log2(e) tanh(scale / c · q·k_j), over a piece of
-256 tokens:
+Flash-Decoding). With s_j = scale · log2(e) · q·k_j, or with a softcap c · log2(e) · tanh(scale / c · q·k_j), over a
+piece of 256 tokens:
     m = max s_j,  l = Σ 2^(s_j − m),  acc = Σ 2^(s_j − m) v_j;   then the pieces are combined by their maxima.
 
 A program takes a piece of a sequence and kv head for up to BLOCK_ROWS rows (queries of all heads that share the kv
@@ -40,7 +40,7 @@ def write(out, lse, row, element, exists, acc, m, l, dim):
 def attend_kernel(
     q, k_cache, v_cache, k_scale, v_scale, table, lengths, out, lse, acc_parts, m_and_l, q_batch, q_query, q_head,
     k_block, v_block, k_scale_block, v_scale_block, queries, heads, kv_heads, dim, block_size, width,
-    pieces, factor, cap, window, SCALED: tl.constexpr, FP8: tl.constexpr, CAPPED: tl.constexpr,
+    pieces, scale, softcap, window, SCALED: tl.constexpr, FP8: tl.constexpr, CAPPED: tl.constexpr,
     JOINED: tl.constexpr, PIECE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -71,10 +71,11 @@ def attend_kernel(
         k = tl.load(k_cache + (block * k_block + slot * dim)[:, None] + element[None, :], mask=inside, other=0)
         if SCALED:
             k = widen(k, FP8).to(q_tile.dtype)
-        products = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+        score = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * (scale if CAPPED else scale * LOG2E)
         if SCALED:
-            products *= tl.load(k_scale + block * k_scale_block + slot, mask=here, other=0.0)[None, :]
-        score, _ = scores_of(products, factor, cap, CAPPED)
+            score *= tl.load(k_scale + block * k_scale_block + slot, mask=here, other=0.0)[None, :]
+        if CAPPED:
+            score, _ = scores_of(score, 1 / softcap, softcap * LOG2E, CAPPED)
         seen = (token[None, :] >= first[:, None]) & (token[None, :] < tl.minimum(last, end)[:, None])
         score = tl.where(seen, score, float("-inf"))
         m_new = tl.maximum(m, tl.max(score, 1))
@@ -138,14 +139,13 @@ def paged_attention(
     acc_parts, m_and_l = (empty_f32(q, n_rows * pieces if pieces > 1 else 0, n) for n in (dim, 2))
     block, wide = max(16, triton.next_power_of_2(dim)), q.dtype == torch.float32
     tokens = 16 if wide else 64 if block <= 128 else 32  # products in fp32 hold their operands in registers
-    factor, cap = (scale / softcap, softcap * LOG2E.value) if softcap > 0 else (scale * LOG2E.value, 0.0)
     grid = (batch * kv_heads * triton.cdiv(queries * (heads // kv_heads), 16), pieces)
     scales = [(cache, 0) if s is None else (s, s.stride(0)) for cache, s in ((k_cache, k_scale), (v_cache, v_scale))]
     attend_kernel[grid](
         q, k_cache, v_cache, scales[0][0], scales[1][0], table, lengths, out, lse, acc_parts, m_and_l,
         q.stride(0), q.stride(1), q.stride(2), k_cache.stride(0), v_cache.stride(0), scales[0][1], scales[1][1],
         queries, heads, kv_heads, dim,
-        block_size, width, pieces, factor, cap, window, SCALED=k_scale is not None, FP8=is_fp8(k_cache),
+        block_size, width, pieces, scale, softcap, window, SCALED=k_scale is not None, FP8=is_fp8(k_cache),
         CAPPED=softcap > 0, JOINED=pieces == 1, PIECE=PIECE, BLOCK_ROWS=16, BLOCK_TOKENS=tokens, BLOCK_D=block,
         num_warps=8 if wide else 4,
     )  # fmt: skip
