@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class PagedCache:
-    """Per layer two pools (blocks, block_size, Hkv, D) and, with 8 bits, their scales. `dtype`: that of the weights, or
-    torch.int8 or torch.float8_e4m3fn."""
+    """Per layer two pools (blocks, block_size, Hkv, D) and, with 8 bits, their scales. `dtype`: that of the norms, or
+    another: torch.bfloat16, torch.int8, torch.float8_e4m3fn."""
 
     def __init__(self, model: Llama | GPT, blocks: BlockPool, dtype: torch.dtype | None = None) -> None:
-        config, weight = model.config, model.embed.weight
+        config, weight = model.config, model.norm.weight
         shape = (blocks.count, blocks.block_size, config.kv_heads, config.head_dim)
         self.blocks = blocks
         self.layers = [

@@ -30,7 +30,7 @@ class KVCache(RowCache):
     """
 
     def __init__(self, model: Llama | GPT, rows: int, max_length: int) -> None:
-        config, weight = model.config, model.embed.weight
+        config, weight = model.config, model.norm.weight
         if max_length > config.max_length:
             raise UserError(f"{max_length} tokens do not fit the model's maximum length of {config.max_length}")
         shape = (config.layers, rows, max_length, config.kv_heads, config.head_dim)
@@ -96,7 +96,7 @@ def generate(
     check_prompts(model, rows, max_new_tokens)
     if not rows or not max_new_tokens:
         return [[] for _ in rows]
-    device = model.embed.weight.device
+    device = model.norm.weight.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
     longest = max(map(len, rows))
     tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)  # (B, T), right-padded

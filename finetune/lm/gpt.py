@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune import ops
 from finetune.errors import UserError
 from finetune.lm.forward import Cache, ForwardContext, forward_context
+from finetune.lm.head import logits
 from finetune.lm.layers import LayerNorm, embedding, init_gpt2
 
 
@@ -145,4 +145,4 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(tokens.shape[1], lengths)
         x = self.norm(x)
-        return x if hidden else F.linear(x, self.head_weight)
+        return x if hidden else logits(self, x)

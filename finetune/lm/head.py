@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune import ops
@@ -22,7 +22,8 @@ IGNORED = -100
 def logits(model: Llama | GPT, hidden: Tensor, added: Tensor | None = None) -> Tensor:
     """hidden (…, C) → (…, V), plus `added` (…, V): an adapter's share. With a soft cap c (Gemma 2) logits l are
     c · tanh(l / c), computed in fp32."""
-    scores, cap = F.linear(hidden, model.head_weight), softcap(model)
+    packed, cap = packed_head(model), softcap(model)
+    scores = F.linear(hidden, model.head_weight) if packed is None else packed(hidden)
     if added is not None:
         scores = (scores.to(added.dtype) + added).to(scores.dtype)
     return (cap * (scores.float() / cap).tanh()).to(scores.dtype) if cap else scores
@@ -32,13 +33,13 @@ def cross_entropy(
     model: Llama | GPT, hidden: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean"
 ) -> Tensor:
     """Loss (nats, scalar fp32) of hidden (N, C) and targets (N,), of which −100 are ignored; the logits never exist at
-    once. With a soft cap, which ops.linear_cross_entropy does not have, they are made chunk by chunk, and again in the
-    backward pass."""
-    if not softcap(model):
+    once. With a soft cap or a packed head, which ops.linear_cross_entropy does not have, they are made chunk by chunk,
+    and again in the backward pass."""
+    if not softcap(model) and packed_head(model) is None:
         return ops.linear_cross_entropy(hidden, model.head_weight, targets, reduction=reduction)
     counted = targets != IGNORED
     hidden, targets = hidden[counted], targets[counted]
-    rows = max(1, CHUNK // len(model.head_weight))
+    rows = max(1, CHUNK // model.config.vocab_size)
     total = torch.zeros((), device=hidden.device)
     for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
         total = total + checkpoint(chunk_loss, model, some, wanted, use_reentrant=False)
@@ -52,3 +53,8 @@ def chunk_loss(model: Llama | GPT, hidden: Tensor, targets: Tensor) -> Tensor:
 def softcap(model: Llama | GPT) -> float:
     """That of the model's logits; 0: none."""
     return getattr(model.config, "logit_softcap", 0.0)
+
+
+def packed_head(model: Llama | GPT) -> nn.Module | None:
+    """The projection of a model whose weights are packed (finetune/inference/packed.py), C → V."""
+    return getattr(model, "packed_head", None)

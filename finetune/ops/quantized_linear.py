@@ -92,11 +92,11 @@ class QuantizedWeight:
         """The same, elsewhere, in the layout that it has."""
         return self.mapped(lambda t: t.to(device))
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> QuantizedWeight:
-        """With `function` of each of its tensors."""
+    def mapped(self, function: Callable[[Tensor], Tensor], shape: tuple[int, int] | None = None) -> QuantizedWeight:
+        """With `function` of each of its tensors, which may change the shape."""
         codes = function(self.codes)
         scale, minimum = (None if t is None else function(t) for t in (self.scale, self.minimum))
-        return dataclasses.replace(self, codes=codes, scale=scale, minimum=minimum)
+        return dataclasses.replace(self, codes=codes, scale=scale, minimum=minimum, shape=shape or self.shape)
 
     def packed(self, device: str | torch.device) -> QuantizedWeight:
         """On `device`, in the layout that the native kernels of such a device read."""
@@ -121,6 +121,14 @@ class QuantizedWeight:
             values = values - 8
         w = values * self.spread(self.scale)
         return (w if self.minimum is None else w + self.spread(self.minimum)).to(dtype)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Some of the rows, (M,) → (M, K) fp32, bit for bit those of `dequantize`: the look-up of an embedding."""
+        some = (len(indices), self.shape[1])
+        if self.layout == "cpu":  # as panels of one row
+            picked = self.mapped(lambda t: t[indices // PANEL, :, indices % PANEL].unsqueeze(2), some)
+            return from_panels(picked).dequantize()
+        return self.laid_out("rows").mapped(lambda t: t[indices], some).dequantize()
 
     def spread(self, of_groups: Tensor) -> Tensor:
         """(N, groups) → (N, K) fp32, or (N, 1) for one a row."""
@@ -220,9 +228,9 @@ def from_panels(weight: QuantizedWeight) -> QuantizedWeight:
     n, k = weight.shape
     words = weight.codes.transpose(1, 2)  # (panels, 16, steps, elements a word)
     if weight.format in ("int4", "nf4"):
-        codes = halves(torch.stack([words & 15, words >> 4], 3).reshape(words.shape[0] * PANEL, -1)[:n, :k])
+        codes = halves(torch.stack([words & 15, words >> 4], 3).flatten(0, 1).flatten(1)[:n, :k])
     else:
-        codes = words.reshape(words.shape[0] * PANEL, -1)[:n, :k]
+        codes = words.flatten(0, 1).flatten(1)[:n, :k]
         codes = (codes ^ 128).view(torch.int8) if weight.format == "int8" else codes
     groups = -(-k // weight.group) if k else 0
 

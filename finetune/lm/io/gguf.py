@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,16 +224,27 @@ class GGUFModel(GGUFFile):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name in finetune/lm/llama.py, fp32 tensor) of each weight, dequantized one at a time."""
+        for name, _, values in self.named(self.tensor):
+            yield name, torch.from_numpy(np.ascontiguousarray(values))
+
+    def stored(self) -> Iterator[tuple[str, str, Array]]:
+        """(name in finetune/lm/llama.py, GGUF type, rows) of each weight: of a matrix the bytes (N, bytes of a row) as
+        the file has them, of a vector the fp32 values."""
+        return self.named(lambda name: self.raw(name) if len(self.tensor_infos[name].shape) == 2 else self.tensor(name))
+
+    def named(self, read: Callable[[str], Array]) -> Iterator[tuple[str, str, Array]]:
+        """(name in finetune/lm/llama.py, GGUF type, what `read` gives for the file's tensor) of each weight."""
         self.check_types()
         config = self.llama_config()
-        for theirs in self.tensor_infos:
+        for theirs, info in self.tensor_infos.items():
             if theirs == gguf_rope.FREQS and self.name == "llama":
                 continue
-            for name, values in self.parts(theirs, self.tensor(theirs), config):
-                yield name, torch.from_numpy(np.ascontiguousarray(values))
+            for name, values in self.parts(theirs, read(theirs), config):
+                yield name, info.kind, values
 
     def parts(self, theirs: str, values: Array, config: LlamaConfig) -> Iterator[tuple[str, Array]]:
-        """The tensors of the model that a tensor of the file holds: one, or q, k and v below each other."""
+        """The tensors of the model that a tensor of the file holds: one, or q, k and v below each other. Only rows are
+        chosen and moved, but for norms: `values` may be the bytes of a matrix."""
         prefix, _, part = theirs.rpartition(".attn_qkv.")
         if prefix:
             sizes = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]

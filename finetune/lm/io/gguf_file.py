@@ -74,11 +74,14 @@ class GGUFFile:
 
     def tensor(self, name: str) -> np.ndarray:
         """The weights of a tensor, fp32."""
+        return dequantize(self.raw(name), self.tensor_infos[name].kind)
+
+    def raw(self, name: str) -> np.ndarray:
+        """The bytes of a tensor (…, bytes of a row) in the mapped file."""
         info = self.tensor_infos[name]
         if info.file not in self._maps:
             self._maps[info.file] = np.memmap(info.file, np.uint8, "r")
-        raw = self._maps[info.file][info.start : info.start + info.nbytes]
-        return dequantize(raw.reshape(*info.shape[:-1], -1), info.kind)
+        return self._maps[info.file][info.start : info.start + info.nbytes].reshape(*info.shape[:-1], -1)
 
 
 def opened(path: Path) -> Contents:

@@ -44,11 +44,16 @@ def llama(path: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
 def gguf_llama(file: GGUFModel, dtype: torch.dtype) -> Llama:
     """The Llama of an opened GGUF file."""
     loaded = weights.assemble(Llama, file.llama_config(), file.tensors(), dtype, file.path)
+    special_tokens(loaded, file)
+    return loaded
+
+
+def special_tokens(loaded: Llama, file: GGUFModel) -> None:
+    """Gives the model the special tokens that the file names."""
     known = TokenIds.__struct_fields__
     loaded.token_ids = {key: value for key, value in file.token_ids().items() if key in known}
     if len(stops := file.stop_ids()) > 1:
         loaded.generation_ids = loaded.token_ids | {"eos_token_id": stops}
-    return loaded
 
 
 def gpt(path: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
