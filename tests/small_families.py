@@ -1,4 +1,4 @@
-"""Tiny random models of each family, with weights that bf16 holds exactly, for the tests of GGUF."""
+"""Tiny random models of each family, with weights that bf16 holds exactly, for the tests of GGUF and of the engine."""
 
 import torch
 

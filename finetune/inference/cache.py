@@ -19,6 +19,7 @@ from finetune.inference.blocks import BlockPool
 from finetune.inference.scheduler import Asked, Work
 from finetune.lm import head
 from finetune.lm.gpt import GPT
+from finetune.lm.layers import RopeScaling
 from finetune.lm.llama import Llama
 from finetune.ops.kv_cache import kv_cache_append_, kv_cache_copy_, pool
 
@@ -34,6 +35,7 @@ class PagedCache:
         config, weight = model.config, model.norm.weight
         shape = (blocks.count, blocks.block_size, config.kv_heads, config.head_dim)
         self.blocks = blocks
+        self.dynamic = getattr(config, "rope_scaling", RopeScaling()).kind == "dynamic"
         self.layers = [
             [pool(*shape, dtype or weight.dtype, weight.device) for _ in ("k", "v")] for _ in range(config.layers)
         ]
@@ -99,6 +101,9 @@ class PagedStep:
         places = [(work, work.start + i) for work in plan for i in range(work.count)]
         self.positions = torch.tensor([[at for _, at in places]], device=device)
         self.slots = torch.tensor([cache.blocks.slot(w.sequence.table, at) for w, at in places], device=device)
+        self.spans: Tensor | None = None  # (1, N), for dynamic rope scaling
+        if cache.dynamic:
+            self.spans = torch.tensor([[max(len(w.sequence.prompt), at + 1) for w, at in places]], device=device)
         self.last = [end - 1 for end in accumulate(work.count for work in plan)]
         self.lengths = torch.tensor([work.start for work in plan], device=device)  # tokens stored before this step
         # Neighbors in the plan with equally many tokens attend in one call: all that decode, and each prompt's part.

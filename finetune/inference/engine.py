@@ -51,9 +51,6 @@ class Engine:
         drafter: Drafter | None = None,
         adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
-        scaling = getattr(model.config, "rope_scaling", None)
-        if scaling and scaling.kind == "dynamic":
-            raise UserError("dynamic rope scaling follows the longest sequence of a batch: the engine cannot serve it")
         self.model, self.drafter = model, drafter
         self.proposed = self.accepted = 0  # guesses of the drafter
         self.changed: list[Sequence] = []  # those that got tokens in the last step
@@ -90,7 +87,7 @@ class Engine:
                 raise UserError(
                     f"the prompt has {len(prompt)} tokens; with {most_new} new ones it does not fit {name} of {most}"
                 )
-        table = Table(self.root(adapter))
+        table = Table(self.root(adapter, len(prompt)))
         sequence = Sequence(
             list(prompt), how, most_new, frozenset(stop_ids), priority, text=text, adapter=adapter, table=table,
             grammar=grammar,
@@ -99,13 +96,15 @@ class Engine:
             self.scheduler.add(sequence)
         return sequence
 
-    def root(self, adapter: str | None) -> bytes:
+    def root(self, adapter: str | None, length: int) -> bytes:
         """What the prefix cache's keys of a sequence begin with: everything but its tokens that changes its keys and
-        values. UserError for an unknown adapter."""
+        values, such as the prompt's `length` with dynamic rope scaling. UserError for an unknown adapter."""
         content = self.adapters.digest(adapter)
         if not self.pool.prefix_cache:
             return b""
-        return hashlib.sha256(f"{self.cache.layers[0][0][0].dtype} ".encode() + self.fingerprint() + content).digest()
+        stretched = self.cache.dynamic and length > self.model.config.rope_scaling.original_length
+        words = f"{self.cache.layers[0][0][0].dtype} {length if stretched else 0} "
+        return hashlib.sha256(words.encode() + self.fingerprint() + content).digest()
 
     @property
     def busy(self) -> bool:

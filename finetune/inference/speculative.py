@@ -102,14 +102,14 @@ class DraftModel:
         tokens = sequence.tokens + sequence.guesses
         if len(tokens) >= self.model.config.max_length:
             return False
-        shadow = self.shadows.setdefault(sequence, scheduler.Sequence([], Sampling(), 0))
+        shadow = self.shadows.setdefault(sequence, scheduler.Sequence(sequence.prompt, Sampling(), 0))
         same = 0
-        for mine, theirs in zip(shadow.prompt[: shadow.table.tokens], tokens, strict=False):
+        for mine, theirs in zip(shadow.tokens[: shadow.table.tokens], tokens, strict=False):
             if mine != theirs:
                 break
             same += 1
         self.pool.shrink(shadow.table, min(same, len(tokens) - 1))  # rejected guesses
-        shadow.prompt = tokens
+        shadow.answer = tokens[len(sequence.prompt) :]
         return True
 
     def forget(self, sequence: scheduler.Sequence) -> None:

@@ -17,6 +17,9 @@ class Cache(Protocol):
     prefix), or the blocks of many sequences (`finetune.inference.cache.PagedStep`)."""
 
     lengths: Tensor  # (B,) tokens stored in each row
+    spans: (
+        Tensor | None
+    )  # (B, T) for dynamic rope scaling: the length that each new token's theta is of; None: the longest
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **rules: Any) -> Tensor:
         """Stores the new k, v (B, T, Hkv, D); returns the attention (B, T, H, D) of the new q over all tokens of their
@@ -28,6 +31,8 @@ class Cache(Protocol):
 
 class RowCache:
     """A cache that keeps each row's keys and values in one piece, which `append` returns."""
+
+    spans: Tensor | None = None
 
     def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Stores the new k, v (B, T, Hkv, D); returns all keys, all values and the number (B,) of real ones."""
@@ -47,6 +52,9 @@ class ForwardContext:
     lengths: Tensor | None = None  # (B,): only the first lengths[b] tokens of row b are real, the rest is padding
     cu_seqlens: Tensor | None = None  # (N+1,): the one row holds N documents, which do not attend to each other
     cache: Cache | None = None  # keys and values of earlier tokens
+
+    def __post_init__(self) -> None:
+        self.turns = self.positions  # (B, T): each token's row of the rotary tables
 
     @property
     def longest(self) -> Tensor:

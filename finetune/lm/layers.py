@@ -58,7 +58,9 @@ class RopeScaling:
     none     nothing
     linear   all divided by `factor`                                           Chen et al. 2023, arXiv:2306.15595
     dynamic  theta grows with the longest sequence once that has more than original_length tokens ("NTK-aware"); keys in
-             a cache keep the theta of when they were made, as in transformers
+             a cache keep the theta of when they were made, as in transformers. The engine, which serves sequences of
+             different lengths together, takes for each token the longer of its prompt and its position + 1: what
+             transformers does with that sequence alone
     yarn     low ones divided by `factor`, high ones kept, between beta_slow and beta_fast turns in original_length a
              ramp; cos and sin are multiplied by `attention_factor`            Peng et al. 2023, arXiv:2309.00071
     llama3   those of fewer than low_freq_factor turns in original_length divided by `factor`, those of more than
@@ -109,8 +111,8 @@ def rope_frequencies(
     device: torch.device | None = None,
     length: Tensor | None = None,
 ) -> Tensor:
-    """(D/2,) fp32: radians a token of each pair of dimensions, to the last bit those of transformers. `length` (): that
-    of the sequence, for dynamic scaling."""
+    """(D/2,) fp32: radians a token of each pair of dimensions, to the last bit those of transformers. `length` () or
+    (N, 1): that of the sequence, for dynamic scaling, which then gives (D/2,) or (N, D/2)."""
     s = scaling
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     if s.kind == "dynamic" and length is not None:
@@ -157,9 +159,12 @@ class RotaryTable:
         return self.cached
 
     def computed(self, device: torch.device, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        frequencies = rope_frequencies(self.head_dim, self.theta, self.scaling, device, length)
-        positions = torch.arange(self.max_length, dtype=torch.float32, device=device)
-        angles, magnitude = torch.outer(positions, frequencies), self.scaling.magnitude  # (max_length, D/2)
+        return self.turned(torch.arange(self.max_length, device=device), length)
+
+    def turned(self, positions: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin (N, D/2) at positions (N,), for one `length` () of all, or that of each (N, 1)."""
+        frequencies = rope_frequencies(self.head_dim, self.theta, self.scaling, positions.device, length)
+        angles, magnitude = positions.float()[:, None] * frequencies, self.scaling.magnitude  # (N, D/2)
         return angles.cos() * magnitude, angles.sin() * magnitude
 
 

@@ -105,8 +105,8 @@ class Attention(nn.Module):
         k = self.k_norm(self.k(x).view(rows, steps, -1, self.head_dim))  # (B, T, Hkv, D)
         v = self.v(x).view(rows, steps, -1, self.head_dim)
         if self.rotates:
-            q = ops.rope(q, cos, sin, context.positions)
-            k = ops.rope(k, cos, sin, context.positions)
+            q = ops.rope(q, cos, sin, context.turns)
+            k = ops.rope(k, cos, sin, context.turns)
         rules: dict[str, Any] = {"scale": self.scale, "window": self.window, "softcap": self.softcap}
         if context.cache is None:
             o = ops.attention(q, k, v, causal=True, lengths=context.lengths, cu_seqlens=context.cu_seqlens, **rules)
@@ -188,6 +188,18 @@ class Llama(nn.Module):
         scale = self.config.embedding_scale
         return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)  # rounded first, as in transformers
 
+    def rotations(self, context: ForwardContext) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin for the layers that see everything, and for those with a window: of each position, or where
+        dynamic scaling has a length for each token, of each token, whose row is `context.turns`."""
+        tables = (self.rotary, self.local_rotary)
+        dynamic = self.config.rope_scaling.kind == "dynamic"
+        if not dynamic or context.cache is None or context.cache.spans is None:
+            longest = context.longest if dynamic else None
+            return [table.on(context.positions.device, longest) for table in tables]
+        places = context.positions.flatten()
+        context.turns = torch.arange(len(places), device=places.device).view_as(context.positions)
+        return [table.turned(places, context.cache.spans.view(-1, 1)) for table in tables]
+
     def forward(
         self,
         tokens: Tensor,
@@ -218,9 +230,7 @@ class Llama(nn.Module):
             cu_seqlens=cu_seqlens,
             cache=cache,
         )
-        length = context.longest if config.rope_scaling.kind == "dynamic" else None
-        everywhere = self.rotary.on(tokens.device, length)  # cos, sin (max_length, D/2)
-        local = self.local_rotary.on(tokens.device, length)
+        everywhere, local = self.rotations(context)
         x = self.embeddings(tokens) if embedded is None else embedded  # (B, T, C)
         save_memory = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.blocks):

@@ -130,12 +130,6 @@ def test_families_are_served(fields):
     assert [one.answer for one in sequences] == [generate(model, [prompt], 20)[0] for prompt in prompts()]
 
 
-def test_rope_that_depends_on_the_batch_is_refused():
-    model = llama(rope_scaling={"kind": "dynamic", "factor": 2.0, "original_length": 32})
-    with pytest.raises(UserError, match="dynamic rope scaling"):
-        Engine(model, blocks=4)
-
-
 @pytest.mark.peer
 def test_greedy_tokens_are_those_of_transformers(tmp_path):
     import transformers
