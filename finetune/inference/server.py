@@ -11,7 +11,9 @@ import asyncio
 import hmac
 import itertools
 import secrets
+import threading
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from starlette.routing import Route
 from finetune.errors import UserError
 from finetune.inference.api import Call, ChatCall, TextCall
 from finetune.inference.engine import Engine
+from finetune.inference.grammar import Matcher, Vocabulary
 from finetune.inference.metrics import Metrics
+from finetune.inference.tools import Dialect
 from finetune.inference.work import Refused, Work, settle
 from finetune.inference.worker import Worker
 from finetune.lm.tokenizer import Tokenizer
@@ -56,6 +60,7 @@ class Server:
             self.adapters |= {name: name, f"{model}:{name}": name}
         self.key, self.most_requests, self.most_new = key, most_requests, most_new
         self.active, self.began, self.seeds = 0, int(time.time()), itertools.count(secrets.randbits(32))
+        self.compiling = threading.Lock()
         self.metrics = Metrics(self)
         self.app = Starlette(
             routes=[
@@ -101,10 +106,16 @@ class Server:
     async def chat(self, request: Request) -> Response:
         call = await self.read(request, ChatCall)
         try:
-            text, _ = self.tokenizer.render_text(call.conversation(), add_generation_prompt=True)
+            call.check_tools()
+            dialect = self.dialect if call.callable else None
+            messages = call.conversation()
+            used = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+            if used and (lost := self.tokenizer.renderer.losses(messages)):
+                raise UserError(f"the model's chat template does not write {lost[0][1]}")
+            text, _ = self.tokenizer.render_text(messages, add_generation_prompt=True)
         except UserError as error:
             raise Refused(400, str(error)) from None
-        return await self.answer(request, call, self.tokenizer.encode(text, add_special_tokens=False))
+        return await self.answer(request, call, self.tokenizer.encode(text, add_special_tokens=False), dialect)
 
     async def complete(self, request: Request) -> Response:
         call = await self.read(request, TextCall)
@@ -133,12 +144,27 @@ class Server:
             raise Refused(404, f"the model {call.model!r} is not served; it is {served}", "model_not_found")
         return call
 
-    async def answer(self, request: Request, call: Call, prompt: list[int]) -> Response:
+    @cached_property
+    def dialect(self) -> Dialect:
+        """How the model calls tools; UserError if it does not."""
+        return Dialect.of(self.tokenizer)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What grammars see of the model."""
+        return Vocabulary(self.tokenizer, self.worker.engine.model.config.vocab_size, self.stop_ids)
+
+    def matcher(self, source: str) -> Matcher:
+        """Of a grammar; called in a thread, one after the other. UserError if it cannot be enforced."""
+        with self.compiling:
+            return self.vocabulary.matcher(source)
+
+    async def answer(self, request: Request, call: Call, prompt: list[int], dialect: Dialect | None = None) -> Response:
         if self.worker.failure is not None:
             raise Refused(503, "the engine has stopped")
         if self.active >= self.most_requests:
             raise Refused(429, f"{self.active} requests are in work: try again later", "rate_limit_exceeded")
-        work = Work(self, call, prompt)
+        work = Work(self, call, prompt, dialect)
         await work.begin()
         if call.stream:
             return StreamingResponse(work.stream(request), media_type="text/event-stream")

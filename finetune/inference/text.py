@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from finetune.errors import UserError
 from finetune.lm.tokenizer import Tokenizer
@@ -15,13 +15,18 @@ class TextStream:
     the first stop string, whose end comes first of all (of two that end together, the longer).
 
     A token's text is what it adds to the text of the tokens before it: tokenizers write a token differently at the
-    start. Only the tokens since the last whole character are decoded again, so the cost of a token does not grow.
+    start. Special tokens write nothing, except those of `keep`. Only the tokens since the last whole character are
+    decoded again, so the cost of a token does not grow.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), keep: Iterable[int] = ()) -> None:
         if not all(stops):
             raise UserError("a stop string is empty: it would end every answer before it begins")
         self.tokenizer, self.stops = tokenizer, tuple(stops)
+        self.hidden: frozenset[int] | None = None  # tokens that write nothing; None: the special ones
+        if kept := {*keep}:
+            added = tokenizer.backend.get_added_tokens_decoder()
+            self.hidden = frozenset(i for i, token in added.items() if token.special) - kept
         self.ids: list[int] = []
         self.start = self.read = 0  # ids[start:read] is the context of ids[read:], whose text is not released yet
         self.pending = ""  # released by the tokens, held back as the possible beginning of a stop string
@@ -45,9 +50,13 @@ class TextStream:
         return text
 
     def unread(self) -> str:
-        before, now = (self.tokenizer.decode(part, skip_special_tokens=True) for part in
-                       (self.ids[self.start : self.read], self.ids[self.start :]))  # fmt: skip
+        before, now = map(self.decode, (self.ids[self.start : self.read], self.ids[self.start :]))
         return now[len(before) :]
+
+    def decode(self, ids: list[int]) -> str:
+        if self.hidden is None:
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode([i for i in ids if i not in self.hidden])
 
     def release(self, text: str) -> str:
         if self.stopped:

@@ -7,7 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -16,9 +16,11 @@ from starlette.responses import JSONResponse, Response
 from finetune.errors import UserError
 from finetune.inference.api import Call
 from finetune.inference.beams import samples
+from finetune.inference.grammar import Matcher
 from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Sequence
 from finetune.inference.text import TextStream
+from finetune.inference.tools import Dialect, ToolCall
 
 if TYPE_CHECKING:
     from finetune.inference.server import Server
@@ -33,6 +35,8 @@ class News:
     tokens: list[int]
     logprobs: list[Any]
     finish_reason: str
+    error: str = ""
+    calls: list[tuple[int, ToolCall]] = field(default_factory=list)  # of tools, with their number in the answer
 
 
 class Refused(Exception):
@@ -53,10 +57,12 @@ class Left(Exception):
 
 
 class Work:
-    """One request in the engine. `begin`, then either `stream` or `whole`."""
+    """One request in the engine. `begin`, then either `stream` or `whole`. `dialect`: as in `Call.structure`."""
 
-    def __init__(self, server: Server, call: Call, prompt: list[int]) -> None:
-        self.server, self.call, self.prompt = server, call, prompt
+    def __init__(self, server: Server, call: Call, prompt: list[int], dialect: Dialect | None = None) -> None:
+        self.server, self.call, self.prompt, self.dialect = server, call, prompt, dialect
+        self.readers = [call.reader(dialect) for _ in range(call.n)]
+        self.called = [0] * call.n
         self.id = f"{call.prefix}-{secrets.token_hex(12)}"
         self.created, self.began = int(time.time()), time.perf_counter()
         self.loop, self.news = asyncio.get_running_loop(), asyncio.Queue[News | None]()
@@ -70,7 +76,9 @@ class Work:
         tokenizer, room = server.tokenizer, server.worker.engine.model.config.max_length - len(self.prompt)
         most_new = call.most_new if call.most_new is not None else max(min(server.most_new, room), 1)
         seed = call.seed if call.seed is not None else next(server.seeds)
+        keep = self.dialect.special.values() if self.dialect else ()
         accepted: asyncio.Future[None] = self.loop.create_future()
+        matcher: Matcher | None = None
 
         def start() -> None:
             error = None
@@ -78,7 +86,8 @@ class Work:
                 how = Sampling(**call.sampling(), seed=seed % (1 << 63))
                 self.sequences = samples(
                     server.worker.engine, self.prompt, how, most_new, call.n, server.stop_ids,
-                    text=lambda: TextStream(tokenizer, call.stops), adapter=server.adapters[call.model],
+                    text=lambda: TextStream(tokenizer, call.stops, keep), adapter=server.adapters[call.model],
+                    grammar=matcher,
                 )  # fmt: skip
                 server.worker.listeners[self.sequences[0]] = self.hear
             except UserError as refusal:
@@ -87,8 +96,13 @@ class Work:
 
         server.active += 1
         try:
+            if source := call.structure(self.dialect):
+                matcher = await asyncio.to_thread(server.matcher, source)
             server.worker.call(start)
             await accepted
+        except UserError as error:
+            self.end()
+            raise Refused(400, str(error)) from None
         except BaseException:
             self.end()
             raise
@@ -103,7 +117,7 @@ class Work:
         letters, tokens = self.sent.get(index, (0, 0))
         self.sent[index] = len(sequence.text.text), len(sequence.answer)
         news = News(index, sequence.text.text[letters:], sequence.answer[tokens:], sequence.logprobs[tokens:],
-                    sequence.finish_reason)  # fmt: skip
+                    sequence.finish_reason, sequence.error)  # fmt: skip
         self.loop.call_soon_threadsafe(self.news.put_nowait, news)
 
     def end(self) -> None:
@@ -125,7 +139,8 @@ class Work:
                 if news is None:
                     raise Left
                 if news.finish_reason == "error":
-                    raise Refused(500, "the engine has stopped")
+                    raise Refused(500, news.error or "the engine has stopped")
+                self.find_calls(news)
                 now = time.perf_counter()
                 if last is None:
                     self.server.metrics.first.observe(now - self.began)
@@ -140,20 +155,38 @@ class Work:
             watching.cancel()
             self.end()
 
+    def find_calls(self, news: News) -> None:
+        """Takes the calls of tools out of the text."""
+        reader = self.readers[news.index]
+        if reader is None:
+            return
+        news.text, calls = reader.push(news.text)
+        if news.finish_reason:
+            rest, more = reader.finish()
+            news.text, calls = news.text + rest, calls + more
+        for call in calls:
+            if self.call.several or not self.called[news.index]:
+                news.calls.append((self.called[news.index], call))
+                self.called[news.index] += 1
+        if self.called[news.index] and news.finish_reason == "stop":
+            news.finish_reason = "tool_calls"
+
     async def whole(self, request: Request) -> Response:
         """The finished answers in one object."""
         call, made = self.call, 0
         texts, reasons = [""] * call.n, [""] * call.n
+        calls: list[list[ToolCall]] = [[] for _ in range(call.n)]
         logprobs: list[list[Any]] = [[] for _ in range(call.n)]
         try:
             async for news in self.arrivals(request):
                 texts[news.index] += news.text
                 logprobs[news.index] += call.logprob_entries(self.server.tokenizer, news.tokens, news.logprobs)
                 reasons[news.index] = news.finish_reason
+                calls[news.index] += [one for _, one in news.calls]
                 made += len(news.tokens)
         except Left:
             return Response(status_code=499)  # nobody reads it
-        choices = [call.choice(i, texts[i], logprobs[i], reasons[i]) for i in range(call.n)]
+        choices = [call.choice(i, texts[i], logprobs[i], reasons[i], calls[i]) for i in range(call.n)]
         return JSONResponse(self.head(call.object) | {"choices": choices, "usage": self.usage(made)})
 
     async def stream(self, request: Request) -> AsyncIterator[str]:
@@ -167,8 +200,9 @@ class Work:
             async for news in news_of:
                 made += len(news.tokens)
                 entries = call.logprob_entries(self.server.tokenizer, news.tokens, news.logprobs)
-                if news.text or entries or news.finish_reason:
-                    yield event(chunk | {"choices": [call.delta(news.index, news.text, entries, news.finish_reason)]})
+                if news.text or entries or news.calls or news.finish_reason:
+                    piece = call.delta(news.index, news.text, entries, news.finish_reason, news.calls)
+                    yield event(chunk | {"choices": [piece]})
             if call.stream_options and call.stream_options.include_usage:
                 yield event(chunk | {"choices": [], "usage": self.usage(made)})
             yield "data: [DONE]\n\n"

@@ -1,0 +1,46 @@
+"""A server of a small model in this process, and its answers without it."""
+
+import contextlib
+import threading
+import time
+
+import torch
+import uvicorn
+from small_served import llama
+
+from finetune.inference.beams import samples
+from finetune.inference.engine import Engine
+from finetune.inference.server import Server
+from finetune.inference.text import TextStream
+from finetune.inference.worker import Worker
+
+
+@contextlib.contextmanager
+def serving(tokenizer, *, blocks=60, key=None, model=None, adapters=None, **given):
+    """(base address, server) of a server in this process."""
+    torch.set_num_threads(1)
+    model = model or llama(vocab_size=tokenizer.vocab_size)
+    worker = Worker(Engine(model, blocks=blocks, block_size=4, adapters=adapters))
+    worker.start()
+    server = Server(worker, tokenizer, "small", {tokenizer.eos_id}, key=key, **given)
+    running = uvicorn.Server(uvicorn.Config(server.app, port=0, log_level="warning"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}", server
+    finally:
+        running.should_exit = True
+        thread.join(10)
+        worker.stop()
+        worker.join(10)
+        assert not worker.is_alive()
+
+
+def alone(server, prompt, how, most_new, stops=(), count=1):
+    """Texts and finish reasons of a request in an engine without others."""
+    engine = Engine(server.worker.engine.model, blocks=60, block_size=4)
+    found = samples(engine, prompt, how, most_new, count, server.stop_ids, lambda: TextStream(server.tokenizer, stops))
+    engine.run()
+    return [(one.text.text, one.finish_reason) for one in found]
