@@ -13,14 +13,21 @@ from finetune.inference.engine import Engine
 from finetune.inference.server import Server
 from finetune.inference.text import TextStream
 from finetune.inference.worker import Worker
+from finetune.lm.tokenizer import Tokenizer
+
+TEXT = "the quick brown fox jumps over the lazy dog 🙂 süß <|im_start|>user assistant\n"
+
+
+def trained_tokenizer():
+    return Tokenizer.train([TEXT] * 3, vocab_size=300)
 
 
 @contextlib.contextmanager
-def serving(tokenizer, *, blocks=60, key=None, model=None, adapters=None, **given):
-    """(base address, server) of a server in this process."""
+def serving(tokenizer, *, blocks=60, key=None, model=None, engine=None, **given):
+    """(base address, server) of a server in this process; `engine`: further arguments of its engine."""
     torch.set_num_threads(1)
     model = model or llama(vocab_size=tokenizer.vocab_size)
-    worker = Worker(Engine(model, blocks=blocks, block_size=4, adapters=adapters))
+    worker = Worker(Engine(model, blocks=blocks, block_size=4, **(engine or {})))
     worker.start()
     server = Server(worker, tokenizer, "small", {tokenizer.eos_id}, key=key, **given)
     running = uvicorn.Server(uvicorn.Config(server.app, port=0, log_level="warning"))

@@ -109,9 +109,8 @@ class Work:
 
     def hear(self, sequence: Sequence) -> None:
         """Called in the engine's thread: passes on what is new."""
-        for other in self.sequences[1:]:  # those that were split off in this step
-            if not other.finish_reason:
-                self.server.worker.listeners.setdefault(other, self.hear)
+        if not self.sent:  # the first step: the others were split off in it, and may be finished
+            self.server.worker.listeners.update(dict.fromkeys(self.sequences[1:], self.hear))
         index = next(i for i, one in enumerate(self.sequences) if one is sequence)
         assert sequence.text
         letters, tokens = self.sent.get(index, (0, 0))
@@ -130,7 +129,8 @@ class Work:
 
     async def arrivals(self, request: Request) -> AsyncIterator[News]:
         """All news, until every answer is finished. Left if the client goes; Refused if the engine failed."""
-        finished, last = 0, None
+        finished, first = 0, True
+        last: dict[int, float] = {}  # when each answer got its latest tokens
         watching = asyncio.ensure_future(left(request))
         watching.add_done_callback(lambda task: None if task.cancelled() else self.news.put_nowait(None))
         try:
@@ -142,11 +142,13 @@ class Work:
                     raise Refused(500, news.error or "the engine has stopped")
                 self.find_calls(news)
                 now = time.perf_counter()
-                if last is None:
+                if first:
                     self.server.metrics.first.observe(now - self.began)
-                else:
-                    self.server.metrics.between.observe(now - last)
-                last = now
+                    first = False
+                elif news.index in last:
+                    for _ in news.tokens:  # of one step: with guesses several
+                        self.server.metrics.between.observe((now - last[news.index]) / len(news.tokens))
+                last[news.index] = now
                 self.server.metrics.tokens.inc(len(news.tokens))
                 finished += bool(news.finish_reason)
                 yield news

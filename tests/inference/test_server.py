@@ -17,7 +17,7 @@ import httpx
 import pytest
 import rich.console
 from small_served import adapter, llama
-from small_server import alone, serving
+from small_server import TEXT, alone, serving, trained_tokenizer
 
 from finetune.errors import UserError
 from finetune.inference.engine import Engine
@@ -26,17 +26,15 @@ from finetune.inference.server import Server
 from finetune.inference.worker import Worker
 from finetune.lm.generate import generate
 from finetune.lm.io import save
-from finetune.lm.tokenizer import Tokenizer
 from finetune.peft.adapters import load_adapter
 from finetune.serve import adapter_folders
 
 ROOT = Path(__file__).parents[2]
-TEXT = "the quick brown fox jumps over the lazy dog 🙂 süß <|im_start|>user assistant\n"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train([TEXT] * 3, vocab_size=300)
+    return trained_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +158,7 @@ def test_a_request_chooses_an_adapter_by_the_name_of_its_model(tokenizer, tmp_pa
             load_adapter(model, folder)
         wanted[name] = tokenizer.decode(generate(model, [prompt], 12, stop_ids=[tokenizer.eos_id])[0])
     assert len(set(wanted.values())) == 3
-    with serving(tokenizer, adapters=folders) as (base, server):
+    with serving(tokenizer, engine={"adapters": folders}) as (base, server):
         listed = httpx.get(f"{base}/v1/models").json()["data"]
         assert [(one["id"], one.get("parent")) for one in listed] == [
             ("small", None), ("small:law", "small"), ("small:verse", "small")
