@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune import ops
 from finetune.errors import UserError, nearest
 from finetune.inference.scheduler import Work
 from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
+from finetune.ops.quantized_linear import QuantizedWeight, dense
 from finetune.peft.adapters import CONFIG, Held, read_lora
 from finetune.peft.lora import LoRALinear
 from finetune.peft.whole import has_post_norms
@@ -42,17 +44,26 @@ Rows = Sequence[tuple[str, Tensor]]  # of each adapter in a step: its name, and 
 @dataclass
 class Stack:
     """The factors of all adapters of one layer: `down` (Σ ranks, in) and `up` (Σ ranks, out) in fp32, and of each
-    adapter by name its part of the ranks, and s."""
+    adapter by name its part of the ranks, and s. In a batch-invariant engine also A and s B packed (invariance.py)."""
 
     down: Tensor
     up: Tensor
     part: dict[str, slice] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
+    packed: dict[str, tuple[QuantizedWeight, QuantizedWeight]] = field(default_factory=dict)
+
+    def pack(self) -> None:
+        for name, ranks in self.part.items():
+            a, b = self.down[ranks], self.up[ranks].T.contiguous() * self.scale[name]
+            self.packed[name] = dense(a).packed(a.device), dense(b).packed(b.device)
 
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
         """y (N, out) with the adapters' sums of x (N, in) added in place, in fp32 before the result is rounded."""
         for name, own in rows:
-            if name in self.part:
+            if name in self.packed:
+                a, b = self.packed[name]
+                y[own] = (y[own].float() + ops.quantized_linear(ops.quantized_linear(x[own].float(), a), b)).to(y.dtype)
+            elif name in self.part:
                 ranks = self.part[name]
                 low = x[own].to(self.down.dtype) @ self.down[ranks].T  # (n, r)
                 y[own] = y[own].to(low.dtype).addmm_(low, self.up[ranks], alpha=self.scale[name]).to(y.dtype)
@@ -63,7 +74,7 @@ class Adapters:
     """The adapters in these folders, by name, for requests to `model`. UserError for a folder that is damaged, of
     another model, or holds more than low-rank sums of linear layers: DoRA, PiSSA as peft writes it, whole modules."""
 
-    def __init__(self, model: Llama | GPT, folders: Mapping[str, str | Path]) -> None:
+    def __init__(self, model: Llama | GPT, folders: Mapping[str, str | Path], invariant: bool = False) -> None:
         for at, module in model.named_modules():
             if folders and isinstance(module, LoRALinear):
                 raise UserError(f"{at} of the model has an adapter on it already: serve the base, and adapters over it")
@@ -85,6 +96,8 @@ class Adapters:
             for name, scale, a, _ in parts:
                 stack.part[name], stack.scale[name] = slice(start, start + len(a)), scale
                 start += len(a)
+            if invariant:
+                stack.pack()
 
     @property
     def nbytes(self) -> int:

@@ -24,6 +24,7 @@ from finetune.inference.blocks import BlockPool, Table
 from finetune.inference.cache import PagedCache
 from finetune.inference.fingerprint import Fingerprint
 from finetune.inference.grammar import Matcher
+from finetune.inference.invariance import dependent
 from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Logprobs, Scheduler, Sequence
 from finetune.inference.speculative import Drafter, agreed, verified
@@ -36,7 +37,8 @@ from finetune.lm.llama import Llama
 class Engine:
     """Serves one model. `blocks` of `block_size` tokens are allocated at once; `most_tokens` and `most_sequences` bound
     a step; `cache_dtype`: torch.int8 or torch.float8_e4m3fn for a cache of 8 bits; `drafter`: speculative decoding;
-    `adapters`: folders of LoRA adapters by name, one of which a request may choose."""
+    `adapters`: folders of LoRA adapters by name, one of which a request may choose. `batch_invariant`: the same bits in
+    any company, which a model with packed weights gives; UserError names what depends on the company in another."""
 
     def __init__(
         self,
@@ -50,14 +52,17 @@ class Engine:
         cache_dtype: torch.dtype | None = None,
         drafter: Drafter | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        batch_invariant: bool = False,
     ) -> None:
+        if batch_invariant and (reason := dependent(model)):
+            raise UserError(f"answers would depend on the batch they are in: {reason}")
         self.model, self.drafter = model, drafter
         self.proposed = self.accepted = 0  # guesses of the drafter
         self.changed: list[Sequence] = []  # those that got tokens in the last step
         self.pool = BlockPool(blocks, block_size, prefix_cache)
         self.scheduler = Scheduler(self.pool, most_tokens, most_sequences)
         self.cache = PagedCache(model, self.pool, cache_dtype)
-        self.adapters = Adapters(model, adapters or {})
+        self.adapters = Adapters(model, adapters or {}, batch_invariant)
         self.fingerprint = Fingerprint(model)
 
     def add(

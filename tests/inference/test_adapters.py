@@ -13,6 +13,7 @@ from finetune.errors import UserError
 from finetune.inference.adapters import Adapters
 from finetune.inference.beams import BeamSearch, samples
 from finetune.inference.engine import Engine
+from finetune.inference.packed import pack
 from finetune.inference.sampler import Sampling
 from finetune.inference.speculative import PromptLookup
 from finetune.lm.generate import generate
@@ -90,11 +91,15 @@ def test_log_probabilities_are_those_of_the_attached_model(folders):
         torch.testing.assert_close(torch.tensor(list(one.logprobs[0].top.values())), values, rtol=0, atol=2e-6)
 
 
-def test_a_quantized_base_gets_adapters_too(folders):
-    chosen = {name: folders[name] for name in ("plain", "other", "patterns")}  # its head is not quantized
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_quantized_base_gets_adapters_too(folders, packed):
+    chosen = {name: folders[name] for name in ("plain", "other", "patterns")}  # without the head: it has other codes
     asked, wanted = alone(chosen, 4, change=lambda model: quantize_linears(model, "int8"))
     model = llama()
-    quantize_linears(model, "int8")
+    if packed:
+        pack(model, "int8", head="fp32")
+    else:
+        quantize_linears(model, "int8")
     engine = Engine(model, blocks=200, adapters=chosen)
     found = [engine.add(prompt, Sampling(), 8, adapter=name) for prompt, name in asked]
     engine.run()

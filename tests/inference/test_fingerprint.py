@@ -8,6 +8,7 @@ from small_served import adapter, llama
 
 from finetune.inference.engine import Engine
 from finetune.inference.fingerprint import Fingerprint, tensors
+from finetune.inference.packed import pack
 from finetune.inference.sampler import Sampling
 from finetune.peft.adapters import load_adapter
 from finetune.peft.lora import activate
@@ -71,16 +72,17 @@ def test_changed_weights_have_other_keys(change, tmp_path):
 def test_the_caches_dtype_and_the_configuration_are_in_the_key():
     model = llama()
     plain, same = Engine(model, blocks=5), Engine(model, blocks=9)
-    assert plain.root(None) == same.root(None)
-    found = {Engine(model, blocks=5, cache_dtype=dtype).root(None) for dtype in (torch.int8, torch.float8_e4m3fn)}
-    assert len(found | {plain.root(None)}) == 3
-    before, model.config = plain.root(None), replace(model.config, rope_theta=1e5)
-    assert plain.root(None) != before
+    assert plain.root(None, 9) == same.root(None, 9)
+    found = {Engine(model, blocks=5, cache_dtype=dtype).root(None, 9) for dtype in (torch.int8, torch.float8_e4m3fn)}
+    assert len(found | {plain.root(None, 9)}) == 3
+    before, model.config = plain.root(None, 9), replace(model.config, rope_theta=1e5)
+    assert plain.root(None, 9) != before
 
 
-def test_every_weight_counts():
+@pytest.mark.parametrize("few_bits", [lambda model: quantize_linears(model, "int8"), lambda model: pack(model, "int4")])
+def test_every_weight_counts(few_bits):
     model = llama(qk_norm=True, qkv_bias=True, tied=False)
-    quantize_linears(model, "int8")
+    few_bits(model)
     look = Fingerprint(model)
     seen = {look()}
     for tensor in tensors(model):
