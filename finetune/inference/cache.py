@@ -131,8 +131,13 @@ class PagedStep:
         softcap: float = 0.0,
     ) -> Tensor:
         """q (1, N, H, D), new k and v (1, N, Hkv, D) → (1, N, H, D). Stores k and v, then every token sees those of its
-        own sequence up to itself."""
+        own sequence up to itself. A cache of 16 bits takes queries of its own dtype."""
         (keys, key_scale), (values, value_scale) = self.cache.layers[layer]
+        if key_scale is None and keys.dtype != q.dtype:
+            seen16 = self.attend(
+                layer, q.to(keys.dtype), k.to(keys.dtype), v.to(keys.dtype), scale=scale, window=window, softcap=softcap
+            )
+            return seen16.to(q.dtype)
         kv_cache_append_(k[0], v[0], keys, values, self.slots, key_scale, value_scale)
         out = torch.empty_like(q)
         for tokens, sequences, table, ends in self.groups:
