@@ -13,7 +13,8 @@ EMULATIONS = (
     "checked",
     "sanitized",
 )  # builds of the CUDA kernels for the CPU: finetune/kernels/emulator.py
-CPU_LEVELS = ("portable", "avx2", "avx512", "amx")  # ascending; csrc/cpu/dispatch.cpp
+# Ascending; csrc/cpu/dispatch.cpp. avx512vnni: AVX-512 with VNNI and BF16 (AMD from Zen 4 on; Intel has AMX too).
+CPU_LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
 
 CHOICES = {"FINETUNE_BACKEND": BACKENDS + EMULATIONS, "FINETUNE_CPU": CPU_LEVELS}
 

@@ -71,13 +71,14 @@ LEVELS = ("portable", "avx2", "avx512")
 @pytest.fixture(params=["reference", *LEVELS, "emulated", "triton"])
 def backend(request):
     """Every backend of an op that runs on CPU tensors; the levels of the CPU one by one."""
+    from finetune.environment import CPU_LEVELS
     from finetune.kernels import emulator
 
     before = torch.ops.finetune.cpu_level()
     if request.param == "emulated":
         emulator.load("emulated")
     elif request.param in LEVELS:
-        if LEVELS.index(request.param) > [*LEVELS, "amx"].index(torch.ops.finetune.cpu_level_supported()):
+        if CPU_LEVELS.index(request.param) > CPU_LEVELS.index(torch.ops.finetune.cpu_level_supported()):
             pytest.skip(f"this machine has no {request.param}")
         torch.ops.finetune.set_cpu_level(request.param)
     elif request.param == "triton":

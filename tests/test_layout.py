@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.environment import CPU_LEVELS
+
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path.parent for path in ROOT.glob("modules/*/*/*/module.toml"))
 PEERS = ("transformers", "peft", "trl", "diffusers", "d3rlpy", "stable_baselines3", "torchrl", "accelerate", "datasets")
@@ -54,7 +56,7 @@ def test_sources_txt_equals_the_disk():
     assert {p.stem.removesuffix("_hopper") for p in (ROOT / "csrc/cuda").glob("*.cu")} <= ops
     assert {p.stem for p in (ROOT / "finetune/ops").glob("[a-z]*.py")} == ops
     assert all(
-        set(levels) <= {"portable", "avx2", "avx512", "amx"} and "portable" in levels for levels in sources().values()
+        set(levels) <= set(CPU_LEVELS) and "portable" in levels for levels in sources().values()
     )
 
 

@@ -25,7 +25,7 @@ void set_cpu_level(std::string name) {
       return;
     }
   }
-  check(false, "set_cpu_level", "levels are portable, avx2, avx512, amx");
+  check(false, "set_cpu_level", "levels are portable, avx2, avx512, avx512vnni, amx");
 }
 
 std::string build_info() { return FINETUNE_BUILD_INFO; }  // "key=value|…", written by CMakeLists.txt

@@ -30,10 +30,13 @@ Level detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(FINETUNE_AVX512VNNI)
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 #if defined(FINETUNE_AMX)
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16") && amx_permitted()) {
-    return Level::amx;
-  }
+  const bool amx = vnni && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8");
+  if (amx && amx_permitted()) return Level::amx;
+#endif
+  if (vnni) return Level::avx512vnni;
 #endif
   if (avx512) return Level::avx512;
   if (avx2) return Level::avx2;
@@ -41,7 +44,7 @@ Level detect() {
   return Level::portable;
 }
 
-// FINETUNE_CPU=portable|avx2|avx512|amx lowers the level; a level the machine lacks is refused by the Python
+// FINETUNE_CPU=portable|avx2|avx512|avx512vnni|amx lowers the level; a level the machine lacks is refused by the Python
 // side at import, where there is somebody to tell, so here it is only ignored.
 Level initial() {
   const char* wanted = std::getenv("FINETUNE_CPU");

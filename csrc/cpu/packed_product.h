@@ -31,6 +31,8 @@ namespace {
 constexpr int kParts = kPanel / kLanes;                           // vectors of a panel's 16 rows
 constexpr int kRowTile = kLanes == 16 ? 8 : kLanes == 8 ? 4 : 2;  // rows of x at once: their sums fill the registers
 
+constexpr int64_t kAhead = 512;  // words: how far ahead one row of x asks for a panel
+
 struct Lanes {  // a number for each row of a panel
   vf part[kParts];
 };
@@ -211,10 +213,28 @@ FINETUNE_INLINE void for_format(WeightFormat format, F&& f) {
   }
 }
 
+}  // namespace
+}  // namespace finetune::FINETUNE_LEVEL
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#include "packed_vnni.h"
+#define FINETUNE_DOTS 1
+#endif
+
+namespace finetune::FINETUNE_LEVEL {
+namespace {
+
 // Where m rows of x will be prepared for a weight.
-inline Prepared prepared(const PackedWeight& w, int64_t m, bool exact, void* workspace) {
-  (void)m, (void)exact;
-  return {Activations::f32, static_cast<char*>(workspace), w.padded() * 4};
+inline Prepared prepared(const PackedWeight& w, [[maybe_unused]] int64_t m, [[maybe_unused]] bool exact,
+                         void* workspace) {
+  char* const data = static_cast<char*>(workspace);
+#if defined(FINETUNE_DOTS)
+  if (!exact && w.format == WeightFormat::bf16) return {Activations::bf16, data, w.padded() * 2};
+  if (!exact && (w.format == WeightFormat::int8 || w.format == WeightFormat::int4)) {
+    return {Activations::i16, data, Blocks(w).row()};
+  }
+#endif
+  return {Activations::f32, data, w.padded() * 4};
 }
 
 // Rows [first, last) of x (m, depth) in fp32 or bf16, `stride` elements from row to row.
@@ -222,16 +242,31 @@ template <class T>
 void prepare(const PackedWeight& w, const T* x, int64_t stride, int64_t first, int64_t last, const Prepared& to) {
   for (int64_t r = first; r < last; ++r) {
     const T* from = x + r * stride;
-    auto* row = reinterpret_cast<float*>(to.data + r * to.row);
-    for_each_vector(w.depth, [&](int64_t i, auto get, auto put) { put(row + i, get(from + i)); });
-    std::memset(row + w.depth, 0, (w.padded() - w.depth) * sizeof(float));
+    char* const row = to.data + r * to.row;
+#if defined(FINETUNE_DOTS)
+    if (to.kind == Activations::bf16) {
+      prepare_bf16(w, from, row);
+      continue;
+    }
+    if (to.kind == Activations::i16) {
+      prepare_integers(w, from, row);
+      continue;
+    }
+#endif
+    auto* const floats = reinterpret_cast<float*>(row);
+    for_each_vector(w.depth, [&](int64_t i, auto get, auto put) { put(floats + i, get(from + i)); });
+    std::memset(floats + w.depth, 0, (w.padded() - w.depth) * sizeof(float));
   }
 }
 
-// emit(panel, row, y): the 16 results of rows 16 · panel … of W (those behind the last are 0) for each of m rows of x.
+// emit(panel, row, y): the 16 results of rows 16 · panel … of W (those behind the last are 0) for each row of x.
 template <class Emit>
 void product(const PackedWeight& w, const Prepared& x, int64_t m, int64_t first_panel, int64_t last_panel,
              Emit&& emit) {
+#if defined(FINETUNE_DOTS)
+  if (x.kind == Activations::bf16) return product_bf16(w, x, m, first_panel, last_panel, emit);
+  if (x.kind == Activations::i16) return product_integers(w, x, m, first_panel, last_panel, emit);
+#endif
   for_format(w.format, [&]<WeightFormat kFormat>() {
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       in_tiles<kRowTile>(m, [&]<int kRows>(int64_t row) { tile_f32<kFormat, kRows>(w, x, panel, row, emit); });

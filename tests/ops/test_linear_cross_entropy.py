@@ -8,9 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from finetune import ops
+from finetune.environment import CPU_LEVELS as LEVELS
 from finetune.ops._check import check, run
-
-LEVELS = ("portable", "avx2", "avx512", "amx")
 
 
 def inputs(n=40, dim=16, vocab=300, dtype=torch.float32, seed=0):
@@ -72,6 +71,7 @@ def test_chunks(level, dtype):
 MEMORY = """
 import resource, sys, torch
 from finetune import ops
+from finetune.environment import CPU_LEVELS as LEVELS
 x, weight = torch.randn(2048, 16), torch.randn(49152, 16)
 x.requires_grad_(); weight.requires_grad_(sys.argv[1] == "trained")
 targets = torch.arange(2048)

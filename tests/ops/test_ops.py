@@ -24,12 +24,19 @@ def here(level: str) -> bool:
     return LEVELS.index(level) <= LEVELS.index(torch.ops.finetune.cpu_level_supported())
 
 
+# What each op's kernel is compiled for: on a level between two of them it is the lower one's.
+COMPILED = {
+    op: levels
+    for line in (emulator.ROOT / "csrc/sources.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+    for op, *levels in [line.split()]
+}
 SAMPLES = {op: [s for s in ops.REGISTRY[op].samples() if not s.bench] for op in ops.REGISTRY}
 NATIVE = [
     pytest.param(op, level, sample, id=f"{op}-{level}-{sample.name}")
     for op in ops.REGISTRY
     for level in LEVELS
-    if here(level)
+    if here(level) and level in COMPILED[op]
     for sample in SAMPLES[op]
 ]
 each_native = pytest.mark.parametrize(("op", "level", "sample"), NATIVE)

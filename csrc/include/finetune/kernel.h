@@ -49,9 +49,10 @@ inline std::string message_of(Status status) {
 }
 
 // Levels of the CPU instruction set, in rising order: a kernel compiled for one runs on all above it.
-enum class Level : int { portable, avx2, avx512, amx };
-constexpr int kLevels = 4;
-constexpr std::array<const char*, kLevels> kLevelNames{"portable", "avx2", "avx512", "amx"};
+// avx512vnni: AVX-512 with VNNI and BF16.
+enum class Level : int { portable, avx2, avx512, avx512vnni, amx };
+constexpr int kLevels = 5;
+constexpr std::array<const char*, kLevels> kLevelNames{"portable", "avx2", "avx512", "avx512vnni", "amx"};
 
 Level supported_level();   // the highest level of this machine
 Level level();             // the level in use: supported_level() unless FINETUNE_CPU or set_level() says lower

@@ -1,0 +1,234 @@
+// The products of packed_product.h by AVX-512's dot products: vdpbf16ps (2 products of bf16 a lane) for bf16 weights,
+// vpdpbusd (4 of unsigned with signed bytes a lane) for int8 and int4. Included by packed_product.h.
+//
+// For int8 and int4 a row of x becomes integers X = round(32639 x / largest) = 256 high + low, both signed bytes, so that
+//
+//     Σ_k code_k X_k = 256 Σ code · high + Σ code · low
+//
+// is exact in 32 bits over a block (a group, or 256 elements where a row has one scale: 256 · 32639 · 128 < 2^31; what
+// wraps around on the way wraps back). Codes are unsigned in memory (+ 128 in int8, + 8 in int4 without minima): what
+// that adds, 128 Σ X or 8 Σ X, is a number a block and row of x, and is subtracted. Blocks are added up in fp32, in order.
+// The error is that of X, 2^-16 of the row's largest: one 128th of bf16's.
+//
+// Instructions for 16 rows of W and 64 products each: 2 vpdpbusd, as 2 vdpbf16ps; in addition 4 a block and row of x.
+#pragma once
+
+namespace finetune::FINETUNE_LEVEL {
+namespace {
+
+constexpr float kLargestX = 32639;  // 127 · 256 + 127
+constexpr int64_t kLongBlock = 256;
+
+struct Blocks {  // a prepared row of integers: scale, high bytes, low bytes, an offset or sum a block
+  int64_t depth, block, count;
+  explicit Blocks(const PackedWeight& w)
+      : depth(w.padded()), block(w.group ? w.group : kLongBlock), count((depth + block - 1) / block) {}
+  int64_t row() const { return 64 + 2 * depth + (count * 4 + 63) / 64 * 64; }
+};
+constexpr int64_t kHigh = 64;  // where the high bytes begin
+
+FINETUNE_INLINE __m512i bytes4(const char* p) {  // 4 bytes to all lanes
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
+template <class T>
+void prepare_integers(const PackedWeight& w, const T* x, char* to) {
+  const Blocks blocks(w);
+  vi top{};  // of the magnitudes as integers, in which order a NaN is above everything
+  for_each_vector(w.depth, [&](int64_t i, auto get, auto) {
+    const vi size = (vi)get(x + i) & 0x7fffffff;
+    top = size > top ? size : top;
+  });
+  int32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
+  float largest;
+  std::memcpy(&largest, &most, sizeof largest);
+  float scale = largest / kLargestX, inverse = kLargestX / largest;
+  if (!(largest >= 0x1p-100f)) scale = 0, inverse = 0;                       // nothing, to fp32
+  if (!(largest <= 3.4028235e38f)) scale = __builtin_nanf(""), inverse = 0;  // a row of NaN
+  std::memcpy(to, &scale, sizeof scale);
+  auto* offsets = reinterpret_cast<int32_t*>(to + kHigh + 2 * blocks.depth);
+  const bool minima = w.minimum != nullptr;
+  const int32_t unit = w.format == WeightFormat::int8 ? -128 : -8;
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    __m512i sum = _mm512_setzero_si512();
+    const int64_t end = (b + 1) * blocks.block < blocks.depth ? (b + 1) * blocks.block : blocks.depth;
+    for (int64_t k = b * blocks.block; k < end; k += 16) {
+      const vf part = k + 16 <= w.depth ? load(x + k) : k < w.depth ? load_part(x + k, w.depth - k) : vf{};
+      const vf product = inverse == 0 ? vf{} : part * inverse;
+      const __m512i whole = _mm512_maskz_cvtps_epi32(0xffff, (__m512)product);
+      const __m512i low = (__m512i)((vi)((vu)(vi)whole << 24) >> 24), high = (__m512i)(((vi)whole - (vi)low) >> 8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kHigh + k), _mm512_maskz_cvtepi32_epi8(0xffff, high));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kHigh + blocks.depth + k),
+                       _mm512_maskz_cvtepi32_epi8(0xffff, low));
+      sum = _mm512_add_epi32(sum, whole);
+    }
+    int32_t total = 0;
+    for (int i = 0; i < kLanes; ++i) total += ((vi)sum)[i];
+    const float as_float = static_cast<float>(total);
+    if (minima) {
+      std::memcpy(offsets + b, &as_float, sizeof as_float);
+    } else {
+      offsets[b] = static_cast<int32_t>(static_cast<uint32_t>(total) * static_cast<uint32_t>(unit));
+    }
+  }
+}
+
+template <class T>
+void prepare_bf16(const PackedWeight& w, const T* x, char* to) {
+  auto* row = reinterpret_cast<bf16*>(to);
+  for_each_vector(w.depth, [&](int64_t i, auto get, auto put) { put(row + i, get(x + i)); });
+  std::memset(row + w.depth, 0, (w.padded() - w.depth) * sizeof(bf16));
+}
+
+template <int kRows, int kPanels, class Emit>
+FINETUNE_INLINE void emit_tile(const __m512 (&sum)[kRows][kPanels], int64_t panel, int64_t row, Emit&& emit) {
+  alignas(64) float y[kRows * kPanels][kPanel];
+  for (int r = 0; r < kRows; ++r) {
+    for (int p = 0; p < kPanels; ++p) _mm512_store_ps(y[r * kPanels + p], sum[r][p]);
+  }
+  for (int i = 0; i < kRows * kPanels; ++i) {
+    emit(panel + i % kPanels, row + i / kPanels, static_cast<const float*>(y[i]));
+  }
+}
+
+template <int kRows, int kPanels, class Emit>
+FINETUNE_INLINE void tile_bf16(const PackedWeight& w, const Prepared& x, int64_t panel, int64_t row, Emit&& emit) {
+  const int64_t words = w.words();
+  const auto* codes = static_cast<const uint32_t*>(w.codes) + panel * words * kPanel;
+  const char* from = x.data + row * x.row;
+  __m512 sum[kRows][kPanels];
+  for (auto& of_row : sum) {
+    for (auto& s : of_row) s = _mm512_setzero_ps();
+  }
+  for (int64_t i = 0; i < words; ++i) {
+    __m512i weights[kPanels];
+    for (int p = 0; p < kPanels; ++p) weights[p] = _mm512_loadu_si512(codes + (p * words + i) * kPanel);
+    if constexpr (kRows == 1) {
+      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(codes + (p * words + i) * kPanel + kAhead);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i pair = bytes4(from + r * x.row + 4 * i);
+      for (int p = 0; p < kPanels; ++p) sum[r][p] = _mm512_dpbf16_ps(sum[r][p], (__m512bh)weights[p], (__m512bh)pair);
+    }
+  }
+  emit_tile<kRows, kPanels>(sum, panel, row, emit);
+}
+
+// Two passes over a block, high bytes and then low ones, leave registers for twice the rows; few rows take both in one.
+template <WeightFormat kFormat, bool kMinima, int kRows, int kPanels, int kPasses, class Emit>
+FINETUNE_INLINE void tile_integers(const PackedWeight& w, const Prepared& x, int64_t panel, int64_t row, Emit&& emit) {
+  constexpr int kEach = kFormat == WeightFormat::int8 ? 1 : 2, kSums = 3 - kPasses;  // fours of codes in a word
+  const Blocks blocks(w);
+  const int64_t words = w.words(), step = blocks.block / (4 * kEach), x_row = x.row;
+  const auto* codes = static_cast<const uint32_t*>(w.codes) + panel * words * kPanel;
+  const char* from = x.data + row * x_row;
+  const auto* offsets = from + kHigh + 2 * blocks.depth;
+  const __m512i low_half = _mm512_set1_epi8(15);
+  __m512 sum[kRows][kPanels];
+  for (auto& of_row : sum) {
+    for (auto& s : of_row) s = _mm512_setzero_ps();
+  }
+  for (int64_t b = 0; b < blocks.count; ++b) {
+    __m512i dot[kSums][kRows][kPanels];
+    const int64_t first = b * step, last = first + step < words ? first + step : words;
+    for (int pass = 0; pass < kPasses; ++pass) {
+      for (int r = 0; r < kRows; ++r) {
+        for (int p = 0; p < kPanels; ++p) {
+          for (int s = 0; s < kSums; ++s) {
+            if (pass == 0) {
+              dot[s][r][p] = _mm512_setzero_si512();
+            } else {
+              dot[s][r][p] = _mm512_maskz_slli_epi32(0xffff, dot[s][r][p], 8);
+            }
+          }
+        }
+      }
+      const char* bytes = from + kHigh + pass * blocks.depth;
+      for (int64_t i = first; i < last; ++i) {
+        __m512i weights[kPanels][kEach];
+        for (int p = 0; p < kPanels; ++p) {
+          const __m512i word = _mm512_loadu_si512(codes + (p * words + i) * kPanel);
+          if constexpr (kRows == 1) __builtin_prefetch(codes + (p * words + i) * kPanel + kAhead);
+          if constexpr (kEach == 1) {
+            weights[p][0] = word;
+          } else {
+            weights[p][0] = _mm512_and_si512(word, low_half);
+            weights[p][1] = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, word, 4), low_half);
+          }
+        }
+        for (int e = 0; e < kEach; ++e) {
+          for (int r = 0; r < kRows; ++r) {
+            for (int s = 0; s < kSums; ++s) {
+              const __m512i four = bytes4(bytes + s * blocks.depth + r * x_row + 4 * (i * kEach + e));
+              for (int p = 0; p < kPanels; ++p) {
+                dot[s][r][p] = _mm512_dpbusd_epi32(dot[s][r][p], weights[p][e], four);
+              }
+            }
+          }
+        }
+      }
+    }
+    __m512 scale[kPanels], minimum[kPanels];
+    for (int p = 0; p < kPanels; ++p) {
+      const int64_t group = (panel + p) * blocks.count + b;
+      if (w.group) scale[p] = (__m512)of_group(w.scale, w.half_scales, group).part[0];
+      if constexpr (kMinima) minimum[p] = (__m512)of_group(w.minimum, w.half_scales, group).part[0];
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i offset = bytes4(offsets + r * x_row + 4 * b);
+      for (int p = 0; p < kPanels; ++p) {
+        __m512i total = dot[0][r][p];
+        if constexpr (kSums == 2) total = _mm512_add_epi32(_mm512_maskz_slli_epi32(0xffff, total, 8), dot[1][r][p]);
+        if constexpr (!kMinima) total = _mm512_add_epi32(total, offset);
+        const __m512 value = _mm512_maskz_cvtepi32_ps(0xffff, total);
+        sum[r][p] = w.group ? _mm512_fmadd_ps(scale[p], value, sum[r][p]) : _mm512_add_ps(sum[r][p], value);
+        if constexpr (kMinima) sum[r][p] = _mm512_fmadd_ps(minimum[p], (__m512)offset, sum[r][p]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    float factor;
+    std::memcpy(&factor, from + r * x_row, sizeof factor);
+    for (int p = 0; p < kPanels; ++p) {
+      if (!w.group) sum[r][p] *= (__m512)of_group(w.scale, w.half_scales, panel + p).part[0];
+      sum[r][p] *= factor;
+    }
+  }
+  emit_tile<kRows, kPanels>(sum, panel, row, emit);
+}
+
+// Panels [first, last) × rows [0, m) in tiles of kPanels × kRows; body.template operator()<rows, panels>(panel, row).
+template <int kRows, int kPanels, class Body>
+FINETUNE_INLINE void in_blocks(int64_t m, int64_t first, int64_t last, Body&& body) {
+  int64_t panel = first;
+  const auto rows = [&]<int kWide>() {
+    in_tiles<kRows>(m, [&]<int kHere>(int64_t row) { body.template operator()<kHere, kWide>(panel, row); });
+  };
+  for (; panel + kPanels <= last; panel += kPanels) rows.template operator()<kPanels>();
+  for (; panel < last; ++panel) rows.template operator()<1>();
+}
+
+template <class Emit>
+void product_bf16(const PackedWeight& w, const Prepared& x, int64_t m, int64_t first, int64_t last, Emit&& emit) {
+  in_blocks<8, 2>(m, first, last, [&]<int kRows, int kPanels>(int64_t panel, int64_t row) {
+    tile_bf16<kRows, kPanels>(w, x, panel, row, emit);
+  });
+}
+
+template <class Emit>
+void product_integers(const PackedWeight& w, const Prepared& x, int64_t m, int64_t first, int64_t last, Emit&& emit) {
+  const auto with = [&]<WeightFormat kFormat, bool kMinima>() {
+    in_blocks<8, 2>(m, first, last, [&]<int kRows, int kPanels>(int64_t panel, int64_t row) {
+      tile_integers<kFormat, kMinima, kRows, kPanels, (kRows > 4 ? 2 : 1)>(w, x, panel, row, emit);
+    });
+  };
+  if (w.format == WeightFormat::int8) return with.template operator()<WeightFormat::int8, false>();
+  if (w.minimum) return with.template operator()<WeightFormat::int4, true>();
+  with.template operator()<WeightFormat::int4, false>();
+}
+
+}  // namespace
+}  // namespace finetune::FINETUNE_LEVEL
