@@ -101,10 +101,14 @@ class BlockPool:
         """Where token number `token` of the sequence is in the cache, counted in tokens."""
         return table.blocks[token // self.block_size] * self.block_size + token % self.block_size
 
+    def unnamed(self, table: Table) -> bool:
+        """Whether the table has a full block that the prefix cache does not know."""
+        return self.prefix_cache and table.tokens // self.block_size > len(table.keys)
+
     def publish(self, table: Table, tokens: Sequence[int]) -> None:
         """Names the table's full blocks to the prefix cache; `tokens`: those of the sequence whose keys and values are
         written. Of two blocks with the same content the first stays the known one."""
-        if not self.prefix_cache:
+        if not self.unnamed(table):
             return
         for i in range(len(table.keys), min(len(tokens), table.tokens) // self.block_size):
             before = table.keys[-1] if table.keys else table.root

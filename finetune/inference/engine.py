@@ -135,7 +135,8 @@ class Engine:
         self.changed = []
         for work, answer in zip(plan, found, strict=True):
             sequence = work.sequence
-            self.pool.publish(sequence.table, sequence.tokens)
+            if self.pool.unnamed(sequence.table):
+                self.pool.publish(sequence.table, sequence.tokens)
             if answer is None:
                 continue
             if sequence.receive:

@@ -70,6 +70,11 @@ class Sequence:
     def tokens(self) -> list[int]:
         return self.prompt + self.answer
 
+    def between(self, start: int, end: int) -> list[int]:
+        """`tokens[start:end]`, without a copy of the others."""
+        own = len(self.prompt)
+        return self.prompt[start:end] + self.answer[max(start - own, 0) : max(end - own, 0)]
+
     @property
     def left(self) -> int:
         """Tokens that are known and not computed yet; guesses do not count."""
@@ -103,7 +108,8 @@ class Work:
 
     @property
     def tokens(self) -> list[int]:
-        return (self.sequence.tokens + self.sequence.guesses)[self.start : self.start + self.count]
+        known = self.sequence.between(self.start, self.start + self.count)
+        return known + self.sequence.guesses[: self.count - len(known)]
 
 
 class Scheduler:
