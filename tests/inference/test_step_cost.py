@@ -68,6 +68,6 @@ def test_a_works_tokens_are_those_of_prompt_answer_and_guesses(model):
     sequence = engine.scheduler.running[0]
     sequence.guesses = [91, 92, 93]
     everything = sequence.tokens + sequence.guesses
-    for start in range(len(everything)):
+    for start in range(len(sequence.tokens)):
         for end in range(start, len(everything) + 1):
             assert Work(sequence, start, end - start, []).tokens == everything[start:end]
