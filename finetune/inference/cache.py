@@ -63,21 +63,27 @@ class PagedCache:
     ) -> list[list[int] | Tensor | None]:
         """One pass over the tokens of `plan`, each with the adapter of its sequence. For each work what was `asked` of
         its last tokens, the one before the first guess and the guesses: "tokens", the most likely next token after
-        each; "logits" (1 + guesses, V); or "nothing". A tensor is good until the next pass."""
+        each; "logits" (1 + guesses, V); "states" (T, C), those of all its tokens after the last norm; or "nothing". A
+        tensor is good until the next pass."""
         state, ends = self.forward(model, plan, adapters)
         counts = [
-            0 if what == "nothing" else 1 + len(work.sequence.guesses) for work, what in zip(plan, asked, strict=True)
+            1 + len(work.sequence.guesses) if what in ("tokens", "logits") else 0
+            for work, what in zip(plan, asked, strict=True)
         ]
+        states = state.split([work.count for work in plan])
         rows = [at for end, count in zip(ends, counts, strict=True) for at in range(end + 1 - count, end + 1)]
-        if not rows:
-            return [None] * len(plan)
-        hidden = state[rows]
-        added = adapters.on_head(hidden, plan, counts) if adapters else None
-        logits = head.logits(model, hidden, added).split(counts)  # one product: the weights are read once
-        return [
-            one.argmax(-1).tolist() if what == "tokens" else one if what == "logits" else None
-            for one, what in zip(logits, asked, strict=True)
-        ]
+        logits: Sequence[Tensor] = [state] * len(plan)
+        if rows:
+            hidden = state[rows]
+            added = adapters.on_head(hidden, plan, counts) if adapters else None
+            logits = head.logits(model, hidden, added).split(counts)  # one product: the weights are read once
+        found: list[list[int] | Tensor | None] = []
+        for what, one, own in zip(asked, logits, states, strict=True):
+            found.append(
+                one.argmax(-1).tolist() if what == "tokens"
+                else one if what == "logits" else own if what == "states" else None
+            )  # fmt: skip
+        return found
 
     def forward(
         self, model: Llama | GPT, plan: Sequence[Work], adapters: Adapters | None = None

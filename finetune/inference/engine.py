@@ -9,7 +9,7 @@ sequence.answer
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 from pathlib import Path
@@ -75,11 +75,12 @@ class Engine:
         text: TextStream | None = None,
         adapter: str | None = None,
         grammar: Matcher | None = None,
+        watch: Callable[[Sequence, int, Tensor], None] | None = None,
     ) -> Sequence:
         """Queues a prompt, for the base or with an adapter; the answer ends at a stop token, at a stop string of
         `text`, or after `most_new` tokens. `grammar`: what the answer must be; it is this sequence's alone, and the
-        stop tokens are those that end it. UserError if the prompt is empty, has a token outside the vocabulary, or can
-        never fit, and for an unknown adapter."""
+        stop tokens are those that end it. `watch`: as in `Sequence`; it ends the sequence. UserError
+        if the prompt is empty, has a token outside the vocabulary, or can never fit, and for an unknown adapter."""
         limit, room = self.model.config.max_length, self.pool.count * self.pool.block_size
         if not prompt:
             raise UserError("the prompt is empty: give at least one token")
@@ -95,9 +96,9 @@ class Engine:
         table = Table(self.root(adapter, len(prompt)))
         sequence = Sequence(
             list(prompt), how, most_new, frozenset(stop_ids), priority, text=text, adapter=adapter, table=table,
-            grammar=grammar,
+            grammar=grammar, watch=watch,
         )  # fmt: skip
-        if most_new:
+        if most_new or watch:
             self.scheduler.add(sequence)
         return sequence
 
@@ -124,7 +125,7 @@ class Engine:
     def step(self) -> list[Sequence]:
         """One forward pass; the sequences that got tokens."""
         if self.drafter:
-            decoding = [one for one in self.scheduler.running if one.left == 1]
+            decoding = [one for one in self.scheduler.running if one.left == 1 and not one.watch]
             self.drafter.propose(decoding)
             for one in decoding:
                 del one.guesses[one.most_new - len(one.answer) - 1 :]
@@ -139,7 +140,9 @@ class Engine:
                 self.pool.publish(sequence.table, sequence.tokens)
             if answer is None:
                 continue
-            if sequence.receive:
+            if sequence.watch:
+                sequence.watch(sequence, work.start, cast(Tensor, answer))
+            elif sequence.receive:
                 sequence.receive(sequence, cast(Tensor, answer)[0])
             else:
                 self.choose(sequence, answer)

@@ -24,7 +24,7 @@ from finetune.inference.grammar import Matcher
 from finetune.inference.sampler import Sampling
 from finetune.inference.text import TextStream
 
-Asked = Literal["nothing", "tokens", "logits"]  # of one sequence's part of a pass
+Asked = Literal["nothing", "tokens", "logits", "states"]  # of one sequence's part of a pass
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Sequence:
     error: str = ""  # why the answer could not go on
     adapter: str | None = None  # the name of its LoRA adapter; None: the base
     receive: Callable[[Sequence, Tensor], None] | None = None  # gets the logits (V,) in place of the sampler
+    watch: Callable[[Sequence, int, Tensor], None] | None = None  # gets its tokens' states (T, C) from an index on
     held: bool = False  # nothing is computed of it for now: a beam waits for the others
 
     @property
@@ -83,6 +84,8 @@ class Sequence:
     @property
     def asks(self) -> Asked:
         """What a step that is planned must find of this sequence (PagedCache.answers)."""
+        if self.watch:
+            return "states"
         if self.left > 0:  # a prompt whose other tokens come later
             return "nothing"
         return "tokens" if self.how.plain and not self.receive and not self.grammar else "logits"
@@ -173,7 +176,8 @@ class Scheduler:
     def fits(self, sequence: Sequence, budget: int) -> bool:
         """Gives a waiting sequence the blocks of its known prefix; False, with no blocks, if there are too few for the
         rest of what the budget allows."""
-        self.pool.match(sequence.table, sequence.tokens)
+        if not sequence.watch:  # the cache has no states
+            self.pool.match(sequence.table, sequence.tokens)
         if self.pool.needed(sequence.table, min(sequence.left, budget)) <= len(self.pool.free):
             return True
         self.pool.release(sequence.table)

@@ -1,5 +1,5 @@
-"""An OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics; at / a page to
-chat and to watch the blocks.
+"""An OpenAI-compatible server: /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models, /health,
+/metrics; at / a page to chat and to watch the blocks.
 
 Requests become sequences of the engine, which runs in a thread (worker.py); what they get is sent as it is made, or at
 the end. A client that leaves frees its blocks. Errors are the API's own objects, {"error": {"message": …, "type": …}}.
@@ -25,7 +25,9 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from finetune.errors import UserError
+from finetune.inference import embeddings
 from finetune.inference.api import Call, ChatCall, TextCall
+from finetune.inference.embeddings import EmbeddingCall
 from finetune.inference.engine import Engine
 from finetune.inference.grammar import Matcher, Vocabulary
 from finetune.inference.metrics import Metrics
@@ -71,6 +73,7 @@ class Server:
                 Route("/v1/models", self.models),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.complete, methods=["POST"]),
+                Route("/v1/embeddings", self.embed, methods=["POST"]),
             ],
             exception_handlers={HTTPException: http_error, Refused: refusal},
         )
@@ -122,6 +125,11 @@ class Server:
         prompt = call.prompt if isinstance(call.prompt, list) else self.tokenizer.encode(call.prompt)
         return await self.answer(request, call, prompt)
 
+    async def embed(self, request: Request) -> Response:
+        call = await self.read(request, EmbeddingCall)
+        self.check_room()
+        return await embeddings.answer(self, call, request)
+
     def authorize(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
@@ -159,11 +167,15 @@ class Server:
         with self.compiling:
             return self.vocabulary.matcher(source)
 
-    async def answer(self, request: Request, call: Call, prompt: list[int], dialect: Dialect | None = None) -> Response:
+    def check_room(self) -> None:
+        """Refused if no request can be taken."""
         if self.worker.failure is not None:
             raise Refused(503, "the engine has stopped")
         if self.active >= self.most_requests:
             raise Refused(429, f"{self.active} requests are in work: try again later", "rate_limit_exceeded")
+
+    async def answer(self, request: Request, call: Call, prompt: list[int], dialect: Dialect | None = None) -> Response:
+        self.check_room()
         work = Work(self, call, prompt, dialect)
         await work.begin()
         if call.stream:
