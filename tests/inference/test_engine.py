@@ -5,12 +5,15 @@ import random
 import pytest
 import torch
 from small_served import llama, prompts, wide
+from small_server import TEXT, trained_tokenizer
 
 from finetune.errors import UserError
 from finetune.inference.blocks import BlockPool
 from finetune.inference.cache import PagedCache
 from finetune.inference.engine import Engine
 from finetune.inference.sampler import Sampling
+from finetune.inference.speculative import PromptLookup
+from finetune.inference.text import TextStream
 from finetune.lm.generate import generate
 from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.io import load
@@ -45,6 +48,46 @@ def test_every_answer_is_the_one_it_gets_alone(limits, how):
     assert [one.answer for one in sequences] == alone
     assert (engine.pool.used, set(engine.pool.references)) == (0, {0})
     assert engine.scheduler.preemptions > 0 or limits != LIMITS[1]
+
+
+@pytest.mark.parametrize("drafter", [None, PromptLookup(3, 2)], ids=["plain", "guessing"])
+def test_forty_prompts_at_random_in_a_small_pool_get_the_texts_they_get_alone(drafter):
+    """Greedy and sampled, with stop strings, stop tokens, log-probabilities and priorities, preempted again and again;
+    after the drain no block is held and nothing is counted."""
+    tokenizer = trained_tokenizer()
+    model, rng = llama(vocab_size=tokenizer.vocab_size), random.Random(2)
+    words, asked = TEXT.split(), []
+    for i in range(40):
+        prompt = tokenizer.encode("the quick " * (i % 3 == 0) + " ".join(rng.choices(words, k=rng.randrange(1, 9))))
+        how = Sampling(temperature=rng.choice((0, 0.9)), top_p=0.9, seed=i, logprobs=rng.choice((None, 1)))
+        stops = [rng.choice("abcdefghij") for _ in range(rng.randrange(3))]
+        asked.append((prompt, how, rng.randrange(1, 25), stops, rng.randrange(3)))
+
+    def add(engine, i):
+        prompt, how, most_new, stops, priority = asked[i]
+        text = TextStream(tokenizer, stops)
+        return engine.add(prompt, how, most_new, [tokenizer.eos_id, 7], priority, text)
+
+    def result(one):
+        return one.text.text, one.finish_reason, one.answer, len(one.logprobs)
+
+    alone = []
+    for i in range(40):
+        engine = Engine(model, blocks=30, block_size=4)
+        alone.append(add(engine, i))
+        engine.run()
+    engine, found = Engine(model, blocks=22, block_size=4, most_tokens=16, drafter=drafter), []
+    while len(found) < 40 or engine.busy:
+        while len(found) < 40 and rng.random() < 0.4:
+            found.append(add(engine, len(found)))
+        engine.step()
+    assert [result(one) for one in found] == [result(one) for one in alone]
+    assert {one.finish_reason for one in found} == {"stop", "length"}
+    assert len({one.text.text for one in found}) > 20
+    assert engine.scheduler.preemptions >= 10
+    assert (engine.pool.used, set(engine.pool.references), len(engine.pool.free)) == (0, {0}, 22)
+    assert (engine.scheduler.waiting, engine.scheduler.running) == ([], [])
+    assert all((one.table.blocks, one.table.tokens) == ([], 0) for one in found)
 
 
 def test_a_known_prefix_is_not_computed_again():
@@ -157,3 +200,27 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path):
             pad_token_id=0,
         )
         assert one.answer == wanted[0, len(prompt) :].tolist()
+
+
+@pytest.mark.long
+@pytest.mark.peer
+def test_greedy_tokens_of_smollm2_are_those_of_transformers(smollm2_model, smollm2_peer, smollm2_tokenizer):
+    """Ten prompts of Python's documentation × 64 tokens in fp32, preempted, from the cache and guessed: transformers
+    gives each token the largest logit after those before it, which is its greedy decoding."""
+    questions = [f"Explain {what} in Python." for what in ("lists", "the GIL", "decorators", "slots", "generators",
+                 "async", "imports", "descriptors", "f-strings", "exceptions")]  # fmt: skip
+    asked = [
+        smollm2_tokenizer.encode(smollm2_tokenizer.render_text(
+            [{"role": "user", "content": question}], add_generation_prompt=True)[0], add_special_tokens=False)
+        for question in questions
+    ]  # fmt: skip
+    engine = Engine(smollm2_model.eval(), blocks=48, block_size=16, drafter=PromptLookup(4, 3))
+    found = [engine.add(prompt, Sampling(), 64) for prompt in asked]
+    engine.run()
+    assert engine.scheduler.preemptions
+    assert engine.scheduler.hits
+    assert engine.accepted
+    for prompt, one in zip(asked, found, strict=True):
+        with torch.no_grad():
+            logits = smollm2_peer(torch.tensor([prompt + one.answer])).logits[0, len(prompt) - 1 : -1]
+        assert one.answer == logits.argmax(-1).tolist()
