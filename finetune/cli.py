@@ -273,35 +273,61 @@ def generate(model: str | None, prompts: tuple[str, ...], chat: bool | None, jso
     return None
 
 
+# What `serve` and `chat` start an engine with (finetune.serve.started).
+ENGINE = (
+    click.option("--model", "source", required=True,
+                 help="A model folder, a .gguf file, smollm2, a hub id (owner/name), an adapter or a run's folder."),
+    click.option("--base", help="Of an adapter: its base model, if it is not where the adapter says."),
+    click.option("--cache-tokens", type=click.IntRange(16, 1 << 30), default=16_384, show_default=True,
+                 help="What the key–value cache holds, of all requests together."),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
+                 help="Of weights and cache; default: the model's."),
+    click.option("--quantize", type=click.Choice(["bf16", "int8", "int4", "nf4", "file"]),
+                 help="Of the weights, with activations in bfloat16; file: a .gguf file's own types."),
+    click.option("--cache", type=click.Choice(["bf16", "int8", "fp8"]), help="Of keys and values; default: the dtype."),
+    click.option("--lookup", type=click.IntRange(0, 64), default=0, show_default=True,
+                 help="Tokens to guess from the text (speculative decoding)."),
+    click.option("--adapter", multiple=True, metavar="NAME=DIR",
+                 help="A LoRA adapter over the model, which requests choose by its name; repeatable."),
+    click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores."),
+)  # fmt: skip
+
+
+def engine_options(command: Any) -> Any:
+    """Gives a command the options of ENGINE."""
+    for option in reversed(ENGINE):
+        command = option(command)
+    return command
+
+
 @app.command()
-@click.option(
-    "--model",
-    "source",
-    required=True,
-    help="A model folder, a .gguf file, smollm2, a hub id (owner/name), an adapter or the folder of a run.",
-)
-@click.option("--base", help="Of an adapter: its base model, if it is not where the adapter says.")
+@engine_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
 @click.option("--api-key", help="Clients must send it; default: none is needed.")
-@click.option("--cache-tokens", type=click.IntRange(16, 1 << 30), default=16_384, show_default=True,
-              help="What the key–value cache holds, of all requests together.")  # fmt: skip
 @click.option("--max-requests", type=click.IntRange(1, 1 << 16), default=256, show_default=True,
               help="In work or waiting; further ones are refused.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of weights and cache; default: the model's.")
-@click.option("--quantize", type=click.Choice(["bf16", "int8", "int4", "nf4", "file"]),
-              help="Of the weights, with activations in bfloat16; file: a .gguf file's own types.")  # fmt: skip
-@click.option("--cache", type=click.Choice(["bf16", "int8", "fp8"]), help="Of keys and values; default: the dtype.")
-@click.option("--lookup", type=click.IntRange(0, 64), default=0, show_default=True,
-              help="Tokens to guess from the text (speculative decoding).")  # fmt: skip
-@click.option("--adapter", multiple=True, metavar="NAME=DIR",
-              help="A LoRA adapter over the model, which requests choose by its name; repeatable.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores.")
 def serve(source: str, **given: Any) -> None:
     """Serve a model: OpenAI's API, a page to chat, a picture of the cache blocks."""
     from finetune.serve import serve as run_server
 
     run_server(source, console=_console(stderr=True), **given)
+
+
+@app.command()
+@engine_options
+@click.option("--system", help="A system message.")
+@click.option("--temperature", type=click.FloatRange(0), help="0 is greedy; default: 0.7.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: 1.")
+@click.option("--max-tokens", type=click.IntRange(1, 1 << 26), help="Of an answer; default: 512.")
+@click.option("--seed", type=click.IntRange(0, 2**62), help="Of the first answer; default: another each time.")
+@click.option("--whole", is_flag=True, help="Read the whole input as one message; default: each line is one.")
+def chat(source: str, system: str | None, whole: bool, **given: Any) -> int:
+    """Talk with a model in the terminal; lines from a pipe are answered one after the other."""
+    from finetune.terminal import chat as talk
+
+    settings = {name: given.pop(name) for name in ("temperature", "top_p", "max_tokens", "seed")}
+    return talk(source, system=system, whole=whole, settings=settings, console=_console(stderr=True), **given)
 
 
 @app.command()
