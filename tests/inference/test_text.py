@@ -39,6 +39,42 @@ def test_pieces_joined_are_the_text_up_to_the_first_stop(make):
     assert stopped > 300
 
 
+def split(tokenizer, text, rng):
+    """Token ids of `text` in a random split: at each place any token of the vocabulary that its next bytes begin with,
+    also one that ends within a character."""
+    letters = "".join(word for word, _ in pre_tokenizers.ByteLevel(False, False).pre_tokenize_str(text))  # one a byte
+    ids, at, vocabulary = [], 0, tokenizer.backend.get_vocab(with_added_tokens=False)
+    while at < len(letters):
+        fit = [(piece, i) for piece, i in vocabulary.items() if letters.startswith(piece, at)]
+        piece, token = rng.choice(fit)
+        ids.append(token)
+        at += len(piece)
+    return ids
+
+
+def test_any_split_of_a_text_streams_as_the_text():
+    """Stops begin and end inside tokens and inside characters' bytes, contain each other, and follow each other."""
+    tokenizer, rng, stopped = byte_level(), random.Random(1), 0
+    for _ in range(1500):
+        start = rng.randrange(len(TEXT) - 1)
+        text = TEXT[start : start + rng.randrange(1, 25)]
+        ids = split(tokenizer, text, rng)
+        assert tokenizer.decode(ids) == text
+        places = [rng.randrange(len(text)) for _ in range(rng.randrange(5))]
+        stops = [text[at : at + rng.randrange(1, 8)] for at in places]
+        stops += [rng.choice("ab🙂é") * rng.randrange(1, 3) for _ in range(rng.randrange(2))]
+        stream = TextStream(tokenizer, stops)
+        pieces = []
+        for i in ids:
+            pieces.append(stream.push(i))
+            assert stream.text == "".join(pieces)
+            assert text.startswith(stream.text)  # nothing is taken back
+        pieces.append(stream.finish())
+        assert ("".join(pieces), stream.stopped) == cut(text, stops), (text, ids, stops)
+        stopped += stream.stopped
+    assert 600 < stopped < 1400
+
+
 def test_text_is_released_as_soon_as_it_is_certain():
     tokenizer = byte_level()
     stream = TextStream(tokenizer, ["abc"])
