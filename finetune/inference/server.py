@@ -38,6 +38,7 @@ from finetune.lm.tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_BODY = 4 << 20  # bytes of a request
+BODY_SECONDS = 60.0  # for all of them
 
 
 class Server:
@@ -138,11 +139,10 @@ class Server:
     async def read(self, request: Request, kind: type[Any]) -> Any:
         """The checked request."""
         self.authorize(request)
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > MOST_BODY:
-                raise Refused(413, f"the request is larger than {MOST_BODY:,} bytes")
+        try:
+            body = await asyncio.wait_for(whole_body(request), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise Refused(408, f"the request did not arrive in {BODY_SECONDS:g} s") from None
         try:
             call = msgspec.json.decode(body, type=kind)
         except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -181,6 +181,15 @@ class Server:
         if call.stream:
             return StreamingResponse(work.stream(request), media_type="text/event-stream")
         return await work.whole(request)
+
+
+async def whole_body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BODY:
+            raise Refused(413, f"the request is larger than {MOST_BODY:,} bytes")
+    return bytes(body)
 
 
 def snapshot(engine: Engine) -> dict[str, Any]:

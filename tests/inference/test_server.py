@@ -1,12 +1,11 @@
 """The server as its clients see it: OpenAI's own client, streams, errors, clients that leave."""
 
 import asyncio
-import contextlib
 import json
 import os
-import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import httpx
 import pytest
 import rich.console
 from small_served import adapter, llama
-from small_server import TEXT, alone, serving, trained_tokenizer
+from small_server import alone, serving, trained_tokenizer
 
 from finetune.errors import UserError
 from finetune.inference.engine import Engine
@@ -195,48 +194,14 @@ def test_a_failed_engine_is_an_error_and_not_silence(tokenizer):
         assert chat(base).status_code == 503
 
 
-def test_under_load_every_answer_is_the_one_it_gets_alone(tokenizer):
-    """150 requests of 16 clients, a tenth of whom leave, with a pool so small that sequences are preempted."""
-    rng = random.Random(0)
-    asked = []
-    for i in range(150):
-        words = " ".join(rng.choice(TEXT.split()) for _ in range(rng.randrange(1, 8)))
-        asked.append({"model": "small", "prompt": "the quick " + words, "max_tokens": rng.randrange(1, 16),
-                      "temperature": rng.choice((0, 0.8)), "seed": i, "stream": i % 2 == 0})  # fmt: skip
-    with serving(tokenizer, blocks=40) as (base, server):
-
-        async def ask(client, gate, body, leaves):
-            async with gate:
-                if leaves:
-                    with contextlib.suppress(httpx.TimeoutException):
-                        await client.post(f"{base}/v1/completions", json=body, timeout=0.01)
-                    return None
-                answer = await client.post(f"{base}/v1/completions", json=body, timeout=120)
-                if not body["stream"]:
-                    return answer.json()["choices"][0]["text"]
-                lines = [line[6:] for line in answer.text.splitlines() if line and line != "data: [DONE]"]
-                return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
-
-        async def everyone():
-            gate = asyncio.Semaphore(16)
-            async with httpx.AsyncClient() as client:
-                return await asyncio.gather(*(ask(client, gate, body, i % 10 == 9) for i, body in enumerate(asked)))
-
-        found = asyncio.run(everyone())
-        until = time.time() + 20
-        while (server.active or server.worker.engine.busy) and time.time() < until:
-            time.sleep(0.02)
-        assert (server.active, server.worker.engine.pool.used, server.worker.listeners) == (0, 0, {})
-        for body, text in zip(asked, found, strict=True):
-            if text is not None:
-                how = Sampling(temperature=body["temperature"], seed=body["seed"])
-                assert text == alone(server, tokenizer.encode(body["prompt"]), how, body["max_tokens"])[0][0]
-        page = httpx.get(f"{base}/metrics").text
-        assert "finetune_used_blocks 0.0" in page
-        assert (
-            float(next(line.split()[1] for line in page.splitlines() if line.startswith("finetune_requests_total")))
-            >= 135
-        )
+def test_a_body_that_does_not_end_is_given_up(served, monkeypatch):
+    base, server = served
+    monkeypatch.setattr("finetune.inference.server.BODY_SECONDS", 0.2)
+    host, port = base.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+    assert server.active == 0
 
 
 def test_the_command_serves_until_it_is_told_to_stop(tokenizer, tmp_path):
