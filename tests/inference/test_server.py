@@ -282,8 +282,23 @@ def test_the_page_in_a_browser(served, tokenizer):
         assert server.active == server.worker.engine.pool.used == 0
         page.js("document.getElementById('language').click()")
         assert page.js("document.getElementById('view').textContent") == "对话"
+        for language in ("en", "zh"):  # every word has a text in both languages, and stands on the page
+            missing = (
+                f"[...document.querySelectorAll('[data-t]')].filter(one => !words.{language}[one.dataset.t]).length"
+            )
+            assert page.js(missing) == 0
+        # a system message
+        page.js("document.getElementById('view').click(); document.getElementById('clear').click()")
+        page.js("document.getElementById('system').value = 'be brief'; document.getElementById('length').value = 5")
+        page.type("the fox")
+        page.press("Enter")
+        said = page.until("!stop && messages.length === 2 && messages[1].content")
+        messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the fox"}]
+        prompt = tokenizer.encode(tokenizer.render_text(messages, add_generation_prompt=True)[0], False)
+        assert said == alone(server, prompt, Sampling(), 5)[0][0]
+        assert page.js("document.getElementById('choice').offsetHeight") == 0
         # an error of the server is shown
-        page.js("document.getElementById('view').click(); document.getElementById('length').value = 100000")
+        page.js("document.getElementById('length').value = 100000")
         page.js("document.getElementById('text').focus()")
         page.type("again")
         page.press("Enter")
