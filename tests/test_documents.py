@@ -50,6 +50,7 @@ SMALLER = {
     "bench sft_vs_trl": "bench sft_vs_trl --help",
     "bench cql_vs_d3rlpy": "bench cql_vs_d3rlpy --help",
     "serve --model smollm2": "serve --help",  # it ends when it is told to (tests/inference/test_server.py)
+    "chat --model smollm2": "chat --help",  # it talks with a person (tests/inference/test_terminal.py)
     "kernels faults": "kernels faults --help",
     "kernels faults <op>": "kernels faults --help",
     "kernels static": "kernels static --help",
@@ -198,7 +199,7 @@ def instead(command):
     return [*small(words[1]), *(word for word in words[2:] if word != "--toy")]
 
 
-TAKES_LONG = [c for c in OURS if instead(c) != shlex.split(c) and "<" not in c and not c.startswith("serve")]
+TAKES_LONG = [c for c in OURS if instead(c) != shlex.split(c) and "<" not in c and not c.startswith(("serve", "chat"))]
 
 
 def named(command):
