@@ -53,6 +53,7 @@ class Structured(msgspec.Struct, forbid_unknown_fields=True):
 class Named(msgspec.Struct):
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class Tool(msgspec.Struct):
@@ -261,9 +262,10 @@ class ChatCall(Call, kw_only=True):
 
     def structure(self, dialect: Dialect | None = None) -> str | None:
         plain = super().structure()
-        if not dialect or not (self.forced or plain):
+        strict = any(tool["function"].get("strict") for tool in self.callable)
+        if not dialect or not (self.forced or plain or strict):
             return plain
-        rules = dialect.rules(self.callable, self.parallel_tool_calls)
+        rules = dialect.rules(self.callable, self.parallel_tool_calls, free=not (self.forced or plain))
         if plain is None:
             return f"start: calls\n{rules}"
         if self.forced or not plain.startswith("start: %json"):

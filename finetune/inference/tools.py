@@ -65,8 +65,9 @@ class Reader:
         return ToolCall(name, arguments) if known else None
 
     @classmethod
-    def frame(cls, many: bool, special: dict[str, int]) -> str:
-        """The rule `calls`, of `call`."""
+    def frame(cls, many: bool, free: bool, special: dict[str, int]) -> str:
+        """The rule `calls`, of `call`: an answer that calls tools, several if `many` and the form has them; `free`: it
+        may be a text, and have texts around the calls. `special`: the ids of markers that are special tokens."""
         raise NotImplementedError
 
 
@@ -118,10 +119,15 @@ class Hermes(Reader):
             return "open" if str(error).startswith("Unterminated string") else "closed", None
 
     @classmethod
-    def frame(cls, many: bool, special: dict[str, int]) -> str:
+    def frame(cls, many: bool, free: bool, special: dict[str, int]) -> str:
         before, after = (f"<[{special[m]}]>" if m in special else grammar.literal(m) for m in cls.markers)
-        more = ' ("\\n" one)*' if many else ""
-        return f'calls: one{more}\none: {before} "\\n" call "\\n" {after}'
+        one = f'one: opening "\\n" call "\\n" {after}'
+        if not free:
+            more = ' ("\\n" one)*' if many else ""
+            return f"calls: one{more}\n{one}\nopening: {before}"
+        lazy = "" if cls.markers[0] in special else "[lazy]"  # the first marker ends the text before it
+        calls = "one* TEXT" if many else "one | TEXT"
+        return f"calls: {calls}\n{one}\nopening{lazy}: TEXT {before}\nTEXT: /(.|\\n)*/"
 
 
 class Llama(Reader):
@@ -159,8 +165,8 @@ class Llama(Reader):
         return ("", calls) if calls else (rest, [])
 
     @classmethod
-    def frame(cls, many: bool, special: dict[str, int]) -> str:
-        return "calls: call"
+    def frame(cls, many: bool, free: bool, special: dict[str, int]) -> str:
+        return "calls: call | TEXT\nTEXT: /([^{](.|\\n)*)?/" if free else "calls: call"
 
 
 FORMS: tuple[type[Reader], ...] = (Hermes, Llama)
@@ -180,11 +186,15 @@ class Dialect:
         form, added = form_of(tokenizer), tokenizer.backend.get_added_tokens_decoder()
         return cls(form, {t.content: i for i, t in added.items() if t.special and t.content in form.markers})
 
-    def rules(self, tools: Sequence[dict[str, Any]], many: bool) -> str:
-        """The rule `calls` of a grammar: an answer that calls tools, several if `many` and the form has them."""
-        lines = [self.form.frame(many, self.special), "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
+    def rules(self, tools: Sequence[dict[str, Any]], many: bool, free: bool = False) -> str:
+        """The rule `calls` of a grammar, as in `Reader.frame`. Arguments satisfy the schema of their tool; where the
+        answer is `free`, only those of tools that are strict."""
+        names = " | ".join(f"call{i}" for i in range(len(tools)))
+        lines = [self.form.frame(many, free, self.special), f"call: {names}"]
         for i, tool in enumerate(tools):
             function = tool["function"]
+            if free and not function.get("strict"):
+                function = function | {"parameters": {"type": "object"}}
             head = grammar.literal(json.dumps({"name": function["name"]})[:-1] + f', "{self.form.key}": ')
             lines.append(f'call{i}: {head} arguments{i} "}}"')
             lines.append(f"arguments{i}: {grammar.json_value(function.get('parameters') or NOTHING)}")

@@ -12,7 +12,7 @@ from small_served import llama
 from small_server import serving
 
 from finetune.errors import UserError
-from finetune.inference import tools
+from finetune.inference import grammar, tools
 from finetune.inference.text import TextStream
 from finetune.lm.chat_template import TEMPLATES
 from finetune.lm.tokenizer import Tokenizer
@@ -238,6 +238,10 @@ def test_a_call_is_forced(name):
         content, (call,), reason = streamed(client, **given, tool_choice=named, parallel_tool_calls=False, seed=1)
         assert (content, reason) == ("", "tool_calls")
         assert call[2] == choices[0].message.tool_calls[0].function.arguments
+        # a free answer of a model with strict tools is a text or a call
+        strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
+        (free,) = client.chat.completions.create(**given | {"tools": [strict], "max_tokens": 30}, seed=1).choices
+        assert free.finish_reason in ("stop", "length", "tool_calls")
         # cut by length it is not a call, and the answer says so
         (cut,) = client.chat.completions.create(**given | {"max_tokens": 4}, tool_choice=named).choices
         assert (cut.finish_reason, cut.message.tool_calls) == ("length", None)
@@ -253,6 +257,28 @@ def test_a_call_is_forced(name):
                 said += set(json.loads(one.message.content)) == {"ab"}
         assert said + made == 12
         assert said
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_strict_tools_bind_the_calls_of_a_free_answer(name):
+    """Texts stay free; what begins as a call can only become a well-formed one."""
+    pytest.importorskip("llguidance")
+    template, special = MODELS[name]
+    tokenizer = trained(template, *special)
+    dialect = tools.Dialect.of(tokenizer)
+    words = grammar.Vocabulary(tokenizer, tokenizer.vocab_size, {tokenizer.eos_id})
+    strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
+    one = LLAMA if name == "llama" else ONE
+    wrong, other = one.replace("Ulm", "Rom"), one.replace("weather", "clock")
+    for many in (True, False):
+        source = "start: calls\n" + dialect.rules([strict, CLOCK], many, free=True)
+        behind = name != "llama"
+        for text, fits in (
+            ("", True), ("so < <b {", True), (one, True), (other, True), (wrong, False), (one[:-1], False),
+            (f"I look. {one}", True), (f"{one}\n so", many and behind), (f"{one}\n{one}", many and behind),
+        ):  # fmt: skip
+            ids, matcher = [*tokenizer.encode(text, False), tokenizer.eos_id], words.matcher(source)
+            assert all(bool(matcher.allowed(ids[:i])[ids[i]]) for i in range(len(ids))) == fits, (text, many)
 
 
 def check(function):
