@@ -21,6 +21,9 @@ longtest: setup $(VENV)/.test-installed $(VENV)/.llama-cpp-installed ## the test
 bench: setup $(VENV)/.test-installed ## time every op against torch
 	@$(BIN)/python -m finetune bench
 
+decode: setup $(VENV)/.test-installed $(VENV)/.llama-cpp-native ## time decoding next to llama.cpp and transformers
+	@$(BIN)/python -m finetune bench decode_vs_llamacpp
+
 lint: setup $(VENV)/.test-installed ## ruff, mypy, clang-format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h csrc/include/finetune/*.h csrc/cuda/*.cu* csrc/cuda/device/*.cuh modules/*/*/*/code/*/*.cu tests/fixtures/*/*.cu
@@ -58,10 +61,18 @@ $(VENV)/.llama-cpp-installed: | $(VENV)/.test-installed
 	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AMX_TILE=OFF -DLLAVA_BUILD=OFF" $(PIP) llama-cpp-python==0.3.36
 	@touch $@
 
+# To be timed it is built with what this machine has, but for AMX, with which it crashes on weights that it repacks.
+$(VENV)/.llama-cpp-native: | $(VENV)/.test-installed
+	@echo "building llama.cpp for this machine (about ten minutes, once) …"
+	@$(BIN)/python -m pip uninstall -qq -y llama-cpp-python
+	@CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF -DGGML_AMX_BF16=OFF -DLLAVA_BUILD=OFF" \
+		$(PIP) --no-cache-dir llama-cpp-python==0.3.36
+	@touch $@
+
 $(VENV)/.docs-installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the documentation generator (half a minute) …"
 	@$(PIP) sphinx myst-parser furo
 	@touch $@
 
-.PHONY: help run test longtest bench lint docs clean setup
+.PHONY: help run test longtest bench decode lint docs clean setup

@@ -8,7 +8,7 @@ llama.cpp's own quantizer makes of --model (SmolLM2 by default). transformers ge
 a round is a prompt, not timed, and then --steps greedy tokens for each of --batch sequences; or a prompt of --prefill
 tokens, timed. A ratio is the median over the rounds (above 1: ours is faster). `of limit`: bytes that a step reads
 (weights, keys and values) / the bandwidth of reading that is measured in the same run. Unless the sides predict nearly
-the same distribution of the first token, nothing is timed. Needs llama-cpp-python (make bench) and the peers extra.
+the same distribution of the first token, nothing is timed. `make decode` builds llama.cpp for this machine first.
 """
 
 from __future__ import annotations
@@ -223,12 +223,18 @@ def llama_cpp() -> Any:
         from llama_cpp import llama_cpp as lib
     except ImportError:
         raise UserError(
-            "llama-cpp-python is not installed: make bench installs it, or --against transformers"
+            "llama-cpp-python is not installed: make decode installs it, or --against transformers"
         ) from None
     log = lib.llama_log_callback(lambda *_: None)
     llama_cpp.kept = log  # type: ignore[attr-defined]  # C keeps only its address
     lib.llama_log_set(log, ctypes.c_void_p(0))
     return lib
+
+
+def features() -> list[str]:
+    """The instructions that llama.cpp was built with."""
+    told = llama_cpp().llama_print_system_info().decode()
+    return [part.split("=")[0].split(":")[-1].strip() for part in told.split("|") if part.rstrip().endswith("= 1")]
 
 
 def requantized(source: Path, name: str, ftype: int, folder: Path) -> Path:
@@ -371,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--model", default="smollm2", help="a .gguf file")
     p.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="our formats (all)")
-    p.add_argument("--against", nargs="+", choices=(LLAMA, TRANSFORMERS), default=[LLAMA, TRANSFORMERS], help="(both)")
+    p.add_argument("--against", nargs="*", choices=(LLAMA, TRANSFORMERS), default=[LLAMA, TRANSFORMERS], help="(both)")
     p.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sequences at once (1 8)")
     p.add_argument("--prefill", type=int, default=512, help="tokens of the long prompt (512)")
     p.add_argument("--steps", type=int, default=12, help="timed tokens of a sequence a round (12)")
@@ -393,6 +399,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     about = harness.header() | {"threads": wanted.threads}
+    if LLAMA in wanted.against:
+        about["llama.cpp"] = features()
+        if about["level"] != "avx2" and "AVX512" not in about["llama.cpp"]:
+            display.say(console, "llama.cpp lacks AVX-512, which this machine has: make decode builds it", "yellow")
     show(found, facts, about, console)
     report = {"machine": about, "results": found, "facts": facts}
     for path in [wanted.json] * bool(wanted.json) + [

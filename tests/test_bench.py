@@ -3,6 +3,7 @@
 import json
 import math
 
+import decode_vs_llamacpp
 import harness
 import pytest
 import sft_vs_trl
@@ -138,3 +139,85 @@ def test_ratios_are_of_the_same_step_and_leave_the_first_out():
     assert found["ours"]["tokens_per_second"] == 4.0
     assert found["TRL"]["peak"] == 1000.0
     assert found["TRL"]["loss_difference"] == pytest.approx(1.008 / 1.004 - 1)
+
+
+# --- decoding next to llama.cpp and transformers
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    """A random model of 32-wide rows as GGUF, which every side opens."""
+    from small_gguf import TEXT, tiny
+    from small_gguf import write as write_gguf
+
+    from finetune.lm.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.train([TEXT], vocab_size=300)
+    path = tmp_path_factory.mktemp("bench") / "m.gguf"
+    return write_gguf(path, tiny(vocab_size=tokenizer.vocab_size), "BF16", tokenizer=tokenizer)
+
+
+QUICK = ["--batch", "1", "2", "--prefill", "50", "--steps", "2", "--rounds", "2", "--threads", "1"]
+
+
+def decoded(path, tmp_path, against):
+    words = ["--model", str(path), *QUICK, "--json", str(tmp_path / "out.json"), "--files", str(tmp_path), "--against"]
+    threads = torch.get_num_threads()
+    try:
+        assert decode_vs_llamacpp.main([*words, *against]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    report = json.loads((tmp_path / "out.json").read_text())
+    found = {(r["cell"]["what"], r["cell"]["format"], r["cell"]["side"]): r for r in report["results"]}
+    assert len(found) == len(report["results"])
+    for r in found.values():
+        assert 0 < r["ratio"]["p20"] <= r["ratio"]["median"] <= r["ratio"]["p80"]
+        assert r["tokens_per_second"] > 0
+        assert r["of_limit"] > 0
+    assert report["facts"]["read_bytes_per_second"] > 1e8
+    return found, report["facts"]
+
+
+@pytest.mark.peer
+def test_decoding_against_transformers(small_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(decode_vs_llamacpp, "read_rate", lambda: 1e10)
+    found, facts = decoded(small_file, tmp_path, ["transformers"])
+    whats = ("batch 1", "batch 2", "prefill 50")
+    wanted = {(what, format, "ours") for what in whats for format in ("bf16", "int8", "int4")}
+    assert found.keys() == wanted | {(what, "bf16", "transformers") for what in whats}
+    assert all(r["ratio"]["median"] == 1 for (_, _, side), r in found.items() if side == "ours")
+    assert facts["bf16: divergence from transformers, nats"] < 0.01
+    assert "transformers" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_decoding_against_llama_cpp(small_file, tmp_path):
+    pytest.importorskip("llama_cpp", reason="make longtest installs llama-cpp-python")
+    found, facts = decoded(small_file, tmp_path, ["llama.cpp"])
+    assert {side for _, _, side in found} == {"ours", "llama.cpp"}
+    assert facts["int8: divergence from llama.cpp, nats"] < 0.05
+
+
+def test_sides_with_other_weights_are_not_timed(small_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(decode_vs_llamacpp, "read_rate", lambda: 1e10)
+    monkeypatch.setattr(decode_vs_llamacpp, "turns", lambda *_: pytest.fail("timed"))
+
+    class Other:
+        def __init__(self, source):
+            pass
+
+        def logits(self, prompt):
+            return torch.arange(300.0)
+
+    monkeypatch.setattr(decode_vs_llamacpp, "Transformers", Other)
+    threads = torch.get_num_threads()
+    assert decode_vs_llamacpp.main(["--model", str(small_file), *QUICK, "--against", "transformers"]) == 2
+    torch.set_num_threads(threads)
+    assert "not timed: bf16 of ours and transformers differ by" in capsys.readouterr().err
+
+
+def test_a_ratio_is_of_the_same_round():
+    seconds = {"ours": [1.0, 2.0, 4.0], "llama.cpp": [3.0, 4.0, 16.0]}
+    ours, theirs = decode_vs_llamacpp.rows("batch 8", "int8", 8, seconds, {"ours": 1e9, "llama.cpp": 2e9}, 1e9)
+    assert (ours["ratio"]["median"], theirs["ratio"]["median"]) == (1, 3)
+    assert (ours["tokens_per_second"], ours["of_limit"], theirs["of_limit"]) == (4, 0.5, 0.5)
