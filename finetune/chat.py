@@ -40,6 +40,7 @@ def answers(
     compare: bool = False,
     system: str | None = None,
     base: str | None = None,
+    quantize: str | None = None,
     seed: int = 0,
     threads: int = 0,
     console: "Console | None" = None,
@@ -50,7 +51,8 @@ def answers(
 
     `source`: a model folder, a .gguf file, `smollm2`, a hub id, the folder of an adapter, or that of a run; None: the
     base model of the first adapter. An adapter names its base model; `base` overrides it. `chat`: whether to use the
-    chat template; None: if there is one. `system`: a message before each prompt.
+    chat template; None: if there is one. `system`: a message before each prompt. `quantize`: a format of the weights
+    (ops.quantized_linear), after one adapter is merged.
     """
     import torch
 
@@ -70,6 +72,8 @@ def answers(
             raise UserError(f"--base {base}: {origin} is not an adapter, so it has no base model")
     if twice := next((name for name in adapters if list(adapters).count(name) > 1), None):
         raise UserError(f"--adapter {twice} is given twice")
+    if quantize and len(adapters) + compare > 1:
+        raise UserError("--quantize packs the weights of one model: give one --adapter, without --compare")
     folders: list[Path | None] = [bases.adapter_folder(name, console) for name in adapters]
     if source is None:
         if not folders or folders[0] is None:
@@ -100,6 +104,10 @@ def answers(
                     )
     if len(voices) == 1:
         lora.merge(model)
+    if quantize:
+        from finetune.inference.packed import pack
+
+        pack(model, quantize)
     found = {}
     for i, voice in enumerate(voices):
         if len(voices) > 1:

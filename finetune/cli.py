@@ -250,6 +250,7 @@ def fetch(model: str, json: bool) -> None:
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=click.IntRange(0, 1 << 26), default=0, show_default=True, help="0 keeps all tokens.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--quantize", type=click.Choice(["bf16", "int8", "int4", "nf4"]), help="Of the weights; default: fp32.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores.")
 @JSON

@@ -6,9 +6,11 @@ from rich.console import Console
 from small_gguf import write
 from small_served import llama
 
+from finetune.chat import BASE, answers
 from finetune.errors import UserError
-from finetune.inference.packed import packed_weights, weight_bytes
+from finetune.inference.packed import pack, packed_weights, weight_bytes
 from finetune.inference.sampler import Sampling
+from finetune.lm.generate import generate
 from finetune.lm.io import load, save
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import machine
@@ -67,6 +69,17 @@ def test_a_files_own_types(folder, tmp_path):
     assert formats_of(path, quantize="int8") == ({"int8"}, torch.bfloat16, torch.bfloat16)
     with pytest.raises(UserError, match=r"--quantize file serves a \.gguf file"):
         formats_of(folder, quantize="file")
+
+
+def test_generate_packs_too(folder):
+    tokenizer, threads = load.tokenizer(folder), torch.get_num_threads()
+    model = pack(load.llama(folder), "int4")
+    wanted = tokenizer.decode(generate(model, [tokenizer.encode("the quick")], 5)[0])
+    given = {"chat": False, "max_new_tokens": 5, "quantize": "int4"}
+    assert answers(str(folder), ["the quick"], **given) == {BASE: [wanted]}
+    with pytest.raises(UserError, match="--quantize packs the weights of one model"):
+        answers(str(folder), ["the quick"], adapters=[str(folder)], compare=True, **given)
+    torch.set_num_threads(threads)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_loaded(folder, monkeypatch):
