@@ -31,6 +31,7 @@ from finetune.inference.speculative import Drafter, agreed, verified
 from finetune.inference.text import TextStream
 from finetune.lm.forward import check_tokens
 from finetune.lm.gpt import GPT
+from finetune.lm.layers import RopeScaling
 from finetune.lm.llama import Llama
 
 
@@ -108,7 +109,8 @@ class Engine:
         content = self.adapters.digest(adapter)
         if not self.pool.prefix_cache:
             return b""
-        stretched = self.cache.dynamic and length > self.model.config.rope_scaling.original_length
+        rope = getattr(self.model.config, "rope_scaling", RopeScaling())
+        stretched = rope.kind == "dynamic" and length > rope.original_length
         words = f"{self.cache.layers[0][0][0].dtype} {length if stretched else 0} "
         return hashlib.sha256(words.encode() + self.fingerprint() + content).digest()
 
