@@ -22,6 +22,8 @@
 #define FINETUNE_LANES 4
 #endif
 
+#include <utility>
+
 #include "finetune/packed.h"
 #include "simd.h"
 
@@ -30,8 +32,6 @@ namespace {
 
 constexpr int kParts = kPanel / kLanes;                           // vectors of a panel's 16 rows
 constexpr int kRowTile = kLanes == 16 ? 8 : kLanes == 8 ? 4 : 2;  // rows of x at once: their sums fill the registers
-
-constexpr int64_t kAhead = 512;  // words: how far ahead one row of x asks for a panel
 
 struct Lanes {  // a number for each row of a panel
   vf part[kParts];
@@ -219,6 +219,10 @@ FINETUNE_INLINE void for_format(WeightFormat format, F&& f) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 #include "packed_vnni.h"
 #define FINETUNE_DOTS 1
+#if defined(__AMX_BF16__) || defined(FINETUNE_EMULATED_TILES)
+#include "packed_tiles.h"
+#define FINETUNE_TILES 1
+#endif
 #endif
 
 namespace finetune::FINETUNE_LEVEL {
@@ -263,6 +267,10 @@ void prepare(const PackedWeight& w, const T* x, int64_t stride, int64_t first, i
 template <class Emit>
 void product(const PackedWeight& w, const Prepared& x, int64_t m, int64_t first_panel, int64_t last_panel,
              Emit&& emit) {
+#if defined(FINETUNE_TILES)
+  if (x.kind == Activations::bf16) return product_bf16_tiles(w, x, m, first_panel, last_panel, emit);
+  if (x.kind == Activations::i16 && m > 4) return product_integer_tiles(w, x, m, first_panel, last_panel, emit);
+#endif
 #if defined(FINETUNE_DOTS)
   if (x.kind == Activations::bf16) return product_bf16(w, x, m, first_panel, last_panel, emit);
   if (x.kind == Activations::i16) return product_integers(w, x, m, first_panel, last_panel, emit);

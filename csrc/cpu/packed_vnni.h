@@ -83,6 +83,12 @@ void prepare_bf16(const PackedWeight& w, const T* x, char* to) {
   std::memset(row + w.depth, 0, (w.padded() - w.depth) * sizeof(bf16));
 }
 
+// How far ahead the first rows of x ask for the weights: 4 KB, or, where panels are read side by side, the next ones.
+template <int kPanels>
+FINETUNE_INLINE int64_t words_ahead(int64_t words) {
+  return kPanels == 1 ? 1024 : kPanels * words * kPanel;
+}
+
 template <int kRows, int kPanels, class Emit>
 FINETUNE_INLINE void emit_tile(const __m512 (&sum)[kRows][kPanels], int64_t panel, int64_t row, Emit&& emit) {
   alignas(64) float y[kRows * kPanels][kPanel];
@@ -96,7 +102,7 @@ FINETUNE_INLINE void emit_tile(const __m512 (&sum)[kRows][kPanels], int64_t pane
 
 template <int kRows, int kPanels, class Emit>
 FINETUNE_INLINE void tile_bf16(const PackedWeight& w, const Prepared& x, int64_t panel, int64_t row, Emit&& emit) {
-  const int64_t words = w.words();
+  const int64_t words = w.words(), ahead = words_ahead<kPanels>(words);
   const auto* codes = static_cast<const uint32_t*>(w.codes) + panel * words * kPanel;
   const char* from = x.data + row * x.row;
   __m512 sum[kRows][kPanels];
@@ -106,8 +112,8 @@ FINETUNE_INLINE void tile_bf16(const PackedWeight& w, const Prepared& x, int64_t
   for (int64_t i = 0; i < words; ++i) {
     __m512i weights[kPanels];
     for (int p = 0; p < kPanels; ++p) weights[p] = _mm512_loadu_si512(codes + (p * words + i) * kPanel);
-    if constexpr (kRows == 1) {
-      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(codes + (p * words + i) * kPanel + kAhead);
+    if (row == 0) {
+      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(codes + (p * words + i) * kPanel + ahead);
     }
     for (int r = 0; r < kRows; ++r) {
       const __m512i pair = bytes4(from + r * x.row + 4 * i);
@@ -117,12 +123,43 @@ FINETUNE_INLINE void tile_bf16(const PackedWeight& w, const Prepared& x, int64_t
   emit_tile<kRows, kPanels>(sum, panel, row, emit);
 }
 
+struct BlockScales {
+  __m512 scale, minimum;
+};
+template <bool kMinima>
+FINETUNE_INLINE BlockScales block_scales(const PackedWeight& w, int64_t group) {
+  BlockScales out{};
+  if (w.group) out.scale = (__m512)of_group(w.scale, w.half_scales, group).part[0];
+  if constexpr (kMinima) out.minimum = (__m512)of_group(w.minimum, w.half_scales, group).part[0];
+  return out;
+}
+
+// What a block adds to a row's sum: `total` is that of its unsigned codes, `offset` as prepare_integers left it.
+template <bool kMinima>
+FINETUNE_INLINE __m512 add_block(const PackedWeight& w, const BlockScales& of, __m512i total, __m512i offset,
+                                 __m512 sum) {
+  if constexpr (!kMinima) total = _mm512_add_epi32(total, offset);
+  const __m512 value = _mm512_maskz_cvtepi32_ps(0xffff, total);
+  sum = w.group ? _mm512_fmadd_ps(of.scale, value, sum) : _mm512_add_ps(sum, value);
+  if constexpr (kMinima) sum = _mm512_fmadd_ps(of.minimum, (__m512)offset, sum);
+  return sum;
+}
+
+// The sum of all blocks in units of W x.
+FINETUNE_INLINE __m512 scaled(const PackedWeight& w, const char* row, int64_t panel, __m512 sum) {
+  float factor;
+  std::memcpy(&factor, row, sizeof factor);
+  if (!w.group) sum = _mm512_mul_ps(sum, (__m512)of_group(w.scale, w.half_scales, panel).part[0]);
+  return _mm512_mul_ps(sum, _mm512_set1_ps(factor));
+}
+
 // Two passes over a block, high bytes and then low ones, leave registers for twice the rows; few rows take both in one.
 template <WeightFormat kFormat, bool kMinima, int kRows, int kPanels, int kPasses, class Emit>
 FINETUNE_INLINE void tile_integers(const PackedWeight& w, const Prepared& x, int64_t panel, int64_t row, Emit&& emit) {
   constexpr int kEach = kFormat == WeightFormat::int8 ? 1 : 2, kSums = 3 - kPasses;  // fours of codes in a word
   const Blocks blocks(w);
-  const int64_t words = w.words(), step = blocks.block / (4 * kEach), x_row = x.row;
+  const int64_t words = w.words(), ahead = words_ahead<kPanels>(words), step = blocks.block / (4 * kEach),
+                x_row = x.row;
   const auto* codes = static_cast<const uint32_t*>(w.codes) + panel * words * kPanel;
   const char* from = x.data + row * x_row;
   const auto* offsets = from + kHigh + 2 * blocks.depth;
@@ -151,7 +188,7 @@ FINETUNE_INLINE void tile_integers(const PackedWeight& w, const Prepared& x, int
         __m512i weights[kPanels][kEach];
         for (int p = 0; p < kPanels; ++p) {
           const __m512i word = _mm512_loadu_si512(codes + (p * words + i) * kPanel);
-          if constexpr (kRows == 1) __builtin_prefetch(codes + (p * words + i) * kPanel + kAhead);
+          if (row == 0 && pass == 0) __builtin_prefetch(codes + (p * words + i) * kPanel + ahead);
           if constexpr (kEach == 1) {
             weights[p][0] = word;
           } else {
@@ -171,49 +208,40 @@ FINETUNE_INLINE void tile_integers(const PackedWeight& w, const Prepared& x, int
         }
       }
     }
-    __m512 scale[kPanels], minimum[kPanels];
-    for (int p = 0; p < kPanels; ++p) {
-      const int64_t group = (panel + p) * blocks.count + b;
-      if (w.group) scale[p] = (__m512)of_group(w.scale, w.half_scales, group).part[0];
-      if constexpr (kMinima) minimum[p] = (__m512)of_group(w.minimum, w.half_scales, group).part[0];
-    }
+    BlockScales scales[kPanels];
+    for (int p = 0; p < kPanels; ++p) scales[p] = block_scales<kMinima>(w, (panel + p) * blocks.count + b);
     for (int r = 0; r < kRows; ++r) {
       const __m512i offset = bytes4(offsets + r * x_row + 4 * b);
       for (int p = 0; p < kPanels; ++p) {
         __m512i total = dot[0][r][p];
         if constexpr (kSums == 2) total = _mm512_add_epi32(_mm512_maskz_slli_epi32(0xffff, total, 8), dot[1][r][p]);
-        if constexpr (!kMinima) total = _mm512_add_epi32(total, offset);
-        const __m512 value = _mm512_maskz_cvtepi32_ps(0xffff, total);
-        sum[r][p] = w.group ? _mm512_fmadd_ps(scale[p], value, sum[r][p]) : _mm512_add_ps(sum[r][p], value);
-        if constexpr (kMinima) sum[r][p] = _mm512_fmadd_ps(minimum[p], (__m512)offset, sum[r][p]);
+        sum[r][p] = add_block<kMinima>(w, scales[p], total, offset, sum[r][p]);
       }
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    float factor;
-    std::memcpy(&factor, from + r * x_row, sizeof factor);
-    for (int p = 0; p < kPanels; ++p) {
-      if (!w.group) sum[r][p] *= (__m512)of_group(w.scale, w.half_scales, panel + p).part[0];
-      sum[r][p] *= factor;
-    }
+    for (int p = 0; p < kPanels; ++p) sum[r][p] = scaled(w, from + r * x_row, panel + p, sum[r][p]);
   }
   emit_tile<kRows, kPanels>(sum, panel, row, emit);
 }
 
-// Panels [first, last) × rows [0, m) in tiles of kPanels × kRows; body.template operator()<rows, panels>(panel, row).
-template <int kRows, int kPanels, class Body>
+// Panels [first, last) × rows [0, m) in tiles: body.template operator()<rows, panels>(panel, row). Up to 4 rows take one
+// panel after another, for memory is read fastest in order; more take two at once, which share the broadcasts.
+template <class Body>
 FINETUNE_INLINE void in_blocks(int64_t m, int64_t first, int64_t last, Body&& body) {
   int64_t panel = first;
-  const auto rows = [&]<int kWide>() {
-    in_tiles<kRows>(m, [&]<int kHere>(int64_t row) { body.template operator()<kHere, kWide>(panel, row); });
+  const auto with = [&]<int kRows, int kPanels>() {
+    for (; panel + kPanels <= last; panel += kPanels) {
+      in_tiles<kRows>(m, [&]<int kHere>(int64_t row) { body.template operator()<kHere, kPanels>(panel, row); });
+    }
   };
-  for (; panel + kPanels <= last; panel += kPanels) rows.template operator()<kPanels>();
-  for (; panel < last; ++panel) rows.template operator()<1>();
+  if (m > 4) with.template operator()<8, 2>();
+  m > 4 ? with.template operator()<8, 1>() : with.template operator()<4, 1>();
 }
 
 template <class Emit>
 void product_bf16(const PackedWeight& w, const Prepared& x, int64_t m, int64_t first, int64_t last, Emit&& emit) {
-  in_blocks<8, 2>(m, first, last, [&]<int kRows, int kPanels>(int64_t panel, int64_t row) {
+  in_blocks(m, first, last, [&]<int kRows, int kPanels>(int64_t panel, int64_t row) {
     tile_bf16<kRows, kPanels>(w, x, panel, row, emit);
   });
 }
@@ -221,7 +249,7 @@ void product_bf16(const PackedWeight& w, const Prepared& x, int64_t m, int64_t f
 template <class Emit>
 void product_integers(const PackedWeight& w, const Prepared& x, int64_t m, int64_t first, int64_t last, Emit&& emit) {
   const auto with = [&]<WeightFormat kFormat, bool kMinima>() {
-    in_blocks<8, 2>(m, first, last, [&]<int kRows, int kPanels>(int64_t panel, int64_t row) {
+    in_blocks(m, first, last, [&]<int kRows, int kPanels>(int64_t panel, int64_t row) {
       tile_integers<kFormat, kMinima, kRows, kPanels, (kRows > 4 ? 2 : 1)>(w, x, panel, row, emit);
     });
   };

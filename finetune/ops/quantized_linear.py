@@ -89,8 +89,8 @@ class QuantizedWeight:
         return self.codes.device
 
     def to(self, device: str | torch.device) -> QuantizedWeight:
-        """The same, elsewhere, in the layout that it has."""
-        return self.mapped(lambda t: t.to(device))
+        """The same, elsewhere, in the layout that it has; itself if it is there."""
+        return self if self.codes.to(device) is self.codes else self.mapped(lambda t: t.to(device))
 
     def mapped(self, function: Callable[[Tensor], Tensor], shape: tuple[int, int] | None = None) -> QuantizedWeight:
         """With `function` of each of its tensors, which may change the shape."""
