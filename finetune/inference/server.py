@@ -76,7 +76,12 @@ class Server:
                 Route("/v1/completions", self.complete, methods=["POST"]),
                 Route("/v1/embeddings", self.embed, methods=["POST"]),
             ],
-            exception_handlers={HTTPException: http_error, Refused: refusal},
+            exception_handlers={
+                HTTPException: http_error,
+                Refused: refusal,
+                RecursionError: too_deep,
+                Exception: unexpected,
+            },
         )
 
     async def page(self, _: Request) -> Response:
@@ -207,6 +212,15 @@ def snapshot(engine: Engine) -> dict[str, Any]:
 async def refusal(_: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     return error.response()
+
+
+async def too_deep(_: Request, error: Exception) -> Response:
+    return Refused(400, "the request is nested too deeply").response()
+
+
+async def unexpected(_: Request, error: Exception) -> Response:
+    """The client learns that it is not at fault; the error itself is in the server's log."""
+    return Refused(500, "an error of the server").response()
 
 
 async def http_error(_: Request, error: Exception) -> Response:

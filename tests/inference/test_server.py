@@ -133,6 +133,13 @@ def test_not_json_too_large_and_unknown_paths(served):
     for content, status in ((b"{", 400), (b"\xff", 400), (b"[" * 100_000, 400), (b"x" * (5 << 20), 413)):
         answer = httpx.post(f"{base}/v1/chat/completions", content=content, timeout=60)
         assert (answer.status_code, "error" in answer.json()) == (status, True)
+    deep = "[" * 3000 + "]" * 3000
+    for more in (
+        f'"messages": [{{"role": "user", "content": {deep}}}]',
+        f'"messages": [{{}}], "guided_json": {{"a": {deep}}}',
+    ):
+        answer = httpx.post(f"{base}/v1/chat/completions", content=f'{{"model": "small", {more}}}', timeout=60)
+        assert (answer.status_code, "deeply" in answer.json()["error"]["message"]) == (400, True)
     assert httpx.get(f"{base}/v1/nothing").json()["error"]["message"] == "Not Found"
     assert chat(base).status_code == 200
 
@@ -186,6 +193,15 @@ def test_too_many_requests_are_refused(tokenizer):
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
 
 
+def test_an_error_of_the_server_has_the_apis_form(tokenizer, monkeypatch):
+    with serving(tokenizer) as (base, server):
+        monkeypatch.setattr(server.tokenizer, "encode", lambda *_, **__: 1 / 0)
+        answer = chat(base)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        monkeypatch.undo()
+        assert chat(base).status_code == 200
+
+
 def test_a_failed_engine_is_an_error_and_not_silence(tokenizer):
     with serving(tokenizer) as (base, server):
         server.worker.engine.step = lambda: 1 / 0
@@ -219,6 +235,10 @@ def test_the_command_serves_until_it_is_told_to_stop(tokenizer, tmp_path):
         found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)
         base = next(match[0] for match in found if match)
         assert "finetune" in httpx.get(base).text
+        if (sockets := Path("/proc/net/tcp")).exists():  # of all addresses it listens at the loopback's alone
+            port = f":{int(base.rsplit(':')[-1]):04X}"
+            listening = [row.split()[1] for row in sockets.read_text().splitlines() if row.split()[3] == "0A"]
+            assert [address for address in listening if address.endswith(port)] == [f"0100007F{port}"]
         assert [one["id"] for one in httpx.get(f"{base}/v1/models").json()["data"]] == ["small", "small:law"]
         body = {"model": "small", "prompt": "the quick", "max_tokens": 100, "temperature": 0, "stream": True}
         with httpx.stream("POST", f"{base}/v1/completions", json=body, timeout=60) as answer:
