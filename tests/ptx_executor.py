@@ -315,6 +315,23 @@ def fused(words, a, b, c):
     return fma(a, b, c, words[1])
 
 
+def of_pairs(words, *given):
+    """fma and sub of two 16-bit floats a register."""
+    out = np.uint32(0)
+    for half in (0, 16):
+        bits = [(x >> np.uint32(half)).astype(np.uint16) for x in given]
+        if words[-1] == "bf16x2":
+            values = [(x.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64) for x in bits]
+        else:
+            values = [x.view(np.float16).astype(np.float64) for x in bits]
+        wide = values[0] * values[1] + values[2] if words[0] == "fma" else values[0] - values[1]
+        if words[-1] == "bf16x2" and not np.array_equal(wide.astype(np.float32), wide, equal_nan=True):
+            raise Fault("a result of bf16x2 that would be rounded twice: not supported")
+        narrow = bf16_bits(wide) if words[-1] == "bf16x2" else wide.astype(np.float16).view(np.uint16)
+        out = out | (narrow.astype(np.uint32) << np.uint32(half))
+    return out
+
+
 def extreme(words, a, b):
     if a.dtype.kind == "f" and "NaN" not in words:
         return (np.fmin if words[0] == "min" else np.fmax)(a, b)

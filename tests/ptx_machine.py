@@ -6,7 +6,7 @@ import re
 import struct
 
 import numpy as np
-from ptx_executor import LANES, PLAIN, SHARED_TAG, TAG, Fault, Instruction, Kernel, compare, convert, dtype_of
+from ptx_executor import LANES, PLAIN, SHARED_TAG, TAG, Fault, Instruction, Kernel, compare, convert, dtype_of, of_pairs
 
 BASE = 4096  # the view of the process's memory begins there
 
@@ -403,6 +403,9 @@ class Machine:
             self.multiply_matrices(one)
         elif name in ("bar", "barrier", "membar", "fence", "prefetch"):
             pass  # `ready` did it; all stores are seen at once
+        elif words[-1] in ("bf16x2", "f16x2") and name in ("fma", "sub"):
+            given = (self.get(each, np.dtype(np.uint32)) for each in operands[1:])
+            self.put(operands[0], of_pairs(words, *given))
         elif name in PLAIN:
             self.compute(one)
         else:

@@ -1,4 +1,4 @@
-// ldmatrix and mma of a whole warp, after the fragment tables of the PTX ISA manual. The hardware sums in an order of
+// Bytes and pairs within registers; ldmatrix and mma of a whole warp, after the fragment tables of the PTX ISA manual. The hardware sums in an order of
 // its own; this one sums in double and rounds once.
 #pragma once
 
@@ -42,6 +42,30 @@ inline float half_of(unsigned r, int which, __nv_bfloat16) {
   return __bfloat162float({static_cast<uint16_t>(r >> (16 * which))});
 }
 inline float half_of(unsigned r, int which, __half) { return __half2float({static_cast<uint16_t>(r >> (16 * which))}); }
+
+template <class T>
+unsigned subtract(unsigned a, unsigned b) {
+  unsigned r = 0;
+  for (int i = 0; i < 2; ++i) {
+    const float difference = half_of(a, i, T{}) - half_of(b, i, T{});
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      r |= static_cast<unsigned>(__float2bfloat16(difference).bits) << (16 * i);
+    } else {
+      r |= static_cast<unsigned>(__float2half(difference).bits) << (16 * i);
+    }
+  }
+  return r;
+}
+
+inline unsigned permute_bytes(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  unsigned r = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned which = selector >> (4 * i), byte = (bytes >> (8 * (which & 7u))) & 0xffu;
+    r |= (which & 8u ? (byte & 0x80u ? 0xffu : 0u) : byte) << (8 * i);
+  }
+  return r;
+}
 
 struct Mma {
   float* d;

@@ -67,6 +67,27 @@ def test_pack(is_bf16):
     assert torch.equal(got.view(HALVES[is_bf16]).reshape(32, 2), x.to(HALVES[is_bf16]))  # little-endian: low half first
 
 
+def test_permute_bytes():
+    """prmt: half i of the selector names the byte of {b, a} that becomes byte i; its bit 3, that byte's sign alone."""
+    g = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (64, 3), generator=g).to(torch.int32)
+    got = torch.empty(64, dtype=torch.int32)
+    call("permute_bytes", ("in", words), None, ("out", got), block=64)
+    for (a, b, selector), result in zip((words.long() & 0xFFFFFFFF).tolist(), got.tolist(), strict=True):
+        given = [*a.to_bytes(4, "little"), *b.to_bytes(4, "little")]
+        halves = [selector >> (4 * i) & 15 for i in range(4)]
+        want = [(255 if given[h & 7] >= 128 else 0) if h >= 8 else given[h] for h in halves]
+        assert list((result & 0xFFFFFFFF).to_bytes(4, "little")) == want
+
+
+@pytest.mark.parametrize("is_bf16", [0, 1], ids=("f16", "bf16"))
+def test_subtract(is_bf16):
+    pairs = (torch.randn(32, 2, 2, generator=torch.Generator().manual_seed(0)) * 3).to(HALVES[is_bf16])
+    got = torch.empty(32, dtype=torch.int32)
+    call("subtract", ("in", pairs), None, ("out", got), block=32, number=is_bf16)
+    assert torch.equal(got.view(HALVES[is_bf16]).reshape(32, 2), pairs[:, 0] - pairs[:, 1])
+
+
 @pytest.mark.parametrize("eager", [False, True], ids=("lazy", "eager"))
 def test_cp_async(eager):
     """Sixteen bytes each, zeros where nothing is read (odd lanes here), group by group."""

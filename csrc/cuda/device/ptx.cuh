@@ -50,6 +50,47 @@ __device__ __forceinline__ void named_barrier(CALL_SITE_ONLY) {
 #endif
 }
 
+// --- arithmetic within registers of several elements
+
+// The four bytes of a and b, which are numbered from a's lowest on, that the halves of `selector`'s bytes name: bit 3 of
+// a half fills its byte with the sign of the one named.
+__device__ __forceinline__ unsigned permute_bytes(unsigned a, unsigned b, unsigned selector) {
+#if defined(__CUDACC__)
+  unsigned r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+#else
+  return emulator::permute_bytes(a, b, selector);
+#endif
+}
+
+// (a & mask) | bits, as one instruction: nvcc makes two of it where both are constants.
+__device__ __forceinline__ unsigned mask_or(unsigned a, unsigned mask, unsigned bits) {
+#if defined(__CUDACC__)
+  unsigned r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
+  return r;
+#else
+  return (a & mask) | bits;
+#endif
+}
+
+// a - b of two 16-bit elements, each rounded once.
+template <class T>
+__device__ __forceinline__ unsigned subtract(unsigned a, unsigned b) {
+#if defined(__CUDACC__)
+  unsigned r;
+  if constexpr (std::is_same_v<T, bf16>) {  // sub.bf16x2 came with sm_90
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+  } else {
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  }
+  return r;
+#else
+  return emulator::subtract<T>(a, b);
+#endif
+}
+
 // --- asynchronous copies (sm_80): 16 bytes from global to shared memory, past the registers
 
 // Copies 16 bytes, or fills them with zeros where `read` is false (`global` is not touched then).
