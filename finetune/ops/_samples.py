@@ -47,8 +47,8 @@ class Sample:
                 return [one(item, i) for item in arg]
             if hasattr(arg, "packed"):  # a QuantizedWeight: once, as at load, where it is timed
                 return arg.packed(device) if self.bench else arg.to(device)
-            if not isinstance(arg, torch.Tensor):
-                return arg
+            if not isinstance(arg, torch.Tensor):  # a weight in few bits is packed for a GPU; on the CPU it stays
+                return arg.packed(device) if device != "cpu" and hasattr(arg, "packed") else arg
             keep = dtype if arg.dtype == torch.float64 else arg.dtype
             dimension = self.far[1] if self.far and self.far[0] == i else None
             copy = place(arg.shape, arg.stride(), keep, device, i in self.odd, dimension)

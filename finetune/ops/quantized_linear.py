@@ -15,6 +15,10 @@ is the roof, so few bits are speed; above it the products are.
 Accumulation is fp32. The native kernels use x as it is if it has fp32. For x in bf16 they may also use integers: a row
 of x becomes 16-bit integers of its largest magnitude / 32639, and the sums over a group are then exact. Each row of
 the result depends on its own row of x alone, to the bit: not on how many rows there are, nor on the threads.
+
+On a GPU integers become x's type of 16 bits exactly, NF4's values are rounded to it, and scales multiply the fp32 sums
+of groups. There, too, a row's bits are its own: up to 8, up to 32 and more rows have different tiles, but add in one
+order (csrc/cuda/quantized_linear.cu). Only Triton's kernel has two regimes, up to 16 rows and more.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.ops._backends import native_float, wrong_device
+from finetune.ops import _fragments
+from finetune.ops._backends import missing, native_float, wrong_device
 from finetune.ops._op import Op
 from finetune.ops._samples import Sample
 
@@ -100,7 +105,9 @@ class QuantizedWeight:
 
     def packed(self, device: str | torch.device) -> QuantizedWeight:
         """On `device`, in the layout that the native kernels of such a device read."""
-        return self.laid_out(torch.device(device).type).to(device)
+        kind = torch.device(device).type
+        without = kind == "cuda" and missing("quantized_linear", "cuda")  # Triton's kernel reads rows
+        return self.laid_out("rows" if without else kind).to(device)
 
     def laid_out(self, layout: str) -> QuantizedWeight:
         """The same weight in another of `LAYOUTS`."""
@@ -242,9 +249,36 @@ def from_panels(weight: QuantizedWeight) -> QuantizedWeight:
     )
 
 
+# --- the layout of GPUs: _fragments.py
+
+
+def scale_group(weight: QuantizedWeight) -> int:
+    """0 of int8 with a scale a row; a 4-bit row as long as its group has a group."""
+    return 0 if weight.format == "int8" and weight.group == weight.shape[1] else weight.group
+
+
+def to_fragments(weight: QuantizedWeight) -> QuantizedWeight:
+    codes, scale = _fragments.pack(codes_of(weight), weight.format), None
+    if weight.scale is not None:
+        scale = _fragments.pack_scales(weight.scale, weight.minimum, weight.shape[1], scale_group(weight))
+    return dataclasses.replace(weight, codes=codes, scale=scale, minimum=None, layout="cuda")
+
+
+def from_fragments(weight: QuantizedWeight) -> QuantizedWeight:
+    codes, scale, minimum = _fragments.unpack(weight.codes, weight.format, *weight.shape), None, None
+    if weight.scale is not None:
+        scale, minimum = _fragments.unpack_scales(weight.scale, *weight.shape, scale_group(weight))
+    codes = halves(codes) if weight.format in ("int4", "nf4") else codes
+    return dataclasses.replace(weight, codes=codes, scale=scale, minimum=minimum, layout="rows")
+
+
 # layout → (from rows, to rows)
 LAYOUTS: dict[str, tuple[Callable[[QuantizedWeight], QuantizedWeight], Callable[[QuantizedWeight], QuantizedWeight]]]
-LAYOUTS = {"rows": (lambda w: w, lambda w: w), "cpu": (to_panels, from_panels)}
+LAYOUTS = {
+    "rows": (lambda w: w, lambda w: w),
+    "cpu": (to_panels, from_panels),
+    "cuda": (to_fragments, from_fragments),
+}
 
 
 def in_one_slab(weights: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
@@ -293,6 +327,8 @@ class PackedOp(Op[..., Tensor]):
 
 def fitting(library: str, x: Tensor, weight: QuantizedWeight, **_: Any) -> QuantizedWeight:
     """The weight in the layout that the kernels of a library read."""
+    if library == "finetune_triton":
+        return weight.laid_out("rows")
     return weight.laid_out("cpu" if library == "finetune" and not x.is_cuda else "cuda")
 
 
@@ -372,10 +408,10 @@ def samples() -> Iterator[Sample]:
 
     def make(
         name: str, format: str, n: int, k: int, *rows: int, bias: bool = False, size: float = 1.0, bench: bool = False,
-        **how: Any,
+        dtype: torch.dtype = torch.float64, **how: Any,
     ) -> Sample:  # fmt: skip
         weight = random_weight(format, n, k, g, **how)
-        x = torch.randn(*rows, k, generator=g, dtype=torch.float64) * size
+        x = (torch.randn(*rows, k, generator=g, dtype=torch.float64) * size).to(dtype)
         given = (x, weight, torch.randn(n, generator=g, dtype=torch.float64)) if bias else (x, weight)
         count = math.prod(rows)
         if bench:
@@ -401,6 +437,12 @@ def samples() -> Iterator[Sample]:
     yield make("odd nf4", "nf4", 37, 37, 19)
     yield make("many rows", "bf16", 50, 64, 67)
     yield make("many rows int4", "int4", 50, 96, 67)
+    yield make("many rows int8", "int8", 50, 96, 67, half=False, group=16)
+    yield make("many rows nf4", "nf4", 50, 96, 67)
+    yield make("deep", "int4", 40, 1400, 3, dtype=torch.bfloat16)  # all stages of a GPU's copies several times
+    yield make("deep int8", "int8", 33, 1400, 2, group=16, dtype=torch.bfloat16)
+    yield make("deep, some rows", "int4", 70, 552, 21, half=False)
+    yield make("deep, many rows", "int4", 140, 552, 70, bias=True, minima=False)  # several blocks either way
     yield make("large", "int8", 20, 64, 4, size=1e4, group=32)
     yield make("tiny", "int4", 20, 64, 4, size=1e-20)
     yield make("no rows", "int4", 16, 64, 0)
@@ -412,6 +454,8 @@ def samples() -> Iterator[Sample]:
                                  random_weight("int4", 32, 64, g)))  # fmt: skip
     yield from make("aligned bf16", "bf16", 32, 64, 3, bias=True).at_odd_addresses()
     yield from make("aligned int4", "int4", 32, 64, 3, bias=True).at_odd_addresses()
+    yield from make("far int8", "int8", 32, 64, 3).far_apart((0, 0))
+    yield from make("far int4", "int4", 32, 64, 3).far_apart((0, 0))
 
     for rows in (1, 8, 512):
         for name in ("bf16", "int8", "int4"):

@@ -123,6 +123,45 @@ def test_linear_cross_entropy_makes_four_mma_of_each_ldmatrix(kernel):
             assert row["spills"] == row["stack"] == 0, arch
 
 
+MMA_OF_A_TILE = {"Few": (4, 1), "Some": (16, 4), "Many": (32, 8)}  # a warp's mma and ldmatrix
+
+
+@pytest.mark.parametrize("shape", MMA_OF_A_TILE)
+def test_quantized_linear_multiplies_codes_and_scales_the_sums_of_groups(shape):
+    """Each 16 bytes of 4-bit codes are 4 mma with 8 tokens, 32 with 64, and an ldmatrix serves four mma. A group's sums
+    are folded by one FMA each (int4: two), whatever the number of its weights; int8 codes become bf16 by two LOP3 a
+    register of the left operand, of which a tile has 16."""
+    _, rows = static_table.golden()
+    mma, ldmatrix = MMA_OF_A_TILE[shape]
+    seen = 0
+    for arch, found in rows["quantized_linear"].items():
+        for name, row in found.items():
+            assert row["stack"] == row["spills"] == 0, (arch, name)
+            if not name.endswith(f", {shape}>"):
+                continue
+            seen += 1
+            kind = name.removeprefix("multiply<").partition(",")[0]
+            sums = 2 * ldmatrix if kind == "Int4" and shape != "Many" else 0  # Σ x by products with ones
+            assert (row["code"]["HMMA"], row["code"]["LDSM"]) == (mma + sums, ldmatrix), (arch, name)
+            assert row["code"]["LDGSTS"] >= 2, (arch, name)
+            folds = {"Int4": 4, "Int8<16>": 4, "Int8<32>": 2, "Nf4": 2}.get(kind, 0)  # FMA an mma
+            assert mma * folds <= row["around"].get("FFMA", 0) <= mma * folds + 8, (arch, name)
+            if kind == "Int8<0>":
+                assert row["around"]["LOP3"] <= 2 * 16 + 8, (arch, name)
+    assert seen == 11 * len(static_table.ARCHS)
+
+
+def test_quantized_linear_loads_16_bytes_of_codes_a_lane_for_fused_multiply_adds():
+    _, rows = static_table.golden()
+    chunks = {"Fp32": 8, "Bf16": 4, "Int8<0>": 2, "Int8<16>": 2, "Int8<32>": 2, "Int4": 1, "Nf4": 1}
+    for arch, found in rows["quantized_linear"].items():
+        kernels = {name: row for name, row in found.items() if name.startswith("multiply_by_fma<")}
+        assert len(kernels) == 10, arch
+        for name, row in kernels.items():
+            kind = name.removeprefix("multiply_by_fma<").partition(",")[0]
+            assert row["load"]["16"] >= chunks[kind], (arch, name)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 def test_attention_has_one_fma_for_each_exponential_and_no_mask_in_the_main_loop(kind, dim):
