@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,36 +39,39 @@ HEAD = "head"
 # Tensors that an adapter folder may hold and that are no low-rank sum, as an error calls them.
 CALLED = {"lora_embedding_A": "LoRA of an embedding", "lora_embedding_B": "LoRA of an embedding",
           "token_adapter.trainable_tokens_delta": "trained tokens"}  # fmt: skip
-Rows = Sequence[tuple[str, Tensor]]  # of each adapter in a step: its name, and which tokens are its own
+Rows = Sequence[tuple[str, slice]]  # of a step: the name of an adapter, and tokens next to each other that are its own
 
 
 @dataclass
 class Stack:
-    """The factors of all adapters of one layer: `down` (Σ ranks, in) and `up` (Σ ranks, out) in fp32, and of each
-    adapter by name its part of the ranks, and s. In a batch-invariant engine also A and s B packed (invariance.py)."""
+    """The factors of all adapters of one layer: `down` (Σ ranks, in) and `up` (Σ ranks, out) in fp32; of each
+    adapter by name s, and its part of the two; in a batch-invariant engine also A and s B packed (invariance.py)."""
 
     down: Tensor
     up: Tensor
-    part: dict[str, slice] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
+    views: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # Aᵀ (in, r) and Bᵀ (r, out)
     packed: dict[str, tuple[QuantizedWeight, QuantizedWeight]] = field(default_factory=dict)
 
-    def pack(self) -> None:
-        for name, ranks in self.part.items():
-            a, b = self.down[ranks], self.up[ranks].T.contiguous() * self.scale[name]
+    def take(self, name: str, start: int, rank: int, scale: float, pack: bool) -> None:
+        """Names the adapter whose ranks begin at `start`."""
+        ranks = slice(start, start + rank)
+        self.scale[name], self.views[name] = scale, (self.down[ranks].T, self.up[ranks])
+        if pack:
+            a, b = self.down[ranks], self.up[ranks].T.contiguous() * scale
             self.packed[name] = dense(a).packed(a.device), dense(b).packed(b.device)
 
     def add(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        """y (N, out) with the adapters' sums of x (N, in) added in place, in fp32 before the result is rounded."""
+        """y (N, out) plus the adapters' sums of x (N, in), in fp32 before the result is rounded; y is overwritten."""
+        wide, total = x.to(self.down.dtype), y.to(self.down.dtype)
         for name, own in rows:
             if name in self.packed:
                 a, b = self.packed[name]
-                y[own] = (y[own].float() + ops.quantized_linear(ops.quantized_linear(x[own].float(), a), b)).to(y.dtype)
-            elif name in self.part:
-                ranks = self.part[name]
-                low = x[own].to(self.down.dtype) @ self.down[ranks].T  # (n, r)
-                y[own] = y[own].to(low.dtype).addmm_(low, self.up[ranks], alpha=self.scale[name]).to(y.dtype)
-        return y
+                total[own] += ops.quantized_linear(ops.quantized_linear(wide[own], a), b)
+            elif name in self.views:
+                down, up = self.views[name]
+                total[own].addmm_(wide[own] @ down, up, alpha=self.scale[name])
+        return total.to(y.dtype)
 
 
 class Adapters:
@@ -94,10 +98,8 @@ class Adapters:
             self.stacks[at] = stack = Stack(down.to(device), up.contiguous().to(device))
             start = 0
             for name, scale, a, _ in parts:
-                stack.part[name], stack.scale[name] = slice(start, start + len(a)), scale
+                stack.take(name, start, len(a), scale, invariant)
                 start += len(a)
-            if invariant:
-                stack.pack()
 
     @property
     def nbytes(self) -> int:
@@ -110,17 +112,17 @@ class Adapters:
             raise UserError(f"there is no adapter '{name}'{nearest(name, self.digests)}")
         return b"" if name is None else self.digests[name]
 
-    def rows(self, plan: Sequence[Work], counts: Sequence[int] | None = None) -> list[tuple[str, Tensor]]:
-        """Which rows each adapter has, where each work has `counts` of them, in the plan's order: by default all its
-        tokens."""
-        own: dict[str, list[int]] = {}
-        start = 0
-        for work, count in zip(plan, counts or [work.count for work in plan], strict=True):
-            if count and work.sequence.adapter is not None:
-                own.setdefault(work.sequence.adapter, []).extend(range(start, start + count))
+    def rows(self, plan: Sequence[Work], counts: Sequence[int] | None = None) -> list[tuple[str, slice]]:
+        """Which rows are whose adapter's, where each work has `counts` of them, in the plan's order: by default all its
+        tokens. Neighbors with the same adapter are taken together."""
+        found, start = [], 0
+        each = zip((work.sequence.adapter for work in plan), counts or [work.count for work in plan], strict=True)
+        for name, group in groupby(each, key=lambda pair: pair[0]):
+            count = sum(count for _, count in group)
+            if count and name is not None:
+                found.append((name, slice(start, start + count)))
             start += count
-        device = self.model.norm.weight.device
-        return [(name, torch.tensor(places, device=device)) for name, places in own.items()]
+        return found
 
     @contextmanager
     def on(self, rows: Rows) -> Iterator[None]:
@@ -128,7 +130,7 @@ class Adapters:
         hooks = [
             self.model.get_submodule(at).register_forward_hook(partial(added, stack, rows))
             for at, stack in self.stacks.items()
-            if at != HEAD and any(name in stack.part for name, _ in rows)
+            if at != HEAD and any(name in stack.scale for name, _ in rows)
         ]
         try:
             yield
@@ -141,7 +143,7 @@ class Adapters:
         None: nothing."""
         stack = self.stacks.get(HEAD)
         rows = self.rows(plan, counts)
-        if stack is None or not any(name in stack.part for name, _ in rows):
+        if stack is None or not any(name in stack.scale for name, _ in rows):
             return None
         return stack.add(hidden.new_zeros(len(hidden), stack.up.shape[1], dtype=stack.up.dtype), hidden, rows)
 
