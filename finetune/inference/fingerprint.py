@@ -4,7 +4,7 @@ prefix cache's keys begin with a hash of it (`blocks.Table.root`), so that a blo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from array import array
 
 import numpy as np
 import torch
@@ -27,18 +27,17 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.seen: list[tuple[int, int]] = []  # of each tensor: address, writes
+        self.seen = b""  # of each tensor: address and writes
         self.looks: list[np.ndarray] = []  # views
 
     def __call__(self) -> bytes:
-        found = list(tensors(self.model))
-        seen = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in found]
+        found, switches = state(self.model)
+        seen = array("q", [n for t in found for n in (t.data_ptr(), 0 if t.is_inference() else t._version)]).tobytes()
         if seen != self.seen:
             self.seen = seen
             self.looks = [some(t) for t in found if t.device.type == "cpu" and t.numel() and t.is_contiguous()]
-        switches = [repr(module.active) for module in self.model.modules() if isinstance(module, LoRALinear)]
-        words = [repr((getattr(self.model, "config", ""), switches)).encode(), np.array(seen).tobytes()]
-        return hashlib.sha256(b" ".join(words + [look.tobytes() for look in self.looks])).digest()
+        words = repr((getattr(self.model, "config", ""), switches)).encode()
+        return hashlib.sha256(b" ".join([words, seen, *(look.tobytes() for look in self.looks)])).digest()
 
 
 def some(tensor: Tensor) -> np.ndarray:
@@ -47,12 +46,22 @@ def some(tensor: Tensor) -> np.ndarray:
     return flat.view(BITS[tensor.element_size()]).numpy()
 
 
-def tensors(model: nn.Module) -> Iterator[Tensor]:
-    """All weights, packed ones too."""
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                yield tensor
-        for value in module.__dict__.values():
-            if isinstance(value, QuantizedWeight):
-                yield from value.tensors
+def state(model: nn.Module) -> tuple[list[Tensor], list[dict[str, float]]]:
+    """All weights, packed ones too, and which adapters are active. Called for each request, so it reads the modules'
+    dictionaries."""
+    found: list[Tensor] = []
+    switches: list[dict[str, float]] = []
+    left = [model]
+    while left:
+        module = left.pop()
+        own = module.__dict__
+        for tensors in (own["_parameters"], own["_buffers"]):
+            if tensors:
+                found += [tensor for tensor in tensors.values() if tensor is not None]
+        for value in own.values():
+            if type(value) is QuantizedWeight:
+                found += value.tensors
+        if type(module) is LoRALinear:
+            switches.append(module.active)
+        left += [child for child in own["_modules"].values() if child is not None]
+    return found, switches

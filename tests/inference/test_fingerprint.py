@@ -7,7 +7,7 @@ import torch
 from small_served import adapter, llama
 
 from finetune.inference.engine import Engine
-from finetune.inference.fingerprint import Fingerprint, tensors
+from finetune.inference.fingerprint import Fingerprint, state
 from finetune.inference.packed import pack
 from finetune.inference.sampler import Sampling
 from finetune.peft.adapters import load_adapter
@@ -85,7 +85,7 @@ def test_every_weight_counts(few_bits):
     few_bits(model)
     look = Fingerprint(model)
     seen = {look()}
-    for tensor in tensors(model):
+    for tensor in state(model)[0]:
         tensor.data.view(torch.uint8).bitwise_xor_(1)
         seen.add(look())
-    assert len(seen) == 1 + len(list(tensors(model))) > 30
+    assert len(seen) == 1 + len(state(model)[0]) > 30
