@@ -5,35 +5,10 @@
 // memory bandwidth.
 #include "finetune/kv_cache.h"
 
-#include "eight_bit.h"
+#include "store_head.h"
 
 namespace finetune::FINETUNE_LEVEL {
 namespace {
-
-// One head of a token into the pool. `dim` elements; `scale` is where its scale belongs.
-template <class T, class C>
-FINETUNE_INLINE void put(const T* x, C* y, float* scale, int64_t dim) {
-  if constexpr (std::is_same_v<T, C>) {
-    std::memcpy(y, x, dim * sizeof(T));
-  } else {
-    vi top{};  // as integers, in which order a NaN is above everything
-    for_each_vector(dim, [&](int64_t i, auto get, auto) {
-      const vi size = (vi)get(x + i) & 0x7fffffff;
-      top = size > top ? size : top;
-    });
-    int32_t most = 0;
-    for (int i = 0; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
-    float largest;
-    std::memcpy(&largest, &most, sizeof largest);
-    const float s = largest / kLargest<C>;
-    *scale = s;
-    const bool usable = s > 0 && s <= 3.4028235e38f;
-    const vf limit = set1(kLargest<C>);
-    for_each_vector(dim, [&](int64_t i, auto get, auto put) {
-      put(y + i, usable ? vmax(-limit, vmin(limit, get(x + i) / s)) : vf{});
-    });
-  }
-}
 
 template <class T, class C>
 void append_as(const KvAppend& a) {
@@ -44,9 +19,9 @@ void append_as(const KvAppend& a) {
       const auto one = [&](const void* from, int64_t token, int64_t head, const KvPool& to) {
         for (int64_t h = 0; h < a.kv_heads; ++h) {
           const int64_t at = offset * a.kv_heads + h;
-          put(static_cast<const T*>(from) + i * token + h * head,
-              static_cast<C*>(to.data) + block * to.block + at * a.dim,
-              to.scale ? to.scale + block * to.scale_block + at : nullptr, a.dim);
+          store_head(static_cast<const T*>(from) + i * token + h * head,
+                     static_cast<C*>(to.data) + block * to.block + at * a.dim,
+                     to.scale ? to.scale + block * to.scale_block + at : nullptr, a.dim);
         }
       };
       one(a.k, a.k_token, a.k_head, a.to_k);

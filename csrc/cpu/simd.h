@@ -107,7 +107,7 @@ FINETUNE_INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask)
 // machines.
 FINETUNE_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
-  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+  return (vf)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
@@ -117,7 +117,7 @@ FINETUNE_INLINE vf vmax(vf a, vf b) {
 }
 FINETUNE_INLINE vf vmin(vf a, vf b) {
 #if defined(__AVX512F__)
-  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+  return (vf)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (vf)_mm256_min_ps((__m256)a, (__m256)b);
 #else

@@ -6,16 +6,17 @@ attention looks at each sequence separately, through its table of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import accumulate, groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from finetune import ops
 from finetune.inference.blocks import BlockPool
+from finetune.inference.native import NativeLlama, unsupported
 from finetune.inference.scheduler import Asked, Work
 from finetune.lm import head
 from finetune.lm.gpt import GPT
@@ -34,11 +35,15 @@ class PagedCache:
     def __init__(self, model: Llama | GPT, blocks: BlockPool, dtype: torch.dtype | None = None) -> None:
         config, weight = model.config, model.norm.weight
         shape = (blocks.count, blocks.block_size, config.kv_heads, config.head_dim)
-        self.blocks = blocks
+        self.blocks, self.model = blocks, model
         self.dynamic = getattr(config, "rope_scaling", RopeScaling()).kind == "dynamic"
         self.layers = [
             [pool(*shape, dtype or weight.dtype, weight.device) for _ in ("k", "v")] for _ in range(config.layers)
         ]
+        self.why_not_native = unsupported(model, dtype)
+        self.native = None
+        if not self.why_not_native:
+            self.native = NativeLlama(cast(Llama, model), self.layers, blocks.block_size)
 
     @property
     def nbytes(self) -> int:
@@ -53,18 +58,32 @@ class PagedCache:
             if together:
                 kv_cache_copy_(tensors, torch.tensor(together, device=tensors[0].device))
 
-    def step(self, plan: Sequence[Work]) -> PagedStep:
-        """The view of one forward pass over the tokens of `plan`, whose blocks are copied and allotted."""
-        self.copy([pair for work in plan for pair in work.copies])
-        return PagedStep(self, plan)
-
     def answers(
         self, model: Llama | GPT, plan: Sequence[Work], asked: Sequence[Asked], adapters: Adapters | None = None
     ) -> list[list[int] | Tensor | None]:
         """One pass over the tokens of `plan`, each with the adapter of its sequence. For each work what was `asked` of
         its last tokens, the one before the first guess and the guesses: "tokens", the most likely next token after
         each; "logits" (1 + guesses, V); "states" (T, C), those of all its tokens after the last norm; or "nothing". A
-        tensor is good until the next pass."""
+        tensor is good until the next pass.
+
+        One native call computes what has no adapter, if the model is packed for it (native.py); otherwise its modules
+        do. So an answer does not depend on what is computed with it."""
+        self.copy([pair for work in plan for pair in work.copies])
+        native = [self.native is not None and model is self.model and work.sequence.adapter is None for work in plan]
+        parts: dict[bool, Iterator[list[int] | Tensor | None]] = {}
+        for by_call in {*native}:
+            mine = [i for i, which in enumerate(native) if which is by_call]
+            works, wanted = [plan[i] for i in mine], [asked[i] for i in mine]
+            if by_call and self.native:
+                parts[True] = iter(self.native.answers(works, wanted))
+            else:
+                parts[False] = iter(self.by_modules(model, works, wanted, adapters))
+        return [next(parts[by_call]) for by_call in native]
+
+    def by_modules(
+        self, model: Llama | GPT, plan: Sequence[Work], asked: Sequence[Asked], adapters: Adapters | None
+    ) -> list[list[int] | Tensor | None]:
+        """`answers` by the model's own forward pass, after the blocks are copied."""
         state, ends = self.forward(model, plan, adapters)
         counts = [
             1 + len(work.sequence.guesses) if what in ("tokens", "logits") else 0
@@ -88,9 +107,9 @@ class PagedCache:
     def forward(
         self, model: Llama | GPT, plan: Sequence[Work], adapters: Adapters | None = None
     ) -> tuple[Tensor, list[int]]:
-        """One pass over the tokens of `plan`: their states (N, C) after the last norm, in the order of the plan, and
-        where the last token of each work is among them."""
-        view = self.step(plan)
+        """One pass of the modules over the tokens of `plan`, whose blocks are copied and allotted: their states (N, C)
+        after the last norm, in the order of the plan, and where the last token of each work is among them."""
+        view = PagedStep(self, plan)
         tokens = torch.tensor([[token for work in plan for token in work.tokens]], device=view.positions.device)
         rows = adapters.rows(plan) if adapters else []
         with adapters.on(rows) if adapters and rows else nullcontext():
