@@ -57,8 +57,9 @@ def answers(
     import torch
 
     from finetune import memory
-    from finetune.lm.generate import answer_text, check_sampling, generate, stop_ids
+    from finetune.inference.generate import check_sampling, generate
     from finetune.lm.io import hub, load
+    from finetune.lm.tokenizer import answer_text, stop_ids
     from finetune.peft import bases, lora
     from finetune.peft.adapters import load_adapter
 

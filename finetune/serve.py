@@ -45,7 +45,7 @@ def started(
     from finetune.inference.engine import Engine
     from finetune.inference.speculative import PromptLookup
     from finetune.inference.worker import Worker
-    from finetune.lm.generate import stop_ids
+    from finetune.lm.tokenizer import stop_ids
 
     torch.set_num_threads(threads or machine.physical_cores())
     folders = adapter_folders(adapter, console)

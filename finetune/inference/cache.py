@@ -18,6 +18,7 @@ from finetune import ops
 from finetune.inference.blocks import BlockPool
 from finetune.inference.native import NativeLlama, unsupported
 from finetune.inference.scheduler import Asked, Work
+from finetune.inference.virtual_tokens import Virtual
 from finetune.lm import head
 from finetune.lm.gpt import GPT
 from finetune.lm.layers import RopeScaling
@@ -36,7 +37,8 @@ class PagedCache:
         config, weight = model.config, model.norm.weight
         shape = (blocks.count, blocks.block_size, config.kv_heads, config.head_dim)
         self.blocks, self.model = blocks, model
-        self.dynamic = getattr(config, "rope_scaling", RopeScaling()).kind == "dynamic"
+        scaling = getattr(config, "rope_scaling", RopeScaling())
+        self.original = scaling.original_length if scaling.kind == "dynamic" else 0  # tokens; 0: no dynamic scaling
         self.layers = [
             [pool(*shape, dtype or weight.dtype, weight.device) for _ in ("k", "v")] for _ in range(config.layers)
         ]
@@ -66,10 +68,10 @@ class PagedCache:
         each; "logits" (1 + guesses, V); "states" (T, C), those of all its tokens after the last norm; or "nothing". A
         tensor is good until the next pass.
 
-        One native call computes what has no adapter, if the model is packed for it (native.py); otherwise its modules
+        One native call computes what has no adapter and no virtual tokens, if the model is packed for it (native.py); otherwise its modules
         do. So an answer does not depend on what is computed with it."""
         self.copy([pair for work in plan for pair in work.copies])
-        native = [self.native is not None and model is self.model and work.sequence.adapter is None for work in plan]
+        native = [self.native is not None and model is self.model and work.ordinary for work in plan]
         parts: dict[bool, Iterator[list[int] | Tensor | None]] = {}
         for by_call in {*native}:
             mine = [i for i, which in enumerate(native) if which is by_call]
@@ -113,7 +115,8 @@ class PagedCache:
         tokens = torch.tensor([[token for work in plan for token in work.tokens]], device=view.positions.device)
         rows = adapters.rows(plan) if adapters else []
         with adapters.on(rows) if adapters and rows else nullcontext():
-            return model(tokens, positions=view.positions, cache=view, hidden=True)[0], view.last
+            state = model(tokens, positions=view.positions, cache=view, hidden=True, **view.replaced(model, tokens))
+            return state[0], view.last
 
 
 class PagedStep:
@@ -127,8 +130,18 @@ class PagedStep:
         self.positions = torch.tensor([[at for _, at in places]], device=device)
         self.slots = torch.tensor([cache.blocks.slot(w.sequence.table, at) for w, at in places], device=device)
         self.spans: Tensor | None = None  # (1, N), for dynamic rope scaling
-        if cache.dynamic:
-            self.spans = torch.tensor([[max(len(w.sequence.prompt), at + 1) for w, at in places]], device=device)
+        if cache.original:
+            spans = [max(w.sequence.before + len(w.sequence.prompt), at + 1) for w, at in places]
+            self.spans = torch.tensor([spans], device=device)
+        # Of virtual tokens: where they are in the row, whose they are, and which of them.
+        self.virtual: list[tuple[slice, Virtual, slice]] = []
+        start = 0
+        for work in plan:
+            count = min(work.sequence.before - work.start, work.count)
+            if work.sequence.virtual and count > 0:
+                which = slice(work.start, work.start + count)
+                self.virtual.append((slice(start, start + count), work.sequence.virtual, which))
+            start += work.count
         self.last = [end - 1 for end in accumulate(work.count for work in plan)]
         self.lengths = torch.tensor([work.start for work in plan], device=device)  # tokens stored before this step
         # Neighbors in the plan with equally many tokens attend in one call: all that decode, and each prompt's part.
@@ -138,8 +151,9 @@ class PagedStep:
             members = list(group)
             tables = [work.sequence.table.blocks for work in members]
             width = max(map(len, tables))
-            table = torch.tensor([blocks + [0] * (width - len(blocks)) for blocks in tables], device=device)
-            lengths = torch.tensor([work.start + work.count for work in members], device=device)
+            padded = [blocks + [0] * (width - len(blocks)) for blocks in tables]
+            table = torch.tensor(padded, dtype=torch.int32, device=device)  # the kernels' dtype: no conversion a layer
+            lengths = torch.tensor([work.start + work.count for work in members], dtype=torch.int32, device=device)
             self.groups.append((slice(start, start + count * len(members)), len(members), table, lengths))
             start += count * len(members)
 
@@ -156,7 +170,11 @@ class PagedStep:
         softcap: float = 0.0,
     ) -> Tensor:
         """q (1, N, H, D), new k and v (1, N, Hkv, D) → (1, N, H, D). Stores k and v, then every token sees those of its
-        own sequence up to itself. A cache of 16 bits takes queries of its own dtype."""
+        own sequence up to itself. Keys and values of a prefix take the place of what was computed for its tokens. A
+        cache of 16 bits takes queries of its own dtype."""
+        for at, part, which in self.virtual:
+            if part.kv is not None:
+                k[0, at], v[0, at] = part.kv[layer, :, which]
         (keys, key_scale), (values, value_scale) = self.cache.layers[layer]
         if key_scale is None and keys.dtype != q.dtype:
             seen16 = self.attend(
@@ -164,14 +182,22 @@ class PagedStep:
             )
             return seen16.to(q.dtype)
         kv_cache_append_(k[0], v[0], keys, values, self.slots, key_scale, value_scale)
-        out = torch.empty_like(q)
+        rules: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        seen: list[Any] = []
         for tokens, sequences, table, ends in self.groups:
-            part = q[0, tokens].unflatten(0, (sequences, -1))  # (b, Tq, H, D)
-            seen: Any = ops.paged_attention(
-                part, keys, values, table, ends, key_scale, value_scale, scale=scale, window=window, softcap=softcap
-            )
-            out[0, tokens] = seen.flatten(0, 1)
-        return out
+            part = q[0, tokens].view(sequences, -1, *q.shape[2:])  # (b, Tq, H, D)
+            seen.append(ops.paged_attention(part, keys, values, table, ends, key_scale, value_scale, **rules))
+        return seen[0].view(q.shape) if len(seen) == 1 else torch.cat([part.flatten(0, 1) for part in seen])[None]
+
+    def replaced(self, model: Llama | GPT, tokens: Tensor) -> dict[str, Tensor]:
+        """`embedded` (1, N, C) for the model, if trained vectors take the place of some tokens' embeddings."""
+        prompts = [(at, part.embedded[which]) for at, part, which in self.virtual if part.embedded is not None]
+        if not prompts or not isinstance(model, Llama):
+            return {}
+        x = model.embeddings(tokens)
+        for at, vectors in prompts:
+            x[0, at] = vectors
+        return {"embedded": x}
 
     def advance(self, new: int, lengths: Tensor | None) -> None:
         """Nothing: the tables count their tokens."""

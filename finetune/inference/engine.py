@@ -29,9 +29,9 @@ from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Logprobs, Scheduler, Sequence
 from finetune.inference.speculative import Drafter, agreed, verified
 from finetune.inference.text import TextStream
+from finetune.inference.virtual_tokens import Virtual
 from finetune.lm.forward import check_tokens
 from finetune.lm.gpt import GPT
-from finetune.lm.layers import RopeScaling
 from finetune.lm.llama import Llama
 
 
@@ -77,41 +77,37 @@ class Engine:
         adapter: str | None = None,
         grammar: Matcher | None = None,
         watch: Callable[[Sequence, int, Tensor], None] | None = None,
+        virtual: Virtual | None = None,
     ) -> Sequence:
         """Queues a prompt, for the base or with an adapter; the answer ends at a stop token, at a stop string of
         `text`, or after `most_new` tokens. `grammar`: what the answer must be; it is this sequence's alone, and the
-        stop tokens are those that end it. `watch`: as in `Sequence`; it ends the sequence. UserError
-        if the prompt is empty, has a token outside the vocabulary, or can never fit, and for an unknown adapter."""
-        limit, room = self.model.config.max_length, self.pool.count * self.pool.block_size
-        if not prompt:
-            raise UserError("the prompt is empty: give at least one token")
+        stop tokens are those that end it. `watch`: as in `Sequence`; it ends the sequence. `virtual`: trained tokens
+        before the prompt. UserError if the prompt is empty, has a token outside the vocabulary, or can never fit, and
+        for an unknown adapter."""
+        check_prompt(self.model, prompt, most_new, virtual)
+        check_room(prompt, most_new, virtual, "the cache", self.pool.count * self.pool.block_size)
         vocabulary = self.model.config.vocab_size
-        check_tokens(torch.tensor(prompt), vocabulary)
         if strange := [token for token in how.logit_bias if not 0 <= token < vocabulary]:
             raise UserError(f"logit_bias: token {strange[0]} is not in the vocabulary of {vocabulary}")
-        for most, name in ((limit, "the model's maximum length"), (room, "the cache")):
-            if len(prompt) + most_new > most:
-                raise UserError(
-                    f"the prompt has {len(prompt)} tokens; with {most_new} new ones it does not fit {name} of {most}"
-                )
-        table = Table(self.root(adapter, len(prompt)))
+        table = Table(self.root(adapter, virtual, len(prompt)))
         sequence = Sequence(
             list(prompt), how, most_new, frozenset(stop_ids), priority, text=text, adapter=adapter, table=table,
-            grammar=grammar, watch=watch,
+            grammar=grammar, watch=watch, virtual=virtual,
         )  # fmt: skip
         if most_new or watch:
             self.scheduler.add(sequence)
         return sequence
 
-    def root(self, adapter: str | None, length: int) -> bytes:
+    def root(self, adapter: str | None, virtual: Virtual | None, length: int) -> bytes:
         """What the prefix cache's keys of a sequence begin with: everything but its tokens that changes its keys and
         values, such as the prompt's `length` with dynamic rope scaling. UserError for an unknown adapter."""
         content = self.adapters.digest(adapter)
         if not self.pool.prefix_cache:
             return b""
-        rope = getattr(self.model.config, "rope_scaling", RopeScaling())
-        stretched = rope.kind == "dynamic" and length > rope.original_length
-        words = f"{self.cache.layers[0][0][0].dtype} {length if stretched else 0} "
+        if virtual:
+            length, content = length + virtual.count, content + virtual.digest
+        stretched = 0 < self.cache.original < length
+        words = f"{self.cache.layers[0][0][0].dtype} {length if stretched else 0} {len(content)} "
         return hashlib.sha256(words.encode() + self.fingerprint() + content).digest()
 
     @property
@@ -139,7 +135,7 @@ class Engine:
         for work, answer in zip(plan, found, strict=True):
             sequence = work.sequence
             if self.pool.unnamed(sequence.table):
-                self.pool.publish(sequence.table, sequence.tokens)
+                self.pool.publish(sequence.table, sequence.stored)
             if answer is None:
                 continue
             if sequence.watch:
@@ -183,7 +179,8 @@ class Engine:
                 break
         sequence.guesses = []
         self.changed.append(sequence)
-        self.pool.shrink(sequence.table, min(sequence.table.tokens, len(sequence.prompt) + len(sequence.answer) - 1))
+        known = sequence.before + len(sequence.prompt) + len(sequence.answer)
+        self.pool.shrink(sequence.table, min(sequence.table.tokens, known - 1))
         if sequence.finish_reason:
             self.end(sequence)
 
@@ -192,3 +189,25 @@ class Engine:
         self.scheduler.remove(sequence)
         if self.drafter:
             self.drafter.forget(sequence)
+
+
+def check_prompt(
+    model: Llama | GPT, prompt: Tokens[int], most_new: int, virtual: Virtual | None = None, name: str = "the prompt"
+) -> None:
+    """UserError for a prompt that is empty, has a token outside the vocabulary, or is too long for the model."""
+    if not prompt:
+        raise UserError(f"{name} is empty: give at least one token")
+    check_tokens(torch.tensor(prompt), model.config.vocab_size)
+    check_room(prompt, most_new, virtual, "the model's maximum length", model.config.max_length, name)
+
+
+def check_room(
+    prompt: Tokens[int], most_new: int, virtual: Virtual | None, where: str, most: int, name: str = "the prompt"
+) -> None:
+    count = virtual.count if virtual else 0
+    if count + len(prompt) + most_new > most:
+        more = f" and {count} virtual ones" if count else ""
+        raise UserError(
+            f"{name} has {len(prompt)} tokens{more}; with {most_new} new ones it does not fit {where} of {most}: "
+            "shorten it or ask for fewer"
+        )

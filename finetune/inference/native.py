@@ -40,7 +40,7 @@ def unsupported(model: Llama | GPT, cache_dtype: torch.dtype | None = None) -> s
     if not isinstance(model, Llama):
         return f"it computes Llamas and their relatives, not a {type(model).__name__}"
     if model.config.rope_scaling.kind == "dynamic":
-        return "dynamic rope scaling follows the longest sequence of a batch"
+        return "with dynamic rope scaling each token has frequencies of its own"
     for name, module in [*model.named_modules(), ("the head", getattr(model, "packed_head", None))]:
         weight = getattr(module, "weight", None) if name != "embed" else getattr(module, "table", None)
         if name in ("embed", "the head") or name.endswith(PRODUCTS):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.lm.generate import LEAST_TEMPERATURE, warp
+
+LEAST_TEMPERATURE = 1e-6  # below, logits / temperature leave the range of fp32
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,21 @@ def penalized(logits: Tensor, how: Sampling, prompt: Sequence[int], answer: Sequ
     if how.logit_bias:
         tokens = torch.tensor(list(how.logit_bias), device=logits.device)
         logits = logits.index_add(0, tokens, torch.tensor(list(how.logit_bias.values()), device=logits.device))
+    return logits
+
+
+def warp(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """logits (B, V) / temperature, with −inf for what is not among the top_k, and then for what is not in the smallest
+    set of most likely tokens that together reach top_p (Holtzman et al. 2020, arXiv:1904.09751)."""
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        ascending, order = logits.sort(-1)
+        out = ascending.softmax(-1).cumsum(-1) <= 1 - top_p  # from the least likely up
+        out[:, -1] = False
+        logits = logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
     return logits
 
 

@@ -23,6 +23,7 @@ from finetune.inference.blocks import BlockPool, NoBlocks, Table
 from finetune.inference.grammar import Matcher
 from finetune.inference.sampler import Sampling
 from finetune.inference.text import TextStream
+from finetune.inference.virtual_tokens import Virtual
 
 Asked = Literal["nothing", "tokens", "logits", "states"]  # of one sequence's part of a pass
 
@@ -63,6 +64,7 @@ class Sequence:
     finish_reason: str = ""  # "stop", "length" or "error" once it is finished
     error: str = ""  # why the answer could not go on
     adapter: str | None = None  # the name of its LoRA adapter; None: the base
+    virtual: Virtual | None = None  # trained tokens before the prompt
     receive: Callable[[Sequence, Tensor], None] | None = None  # gets the logits (V,) in place of the sampler
     watch: Callable[[Sequence, int, Tensor], None] | None = None  # gets its tokens' states (T, C) from an index on
     held: bool = False  # nothing is computed of it for now: a beam waits for the others
@@ -72,14 +74,25 @@ class Sequence:
         return self.prompt + self.answer
 
     def between(self, start: int, end: int) -> list[int]:
-        """`tokens[start:end]`, without a copy of the others."""
-        own = len(self.prompt)
-        return self.prompt[start:end] + self.answer[max(start - own, 0) : max(end - own, 0)]
+        """`stored[start:end]`, without a copy of the others."""
+        virtual = [0] * (min(end, self.before) - start)
+        start, end, own = max(start - self.before, 0), max(end - self.before, 0), len(self.prompt)
+        return virtual + self.prompt[start:end] + self.answer[max(start - own, 0) : max(end - own, 0)]
+
+    @property
+    def before(self) -> int:
+        """Virtual tokens, which come before the prompt."""
+        return self.virtual.count if self.virtual else 0
+
+    @property
+    def stored(self) -> list[int]:
+        """The tokens as the cache has them: virtual ones as 0."""
+        return [0] * self.before + self.prompt + self.answer
 
     @property
     def left(self) -> int:
         """Tokens that are known and not computed yet; guesses do not count."""
-        return len(self.prompt) + len(self.answer) - self.table.tokens
+        return self.before + len(self.prompt) + len(self.answer) - self.table.tokens
 
     @property
     def asks(self) -> Asked:
@@ -108,6 +121,11 @@ class Work:
     start: int
     count: int
     copies: list[tuple[int, int]]
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether it is a matter of tokens and the base's weights alone."""
+        return self.sequence.adapter is None and self.start >= self.sequence.before
 
     @property
     def tokens(self) -> list[int]:
@@ -177,7 +195,7 @@ class Scheduler:
         """Gives a waiting sequence the blocks of its known prefix; False, with no blocks, if there are too few for the
         rest of what the budget allows."""
         if not sequence.watch:  # the cache has no states
-            self.pool.match(sequence.table, sequence.tokens)
+            self.pool.match(sequence.table, sequence.stored)
         if self.pool.needed(sequence.table, min(sequence.left, budget)) <= len(self.pool.free):
             return True
         self.pool.release(sequence.table)

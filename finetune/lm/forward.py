@@ -8,18 +8,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from finetune import ops
 from finetune.errors import UserError
 
 
 class Cache(Protocol):
-    """What a forward pass needs of a key–value cache: contiguous rows (`finetune.lm.generate.KVCache`, a trained
-    prefix), or the blocks of many sequences (`finetune.inference.cache.PagedStep`)."""
+    """What a forward pass needs of a key–value cache: contiguous rows (`finetune.lm.cache`, a trained prefix), or the
+    blocks of many sequences (`finetune.inference.cache.PagedStep`)."""
 
     lengths: Tensor  # (B,) tokens stored in each row
-    spans: (
-        Tensor | None
-    )  # (B, T) for dynamic rope scaling: the length that each new token's theta is of; None: the longest
+    spans: Tensor | None  # (B, T): the length that each new token's theta is of, in dynamic scaling; None: the longest
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **rules: Any) -> Tensor:
         """Stores the new k, v (B, T, Hkv, D); returns the attention (B, T, H, D) of the new q over all tokens of their
@@ -27,21 +24,6 @@ class Cache(Protocol):
 
     def advance(self, new: int, lengths: Tensor | None) -> None:
         """Counts the tokens of a forward pass, after every layer has stored them."""
-
-
-class RowCache:
-    """A cache that keeps each row's keys and values in one piece, which `append` returns."""
-
-    spans: Tensor | None = None
-
-    def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Stores the new k, v (B, T, Hkv, D); returns all keys, all values and the number (B,) of real ones."""
-        raise NotImplementedError
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **rules: Any) -> Tensor:
-        k, v, real = self.append(layer, k, v, lengths)  # (B, Tk, Hkv, D)
-        # One query sees all keys of its own row, so rows of different lengths need no padding and no causal mask.
-        return ops.attention(q, k, v, causal=q.shape[1] > 1, lengths=real, **rules)
 
 
 @dataclass

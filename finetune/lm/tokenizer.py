@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -13,7 +14,12 @@ from finetune.errors import UserError
 from finetune.lm.chat_template import ChatTemplate, chatml
 from finetune.lm.rendering import Message, Renderer, Written, overlap
 
+if TYPE_CHECKING:
+    from finetune.lm.gpt import GPT
+    from finetune.lm.llama import Llama
+
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # pad (and unknown), begin, end
+ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")  # of a turn, whatever else a model's files say
 PIECE = 1 << 16  # characters that are encoded at once where a text may be cut
 
 
@@ -172,3 +178,19 @@ def byte_level(model: models.Model, pre_tokenizer: pre_tokenizers.PreTokenizer) 
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
     return backend
+
+
+def stop_ids(model: Llama | GPT, tokenizer: Tokenizer) -> set[int]:
+    """The tokens that end an answer: those that config.json and generation_config.json list (a GGUF: its ends of text,
+    turn and message), the tokenizer's end token, and the usual ends of a turn."""
+    found = {tokenizer.eos_id} | {tokenizer.backend.token_to_id(name) for name in ENDS}
+    for ids in (model.token_ids, model.generation_ids):
+        listed = ids.get("eos_token_id")
+        found |= set(listed) if isinstance(listed, list) else {listed}
+    return {i for i in found if i is not None}
+
+
+def answer_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Iterable[int]) -> str:
+    """The text of an answer, without the token that ended it."""
+    ended = bool(ids) and ids[-1] in set(stops)
+    return tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)

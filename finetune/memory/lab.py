@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune import ops, optim
 from finetune.lm import head
-from finetune.lm.generate import KVCache
+from finetune.lm.cache import KVCache
 from finetune.memory import meters, simulate
 from finetune.memory.formulas import predict
 from finetune.memory.setup import Setup, Shape, Term, shape_of
@@ -189,7 +189,7 @@ def logits(rig: Rig) -> int:
 
 
 def kv_cache(rig: Rig) -> int:
-    """The cache of generate.py, or a layer's pools times the layers."""
+    """The cache of lm/cache.py, or a layer's pools times the layers."""
     setup, shape = rig.setup, rig.shape
     if setup.kv_dtype == "same" and setup.kv_block == 1:
         return KVCache(rig.model, setup.batch, setup.seq).nbytes

@@ -182,7 +182,7 @@ def companions(shape: Shape, setup: Setup) -> list[Term]:
 
 def kv_cache(shape: Shape, setup: Setup) -> Term:
     """2 (keys, values) · L · K · D · e a token: with grouped queries the KV heads count, not the query heads
-    (Ainslie et al. 2023, arXiv:2305.13245); lm/generate.py, KVCache. A paged one (ops.kv_cache) rounds a row up
+    (Ainslie et al. 2023, arXiv:2305.13245); lm/cache.py, KVCache. A paged one (ops.kv_cache) rounds a row up
     to whole blocks, and in 8 bits has D + 4 bytes for D · e."""
     if setup.kv_dtype in ("int8", "fp8"):
         head, each = shape.head_dim + 4, "2·L·K·(D + 4)"
@@ -193,7 +193,7 @@ def kv_cache(shape: Shape, setup: Setup) -> Term:
     tokens = setup.batch * -(-setup.seq // setup.kv_block) * setup.kv_block
     text = each + ("·N" if setup.kv_block == 1 else "·B·⌈T/b⌉·b")
     own = setup.kv_block == 1 and each.endswith("·e")
-    source = "KVCache of finetune/lm/generate.py" if own else "pools of ops.kv_cache"
+    source = "KVCache of finetune/lm/cache.py" if own else "pools of ops.kv_cache"
     if shape.window_layers:
         source += "; all tokens, in layers with a window too"
     return Term("KV cache", 2 * shape.layers * shape.kv_heads * head * tokens, text, source)

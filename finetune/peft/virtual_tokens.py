@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from finetune.lm.forward import RowCache
-from finetune.lm.generate import KVCache
+from finetune.lm.cache import KVCache, RowCache
 from finetune.lm.llama import Llama
 
 
@@ -72,15 +71,20 @@ class Prefix(nn.Module):
         return model(tokens, lengths=lengths, cache=Prefixed(self, model, len(tokens)), hidden=hidden)
 
 
+def keys_and_values(prefix: Prefix, model: Llama) -> Tensor:
+    """(layers, 2, P, Hkv, D) in the model's dtype."""
+    shape, weight = model.config, model.norm.weight
+    kv = prefix.vectors.to(weight.dtype).view(-1, shape.layers, 2, shape.kv_heads, shape.head_dim)
+    return kv.permute(1, 2, 0, 3, 4)
+
+
 class Prefixed(RowCache):
     """A prefix as the cache of one forward pass, through which gradients flow; it stores nothing."""
 
     def __init__(self, prefix: Prefix, model: Llama, rows: int) -> None:
-        shape, weight = model.config, model.embed.weight
-        count = len(prefix.vectors)
-        kv = prefix.vectors.to(weight.dtype).view(count, shape.layers, 2, shape.kv_heads, shape.head_dim)
-        self.kv = kv.permute(1, 2, 0, 3, 4)[:, :, None].expand(-1, -1, rows, -1, -1, -1)  # (L, 2, B, P, Hkv, D)
-        self.lengths = torch.full((rows,), count, device=weight.device)
+        kv = keys_and_values(prefix, model)
+        self.kv = kv[:, :, None].expand(-1, -1, rows, -1, -1, -1)  # (L, 2, B, P, Hkv, D)
+        self.lengths = torch.full((rows,), len(prefix.vectors), device=kv.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         before = self.kv[layer]

@@ -13,10 +13,10 @@ from finetune.errors import UserError
 from finetune.inference.adapters import Adapters
 from finetune.inference.beams import BeamSearch, samples
 from finetune.inference.engine import Engine
+from finetune.inference.generate import generate
 from finetune.inference.packed import pack
 from finetune.inference.sampler import Sampling
 from finetune.inference.speculative import PromptLookup
-from finetune.lm.generate import generate
 from finetune.peft.adapters import CONFIG, TENSORS, load_adapter, save_adapter
 from finetune.peft.quantize import quantize_linears
 from finetune.peft.whole import train_modules

@@ -11,10 +11,10 @@ from finetune.errors import UserError
 from finetune.inference.blocks import BlockPool
 from finetune.inference.cache import PagedCache
 from finetune.inference.engine import Engine
+from finetune.inference.generate import generate
 from finetune.inference.sampler import Sampling
 from finetune.inference.speculative import PromptLookup
 from finetune.inference.text import TextStream
-from finetune.lm.generate import generate
 from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.io import load
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from finetune.errors import UserError
 from finetune.inference.engine import Engine
+from finetune.inference.generate import generate
 from finetune.inference.packed import PackedEmbedding, PackedLinear, pack, packed_weights, read_bytes, weight_bytes
 from finetune.inference.quality import quality
 from finetune.inference.sampler import Sampling
 from finetune.lm import head
-from finetune.lm.generate import generate
 from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.memory.packed import packed_bytes

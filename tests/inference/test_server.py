@@ -20,10 +20,10 @@ from small_server import alone, serving, trained_tokenizer
 
 from finetune.errors import UserError
 from finetune.inference.engine import Engine
+from finetune.inference.generate import generate
 from finetune.inference.sampler import Sampling
 from finetune.inference.server import Server
 from finetune.inference.worker import Worker
-from finetune.lm.generate import generate
 from finetune.lm.io import save
 from finetune.peft.adapters import load_adapter
 from finetune.serve import adapter_folders

@@ -10,7 +10,7 @@ from finetune.chat import BASE, answers
 from finetune.errors import UserError
 from finetune.inference.packed import pack, packed_weights, weight_bytes
 from finetune.inference.sampler import Sampling
-from finetune.lm.generate import generate
+from finetune.inference.generate import generate
 from finetune.lm.io import load, save
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import machine

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from finetune.errors import UserError
+from finetune.inference.generate import generate
 from finetune.lm import head, presets
-from finetune.lm.generate import KVCache, generate
+from finetune.lm.cache import KVCache
 from finetune.lm.io import load, save
 from finetune.lm.io.hf_llama import FAMILIES, hf_tensors, read_config, to_hf, write_config
 from finetune.lm.layers import rope_frequencies

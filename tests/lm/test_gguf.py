@@ -104,7 +104,7 @@ def test_tokenizer_there_and_back(tmp_path):
 
 def test_ends_of_turns_and_what_llama3_does(tmp_path):
     """add_bos_token, ignore_merges and eot are read; what is saved lists every end of a turn."""
-    from finetune.lm.generate import answer_text, stop_ids
+    from finetune.lm.tokenizer import answer_text, stop_ids
 
     tokenizer, model = Tokenizer.train([TEXT], 300), tiny()
     word = "Ġviz"

@@ -11,7 +11,7 @@ import torch
 from finetune import memory, ops, optim
 from finetune.errors import UserError
 from finetune.lm import presets
-from finetune.lm.generate import KVCache
+from finetune.lm.cache import KVCache
 from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.memory import Setup, activations, counts, formulas, meters, predict, shape_of, states
@@ -184,7 +184,7 @@ def test_peak_finds_what_is_allocated():
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt"])
 def test_kv_cache(config):
-    """2 × layers × KV heads × head dim × bytes a token, as the cache of generate.py has it."""
+    """2 × layers × KV heads × head dim × bytes a token, as the cache of lm/cache.py has it."""
     model = (Llama if config is LLAMA else GPT)(config)
     cache = KVCache(model, 3, 70)
     own = meters.storage_bytes(t for t in meters.tensors_in(list(vars(cache).values())) if t.is_floating_point())

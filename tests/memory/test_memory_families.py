@@ -5,7 +5,7 @@ import torch
 
 from finetune import ops
 from finetune.lm import head, presets
-from finetune.lm.generate import KVCache
+from finetune.lm.cache import KVCache
 from finetune.lm.io.hf_llama import FAMILIES, read_config
 from finetune.lm.llama import LlamaConfig
 from finetune.memory import Setup, activations, counts, lab, meters, predict, shape_of

@@ -25,9 +25,9 @@ from finetune import chat, cli, ops
 from finetune.data import conversations, packing
 from finetune.data import rows as row_files
 from finetune.errors import UserError
+from finetune.inference.generate import generate
 from finetune.interview import brief as briefs
 from finetune.lm.chat_template import TEMPLATES
-from finetune.lm.generate import generate
 from finetune.lm.io import load, save
 from finetune.lm.io.hf_llama import to_hf
 from finetune.lm.llama import Llama, LlamaConfig

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 from finetune.errors import UserError
-from finetune.lm.generate import stop_ids
 from finetune.lm.io import gguf_rope, gguf_tokenizer, gguf_vocabulary
 from finetune.lm.io.gguf import ARCHITECTURES, GGUFModel, gguf_name, permute, window_layers
 from finetune.lm.io.gguf_file import TensorInfo
 from finetune.lm.io.gguf_types import TYPES, Array, quantize
 from finetune.lm.llama import Llama, LlamaConfig
-from finetune.lm.tokenizer import Tokenizer
+from finetune.lm.tokenizer import Tokenizer, stop_ids
 from finetune.runs import checkpoint, display
 
 # What `finetune export --gguf` takes → ggml's type of the matrices, llama.cpp's number of such a file.

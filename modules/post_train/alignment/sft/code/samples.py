@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from finetune.data import conversations
 from finetune.data.packing import Document
-from finetune.lm.generate import answer_text, generate, stop_ids
+from finetune.inference.generate import generate
 from finetune.lm.llama import Llama
-from finetune.lm.tokenizer import Tokenizer
+from finetune.lm.tokenizer import Tokenizer, answer_text, stop_ids
 from finetune.runs.run import Run
 
 

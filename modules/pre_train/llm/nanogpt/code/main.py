@@ -18,7 +18,7 @@ import torch
 
 from finetune import memory, ops, optim
 from finetune.errors import UserError
-from finetune.lm.generate import check_sampling, generate
+from finetune.inference.generate import check_sampling, generate
 from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.io import save
 from finetune.lm.llama import Llama, LlamaConfig
