@@ -24,6 +24,7 @@ from finetune.inference.grammar import Matcher
 from finetune.inference.sampler import Sampling
 from finetune.inference.scheduler import Sequence
 from finetune.inference.text import TextStream
+from finetune.inference.virtual_tokens import Virtual
 
 
 def samples(
@@ -36,6 +37,7 @@ def samples(
     text: Callable[[], TextStream] | None = None,
     adapter: str | None = None,
     grammar: Matcher | None = None,
+    virtual: Virtual | None = None,
 ) -> list[Sequence]:
     """Queues `count` answers to one prompt, which is computed once; all are in the list after its last step. Answer i
     has the seed `how.seed + i`; `text` makes the stream of each."""
@@ -44,6 +46,7 @@ def samples(
         "text": text() if text else None,
         "adapter": adapter,
         "grammar": grammar,
+        "virtual": virtual,
     }
     found = [engine.add(prompt, how, most_new, **given)]
 
@@ -75,12 +78,13 @@ class BeamSearch:
         length_penalty: float = 1.0,
         adapter: str | None = None,
         grammar: Matcher | None = None,
+        virtual: Virtual | None = None,
     ) -> None:
         if width < 1:
             raise UserError(f"beam search needs at least one beam, not {width}")
         self.engine, self.width, self.penalty, self.stops = engine, width, length_penalty, frozenset(stop_ids)
         self.most_new = most_new
-        first = engine.add(prompt, Sampling(), most_new, adapter=adapter, grammar=grammar)
+        first = engine.add(prompt, Sampling(), most_new, adapter=adapter, grammar=grammar, virtual=virtual)
         first.receive = self.receive
         self.scores: dict[Sequence, float] = {first: 0.0}  # the unfinished answers, the best first
         self.waiting: dict[Sequence, Tensor] = {}  # log-probabilities of those that are computed in this round
