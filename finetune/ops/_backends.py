@@ -65,6 +65,8 @@ def native_float(backend: str, *tensors: Tensor | None) -> str | None:
     """The `supports` that most ops share: tensors of one floating dtype where the backend wants them; float16 only on
     GPUs (and their emulation)."""
     given = [t for t in tensors if t is not None]
+    if fits(backend, given):
+        return None
     if reason := wrong_device(backend, *given):
         return reason
     dtypes = {t.dtype for t in given}
@@ -77,6 +79,14 @@ def native_float(backend: str, *tensors: Tensor | None) -> str | None:
     return None
 
 
+def fits(backend: str, tensors: list[Tensor]) -> bool:
+    """Whether there is nothing that `native_float` says against CPU tensors: the case of nearly every call, fast."""
+    if backend != "cpp" or not tensors:
+        return False
+    dtype = tensors[0].dtype
+    return (dtype is torch.float32 or dtype is torch.bfloat16) and all(t.is_cpu and t.dtype is dtype for t in tensors)
+
+
 def device_for(backend: str) -> str:
     """The type of device whose tensors `backend` takes."""
     on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
@@ -85,6 +95,8 @@ def device_for(backend: str) -> str:
 
 def wrong_device(backend: str, *tensors: Tensor) -> str | None:
     """CPU tensors for cpp and for what is emulated or interpreted, CUDA tensors for the GPU, all on one device."""
+    if backend == "cpp" and all(t.is_cpu for t in tensors):
+        return None
     wanted = device_for(backend)
     devices = list(dict.fromkeys(t.device for t in tensors))
     if len(devices) > 1:

@@ -166,9 +166,10 @@ def kv_cache_copy_(caches: Sequence[Tensor], pairs: Tensor, *, backend: str | No
 
 @kv_cache.supports
 def _(backend: str, what: str, **given: Any) -> str | None:
-    tensors = [t for value in given.values() for t in (value if isinstance(value, (list, tuple)) else [value])]
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        return "it has no backward pass"
+    if torch.is_grad_enabled():
+        tensors = [t for value in given.values() for t in (value if isinstance(value, (list, tuple)) else [value])]
+        if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+            return "it has no backward pass"
     if what == "copy":
         return wrong_device(backend, *given["caches"]) or contiguous_blocks(*given["caches"])
     names = {"append": ("k_cache", "v_cache"), "gather": ("cache",)}[what]
@@ -184,7 +185,7 @@ def _(backend: str, what: str, **given: Any) -> str | None:
 
 def contiguous_blocks(*caches: Tensor) -> str | None:
     """A block's tokens must be adjacent; the blocks may lie apart."""
-    if all(cache[:1].is_contiguous() for cache in caches):
+    if all(cache.is_contiguous() or cache[:1].is_contiguous() for cache in caches):
         return None
     return "it takes caches whose blocks are contiguous"
 
