@@ -172,9 +172,9 @@ class PagedStep:
         """q (1, N, H, D), new k and v (1, N, Hkv, D) → (1, N, H, D). Stores k and v, then every token sees those of its
         own sequence up to itself. Keys and values of a prefix take the place of what was computed for its tokens. A
         cache of 16 bits takes queries of its own dtype."""
-        for at, part, which in self.virtual:
-            if part.kv is not None:
-                k[0, at], v[0, at] = part.kv[layer, :, which]
+        for at, trained, which in self.virtual:
+            if trained.kv is not None:
+                k[0, at], v[0, at] = trained.kv[layer, :, which]
         (keys, key_scale), (values, value_scale) = self.cache.layers[layer]
         if key_scale is None and keys.dtype != q.dtype:
             seen16 = self.attend(

@@ -8,9 +8,9 @@ from small_served import llama
 
 from finetune.chat import BASE, answers
 from finetune.errors import UserError
+from finetune.inference.generate import generate
 from finetune.inference.packed import pack, packed_weights, weight_bytes
 from finetune.inference.sampler import Sampling
-from finetune.inference.generate import generate
 from finetune.lm.io import load, save
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import machine
