@@ -68,8 +68,8 @@ class PagedCache:
         each; "logits" (1 + guesses, V); "states" (T, C), those of all its tokens after the last norm; or "nothing". A
         tensor is good until the next pass.
 
-        One native call computes what has no adapter and no virtual tokens, if the model is packed for it (native.py); otherwise its modules
-        do. So an answer does not depend on what is computed with it."""
+        One native call computes what has neither an adapter nor virtual tokens, if the model is packed for it
+        (native.py); otherwise its modules do. So an answer does not depend on what is computed with it."""
         self.copy([pair for work in plan for pair in work.copies])
         native = [self.native is not None and model is self.model and work.ordinary for work in plan]
         parts: dict[bool, Iterator[list[int] | Tensor | None]] = {}
