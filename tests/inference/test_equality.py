@@ -35,17 +35,29 @@ def packed(format="fp32"):
     return pack(model.bfloat16() if format == "bf16" else model, format)
 
 
+def started(kind, blocks, **limits):
+    """An engine of a kind of model: "dense", whose torch products depend on the batch, or packed weights of a format,
+    computed by the native step or ("by modules") one op after another."""
+    format, _, by_modules = kind.partition(" ")
+    model = llama() if kind == "dense" else packed(format)
+    engine = Engine(model, blocks, BLOCK, batch_invariant=kind != "dense", **limits)
+    assert kind == "dense" or engine.cache.native
+    if by_modules:
+        engine.cache.native = None
+    return engine
+
+
 def bits(one):
     """Tokens, and log-probabilities of the chosen and the two most likely ones; equal floats are equal bits."""
     return one.answer, [(each.chosen, each.top) for each in one.logprobs]
 
 
 @functools.cache
-def alone(format):
+def alone(kind):
     """Each request in an engine of its own, the prompt in one piece, nothing cached or guessed."""
     found = []
     for prompt, how in REQUESTS:
-        engine = Engine(packed(format), 200, BLOCK, batch_invariant=True, prefix_cache=False)
+        engine = started(kind, 200, prefix_cache=False)
         found.append(engine.add(prompt, how, NEW))
         engine.run()
     return [bits(one) for one in found]
@@ -54,8 +66,8 @@ def alone(format):
 class Copied:
     """Guesses the two next tokens of the known answer, every third time with the first wrong."""
 
-    def __init__(self, format):
-        self.known, self.times = alone(format), 0
+    def __init__(self, kind):
+        self.known, self.times = alone(kind), 0
 
     def propose(self, sequences):
         for one in sequences:
@@ -74,12 +86,12 @@ def another():
     return llama(tied=False)
 
 
-def drafter(kind, format):
+def drafter(speculation, kind):
     """The draft of "drawn" is another model: most guesses are rejected. Sampling with it draws other tokens, of the
     same distribution (test_speculative.py); so it guesses for greedy requests only."""
-    if kind == "copied":
-        return Copied(format)
-    return DraftModel(another(), 60, BLOCK, count=2) if kind == "drawn" else None
+    if speculation == "copied":
+        return Copied(kind)
+    return DraftModel(another(), 60, BLOCK, count=2) if speculation == "drawn" else None
 
 
 def asked(engine, batch, chosen, preempt):
@@ -99,22 +111,25 @@ def asked(engine, batch, chosen, preempt):
     return [bits(one) for one in found], sum(one.preempted for one in found)
 
 
-CASES = itertools.product(("fp32", "bf16"), (1, 7, BLOCK - 1, BLOCK, BLOCK + 1), (1, 8))
+KINDS = ("dense", "fp32", "bf16", "fp32 by modules")
+CASES = itertools.product(KINDS, (1, 7, BLOCK - 1, BLOCK, BLOCK + 1), (1, 8))
 
 
-@pytest.mark.parametrize(("format", "chunk", "batch"), [*CASES, ("int4", BLOCK + 1, 8)])
-def test_tokens_and_log_probability_bits_are_those_of_the_request_alone(format, chunk, batch):
-    """cache cold and warm × no, forced and repeated preemption × speculation off, copied and drawn."""
+@pytest.mark.parametrize(("kind", "chunk", "batch"), [*CASES, ("int4", 7, 8), ("int8 by modules", BLOCK + 1, 8)])
+def test_tokens_and_log_probability_bits_are_those_of_the_request_alone(kind, chunk, batch):
+    """cache cold and warm × no, forced and repeated preemption × speculation off, copied and drawn. Tokens alone with
+    dense weights, which have no batch-invariant mode."""
     proposed, accepted = Counter(), Counter()
     for speculation, preempt in itertools.product(SPECULATION, PREEMPTION):
         greedy = [i for i, (_, how) in enumerate(REQUESTS) if speculation != "drawn" or not how.temperature]
         chosen = greedy[: max(batch, 3)]
-        limits = {"most_tokens": chunk + batch - 1, "drafter": drafter(speculation, format)}
-        engine = Engine(packed(format), 60, BLOCK, batch_invariant=True, **limits)
+        engine = started(kind, 60, most_tokens=chunk + batch - 1, drafter=drafter(speculation, kind))
         for cache in ("cold", "warm"):
             before = engine.scheduler.hits
             found, preempted = asked(engine, batch, chosen, preempt)
-            assert found == [alone(format)[i] for i in chosen], (speculation, preempt, cache)
+            wanted = [alone(kind)[i] for i in chosen]
+            assert [tokens for tokens, _ in found] == [tokens for tokens, _ in wanted], (speculation, preempt, cache)
+            assert kind == "dense" or found == wanted, (speculation, preempt, cache)
             assert (preempted > 0) == (preempt != "never")
         assert engine.scheduler.hits - before >= 12  # the warm pass found the prompts' blocks
         proposed[speculation] += engine.proposed
@@ -132,7 +147,7 @@ def test_adapters_too(tmp_path):
     def answers(batch):
         found = []
         for i in range(0, len(asked), batch):
-            engine = Engine(packed(), 200, BLOCK, batch_invariant=True, adapters=folders, most_tokens=7 + batch)
+            engine = started("fp32", 200, adapters=folders, most_tokens=7 + batch)
             found += [engine.add(prompt, how, NEW, adapter=name) for prompt, how, name in asked[i : i + batch]]
             engine.run()
         return [bits(one) for one in found]
