@@ -290,6 +290,8 @@ ENGINE = (
                  help="Tokens to guess from the text (speculative decoding)."),
     click.option("--adapter", multiple=True, metavar="NAME=DIR",
                  help="A LoRA adapter over the model, which requests choose by its name; repeatable."),
+    click.option("--batch-invariant", is_flag=True,
+                 help="Answers of adapters too have the same bits whoever else is in the batch."),
     click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores."),
 )  # fmt: skip
 

@@ -28,6 +28,7 @@ def started(
     cache: str | None = None,
     lookup: int = 0,
     adapter: tuple[str, ...] = (),
+    batch_invariant: bool = False,
     threads: int = 0,
     console: "Console",
 ) -> tuple["Worker", "Tokenizer", str, set[int]]:
@@ -37,8 +38,9 @@ def started(
     together, in numbers of `cache` (of CACHES; None: dtype). dtype: of weights and activations, float32 or bfloat16;
     None: that of the model. quantize: a format of the weights, or `file` for a GGUF's own; activations are then
     bfloat16 unless dtype says otherwise. lookup: this many tokens are guessed from the text (speculative decoding).
-    adapter: NAME=DIR of LoRA adapters that requests may choose. UserError if the model or an adapter is not found, and
-    if the model has no chat template or does not fit into memory.
+    adapter: NAME=DIR of LoRA adapters that requests may choose. batch_invariant: answers have the same bits in any
+    company, those of adapters too. UserError if the model or an adapter is not found, and if the model has no chat
+    template, does not fit into memory, or cannot be batch-invariant on its device.
     """
     import torch
 
@@ -55,7 +57,10 @@ def started(
     numbers = getattr(torch, CACHES[cache]) if cache else None
     drafter = PromptLookup(lookup) if lookup else None
     blocks = -(-cache_tokens // BLOCK)
-    engine = Engine(model.eval(), blocks, BLOCK, cache_dtype=numbers, drafter=drafter, adapters=folders)
+    engine = Engine(
+        model.eval(), blocks, BLOCK, cache_dtype=numbers, drafter=drafter, adapters=folders,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
     worker = Worker(engine)
     worker.start()
     return worker, tokenizer, name, stop_ids(model, tokenizer)

@@ -6,7 +6,7 @@ attention looks at each sequence separately, through its table of blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, cast
@@ -72,15 +72,19 @@ class PagedCache:
         (native.py); otherwise its modules do. So an answer does not depend on what is computed with it."""
         self.copy([pair for work in plan for pair in work.copies])
         native = [self.native is not None and model is self.model and work.ordinary for work in plan]
-        parts: dict[bool, Iterator[list[int] | Tensor | None]] = {}
+        found: list[list[int] | Tensor | None] = [None] * len(plan)
         for by_call in {*native}:
             mine = [i for i, which in enumerate(native) if which is by_call]
+            if not by_call:  # those that attend together, and have one adapter, next to each other
+                mine.sort(key=lambda i: (plan[i].count, plan[i].sequence.adapter or ""))
             works, wanted = [plan[i] for i in mine], [asked[i] for i in mine]
             if by_call and self.native:
-                parts[True] = iter(self.native.answers(works, wanted))
+                results = self.native.answers(works, wanted)
             else:
-                parts[False] = iter(self.by_modules(model, works, wanted, adapters))
-        return [next(parts[by_call]) for by_call in native]
+                results = self.by_modules(model, works, wanted, adapters)
+            for i, one in zip(mine, results, strict=True):
+                found[i] = one
+        return found
 
     def by_modules(
         self, model: Llama | GPT, plan: Sequence[Work], asked: Sequence[Asked], adapters: Adapters | None

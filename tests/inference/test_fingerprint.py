@@ -69,14 +69,19 @@ def test_changed_weights_have_other_keys(change, tmp_path):
     assert asked(engine) == (fresh, 32)
 
 
+def root(engine):
+    """What the keys of a new sequence begin with."""
+    return engine.add([1, 2], Sampling(), 1).table.root
+
+
 def test_the_caches_dtype_and_the_configuration_are_in_the_key():
     model = llama()
     plain, same = Engine(model, blocks=5), Engine(model, blocks=9)
-    assert plain.root(None, 9) == same.root(None, 9)
-    found = {Engine(model, blocks=5, cache_dtype=dtype).root(None, 9) for dtype in (torch.int8, torch.float8_e4m3fn)}
-    assert len(found | {plain.root(None, 9)}) == 3
-    before, model.config = plain.root(None, 9), replace(model.config, rope_theta=1e5)
-    assert plain.root(None, 9) != before
+    assert root(plain) == root(same)
+    found = {root(Engine(model, blocks=5, cache_dtype=dtype)) for dtype in (torch.int8, torch.float8_e4m3fn)}
+    assert len(found | {root(plain)}) == 3
+    before, model.config = root(plain), replace(model.config, rope_theta=1e5)
+    assert root(plain) != before
 
 
 @pytest.mark.parametrize("few_bits", [lambda model: quantize_linears(model, "int8"), lambda model: pack(model, "int4")])

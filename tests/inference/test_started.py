@@ -4,7 +4,7 @@ import pytest
 import torch
 from rich.console import Console
 from small_gguf import write
-from small_served import llama
+from small_served import adapter, llama
 
 from finetune.chat import BASE, answers
 from finetune.errors import UserError
@@ -59,6 +59,18 @@ def formats_of(source, **options):
 )
 def test_options(folder, options, wanted):
     assert formats_of(folder, **options) == wanted
+
+
+def test_adapters_are_batch_invariant_if_they_are_to_be(folder, tmp_path):
+    made = adapter(tmp_path, model=load.llama(folder))
+    for wanted in (False, True):
+        threads = torch.get_num_threads()
+        worker, *_ = started(str(folder), cache_tokens=256, adapter=(f"law={made}",), batch_invariant=wanted,
+                             console=Console(quiet=True))  # fmt: skip
+        worker.stop()
+        torch.set_num_threads(threads)
+        assert {bool(stack.packed) for stack in worker.engine.adapters.stacks.values()} == {wanted}
+        assert worker.engine.cache.native
 
 
 def test_a_files_own_types(folder, tmp_path):
