@@ -231,8 +231,8 @@ async def left(request: Request) -> None:
 
 
 def settle(future: asyncio.Future[Any], value: Any, error: Exception | None = None) -> None:
-    """The result or the error of a future, unless nobody waits for it any more."""
-    if not future.cancelled():
+    """The result or the error of a future, unless it has one, or nobody waits for it any more."""
+    if not future.done():
         future.set_exception(error) if error else future.set_result(value)
 
 

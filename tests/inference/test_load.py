@@ -37,15 +37,20 @@ def command(folder):
     tokenizer.chat_template = chatml()
     save.model(llama(vocab_size=tokenizer.vocab_size), folder, tokenizer)
     words = ["serve", "--model", folder, "--port", "0", "--threads", "1", "--cache-tokens", BLOCKS * 16]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "finetune", *map(str, words)], stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    log = folder.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "finetune", *map(str, words)], stderr=file, cwd=ROOT,
+            env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
     try:
-        found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stderr)
-        yield process, next(match[0] for match in found if match)
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        yield process, found[0]
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+        assert "Traceback" not in log.read_text(), log.read_text()
     finally:
         process.kill()
 
