@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from finetune import ops
 from finetune.ops._check import flat
+from finetune.ops.quantized_linear import QuantizedWeight
 
 torch.ops.load_library(sys.argv[1])
 
@@ -29,6 +30,7 @@ def on_gpu(mode, args, dtype):
             mode, torch.empty_strided(t.shape, t.stride(), dtype=kept, device="meta"), torch.device("cuda:0")
         )
 
+    args = tree_map_only(QuantizedWeight, lambda weight: weight.mapped(one), args)
     return tree_map_only(torch.Tensor, one, args)
 
 
@@ -37,7 +39,8 @@ for op, page in ops.REGISTRY.items():
     for sample in page.samples():
         if sample.bench or not all(leaf.numel() for leaf in flat(sample.args)):  # the code is the same on small ones
             continue
-        mode = FakeTensorMode(allow_non_fake_inputs=op == "adamw8bit")  # its code books are constants of the module
+        # code books are constants of their modules
+        mode = FakeTensorMode(allow_non_fake_inputs=op in ("adamw8bit", "quantized_linear"))
         args = on_gpu(mode, sample.args, torch.bfloat16)
         kwargs = {name: on_gpu(mode, arg, torch.bfloat16) for name, arg in sample.kwargs.items()}
         with mode, torch.no_grad():
