@@ -61,7 +61,8 @@ def answers(
     from finetune.lm.io import hub, load
     from finetune.lm.tokenizer import answer_text, stop_ids
     from finetune.peft import bases, lora
-    from finetune.peft.adapters import load_adapter
+    from finetune.peft.adapters import kind, load_adapter, load_prompt
+    from finetune.peft.virtual_tokens import Prefix, Prompt
 
     check_sampling(**sampling)
     torch.set_num_threads(threads or machine.physical_cores())
@@ -94,10 +95,14 @@ def answers(
         setup = memory.Setup(batch=max(len(prompts), 1), seq=max(longest, 1), optimizer="none")
         memory.check_memory(shape, setup, "--max-new-tokens, or fewer prompts at once")
     model = load.model(origin).eval()
+    virtual: dict[str, Prompt | Prefix] = {}  # trained tokens of the voices that have them
     for i, voice in enumerate(voices):
         if voice.adapter:
             with bases.of(origin):
-                load_adapter(model, voice.adapter, f"adapter{i}")
+                if kind(voice.adapter) == "LORA":
+                    load_adapter(model, voice.adapter, f"adapter{i}")
+                else:
+                    virtual[voice.name] = load_prompt(model, voice.adapter)
                 if voice.tokenizer.vocab_size > model.config.vocab_size:
                     raise UserError(
                         f"{voice.adapter}: its tokenizer has {voice.tokenizer.vocab_size} tokens, the model "
@@ -112,10 +117,10 @@ def answers(
     found = {}
     for i, voice in enumerate(voices):
         if len(voices) > 1:
-            lora.activate(model, {f"adapter{i}": 1.0} if voice.adapter else {})
-        stops = stop_ids(model, voice.tokenizer)
-        new = generate(model, voice.rows, stop_ids=stops, generator=torch.Generator().manual_seed(seed), **sampling)
-        found[voice.name] = [answer_text(voice.tokenizer, ids, stops) for ids in new]
+            lora.activate(model, {f"adapter{i}": 1.0} if voice.adapter and voice.name not in virtual else {})
+        given = {"stop_ids": stop_ids(model, voice.tokenizer), "virtual": virtual.get(voice.name)}
+        new = generate(model, voice.rows, generator=torch.Generator().manual_seed(seed), **given, **sampling)
+        found[voice.name] = [answer_text(voice.tokenizer, ids, given["stop_ids"]) for ids in new]
     return found
 
 

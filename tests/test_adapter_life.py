@@ -15,7 +15,7 @@ from finetune.cli import FORMS
 from finetune.cli import main as command
 from finetune.lm.io import gguf_write, load, save
 from finetune.lm.io.weights import read_safetensors as weights_of
-from finetune.lm.tokenizer import Tokenizer
+from finetune.lm.tokenizer import Tokenizer, answer_text, stop_ids
 from finetune.peft import adapters, lora, whole
 from finetune.peft.virtual_tokens import Prompt
 from finetune.runs import registry, run_folder
@@ -93,9 +93,24 @@ def test_answers_next_to_the_base(home, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines.index("base") < next(i for i, text in enumerate(lines) if text.startswith(str(home))), "stacked"
     assert refused(capsys, *words, "--no-chat", "--system", "x").endswith("--system needs a chat template")
-    assert "PROMPT_TUNING" in refused(capsys, "generate", "--model", home / "prompt", "--prompt", "x")
     assert "one with --adapter" in refused(capsys, "generate", "--model", home / "base", "--compare", "--prompt", "x")
     assert "given twice" in refused(capsys, *words, "--adapter", home / "lora")
+
+
+def test_generation_behind_a_trained_prompt(home, capsys):
+    """Alone, and next to the base and a LoRA adapter, which it must not change."""
+    model, tokenizer = load.llama(home / "base"), load.tokenizer(home / "base")
+    row, part = tokenizer.encode("def f(x)"), Prompt.from_tokens(model, torch.arange(3))
+    start, stops = len(row), stop_ids(model, tokenizer)
+    with torch.no_grad():
+        while len(row) < start + 8 and row[-1] not in stops:
+            row.append(int(part(model, torch.tensor([row]))[0, -1].argmax()))
+    base, low = (generated(capsys, "--no-chat", "--model", home / name)[0]["text"] for name in ("base", "lora"))
+    wanted = {"base": base, str(home / "prompt"): answer_text(tokenizer, row[start:], stops), str(home / "lora"): low}
+    assert len({*wanted.values()}) == 3
+    assert generated(capsys, "--no-chat", "--model", home / "prompt")[0]["text"] == wanted[str(home / "prompt")]
+    words = ["--no-chat", "--adapter", home / "prompt", "--adapter", home / "lora", "--compare"]
+    assert generated(capsys, *words)[0]["answers"] == wanted
 
 
 def test_the_folder_of_a_run_is_its_model(home, capsys):

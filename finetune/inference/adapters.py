@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from finetune import ops
 from finetune.errors import UserError, nearest
 from finetune.inference.scheduler import Work
+from finetune.inference.virtual_tokens import Virtual
 from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
 from finetune.ops.quantized_linear import QuantizedWeight, dense
-from finetune.peft.adapters import CONFIG, Held, read_lora
+from finetune.peft.adapters import CONFIG, Held, kind, load_prompt, read_lora
 from finetune.peft.lora import LoRALinear
 from finetune.peft.whole import has_post_norms
 
@@ -84,7 +85,11 @@ class Adapters:
                 raise UserError(f"{at} of the model has an adapter on it already: serve the base, and adapters over it")
         self.model, self.stacks, self.digests = model, dict[str, Stack](), dict[str, bytes]()
         found: dict[str, list[tuple[str, float, Tensor, Tensor]]] = {}
+        self.virtual = dict[str, Virtual]()  # of folders that hold a trained prompt or prefix instead
         for name, folder in folders.items():
+            if kind(folder) != "LORA":
+                self.virtual[name] = Virtual(model, load_prompt(cast(Llama, model), folder))
+                continue
             digest = hashlib.sha256()
             for at, scale, a, b in factors(model, Path(folder)):
                 found.setdefault(at, []).append((name, scale, a, b))
@@ -109,7 +114,7 @@ class Adapters:
         """SHA-256 of the adapter's tensors and scales, whatever its name; empty for None, the base. UserError for an
         unknown name."""
         if name is not None and name not in self.digests:
-            raise UserError(f"there is no adapter '{name}'{nearest(name, self.digests)}")
+            raise UserError(f"there is no adapter '{name}'{nearest(name, [*self.digests, *self.virtual])}")
         return b"" if name is None else self.digests[name]
 
     def rows(self, plan: Sequence[Work], counts: Sequence[int] | None = None) -> list[tuple[str, slice]]:

@@ -149,4 +149,4 @@ def draw(p: Tensor, u: float) -> int:
     """The token at which the cumulative sum of p (V,) first exceeds u · Σp; u in [0, 1). Never one of probability 0."""
     cumulative = p.cumsum(-1)
     at = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
-    return min(at, int(p.nonzero()[-1]))  # u · Σp may round up to Σp
+    return at if at < len(p) else int(p.nonzero()[-1])  # u · Σp may round up to Σp

@@ -245,7 +245,7 @@ def read_lora(folder: Path, post_norms: bool = False) -> Held:
     if (found := kind(folder)) != "LORA":
         raise UserError(
             f"{folder / CONFIG}: peft_type is {found!r}, which puts trained tokens before the text and changes no "
-            "weights: it is neither merged nor generated with"
+            "weights: it cannot be merged, only generated with"
         )
     require(raw, folder / CONFIG, UNSUPPORTED)
     config = reading.convert(raw, LoRAConfig, folder / CONFIG)

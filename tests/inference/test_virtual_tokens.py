@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_served import llama, prompts
+from small_served import adapter, llama, prompts
 
 from finetune.errors import UserError
 from finetune.inference.beams import BeamSearch, samples
@@ -13,6 +13,7 @@ from finetune.inference.sampler import Sampling
 from finetune.inference.speculative import PromptLookup
 from finetune.inference.virtual_tokens import Virtual
 from finetune.lm.gpt import GPT, GPTConfig
+from finetune.peft.adapters import save_prompt
 from finetune.peft.virtual_tokens import Prefix, Prompt
 
 kinds = pytest.mark.parametrize("kind", [Prompt, Prefix])
@@ -98,6 +99,27 @@ def test_a_packed_model_has_them_too(kind):
     part = trained(kind, model)
     wanted = generate(model, prompts(4), 10, virtual=part)
     assert generate(pack(model, "fp32", head="fp32"), prompts(4), 10, virtual=part) == wanted
+
+
+@kinds
+def test_a_folder_is_an_adapter_by_name(kind, tmp_path):
+    """Next to a LoRA adapter; each in the prefix cache by its content."""
+    model = llama()
+    part = trained(kind, model)
+    save_prompt(model, part, tmp_path / "virtual")
+    folders = {"virtual": tmp_path / "virtual", "lora": adapter(tmp_path / "lora")}
+    engine = Engine(model, blocks=60, block_size=8, adapters=folders)
+    for _ in range(2):
+        found = [engine.add([5, 6, 7], Sampling(), 6, adapter=name) for name in ("virtual", "lora", None)]
+        engine.run()
+        assert found[0].answer == recomputed(model, part, [5, 6, 7], 6)
+        assert found[2].answer == generate(model, [[5, 6, 7]], 6)[0]
+        assert len({tuple(one.answer) for one in found}) == 3
+    assert engine.scheduler.hits == 16
+    with pytest.raises(UserError, match="both have virtual tokens"):
+        engine.add([5], Sampling(), 6, adapter="virtual", virtual=Virtual(model, part))
+    with pytest.raises(UserError, match=r"no adapter 'virtua'.*virtual"):
+        engine.add([5], Sampling(), 6, adapter="virtua")
 
 
 def test_placeholders_are_not_penalized():
