@@ -23,7 +23,8 @@ from finetune.lm import head
 from finetune.lm.gpt import GPT
 from finetune.lm.layers import RopeScaling
 from finetune.lm.llama import Llama
-from finetune.ops.kv_cache import kv_cache_append_, kv_cache_copy_, pool
+from finetune.ops import _op
+from finetune.ops.kv_cache import kv_cache, kv_cache_append_, kv_cache_copy_, pool, raw
 
 if TYPE_CHECKING:
     from finetune.inference.adapters import Adapters
@@ -148,6 +149,7 @@ class PagedStep:
             start += work.count
         self.last = [end - 1 for end in accumulate(work.count for work in plan)]
         self.lengths = torch.tensor([work.start for work in plan], device=device)  # tokens stored before this step
+        self.direct: bool | None = None  # whether attention calls the native operators; None: not asked yet
         # Neighbors in the plan with equally many tokens attend in one call: all that decode, and each prompt's part.
         self.groups: list[tuple[slice, int, Tensor, Tensor]] = []  # tokens, sequences, table (b, blocks), lengths (b,)
         start = 0
@@ -185,12 +187,23 @@ class PagedStep:
                 layer, q.to(keys.dtype), k.to(keys.dtype), v.to(keys.dtype), scale=scale, window=window, softcap=softcap
             )
             return seen16.to(q.dtype)
-        kv_cache_append_(k[0], v[0], keys, values, self.slots, key_scale, value_scale)
-        rules: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-        seen: list[Any] = []
-        for tokens, sequences, table, ends in self.groups:
-            part = q[0, tokens].view(sequences, -1, *q.shape[2:])  # (b, Tq, H, D)
-            seen.append(ops.paged_attention(part, keys, values, table, ends, key_scale, value_scale, **rules))
+        rules: dict[str, Any] = {"scale": scale or q.shape[3] ** -0.5, "window": window, "softcap": softcap}
+        new = (k[0], v[0], keys, values, self.slots, key_scale, value_scale)
+        given = [
+            (q[0, tokens].view(sequences, -1, *q.shape[2:]), keys, values, table, ends, key_scale, value_scale)
+            for tokens, sequences, table, ends in self.groups
+        ]  # queries (b, Tq, H, D)
+        if self.direct is None:
+            self.direct = direct(new, given[0], rules)
+        seen: list[Any]
+        if self.direct:
+            raw_pools = raw(keys), raw(values)
+            torch.ops.finetune.kv_cache_.default(*new[:2], *raw_pools, *new[4:])
+            call = torch.ops.finetune.paged_attention.default
+            seen = [call(one[0], *raw_pools, *one[3:], *rules.values())[0] for one in given]
+        else:
+            kv_cache_append_(*new)
+            seen = [ops.paged_attention(*one, **rules) for one in given]
         return seen[0].view(q.shape) if len(seen) == 1 else torch.cat([part.flatten(0, 1) for part in seen])[None]
 
     def replaced(self, model: Llama | GPT, tokens: Tensor) -> dict[str, Tensor]:
@@ -205,3 +218,14 @@ class PagedStep:
 
     def advance(self, new: int, lengths: Tensor | None) -> None:
         """Nothing: the tables count their tokens."""
+
+
+def direct(new: tuple[Any, ...], given: tuple[Any, ...], rules: dict[str, Any]) -> bool:
+    """Whether the native kernels take these calls of a layer, and so those of all: the ops need not ask for each. To
+    ask takes as long as a small model's attention."""
+    return (
+        _op.forced in (None, "cpp")
+        and given[0].is_cpu
+        and kv_cache.why_not("cpp", "append", *new) is None
+        and ops.paged_attention.why_not("cpp", *given, **rules) is None
+    )
