@@ -25,8 +25,8 @@ from finetune.inference.cache import PagedCache
 from finetune.inference.fingerprint import Fingerprint
 from finetune.inference.grammar import Matcher
 from finetune.inference.invariance import dependent
-from finetune.inference.sampler import Sampling
-from finetune.inference.scheduler import Logprobs, Scheduler, Sequence
+from finetune.inference.sampler import Sampling, drawn
+from finetune.inference.scheduler import Logprobs, Scheduler, Sequence, Work
 from finetune.inference.speculative import Drafter, agreed, verified
 from finetune.inference.text import TextStream
 from finetune.inference.virtual_tokens import Virtual
@@ -135,6 +135,7 @@ class Engine:
         if not plan:
             return []
         found = self.cache.answers(self.model, plan, [work.sequence.asks for work in plan], self.adapters)
+        draw_alike(plan, found)
         self.changed = []
         for work, answer in zip(plan, found, strict=True):
             sequence = work.sequence
@@ -193,6 +194,21 @@ class Engine:
         self.scheduler.remove(sequence)
         if self.drafter:
             self.drafter.forget(sequence)
+
+
+def draw_alike(plan: list[Work], found: list[list[int] | Tensor | None]) -> None:
+    """Replaces the logits of sequences that are sampled alike by the tokens that are drawn from them."""
+    alike: dict[tuple[float, int, float], list[int]] = {}
+    for i, (work, answer) in enumerate(zip(plan, found, strict=True)):
+        one = work.sequence
+        drawable = isinstance(answer, Tensor) and not (one.watch or one.receive or one.grammar or one.guesses)
+        if drawable and one.how.simple:
+            alike.setdefault(one.how.simple, []).append(i)
+    for how, rows in alike.items():
+        places = [(plan[i].sequence.how.seed, len(plan[i].sequence.answer)) for i in rows]
+        tokens = drawn(torch.cat([cast(Tensor, found[i]) for i in rows]), how, places)
+        for i, token in zip(rows, tokens, strict=True):
+            found[i] = [token]
 
 
 def check_prompt(

@@ -70,6 +70,12 @@ class Sampling:
         # What the greedy never look at is set to its default.
         return replace(self, seed=0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0) == Sampling()
 
+    @cached_property
+    def simple(self) -> tuple[float, int, float] | None:
+        """(temperature, top_k, top_p), if the next token is drawn by these alone and nothing else is asked."""
+        others = replace(self, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+        return (self.temperature, self.top_k, self.top_p) if self.temperature and others == Sampling() else None
+
 
 def uniform(seed: int, position: int, stream: int = 0) -> float:
     """A uniform number in [0, 1): a function of its arguments (Philox, Salmon et al. 2011). `stream`: which of several
@@ -150,3 +156,13 @@ def draw(p: Tensor, u: float) -> int:
     cumulative = p.cumsum(-1)
     at = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
     return at if at < len(p) else int(p.nonzero()[-1])  # u · Σp may round up to Σp
+
+
+def drawn(rows: Tensor, how: tuple[float, int, float], places: Sequence[tuple[int, int]]) -> list[int]:
+    """A token for each of rows (n, V), the one that `probabilities` and `draw` give; the vocabulary is sorted for all
+    at once. how: `Sampling.simple` of all; places: the (seed, position) of each."""
+    p = warp(rows.float(), *how).double().softmax(-1)
+    cumulative = p.cumsum(-1)
+    u = torch.tensor([[uniform(*place)] for place in places], dtype=p.dtype, device=p.device)
+    found = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0].tolist()
+    return [at if at < p.shape[1] else int(p[i].nonzero()[-1]) for i, at in enumerate(found)]

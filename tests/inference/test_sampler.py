@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune.errors import UserError
-from finetune.inference.sampler import Sampling, draw, penalized, probabilities, truncated, uniform
+from finetune.inference.sampler import Sampling, draw, drawn, penalized, probabilities, truncated, uniform
 
 SETTINGS = (
     {"top_k": 5}, {"top_k": 1}, {"top_k": 1000}, {"top_p": 0.3}, {"top_p": 0.95}, {"top_p": 1e-9}, {"min_p": 0.2},
@@ -99,3 +99,22 @@ def test_greedy_is_the_most_likely_token_after_penalties():
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 7}, {"top_p": 0.9}, {"top_k": 20, "top_p": 0.5}], ids=str)
+def test_rows_that_are_drawn_together_get_the_tokens_they_get_alone(settings):
+    """Some logits are tied, some −inf; the bits of a row do not depend on the others."""
+    logits = rows(40, 300)
+    logits[:, 5:9], logits[::3, 20:200] = 2.0, -math.inf
+    how = Sampling(temperature=0.7, seed=5, **settings)
+    assert how.simple
+    alone = [draw(probabilities(row, how), uniform(5, i)) for i, row in enumerate(logits)]
+    assert drawn(logits, how.simple, [(5, i) for i in range(40)]) == alone
+    assert drawn(logits[:1], how.simple, [(5, 0)]) == alone[:1]
+    assert len(set(alone)) > 10
+
+
+def test_what_is_not_drawn_together():
+    for other in ({"min_p": 0.1}, {"logprobs": 0}, {"repetition_penalty": 1.1}, {"logit_bias": {3: 1.0}}):
+        assert Sampling(temperature=1.0, **other).simple is None
+    assert Sampling(top_k=3).simple is None
