@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune.errors import UserError
 from finetune.runs import machine
@@ -11,6 +11,7 @@ from finetune.runs import machine
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from finetune.lm.llama import Llama
     from finetune.lm.tokenizer import Tokenizer
 
 BASE = "base"  # the name of the model without adapters
@@ -102,7 +103,7 @@ def answers(
                 if kind(voice.adapter) == "LORA":
                     load_adapter(model, voice.adapter, f"adapter{i}")
                 else:
-                    virtual[voice.name] = load_prompt(model, voice.adapter)
+                    virtual[voice.name] = load_prompt(cast("Llama", model), voice.adapter)
                 if voice.tokenizer.vocab_size > model.config.vocab_size:
                     raise UserError(
                         f"{voice.adapter}: its tokenizer has {voice.tokenizer.vocab_size} tokens, the model "
@@ -118,9 +119,10 @@ def answers(
     for i, voice in enumerate(voices):
         if len(voices) > 1:
             lora.activate(model, {f"adapter{i}": 1.0} if voice.adapter and voice.name not in virtual else {})
-        given = {"stop_ids": stop_ids(model, voice.tokenizer), "virtual": virtual.get(voice.name)}
-        new = generate(model, voice.rows, generator=torch.Generator().manual_seed(seed), **given, **sampling)
-        found[voice.name] = [answer_text(voice.tokenizer, ids, given["stop_ids"]) for ids in new]
+        stops, before = stop_ids(model, voice.tokenizer), virtual.get(voice.name)
+        random = torch.Generator().manual_seed(seed)
+        new = generate(model, voice.rows, stop_ids=stops, generator=random, virtual=before, **sampling)
+        found[voice.name] = [answer_text(voice.tokenizer, ids, stops) for ids in new]
     return found
 
 

@@ -84,10 +84,10 @@ class Engine:
         stop tokens are those that end it. `watch`: as in `Sequence`; it ends the sequence. `virtual`: trained tokens
         before the prompt. UserError if the prompt is empty, has a token outside the vocabulary, or can never fit, and
         for an unknown adapter."""
-        if adapter in self.adapters.virtual:
+        if adapter is not None and adapter in self.adapters.virtual:
             if virtual:
                 raise UserError(f"adapter '{adapter}' and the request both have virtual tokens: give one of the two")
-            adapter, virtual = None, self.adapters.virtual[adapter]
+            virtual, adapter = self.adapters.virtual[adapter], None
         check_prompt(self.model, prompt, most_new, virtual)
         check_room(prompt, most_new, virtual, "the cache", self.pool.count * self.pool.block_size)
         vocabulary = self.model.config.vocab_size
