@@ -98,6 +98,15 @@ def test_fp32_multiplies_the_dequantized_values(kind):
     assert torch.equal(product(torch.eye(96), weight).t(), weight.dequantize())
 
 
+@pytest.mark.parametrize("rows", [1, 20, 40])
+@pytest.mark.parametrize("format", FORMATS)
+def test_without_terms_the_bias_remains(format, rows):
+    weight, bias = random_weight(format, 5, 0, torch.Generator()), torch.randn(5)
+    for dtype in (torch.float32, torch.bfloat16):
+        got = ops.quantized_linear(torch.empty(rows, 0, dtype=dtype), weight, bias.to(dtype), backend="emulated")
+        assert torch.equal(got, bias.to(dtype).expand(rows, 5))
+
+
 @each_kind
 @pytest.mark.parametrize("rows", [1, 8, 32, 64])
 def test_bytes_and_banks(kind, rows):
