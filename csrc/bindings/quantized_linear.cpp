@@ -100,7 +100,8 @@ Tensor quantized_linear(const Tensor& x_, const Tensor& codes, const OptionalTen
   Tensor workspace = torch::stable::new_empty(x_, {prepared_bytes(x.rows, x.dim) + 64}, ScalarType::Byte);
   auto* at = static_cast<char*>(workspace.mutable_data_ptr());
   at += -reinterpret_cast<uintptr_t>(at) & 63;
-  run(kName, x_,
+  check(x_.is_cpu(), kName, "expected CPU tensors");
+  run(kName,
       QuantizedLinear{dtype_of(x_), weight, in(x.tensor), x.stride, x.rows, bias ? in(*bias) : nullptr, out(y), at});
   return y;
 }
