@@ -64,6 +64,8 @@ def requests(count, seed=0):
                 "temperature": rng.choice((0, 0.8))}  # fmt: skip
         if i % 10 == 7:
             yield "/v1/embeddings", {"model": "small", "input": [text, text[:9]], "encoding_format": "base64"}
+        elif i % 10 == 4:
+            yield "/v1/completions", body | {"prompt": text, "guided_regex": "(fox|dog 🙂){1,4} [0-9]{1,3}"}
         elif i % 3:
             yield "/v1/completions", body | {"prompt": text}
         else:
