@@ -171,7 +171,7 @@ def test_bad_data_files(tmp_path, name, make, message):
 def test_a_prompt_that_is_too_long(smollm2):
     done = finetune("generate", "--model", smollm2, "--prompt", "word " * 9000)
     assert done.returncode == 2
-    assert "does not fit the model's 8192: shorten it" in done.stderr
+    assert "does not fit the model's maximum length of 8192: shorten it" in done.stderr
 
 
 def test_memory_before_training():
