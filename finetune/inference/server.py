@@ -58,9 +58,10 @@ class Server:
         self.worker, self.tokenizer, self.model, self.stop_ids = worker, tokenizer, model, stop_ids
         self.adapters: dict[str, str | None] = {model: None}  # by each name that a request may call it
         for name in worker.engine.adapters.digests:
-            if name == model:
-                raise UserError(f"the adapter {name} has the name of the model: call it otherwise")
-            self.adapters |= {name: name, f"{model}:{name}": name}
+            for called in (name, f"{model}:{name}"):
+                if called in self.adapters:
+                    raise UserError(f"the adapter {name} has the name of the model or of another: call it otherwise")
+                self.adapters[called] = name
         self.key, self.most_requests, self.most_new = key, most_requests, most_new
         self.active, self.began, self.seeds = 0, int(time.time()), itertools.count(secrets.randbits(32))
         self.compiling = threading.Lock()

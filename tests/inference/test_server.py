@@ -185,6 +185,9 @@ def test_a_request_chooses_an_adapter_by_the_name_of_its_model(tokenizer, tmp_pa
         assert server.worker.engine.pool.used == 0
     with pytest.raises(UserError, match="the name of the model"):
         Server(Worker(Engine(llama(), 10, adapters={"small": adapter(tmp_path / "s")})), tokenizer, "small", set())
+    twice = {"a": tmp_path / "s", "small:a": tmp_path / "s"}
+    with pytest.raises(UserError, match="of another"):
+        Server(Worker(Engine(llama(), 10, adapters=twice)), tokenizer, "small", set())
 
 
 def test_too_many_requests_are_refused(tokenizer):
