@@ -6,9 +6,10 @@
 Ours runs in its own formats next to llama.cpp's of the same width: bf16 and BF16, int8 and Q8_0, int4 and Q4_0, which
 llama.cpp's own quantizer makes of --model (SmolLM2 by default). transformers generates in bf16. The sides take turns:
 a round is a prompt, not timed, and then --steps greedy tokens for each of --batch sequences; or a prompt of --prefill
-tokens, timed. A ratio is the median over the rounds (above 1: ours is faster). `of limit`: bytes that a step reads
-(weights, keys and values) / the bandwidth of reading that is measured in the same run. Unless the sides predict nearly
-the same distribution of the first token, nothing is timed. `make decode` builds llama.cpp for this machine first.
+tokens, timed. A ratio is the median over the rounds (above 1: ours is faster); rounds in which other processes had more
+than a quarter of a core are repeated. `of limit`: bytes that a step reads (weights, keys and values) / the bandwidth of
+reading that is measured in the same run. Unless the sides predict nearly the same distribution of the first token,
+nothing is timed. `make decode` builds llama.cpp for this machine first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import ctypes
 import dataclasses
 import inspect
 import mmap
+import os
 import statistics
 import sys
 import tempfile
@@ -46,6 +48,7 @@ from finetune.runs import display, machine, wheels
 FORMATS = {"bf16": ("BF16", 32, 0.05), "int8": ("Q8_0", 7, 0.05), "int4": ("Q4_0", 2, 0.5)}
 PROMPT = 32  # tokens before the timed ones
 BLOCK = 16
+QUIET = 0.25  # of a core that other processes may have in a round
 MANY = 16  # sequences, whose throughput is compared with that of one
 OURS, LLAMA, TRANSFORMERS = "ours", "llama.cpp", "transformers"
 
@@ -271,17 +274,38 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum())
 
 
-def turns(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round; the first round warms up and is dropped."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name in sides if number % 2 else reversed(list(sides)):
-            seconds[name].append(sides[name]())
-    return {name: values[1:] for name, values in seconds.items()}
+def turns(sides: Mapping[str, Callable[[], float]], rounds: int) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each side in each round, and how much of a core other processes had at most. Rounds in which they had
+    more than QUIET are repeated, up to twice as many; then the quietest count. The first warms up and is dropped."""
+    found: list[tuple[float, dict[str, float]]] = []
+    for number in range(3 * rounds + 1):
+        began, before = time.perf_counter(), others()
+        order = list(sides) if number % 2 else list(reversed(list(sides)))
+        seconds = {name: sides[name]() for name in order}
+        found.append(((others() - before) / (time.perf_counter() - began), seconds))
+        if sum(share <= QUIET for share, _ in found[1:]) == rounds:
+            break
+    kept = sorted(found[1:], key=lambda one: one[0])[:rounds]
+    return {name: [seconds[name] for _, seconds in kept] for name in sides}, kept[-1][0]
+
+
+def others() -> float:
+    """Seconds of CPU that other processes have had since the machine started; 0 where the system does not say."""
+    try:
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def rows(
-    what: str, format: str, tokens: int, seconds: dict[str, list[float]], read: dict[str, float], rate: float
+    what: str,
+    format: str,
+    tokens: int,
+    seconds: dict[str, list[float]],
+    read: dict[str, float],
+    rate: float,
+    noise: float,
 ) -> list[dict[str, Any]]:
     """A row of the report for each side. `tokens`: made in a round's step; `read`: bytes that it reads, at least."""
     found = []
@@ -291,6 +315,7 @@ def rows(
             "cell": {"what": what, "format": format, "side": name},
             "tokens_per_second": tokens / statistics.median(values),
             "ratio": dataclasses.asdict(Times.of(ratios)),
+            "others": noise,
             "of_limit": read[name] / rate / statistics.median(values),
         })  # fmt: skip
     return found
@@ -325,16 +350,18 @@ def measure(wanted: argparse.Namespace, report: Callable[[str], None]) -> tuple[
             report(f"{format}, batch {batch}")
             calls = {name: partial(side.decode, prompts[:batch], wanted.steps) for name, side in sides.items()}
             read = {name: side.nbytes + batch * kept * side.element for name, side in sides.items()}
-            found += rows(f"batch {batch}", format, batch, turns(calls, wanted.rounds), read, rate)
+            seconds, noise = turns(calls, wanted.rounds)
+            found += rows(f"batch {batch}", format, batch, seconds, read, rate, noise)
         report(f"{format}, batch {MANY}")
         calls = {str(count): partial(sides[OURS].decode, prompts[:count], wanted.steps) for count in (1, MANY)}
-        seconds = turns(calls, wanted.rounds)
+        seconds, _ = turns(calls, wanted.rounds)
         ratios = [MANY * one / many for one, many in zip(seconds["1"], seconds[str(MANY)], strict=True)]
         facts[f"{format}: throughput of batch {MANY} over batch 1"] = statistics.median(ratios)
         report(f"{format}, prefill")
         calls = {name: partial(side.prefill, text[: wanted.prefill]) for name, side in sides.items()}
         read = {name: float(side.nbytes) for name, side in sides.items()}
-        found += rows(f"prefill {wanted.prefill}", format, wanted.prefill, turns(calls, wanted.rounds), read, rate)
+        seconds, noise = turns(calls, wanted.rounds)
+        found += rows(f"prefill {wanted.prefill}", format, wanted.prefill, seconds, read, rate, noise)
     return found, facts
 
 
@@ -366,6 +393,8 @@ def show(found: list[dict[str, Any]], facts: dict[str, float], about: dict[str, 
         lines.append([what, side, name, f"{r['tokens_per_second']:,.1f}", other, spread, share])
     heads = ("what", "side", "weights", ">tokens/s", ">ours is faster", ">20 … 80 %", ">of limit")
     display.table(console, heads, lines, f"{about['cpu']} · {about['level']} · {about['threads']} threads")
+    if (noise := max(r["others"] for r in found)) > QUIET:
+        display.say(console, f"other processes had up to {noise:.1f} cores in the rounds that count", "yellow")
     for name, value in facts.items():
         shown = f"{value / 1e9:.1f} GB/s" if name.endswith("per_second") else f"{value:.3g}"
         console.print(f"{name.replace('_', ' ')}: {shown}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import decode_vs_llamacpp
 import harness
@@ -218,6 +219,23 @@ def test_sides_with_other_weights_are_not_timed(small_file, tmp_path, monkeypatc
 
 def test_a_ratio_is_of_the_same_round():
     seconds = {"ours": [1.0, 2.0, 4.0], "llama.cpp": [3.0, 4.0, 16.0]}
-    ours, theirs = decode_vs_llamacpp.rows("batch 8", "int8", 8, seconds, {"ours": 1e9, "llama.cpp": 2e9}, 1e9)
+    ours, theirs = decode_vs_llamacpp.rows("batch 8", "int8", 8, seconds, {"ours": 1e9, "llama.cpp": 2e9}, 1e9, 0.1)
     assert (ours["ratio"]["median"], theirs["ratio"]["median"]) == (1, 3)
     assert (ours["tokens_per_second"], ours["of_limit"], theirs["of_limit"]) == (4, 0.5, 0.5)
+
+
+def test_rounds_that_others_disturb_are_repeated(monkeypatch):
+    """The third round, and the first, which warms up."""
+    clock, used, calls = [0.0], [0.0], []
+
+    def side():
+        calls.append(len(calls))
+        clock[0] += 1.0
+        used[0] += 0.9 if len(calls) == 3 else 0.1
+        return float(len(calls))
+
+    monkeypatch.setattr(decode_vs_llamacpp, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(decode_vs_llamacpp, "others", lambda: used[0])
+    seconds, noise = decode_vs_llamacpp.turns({"ours": side}, 3)
+    assert sorted(seconds["ours"]) == [2, 4, 5]
+    assert noise == pytest.approx(0.1)
