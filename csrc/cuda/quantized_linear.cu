@@ -18,10 +18,11 @@
 // depend on its own rows of x and W, never on the other rows or their number.
 //     few     1–8 rows of x: a block has 32 rows of W; the bytes of W are all that counts, each read once
 //     some    9–32: 64 rows of W
-//     many    squares of 64 × 64: a lane's codes are used for 8 mma each; Σ x comes from a kernel of its own
+//     many    squares of 64 × 64: each fragment of W is used for 8 mma; a kernel before this one makes Σ x. FLOPs a byte
+//             of L2: 47 (int4), 42 (int8), 32 (bf16)
 // Copies of x, codes and scales run ahead through cp.async in as many stages as fit. x in fp32 (and what has no tensor
 // core product) goes through fused multiply-adds of the same layout, four rows a block.
-// Of a tile, which is 1024 weights, with 8 rows of x:      int4       int8        bf16
+// Of a tile, which is 1024 weights, with 8 rows of x:    int4       int8        bf16
 //     bytes of codes + scales and minima (fp16, g 32)    512 + 128  1024 + 64    2048
 //     16-byte loads of codes a lane, mma, ldmatrix        1, 6, 1    2, 4, 1    4, 4, 1     (int4: 2 mma are Σ x)
 #include "quantized_linear_formats.cuh"
@@ -313,7 +314,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) multiply(Args a) {
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<kStages - 2>();
-    // Twice of use: the other threads' copies of this stage are here, and nobody reads the one that comes next any more.
+    // Serves twice: the other threads' copies of this stage have arrived, and nobody reads the stage that is next filled.
     if constexpr (S::kAbreast == 1) {
       __syncwarp();
     } else {
