@@ -81,7 +81,7 @@ def judge(run: Run, found: dict[str, Any]) -> None:
             "bytes a token": size(part["bytes"]) if timed else "–",
             "speed": f"{found['fp32']['ms'] / part['ms']:.2f} ×" if timed else "–",
             "loss": f"{part['loss']:.3f}",
-            "KL": f"{part['divergence']:.1g}" if part["divergence"] < 1e-3 else f"{part['divergence']:.4f}",
+            "KL": f"{max(part['divergence'], 0):.4f}",
             "same token": f"{part['same']:.1%}",
         })  # fmt: skip
     run.table("weights in fewer bits", rows)

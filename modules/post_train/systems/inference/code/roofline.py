@@ -51,7 +51,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def bandwidth(size: int = 1 << 28) -> float:
     """Bytes a second that a sum over `size` bytes reads, the best of some."""
     x = torch.ones(size // 4)
-    return size / min(seconds(x.sum) for _ in range(8))
+    return size / min(seconds(x.sum) for _ in range(12))
 
 
 def peak(dtype: torch.dtype, size: int = 768) -> float:
