@@ -49,7 +49,7 @@ class Lab:
 
     @cached_property
     def draft(self) -> Llama:
-        return small_llama(DRAFT).eval() if self.small else self.served("int4")
+        return small_llama(DRAFT).eval() if self.small else self.served("nf4")
 
     def served(self, format: str = "") -> Llama:
         """The model with its weights in a format, by default --format; made once."""
