@@ -270,8 +270,8 @@ def test_latencies_of_an_open_loop_by_hand(monkeypatch):
 
 
 def test_goodput_counts_requests_within_both_limits():
-    found = {"alone": {"ttft": 1.0, "tpot": 1.0}}
-    part = {"ttft": [1.0, 11.0, 10.0, 2.0], "tpot": [1.0, 1.0, 3.0, 3.1]}
+    found = {"step": 2.0}  # so 20 s to the first token, 3 s for each other
+    part = {"ttft": [1.0, 21.0, 20.0, 2.0], "tpot": [1.0, 1.0, 3.0, 3.1]}
     assert load_curve.good(found, part) == 0.5
 
 
