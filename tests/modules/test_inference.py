@@ -69,6 +69,12 @@ def test_a_run_of_one_experiment(tmp_path):
     assert not (tmp_path / "run/checkpoints/training").exists(), "it needs no model"
 
 
+def test_a_run_without_steps_shows_nothing(tmp_path):
+    summary = execute(INFO, dataclasses.replace(main.Config.toy(), steps=0), tmp_path / "run", toy=True)
+    assert summary["metrics"] == {}
+    assert summary["passed"] is False
+
+
 def test_a_resumed_run_continues_with_the_next_experiment(tmp_path, monkeypatch):
     cfg = dataclasses.replace(main.Config.toy(), train_steps=2, requests=64, rounds=1, steps=3)
     with cut_off(2 + 2):  # two steps of training, the blocks; the second experiment is not finished

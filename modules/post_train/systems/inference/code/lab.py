@@ -31,7 +31,7 @@ DRAFT = LlamaConfig(256, dim=64, layers=1, heads=2, kv_heads=1, hidden=192, max_
 
 
 class Lab:
-    """The model `cfg.model` and what it is asked. `model`: in fp32; `draft`: a cheaper one with its vocabulary."""
+    """The model `cfg.model` and what it is asked. `model` is in fp32; `small_draft` is trained with the small one."""
 
     def __init__(self, cfg: Config, run: Run) -> None:
         self.cfg, self.run, self.small = cfg, run, cfg.model == "small"
@@ -48,15 +48,19 @@ class Lab:
         return (small_llama(SMALL) if self.small else load.llama(self.path)).eval()
 
     @cached_property
+    def small_draft(self) -> Llama:
+        return small_llama(DRAFT).eval()
+
+    @cached_property
     def draft(self) -> Llama:
-        return small_llama(DRAFT).eval() if self.small else self.served("nf4")
+        """A cheaper model with the same vocabulary: the small draft, or the model itself in NF4."""
+        return packed(self.small_draft, "bf16") if self.small else self.served("nf4")
 
     def served(self, format: str = "") -> Llama:
         """The model with its weights in a format, by default --format; made once."""
         format = format or self.cfg.format
         if format not in self.formats:
-            model = copy.deepcopy(self.model).to(torch.float32 if format == "fp32" else torch.bfloat16)
-            self.formats[format] = pack(model, format)  # type: ignore[assignment]
+            self.formats[format] = packed(self.model, format)
         return self.formats[format]
 
     @cached_property
@@ -91,6 +95,12 @@ class Lab:
 python_pairs = cache(python_docs.python_pairs)
 
 
+def packed(model: Llama, format: str) -> Llama:
+    """A copy with its weights in a format, and activations in bf16 (of fp32: in fp32)."""
+    copied = copy.deepcopy(model).to(torch.float32 if format == "fp32" else torch.bfloat16)
+    return pack(copied, format)  # type: ignore[return-value]
+
+
 def seconds(call: Callable[[], object]) -> float:
     """What a call takes."""
     began = time.perf_counter()
@@ -100,7 +110,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def train(lab: Lab, rows: int = 8, length: int = 128) -> None:
     """Trains the small model and its draft on the reference's bytes (AdamW, warm-up and cosine)."""
-    models = {"model": lab.model, "draft": lab.draft}
+    models = {"model": lab.model, "draft": lab.small_draft}
     peak = {"model": 3e-3, "draft": 6e-3}
     optimizers = {name: AdamW(model.parameters(), peak[name]) for name, model in models.items()}
     text = torch.tensor(lab.reference[: len(lab.reference) * 9 // 10])
