@@ -211,7 +211,7 @@ def header() -> dict[str, Any]:
 
 
 def slug(about: dict[str, Any]) -> str:
-    """A file name for this kind of machine: amd-epyc-avx512-2t."""
+    """A file name for this kind of machine: amd-epyc-avx512vnni-2t."""
     return re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']} {about['level']} {about['physical_cores']}t".lower()).strip("-")
 
 

@@ -147,32 +147,42 @@ FINETUNE_INLINE void eight(const uint32_t* panel, int64_t i, int v, const Lanes&
   }
 }
 
-// y of kRows rows of x, fp32 all through.
+// y of kRows rows of x, fp32 all through: sums of 64 elements, and the sum of those.
 template <WeightFormat kFormat, int kRows, class Emit>
 FINETUNE_INLINE void tile_f32(const PackedWeight& w, const Prepared& x, int64_t panel, int64_t row, Emit&& emit) {
+  constexpr bool kScales = kFormat != WeightFormat::fp32 && kFormat != WeightFormat::bf16;
   const auto* codes = static_cast<const uint32_t*>(w.codes) + panel * w.words() * kPanel;
   const float* from[kRows];
   for (int r = 0; r < kRows; ++r) from[r] = reinterpret_cast<const float*>(x.data + (row + r) * x.row);
   vf sum[kRows][kParts] = {};
-  const int64_t groups = w.groups(), steps = w.padded() / groups / 8;
+  const int64_t size = w.group ? w.group : kDepthStep, first_group = panel * w.groups();
   Lanes scale{}, minimum{};
-  for (int64_t g = 0; g < groups; ++g) {
-    if constexpr (kFormat != WeightFormat::fp32 && kFormat != WeightFormat::bf16) {
-      scale = of_group(w.scale, w.half_scales, panel * groups + g);
-    }
-    if constexpr (kFormat == WeightFormat::int4) {
-      if (w.minimum) {
-        minimum = of_group(w.minimum, w.half_scales, panel * groups + g);
-      } else {
-        for (int v = 0; v < kParts; ++v) minimum.part[v] = scale.part[v] * -8.0f;
+  if constexpr (kScales) {
+    if (!w.group) scale = of_group(w.scale, w.half_scales, first_group);
+  }
+  for (int64_t k = 0; k < w.padded(); k += kDepthStep) {
+    vf part[kRows][kParts] = {};
+    for (int64_t at = k; at < k + kDepthStep; at += size) {
+      if constexpr (kScales) {
+        if (w.group) scale = of_group(w.scale, w.half_scales, first_group + at / size);
+      }
+      if constexpr (kFormat == WeightFormat::int4) {
+        if (w.minimum) {
+          minimum = of_group(w.minimum, w.half_scales, first_group + at / size);
+        } else {
+          for (int v = 0; v < kParts; ++v) minimum.part[v] = scale.part[v] * -8.0f;
+        }
+      }
+      for (int64_t i = at / 8; i < (at + size) / 8; ++i) {
+        for (int v = 0; v < kParts; ++v) {
+          eight<kFormat>(codes, i, v, scale, minimum, [&](int t, vf weights) {
+            for (int r = 0; r < kRows; ++r) part[r][v] += weights * from[r][8 * i + t];
+          });
+        }
       }
     }
-    for (int64_t i = g * steps; i < (g + 1) * steps; ++i) {
-      for (int v = 0; v < kParts; ++v) {
-        eight<kFormat>(codes, i, v, scale, minimum, [&](int t, vf weights) {
-          for (int r = 0; r < kRows; ++r) sum[r][v] += weights * from[r][8 * i + t];
-        });
-      }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kParts; ++v) sum[r][v] += part[r][v];
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -233,7 +243,8 @@ inline Prepared prepared(const PackedWeight& w, [[maybe_unused]] int64_t m, [[ma
                          void* workspace) {
   char* const data = static_cast<char*>(workspace);
 #if defined(FINETUNE_DOTS)
-  if (!exact && w.format == WeightFormat::bf16) return {Activations::bf16, data, w.padded() * 2};
+  if (!exact && (w.format == WeightFormat::bf16 || w.format == WeightFormat::nf4))
+    return {Activations::bf16, data, w.padded() * 2};
   if (!exact && (w.format == WeightFormat::int8 || w.format == WeightFormat::int4)) {
     return {Activations::i16, data, Blocks(w).row()};
   }
@@ -268,7 +279,9 @@ template <class Emit>
 void product(const PackedWeight& w, const Prepared& x, int64_t m, int64_t first_panel, int64_t last_panel,
              Emit&& emit) {
 #if defined(FINETUNE_TILES)
-  if (x.kind == Activations::bf16) return product_bf16_tiles(w, x, m, first_panel, last_panel, emit);
+  if (x.kind == Activations::bf16 && w.format == WeightFormat::bf16) {
+    return product_bf16_tiles(w, x, m, first_panel, last_panel, emit);
+  }
   if (x.kind == Activations::i16 && m > 4) return product_integer_tiles(w, x, m, first_panel, last_panel, emit);
 #endif
 #if defined(FINETUNE_DOTS)

@@ -1,5 +1,5 @@
-// The products of packed_product.h by AVX-512's dot products: vdpbf16ps (2 products of bf16 a lane) for bf16 weights,
-// vpdpbusd (4 of unsigned with signed bytes a lane) for int8 and int4. Included by packed_product.h.
+// The products of packed_product.h by AVX-512's dot products: vdpbf16ps (2 products of bf16 a lane) for bf16 and nf4
+// (its table rounded to bf16), vpdpbusd (4 of unsigned with signed bytes a lane) for int8 and int4. Included by packed_product.h.
 //
 // For int8 and int4 a row of x becomes integers X = round(32639 x / largest) = 256 high + low, both signed bytes, so that
 //
@@ -12,6 +12,8 @@
 //
 // Instructions for 16 rows of W and 64 products each: 2 vpdpbusd, as 2 vdpbf16ps; in addition 4 a block and row of x.
 #pragma once
+
+#include <bit>
 
 namespace finetune::FINETUNE_LEVEL {
 namespace {
@@ -81,6 +83,31 @@ void prepare_bf16(const PackedWeight& w, const T* x, char* to) {
   auto* row = reinterpret_cast<bf16*>(to);
   for_each_vector(w.depth, [&](int64_t i, auto get, auto put) { put(row + i, get(x + i)); });
   std::memset(row + w.depth, 0, (w.padded() - w.depth) * sizeof(bf16));
+  if (w.format != WeightFormat::nf4) return;
+  for (int64_t k = 0; k < w.padded(); k += 4) {  // as nf4_pair pairs them
+    const bf16 second = row[k + 1];
+    row[k + 1] = row[k + 2], row[k + 2] = second;
+  }
+}
+
+// NF4's values in bf16, twice, for vpermw.
+struct Nf4Pairs {
+  alignas(64) uint16_t at[32];
+  constexpr Nf4Pairs() : at{} {
+    for (int i = 0; i < 32; ++i) {
+      const uint32_t bits = std::bit_cast<uint32_t>(kNf4[i % 16]);
+      at[i] = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    }
+  }
+};
+constexpr Nf4Pairs kNf4Pairs;
+
+// Elements 0 and 2, 1 and 3, 4 and 6, 5 and 7 of a word of codes: their places are 16 bits apart.
+FINETUNE_INLINE __m512i nf4_pair(__m512i word, int which) {
+  constexpr int kShift[] = {0, 8, 4, 12};
+  const __m512i index =
+      _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, word, kShift[which]), _mm512_set1_epi32(0x000f000f));
+  return _mm512_maskz_permutexvar_epi16(~0u, index, _mm512_load_si512(kNf4Pairs.at));
 }
 
 // How far ahead the first rows of x ask for the weights: 4 KB, or, where panels are read side by side, the next ones.
@@ -100,8 +127,11 @@ FINETUNE_INLINE void emit_tile(const __m512 (&sum)[kRows][kPanels], int64_t pane
   }
 }
 
-template <int kRows, int kPanels, class Emit>
+// Sums of 64 elements, which need not wait for each other, then the sum of those (of nf4 times their scales).
+template <WeightFormat kFormat, int kRows, int kPanels, class Emit>
 FINETUNE_INLINE void tile_bf16(const PackedWeight& w, const Prepared& x, int64_t panel, int64_t row, Emit&& emit) {
+  constexpr bool kCodes = kFormat == WeightFormat::nf4;
+  constexpr int kEach = kCodes ? 4 : 1, kWords = kDepthStep / 2 / kEach;  // pairs in a word, words of 64 elements
   const int64_t words = w.words(), ahead = words_ahead<kPanels>(words);
   const auto* codes = static_cast<const uint32_t*>(w.codes) + panel * words * kPanel;
   const char* from = x.data + row * x.row;
@@ -109,15 +139,42 @@ FINETUNE_INLINE void tile_bf16(const PackedWeight& w, const Prepared& x, int64_t
   for (auto& of_row : sum) {
     for (auto& s : of_row) s = _mm512_setzero_ps();
   }
-  for (int64_t i = 0; i < words; ++i) {
-    __m512i weights[kPanels];
-    for (int p = 0; p < kPanels; ++p) weights[p] = _mm512_loadu_si512(codes + (p * words + i) * kPanel);
-    if (row == 0) {
-      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(codes + (p * words + i) * kPanel + ahead);
+  for (int64_t block = 0; block < words; block += kWords) {
+    __m512 part[kRows][kPanels];
+    for (auto& of_row : part) {
+      for (auto& s : of_row) s = _mm512_setzero_ps();
     }
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i pair = bytes4(from + r * x.row + 4 * i);
-      for (int p = 0; p < kPanels; ++p) sum[r][p] = _mm512_dpbf16_ps(sum[r][p], (__m512bh)weights[p], (__m512bh)pair);
+    for (int64_t i = block; i < block + kWords; ++i) {
+      __m512i word[kPanels];
+      for (int p = 0; p < kPanels; ++p) word[p] = _mm512_loadu_si512(codes + (p * words + i) * kPanel);
+      if (row == 0) {
+        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(codes + (p * words + i) * kPanel + ahead);
+      }
+      for (int e = 0; e < kEach; ++e) {
+        __m512i weights[kPanels];
+        for (int p = 0; p < kPanels; ++p) {
+          if constexpr (kCodes) {
+            weights[p] = nf4_pair(word[p], e);
+          } else {
+            weights[p] = word[p];
+          }
+        }
+        for (int r = 0; r < kRows; ++r) {
+          const __m512i pair = bytes4(from + r * x.row + 4 * (i * kEach + e));
+          for (int p = 0; p < kPanels; ++p) {
+            part[r][p] = _mm512_dpbf16_ps(part[r][p], (__m512bh)weights[p], (__m512bh)pair);
+          }
+        }
+      }
+    }
+    for (int p = 0; p < kPanels; ++p) {
+      if constexpr (kCodes) {
+        const __m512 scale =
+            (__m512)of_group(w.scale, w.half_scales, (panel + p) * w.groups() + block / kWords).part[0];
+        for (int r = 0; r < kRows; ++r) sum[r][p] = _mm512_fmadd_ps(part[r][p], scale, sum[r][p]);
+      } else {
+        for (int r = 0; r < kRows; ++r) sum[r][p] = _mm512_add_ps(sum[r][p], part[r][p]);
+      }
     }
   }
   emit_tile<kRows, kPanels>(sum, panel, row, emit);
@@ -241,9 +298,13 @@ FINETUNE_INLINE void in_blocks(int64_t m, int64_t first, int64_t last, Body&& bo
 
 template <class Emit>
 void product_bf16(const PackedWeight& w, const Prepared& x, int64_t m, int64_t first, int64_t last, Emit&& emit) {
-  in_blocks(m, first, last, [&]<int kRows, int kPanels>(int64_t panel, int64_t row) {
-    tile_bf16<kRows, kPanels>(w, x, panel, row, emit);
-  });
+  const auto with = [&]<WeightFormat kFormat>() {
+    in_blocks(m, first, last, [&]<int kRows, int kPanels>(int64_t panel, int64_t row) {
+      tile_bf16<kFormat, kRows, kPanels>(w, x, panel, row, emit);
+    });
+  };
+  if (w.format == WeightFormat::nf4) return with.template operator()<WeightFormat::nf4>();
+  with.template operator()<WeightFormat::bf16>();
 }
 
 template <class Emit>

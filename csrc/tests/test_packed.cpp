@@ -59,6 +59,10 @@ static Case random_case(WeightFormat format, int64_t rows, int64_t depth, int64_
         word(k / 4) &= ~(0xffu << (8 * (k % 4)));
         word(k / 4) |= static_cast<uint32_t>(code + 128) << (8 * (k % 4));
         value = c.scale[at] * static_cast<float>(code);
+      } else if (format == WeightFormat::nf4) {
+        const uint32_t code = random() % 16;
+        word(k / 8) |= code << (8 * (k % 4) + (k % 8 < 4 ? 0 : 4));
+        value = c.scale[at] * kNf4[code];
       } else {
         const uint32_t code = random() % 16;
         word(k / 8) |= code << (8 * (k % 4) + (k % 8 < 4 ? 0 : 4));
@@ -77,7 +81,8 @@ static std::vector<float> multiply(const PackedWeight& w, const std::vector<floa
   std::vector<char> memory(prepared_bytes(m, w.depth) + 64);
   char* workspace = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
   const Prepared p = prepared(w, m, false, workspace);
-  EXPECT(p.kind == (w.format == WeightFormat::bf16 ? Activations::bf16 : Activations::i16));
+  const bool integers = w.format == WeightFormat::int8 || w.format == WeightFormat::int4;
+  EXPECT(p.kind == (integers ? Activations::i16 : Activations::bf16));
   prepare(w, x.data() + first * w.depth, w.depth, 0, m, p);
   std::vector<float> y(m * w.panels() * kPanel, -1);
   product(w, p, m, 0, w.panels(), [&](int64_t panel, int64_t row, const float* from) {
@@ -103,7 +108,8 @@ static void check(WeightFormat format, int64_t rows, int64_t depth, int64_t grou
         const double one = static_cast<double>(x[r * depth + k]) * c.dense[n * depth + k];
         want += one, size += std::fabs(one), weights += std::fabs(c.dense[n * depth + k]);
       }
-      const double bound = 1e-5 * size + (format == WeightFormat::bf16 ? 0 : largest / 65000 * weights);
+      const bool bf16s = format == WeightFormat::bf16, table = format == WeightFormat::nf4;
+      const double bound = 1e-5 * size + (bf16s ? 0 : table ? size / 512 : largest / 65000 * weights);
       EXPECT(std::fabs(y[r * columns + n] - want) <= bound);
     }
   }
@@ -125,6 +131,7 @@ int main() {
     check(WeightFormat::int8, 24, depth, 16, false);
     check(WeightFormat::int4, 72, depth, 32, false);
     check(WeightFormat::int4, 72, depth, 32, true);
+    check(WeightFormat::nf4, 72, depth, 64, false);
   }
   std::printf("packed products with emulated tiles: %d failures\n", failures);
   return failures != 0;

@@ -12,9 +12,10 @@ files hold has the same form and the same values, without rounding: Q8_0 is int8
 Bytes: all of the weight once, whatever the number of rows of x; 2 · rows · N · K FLOPs. Up to about 16 rows of x memory
 is the roof, so few bits are speed; above it the products are.
 
-Accumulation is fp32. The native kernels use x as it is if it has fp32. For x in bf16 they may also use integers: a row
-of x becomes 16-bit integers of its largest magnitude / 32639, and the sums over a group are then exact. Each row of
-the result depends on its own row of x alone, to the bit: not on how many rows there are, nor on the threads.
+Accumulation is fp32. The CPU kernels use x as it is if it has fp32. For x in bf16 they may also use integers, where
+there is AVX-512 with VNNI: a row of x becomes 16-bit integers of its largest magnitude / 32639, and the sums over a
+group are then exact; NF4's values are rounded to bf16. Each row of the result depends on its own row of x alone, to the
+bit: not on how many rows there are, nor on the threads.
 
 On a GPU integers become x's type of 16 bits exactly, NF4's values are rounded to it, and scales multiply the fp32 sums
 of groups. There, too, a row's bits are its own: up to 8, up to 32 and more rows have different tiles, but add in one
@@ -27,7 +28,7 @@ import contextlib
 import dataclasses
 import math
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,24 +282,12 @@ LAYOUTS = {
 }
 
 
-def in_one_slab(weights: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
-    """The weights packed for the CPU in one piece of memory, in the order given, in huge pages where the system gives
-    them: a product reads all of a weight, and each page of 4 KB takes a look-up and ends the hardware's prefetching."""
-    packed = [weight.laid_out("cpu") for weight in weights]
-    sizes = [-(-t.nbytes // 64) * 64 for weight in packed for t in weight.tensors]
-    slab, at = huge(sum(sizes)), 0
-
-    def moved(t: Tensor) -> Tensor:
-        nonlocal at
-        place = slab[at : at + t.nbytes].view(t.dtype).view(t.shape) if t.nbytes else t
-        at += -(-t.nbytes // 64) * 64
-        return place.copy_(t)
-
-    return [weight.mapped(moved) for weight in packed]
-
-
 def huge(size: int) -> Tensor:
-    """(size,) uint8 zeros in memory that begins at a multiple of 2 MB, in huge pages where the system gives them."""
+    """(size,) uint8 zeros in memory that begins at a multiple of 2 MB, in huge pages where the system gives them.
+
+    Packed weights are read fastest from one such piece, in the order of use: a page of 4 KB takes a look-up and ends
+    the hardware's prefetching.
+    """
     page = 1 << 21
     memory = mmap.mmap(-1, size + page)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -407,18 +396,24 @@ def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
 
     def make(
-        name: str, format: str, n: int, k: int, *rows: int, bias: bool = False, size: float = 1.0, bench: bool = False,
+        name: str, format: str, n: int, k: int, *rows: int, bias: bool = False, size: float = 1.0,
         dtype: torch.dtype = torch.float64, **how: Any,
     ) -> Sample:  # fmt: skip
         weight = random_weight(format, n, k, g, **how)
         x = (torch.randn(*rows, k, generator=g, dtype=torch.float64) * size).to(dtype)
-        given = (x, weight, torch.randn(n, generator=g, dtype=torch.float64)) if bias else (x, weight)
-        count = math.prod(rows)
-        if bench:
-            weight = given[1].packed("cpu")
-            given = (x, weight)
-        moved = weight.nbytes + 4.0 * count * (n + k)
-        return Sample(name, given, bench=bench, flops=2.0 * n * k * count, bytes=moved)
+        return Sample(name, (x, weight, torch.randn(n, generator=g, dtype=torch.float64)) if bias else (x, weight))
+
+    def bench(format: str, n: int, k: int, rows: int) -> Sample:
+        """Made when it is asked for: the weights of a head are large."""
+
+        def given() -> tuple[Tensor, QuantizedWeight]:
+            fresh = torch.Generator().manual_seed(0)
+            return torch.randn(rows, k, generator=fresh, dtype=torch.float64), random_weight(format, n, k, fresh)
+
+        bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 5, "nf4": 4.25}[format]
+        moved = n * k * bits / 8 + 4.0 * rows * (n + k)
+        what = "head" if n > 10000 else "mlp"
+        return Sample(f"bench {format}, {what}, {rows}", given, bench=True, flops=2.0 * n * k * rows, bytes=moved)
 
     yield make("fp32", "fp32", 24, 40, 3)
     yield make("bf16", "bf16", 24, 40, 3, bias=True)
@@ -457,8 +452,8 @@ def samples() -> Iterator[Sample]:
     yield from make("far int8", "int8", 32, 64, 3).far_apart((0, 0))
     yield from make("far int4", "int4", 32, 64, 3).far_apart((0, 0))
 
-    for rows in (1, 8, 512):
-        for name in ("bf16", "int8", "int4"):
-            yield make(f"bench {name} {rows}", name, 1536, 576, rows, bench=True)
-    yield make("bench nf4 1", "nf4", 1536, 576, 1, bench=True)
-    yield make("bench fp32 1", "fp32", 1536, 576, 1, bench=True)
+    for format in FORMATS:
+        yield bench(format, 49152, 576, 1)
+    for format in ("bf16", "int8", "int4"):
+        yield bench(format, 49152, 576, 8)
+        yield bench(format, 1536, 576, 512)

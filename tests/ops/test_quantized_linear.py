@@ -1,7 +1,5 @@
 """ops.quantized_linear: what test_ops.py does not ask: layouts, exact values, rows that do not depend on each other."""
 
-import itertools
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,7 +11,7 @@ from finetune.ops.quantized_linear import (
     QuantizedWeight,
     dense,
     halves,
-    in_one_slab,
+    huge,
     nf4,
     random_weight,
 )
@@ -95,17 +93,23 @@ def test_int8_is_that_of_the_frozen_layers_to_the_bit():
     assert torch.equal(weight.packed("cpu").dequantize(), layer.weight)
 
 
-def test_a_slab_holds_the_weights_in_order_at_one_place():
-    weights = [weight_of(kind, n, 64) for n, kind in zip((40, 16, 33), ("int4", "bf16", "int8"), strict=True)]
-    slab = in_one_slab(weights)
-    tensors = [t for weight in slab for t in weight.tensors]
-    assert tensors[0].data_ptr() % 2**21 == 0
-    for before, after in itertools.pairwise(tensors):
-        assert after.data_ptr() == before.data_ptr() + -(-before.nbytes // 64) * 64
+def test_weights_may_lie_in_one_piece_of_huge_pages():
+    weights = [weight_of(kind, n, 64).packed("cpu") for n, kind in ((40, "int4"), (16, "bf16"), (33, "int8"))]
+    slab, at = huge(sum(weight.nbytes for weight in weights)), 0
+    assert slab.data_ptr() % 2**21 == 0
+    assert not slab.any()
+
+    def moved(t):
+        nonlocal at
+        at += t.nbytes
+        return slab[at - t.nbytes : at].view(t.dtype).view(t.shape).copy_(t)
+
     x = torch.randn(3, 64)
-    for mine, want in zip(slab, weights, strict=True):
-        assert torch.equal(mine.dequantize(), want.dequantize())
-        assert torch.equal(ops.quantized_linear(x, mine), ops.quantized_linear(x, want))
+    for weight in weights:
+        there = weight.mapped(moved)
+        assert torch.equal(there.dequantize(), weight.dequantize())
+        assert torch.equal(ops.quantized_linear(x, there), ops.quantized_linear(x, weight))
+    assert huge(0).numel() == 0
 
 
 def test_what_is_not_such_a_weight_is_refused():

@@ -36,7 +36,7 @@ struct PackedWeight {
 // What the activations become before the product (csrc/cpu/packed_product.h).
 enum class Activations : int {
   f32,   // as they are
-  bf16,  // rounded to bf16
+  bf16,  // rounded to bf16; for nf4 in another order, as its codes are looked up
   i16,   // integers of the row's largest magnitude / 32639, their high and low bytes apart, and their sums over groups
 };
 
