@@ -213,7 +213,6 @@ def samples() -> Iterator[Sample]:
     yield make("softcap, one head", [41, 9], 16, 2, 2, 24, size=2.0, softcap=4.0)
     yield make("softcap, split, window, queries", [600, 31], 16, 4, 2, 16, softcap=2.0, window=300, queries=3, lse=True)
     yield make("softcap, int8", [270, 5], 16, 6, 2, 24, size=2.0, softcap=3.0, dtype=int8, lse=True)
-    yield make("softcap, fp8", [21, 0, 8], 8, 3, 1, 24, size=2.0, softcap=3.0, dtype=fp8)
     yield make("wide", [20], 16, 2, 1, 256)
     yield make("wide, odd, fp8", [18], 5, 8, 1, 251, dtype=fp8)
     yield make("large logits", [60, 7], 16, 4, 2, 16, size=70.0)
