@@ -177,9 +177,11 @@ def test_a_row_has_the_same_bits_in_any_company(kind, at, level):
 def test_integer_activations_err_by_half_a_unit_of_their_row(kind):
     """An element of x is rounded to a multiple of its row's largest / 32639. With outliers, and a long K."""
     weight = weight_of(kind, 48, 4160)
+    ends = torch.iinfo(weight.codes.dtype)
+    weight.codes[0], weight.codes[1] = ends.min, ends.max  # the largest sums that there are
     g = torch.Generator().manual_seed(2)
     x = torch.randn(6, 4160, generator=g)
-    x[0, 7], x[1] = 300.0, x[1].sign()
+    x[0, 7], x[1], x[2], x[3] = 300.0, x[1].sign(), 1.0, -1.0
     x = x.bfloat16()
     y = ops.quantized_linear(x, weight.packed("cpu")).double()
     w = weight.dequantize(torch.float64)
