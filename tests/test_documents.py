@@ -50,6 +50,8 @@ SMALLER = {
     "bench sft_vs_trl": "bench sft_vs_trl --help",
     "bench cql_vs_d3rlpy": "bench cql_vs_d3rlpy --help",
     "serve --model smollm2": "serve --help",  # it ends when it is told to (tests/inference/test_server.py)
+    "serve --model smollm2 --quantize int8 --cache int8": "serve --help",
+    "serve --model smollm2 --adapter docs=RUN": "serve --help",
     "chat --model smollm2": "chat --help",  # it talks with a person (tests/inference/test_terminal.py)
     "kernels faults": "kernels faults --help",
     "kernels faults <op>": "kernels faults --help",

@@ -59,9 +59,7 @@ def test_sources_txt_equals_the_disk():
     assert {p.stem for p in (ROOT / "csrc/bindings").glob("*.cpp")} - {"library"} == ops
     assert {p.stem.removesuffix("_hopper") for p in (ROOT / "csrc/cuda").glob("*.cu")} <= ops
     assert {p.stem for p in (ROOT / "finetune/ops").glob("[a-z]*.py")} == ops - {*WHOLE_PASSES}
-    assert all(
-        set(levels) <= set(CPU_LEVELS) and "portable" in levels for levels in sources().values()
-    )
+    assert all(set(levels) <= set(CPU_LEVELS) and "portable" in levels for levels in sources().values())
 
 
 def imports(path: Path) -> set[Path]:
