@@ -12,7 +12,9 @@
 //
 // Bytes of one token of SmolLM2-135M (106 M weights in layers, 28 M in the head): 269 MB in bf16, 136 MB in int8, 95 MB
 // in int4 with the head in int8, and 23 KB of the pool for each token before it (bf16). FLOPs: 2 a weight. One to eight
-// rows read the weights once: memory bandwidth is the roof. From about 16 rows on the products are.
+// rows read the weights once: memory bandwidth is the roof. From about 16 rows on the products are. On two cores of an
+// EPYC (Zen 5) that read 52 GB/s of such a set the limits are 190, 380 and 550 tokens/s; 173 in bf16 are 91 % of it.
+// A token goes through about 6 phases a layer, each of which costs some tenths of a microsecond (team.h).
 #include "finetune/llama_step.h"
 
 #include "packed_product.h"
@@ -23,8 +25,9 @@
 namespace finetune::FINETUNE_LEVEL {
 namespace {
 
-constexpr int64_t kAlone = 2;     // rows that every thread prepares for itself, rather than wait for the others
+constexpr int64_t kAlone = 2;     // rows that every thread prepares for itself, in the place of a phase for it
 constexpr int64_t kQueries = 16;  // of a sequence that one task attends for
+constexpr int64_t kLayerPhases = 20, kOtherPhases = 8;  // of the team, at most
 
 int64_t lanes_of(const PackedWeight& w) { return w.panels() * kPanel; }
 
@@ -88,16 +91,16 @@ struct Pass {
   float *x, *branch, *qkv, *attended, *lse, *hidden, *sums, *tops;
   char* prepared_rows;
   Best* best;
-  int64_t* next_task;    // a layer
   int32_t* pieces_done;  // a layer, block and kv head, where `split`
+  bool decoding = true;  // each sequence has one token
   struct Own {
     char* prepared;
-    float *row, *gate, *attention, *sums, *tops;
+    float *row, *attention, *sums, *tops;
   };
   Own* own;  // a worker
   Team team;
 
-  explicit Pass(const LlamaStep& step) : a(step), m(*step.model), at(*step.model) {}
+  explicit Pass(const LlamaStep& step) : a(step), m(*step.model), at(*step.model), team{step.workers, nullptr} {}
 };
 
 int64_t widest(const LlamaModel& m) {
@@ -113,6 +116,7 @@ void lay_out(Pass& p) {
     const LlamaSequence& one = a.sequences[s];
     (one.kind == Wanted::state ? p.states : p.rows) += one.wanted;
     p.block_count += (one.count + kQueries - 1) / kQueries;
+    p.decoding = p.decoding && one.count == 1;
     const int64_t pieces = (one.start + one.count + PagedAttention::piece - 1) / PagedAttention::piece;
     p.most_pieces = pieces > p.most_pieces ? pieces : p.most_pieces;
   }
@@ -131,7 +135,7 @@ void lay_out(Pass& p) {
     p.slots = c.take<int64_t>(n);
     p.blocks = c.take<QueryBlock>(p.block_count);
     p.wanted = c.take<WantedRow>(p.rows + p.states);
-    p.next_task = c.take<int64_t>(layers);
+    p.team.phases = c.take<Phase>(layers * kLayerPhases + kOtherPhases);
     p.pieces_done = c.take<int32_t>(p.split ? layers * p.block_count * m.kv_heads : 0);
     p.x = c.take<float>(n * p.at.x);
     p.branch = c.take<float>(n * p.at.x);
@@ -184,7 +188,10 @@ void read_plan(Pass& p) {
     token += one.count;
   }
   const int64_t layers = static_cast<int64_t>(m.layers.size());
-  std::memset(p.next_task, 0, layers * sizeof(int64_t));
+  std::memset(p.team.phases, 0, (layers * kLayerPhases + kOtherPhases) * sizeof(Phase));
+  for (int64_t r = 0; r < a.workers * p.rows; ++r) {
+    for (int64_t i = 0; i < kPanel; ++i) p.best[r].value[i] = -__builtin_inff(), p.best[r].panel[i] = 0;
+  }
   if (p.split) std::memset(p.pieces_done, 0, layers * p.block_count * m.kv_heads * sizeof(int32_t));
 }
 
@@ -306,84 +313,89 @@ struct Epilogue {
 
 struct Worker {
   Pass& p;
-  const int64_t id, count;
+  const int64_t id;
   const LlamaModel& m;
   Pass::Own& own;
+  int64_t phase = 0;
 
-  Worker(Pass& pass, int64_t worker)
-      : p(pass), id(worker), count(pass.team.workers), m(pass.m), own(pass.own[worker]) {}
+  Worker(Pass& pass, int64_t worker) : p(pass), id(worker), m(pass.m), own(pass.own[worker]) {}
 
-  struct Range {
-    int64_t first, last;
-  };
-  Range share(int64_t n) const { return {n * id / count, n * (id + 1) / count}; }
-
-  // The activations of `n` rows for products with weights like `w`: source(row, buffer) gives those of a row, and may
-  // use the buffer. A few rows every worker prepares for itself.
-  template <class Source>
-  Prepared prepare_rows(const PackedWeight& w, int64_t n, bool alone, Source&& source) {
-    const Prepared to = prepared(w, n, m.exact, alone ? own.prepared : p.prepared_rows);
-    const Range rows = alone ? Range{0, n} : share(n);
-    for (int64_t r = rows.first; r < rows.last; ++r) {
-      Prepared one = to;
-      one.data += r * to.row;
-      prepare(w, source(r, own.row), 0, 0, 1, one);
-    }
-    if (!alone) p.team.wait();
-    return to;
+  // body(first, last) for this worker's parts of the units; when it returns all units are done. What must not be done
+  // twice, or reads what a later phase writes, stands in `body`.
+  template <class Body>
+  void each(int64_t units, Body&& body) {
+    p.team.each(phase++, units, false, body);
+  }
+  template <class Body>
+  void each_single(int64_t units, Body&& body) {
+    p.team.each(phase++, units, true, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) body(i);
+    });
   }
 
-  // The panels [first, last) of several weights, as if they were one, that are this worker's.
-  template <class Each>
-  void shared_panels(std::initializer_list<int64_t> panels, Each&& each) {
-    int64_t all = 0, begin = 0, i = 0;
-    for (const int64_t n : panels) all += n;
-    const Range mine = share(all);
-    for (const int64_t n : panels) {
-      const int64_t first = mine.first > begin ? mine.first - begin : 0, last = smaller(mine.last - begin, n);
-      if (first < last) each(i, first, last);
-      begin += n, ++i;
-    }
+  // Products with the panels of several weights of one kind, as if they were one, with the same `n` rows: source(row,
+  // buffer) gives the activations of a row, and may use the buffer. body(x, which weight, its panels first … last).
+  template <class Source, class Body>
+  void panels(const PackedWeight* const* w, int64_t number, int64_t n, Source&& source, Body&& body) {
+    const bool alone = n <= kAlone;
+    const Prepared to = prepared(*w[0], n, m.exact, alone ? own.prepared : p.prepared_rows);
+    const auto prepare_rows = [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        Prepared one = to;
+        one.data += r * to.row;
+        prepare(*w[0], source(r, own.row), 0, 0, 1, one);
+      }
+    };
+    if (!alone) each(n, prepare_rows);
+    int64_t all = 0;
+    for (int64_t i = 0; i < number; ++i) all += w[i]->panels();
+    bool ready = !alone;
+    each(all, [&](int64_t first, int64_t last) {
+      if (!ready) prepare_rows(0, n), ready = true;
+      for (int64_t i = 0, begin = 0; i < number; begin += w[i++]->panels()) {
+        const int64_t from = first > begin ? first - begin : 0, end = smaller(last - begin, w[i]->panels());
+        if (from < end) body(to, i, from, end);
+      }
+    });
   }
 
   static bool alike(const PackedWeight& a, const PackedWeight& b) { return a.format == b.format && a.group == b.group; }
 
   // Products of several weights with the same rows, which are prepared again where formats differ.
   template <class Source>
-  void products(std::initializer_list<const PackedWeight*> weights, int64_t n, bool alone, Source&& source,
-                const Epilogue* to) {
+  void products(std::initializer_list<const PackedWeight*> weights, int64_t n, Source&& source, const Epilogue* to) {
     const PackedWeight* const* w = weights.begin();
     const int64_t number = static_cast<int64_t>(weights.size());
-    for (int64_t i = 0; i < number;) {
-      int64_t end = i + 1;
-      while (end < number && alike(*w[i], *w[end])) ++end;
-      if (i > 0 && !alone) p.team.wait();  // the others still read what is prepared
-      const Prepared x = prepare_rows(*w[i], n, alone, source);
-      int64_t panels[3] = {0, 0, 0};
-      for (int64_t j = i; j < end; ++j) panels[j - i] = w[j]->panels();
-      shared_panels({panels[0], panels[1], panels[2]},
-                    [&](int64_t j, int64_t first, int64_t last) { product(*w[i + j], x, n, first, last, to[i + j]); });
-      i = end;
+    for (int64_t i = 0, end; i < number; i = end) {
+      for (end = i + 1; end < number && alike(*w[i], *w[end]);) ++end;
+      panels(w + i, end - i, n, source, [&](const Prepared& x, int64_t which, int64_t first, int64_t last) {
+        product(*w[i + which], x, n, first, last, to[i + which]);
+      });
     }
   }
 
   void embed() {
-    const Range tokens = share(p.a.count);
-    for (int64_t t = tokens.first; t < tokens.last; ++t) {
-      float* x = p.x + t * p.at.x;
-      unpack_row(m.embedding, p.a.tokens[t], x);
-      if (m.embedding_scale != 1) {
-        for_each_vector(m.dim, [&](int64_t i, auto get, auto put) { put(x + i, get(x + i) * m.embedding_scale); });
+    each(p.a.count, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        float* x = p.x + t * p.at.x;
+        unpack_row(m.embedding, p.a.tokens[t], x);
+        if (m.embedding_scale != 1) {
+          for_each_vector(m.dim, [&](int64_t i, auto get, auto put) { put(x + i, get(x + i) * m.embedding_scale); });
+        }
       }
-    }
+    });
   }
 
-  // x after what `branch` adds to it, where that has a norm. Whoever calls it owns the row.
-  void join_branch(int64_t row, const float* post_norm) {
+  // x after what `branch` adds to it, where that has a norm.
+  void join_branch(const float* post_norm) {
     if (!post_norm) return;
-    float *x = p.x + row * p.at.x, *y = p.branch + row * p.at.x;
-    rms_norm_row(y, post_norm, m.eps, m.dim, y);
-    for_each_vector(m.dim, [&](int64_t i, auto get, auto put) { put(x + i, get(x + i) + get(y + i)); });
+    each(p.a.count, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        float *x = p.x + r * p.at.x, *y = p.branch + r * p.at.x;
+        rms_norm_row(y, post_norm, m.eps, m.dim, y);
+        for_each_vector(m.dim, [&](int64_t i, auto get, auto put) { put(x + i, get(x + i) + get(y + i)); });
+      }
+    });
   }
 
   Epilogue into_x(const float* bias, const float* post_norm) const {
@@ -394,38 +406,41 @@ struct Worker {
             .lanes = m.dim};
   }
 
+  // The heads that share a kv head, of one token: queries and key are normed and rotated, key and value stored.
   template <class C>
-  void store_keys(const LlamaLayer& layer) {
+  void store_head_of(const LlamaLayer& layer, int64_t t, int64_t h) {
     const int64_t group = m.heads / m.kv_heads, dim = m.head_dim;
-    const Range mine = share(p.a.count * m.kv_heads);
-    for (int64_t i = mine.first; i < mine.last; ++i) {
-      const int64_t t = i / m.kv_heads, h = i % m.kv_heads;
-      float* const row = p.qkv + t * p.at.qkv;
-      const int64_t from = p.positions[t] * (dim / 2);
-      const auto turn = [&](float* x, const float* weight) {
-        if (weight) rms_norm_row(x, weight, m.eps, dim, x);
-        if (layer.cos) rotate_head(x, layer.cos + from, layer.sin + from, dim / 2);
-      };
-      for (int64_t j = 0; j < group; ++j) turn(row + p.at.q + (h * group + j) * dim, layer.q_norm);
-      turn(row + p.at.k + h * dim, layer.k_norm);
-      const int64_t block = p.slots[t] / m.block_size, place = p.slots[t] % m.block_size * m.kv_heads + h;
-      const auto put_in = [&](const KvPool& pool, const float* x) {
-        store_head(x, static_cast<C*>(pool.data) + block * pool.block + place * dim,
-                   pool.scale ? pool.scale + block * pool.scale_block + place : nullptr, dim);
-      };
-      put_in(layer.keys, row + p.at.k + h * dim);
-      put_in(layer.values, row + p.at.v + h * dim);
-    }
+    float* const row = p.qkv + t * p.at.qkv;
+    const int64_t from = p.positions[t] * (dim / 2);
+    const auto turn = [&](float* x, const float* weight) {
+      if (weight) rms_norm_row(x, weight, m.eps, dim, x);
+      if (layer.cos) rotate_head(x, layer.cos + from, layer.sin + from, dim / 2);
+    };
+    for (int64_t j = 0; j < group; ++j) turn(row + p.at.q + (h * group + j) * dim, layer.q_norm);
+    turn(row + p.at.k + h * dim, layer.k_norm);
+    const int64_t block = p.slots[t] / m.block_size, place = p.slots[t] % m.block_size * m.kv_heads + h;
+    const auto put_in = [&](const KvPool& pool, const float* x) {
+      store_head(x, static_cast<C*>(pool.data) + block * pool.block + place * dim,
+                 pool.scale ? pool.scale + block * pool.scale_block + place : nullptr, dim);
+    };
+    put_in(layer.keys, row + p.at.k + h * dim);
+    put_in(layer.values, row + p.at.v + h * dim);
   }
 
   template <class C>
   void attend_layer(const LlamaLayer& layer, int64_t index) {
     const int64_t heads = p.block_count * m.kv_heads;
-    for (int64_t task; (task = __atomic_fetch_add(p.next_task + index, 1, __ATOMIC_RELAXED)) <
-                       heads * (p.split ? p.most_pieces : 1);) {
+    const bool together = p.decoding && !p.split;  // the task of a head is the only one that needs its new key
+    if (!together) {
+      each(p.a.count * m.kv_heads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) store_head_of<C>(layer, i / m.kv_heads, i % m.kv_heads);
+      });
+    }
+    each_single(heads * (p.split ? p.most_pieces : 1), [&](int64_t task) {
       const int64_t piece = task / heads, kv_head = task % m.kv_heads;
       const QueryBlock& block = p.blocks[task % heads / m.kv_heads];
-      if (piece >= block.pieces) continue;
+      if (piece >= block.pieces) return;
+      if (together) store_head_of<C>(layer, block.token, kv_head);
       PagedAttention b{};
       b.dtype = DType::f32;
       b.stored = m.stored;
@@ -454,16 +469,16 @@ struct Worker {
       if (p.split) {
         attend<float, C>(b, 0, kv_head, piece, own.attention);
         int32_t* done = p.pieces_done + index * heads + task % heads;
-        if (block.pieces > 1 && __atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) < block.pieces) continue;
+        if (block.pieces > 1 && __atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) < block.pieces) return;
       } else {
         for (int64_t i = 0; i < block.pieces; ++i) attend<float, C>(b, 0, kv_head, i, own.attention);
       }
-      if (block.pieces == 1) continue;
+      if (block.pieces == 1) return;
       const int64_t group = m.heads / m.kv_heads;
       for (int64_t i = 0; i < block.queries * group; ++i) {
         join<float>(b, i / group * m.heads + kv_head * group + i % group, own.row);
       }
-    }
+    });
   }
 
   template <class F>
@@ -488,75 +503,52 @@ struct Worker {
   void run_layer(int64_t index) {
     const LlamaLayer& layer = m.layers[index];
     const int64_t n = p.a.count;
-    const bool alone = n <= kAlone;
-    if (index) join_all(m.layers[index - 1].mlp_post_norm);
     const auto heads = [&](int64_t offset, const float* bias, const PackedWeight& w) {
       return Epilogue{.kind = Epilogue::set, .to = p.qkv + offset, .ld = p.at.qkv, .bias = bias, .lanes = w.rows};
     };
     const Epilogue qkv[] = {heads(p.at.q, layer.q_bias, layer.q), heads(p.at.k, layer.k_bias, layer.k),
                             heads(p.at.v, layer.v_bias, layer.v)};
-    products({&layer.q, &layer.k, &layer.v}, n, alone, normed(layer.attn_norm), qkv);
-    p.team.wait();
-    for_pool([&](auto c) { store_keys<decltype(c)>(layer); });
-    p.team.wait();
+    products({&layer.q, &layer.k, &layer.v}, n, normed(layer.attn_norm), qkv);
     for_pool([&](auto c) { attend_layer<decltype(c)>(layer, index); });
-    p.team.wait();
     const Epilogue o = into_x(layer.o_bias, layer.attn_post_norm);
-    products({&layer.o}, n, alone, [&](int64_t r, float*) { return p.attended + r * p.at.attended; }, &o);
-    p.team.wait();
-    join_all(layer.attn_post_norm);
-    mlp(layer, n, alone);
-    p.team.wait();
+    products({&layer.o}, n, [&](int64_t r, float*) { return p.attended + r * p.at.attended; }, &o);
+    join_branch(layer.attn_post_norm);
+    mlp(layer, n);
     const Epilogue down = into_x(layer.down_bias, layer.mlp_post_norm);
-    products({&layer.down}, n, alone, [&](int64_t r, float*) { return p.hidden + r * p.at.hidden; }, &down);
-    p.team.wait();
-  }
-
-  void join_all(const float* post_norm) {
-    if (!post_norm) return;
-    const Range rows = share(p.a.count);
-    for (int64_t r = rows.first; r < rows.last; ++r) join_branch(r, post_norm);
-    p.team.wait();
+    products({&layer.down}, n, [&](int64_t r, float*) { return p.hidden + r * p.at.hidden; }, &down);
+    join_branch(layer.mlp_post_norm);
   }
 
   // hidden = act(gate) · up: for some panels the gate's product and then that with up, while its results are near.
-  void mlp(const LlamaLayer& layer, int64_t n, bool alone) {
-    const auto source = normed(layer.mlp_norm);
+  void mlp(const LlamaLayer& layer, int64_t n) {
     const auto hidden = [&](Epilogue::Kind kind, const float* bias) {
       return Epilogue{.kind = kind, .gelu = m.gelu, .to = p.hidden, .ld = p.at.hidden, .bias = bias, .lanes = m.hidden};
     };
     const Epilogue gate = hidden(Epilogue::gate, layer.gate_bias), up = hidden(Epilogue::up, layer.up_bias);
-    const Range mine = share(layer.gate.panels());
-    Prepared x = prepare_rows(layer.gate, n, alone, source);
     if (!alike(layer.gate, layer.up)) {
-      product(layer.gate, x, n, mine.first, mine.last, gate);
-      if (!alone) p.team.wait();
-      x = prepare_rows(layer.up, n, alone, source);
-      return product(layer.up, x, n, mine.first, mine.last, up);
+      products({&layer.gate}, n, normed(layer.mlp_norm), &gate);
+      return products({&layer.up}, n, normed(layer.mlp_norm), &up);
     }
-    const int64_t step = n < 16 ? mine.last - mine.first : 8;
-    for (int64_t first = mine.first; first < mine.last; first += step) {
-      const int64_t last = smaller(first + step, mine.last);
-      product(layer.gate, x, n, first, last, gate);
-      product(layer.up, x, n, first, last, up);
-    }
+    const PackedWeight* const one[] = {&layer.gate};
+    panels(one, 1, n, normed(layer.mlp_norm), [&](const Prepared& x, int64_t, int64_t first, int64_t last) {
+      const int64_t step = n < 16 ? last - first : 8;
+      for (int64_t at = first; at < last; at += step) {
+        product(layer.gate, x, n, at, smaller(at + step, last), gate);
+        product(layer.up, x, n, at, smaller(at + step, last), up);
+      }
+    });
   }
 
   void finish() {
-    join_all(m.layers.back().mlp_post_norm);
-    const Range states = share(p.states);
-    for (int64_t i = states.first; i < states.last; ++i) {
-      const WantedRow& one = p.wanted[p.rows + i];
-      rms_norm_row(p.x + one.token * p.at.x, m.norm, m.eps, m.dim, p.a.states + one.place * m.dim);
+    if (p.states) {
+      each(p.states, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          const WantedRow& one = p.wanted[p.rows + i];
+          rms_norm_row(p.x + one.token * p.at.x, m.norm, m.eps, m.dim, p.a.states + one.place * m.dim);
+        }
+      });
     }
-    if (p.rows) choose();
-  }
-
-  void choose() {
-    Best* const best = p.best + id * p.rows;
-    for (int64_t r = 0; r < p.rows; ++r) {
-      for (int64_t i = 0; i < kPanel; ++i) best[r].value[i] = -__builtin_inff(), best[r].panel[i] = 0;
-    }
+    if (!p.rows) return;
     const auto source = [&](int64_t r, float* row) {
       rms_norm_row(p.x + p.wanted[r].token * p.at.x, m.norm, m.eps, m.dim, row);
       return static_cast<const float*>(row);
@@ -564,22 +556,22 @@ struct Worker {
     const Epilogue head{.kind = Epilogue::choose,
                         .lanes = m.head.rows,
                         .wanted = p.wanted,
-                        .best = best,
+                        .best = p.best + id * p.rows,
                         .logits = p.a.logits,
                         .cap = m.logit_softcap};
-    products({&m.head}, p.rows, p.rows <= kAlone, source, &head);
-    p.team.wait();
-    const Range mine = share(p.rows);
-    for (int64_t r = mine.first; r < mine.last; ++r) {
-      if (p.wanted[r].kind == Wanted::token) p.a.best[p.wanted[r].place] = most_likely(r);
-    }
+    products({&m.head}, p.rows, source, &head);
+    each(p.rows, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        if (p.wanted[r].kind == Wanted::token) p.a.best[p.wanted[r].place] = most_likely(r);
+      }
+    });
   }
 
   // Of equal logits that of the smallest token.
   int64_t most_likely(int64_t row) const {
     float most = -__builtin_inff();
     int64_t token = 0;
-    for (int64_t w = 0; w < count; ++w) {
+    for (int64_t w = 0; w < p.a.workers; ++w) {
       const Best& b = p.best[w * p.rows + row];
       for (int64_t i = 0; i < kPanel; ++i) {
         const int64_t id = b.panel[i] * kPanel + i;
@@ -591,7 +583,6 @@ struct Worker {
 
   void run() {
     embed();
-    p.team.wait();
     for (int64_t i = 0; i < static_cast<int64_t>(m.layers.size()); ++i) run_layer(i);
     finish();
   }
@@ -602,7 +593,7 @@ Status llama_step(const LlamaStep& a) {
   Pass p(a);
   lay_out(p);
   read_plan(p);
-  p.team.run(a.workers, [&](int64_t worker) { Worker(p, worker).run(); });
+  p.team.run([&](int64_t worker) { Worker(p, worker).run(); });
   return Status::ok;
 }
 

@@ -1,13 +1,14 @@
-// Threads that go through the phases of one call together: one parallel region of the framework's pool, and a barrier
-// between phases that costs a fraction of a microsecond while every thread has a core, and no core while one has none.
+// Threads that go through the phases of one call together, in one parallel region of the framework's pool.
 //
-// A waiting thread first spins, for about 20 µs; then it sleeps (futex), so that the system can give its core to the
-// thread it waits for. Barriers that only spin collapse when another process takes a core: each of the 150 of a token
-// would last until that process is interrupted.
+// A phase is a number of units of work. A thread takes some, then some more, until none is left, and waits until all
+// are done. Nobody waits for a thread that holds no work: one that starts late, or whose core the system gave to another
+// process, finds the phases done that went on without it, and hurries after the others. A barrier that all threads must
+// reach would instead last, in each of the 200 phases of a token, until the system gives that core back.
+//
+// Who waits first spins, for about 20 µs; then sleeps (futex), so that the thread it waits for can have its core.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -30,63 +31,56 @@ inline void relax() {
 #endif
 }
 
+struct Phase {  // zero at first
+  alignas(64) uint32_t taken;
+  uint32_t done;  // units
+};
+
 struct Team {
-  alignas(64) uint32_t arrived = 0;
-  alignas(64) uint32_t phase = 0;  // changes when all have arrived
+  int64_t workers;  // at most
+  Phase* phases;    // at least as many as the body goes through, the same ones on every thread
   alignas(64) uint32_t sleeping = 0;
-  alignas(64) int64_t workers = 0;  // 0: not known yet
 
-  // Every worker calls it; nobody returns before all have called. What was written before is seen after.
-  void wait() {
-    if (workers == 1) return;
-    const uint32_t now = __atomic_load_n(&phase, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == static_cast<uint32_t>(workers)) {
-      arrived = 0;
-      __atomic_store_n(&phase, now + 1, __ATOMIC_SEQ_CST);
-      if (__atomic_load_n(&sleeping, __ATOMIC_SEQ_CST)) wake(&phase);
-    } else {
-      until([&] { return __atomic_load_n(&phase, __ATOMIC_ACQUIRE) != now; }, &phase, now);
-    }
-  }
-
-  // body(worker) on as many threads as the framework gives, up to `most`; `workers` says how many there are.
+  // body(worker) on as many threads as the framework gives.
   template <class Body>
-  void run(int64_t most, Body&& body) {
-    workers = 0;
-    parallel_for(most, 1, [&](int64_t begin, int64_t end) {
-      // The ranges are equally long but for the last, so the first thread knows how many there are. All run at once.
-      int64_t each = end - begin;
-      if (begin == 0) {
-        range = each;
-        const int64_t count = (most + each - 1) / each;
-        __atomic_store_n(&workers, count, __ATOMIC_RELEASE);
-        __atomic_store_n(&phase, phase + 1, __ATOMIC_SEQ_CST);
-        if (__atomic_load_n(&sleeping, __ATOMIC_SEQ_CST)) wake(&phase);
-      } else {
-        const uint32_t now = __atomic_load_n(&phase, __ATOMIC_ACQUIRE);
-        if (!__atomic_load_n(&workers, __ATOMIC_ACQUIRE)) {
-          until([&] { return __atomic_load_n(&workers, __ATOMIC_ACQUIRE) != 0; }, &phase, now);
-        }
-        each = range;
-      }
-      body(begin / each);
-    });
+  void run(Body&& body) {
+    parallel_for(workers, 1, [&](int64_t begin, int64_t) { body(begin); });
   }
 
- private:
-  int64_t range = 0;
-
-  template <class Done>
-  void until(Done&& done, uint32_t* word, uint32_t old) {
+  // body(first, last) for parts of [0, units): three quarters in one part a thread, the rest in smaller ones for those
+  // that are done early. With `single` every part is one unit.
+  template <class Body>
+  void each(int64_t phase, int64_t units, bool single, Body&& body) {
+    if (workers == 1) {
+      if (units) body(0, units);
+      return;
+    }
+    Phase& p = phases[phase];
+    const int64_t large = single ? 0 : units * 3 / (4 * workers), rest = units - large * workers,
+                  small = single ? 1 : (rest + 2 * workers - 1) / (2 * workers);
+    uint32_t mine = 0;
+    while (true) {
+      const int64_t part = __atomic_fetch_add(&p.taken, 1, __ATOMIC_RELAXED);
+      const int64_t first = part < workers ? part * large : large * workers + (part - workers) * small;
+      const int64_t size = part < workers ? large : small, last = first + size < units ? first + size : units;
+      if (part >= workers && first >= units) break;
+      if (first < last) body(first, last), mine += static_cast<uint32_t>(last - first);
+    }
+    const auto all = static_cast<uint32_t>(units);
+    if (mine && __atomic_add_fetch(&p.done, mine, __ATOMIC_SEQ_CST) == all) {
+      if (__atomic_load_n(&sleeping, __ATOMIC_SEQ_CST)) wake(&p.done);
+      return;
+    }
     for (int i = 0; i < 1500; ++i) {
-      if (done()) return;
+      if (__atomic_load_n(&p.done, __ATOMIC_ACQUIRE) == all) return;
       relax();
     }
     __atomic_add_fetch(&sleeping, 1, __ATOMIC_SEQ_CST);
-    while (!done()) sleep(word, old);
+    for (uint32_t now; (now = __atomic_load_n(&p.done, __ATOMIC_SEQ_CST)) != all;) sleep(&p.done, now);
     __atomic_sub_fetch(&sleeping, 1, __ATOMIC_SEQ_CST);
   }
 
+ private:
 #if defined(__linux__)
   static void sleep(uint32_t* word, uint32_t old) {
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
