@@ -1,6 +1,7 @@
 """The engine against transformers and against each request alone: under load, preempted, from the prefix cache."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from small_server import TEXT, trained_tokenizer
 
 from finetune.errors import UserError
 from finetune.inference.blocks import BlockPool
-from finetune.inference.cache import PagedCache
+from finetune.inference.cache import PagedCache, PagedStep
 from finetune.inference.engine import Engine
 from finetune.inference.generate import generate
 from finetune.inference.sampler import Sampling
@@ -17,6 +18,7 @@ from finetune.inference.speculative import PromptLookup
 from finetune.inference.text import TextStream
 from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.io import load
+from finetune.ops import use_backend
 
 LIMITS = (
     {"blocks": 200},
@@ -132,6 +134,21 @@ def test_blocks_are_copied_one_pair_after_the_other():
             blocks[:] = torch.arange(4.0)[:, None, None, None]
     cache.copy([(0, 1), (2, 0)])
     assert all(blocks[:, 0, 0, 0].tolist() == [2, 0, 2, 3] for layer in cache.layers for blocks, _ in layer)
+
+
+@torch.no_grad()
+def test_attention_asks_once_and_obeys_a_forced_backend():
+    model, found = llama(), []
+    for backend, asked in ((None, True), ("cpp", True), ("reference", False)):
+        engine = Engine(model, blocks=20)
+        engine.add([*range(30)], Sampling(), 1)
+        plan = engine.scheduler.plan()
+        view = PagedStep(engine.cache, plan)
+        with use_backend(backend) if backend else nullcontext():
+            found.append(model(torch.tensor([plan[0].tokens]), positions=view.positions, cache=view))
+        assert view.direct is asked
+    assert torch.equal(found[0], found[1])
+    assert (found[0] - found[2]).abs().max() < 1e-4 * found[2].abs().max()
 
 
 def test_an_answer_ends_at_a_stop_token():

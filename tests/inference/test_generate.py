@@ -87,6 +87,18 @@ def test_sampling_is_seeded_and_greedy_in_the_limit(model):
     assert draw(1, temperature=1e-4) == greedy
 
 
+def test_a_sampled_row_depends_on_its_prompt_and_its_seed_alone(model):
+    """Seeds are drawn from the generator in the order of the prompts."""
+
+    def draw(prompts):
+        return generate(model, prompts, 12, temperature=1.0, top_p=0.9, generator=torch.Generator().manual_seed(3))
+
+    together = draw(PROMPTS)
+    assert draw(PROMPTS[:2]) == together[:2]
+    assert draw([*PROMPTS[:3], [1]])[:3] == together[:3]
+    assert draw([PROMPTS[0]] * 2)[0] != draw([PROMPTS[0]] * 2)[1]
+
+
 def test_warp_by_hand():
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
 
