@@ -189,7 +189,7 @@ def whole_embedding(model):
     ("change", "config", "what"),
     [
         ({"dora": True}, {}, "DoRA"), ({}, {"init_lora_weights": "pissa"}, "PiSSA"),
-        ({}, {"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING"), ({}, {"use_qalora": True}, "use_qalora"),
+        ({}, {"use_qalora": True}, "use_qalora"),
         ({"whole": True}, {}, "embed with a weight of its own"), ({"dim": 16}, {}, "of this model"),
         ({"layers": 3}, {}, "blocks.2"),
     ],
