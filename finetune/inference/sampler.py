@@ -21,6 +21,8 @@ from torch import Tensor
 from finetune.errors import UserError
 
 LEAST_TEMPERATURE = 1e-6  # below, logits / temperature leave the range of fp32
+FEW = 1024  # most likely tokens that top-p looks at first
+DOUBT = 2e-5  # how near to top_p a sum of probabilities may be before rounding decides
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,24 @@ def warp(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float 
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p < 1:
-        ascending, order = logits.sort(-1)
-        out = ascending.softmax(-1).cumsum(-1) <= 1 - top_p  # from the least likely up
-        out[:, -1] = False
-        logits = logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
-    return logits
+    return logits.masked_fill(outside(logits, top_p), -torch.inf) if top_p < 1 else logits
+
+
+def outside(logits: Tensor, top_p: float) -> Tensor:
+    """(B, V) bool: which tokens are not in the smallest set of the most likely ones that reach top_p. To sort a large
+    vocabulary takes longer than to compute its logits, so the most likely `FEW` are tried first; where they do not
+    decide it beyond doubt (too flat, a tie, a sum within rounding of top_p), all are sorted, as transformers does."""
+    top, at = logits.softmax(-1).topk(min(FEW, logits.shape[-1]))  # (B, few), the most likely first
+    before = top.cumsum(-1, dtype=torch.float64) - top
+    inside = before < top_p
+    last = inside.sum(-1, keepdim=True) - 1
+    beyond = top.gather(-1, (last + 1).clamp(max=top.shape[-1] - 1)) < top.gather(-1, last)
+    if bool((beyond & ((before - top_p).abs().amin(-1, keepdim=True) > DOUBT)).all()):
+        return torch.ones_like(logits, dtype=torch.bool).scatter_(-1, at, ~inside)
+    ascending, order = logits.sort(-1)
+    out = ascending.softmax(-1).cumsum(-1) <= 1 - top_p  # from the least likely up
+    out[:, -1] = False
+    return out.scatter(-1, order, out)
 
 
 def truncated(logits: Tensor, how: Sampling) -> Tensor:

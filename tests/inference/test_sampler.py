@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from finetune.errors import UserError
-from finetune.inference.sampler import Sampling, draw, drawn, penalized, probabilities, truncated, uniform
+from finetune.inference import sampler
+from finetune.inference.sampler import (
+    FEW,
+    Sampling,
+    draw,
+    drawn,
+    outside,
+    penalized,
+    probabilities,
+    truncated,
+    uniform,
+)  # fmt: skip
 
 SETTINGS = (
     {"top_k": 5}, {"top_k": 1}, {"top_k": 1000}, {"top_p": 0.3}, {"top_p": 0.95}, {"top_p": 1e-9}, {"min_p": 0.2},
@@ -118,3 +129,27 @@ def test_what_is_not_drawn_together():
     for other in ({"min_p": 0.1}, {"logprobs": 0}, {"repetition_penalty": 1.1}, {"logit_bias": {3: 1.0}}):
         assert Sampling(temperature=1.0, **other).simple is None
     assert Sampling(top_k=3).simple is None
+
+
+@pytest.mark.parametrize("size", [1, 7, FEW, 5000])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 8.0], ids=lambda s: f"spread {s}")
+def test_top_p_of_a_large_vocabulary_is_that_of_sorting_it(size, spread, monkeypatch):
+    """Flat and steep, with ties, with tokens that are out already, with sums that meet top_p exactly."""
+    g = torch.Generator().manual_seed(size)
+    rows = torch.randn(6, size, generator=g) * spread
+    rows[1] = rows[1].round()
+    rows[2, : size // 2] = -torch.inf
+    rows[3] = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().repeat(size // 4 + 1)[:size]
+    for top_p in (0.25, 0.5, 0.9, 0.95, 0.999, 1e-9):
+        found = [outside(row[None], top_p)[0] for row in rows]
+        with monkeypatch.context() as patched:
+            patched.setattr(sampler, "DOUBT", math.inf)  # sorts everything
+            assert all(torch.equal(one, outside(row[None], top_p)[0]) for one, row in zip(found, rows, strict=True))
+
+
+def test_top_p_seldom_sorts_a_large_vocabulary(monkeypatch):
+    rows, sorts, sort = torch.randn(50, 20_000, generator=torch.Generator().manual_seed(0)) * 4, [], torch.Tensor.sort
+    monkeypatch.setattr(torch.Tensor, "sort", lambda self, *how: sorts.append(1) or sort(self, *how))
+    for row in rows:
+        assert not outside(row[None], 0.9)[0, row.argmax()]
+    assert len(sorts) <= 5
