@@ -279,6 +279,7 @@ def test_goodput_counts_requests_within_both_limits():
     found = {"step": 2.0}  # so 20 s to the first token, 3 s for each other
     part = {"ttft": [1.0, 21.0, 20.0, 2.0], "tpot": [1.0, 1.0, 3.0, 3.1]}
     assert load_curve.good(found, part) == 0.5
+    assert load_curve.goodput(found | {"capacity": 2.0}, part | {"end": 4.0}) == 0.25, "2 of 4 requests in 4 s"
 
 
 def test_percentiles():
