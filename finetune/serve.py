@@ -61,6 +61,8 @@ def started(
         model.eval(), blocks, BLOCK, cache_dtype=numbers, drafter=drafter, adapters=folders,
         batch_invariant=batch_invariant,
     )  # fmt: skip
+    if why := engine.cache.why_not_native:
+        console.print(f"The model's modules compute the steps, not the native call: {why}", highlight=False)
     worker = Worker(engine)
     worker.start()
     return worker, tokenizer, name, stop_ids(model, tokenizer)

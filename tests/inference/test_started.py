@@ -1,5 +1,7 @@
 """What `serve` and `chat` start: the weights and the cache that their options name, and the room that these need."""
 
+import io
+
 import pytest
 import torch
 from rich.console import Console
@@ -13,6 +15,7 @@ from finetune.inference.packed import pack, packed_weights, weight_bytes
 from finetune.inference.sampler import Sampling
 from finetune.lm.io import load, save
 from finetune.lm.tokenizer import Tokenizer
+from finetune.ops import use_backend
 from finetune.runs import machine
 from finetune.serve import started
 
@@ -92,6 +95,18 @@ def test_generate_packs_too(folder):
     with pytest.raises(UserError, match="--quantize packs the weights of one model"):
         answers(str(folder), ["the quick"], adapters=[str(folder)], compare=True, **given)
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("backend", "said"), [(None, ""), ("reference", "the backend reference is forced")])
+def test_it_says_why_no_native_call_computes_the_steps(folder, backend, said):
+    threads, console = torch.get_num_threads(), Console(file=io.StringIO(), width=200)
+    with use_backend(backend):
+        worker, *_ = started(str(folder), cache_tokens=256, console=console)
+    worker.stop()
+    torch.set_num_threads(threads)
+    printed = console.file.getvalue()
+    assert said in printed
+    assert ("not the native call" in printed) == bool(said)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_loaded(folder, monkeypatch):
