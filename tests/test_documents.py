@@ -68,6 +68,7 @@ SETTINGS = {
     "actor_critic": ["--warmup", "300", "--repeats", "1", "--eval-episodes", "2", "--critic-steps", "1"],
     "bcq": ["--rows", "300", "--fqe-steps", "2", "--eval-episodes", "2", "--sweep", "0,1"],
     "cql": ["--updates", "5", "--data-steps", "500", "--fqe-steps", "1", "--eval-episodes", "2"],
+    "dpo": ["--sft-steps", "60", "--prompts", "60", "--eval-prompts", "30", "--samples", "4"],
     "inference": ["--train-steps", "3", "--requests", "100", "--rounds", "2"],
     "td_learning": [
         "--cliff-episodes",
