@@ -129,8 +129,8 @@ def test_no_loss_looks_at_more_than_ratios(name: str):
         batch.chosen_tokens, batch.rejected_tokens,
     )  # fmt: skip
     if name == "aot":  # it sorts margins, so a shift of each changes the order
-        moved = losses.Pairs(*(x + 1 for x in (batch.chosen, batch.rejected, batch.reference_chosen,
-                                               batch.reference_rejected)), batch.chosen_tokens, batch.rejected_tokens)  # fmt: skip
+        sums = (batch.chosen, batch.rejected, batch.reference_chosen, batch.reference_rejected)
+        moved = losses.Pairs(*(x + 1 for x in sums), batch.chosen_tokens, batch.rejected_tokens)
     torch.testing.assert_close(losses.LOSSES[name][1](moved, s), losses.LOSSES[name][1](batch, s))
 
 

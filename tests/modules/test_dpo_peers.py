@@ -160,8 +160,8 @@ def test_parts_of_a_batch_add_up():
     from finetune.lm.llama import Llama, LlamaConfig
 
     torch.manual_seed(0)
-    policy, reference = (Llama(LlamaConfig(30, dim=16, layers=1, heads=2, kv_heads=1, hidden=24, max_length=32)).double()
-                         for _ in range(2))  # fmt: skip
+    shape = LlamaConfig(30, dim=16, layers=1, heads=2, kv_heads=1, hidden=24, max_length=32)
+    policy, reference = (Llama(shape).double() for _ in range(2))
     for name in (*losses.LOSSES, "weighted"):
         if name.startswith("aot"):
             continue

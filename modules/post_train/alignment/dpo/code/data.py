@@ -189,7 +189,8 @@ THINGS = (
 BEGINNINGS = (
     "The {} was", "I think that the {} is", "We talked about the {} because it", "My friend said that the {}",
     "After the {}, everyone felt", "She looked at the {} and felt", "To be honest, the {}", "When I remember the {}, I",
-    "The best part of the {} was", "The problem with the {} was", "He wrote that the {} had", "Nobody expected the {} to",
+    "The best part of the {} was", "The problem with the {} was", "He wrote that the {} had",
+    "Nobody expected the {} to",
     "In the end the {}", "People say the {}", "It was the {} that made me", "Because of the {} they", "The {} and I",
     "Last year the {}", "What I feel about the {} is", "If the {} had been", "Thanks to the {}, we", "The {} made her",
     "At first the {} seemed", "All I can say about the {} is that it", "Their {} has always been",

@@ -40,7 +40,7 @@ from finetune.runs.run import Run
 
 from . import data
 from .data import Answer, Pair, Sets
-from .losses import LOSSES, Divergence, Pairs, Settings, kto, kto_kl, length_desensitized, sft, wpo_weight
+from .losses import LOSSES, Divergence, Pairs, Settings, kto, kto_kl, length_desensitized, wpo_weight
 
 CLEAR = 2.5  # a gap of the reward at which a pair is clear
 
@@ -109,8 +109,8 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> Config:
         return cls(
-            steps=100, model="scratch", lr=3e-4, batch=16, warmup=5, prompts=600, eval_prompts=200, max_length=48, gap=1.0,
-            new_tokens=12, eval_pairs=200, sample_every=25, checkpoint_every=50,
+            steps=100, model="scratch", lr=3e-4, batch=16, warmup=5, prompts=600, eval_prompts=200, max_length=48,
+            gap=1.0, new_tokens=12, eval_pairs=200, sample_every=25, checkpoint_every=50,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -127,8 +127,10 @@ class Config(config.Config):
         if self.smoothing and self.loss not in SMOOTHED:
             raise UserError(f"--smoothing changes nothing in --loss {self.loss}: it is for {', '.join(SMOOTHED)}")
         if self.divergence != "reverse_kl" and self.loss not in DIVERGENT:
-            raise UserError(f"--divergence {self.divergence} is for losses of a pair's difference "
-                            f"({', '.join(DIVERGENT)}), not for {self.loss}: its constant would not cancel")  # fmt: skip
+            raise UserError(
+                f"--divergence {self.divergence} is for losses of a pair's difference ({', '.join(DIVERGENT)}), "
+                f"not for {self.loss}: its constant would not cancel"
+            )
         if self.loss == "kto" and (self.sft_weight or self.length_alpha < 1):
             raise UserError("--sft-weight and --length-alpha are for pairs: --loss kto has single answers; omit them")
         if self.loss == "kto" and self.batch < 2:
@@ -136,7 +138,9 @@ class Config(config.Config):
         if self.sync_every and self.reference != "live":
             raise UserError("--sync-every moves the reference: give --reference live too")
         if self.sync_mix < 1 and self.method == "lora":
-            raise UserError("--sync-mix: a mix of two adapters is no adapter of the same rank: omit it, or --method full")
+            raise UserError(
+                "--sync-mix: a mix of two adapters is no adapter of the same rank: omit it, or --method full"
+            )
         if self.reward is not None:
             rewards.find(self.reward)
 
@@ -191,7 +195,7 @@ def wpo_weights(model: Llama, batch: Batch, policy: Tensor) -> Tensor:
 def kto_losses(
     cfg: Config, model: Llama, documents: Sequence[Document], good: Tensor, reference: Callable[[Batch], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """((B,) losses, (B,) log ratios) of single answers; the KL is estimated by answers to other prompts of the batch."""
+    """((B,) losses, (B,) log ratios) of single answers; the KL is estimated by answers to the batch's other prompts."""
     batch, crossed = packing.collate(documents), packing.collate(mismatched(documents))
     with torch.no_grad():
         apart = logprobs.token_logprobs(model, crossed) - reference(crossed)
@@ -317,13 +321,12 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     show_samples(run, sets.prompts, first, json.loads(midway["texts"] or "[]"), last)
     report(cfg, run, before, after, first, last)
     if cfg.loss != "kto":
-        measure_memory(cfg, run, shape, setup, model, optimizer, sets.train[: -(-cfg.batch // cfg.accumulate)], references)
+        measure_memory(
+            cfg, run, shape, setup, model, optimizer, sets.train[: -(-cfg.batch // cfg.accumulate)], references
+        )
     run.next_commands = bases.next_commands(run.dir)[: 1 if cfg.model == "scratch" or cfg.method == "full" else None]
-    return {
-        "trained_parameters": sum(p.numel() for p in trained.values()),
-        "pairs": len(sets.train),
-        **{name: value for name, value in after.items() if name not in run.judged},
-    }
+    run.check("pairs", len(sets.train) or len(examples))
+    return {"trained_parameters": sum(p.numel() for p in trained.values())}
 
 
 # --- Evaluation
@@ -422,9 +425,7 @@ def show_samples(
     (run.dir / "answers.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
 
 
-def report(
-    cfg: Config, run: Run, before: dict[str, float], after: dict[str, float], first: Taste, last: Taste
-) -> None:
+def report(cfg: Config, run: Run, before: dict[str, float], after: dict[str, float], first: Taste, last: Taste) -> None:
     """The results; the default run and the toy have targets, any other has to beat its own start."""
     own = cfg.data is not None or cfg.reward not in (None, "vader")
     if last.rewards:
@@ -439,8 +440,9 @@ def report(
     if "clear_accuracy" in after:
         run.result("clear_accuracy", after["clear_accuracy"], baseline=0.5,
                    target=0.5 if own else 0.9 if cfg.model == "scratch" else 0.7)  # fmt: skip
-    for name in ("held_out_chosen_logprob", "held_out_rejected_logprob"):
-        run.result(name, after[name], baseline=before[name])
+    run.result("held_out_chosen_logprob", after["held_out_chosen_logprob"], baseline=before["held_out_chosen_logprob"])
+    for name in ("held_out_rejected_logprob", "held_out_margin"):
+        run.check(name, after[name])
 
 
 def measure_memory(
@@ -587,7 +589,9 @@ def load_model(cfg: Config, run: Run) -> tuple[Tokenizer, Llama]:
 
 def toy_tokenizer(cfg: Config) -> Tokenizer:
     texts = data.toy_openings()
-    return Tokenizer.train([a + b for a, b in zip(texts, data.toy_sentences(texts, random.Random(0)), strict=True)], 512)
+    return Tokenizer.train(
+        [a + b for a, b in zip(texts, data.toy_sentences(texts, random.Random(0)), strict=True)], 512
+    )
 
 
 def learn_to_write(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer) -> None:
