@@ -46,6 +46,7 @@ SMALLER = {
     "bench <op>": "bench --help",
     "bench --keep": "bench --help",
     "bench a2c_vs_sb3": "bench a2c_vs_sb3 --horizon 4 --rounds 1 --steps 64",
+    "bench ppo_vs_sb3": "bench ppo_vs_sb3 --horizon 8 --epochs 1 --rounds 1 --updates 1",
     "bench nanogpt_vs_torch": "bench nanogpt_vs_torch --threads 1 --steps 12",
     "bench sft_vs_trl": "bench sft_vs_trl --help",
     "bench cql_vs_d3rlpy": "bench cql_vs_d3rlpy --help",
@@ -70,6 +71,7 @@ SETTINGS = {
     "cql": ["--updates", "5", "--data-steps", "500", "--fqe-steps", "1", "--eval-episodes", "2"],
     "dpo": ["--sft-steps", "60", "--prompts", "60", "--eval-prompts", "30", "--samples", "4"],
     "inference": ["--train-steps", "3", "--requests", "100", "--rounds", "2"],
+    "ppo": ["--repeats", "1", "--eval-episodes", "2", "--ablation-seeds", "2", "--horizon", "32"],
     "td_learning": [
         "--cliff-episodes",
         "40",
