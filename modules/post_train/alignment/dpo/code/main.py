@@ -277,7 +277,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         f"{sum(p.numel() for p in trained.values()):,} parameters are trained; log-probabilities of the reference …"
     )
     held_out = answer_logprobs(model, flat(sets.held_out))
-    before = evaluate(cfg, model, sets.held_out, held_out)
+    before = evaluate(cfg, sets.held_out, held_out, held_out)  # the policy is still the reference
     first = taste(cfg, run, model, tokenizer, sets.prompts[: cfg.samples], start, score)
     known: dict[int, Tensor] = {}
     if cfg.reference == "precomputed" and cfg.loss != "kto":
@@ -316,7 +316,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 
     # Saved first: whatever fails below, what was trained is kept.
     save_trained(cfg, model, tokenizer, run.dir / "model")
-    after = evaluate(cfg, model, sets.held_out, held_out)
+    after = evaluate(cfg, sets.held_out, answer_logprobs(model, flat(sets.held_out)), held_out)
     last = taste(cfg, run, model, tokenizer, sets.prompts[: cfg.samples], start, score)
     show_samples(run, sets.prompts, first, json.loads(midway["texts"] or "[]"), last)
     report(cfg, run, before, after, first, last)
@@ -347,11 +347,15 @@ def flat(pairs: Sequence[Pair]) -> list[Document]:
     return [document for pair in pairs for document in (pair.chosen, pair.rejected)]
 
 
-def evaluate(cfg: Config, model: Llama, pairs: Sequence[Pair], reference: Sequence[Tensor]) -> dict[str, float]:
+def evaluate(
+    cfg: Config, pairs: Sequence[Pair], policy_logprobs: Sequence[Tensor], reference_logprobs: Sequence[Tensor]
+) -> dict[str, float]:
     """Held-out pairs: how often the implicit reward prefers the chosen answer (of all, and of those with a clear gap),
-    the margin, and the log-probabilities of the answers."""
-    policy = torch.stack([x.sum() for x in answer_logprobs(model, flat(pairs))]).view(-1, 2).double()
-    h = policy - torch.stack([x.sum() for x in reference]).view(-1, 2).double()
+    the margin, and the log-probabilities of the answers, from those of the tokens of `flat(pairs)`."""
+    policy, reference = (
+        torch.stack([x.sum() for x in values]).view(-1, 2).double() for values in (policy_logprobs, reference_logprobs)
+    )
+    h = policy - reference
     margins = h[:, 0] - h[:, 1]
     right = (margins.sign() + 1) / 2
     found = {
