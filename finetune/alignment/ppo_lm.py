@@ -1,0 +1,114 @@
+"""PPO of a language model's answers: the reward of each token, its advantage, and the losses of policy and critic.
+
+Ziegler et al. 2019 (arXiv:1909.08593), InstructGPT (arXiv:2203.02155). An answer is an episode, its tokens are the
+actions. The score of the whole answer comes at its last token, and every token pays for its distance from the reference:
+
+    r_t = −β (log π_old − log π_ref)(y_t) + [t is the last token] · score         E[Σ r] = E[score] − β KL(π ‖ π_ref)
+    A, G = A + V = GAE(r, V)                                                      V(s_t): before token t is chosen
+    L = −mean(min(ρ A, clip(ρ, 1 ± ε) A)) + c_v ½ mean(max((V − G)², (V_old ± ε_v − G)²)),    ρ = π / π_old
+
+Tokens of all answers lie end to end, with `owner` (rising) for the answer that each belongs to: prompts and padding are
+not among them, so one mask holds for losses, KL, whitening and metrics. β is fixed or adaptive (kl.py), and V is
+`reward_model.ValueModel`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune import ops
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What is fixed over the passes of an update: n tokens of N answers, as the policy that sampled them left them."""
+
+    owner: Tensor  # (n,) int64, rising
+    old: Tensor  # (n,) log π_old
+    values: Tensor  # (n,) V before the update
+    advantages: Tensor  # (n,) whitened
+    targets: Tensor  # (n,) G
+    kl: float  # mean over the answers of Σ (log π_old − log π_ref), nats, for the controller of β
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of tokens, with gradients, and what was seen on the way."""
+
+    policy: Tensor
+    value: Tensor
+    clip_fraction: float  # of the ratios outside 1 ± ε
+    value_clip_fraction: float  # tokens at which the clipped value has the larger error
+    approximate_kl: float  # mean of ρ − 1 − log ρ
+
+
+def ends(owner: Tensor) -> Tensor:
+    """(n,) bool: the last token of each answer."""
+    last = torch.ones_like(owner, dtype=torch.bool)
+    last[:-1] = owner[1:] != owner[:-1]
+    return last
+
+
+@torch.no_grad()
+def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, owner: Tensor, beta: float) -> Tensor:
+    """(n,): −β (log π − log π_ref) of each token, plus the answer's score (N,) at its last one. An answer without
+    tokens has no reward."""
+    return -beta * (logprobs - reference) + ends(owner) * scores[owner]
+
+
+@torch.no_grad()
+def whitened(values: Tensor, eps: float = 1e-8) -> Tensor:
+    """(n,) with mean 0 and deviation 1, over the tokens that there are; of one token 0."""
+    off = values - values.mean()
+    return off / (off.square().sum() / max(1, len(off) - 1)).sqrt().add(eps)
+
+
+@torch.no_grad()
+def experience(
+    scores: Tensor,
+    old: Tensor,
+    reference: Tensor,
+    values: Tensor,
+    owner: Tensor,
+    beta: float,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whiten: bool = True,
+) -> Experience:
+    """Rewards, GAE through the op and whitening of a batch: scores (N,), the rest (n,)."""
+    rewards, last = token_rewards(scores, old, reference, owner, beta), ends(owner)
+    following = torch.cat([values[1:], torch.zeros_like(values[:1])])  # behind a last token it does not count
+    columns = (x[:, None] for x in (rewards, values, following, last, torch.zeros_like(last)))
+    advantages, targets = (x[:, 0] for x in ops.gae(*columns, gamma=gamma, lam=lam))
+    kl = float((old - reference).sum()) / max(1, int(last.sum()))
+    return Experience(owner, old, values, whitened(advantages) if whiten else advantages, targets, kl)
+
+
+def losses(
+    logprobs: Tensor,
+    values: Tensor,
+    e: Experience,
+    *,
+    clip: float = 0.2,
+    value_clip: float | None = 0.2,
+    tokens: int | None = None,
+) -> Losses:
+    """The losses of (n,) log π and V with gradients. `tokens`: of the whole batch, if this is a micro-batch of it: sums
+    over micro-batches then give the gradient of the whole batch."""
+    count = max(1, len(logprobs) if tokens is None else tokens)
+    log_ratios = logprobs - e.old
+    gain, most = log_ratios.exp() * e.advantages, (1 + clip * e.advantages.sign()) * e.advantages
+    policy = -torch.where(gain < most, gain, most).sum() / count
+    errors = plain = (values - e.targets).square()
+    if value_clip is not None:
+        near = e.values + (values - e.values).clamp(-value_clip, value_clip)
+        errors = torch.maximum(plain, (near - e.targets).square())
+    with torch.no_grad():
+        outside = float((log_ratios.expm1().abs() > clip).sum()) / count
+        kl = float((log_ratios.expm1() - log_ratios).sum()) / count
+        larger = float((errors > plain).sum()) / count
+    return Losses(policy, 0.5 * errors.sum() / count, outside, larger, kl)
