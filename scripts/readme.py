@@ -2,7 +2,7 @@
 
     python scripts/readme.py [--run RUN_FOLDER …]
 
-The table of modules comes from their module.toml, that of performance from benches/results, that of the kernel ladder
+The table of modules comes from their module.toml, those of performance from benches/results, that of the kernel ladder
 from the module cuda, and that of what one can bring from the tables by which the code reads it. With --run, what a
 finished default run measured goes into its module's README; that of sft, as the main job, without its answers into
 README.md and README.zh-CN.md too.
@@ -92,6 +92,30 @@ def performance(chinese: bool = False) -> str:
     return "\n".join(texts)
 
 
+def decoding(chinese: bool = False) -> str:
+    """Tokens a second of ours and how much faster that is, from the reports that `bench decode_vs_llamacpp --keep`
+    left."""
+    texts = []
+    for path in sorted((ROOT / "benches/results/decode").glob("*.json")):
+        report = json.loads(path.read_text())
+        about, found = report["machine"], {tuple(r["cell"].values()): r for r in report["results"]}
+        heads = ["", "weights", "tokens/s", "of the bandwidth limit", "than llama.cpp", "than transformers"]
+        if chinese:
+            heads = ["任务", "权重", "token/秒", "带宽上限的占比", "比 llama.cpp 快", "比 transformers 快"]
+        rows = [f"| {' | '.join(heads)} |", "|---|---|---:|---:|---:|---:|"]
+        for (what, form, side), ours in found.items():
+            if side != "ours":
+                continue
+            limit = f"{ours['of_limit']:.0%}" if what.startswith("batch") else "–"
+            faster = [found.get((what, form, other)) for other in ("llama.cpp", "transformers")]
+            ratios = (f"{r['ratio']['median']:.2f}×" if r else "–" for r in faster)
+            cells = (what, form, f"{ours['tokens_per_second']:,.0f}", limit, *ratios)
+            rows.append(f"| {' | '.join(cells)} |")
+        machine = f"{about['cpu']}, {about['level']}, {about['threads']} threads, {about['date']}"
+        texts.append(f"{machine}:\n\n" + "\n".join(rows) + "\n")
+    return "\n".join(texts)
+
+
 def names(of: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in of)
 
@@ -172,7 +196,8 @@ def main() -> int:
     p.add_argument("--run", nargs="+", type=Path, default=[], metavar="FOLDER", help="finished default runs to show")
     wanted = p.parse_args()
     text, chinese = README.read_text(), CHINESE.read_text()
-    for name, made in (("modules", table), ("bring", bring), ("performance", performance)):
+    tables = {"modules": table, "bring": bring, "performance": performance, "decoding": decoding}
+    for name, made in tables.items():
         text, chinese = block(text, name, made()), block(chinese, name, made(chinese=True))
     text, chinese = (block(page, "ladder", ladder()) for page in (text, chinese))
     if wanted.check:
