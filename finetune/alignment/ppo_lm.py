@@ -1,7 +1,7 @@
 """PPO of a language model's answers: the reward of each token, its advantage, and the losses of policy and critic.
 
 Ziegler et al. 2019 (arXiv:1909.08593), InstructGPT (arXiv:2203.02155). An answer is an episode, its tokens are the
-actions. The score of the whole answer comes at its last token, and every token pays for its distance from the reference:
+actions. The score of the answer comes at its last token, and every token pays for its distance from the reference:
 
     r_t = −β (log π_old − log π_ref)(y_t) + [t is the last token] · score         E[Σ r] = E[score] − β KL(π ‖ π_ref)
     A, G = A + V = GAE(r, V)                                                      V(s_t): before token t is chosen
