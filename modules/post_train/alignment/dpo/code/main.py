@@ -393,7 +393,7 @@ def taste(
     policy, kls = answer_logprobs(model, documents), []
     for part, mine in zip(logprobs.chunks(documents, 2048), split_like(policy, documents), strict=True):
         batch = packing.collate(part)
-        kls += logprobs.sequence_sums(torch.cat(mine) - reference.token_logprobs(batch), batch).tolist()
+        kls += logprobs.sequence_sums(torch.cat(list(mine)) - reference.token_logprobs(batch), batch).tolist()
     texts = [answer.text for answer in answers]
     return Taste(answers, score([text for text, _ in prompts], texts) if score else [], kls)
 
