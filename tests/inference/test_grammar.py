@@ -175,7 +175,6 @@ def test_a_grammar_that_cannot_go_on_ends_its_answer_alone():
         (lambda: grammar.choice([]), "at least one"),
         (lambda: grammar.choice(["a", ""]), "empty"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_what_cannot_be_enforced_is_refused(make, what):
     with pytest.raises(UserError, match=what) as error:

@@ -58,7 +58,6 @@ def formats_of(source, **options):
         ({"quantize": "nf4", "cache": "fp8"}, ({"nf4", "int8"}, torch.bfloat16, torch.float8_e4m3fn)),
         ({"dtype": "float32", "cache": "bf16"}, ({"fp32"}, torch.float32, torch.bfloat16)),
     ],
-    ids=str,
 )
 def test_options(folder, options, wanted):
     assert formats_of(folder, **options) == wanted
