@@ -174,12 +174,12 @@ def test_the_whole_input_may_be_one_message(talk, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_command(tokenizer, tmp_path):
     """From a pipe, line by line, up to an error; in a terminal of 80 columns, with Ctrl-C."""
-    model = llama(vocab_size=tokenizer.vocab_size, max_length=4096)
+    model = llama(vocab_size=tokenizer.vocab_size, max_length=16_384)
     with torch.no_grad():  # it never ends an answer
         model.head_weight[tokenizer.eos_id] = 0
     save.model(model, tmp_path / "small", tokenizer)
     words = [sys.executable, "-m", "finetune", "chat", "--model", str(tmp_path / "small"), "--threads", "1",
-             "--temperature", "0", "--max-tokens", "9", "--cache-tokens", "4096", "--dtype", "float32"]  # fmt: skip
+             "--temperature", "0", "--max-tokens", "9", "--cache-tokens", "16384", "--dtype", "float32"]  # fmt: skip
     given = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
     lines = subprocess.run(words, input="the fox\n\n/reset\nthe fox\n/nothing\nthe fox\n", **given)
     assert lines.stdout.strip()
@@ -187,7 +187,7 @@ def test_the_command(tokenizer, tmp_path):
     assert "cut after 9 tokens" in lines.stderr
     assert (lines.returncode, lines.stderr.splitlines()[-1][:27]) == (2, "error: there is no command ")
 
-    words[words.index("9")] = "4000"
+    words[words.index("9")] = "15000"
     process, terminal = pty.fork()
     if not process:
         os.chdir(ROOT)

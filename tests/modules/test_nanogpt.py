@@ -197,7 +197,7 @@ def test_settings_out_of_range(change):
 
 
 def test_what_cannot_be_done_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(UserError, match="temperature 0 or"):
+    with pytest.raises(UserError, match="temperature must be 0 or"):
         MODULE.Config(temperature=1e-45)
     for change, match in (
         ({"prompt": ""}, "--prompt is empty"),
