@@ -12,17 +12,14 @@ the peers extra: pip install -e '.[peers]'.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import statistics
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Times
+from sb3 import MISSING, copy_weights, in_turns
 
 from finetune.errors import UserError
 from finetune.rl.envs import environments
@@ -40,7 +37,7 @@ def both(horizon: int, epochs: int) -> tuple[Any, Any]:
         from stable_baselines3.common.env_util import make_vec_env
         from stable_baselines3.common.logger import Logger
     except ImportError:
-        raise UserError("stable-baselines3 is not installed: pip install -e '.[peers]'") from None
+        raise UserError(MISSING) from None
 
     config = registry.load(registry.find("ppo")).Config
     cfg = config(horizon=horizon, epochs=epochs, minibatches=MINIBATCHES, hidden=WIDTH, lr=1e-3, entropy=0.01,
@@ -54,20 +51,7 @@ def both(horizon: int, epochs: int) -> tuple[Any, Any]:
         policy_kwargs={"net_arch": {"pi": [WIDTH, WIDTH], "vf": [WIDTH, WIDTH]}}, device="cpu",
     )  # fmt: skip
     theirs.set_logger(Logger(None, []))
-    parts = theirs.policy.mlp_extractor
-    layers = [*parts.policy_net, theirs.policy.action_net, *parts.value_net, theirs.policy.value_net]
-    own = [*ours.model.policy.net, *ours.model.value.net]
-    pairs = zip(*([x for x in each if isinstance(x, torch.nn.Linear)] for each in (own, layers)), strict=True)
-    for mine, other in pairs:
-        mine.load_state_dict(other.state_dict())
-    obs = torch.randn(64, 4)
-    with torch.no_grad():
-        log_probs, values = ours.model(obs)
-        theirs_now: Any = theirs.policy.get_distribution(obs).distribution
-        same = torch.allclose(log_probs, theirs_now.logits, atol=1e-5)
-        same &= torch.allclose(values, theirs.policy.predict_values(obs)[:, 0], atol=1e-4)
-    if not same:
-        raise UserError("not timed: the two networks compute different outputs")
+    copy_weights(ours, theirs)
     return ours, theirs
 
 
@@ -79,19 +63,7 @@ def measure(horizon: int, epochs: int, rounds: int, updates: int) -> dict[str, A
         "ours": lambda: [ours.step(1.0, rng) for _ in range(updates)],
         "sb3": lambda: theirs.learn(steps, log_interval=10**9, reset_num_timesteps=False),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name in sides if number % 2 else reversed(sides):
-            began = time.perf_counter()
-            sides[name]()
-            seconds[name].append(time.perf_counter() - began)
-    timed = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
-    return {
-        "horizon": horizon,
-        "epochs": epochs,
-        "steps_per_second": {name: steps / statistics.median(values) for name, values in timed.items()},
-        "ratio": dataclasses.asdict(Times.of([b / a for a, b in zip(timed["ours"], timed["sb3"], strict=True)])),
-    }
+    return {"horizon": horizon, "epochs": epochs} | in_turns(sides, steps, rounds)
 
 
 def main(argv: list[str] | None = None) -> int:
