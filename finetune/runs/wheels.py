@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from finetune.errors import UserError
 from finetune.runs import reading
+from finetune.runs.checkpoint import sha256
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,6 @@ def largest(folder: Path) -> int:
 def has_hash(file: Path, size: int, wanted: str) -> bool:
     """Whether the file has this size and SHA-256."""
     return file.is_file() and file.stat().st_size == size and sha256(file) == wanted
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file."""
-    with open(file, "rb") as opened:
-        return digest(opened)
 
 
 def digest(source: IO[bytes], report: Callable[[int], Any] | None = None, copy: IO[bytes] | None = None) -> str:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.runs import wheels
-from finetune.runs.wheels import Wheel, cache_dir, digest, has_hash, sha256
+from finetune.runs.checkpoint import sha256
+from finetune.runs.wheels import Wheel, cache_dir, digest, has_hash
 
 if TYPE_CHECKING:
     from rich.console import Console
