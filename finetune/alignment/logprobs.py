@@ -81,7 +81,7 @@ class Reference:
             return token_logprobs(self.model, batch, temperature)
 
     def precomputed(self, documents: Sequence[Document], tokens: int = 2048) -> list[Tensor]:
-        """The log-probabilities of each document's learned tokens, in passes of about so many tokens: computed once
+        """The log-probabilities of each document's learned tokens, in passes of about that many tokens: computed once
         where the same documents are seen often, after which the reference may be forgotten."""
         found: list[Tensor] = []
         for part in chunks(documents, tokens):

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from finetune import ops
+from finetune.rl.advantages import whitened
+from finetune.rl.agents import surrogate
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,6 @@ def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, owner: Te
 
 
 @torch.no_grad()
-def whitened(values: Tensor, eps: float = 1e-8) -> Tensor:
-    """(n,) with mean 0 and deviation 1, over the tokens that there are; of one token 0."""
-    off = values - values.mean()
-    return off / (off.square().sum() / max(1, len(off) - 1)).sqrt().add(eps)
-
-
-@torch.no_grad()
 def experience(
     scores: Tensor,
     old: Tensor,
@@ -103,12 +98,10 @@ def losses(
     log_ratios = logprobs - e.old
     gain, most = log_ratios.exp() * e.advantages, (1 + clip * e.advantages.sign()) * e.advantages
     policy = -torch.where(gain < most, gain, most).sum() / count
-    errors = plain = (values - e.targets).square()
-    if value_clip is not None:
-        near = e.values + (values - e.values).clamp(-value_clip, value_clip)
-        errors = torch.maximum(plain, (near - e.targets).square())
+    plain = surrogate.value_loss(values, e.targets)
+    errors = plain if value_clip is None else surrogate.value_loss(values, e.targets, e.values, value_clip)
     with torch.no_grad():
         outside = float((log_ratios.expm1().abs() > clip).sum()) / count
-        kl = float((log_ratios.expm1() - log_ratios).sum()) / count
+        kl = float(surrogate.approximate_kl(log_ratios).sum()) / count
         larger = float((errors > plain).sum()) / count
     return Losses(policy, 0.5 * errors.sum() / count, outside, larger, kl)
