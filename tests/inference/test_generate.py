@@ -6,33 +6,19 @@ import re
 import pytest
 import torch
 from small_gguf import TEXT, tiny
+from small_lms import model as model
 
 from finetune.chat import answer
 from finetune.cli import main as command
 from finetune.errors import UserError
 from finetune.inference.generate import generate
 from finetune.inference.sampler import warp
-from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.io import save
-from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.peft.adapters import save_adapter
 from finetune.peft.lora import apply_lora
 
 PROMPTS = [[5, 17, 3], [42], [9, 8, 7, 6, 5, 4, 3, 2, 1], [11] * 6]
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt"])
-def model(request):
-    torch.manual_seed(0)
-    if request.param == "llama":
-        model = Llama(LlamaConfig(vocab_size=97, dim=48, layers=3, heads=6, kv_heads=2, hidden=80, max_length=64))
-    else:
-        model = GPT(GPTConfig(vocab_size=97, dim=48, layers=3, heads=4, max_length=64))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + name.endswith("norm.weight"))
-    return model
 
 
 @torch.no_grad()
