@@ -15,6 +15,8 @@
 
 #include <bit>
 
+#include "largest.h"
+
 namespace finetune::FINETUNE_LEVEL {
 namespace {
 
@@ -38,15 +40,7 @@ FINETUNE_INLINE __m512i bytes4(const char* p) {  // 4 bytes to all lanes
 template <class T>
 void prepare_integers(const PackedWeight& w, const T* x, char* to) {
   const Blocks blocks(w);
-  vi top{};  // of the magnitudes as integers, in which order a NaN is above everything
-  for_each_vector(w.depth, [&](int64_t i, auto get, auto) {
-    const vi size = (vi)get(x + i) & 0x7fffffff;
-    top = size > top ? size : top;
-  });
-  int32_t most = 0;
-  for (int i = 0; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
-  float largest;
-  std::memcpy(&largest, &most, sizeof largest);
+  const float largest = largest_magnitude(x, w.depth);
   float scale = largest / kLargestX, inverse = kLargestX / largest;
   if (!(largest >= 0x1p-100f)) scale = 0, inverse = 0;                       // nothing, to fp32
   if (!(largest <= 3.4028235e38f)) scale = __builtin_nanf(""), inverse = 0;  // a row of NaN

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "eight_bit.h"
+#include "largest.h"
 
 namespace finetune::FINETUNE_LEVEL {
 namespace {
@@ -14,15 +15,7 @@ FINETUNE_INLINE void store_head(const T* x, C* y, float* scale, int64_t dim) {
   } else if constexpr (std::is_same_v<C, bf16>) {
     for_each_vector(dim, [&](int64_t i, auto get, auto put) { put(y + i, get(x + i)); });
   } else {
-    vi top{};  // as integers, in which order a NaN is above everything
-    for_each_vector(dim, [&](int64_t i, auto get, auto) {
-      const vi size = (vi)get(x + i) & 0x7fffffff;
-      top = size > top ? size : top;
-    });
-    int32_t most = 0;
-    for (int i = 0; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
-    float largest;
-    std::memcpy(&largest, &most, sizeof largest);
+    const float largest = largest_magnitude(x, dim);
     const float s = largest / kLargest<C>;
     *scale = s;
     const bool usable = s > 0 && s <= 3.4028235e38f;

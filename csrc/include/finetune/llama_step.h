@@ -42,7 +42,7 @@ enum class Wanted : int64_t {
 struct LlamaSequence {
   int64_t start, count;  // tokens before them, which the pool holds
   int64_t blocks;        // where its block numbers begin in LlamaStep::blocks
-  int64_t wanted;        // of the last so many tokens something is wanted:
+  int64_t wanted;        // number of last tokens of which something is wanted:
   Wanted kind;
 };
 
