@@ -7,11 +7,14 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.alignment import preferences, rewards
+from finetune.alignment.openings import openings as openings  # main.py asks this file for all data
+from finetune.alignment.openings import toy_openings as toy_openings
+from finetune.alignment.openings import toy_score as toy_score
+from finetune.alignment.openings import toy_sentences as toy_sentences
 from finetune.data.packing import Document
 from finetune.errors import UserError
 from finetune.inference.generate import generate
@@ -178,58 +181,7 @@ def scorer(name: str) -> Score:
     return score
 
 
-# --- Prompts of the default run: beginnings that a text can go on from, well or badly
-
-THINGS = (
-    "movie", "hotel", "weather", "teacher", "restaurant", "journey", "book", "concert", "job", "neighbor", "party",
-    "doctor", "city", "garden", "game", "meeting", "wedding", "school", "train", "holiday", "house", "dog", "exam",
-    "phone", "winter", "team", "dinner", "letter", "museum", "news", "boss", "beach", "storm", "song", "speech",
-    "hospital", "village", "car", "lesson", "morning",
-)  # fmt: skip
-BEGINNINGS = (
-    "The {} was", "I think that the {} is", "We talked about the {} because it", "My friend said that the {}",
-    "After the {}, everyone felt", "She looked at the {} and felt", "To be honest, the {}", "When I remember the {}, I",
-    "The best part of the {} was", "The problem with the {} was", "He wrote that the {} had",
-    "Nobody expected the {} to",
-    "In the end the {}", "People say the {}", "It was the {} that made me", "Because of the {} they", "The {} and I",
-    "Last year the {}", "What I feel about the {} is", "If the {} had been", "Thanks to the {}, we", "The {} made her",
-    "At first the {} seemed", "All I can say about the {} is that it", "Their {} has always been",
-    "Once upon a time a {}", "The old {} was", "A good {} should", "Every {} has", "You asked about the {}: it",
-    "The report on the {} says", "Yesterday the {}", "I will never forget the {}, which", "Our {} turned out to be",
-    "The {} left him", "On the way to the {} we", "The children and the {}", "For years the {}",
-    "Tomorrow the {} will", "Without the {} life", "The first {} I saw was", "There is something about the {} that",
-)  # fmt: skip
-
-
-def openings(count: int) -> list[str]:
-    """`count` different ones, always the same."""
-    every = [beginning.format(thing) for beginning, thing in product(BEGINNINGS, THINGS)]
-    if count > len(every):
-        raise UserError(f"--prompts and --eval-prompts together are {count}: there are {len(every)} openings")
-    return random.Random(0).sample(every, count)
-
-
-# --- The toy: sentences of a made-up language whose words are good, bad or neither
-
-GOOD = ("sunny", "kind", "bright", "sweet", "calm", "happy", "warm", "brave")
-BAD = ("rainy", "cruel", "dark", "sour", "loud", "sad", "cold", "weak")
-NEITHER = ("round", "wooden", "daily", "local", "plain", "tall", "blue", "early")
-TOY_WORDS = 5  # of an answer
-
-
-def toy_openings() -> list[str]:
-    return [f"{verb} the {thing} is" for verb, thing in product(("now", "today", "often", "still", "here"), THINGS)]
-
-
-def toy_sentences(prompts: Sequence[str], rng: random.Random) -> list[str]:
-    """An answer to each prompt: words drawn from all three kinds alike. The model is first taught these."""
-    words = GOOD + BAD + NEITHER
-    return ["".join(f" {rng.choice(words)}" for _ in range(TOY_WORDS)) for _ in prompts]
-
-
-def toy_score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Good words minus bad words."""
-    return [float(sum((w in GOOD) - (w in BAD) for w in answer.split())) for answer in answers]
+# --- The toy
 
 
 def toy_documents(tokenizer: Tokenizer, prompts: Sequence[str], rng: random.Random) -> list[Document]:
