@@ -24,7 +24,7 @@ OBJECTIVES: tuple[Literal["clip", "kl"], ...] = ("clip", "kl")
 @dataclass
 class Config(config.Config):
     threads: int = 1  # networks of this size are fastest on one
-    steps: int = 60  # updates, of --envs times --horizon environment steps each
+    steps: int = 97  # updates, of --envs times --horizon environment steps each: just below 100,000
     checkpoint_every: int = 50
     # compare: both objectives on every environment; ablation: details switched off one by one, on the first one
     experiment: Literal["compare", "ablation"] = "compare"

@@ -64,6 +64,7 @@ def diagnostics(cfg: Config, run: Run, env: str) -> None:
                 axes.plot(grid, np.mean(rows, 0), color=COLORS[objective], linewidth=1.6, label=objective)
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         axes.set_xlabel("update", color=INK)
+    panels[-1].set_ylim(-1, 1.05)  # below, the targets are all but equal and there is nothing to explain
     panels[0].legend(fontsize=9, frameon=False)
     save(picture, run.dir / "diagnostics.png")
 
