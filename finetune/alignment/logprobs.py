@@ -30,10 +30,15 @@ def with_entropies(model: Llama | GPT, batch: Batch, temperature: float = 1.0) -
     """(log-probabilities, entropies in nats of the distributions that the tokens come from), both (n,) fp32."""
     hidden = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, hidden=True)[0]  # (T, C)
     counted = batch.targets[0] != IGNORE
+    return of_states(model, hidden[counted], batch.targets[0, counted], temperature)
+
+
+def of_states(model: Llama | GPT, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(log-probabilities of `targets` (n,), entropies) after the states `hidden` (n, C), both (n,) fp32."""
     rows = max(1, CHUNK // len(model.head_weight))
     parts = [
-        checkpoint(chunk, model, some, targets, temperature, use_reentrant=False)
-        for some, targets in zip(hidden[counted].split(rows), batch.targets[0, counted].split(rows), strict=True)
+        checkpoint(chunk, model, some, wanted, temperature, use_reentrant=False)
+        for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
