@@ -123,9 +123,9 @@ def written():
     patch, kept = pytest.MonkeyPatch(), {}
     teach = dpo.learn_to_write
 
-    def once(cfg, run, model, tokenizer):
+    def once(run, model, tokenizer, steps):
         if not kept:
-            teach(cfg, run, model, tokenizer)
+            teach(run, model, tokenizer, steps)
             kept.update({name: p.detach().clone() for name, p in model.named_parameters()})
         model.load_state_dict(kept, strict=False)
 

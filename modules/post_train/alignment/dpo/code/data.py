@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune.alignment import preferences, rewards
 from finetune.alignment.openings import openings as openings  # main.py asks this file for all data
 from finetune.alignment.openings import toy_openings as toy_openings
 from finetune.alignment.openings import toy_score as toy_score
-from finetune.alignment.openings import toy_sentences as toy_sentences
 from finetune.data.packing import Document
 from finetune.errors import UserError
 from finetune.inference.generate import generate
@@ -179,11 +177,3 @@ def scorer(name: str) -> Score:
         return [reward.weight * value for value in reward(prompts, answers)]
 
     return score
-
-
-# --- The toy
-
-
-def toy_documents(tokenizer: Tokenizer, prompts: Sequence[str], rng: random.Random) -> list[Document]:
-    pairs: Sequence[tuple[str, Any]] = list(zip(prompts, toy_sentences(prompts, rng), strict=True))
-    return [preferences.document(tokenizer, prompt, answer) for prompt, answer in pairs]

@@ -24,6 +24,7 @@ from torch import Tensor
 from finetune import memory, ops, optim
 from finetune.alignment import logprobs, rewards
 from finetune.alignment.logprobs import Reference
+from finetune.alignment.toy_writer import learn_to_write, toy_tokenizer
 from finetune.data import packing, preview
 from finetune.data.packing import Batch, Document
 from finetune.data.toy_directory import small_config, small_llama
@@ -585,33 +586,10 @@ def load_model(cfg: Config, run: Run) -> tuple[Tokenizer, Llama]:
         if source != smollm2.cached():  # whose files are known by their hash already
             run.depends_on("model", source)
         return load.tokenizer(source), load.llama(source, getattr(torch, cfg.dtype))
-    tokenizer = toy_tokenizer(cfg)
+    tokenizer = toy_tokenizer()
     model = small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(getattr(torch, cfg.dtype))
-    learn_to_write(cfg, run, model, tokenizer)
+    learn_to_write(run, model, tokenizer, cfg.sft_steps)
     return tokenizer, model
-
-
-def toy_tokenizer(cfg: Config) -> Tokenizer:
-    texts = data.toy_openings()
-    return Tokenizer.train(
-        [a + b for a, b in zip(texts, data.toy_sentences(texts, random.Random(0)), strict=True)], 512
-    )
-
-
-def learn_to_write(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer) -> None:
-    """Supervised fine-tuning of the toy's model on sentences of random words: it is the reference."""
-    optimizer = optim.AdamW(optim.decay_groups(model.parameters(), 0.0), lr=3e-3)
-    state = {"model": dict(model.named_parameters()), "optimizer": optimizer}
-    openings = data.toy_openings()
-    for step in run.steps(cfg.sft_steps, state, phase="sft"):
-        rng = random.Random(f"{cfg.seed} {step}")
-        batch = packing.collate(data.toy_documents(tokenizer, rng.sample(openings, 48), rng))
-        hidden = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, hidden=True)
-        loss = head.cross_entropy(model, hidden[0], batch.targets[0])
-        loss.backward()
-        optimizer.step(lr=optim.cosine(step, cfg.sft_steps, 10, 3e-3, 3e-4))
-        optimizer.zero_grad()
-        run.log(step, sft_loss=loss)
 
 
 def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
@@ -628,7 +606,7 @@ def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) 
 def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
     """What is trained and how, for the memory formulas; nothing is loaded. Sampled answers end after --new-tokens."""
     if cfg.model == "scratch":
-        shape = small_config(toy_tokenizer(cfg).vocab_size, cfg.max_length)
+        shape = small_config(toy_tokenizer().vocab_size, cfg.max_length)
     else:
         shape = load.llama_config(cfg.model)
     longest = cfg.max_length if cfg.data else min(cfg.max_length, cfg.new_tokens + 24)
@@ -647,7 +625,7 @@ def dry_run(cfg: Config, console: Console) -> None:
     """`--dry-run`: shows three answers of --data as the model sees them, and counts; reads no weights."""
     if cfg.data is None:
         raise UserError("--dry-run shows the rows of --data: without it the pairs are sampled by the model")
-    tokenizer = toy_tokenizer(cfg) if cfg.model == "scratch" else load.tokenizer(hub.resolve(cfg.model, console))
+    tokenizer = toy_tokenizer() if cfg.model == "scratch" else load.tokenizer(hub.resolve(cfg.model, console))
     sets = data.read(cfg, tokenizer, lambda text: display.say(console, text))
     shown = {"train": flat(sets.train), "held_out": flat(sets.held_out)}
     preview.show(console, shown, tokenizer, cfg.max_length, False, 2 * cfg.batch * cfg.steps)
