@@ -21,7 +21,7 @@ from torch import Tensor
 from finetune.errors import UserError
 from finetune.inference.engine import Engine
 from finetune.inference.grammar import Matcher
-from finetune.inference.sampler import Sampling
+from finetune.inference.sampler import Sampling, drawn
 from finetune.inference.scheduler import Sequence
 from finetune.inference.text import TextStream
 from finetune.inference.virtual_tokens import Virtual
@@ -55,8 +55,14 @@ def samples(
         for i in range(1, count):
             found.append(engine.fork(first, replace(how, seed=(how.seed + i) % (1 << 63))))
             found[-1].text = text() if text else None
-        for one in list(found):
-            engine.choose(one, logits[None])
+        answers: list[Tensor | list[int]] = [logits[None]] * count
+        if how.simple and not grammar:  # as the engine draws the tokens behind this one
+            tokens, logprobs = drawn(logits.expand(count, -1), how.simple, [(one.how.seed, 0) for one in found])
+            answers = [[token] for token in tokens]
+            for one, logprob in zip(found, logprobs, strict=True):
+                one.drawn.append(logprob)
+        for one, answer in zip(list(found), answers, strict=True):
+            engine.choose(one, answer)
 
     found[0].receive = split
     return found

@@ -154,8 +154,8 @@ class Engine:
     def fork(self, sequence: Sequence, how: Sampling) -> Sequence:
         """A second sequence with the same tokens, which shares all blocks until one of the two writes."""
         other = replace(
-            sequence, how=how, answer=[*sequence.answer], logprobs=[*sequence.logprobs], guesses=[],
-            table=self.pool.fork(sequence.table), grammar=sequence.grammar and sequence.grammar.copy(),
+            sequence, how=how, answer=[*sequence.answer], logprobs=[*sequence.logprobs], drawn=[*sequence.drawn],
+            guesses=[], table=self.pool.fork(sequence.table), grammar=sequence.grammar and sequence.grammar.copy(),
         )  # fmt: skip
         self.scheduler.adopt(other)
         return other
@@ -206,9 +206,10 @@ def draw_alike(plan: list[Work], found: list[list[int] | Tensor | None]) -> None
             alike.setdefault(one.how.simple, []).append(i)
     for how, rows in alike.items():
         places = [(plan[i].sequence.how.seed, len(plan[i].sequence.answer)) for i in rows]
-        tokens = drawn(torch.cat([cast(Tensor, found[i]) for i in rows]), how, places)
-        for i, token in zip(rows, tokens, strict=True):
+        tokens, logprobs = drawn(torch.cat([cast(Tensor, found[i]) for i in rows]), how, places)
+        for i, token, logprob in zip(rows, tokens, logprobs, strict=True):
             found[i] = [token]
+            plan[i].sequence.drawn.append(logprob)
 
 
 def check_prompt(

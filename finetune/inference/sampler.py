@@ -172,11 +172,15 @@ def draw(p: Tensor, u: float) -> int:
     return at if at < len(p) else int(p.nonzero()[-1])  # u · Σp may round up to Σp
 
 
-def drawn(rows: Tensor, how: tuple[float, int, float], places: Sequence[tuple[int, int]]) -> list[int]:
-    """A token for each of rows (n, V), the one that `probabilities` and `draw` give; the vocabulary is sorted for all
-    at once. how: `Sampling.simple` of all; places: the (seed, position) of each."""
+def drawn(
+    rows: Tensor, how: tuple[float, int, float], places: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[float]]:
+    """A token for each of rows (n, V), the one that `probabilities` and `draw` give, and its log-probability there; the
+    vocabulary is sorted for all at once. how: `Sampling.simple` of all; places: the (seed, position) of each."""
     p = warp(rows.float(), *how).double().softmax(-1)
     cumulative = p.cumsum(-1)
     u = torch.tensor([[uniform(*place)] for place in places], dtype=p.dtype, device=p.device)
     found = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0].tolist()
-    return [at if at < p.shape[1] else int(p[i].nonzero()[-1]) for i, at in enumerate(found)]
+    tokens = [at if at < p.shape[1] else int(p[i].nonzero()[-1]) for i, at in enumerate(found)]
+    chosen = torch.tensor(tokens, device=p.device)
+    return tokens, p.gather(-1, chosen[:, None])[:, 0].log().tolist()

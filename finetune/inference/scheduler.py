@@ -55,6 +55,7 @@ class Sequence:
     arrival: int = 0
     answer: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)  # of the answer's tokens, if `how` wants them
+    drawn: list[float] = field(default_factory=list)  # log-probability that each was drawn with, if `how.simple`
     table: Table = field(default_factory=Table)
     preempted: int = 0  # how often
     guesses: list[int] = field(default_factory=list)  # of the tokens behind the answer (speculative.py)
