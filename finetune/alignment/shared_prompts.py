@@ -20,6 +20,7 @@ from torch import Tensor
 
 from finetune import ops
 from finetune.alignment import logprobs
+from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
 
 
@@ -110,7 +111,7 @@ class Layout:
         """Nothing: no keys are kept."""
 
 
-def token_logprobs(model: Llama, layout: Layout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(model: Llama | GPT, layout: Layout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(log-probabilities of the answers' tokens, entropies in nats of the distributions that they come from), both (n,)
     fp32 with gradients, in the order of `layout.targets`; the numbers of `logprobs.with_entropies`."""
     hidden = model(layout.tokens, positions=layout.positions, cache=layout, hidden=True)[0]  # (T, C)
