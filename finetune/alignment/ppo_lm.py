@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from finetune import ops
-from finetune.rl.advantages import whitened
+from finetune.rl.advantages import token_rewards, whitened
 from finetune.rl.agents import surrogate
 
 
@@ -34,6 +34,15 @@ class Experience:
     advantages: Tensor  # (n,) whitened
     targets: Tensor  # (n,) G
     kl: float  # mean over the answers of Σ (log π_old − log π_ref), nats, for the controller of β
+
+    def rows(self, answers: Tensor) -> Experience:
+        """That of some answers (their numbers, (m,)), in this order; they are then numbered from 0."""
+        lengths = torch.bincount(self.owner, minlength=int(answers.max()) + 1)
+        starts, lengths = (lengths.cumsum(0) - lengths)[answers], lengths[answers]
+        owner = torch.repeat_interleave(torch.arange(len(answers)), lengths)
+        tokens = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner] + starts[owner]
+        columns = (x[tokens] for x in (self.old, self.values, self.advantages, self.targets))
+        return Experience(owner, *columns, self.kl)
 
 
 @dataclass(frozen=True)
@@ -55,13 +64,6 @@ def ends(owner: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, owner: Tensor, beta: float) -> Tensor:
-    """(n,): −β (log π − log π_ref) of each token, plus the answer's score (N,) at its last one. An answer without
-    tokens has no reward."""
-    return -beta * (logprobs - reference) + ends(owner) * scores[owner]
-
-
-@torch.no_grad()
 def experience(
     scores: Tensor,
     old: Tensor,
@@ -74,8 +76,10 @@ def experience(
     lam: float = 0.95,
     whiten: bool = True,
 ) -> Experience:
-    """Rewards, GAE through the op and whitening of a batch: scores (N,), the rest (n,)."""
-    rewards, last = token_rewards(scores, old, reference, owner, beta), ends(owner)
+    """Rewards, GAE through the op and whitening of a batch: scores (N,), the rest (n,). An answer without tokens has
+    no reward."""
+    last = ends(owner)
+    rewards = token_rewards(scores[owner], old, reference, last, beta)
     following = torch.cat([values[1:], torch.zeros_like(values[:1])])  # behind a last token it does not count
     columns = (x[:, None] for x in (rewards, values, following, last, torch.zeros_like(last)))
     advantages, targets = (x[:, 0] for x in ops.gae(*columns, gamma=gamma, lam=lam))
@@ -96,8 +100,7 @@ def losses(
     over micro-batches then give the gradient of the whole batch."""
     count = max(1, len(logprobs) if tokens is None else tokens)
     log_ratios = logprobs - e.old
-    gain, most = log_ratios.exp() * e.advantages, (1 + clip * e.advantages.sign()) * e.advantages
-    policy = -torch.where(gain < most, gain, most).sum() / count
+    policy = surrogate.clipped_surrogate(log_ratios, e.advantages, clip).sum() / count
     plain = surrogate.value_loss(values, e.targets)
     errors = plain if value_clip is None else surrogate.value_loss(values, e.targets, e.values, value_clip)
     with torch.no_grad():

@@ -187,11 +187,10 @@ def whitened(values: Tensor, mask: Tensor | None = None, *, center: bool = True,
 
 
 @torch.no_grad()
-def token_rewards(scores: Tensor, log_probs: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Per-token rewards (T, N) of N answers with a KL penalty: −β (log π − log π_ref) at each token, plus the answer's
-    score (N,) at its last one (Ziegler et al. 2019, arXiv:1909.08593, eq. 2). mask (T, N) bool selects its tokens.
-    """
-    return (-beta * (log_probs - reference)).masked_fill(~mask, 0.0) + last_token(mask) * scores
+def token_rewards(scores: Tensor, log_probs: Tensor, reference: Tensor, last: Tensor, beta: float) -> Tensor:
+    """Rewards of the tokens of answers with a KL penalty: −β (log π − log π_ref) at each, plus the answer's score at
+    its last one (Ziegler et al. 2019, arXiv:1909.08593, eq. 2). last: bool; scores: broadcast to the tokens."""
+    return -beta * (log_probs - reference) + last * scores
 
 
 def last_token(mask: Tensor) -> Tensor:

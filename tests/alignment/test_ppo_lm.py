@@ -14,13 +14,31 @@ def batch(seed=0):
     return owner, old, reference, values, torch.tensor([1.0, -2.0, 5.0, 3.0], dtype=torch.float64)
 
 
+def paid(scores, old, reference, owner, beta):
+    """The reward of each token, written out."""
+    found = -beta * (old - reference)
+    for i in owner.unique():
+        found[torch.nonzero(owner == i)[-1]] += scores[i]
+    return found
+
+
 def test_the_score_is_at_the_last_token_and_every_token_pays_its_kl():
-    owner, old, reference, _, scores = batch()
-    found = ppo_lm.token_rewards(scores, old, reference, owner, 0.1)
-    expected = -0.1 * (old - reference)
-    for place, score in ((3, 1.0), (4, -2.0), (10, 3.0)):
-        expected[place] += score
-    assert torch.allclose(found, expected, atol=1e-15)
+    """At λ = 1 with values of 0 an advantage is the sum of the rewards from its token on."""
+    owner, old, reference, values, scores = batch()
+    e = ppo_lm.experience(scores, old, reference, 0 * values, owner, 0.1, lam=1.0, whiten=False)
+    rewards = paid(scores, old, reference, owner, 0.1)
+    for place in range(11):
+        assert e.advantages[place] == pytest.approx(float(rewards[place:][owner[place:] == owner[place]].sum()))
+
+
+def test_some_answers_of_an_experience():
+    owner, old, reference, values, scores = batch()
+    e = ppo_lm.experience(scores, old, reference, values, owner, 0.1)
+    some = e.rows(torch.tensor([3, 2, 0]))
+    assert some.owner.tolist() == [0] * 6 + [2] * 4
+    places = [*range(5, 11), *range(4)]
+    for name in ("old", "values", "advantages", "targets"):
+        assert torch.equal(getattr(some, name), getattr(e, name)[places])
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.9, 1.0])
@@ -28,7 +46,7 @@ def test_each_answer_is_an_episode(lam):
     """Packed end to end as each alone through the op; whitening is over the tokens of the batch."""
     owner, old, reference, values, scores = batch()
     e = ppo_lm.experience(scores, old, reference, values, owner, 0.1, lam=lam, whiten=False)
-    rewards = ppo_lm.token_rewards(scores, old, reference, owner, 0.1)
+    rewards = paid(scores, old, reference, owner, 0.1)
     for i in (0, 1, 3):
         r, v = rewards[owner == i][:, None], values[owner == i][:, None]
         over = torch.zeros_like(r, dtype=torch.bool)

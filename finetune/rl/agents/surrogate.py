@@ -14,9 +14,11 @@ def clipped_surrogate(log_ratios: Tensor, advantages: Tensor, clip: float) -> Te
     """−min(r A, clamp(r, 1 − clip, 1 + clip) A), eq. 7: no gain from moving a probability further than `clip`.
 
     The minimum is pessimistic: a ratio that moved the wrong way is not clipped, so its gradient can bring it back.
+    Where both sides are equal the one without a gradient is taken, so that a clip of 0 changes nothing.
     """
-    ratios = log_ratios.exp()
-    return -torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
+    gain = log_ratios.exp() * advantages
+    most = (1 + clip * advantages.sign()) * advantages  # min(r A, clamp(r) A) = min(r A, most)
+    return -torch.where(gain < most, gain, most)
 
 
 def value_loss(values: Tensor, targets: Tensor, old_values: Tensor | None = None, clip: float = 0.2) -> Tensor:

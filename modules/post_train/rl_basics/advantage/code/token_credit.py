@@ -56,7 +56,8 @@ def answers(length: int, beta: float, rng: np.random.Generator) -> Answers:
             table[t] = (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[prefix[t], tokens[t]]
     score = (tokens[1] == 1) * 1.0 + (tokens[-2] == 2)
     scores, log_probs, log_references, masks = map(torch.from_numpy, (score, log_policy, log_reference, mask))
-    rewards = token_rewards(scores, log_probs, log_references, masks, beta)
+    last = last_token(masks)
+    rewards = token_rewards(scores, log_probs, log_references, last, beta).masked_fill(~masks, 0.0)
     chance = np.exp((log_policy * mask).sum(0))
     node = np.stack([VOCABULARY ** (t + 1) + prefix[t] * VOCABULARY + tokens[t] for t in range(T)])  # lengths apart
     # V of a prefix: the mean reward-to-go of the answers that begin with it, at γ = 1.
@@ -64,7 +65,6 @@ def answers(length: int, beta: float, rng: np.random.Generator) -> Answers:
     parent = node // VOCABULARY
     Q, V = (conditional_mean(torch.from_numpy(to_go.copy()), torch.from_numpy(x), masks, torch.from_numpy(chance))
             for x in (node, parent))  # fmt: skip
-    last = last_token(masks)
     return Answers(torch.from_numpy(tokens), masks, torch.from_numpy(node), rewards, last, V, Q - V,
                    torch.from_numpy(chance))  # fmt: skip
 
