@@ -54,12 +54,13 @@ class PagedCache:
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies blocks, in every layer, from the first of a pair to the second, one pair after the other."""
+        if not pairs:
+            return
         tensors = [t for layer in self.layers for pair in layer for t in pair if t is not None]
         # A block that was copied, given back and taken again in one plan is a source and a destination.
         again = {source for source, _ in pairs} & {to for _, to in pairs}
         for together in [[pair] for pair in pairs] if again else [pairs]:
-            if together:
-                kv_cache_copy_(tensors, torch.tensor(together, device=tensors[0].device))
+            kv_cache_copy_(tensors, torch.tensor(together, device=tensors[0].device))
 
     def answers(
         self, model: Llama | GPT, plan: Sequence[Work], asked: Sequence[Asked], adapters: Adapters | None = None
