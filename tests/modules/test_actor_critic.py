@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from seeds import THREE
 
 from finetune import ops
 from finetune.errors import UserError
@@ -317,7 +318,7 @@ def test_the_critic_of_a_frozen_policy_predicts_returns(tmp_path, no_pictures, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", THREE)
 def test_the_toy_reaches_its_targets(seed, tmp_path):
     summary = execute(INFO, toy(seed=seed), tmp_path / "run", toy=True)
     assert summary["passed"], (summary["reached"], summary["checks"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from known_tasks import GAMMA, check_learned_alone, continuous_log, continuous_value, tabular_log, world
 from learner_state import continues_from_its_state
+from seeds import THREE
 from summaries import numbers
 
 from finetune.errors import UserError
@@ -256,7 +257,7 @@ def test_the_losses_of_td3_bc_iql_and_awac_are_d3rlpys(d3rlpy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", THREE)
 def test_the_toy_reaches_its_targets(seed, tmp_path):
     summary = execute(INFO, toy(seed=seed), tmp_path / "run", toy=True)
     assert summary["passed"], (summary["reached"], summary["checks"])

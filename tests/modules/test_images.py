@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from seeds import THREE
 from small_games import Catch
 from summaries import numbers
 
@@ -37,7 +38,7 @@ def mean_return(policy, count=50):
     return sum(returns(environments.make(NAME, count), policy, range(count))) / count
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", THREE)
 def test_a2c_learns_from_pixels(seed):
     """Random actions get 1.0 ± 0.1, the best ones 5.9; six seeds gave 3.6 to 5.8."""
     torch.manual_seed(seed)
@@ -133,7 +134,7 @@ def offline_learner(name, image, seed):
     return bcq_discrete.BCQ(config, bcq_discrete.QAndImitator(image, 3, 64, shared=True), 0.3)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", THREE)
 @pytest.mark.parametrize("name", ["cql", "bcq"])
 def test_offline_methods_learn_more_than_their_log_from_pixels(name, seed, tmp_path):
     """The log gets 2.6 ± 0.1, the best actions 5.9; six runs gave 4.8 to 5.8."""

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from resumed import cut_off
+from seeds import OTHERS
 from summaries import check_values
 
 from finetune import ops
@@ -239,8 +240,7 @@ def test_toy(trained):
     check_claims(trained[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", OTHERS)
 def test_toy_on_other_seeds(tmp_path, seed, no_pictures):
     check_claims(run(tmp_path / "run", toy(seed=seed)))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from seeds import OTHERS
 from summaries import numbers
 
 from finetune.errors import UserError
@@ -44,8 +45,7 @@ def finished(tmp_path_factory):
 # --- it learns
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", OTHERS)
 def test_toy_reaches_its_targets(no_pictures, tmp_path, seed):
     """All methods; seed 0 is `finished`."""
     assert run(tmp_path / "run", seed=seed, methods=main.METHODS)["passed"]

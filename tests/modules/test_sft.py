@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from seeds import THREE
 from small_gguf import TEXT, tiny, write
 from tokenizers import models, pre_tokenizers, trainers
 
@@ -179,7 +180,7 @@ def test_gradients_equal_those_of_transformers_and_torch(smollm2_peer, smollm2_m
 # --- it learns
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", THREE)
 def test_toy_answers_held_out_questions(tmp_path, trained, seed):
     summary = trained[1] if seed == 0 else run(tmp_path / "run", seed=seed)
     assert summary["passed"]

@@ -6,6 +6,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from seeds import THREE
 from summaries import check_values
 
 from finetune.errors import UserError
@@ -81,7 +82,7 @@ def test_the_readme_shows_the_textbooks_code(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", THREE)
 def test_toy(tmp_path, seed):
     """The book's experiments, Taxi and DQN reach their targets; the orders of the figures hold."""
     summary = run(tmp_path / "run", seed=seed)

@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete, MultiDiscrete, Tuple
+from seeds import THREE
 
 from finetune import cli
 from finetune.errors import UserError
@@ -80,7 +81,7 @@ def test_nothing_is_learned_at_a_rate_of_0(tmp_path, no_pictures):
     assert summary["metrics"]["value_q_learning"] < 0.1
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", THREE)
 def test_frozen_lake_is_learned_from_samples_alone(seed, tmp_path, no_pictures):
     summary = run(tmp_path / "run", world="frozen_lake", seed=seed, steps=4, world_steps=3000, world_limit=200)
     best, random = summary["checks"]["value_best"]["value"], summary["baseline"]["value_q_learning"]
