@@ -64,28 +64,19 @@ SMALLER = {
     "run mdp --world taxi": "run mdp --help",
     "smoke": "smoke --help",
 }
-STEPS = {"cuda": "5", "td_learning": "8"}  # of the runs here; else 2
+STEPS = {"cuda": "5", "td_learning": "8"}  # of the runs here, one of each experiment; else 2
 SETTINGS = {
-    "actor_critic": ["--warmup", "300", "--repeats", "1", "--eval-episodes", "2", "--critic-steps", "1"],
-    "bcq": ["--rows", "300", "--fqe-steps", "2", "--eval-episodes", "2", "--sweep", "0,1"],
-    "cql": ["--updates", "5", "--data-steps", "500", "--fqe-steps", "1", "--eval-episodes", "2"],
-    "dpo": ["--sft-steps", "60", "--prompts", "60", "--eval-prompts", "30", "--samples", "4"],
-    "inference": ["--train-steps", "3", "--requests", "100", "--rounds", "2"],
-    "ppo": ["--repeats", "1", "--eval-episodes", "2", "--ablation-seeds", "2", "--horizon", "32"],
-    "td_learning": [
-        "--cliff-episodes",
-        "40",
-        "--car-episodes",
-        "5",
-        "--taxi-steps",
-        "500",
-        "--runs",
-        "10",
-        "--dqn-steps",
-        "64",
-        "--world-steps",
-        "40",
-    ],
+    "actor_critic": "--warmup 300 --repeats 1 --eval-episodes 2 --critic-steps 1",
+    "bcq": "--rows 300 --fqe-steps 2 --eval-episodes 2 --sweep 0,1",
+    "cql": "--updates 5 --data-steps 500 --fqe-steps 1 --eval-episodes 2",
+    "dpo": "--sft-steps 60 --prompts 60 --eval-prompts 30 --samples 4",
+    "inference": "--train-steps 3 --requests 100 --rounds 2",
+    "mdp": "--rollouts 100 --rollout-steps 100 --pairs 10",
+    "policy_gradient": "--episodes 2 --max-episode-steps 30 --eval-episodes 2 --corridor-steps 2 --score-episodes 1000 "
+    "--variance-groups 10",
+    "ppo": "--repeats 1 --eval-episodes 2 --max-episode-steps 20 --ablation-seeds 2 --ablation-updates 2 --horizon 16",
+    "td_learning": "--cliff-runs 4 --cliff-episodes 40 --bias-runs 50 --bias-episodes 40 --car-runs 1 --car-episodes 5 "
+    "--taxi-runs 2 --taxi-steps 500 --runs 10 --dqn-steps 64 --world-steps 40",
 }
 
 
@@ -173,8 +164,10 @@ def an_adapter(place):
     small_adapters.adapter_run(place)
 
 
-def small(name):
-    return ["run", name, "--toy", "--steps", STEPS.get(name, "2"), *SETTINGS.get(name, [])]
+def small(name, *settings):
+    """A run of what the settings ask for, but of the least size."""
+    steps = "2" if "--experiment" in settings else STEPS.get(name, "2")
+    return ["run", name, "--toy", *settings, "--steps", steps, *SETTINGS.get(name, "").split()]
 
 
 def data_file(path):
@@ -202,7 +195,7 @@ def instead(command):
     words = shlex.split(SMALLER.get(command, command))
     if words[0] != "run" or "--help" in words:
         return words
-    return [*small(words[1]), *(word for word in words[2:] if word != "--toy")]
+    return small(words[1], *(word for word in words[2:] if word != "--toy"))
 
 
 TAKES_LONG = [c for c in OURS if instead(c) != shlex.split(c) and "<" not in c and not c.startswith(("serve", "chat"))]
