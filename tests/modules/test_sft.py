@@ -5,13 +5,8 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -297,39 +292,6 @@ def test_smollm2_adapter(tmp_path, smollm2, smollm2_tokenizer):
 
 def weights(folder):
     return load_file(folder / "model" / "model.safetensors")
-
-
-def start(folder, *more):
-    command = [sys.executable, "-m", "finetune", "run", "sft", "--toy", "--out", str(folder), *more]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-def test_killed_runs_resume_to_the_same_bits(tmp_path):
-    """kill -9 at ten random moments of one run, each resumed; and a run that nobody interrupted."""
-    given = {"steps": 240, "checkpoint-every": 3, "eval-every": 0, "samples": 0, "eval-rows": 4, "threads": 1}
-    settings = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    assert start(tmp_path / "whole", *settings).wait() == 0
-    draw, kills = random.Random(0), 0
-    more = settings
-    while kills < 10:
-        process = start(tmp_path / "killed", *more)
-        folder, at = tmp_path / "killed" / "checkpoints", time.monotonic()
-        seen = {p.name for p in folder.glob("step_*")} if folder.exists() else set()
-        while process.poll() is None and time.monotonic() - at < 120:
-            if folder.exists() and {p.name for p in folder.glob("step_*")} - seen:
-                break
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.1))
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"it ended before kill {kills + 1}: {process.stderr.read()}"
-        kills += 1
-        more = ["--resume"]
-    finish = start(tmp_path / "killed", "--resume")
-    assert finish.wait() == 0, finish.stderr.read()
-    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    assert (tmp_path / "whole/metrics.csv").read_bytes() == (tmp_path / "killed/metrics.csv").read_bytes()
 
 
 def test_same_seed_same_bytes(tmp_path):

@@ -93,7 +93,7 @@ def killed(module, folder, kills, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("module", SETTINGS)
 def test_killed_at_random_moments(module, tmp_path):
-    killed(module, tmp_path, kills=6, seed=0)
+    killed(module, tmp_path, kills=4, seed=0)
 
 
 @pytest.mark.long
