@@ -79,11 +79,17 @@ class Reference:
         self.trained = {name for name in lora.names(model) if is_trained(model, name)}
         self.model = model if self.trained else copy.deepcopy(model).requires_grad_(False)
 
+    @contextmanager
+    def standing(self) -> Iterator[Llama | GPT]:
+        """Context in which the model it yields is the reference, without dropout."""
+        with evaluated(self.model), without(self.model, self.trained):
+            yield self.model
+
     @torch.no_grad()
     def token_logprobs(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """Those of `token_logprobs`, without gradients and dropout."""
-        with evaluated(self.model), without(self.model, self.trained):
-            return token_logprobs(self.model, batch, temperature)
+        with self.standing() as model:
+            return token_logprobs(model, batch, temperature)
 
     def precomputed(self, documents: Sequence[Document], tokens: int = 2048) -> list[Tensor]:
         """The log-probabilities of each document's learned tokens, in passes of about that many tokens: computed once

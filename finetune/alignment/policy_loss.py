@@ -10,19 +10,25 @@ and the advantage A of the answer, a token's loss is
     clipped   −min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A)        PPO (Schulman et al. 2017, arXiv:1707.06347, eq. 7)
     cispo     −clip(ρ, max 1 + ε_high) A · log π, no gradient of ρ       MiniMax 2025, arXiv:2506.13585, eq. 4
     sapo      −σ(τ (ρ − 1)) · 4 / τ · A, with τ by the sign of A         Gao et al. 2025, arXiv:2511.20347
+    vespo     −φ(w) A · log π, no gradient of φ(w) = e^λ w^k e^(−λ w), w = Π ρ_t of the answer, k and λ by the sign of A
+                                                                          arXiv:2602.10693
 
 and the batch's loss is a sum over tokens divided by
 
     grpo      the answer's tokens, then the number of answers: a long wrong answer costs no more than a short one, so
               that wrong answers grow (Liu et al. 2025, arXiv:2503.20783, §3.1)
-    dapo      all tokens of the batch (Yu et al. 2025, arXiv:2503.14476, eq. 8)
+    dapo      all tokens of the batch (Yu et al. 2025, arXiv:2503.14476, eq. 8); bnpo is the same of the tokens of one
+              update, where a batch is several
     dr_grpo   answers · most tokens of an answer: a constant, without bias by length
+    sum       the number of answers: for a ratio of the answer, whose mean over tokens is multiplied by their number
+              (LUSPO, arXiv:2602.05261)
 
 Sums over micro-batches with the totals of the whole batch give the gradient of the whole batch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,8 +37,8 @@ from torch import Tensor
 
 from finetune.alignment import kl
 
-Loss = Literal["clipped", "cispo", "sapo"]
-Mean = Literal["grpo", "dapo", "dr_grpo"]
+Loss = Literal["clipped", "cispo", "sapo", "vespo"]
+Mean = Literal["grpo", "dapo", "dr_grpo", "sum"]
 Level = Literal["token", "sequence"]
 
 
@@ -49,6 +55,8 @@ class Settings:
     two_sided: float = 0.0  # > 1 + clip_high: largest ratio that counts (INTELLECT-2, arXiv:2505.07291)
     temperature_up: float = 1.0  # SAPO's τ of positive advantages
     temperature_down: float = 1.05  # … of negative ones
+    vespo_up: tuple[float, float] = (2.0, 3.0)  # VESPO's k and λ of advantages from 0 up
+    vespo_down: tuple[float, float] = (3.0, 2.0)  # … of negative ones
     kl_weight: float = 0.0  # coefficient of the KL term in the loss
     kl_kind: kl.Estimator = "k3"
     kl_ratio: bool = True  # the estimate times ρ, with which its gradient is right (finetune/alignment/kl.py)
@@ -59,11 +67,14 @@ class Settings:
 
 NAMED: dict[str, Settings] = {
     "grpo": Settings(),
+    "bnpo": Settings(mean="dapo"),
     "dr_grpo": Settings(mean="dr_grpo"),
     "dapo": Settings(mean="dapo", clip_high=0.28),
     "gspo": Settings(level="sequence", clip_low=3e-4, clip_high=4e-4),
     "cispo": Settings(loss="cispo", mean="dapo", clip_high=4.0),
     "sapo": Settings(loss="sapo"),
+    "luspo": Settings(mean="sum", level="sequence", clip_low=3e-4, clip_high=4e-4),
+    "vespo": Settings(loss="vespo", mean="dapo"),
 }
 
 
@@ -78,6 +89,8 @@ class Answers:
     entropies: Tensor | None = None  # (n,) with gradients
     reference: Tensor | None = None  # (n,) log π_ref
     sampler: Tensor | None = None  # (n,) log-probabilities that the sampler had
+    # (n,) bool: tokens that have a policy loss, if these are a part of a batch; None: found by Settings.entropy_share
+    chosen: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class Totals:
     """Of the whole batch, of which the answers at hand may be a part."""
 
     answers: int
-    tokens: int
+    tokens: float  # where a batch is divided into updates, an update's share of them
     most_tokens: int  # an answer may have
 
     @classmethod
@@ -113,13 +126,18 @@ def policy_loss(answers: Answers, totals: Totals, s: Settings) -> Parts:
         log_ratio = (means / lengths.clamp(min=1))[answers.owner]
     ratio = log_ratio.exp()
     a = answers.advantages[answers.owner]
-    loss, clipped = surrogate(ratio, a, answers.logprobs, s)
+    # The sampler's policy is not quite the trainer's (bf16 or int8 products): weight, but never by much.
+    weight = None if answers.sampler is None else (answers.old - answers.sampler).exp().clamp(max=s.sampler_cap)
+    if s.loss == "vespo":
+        apart = (answers.logprobs - answers.old).detach()
+        loss = vespo(answers, apart if weight is None else apart + weight.log(), a, s)
+        clipped = torch.zeros_like(a, dtype=torch.bool)
+    else:
+        loss, clipped = surrogate(ratio, a, answers.logprobs, s)
+        loss = loss if weight is None else loss * weight
     if s.entropy_share < 1:
-        loss = loss * most_uncertain(answers, s.entropy_share)
-    if answers.sampler is not None:
-        # The sampler's policy is not quite the trainer's (bf16 or int8 products): weight, but never by much.
-        weight = (answers.old - answers.sampler).exp().clamp(max=s.sampler_cap)
-        loss = loss * weight
+        chosen = most_uncertain(answers.entropies, s.entropy_share) if answers.chosen is None else answers.chosen
+        loss = loss * chosen
     estimate = torch.zeros_like(loss)
     if answers.reference is not None:
         estimate = kl.estimate("k3", answers.logprobs.detach(), answers.reference)
@@ -149,16 +167,29 @@ def surrogate(ratio: Tensor, a: Tensor, logprobs: Tensor, s: Settings) -> tuple[
     return loss, (above & (a > 0)) | (below & (a < 0))
 
 
+def vespo(answers: Answers, apart: Tensor, a: Tensor, s: Settings) -> Tensor:
+    """VESPO's loss of each token (n,); `apart` (n,): log ratios, whose sum over an answer is log w."""
+    sums = torch.zeros(len(answers.advantages), dtype=apart.dtype, device=apart.device)
+    log_w = sums.index_add(0, answers.owner, apart.clamp(-20, 20)).clamp(math.log(1e-8), 20)[answers.owner]
+    k, rate = (torch.where(a >= 0, up, down) for up, down in zip(s.vespo_up, s.vespo_down, strict=True))
+    return -(rate + k * log_w - rate * log_w.exp()).exp() * a * answers.logprobs
+
+
 def weights(mean: Mean, owner: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
     """(n,): what the losses of the tokens are multiplied by before they are added."""
     if mean == "grpo":
         return 1.0 / (lengths[owner].double() * totals.answers)
-    divisor = totals.tokens if mean == "dapo" else totals.answers * totals.most_tokens
+    divisor = {
+        "dapo": totals.tokens,
+        "dr_grpo": totals.answers * totals.most_tokens,
+        "sum": totals.answers,
+    }[mean]
     return torch.full(owner.shape, 1.0 / max(divisor, 1), dtype=torch.float64, device=owner.device)
 
 
-def most_uncertain(answers: Answers, share: float) -> Tensor:
-    """(n,): 1 for the share of the tokens with the highest entropies (Wang et al. 2025, arXiv:2506.01939), else 0."""
-    assert answers.entropies is not None, "the entropies are needed to choose tokens by them"
-    least = torch.quantile(answers.entropies.detach().float(), 1 - share)
-    return (answers.entropies.detach() >= least).to(answers.entropies.dtype)
+def most_uncertain(entropies: Tensor | None, share: float) -> Tensor:
+    """(n,) bool: the share of the tokens with the highest entropies (Wang et al. 2025, arXiv:2506.01939)."""
+    assert entropies is not None, "the entropies are needed to choose tokens by them"
+    if not len(entropies):
+        return torch.zeros_like(entropies, dtype=torch.bool)
+    return entropies.detach() >= torch.quantile(entropies.detach().float(), 1 - share)

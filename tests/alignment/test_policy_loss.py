@@ -104,7 +104,8 @@ def test_first_step_is_the_policy_gradient(s: Settings):
     assert parts.approximate_kl == 0
     grad = gradient(answers, totals_of(answers), s)
     lengths = torch.tensor([3.0, 1, 7, 2])[answers.owner]
-    divisor = {"grpo": lengths * 4, "dapo": torch.tensor(13.0), "dr_grpo": torch.tensor(4.0 * MOST)}[s.mean]
+    divisor = {"grpo": lengths * 4, "dapo": torch.tensor(13.0), "dr_grpo": torch.tensor(4.0 * MOST),
+               "sum": torch.tensor(4.0)}[s.mean]  # fmt: skip
     torch.testing.assert_close(grad, -answers.advantages[answers.owner] / divisor.double(), rtol=1e-9, atol=1e-12)
 
 
@@ -201,6 +202,8 @@ def test_every_setting_changes_the_loss():
     values = {policy_loss(answers, totals_of(answers), base).loss.item()}
     changes = [
         {"loss": "cispo"}, {"loss": "sapo"}, {"mean": "dapo"}, {"mean": "dr_grpo"}, {"level": "sequence"},
+        {"loss": "vespo"}, {"loss": "vespo", "vespo_up": (1.0, 2.0)}, {"loss": "vespo", "vespo_down": (1.0, 2.0)},
+        {"mean": "sum"},
         {"clip_low": 0.1}, {"clip_high": 0.4}, {"dual_clip": 1.2}, {"kl_weight": 0.2}, {"kl_kind": "k1"},
         {"kl_kind": "k2"}, {"kl_ratio": False}, {"entropy": 0.2}, {"entropy_share": 0.5},
         {"two_sided": 1.3, "dual_clip": 0.0},

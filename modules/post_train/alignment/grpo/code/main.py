@@ -1,0 +1,647 @@
+"""Group relative policy optimization: learn from a reward of sampled answers, with the group as the baseline.
+
+    A_i = (r_i − mean(r)) / std(r)  of G answers to one prompt
+    loss = −mean over answers of mean over tokens of min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),    ρ = π(y_t) / π_old(y_t)
+
+Shao et al. 2024, arXiv:2402.03300, eq. 3. Reads top to bottom: settings, answers and advantages (`collect`), loss and
+gradients (`update`), the run (setup, loop, evaluation), then its parts. The losses of its kind are in
+finetune/alignment/policy_loss.py; the README explains every metric.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from finetune import memory, ops, optim
+from finetune.alignment import group_advantages, kl, policy_loss, rewards, shared_prompts
+from finetune.alignment.kl import AdaptiveCoefficient, FixedCoefficient
+from finetune.alignment.logprobs import Reference, evaluated
+from finetune.alignment.policy_loss import Answers, Totals
+from finetune.alignment.shared_prompts import Group, Layout
+from finetune.data import packing
+from finetune.data.toy_directory import small_config, small_llama
+from finetune.errors import UserError
+from finetune.lm import head
+from finetune.lm.io import hub, load, save, smollm2
+from finetune.lm.llama import Llama, LlamaConfig
+from finetune.lm.tokenizer import Tokenizer, stop_ids
+from finetune.peft import adapters, bases, lora
+from finetune.runs import config
+from finetune.runs.config import bounded
+from finetune.runs.run import Run
+
+from . import sampling, tasks
+from .sampling import Answer
+from .tasks import Prompt, Task
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 40
+    checkpoint_every: int = 10
+    model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small new Llama
+    # --- Task
+    # rows of prompts (.jsonl, .json, .csv, .tsv, .parquet) or a folder, whose other columns the reward sees; none: sums
+    data: Path | None = None
+    raw: bool = False  # --data: texts are continued as they stand; else they are messages for the chat template
+    lines: bool = False  # --data: an answer ends with its line; those to sums always do
+    # what judges answers, several with weights: sum, format, length, vader, file.py:function, name*0.5; none: sum
+    reward: config.TEXTS = ()
+    largest: int = bounded(99, at_least=9, at_most=10**9)  # operand of a sum; the smallest is a tenth of it
+    shots: int = bounded(3, at_least=0, at_most=100)  # solved sums in front of the one that is asked
+    max_length: int = bounded(512, at_least=8, at_most=1 << 26)  # tokens of prompt and answer
+    # --- Sampling
+    prompts: int = bounded(8, at_least=1, at_most=1 << 16)  # groups of a step
+    samples: int = bounded(16, at_least=1, at_most=1 << 16)  # answers of a group
+    new_tokens: int = bounded(6, at_least=1, at_most=1 << 16)  # most tokens of an answer
+    temperature: float = bounded(1.0, at_least=1e-3, at_most=100)
+    dynamic: bool = True  # groups whose answers all have one reward are dropped, and other prompts sampled for them
+    refills: int = bounded(3, at_least=0, at_most=1000)  # dynamic: most times that a step samples again
+    # --- Advantages
+    advantage: Literal["group", "group_centered", "batch", "leave_one_out"] = "group"  # the README says what each is
+    # answers cut off at --new-tokens: judged like others, left without a loss, or punished by up to 1 near the end
+    overlong: Literal["judged", "masked", "penalty"] = "judged"
+    # penalty: tokens before --new-tokens where it begins
+    overlong_margin: int = bounded(2, at_least=1, at_most=1 << 16)
+    # --- Loss
+    loss: Literal[
+        "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "luspo", "vespo"
+    ] = "grpo"  # the README says what each is  # fmt: skip
+    ratio: Literal["token", "sequence"] | None = None  # level of ρ; none: the loss's own
+    clip_low: float | None = bounded(None, at_least=0, at_most=1)  # ρ ≥ 1 − this; none: the loss's own
+    clip_high: float | None = bounded(None, at_least=0)  # ρ ≤ 1 + this; none: the loss's own
+    dual_clip: float = bounded(0.0, at_least=0)  # above 1: the loss of a negative advantage is at most this times −A
+    two_sided: float = bounded(0.0, at_least=0)  # above 1 + clip-high: largest ρ of a negative advantage
+    epochs: int = bounded(1, at_least=1, at_most=10**6)  # passes over the answers of a step (μ)
+    updates: int = bounded(1, at_least=1, at_most=1 << 16)  # parts of a pass, each with a step of the optimizer
+    # micro-batches of an update, computed one after the other to save memory
+    accumulate: int = bounded(1, at_least=1, at_most=1 << 16)
+    kl_weight: float = bounded(0.0, at_least=0)  # of KL(π ‖ π_ref)
+    kl_in: Literal["loss", "reward"] = "loss"
+    kl_kind: kl.Estimator | None = None  # estimator; none: k3 in the loss, k1 in the reward
+    kl_ratio: bool = True  # KL in the loss: the estimate times ρ, without which k3's gradient is another one's
+    kl_target: float = bounded(0.0, at_least=0)  # nats an answer that the weight is adapted to; 0: it is fixed
+    kl_horizon: float = bounded(2000, above=0)  # answers over which the weight adapts
+    entropy: float = bounded(0.0, at_least=0)  # weight of an entropy bonus
+    entropy_share: float = bounded(1.0, above=0, at_most=1)  # only this share of tokens, the most uncertain, is learned
+    correct_sampler: bool = True  # a sampler that is not quite the policy: its answers are weighted by π_old / sampler
+    sampler_cap: float = bounded(2.0, above=0)  # largest such weight
+    # --- Method
+    method: Literal["lora", "full"] = "lora"  # train adapters on frozen weights, or all weights
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights; adapters and optimizer stay in float32
+    rank: int = bounded(16, at_least=1, at_most=1 << 16)  # LoRA: rank of the update
+    alpha: float = bounded(32.0, above=0)  # LoRA: the update is scaled by alpha / rank
+    dropout: float = bounded(0.0, at_least=0, below=1)  # LoRA: probability of dropping an input of the adapters
+    targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers; all-linear: those; head (lm_head) is one too
+    # --- Optimizer
+    lr: float = bounded(5e-4, at_least=0)  # peak learning rate
+    warmup: int = bounded(2, at_least=0, at_most=10**9)  # steps until the peak; from there a cosine to a tenth
+    clip: float = bounded(1.0, above=0)  # largest norm of the gradient
+    sft_steps: int = bounded(600, at_least=1, at_most=10**9)  # scratch: most steps in which the model learns to imitate
+    sft_until: float = bounded(0.15, at_least=0, at_most=1)  # scratch: how often a sampled answer is right after that
+    # --- Evaluation
+    eval_prompts: int = bounded(512, at_least=1, at_most=10**6)  # prompts held out
+    eval_every: int = bounded(10, at_least=0, at_most=10**9)  # steps between evaluations; 0: only before and after
+
+    @classmethod
+    def toy(cls) -> Config:
+        return cls(
+            steps=100, model="scratch", dtype="float32", method="full", lr=1e-3, prompts=16, new_tokens=7,
+            max_length=32, eval_every=25,
+        )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lora.parse_targets(self.targets)
+        for name in self.reward:
+            rewards.find(name)
+        if self.updates * self.accumulate > self.prompts:
+            raise UserError(
+                f"--updates {self.updates} of --accumulate {self.accumulate} parts are more than the "
+                f"{self.prompts} groups of a step: raise --prompts"
+            )
+        if 0 < self.dual_clip <= 1:
+            raise UserError(f"--dual-clip {self.dual_clip:g} must be above 1, or 0 for none")
+        settings = self.settings()
+        if 0 < self.two_sided <= 1 + settings.clip_high:
+            raise UserError(f"--two-sided {self.two_sided:g} must be above 1 + the clip of {settings.clip_high:g}")
+        if settings.loss != "clipped" and (self.dual_clip or self.two_sided):
+            raise UserError(f"--dual-clip and --two-sided are for losses that clip, not for {self.loss}: omit them")
+        if settings.loss in ("sapo", "vespo") and (self.clip_low is not None or self.clip_high is not None):
+            raise UserError(f"--loss {self.loss} does not clip: omit --clip-low and --clip-high")
+        if settings.loss == "cispo" and self.clip_low is not None:
+            raise UserError("--loss cispo bounds ρ from above only: omit --clip-low")
+        if self.loss in ("luspo", "gspo") and self.ratio == "token":
+            raise UserError(f"--loss {self.loss} has a ratio of the whole answer: omit --ratio token")
+        if self.loss == "vespo" and self.ratio is not None:
+            raise UserError("--loss vespo has a weight of the whole answer: omit --ratio")
+        if self.kl_target and not self.kl_weight:
+            raise UserError("--kl-target adapts the weight of the KL term: give --kl-weight, which it starts from")
+        if self.kl_in == "reward" and not self.kl_weight:
+            raise UserError("--kl-in reward needs --kl-weight")
+        if self.overlong == "penalty" and self.overlong_margin > self.new_tokens:
+            raise UserError(f"--overlong-margin {self.overlong_margin} exceeds --new-tokens {self.new_tokens}")
+
+    def settings(self) -> policy_loss.Settings:
+        """Of the loss."""
+        named = policy_loss.NAMED[self.loss]
+        own = {"level": self.ratio, "clip_low": self.clip_low, "clip_high": self.clip_high}
+        return replace(
+            named,
+            **{name: value for name, value in own.items() if value is not None},  # type: ignore[arg-type]
+            dual_clip=self.dual_clip,
+            two_sided=self.two_sided,
+            kl_weight=self.kl_weight if self.kl_in == "loss" else 0.0,
+            kl_kind=self.kl_kind or "k3",
+            kl_ratio=self.kl_ratio,
+            entropy=self.entropy,
+            entropy_share=self.entropy_share,
+            sampler_cap=self.sampler_cap,
+        )
+
+
+# --- Answers and their advantages
+
+
+@dataclass
+class Judged:
+    """A prompt with its answers and what they earned."""
+
+    prompt: Prompt
+    answers: list[Answer]
+    rewards: Tensor  # (S,)
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (S,)
+    kl: float = 0.0  # mean over the answers, nats, where it is charged to the reward
+
+
+@dataclass
+class Collected:
+    """The groups of a step that are learned from, and what was seen of all that were sampled."""
+
+    groups: list[Judged]
+    metrics: dict[str, float]
+
+
+def collect(cfg: Config, run: Run, sampler: sampling.Sampler, task: Task, place: dict[str, Any]) -> Collected:
+    """Samples groups and judges them. Dynamic sampling (DAPO, §3.2): a group whose answers have one reward has no
+    gradient, so that other prompts are sampled in its place, `cfg.refills` times at most."""
+    kept: list[Judged] = []
+    seen: list[Judged] = []
+    each: dict[str, list[float]] = {}
+    for _ in range(1 + (cfg.refills if cfg.dynamic else 0)):
+        prompts = [task.train[i] for i in next_prompts(cfg.prompts - len(kept), len(task.train), run, place)]
+        groups = sampler([p.ids for p in prompts], cfg.samples, run.generator("answers", place["next"]))
+        judged = judge(cfg, task, prompts, groups, each)
+        seen += judged
+        spread = group_advantages.spread(torch.stack([one.rewards for one in judged])).tolist()
+        kept += [one for one, differs in zip(judged, spread, strict=True) if differs or not cfg.dynamic]
+        if len(kept) == cfg.prompts:
+            break
+    every = torch.stack([one.rewards for one in seen])
+    lengths = torch.tensor([float(len(a.ids)) for one in seen for a in one.answers])
+    metrics = {
+        "reward": every.mean().item(),
+        "no_spread": 1 - group_advantages.spread(every).double().mean().item(),
+        "sampled_groups": float(len(seen)),
+        "answer_tokens": lengths.mean().item(),
+        "truncated": sum(not a.finished for one in seen for a in one.answers) / len(lengths),
+    }
+    if len(each) > 1:
+        metrics |= {f"reward_{name}": sum(values) / len(values) for name, values in each.items()}
+    return Collected(kept, metrics)
+
+
+def next_prompts(count: int, total: int, run: Run, place: dict[str, Any]) -> list[int]:
+    """Indices of the next prompts of a permutation, which is another one in each pass over the data."""
+    places = range(place["next"], place["next"] + count)
+    place["next"] += count
+    return [packing.batch_indices(total, 1, i, lambda epoch: run.generator("epoch", epoch))[0] for i in places]
+
+
+def judge(
+    cfg: Config, task: Task, prompts: Sequence[Prompt], groups: Sequence[list[Answer]], each: dict[str, list[float]]
+) -> list[Judged]:
+    """The groups with their rewards, the penalty of long answers included; `each` gets those by name."""
+    repeated = [prompt for prompt in prompts for _ in range(cfg.samples)]
+    answers = [answer for group in groups for answer in group]
+    sums, named = task.judge(repeated, [answer.text for answer in answers])
+    for name, values in named.items():
+        each.setdefault(name, []).extend(values)
+    found = torch.tensor(sums)
+    if cfg.overlong == "penalty":
+        lengths = torch.tensor([float(len(answer.ids) + (not answer.finished)) for answer in answers])
+        found = found + group_advantages.overlong_penalty(lengths, cfg.new_tokens, cfg.overlong_margin)
+    parts = found.split(cfg.samples)
+    return [Judged(p, group, r) for p, group, r in zip(prompts, groups, parts, strict=True)]
+
+
+# --- The algorithm: a loss of the answers' tokens, gradients, a step of the optimizer
+
+
+@dataclass
+class Part:
+    """Answers of a micro-batch: their row, and what is fixed while the policy changes."""
+
+    layout: Layout
+    advantages: Tensor  # (N,)
+    sampler: Tensor | None  # (n,)
+    old: Tensor | None = None  # (n,) log π_old
+    reference: Tensor | None = None  # (n,) log π_ref
+    entropies: Tensor | None = None  # (n,) of π_old
+    chosen: Tensor | None = None  # (n,) bool
+
+
+@dataclass
+class Update:
+    """One step of the optimizer: its parts, and what their losses are divided by."""
+
+    parts: list[Part]
+    totals: Totals
+
+
+def update(
+    cfg: Config, model: Llama, optimizer: torch.optim.Optimizer, trained: Sequence[Tensor], reference: Reference,
+    groups: Sequence[Judged], coefficient: FixedCoefficient | AdaptiveCoefficient, lr: float,
+) -> dict[str, float]:  # fmt: skip
+    """`cfg.epochs` passes over the groups, each of `cfg.updates` optimizer steps. Without a gradient (no group has
+    spread) nothing is changed."""
+    settings = replace(cfg.settings(), kl_weight=coefficient.value if cfg.kl_in == "loss" else 0.0)
+    everything = bool(cfg.kl_weight or cfg.entropy)  # else an answer without advantage has no gradient
+    if cfg.kl_in == "reward" and cfg.kl_weight and groups:
+        charge_for_kl(cfg, model, reference, groups, coefficient.value)
+    set_advantages(cfg, groups)
+    updates = [u for u in divided(cfg, groups, everything) if u.parts]
+    if cfg.kl_weight and cfg.kl_in == "loss":
+        for part in (p for u in updates for p in u.parts):
+            with reference.standing() as standing, torch.no_grad():
+                part.reference = shared_prompts.token_logprobs(standing, part.layout, cfg.temperature)[0]
+    if cfg.epochs * cfg.updates > 1 or cfg.entropy_share < 1:
+        remember(cfg, model, updates)
+    seen: list[dict[str, float]] = []
+    for epoch in range(cfg.epochs):
+        for i, one in enumerate(updates):
+            sums = dict.fromkeys(("loss", "kl", "clipped", "ratio", "approximate_kl", "entropy", "tokens"), 0.0)
+            for part in one.parts:
+                logprobs, entropies = shared_prompts.token_logprobs(model, part.layout, cfg.temperature)
+                if part.old is None or epoch == i == 0:
+                    part.old = logprobs.detach()  # the policy has not changed yet: the ratio is exactly 1
+                answers = Answers(
+                    logprobs, part.old, part.layout.owners, part.advantages, entropies, part.reference, part.sampler,
+                    part.chosen,
+                )  # fmt: skip
+                found = policy_loss.policy_loss(answers, one.totals, settings)
+                found.loss.backward()
+                sums["loss"] += found.loss.item()
+                for name in ("kl", "clipped", "ratio", "approximate_kl"):
+                    sums[name] += getattr(found, name)
+                sums["entropy"] += entropies.sum().item()
+                sums["tokens"] += len(logprobs)
+            sums["grad_norm"] = float(ops.clip_grad_norm_([p.grad for p in trained if p.grad is not None], cfg.clip))
+            optimizer.step(lr=lr)  # type: ignore[call-arg]
+            optimizer.zero_grad()
+            seen.append(sums)
+    found = summarized(cfg, seen, updates)
+    if cfg.kl_weight and groups:
+        answers = sum(len(one.answers) for one in groups)
+        if cfg.kl_in == "reward":
+            found["kl"] = sum(one.kl for one in groups) / len(groups)
+        elif seen:
+            found["kl"] = sum(one["kl"] for one in seen[: cfg.updates]) / answers
+        coefficient.update(found.get("kl", 0.0), answers)
+        found["kl_weight"] = coefficient.value
+    return found
+
+
+def set_advantages(cfg: Config, groups: Sequence[Judged]) -> None:
+    if groups:
+        found = group_advantages.advantages(torch.stack([one.rewards for one in groups]), cfg.advantage)
+        for one, advantages in zip(groups, found, strict=True):
+            one.advantages = advantages
+
+
+def divided(cfg: Config, groups: Sequence[Judged], everything: bool) -> Iterator[Update]:
+    """The groups in `cfg.updates` updates of `cfg.accumulate` parts. One mask for all: an answer that is masked counts
+    nowhere. One whose advantage is 0 counts in what sums are divided by, and is computed only if `everything` is."""
+    counted = [[a.finished or cfg.overlong != "masked" for a in one.answers] for one in groups]
+    tokens = sum(len(a.ids) for one, c in zip(groups, counted, strict=True)
+                 for a, yes in zip(one.answers, c, strict=True) if yes)  # fmt: skip
+    for start, stop in bounds(len(groups), cfg.updates):
+        own = [
+            [(a, float(w)) for a, w, yes in zip(one.answers, one.advantages, c, strict=True) if yes]
+            for one, c in zip(groups[start:stop], counted[start:stop], strict=True)
+        ]
+        flat = [answer for group in own for answer, _ in group]
+        # The tokens of all updates alike, or of this one alone (bnpo).
+        share = tokens / cfg.updates if cfg.loss != "bnpo" else sum(len(answer.ids) for answer in flat)
+        parts = []
+        for a, b in bounds(len(own), cfg.accumulate):
+            learned = [[(answer, w) for answer, w in group if w or everything] for group in own[a:b]]
+            rows = [
+                (Group(one.prompt.ids, [answer.ids for answer, _ in group]), group)
+                for one, group in zip(groups[start + a : start + b], learned, strict=True) if group
+            ]  # fmt: skip
+            if rows:
+                pairs = [pair for _, group in rows for pair in group]
+                sampler = [answer.logprobs for answer, _ in pairs]
+                weigh = cfg.correct_sampler and all(one is not None for one in sampler)
+                parts.append(
+                    Part(
+                        Layout([row for row, _ in rows]),
+                        torch.tensor([w for _, w in pairs]),
+                        torch.tensor([x for one in sampler for x in one or ()]) if weigh else None,
+                    )
+                )
+        yield Update(parts, Totals(len(flat), share, cfg.new_tokens))
+
+
+def bounds(count: int, parts: int) -> list[tuple[int, int]]:
+    edges = [i * count // parts for i in range(parts + 1)]
+    return [(a, b) for a, b in pairwise(edges) if a < b]
+
+
+@torch.no_grad()
+def remember(cfg: Config, model: Llama, updates: Sequence[Update]) -> None:
+    """What the policy gives to the answers before it changes, and which tokens are uncertain enough to be learned."""
+    for one in updates:
+        for part in one.parts:
+            with evaluated(model):
+                part.old, part.entropies = shared_prompts.token_logprobs(model, part.layout, cfg.temperature)
+        if cfg.entropy_share < 1:
+            entropies = [part.entropies for part in one.parts if part.entropies is not None]
+            chosen = policy_loss.most_uncertain(torch.cat(entropies), cfg.entropy_share)
+            for part, mine in zip(one.parts, chosen.split([len(e) for e in entropies]), strict=True):
+                part.chosen = mine
+
+
+@torch.no_grad()
+def charge_for_kl(
+    cfg: Config, model: Llama, reference: Reference, groups: Sequence[Judged], weight: float
+) -> None:  # fmt: skip
+    """Subtracts the weighted estimate of KL(π ‖ π_ref), the sum over an answer's tokens, from its reward."""
+    for a, b in bounds(len(groups), cfg.updates * cfg.accumulate):
+        layout = Layout([Group(one.prompt.ids, [answer.ids for answer in one.answers]) for one in groups[a:b]])
+        with evaluated(model):
+            old = shared_prompts.token_logprobs(model, layout, cfg.temperature)[0]
+        with reference.standing() as standing:
+            base = shared_prompts.token_logprobs(standing, layout, cfg.temperature)[0]
+        estimates = kl.estimate(cfg.kl_kind or "k1", old, base)
+        count = sum(len(one.answers) for one in groups[a:b])
+        costs = torch.zeros(count).index_add(0, layout.owners, estimates).split(cfg.samples)
+        for one, cost in zip(groups[a:b], costs, strict=True):
+            one.rewards = one.rewards - weight * cost
+            one.kl = cost.mean().item()
+
+
+def summarized(cfg: Config, seen: Sequence[dict[str, float]], updates: Sequence[Update]) -> dict[str, float]:
+    """Means over the step's updates and their tokens."""
+    if not seen:
+        return {}
+    tokens = sum(one["tokens"] for one in seen)
+    found = {name: sum(one[name] for one in seen) / len(seen) for name in ("loss", "grad_norm")}
+    found |= {
+        name: sum(one[name] for one in seen) / tokens for name in ("clipped", "ratio", "approximate_kl", "entropy")
+    }
+    parts = [part for one in updates for part in one.parts]
+    apart = [(p.old - p.sampler).abs() for p in parts if p.sampler is not None and p.old is not None]
+    if apart:
+        found["sampler_difference"] = torch.cat(apart).mean().item()
+    return found
+
+
+def main(cfg: Config, run: Run) -> dict[str, Any]:
+    # What cannot fit is refused by the formulas, before the model is read.
+    shape, setup = memory_plan(cfg)
+    if cfg.max_length > shape.max_length:
+        raise UserError(f"--max-length {cfg.max_length}: the model's own is {shape.max_length}")
+    memory.check_memory(shape, setup, "--prompts or --samples, more parts with --accumulate")
+
+    # The policy: a chat model, or from scratch a small one that has imitated for a while.
+    tokenizer, model = load_model(cfg, run)
+    task = tasks.load(cfg, tokenizer)
+    check_vocabulary(task, model)
+    stops = frozenset(stop_ids(model, tokenizer) | (sampling.line_ends(tokenizer) if task.lines else set()))
+    if cfg.method == "lora":
+        lora.apply_lora(model, cfg.rank, cfg.alpha, cfg.dropout, lora.parse_targets(cfg.targets), run.generator("lora"))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = optim.AdamW(optim.decay_groups(trained.values(), 0.0), lr=cfg.lr)
+    reference = Reference(model)  # the adapters switched off, or a copy
+    coefficient = (
+        AdaptiveCoefficient(cfg.kl_weight, cfg.kl_target, cfg.kl_horizon)
+        if cfg.kl_target
+        else FixedCoefficient(cfg.kl_weight)
+    )
+
+    run.print(
+        f"{len(task.train):,} prompts to train on, {len(task.held_out):,} held out, "
+        f"{sum(p.numel() for p in trained.values()):,} parameters are trained; answers of the model before training …"
+    )
+    sampler = sampling.Sampler(cfg, model, tokenizer, stops)
+    first = evaluate(cfg, run, sampler, task, reference)
+    place: dict[str, Any] = {"next": 0, "kl_weight": cfg.kl_weight, "during": ""}
+    for step in run.steps(cfg.steps, {"trained": trained, "optimizer": optimizer, "place": place}):
+        coefficient.value = place["kl_weight"]
+        lr = optim.cosine(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 10)
+        found = collect(cfg, run, sampler, task, place)
+        learned = update(cfg, model, optimizer, list(trained.values()), reference, found.groups, coefficient, lr)
+        place["kl_weight"] = coefficient.value
+        run.log(step, **found.metrics, trained_groups=len(found.groups), **learned, lr=lr)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
+            midway = evaluate(cfg, run, sampler, task, reference)
+            run.log(step, accuracy=midway.greedy, sampled_accuracy=midway.sampled, sample_kl=midway.kl)
+            if step + 1 >= cfg.steps / 2 and not place["during"]:
+                place["during"] = json.dumps([answer.text for answer in midway.answers[:SHOWN]])
+
+    # Saved first: whatever fails below, what was trained is kept.
+    save_trained(cfg, model, tokenizer, run.dir / "model")
+    last = evaluate(cfg, run, sampler, task, reference)
+    show_samples(run, task, first, json.loads(place["during"] or "[]"), last)
+    report(cfg, run, first, last)
+    measure_memory(cfg, run, shape, setup, model, optimizer, sampler, task)
+    run.next_commands = bases.next_commands(run.dir)[: 1 if cfg.model == "scratch" or cfg.method == "full" else None]
+    return {"trained_parameters": sum(p.numel() for p in trained.values())}
+
+
+# --- Evaluation
+
+SHOWN = 32  # samples that are kept
+OF_KL = 64  # answers by which the KL is estimated
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean reward of the most likely and of sampled answers to the held-out prompts, (standard error of the first), the
+    mean of log π − log π_ref over sampled ones, and these themselves."""
+
+    greedy: float
+    greedy_error: float
+    sampled: float
+    sampled_error: float
+    kl: float
+    answers: list[Answer]
+    rewards: list[float]
+
+
+def evaluate(cfg: Config, run: Run, sampler: sampling.Sampler, task: Task, reference: Reference) -> Evaluation:
+    """The same prompts and the same random numbers each time, so that what differs is the policy."""
+    ids = [prompt.ids for prompt in task.held_out]
+    greedy = [group[0] for group in sampler(ids, 1, None)]
+    again = max(1, 128 // len(ids))  # of few prompts several samples
+    groups = sampler(ids, again, run.generator("evaluation"))
+    sampled = [answer for group in groups for answer in group]
+    scores, _ = task.judge(task.held_out, [answer.text for answer in greedy])
+    sums, _ = task.judge([p for p in task.held_out for _ in range(again)], [answer.text for answer in sampled])
+    first = [group[0] for group in groups]
+    return Evaluation(
+        *mean_and_error(scores), *mean_and_error(sums), apart(cfg, sampler.model, reference, ids, first), first,
+        sums[::again],
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def apart(
+    cfg: Config, model: Llama, reference: Reference, prompts: Sequence[list[int]], answers: Sequence[Answer]
+) -> float:
+    """Mean of log π − log π_ref of some answers, an unbiased estimate of the KL divergence in nats an answer."""
+    rows = [Group(ids, [answer.ids]) for ids, answer in zip(prompts[:OF_KL], answers, strict=False)]
+    layout = Layout(rows)
+    with evaluated(model):
+        own = shared_prompts.token_logprobs(model, layout, cfg.temperature)[0]
+    with reference.standing() as standing:
+        base = shared_prompts.token_logprobs(standing, layout, cfg.temperature)[0]
+    return (own - base).sum().item() / len(rows)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    x = torch.tensor(values, dtype=torch.float64)
+    return x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
+
+
+def show_samples(run: Run, task: Task, first: Evaluation, during: Sequence[str], last: Evaluation) -> None:
+    """Six of the prompts with a sampled answer before, during and after; answers.json keeps more."""
+    rows = []
+    for i, prompt in enumerate(task.held_out[:SHOWN]):
+        row = {"prompt": prompt.text.splitlines()[-1], "before": first.answers[i].text}
+        if i < len(during):
+            row["during"] = during[i]
+        rows.append(row | {"after": last.answers[i].text, "reward": f"{first.rewards[i]:g} → {last.rewards[i]:g}"})
+    run.table("answers of the policy", rows[:6])
+    (run.dir / "answers.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+
+
+def report(cfg: Config, run: Run, first: Evaluation, last: Evaluation) -> None:
+    """The results; the default run and the toy have targets, any other has to beat its own start."""
+    own = cfg.data is not None or bool(cfg.reward)
+    toy = cfg.model == "scratch" and not own
+    name = "reward" if own else "accuracy"
+    run.result(f"sampled_{name}", last.sampled, error=last.sampled_error, baseline=first.sampled,
+               target=0.9 if toy else first.sampled + (0 if own else 0.25))  # fmt: skip
+    run.result(f"greedy_{name}", last.greedy, error=last.greedy_error, baseline=first.greedy)
+    run.result("sample_kl", last.kl, baseline=0.0)
+    if toy:
+        run.check("sampled_accuracy_before", first.sampled, at_most=0.25)
+
+
+def measure_memory(
+    cfg: Config, run: Run, shape: LlamaConfig, setup: memory.Setup, model: Llama, optimizer: torch.optim.Optimizer,
+    sampler: sampling.Sampler, task: Task,
+) -> None:  # fmt: skip
+    """The memory of a step in which every group has spread, next to its prediction."""
+    count = -(-cfg.prompts // (cfg.updates * cfg.accumulate))
+    prompts = (task.train * count)[:count]
+    groups = sampler([prompt.ids for prompt in prompts], cfg.samples, run.generator("memory"))
+    layout = Layout([Group(p.ids, [a.ids for a in group]) for p, group in zip(prompts, groups, strict=True)])
+    weights = torch.linspace(-1, 1, len(layout.targets))
+    memory.record_step(
+        run, shape, replace(setup, batch=1, seq=layout.tokens.shape[1]), model=model, optimizer=optimizer,
+        loss=lambda: (shared_prompts.token_logprobs(model, layout, cfg.temperature)[0] * weights).mean(),
+    )  # fmt: skip
+
+
+# --- Model and files
+
+
+def load_model(cfg: Config, run: Run) -> tuple[Tokenizer, Llama]:
+    """Tokenizer and the model to begin with."""
+    if cfg.model != "scratch":
+        source = hub.resolve(cfg.model, run.console)
+        if source != smollm2.cached():  # whose files are known by their hash already
+            run.depends_on("model", source)
+        return load.tokenizer(source), load.llama(source, getattr(torch, cfg.dtype))
+    tokenizer = tasks.parity_tokenizer()
+    model = small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(getattr(torch, cfg.dtype))
+    imitate(cfg, run, model, tokenizer)
+    return tokenizer, model
+
+
+def imitate(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer) -> None:
+    """A short supervised fine-tuning of the toy's model: until a sampled answer is right with a probability of
+    cfg.sft_until, which is exact, as all prompts are here."""
+    optimizer = optim.AdamW(optim.decay_groups(model.parameters(), 0.0), lr=1e-3)
+    reached: dict[str, Any] = {"reached": False}
+    batch = packing.collate(tasks.parity_documents(tokenizer))
+    state = {"model": dict(model.named_parameters()), "optimizer": optimizer, "reached": reached}
+    for step in run.steps(cfg.sft_steps, state, phase="sft"):
+        if reached["reached"]:
+            continue
+        hidden = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, hidden=True)
+        loss = head.cross_entropy(model, hidden[0], batch.targets[0])
+        right = answer_probability(model, batch)
+        reached["reached"] = right >= cfg.sft_until
+        if not reached["reached"]:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        run.log(step, sft_loss=loss, sft_right=right)
+
+
+@torch.no_grad()
+def answer_probability(model: Llama, batch: packing.Batch) -> float:
+    """Mean probability of the documents' answers."""
+    from finetune.alignment import logprobs
+
+    return logprobs.sequence_sums(logprobs.token_logprobs(model, batch), batch).exp().mean().item()
+
+
+def check_vocabulary(task: Task, model: Llama) -> None:
+    largest = max(max(prompt.ids) for prompt in (*task.train, *task.held_out))
+    if largest >= model.config.vocab_size:
+        raise UserError(
+            f"the prompts have token {largest}, the model has {model.config.vocab_size}: its tokenizer is another's"
+        )
+
+
+def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
+    """The adapter as peft opens it, or the whole model as transformers does, with the tokenizer."""
+    if cfg.method == "lora" and cfg.model != "scratch":
+        adapters.save_adapter(model, folder, bases.base_name(cfg.model))
+        save.tokenizer(tokenizer, folder)
+        return
+    lora.merge(model, keep=True)
+    save.model(model, folder, tokenizer)
+    lora.unmerge(model)
+
+
+def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
+    """What is trained and how, for the memory formulas; nothing is loaded."""
+    if cfg.model == "scratch":
+        shape, prompt = small_config(tasks.parity_tokenizer().vocab_size, cfg.max_length), tasks.BITS + 1
+    else:
+        shape = load.llama_config(cfg.model)
+        prompt = cfg.max_length - cfg.new_tokens if cfg.data else 16 + 12 * cfg.shots
+    groups = -(-cfg.prompts // (cfg.updates * cfg.accumulate))
+    return shape, memory.Setup(
+        batch=1,
+        seq=groups * (prompt + cfg.samples * (cfg.new_tokens - 1)),  # a prompt lies in the row once
+        dtype="fp32" if cfg.dtype == "float32" else "bf16",
+        lora_rank=cfg.rank if cfg.method == "lora" else 0,
+        lora_targets=",".join(lora.parse_targets(cfg.targets)),
+        algorithm="grpo",
+    )
