@@ -77,6 +77,7 @@ class Reference:
 
     def __init__(self, model: Llama | GPT) -> None:
         self.trained = {name for name in lora.names(model) if is_trained(model, name)}
+        self.policy = model
         self.model = model if self.trained else copy.deepcopy(model).requires_grad_(False)
 
     @contextmanager

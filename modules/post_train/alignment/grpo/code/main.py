@@ -25,6 +25,7 @@ from finetune.alignment import group_advantages, kl, policy_loss, rewards, share
 from finetune.alignment.kl import AdaptiveCoefficient, FixedCoefficient
 from finetune.alignment.logprobs import Reference, evaluated
 from finetune.alignment.policy_loss import Answers, Totals
+from finetune.alignment.rollouts import Rollout, Sampler, mismatch, rollouts
 from finetune.alignment.shared_prompts import Group, Layout
 from finetune.data import packing
 from finetune.data.toy_directory import small_config, small_llama
@@ -38,8 +39,8 @@ from finetune.runs import config
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
 
-from . import sampling, tasks
-from .sampling import Answer
+from . import tasks
+from .evaluation import SHOWN, Evaluation, evaluate, show_samples
 from .tasks import Prompt, Task
 
 
@@ -63,6 +64,8 @@ class Config(config.Config):
     samples: int = bounded(16, at_least=1, at_most=1 << 16)  # answers of a group
     new_tokens: int = bounded(6, at_least=1, at_most=1 << 16)  # most tokens of an answer
     temperature: float = bounded(1.0, at_least=1e-3, at_most=100)
+    # weights of the copy that answers are sampled from, merged with the adapters; modules: no copy, the policy itself
+    sampler: Literal["modules", "fp32", "bf16", "int8"] = "bf16"
     dynamic: bool = True  # groups whose answers all have one reward are dropped, and other prompts sampled for them
     refills: int = bounded(3, at_least=0, at_most=1000)  # dynamic: most times that a step samples again
     # --- Advantages
@@ -114,8 +117,8 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> Config:
         return cls(
-            steps=100, model="scratch", dtype="float32", method="full", lr=1e-3, prompts=16, new_tokens=7,
-            max_length=32, eval_every=25,
+            steps=100, model="scratch", sampler="fp32", dtype="float32", method="full", lr=1e-3, prompts=16,
+            new_tokens=7, max_length=32, eval_every=25,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -168,15 +171,16 @@ class Config(config.Config):
         )
 
 
+MIDWAY = 128  # held-out prompts that are answered during training
+
 # --- Answers and their advantages
 
 
 @dataclass
 class Judged:
-    """A prompt with its answers and what they earned."""
+    """A prompt's answers and what they earned."""
 
-    prompt: Prompt
-    answers: list[Answer]
+    rollout: Rollout
     rewards: Tensor  # (S,)
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (S,)
     kl: float = 0.0  # mean over the answers, nats, where it is charged to the reward
@@ -190,7 +194,10 @@ class Collected:
     metrics: dict[str, float]
 
 
-def collect(cfg: Config, run: Run, sampler: sampling.Sampler, task: Task, place: dict[str, Any]) -> Collected:
+def collect(
+    cfg: Config, run: Run, sampler: Sampler, tokenizer: Tokenizer, task: Task, stops: frozenset[int],
+    place: dict[str, Any],
+) -> Collected:  # fmt: skip
     """Samples groups and judges them. Dynamic sampling (DAPO, §3.2): a group whose answers have one reward has no
     gradient, so that other prompts are sampled in its place, `cfg.refills` times at most."""
     kept: list[Judged] = []
@@ -198,7 +205,10 @@ def collect(cfg: Config, run: Run, sampler: sampling.Sampler, task: Task, place:
     each: dict[str, list[float]] = {}
     for _ in range(1 + (cfg.refills if cfg.dynamic else 0)):
         prompts = [task.train[i] for i in next_prompts(cfg.prompts - len(kept), len(task.train), run, place)]
-        groups = sampler([p.ids for p in prompts], cfg.samples, run.generator("answers", place["next"]))
+        groups = rollouts(
+            sampler, tokenizer, [p.ids for p in prompts], cfg.samples, cfg.new_tokens, temperature=cfg.temperature,
+            stop_ids=stops, generator=run.generator("answers", place["next"]),
+        )  # fmt: skip
         judged = judge(cfg, task, prompts, groups, each)
         seen += judged
         spread = group_advantages.spread(torch.stack([one.rewards for one in judged])).tolist()
@@ -206,13 +216,14 @@ def collect(cfg: Config, run: Run, sampler: sampling.Sampler, task: Task, place:
         if len(kept) == cfg.prompts:
             break
     every = torch.stack([one.rewards for one in seen])
-    lengths = torch.tensor([float(len(a.ids)) for one in seen for a in one.answers])
+    lengths = torch.tensor([float(len(answer)) for one in seen for answer in one.rollout.answers])
+    finished = [yes for one in seen for yes in one.rollout.finished]
     metrics = {
         "reward": every.mean().item(),
         "no_spread": 1 - group_advantages.spread(every).double().mean().item(),
         "sampled_groups": float(len(seen)),
         "answer_tokens": lengths.mean().item(),
-        "truncated": sum(not a.finished for one in seen for a in one.answers) / len(lengths),
+        "truncated": 1 - sum(finished) / len(finished),
     }
     if len(each) > 1:
         metrics |= {f"reward_{name}": sum(values) / len(values) for name, values in each.items()}
@@ -227,20 +238,19 @@ def next_prompts(count: int, total: int, run: Run, place: dict[str, Any]) -> lis
 
 
 def judge(
-    cfg: Config, task: Task, prompts: Sequence[Prompt], groups: Sequence[list[Answer]], each: dict[str, list[float]]
+    cfg: Config, task: Task, prompts: Sequence[Prompt], groups: Sequence[Rollout], each: dict[str, list[float]]
 ) -> list[Judged]:
     """The groups with their rewards, the penalty of long answers included; `each` gets those by name."""
     repeated = [prompt for prompt in prompts for _ in range(cfg.samples)]
-    answers = [answer for group in groups for answer in group]
-    sums, named = task.judge(repeated, [answer.text for answer in answers])
+    sums, named = task.judge(repeated, [text for group in groups for text in group.texts])
     for name, values in named.items():
         each.setdefault(name, []).extend(values)
     found = torch.tensor(sums)
     if cfg.overlong == "penalty":
-        lengths = torch.tensor([float(len(answer.ids) + (not answer.finished)) for answer in answers])
-        found = found + group_advantages.overlong_penalty(lengths, cfg.new_tokens, cfg.overlong_margin)
+        lengths = [len(a) + (not yes) for g in groups for a, yes in zip(g.answers, g.finished, strict=True)]
+        found += group_advantages.overlong_penalty(torch.tensor(lengths), cfg.new_tokens + 1, cfg.overlong_margin)
     parts = found.split(cfg.samples)
-    return [Judged(p, group, r) for p, group, r in zip(prompts, groups, parts, strict=True)]
+    return [Judged(group, r) for group, r in zip(groups, parts, strict=True)]
 
 
 # --- The algorithm: a loss of the answers' tokens, gradients, a step of the optimizer
@@ -252,7 +262,7 @@ class Part:
 
     layout: Layout
     advantages: Tensor  # (N,)
-    sampler: Tensor | None  # (n,)
+    sampler: Tensor  # (n,) log-probabilities that the sampler drew the tokens with
     old: Tensor | None = None  # (n,) log π_old
     reference: Tensor | None = None  # (n,) log π_ref
     entropies: Tensor | None = None  # (n,) of π_old
@@ -294,8 +304,8 @@ def update(
                 if part.old is None or epoch == i == 0:
                     part.old = logprobs.detach()  # the policy has not changed yet: the ratio is exactly 1
                 answers = Answers(
-                    logprobs, part.old, part.layout.owners, part.advantages, entropies, part.reference, part.sampler,
-                    part.chosen,
+                    logprobs, part.old, part.layout.owners, part.advantages, entropies, part.reference,
+                    part.sampler if cfg.correct_sampler else None, part.chosen,
                 )  # fmt: skip
                 found = policy_loss.policy_loss(answers, one.totals, settings)
                 found.loss.backward()
@@ -310,7 +320,7 @@ def update(
             seen.append(sums)
     found = summarized(cfg, seen, updates)
     if cfg.kl_weight and groups:
-        answers = sum(len(one.answers) for one in groups)
+        answers = cfg.samples * len(groups)
         if cfg.kl_in == "reward":
             found["kl"] = sum(one.kl for one in groups) / len(groups)
         elif seen:
@@ -330,36 +340,26 @@ def set_advantages(cfg: Config, groups: Sequence[Judged]) -> None:
 def divided(cfg: Config, groups: Sequence[Judged], everything: bool) -> Iterator[Update]:
     """The groups in `cfg.updates` updates of `cfg.accumulate` parts. One mask for all: an answer that is masked counts
     nowhere. One whose advantage is 0 counts in what sums are divided by, and is computed only if `everything` is."""
-    counted = [[a.finished or cfg.overlong != "masked" for a in one.answers] for one in groups]
-    tokens = sum(len(a.ids) for one, c in zip(groups, counted, strict=True)
-                 for a, yes in zip(one.answers, c, strict=True) if yes)  # fmt: skip
+    rows = []  # of each group: (answer, the sampler's log-probabilities, advantage)
+    for one in groups:
+        answers = zip(one.rollout.answers, one.rollout.sampled, one.advantages.tolist(), strict=True)
+        counts = [yes or cfg.overlong != "masked" for yes in one.rollout.finished]
+        rows.append([row for row, yes in zip(answers, counts, strict=True) if yes])
+    tokens = sum(len(answer) for row in rows for answer, *_ in row)
     for start, stop in bounds(len(groups), cfg.updates):
-        own = [
-            [(a, float(w)) for a, w, yes in zip(one.answers, one.advantages, c, strict=True) if yes]
-            for one, c in zip(groups[start:stop], counted[start:stop], strict=True)
-        ]
-        flat = [answer for group in own for answer, _ in group]
+        own = rows[start:stop]
         # The tokens of all updates alike, or of this one alone (bnpo).
-        share = tokens / cfg.updates if cfg.loss != "bnpo" else sum(len(answer.ids) for answer in flat)
+        share = sum(len(a) for row in own for a, *_ in row) if cfg.loss == "bnpo" else tokens / cfg.updates
         parts = []
         for a, b in bounds(len(own), cfg.accumulate):
-            learned = [[(answer, w) for answer, w in group if w or everything] for group in own[a:b]]
-            rows = [
-                (Group(one.prompt.ids, [answer.ids for answer, _ in group]), group)
-                for one, group in zip(groups[start + a : start + b], learned, strict=True) if group
-            ]  # fmt: skip
-            if rows:
-                pairs = [pair for _, group in rows for pair in group]
-                sampler = [answer.logprobs for answer, _ in pairs]
-                weigh = cfg.correct_sampler and all(one is not None for one in sampler)
-                parts.append(
-                    Part(
-                        Layout([row for row, _ in rows]),
-                        torch.tensor([w for _, w in pairs]),
-                        torch.tensor([x for one in sampler for x in one or ()]) if weigh else None,
-                    )
-                )
-        yield Update(parts, Totals(len(flat), share, cfg.new_tokens))
+            prompts = [one.rollout.prompt for one in groups[start + a : start + b]]
+            learned = [[answer for answer in row if answer[2] or everything] for row in own[a:b]]
+            if any(learned):
+                flat = [answer for row in learned for answer in row]
+                layout = Layout([Group(p, [x[0] for x in row]) for p, row in zip(prompts, learned, strict=True) if row])
+                sampler = torch.cat([sampled for _, sampled, _ in flat])
+                parts.append(Part(layout, torch.tensor([advantage for *_, advantage in flat]), sampler))
+        yield Update(parts, Totals(sum(map(len, own)), share, cfg.new_tokens))
 
 
 def bounds(count: int, parts: int) -> list[tuple[int, int]]:
@@ -387,14 +387,13 @@ def charge_for_kl(
 ) -> None:  # fmt: skip
     """Subtracts the weighted estimate of KL(π ‖ π_ref), the sum over an answer's tokens, from its reward."""
     for a, b in bounds(len(groups), cfg.updates * cfg.accumulate):
-        layout = Layout([Group(one.prompt.ids, [answer.ids for answer in one.answers]) for one in groups[a:b]])
+        layout = Layout([one.rollout.group for one in groups[a:b]])
         with evaluated(model):
             old = shared_prompts.token_logprobs(model, layout, cfg.temperature)[0]
         with reference.standing() as standing:
             base = shared_prompts.token_logprobs(standing, layout, cfg.temperature)[0]
         estimates = kl.estimate(cfg.kl_kind or "k1", old, base)
-        count = sum(len(one.answers) for one in groups[a:b])
-        costs = torch.zeros(count).index_add(0, layout.owners, estimates).split(cfg.samples)
+        costs = torch.zeros(cfg.samples * (b - a)).index_add(0, layout.owners, estimates).split(cfg.samples)
         for one, cost in zip(groups[a:b], costs, strict=True):
             one.rewards = one.rewards - weight * cost
             one.kl = cost.mean().item()
@@ -410,9 +409,8 @@ def summarized(cfg: Config, seen: Sequence[dict[str, float]], updates: Sequence[
         name: sum(one[name] for one in seen) / tokens for name in ("clipped", "ratio", "approximate_kl", "entropy")
     }
     parts = [part for one in updates for part in one.parts]
-    apart = [(p.old - p.sampler).abs() for p in parts if p.sampler is not None and p.old is not None]
-    if apart:
-        found["sampler_difference"] = torch.cat(apart).mean().item()
+    old = [part.old for part in parts if part.old is not None]
+    found |= mismatch(torch.cat(old), torch.cat([part.sampler for part in parts]))
     return found
 
 
@@ -427,7 +425,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     tokenizer, model = load_model(cfg, run)
     task = tasks.load(cfg, tokenizer)
     check_vocabulary(task, model)
-    stops = frozenset(stop_ids(model, tokenizer) | (sampling.line_ends(tokenizer) if task.lines else set()))
+    stops = frozenset(stop_ids(model, tokenizer) | (tasks.line_ends(tokenizer) if task.lines else set()))
     if cfg.method == "lora":
         lora.apply_lora(model, cfg.rank, cfg.alpha, cfg.dropout, lora.parse_targets(cfg.targets), run.generator("lora"))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -443,97 +441,39 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         f"{len(task.train):,} prompts to train on, {len(task.held_out):,} held out, "
         f"{sum(p.numel() for p in trained.values()):,} parameters are trained; answers of the model before training …"
     )
-    sampler = sampling.Sampler(cfg, model, tokenizer, stops)
-    first = evaluate(cfg, run, sampler, task, reference)
+    sampler = Sampler(model, None if cfg.sampler == "modules" else cfg.sampler)
+
+    def look(most: int = 1 << 30) -> Evaluation:
+        sampler.refresh()
+        return evaluate(cfg, run, sampler, tokenizer, task, stops, reference, most)
+
+    first = look()
     place: dict[str, Any] = {"next": 0, "kl_weight": cfg.kl_weight, "during": ""}
     for step in run.steps(cfg.steps, {"trained": trained, "optimizer": optimizer, "place": place}):
         coefficient.value = place["kl_weight"]
         lr = optim.cosine(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 10)
-        found = collect(cfg, run, sampler, task, place)
+        sampler.refresh()
+        found = collect(cfg, run, sampler, tokenizer, task, stops, place)
         learned = update(cfg, model, optimizer, list(trained.values()), reference, found.groups, coefficient, lr)
         place["kl_weight"] = coefficient.value
         run.log(step, **found.metrics, trained_groups=len(found.groups), **learned, lr=lr)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-            midway = evaluate(cfg, run, sampler, task, reference)
-            run.log(step, accuracy=midway.greedy, sampled_accuracy=midway.sampled, sample_kl=midway.kl)
+            midway = look(MIDWAY)
+            run.log(step, held_out_greedy=midway.greedy.mean, held_out=midway.sampled.mean, sample_kl=midway.kl)
             if step + 1 >= cfg.steps / 2 and not place["during"]:
-                place["during"] = json.dumps([answer.text for answer in midway.answers[:SHOWN]])
+                place["during"] = json.dumps(midway.texts[:SHOWN])
 
     # Saved first: whatever fails below, what was trained is kept.
     save_trained(cfg, model, tokenizer, run.dir / "model")
-    last = evaluate(cfg, run, sampler, task, reference)
+    last = look()
     show_samples(run, task, first, json.loads(place["during"] or "[]"), last)
     report(cfg, run, first, last)
-    measure_memory(cfg, run, shape, setup, model, optimizer, sampler, task)
+    measure_memory(cfg, run, shape, setup, model, optimizer, sampler, tokenizer, task, stops)
     run.next_commands = bases.next_commands(run.dir)[: 1 if cfg.model == "scratch" or cfg.method == "full" else None]
     return {"trained_parameters": sum(p.numel() for p in trained.values())}
 
 
-# --- Evaluation
-
-SHOWN = 32  # samples that are kept
-OF_KL = 64  # answers by which the KL is estimated
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean reward of the most likely and of sampled answers to the held-out prompts, (standard error of the first), the
-    mean of log π − log π_ref over sampled ones, and these themselves."""
-
-    greedy: float
-    greedy_error: float
-    sampled: float
-    sampled_error: float
-    kl: float
-    answers: list[Answer]
-    rewards: list[float]
-
-
-def evaluate(cfg: Config, run: Run, sampler: sampling.Sampler, task: Task, reference: Reference) -> Evaluation:
-    """The same prompts and the same random numbers each time, so that what differs is the policy."""
-    ids = [prompt.ids for prompt in task.held_out]
-    greedy = [group[0] for group in sampler(ids, 1, None)]
-    again = max(1, 128 // len(ids))  # of few prompts several samples
-    groups = sampler(ids, again, run.generator("evaluation"))
-    sampled = [answer for group in groups for answer in group]
-    scores, _ = task.judge(task.held_out, [answer.text for answer in greedy])
-    sums, _ = task.judge([p for p in task.held_out for _ in range(again)], [answer.text for answer in sampled])
-    first = [group[0] for group in groups]
-    return Evaluation(
-        *mean_and_error(scores), *mean_and_error(sums), apart(cfg, sampler.model, reference, ids, first), first,
-        sums[::again],
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def apart(
-    cfg: Config, model: Llama, reference: Reference, prompts: Sequence[list[int]], answers: Sequence[Answer]
-) -> float:
-    """Mean of log π − log π_ref of some answers, an unbiased estimate of the KL divergence in nats an answer."""
-    rows = [Group(ids, [answer.ids]) for ids, answer in zip(prompts[:OF_KL], answers, strict=False)]
-    layout = Layout(rows)
-    with evaluated(model):
-        own = shared_prompts.token_logprobs(model, layout, cfg.temperature)[0]
-    with reference.standing() as standing:
-        base = shared_prompts.token_logprobs(standing, layout, cfg.temperature)[0]
-    return (own - base).sum().item() / len(rows)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    x = torch.tensor(values, dtype=torch.float64)
-    return x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0
-
-
-def show_samples(run: Run, task: Task, first: Evaluation, during: Sequence[str], last: Evaluation) -> None:
-    """Six of the prompts with a sampled answer before, during and after; answers.json keeps more."""
-    rows = []
-    for i, prompt in enumerate(task.held_out[:SHOWN]):
-        row = {"prompt": prompt.text.splitlines()[-1], "before": first.answers[i].text}
-        if i < len(during):
-            row["during"] = during[i]
-        rows.append(row | {"after": last.answers[i].text, "reward": f"{first.rewards[i]:g} → {last.rewards[i]:g}"})
-    run.table("answers of the policy", rows[:6])
-    (run.dir / "answers.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+# --- Results
 
 
 def report(cfg: Config, run: Run, first: Evaluation, last: Evaluation) -> None:
@@ -541,23 +481,27 @@ def report(cfg: Config, run: Run, first: Evaluation, last: Evaluation) -> None:
     own = cfg.data is not None or bool(cfg.reward)
     toy = cfg.model == "scratch" and not own
     name = "reward" if own else "accuracy"
-    run.result(f"sampled_{name}", last.sampled, error=last.sampled_error, baseline=first.sampled,
-               target=0.9 if toy else first.sampled + (0 if own else 0.25))  # fmt: skip
-    run.result(f"greedy_{name}", last.greedy, error=last.greedy_error, baseline=first.greedy)
+    base = first.sampled.mean
+    run.result(f"sampled_{name}", last.sampled.mean, error=last.sampled.error, baseline=base,
+               target=0.9 if toy else base + (0 if own else 0.25))  # fmt: skip
+    run.result(f"greedy_{name}", last.greedy.mean, error=last.greedy.error, baseline=first.greedy.mean)
     run.result("sample_kl", last.kl, baseline=0.0)
     if toy:
-        run.check("sampled_accuracy_before", first.sampled, at_most=0.25)
+        run.check("sampled_accuracy_before", base, at_most=0.25)
 
 
 def measure_memory(
     cfg: Config, run: Run, shape: LlamaConfig, setup: memory.Setup, model: Llama, optimizer: torch.optim.Optimizer,
-    sampler: sampling.Sampler, task: Task,
+    sampler: Sampler, tokenizer: Tokenizer, task: Task, stops: frozenset[int],
 ) -> None:  # fmt: skip
     """The memory of a step in which every group has spread, next to its prediction."""
     count = -(-cfg.prompts // (cfg.updates * cfg.accumulate))
     prompts = (task.train * count)[:count]
-    groups = sampler([prompt.ids for prompt in prompts], cfg.samples, run.generator("memory"))
-    layout = Layout([Group(p.ids, [a.ids for a in group]) for p, group in zip(prompts, groups, strict=True)])
+    groups = rollouts(
+        sampler, tokenizer, [prompt.ids for prompt in prompts], cfg.samples, cfg.new_tokens,
+        temperature=cfg.temperature, stop_ids=stops, generator=run.generator("memory"),
+    )  # fmt: skip
+    layout = Layout([group.group for group in groups])
     weights = torch.linspace(-1, 1, len(layout.targets))
     memory.record_step(
         run, shape, replace(setup, batch=1, seq=layout.tokens.shape[1]), model=model, optimizer=optimizer,

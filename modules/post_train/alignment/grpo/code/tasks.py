@@ -57,6 +57,11 @@ def load(cfg: Config, tokenizer: Tokenizer) -> Task:
     return Task(prompts[cfg.eval_prompts :], prompts[: cfg.eval_prompts], given or [rewards.find("sum")], lines=True)
 
 
+def line_ends(tokenizer: Tokenizer) -> set[int]:
+    """The tokens with a line break."""
+    return {i for i in range(tokenizer.vocab_size) if "\n" in tokenizer.decode([i])}
+
+
 # --- A user's prompts
 
 

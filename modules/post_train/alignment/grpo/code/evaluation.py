@@ -1,0 +1,113 @@
+"""What the policy answers to held-out prompts before, during and after training, and how far it has moved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from finetune.alignment import shared_prompts
+from finetune.alignment.logprobs import Reference, evaluated
+from finetune.alignment.rollouts import Sampler
+from finetune.alignment.shared_prompts import Group, Layout
+from finetune.inference.engine import Engine
+from finetune.inference.sampler import Sampling
+from finetune.lm.tokenizer import Tokenizer, answer_text
+from finetune.runs.run import Run
+
+from .tasks import Prompt, Task
+
+if TYPE_CHECKING:
+    from .main import Config
+
+SHOWN = 32  # samples that are kept
+OF_KL = 64  # answers by which the KL is estimated
+LEAST = 128  # sampled answers: of few prompts several each
+BLOCK = 16  # tokens of a cache block; prompts share those in which they begin alike
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over answers and its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Score:
+        x = torch.tensor(values, dtype=torch.float64)
+        return cls(x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Reward of the most likely and of sampled answers, the mean of log π − log π_ref over sampled ones (nats an
+    answer), and the first sampled answer to each prompt with its reward."""
+
+    greedy: Score
+    sampled: Score
+    kl: float
+    texts: list[str]
+    rewards: list[float]
+
+
+def evaluate(
+    cfg: Config, run: Run, sampler: Sampler, tokenizer: Tokenizer, task: Task, stops: frozenset[int],
+    reference: Reference, most: int = 1 << 30,
+) -> Evaluation:  # fmt: skip
+    """Of the first `most` held-out prompts, by the same random numbers each time: what differs is the policy."""
+    prompts = task.held_out[:most]
+    again = -(-LEAST // len(prompts)) if len(prompts) < LEAST else 1
+    repeated = [prompt for prompt in prompts for _ in range(again)]
+    seeds = torch.randint((1 << 62) - 1, (len(repeated),), generator=run.generator("evaluation")).tolist()
+    how = [Sampling() for _ in prompts] + [Sampling(cfg.temperature, seed=seed) for seed in seeds]
+    answers = ask(cfg, sampler, [*prompts, *repeated], how, stops)
+    texts = [answer_text(tokenizer, answer, stops) for answer in answers]
+    greedy, _ = task.judge(prompts, texts[: len(prompts)])
+    sampled, _ = task.judge(repeated, texts[len(prompts) :])
+    return Evaluation(
+        Score.of(greedy), Score.of(sampled), apart(cfg, reference, prompts, answers[len(prompts) :: again]),
+        texts[len(prompts) :: again], sampled[::again],
+    )  # fmt: skip
+
+
+def ask(
+    cfg: Config, sampler: Sampler, prompts: Sequence[Prompt], how: Sequence[Sampling], stops: frozenset[int]
+) -> list[list[int]]:
+    """An answer to each prompt, the token that ended it included."""
+    count = min(len(prompts), 128)
+    longest = max(len(prompt.ids) for prompt in prompts) + cfg.new_tokens
+    with evaluated(sampler.model):
+        engine = Engine(
+            sampler.model, (count + 1) * -(-longest // BLOCK), BLOCK, most_tokens=1024, most_sequences=count
+        )
+        found = [engine.add(p.ids, h, cfg.new_tokens, stops) for p, h in zip(prompts, how, strict=True)]
+        engine.run()
+    return [one.answer for one in found]
+
+
+@torch.no_grad()
+def apart(cfg: Config, reference: Reference, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> float:
+    """Mean of log π − log π_ref of some answers, an unbiased estimate of the KL divergence in nats an answer."""
+    rows = [Group(p.ids, [answer]) for p, answer in zip(prompts[:OF_KL], answers, strict=False)]
+    layout = Layout(rows)
+    with evaluated(reference.policy):
+        own = shared_prompts.token_logprobs(reference.policy, layout, cfg.temperature)[0]
+    with reference.standing() as standing:
+        base = shared_prompts.token_logprobs(standing, layout, cfg.temperature)[0]
+    return (own - base).sum().item() / len(rows)
+
+
+def show_samples(run: Run, task: Task, first: Evaluation, during: Sequence[str], last: Evaluation) -> None:
+    """Six of the prompts with a sampled answer before, during and after; answers.json keeps more."""
+    rows = []
+    for i, prompt in enumerate(task.held_out[:SHOWN]):
+        row = {"prompt": prompt.text.splitlines()[-1], "before": first.texts[i]}
+        if i < len(during):
+            row["during"] = during[i]
+        rows.append(row | {"after": last.texts[i], "reward": f"{first.rewards[i]:g} → {last.rewards[i]:g}"})
+    run.table("answers of the policy", rows[:6])
+    (run.dir / "answers.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
