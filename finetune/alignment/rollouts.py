@@ -61,6 +61,10 @@ class Sampler:
 
     format: of ops.quantized_linear's FORMATS; None: no copy, the policy's own modules. Costs the bytes of the format,
     and at each `refresh` the time to pack the layers that training changes. UserError for an unknown format.
+
+    A weight in bf16 and an adapter are summed in fp32. Rounded to the nearest bf16 number the sum would be the weight
+    again, as long as the adapter adds less than half of the distance between two numbers: the sampler would not see the
+    first updates at all. So it is rounded up or down with the probabilities that make it right on average.
     """
 
     def __init__(self, policy: Llama | GPT, format: str | None = "bf16") -> None:
@@ -77,7 +81,7 @@ class Sampler:
         ends = format if format in WHOLE else "int8"  # of embedding and head, as inference.packed.pack has them
         for name, layer in matrices(policy):
             wanted = ends if name in ("embed", "head") else format
-            self.packed[name] = slabs.take(named(name, layer.weight, wanted))
+            self.packed[name] = slabs.take(named(name, weight_for(layer, wanted), wanted))
         with torch.device("meta"):
             self.model = Llama(policy.config) if isinstance(policy, Llama) else GPT(policy.config)
         for name, layer in lora.linear_layers(policy).items():
@@ -97,9 +101,24 @@ class Sampler:
         for name, layer in matrices(self.policy) if self.packed else ():
             if any(p.requires_grad for p in layer.parameters()):
                 old = self.packed[name]
-                new = named(name, layer.weight, old.format).packed(old.device)
+                new = named(name, weight_for(layer, old.format), old.format).packed(old.device)
                 for into, tensor in zip(old.tensors, new.tensors, strict=True):
                     into.copy_(tensor)
+
+
+def weight_for(layer: Any, format: str) -> Tensor:
+    """(out, in): the layer's weight, with adapters in fp32, to be packed in a format; see `Sampler`."""
+    if not isinstance(layer, lora.LoRALinear):
+        return layer.weight
+    return dithered(layer.exact) if format == "bf16" and layer.base.weight.dtype == torch.bfloat16 else layer.exact
+
+
+def dithered(weight: Tensor) -> Tensor:
+    """fp32 → bf16, each number rounded away from 0 with the probability that makes the result right on average. The
+    random numbers are the same each time; what bf16 holds exactly stays."""
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randint(1 << 16, weight.shape, generator=g, dtype=torch.int32).to(weight.device)
+    return ((weight.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 def matrices(model: Llama | GPT) -> list[tuple[str, Any]]:

@@ -195,12 +195,16 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """(out, in): W and the active adapters, through which gradients flow. The loss and generation take the head
         so, which they multiply themselves."""
-        base = self.base.weight
-        total = base.float()
+        return self.exact.to(self.base.weight.dtype)
+
+    @property
+    def exact(self) -> Tensor:
+        """`weight` before it is rounded to W's dtype, fp32."""
+        total = self.base.weight.float()
         for a, b, scale in self.terms():
             total = total.addmm(b, a, alpha=scale)
         factor = self.factor()
-        return (total if factor is None else total * factor[:, None]).to(base.dtype)
+        return total if factor is None else total * factor[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out), in x's dtype."""

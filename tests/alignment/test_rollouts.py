@@ -136,3 +136,33 @@ def test_what_cannot_be_sampled_is_refused(tokenizer):
 
 def test_no_tokens_have_no_gap():
     assert mismatch(torch.zeros(0), torch.zeros(0)) == {"sampler_gap": 0, "sampler_gap_max": 0, "sampler_kl": 0}
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8"])
+def test_the_first_updates_of_an_adapter_reach_the_sampler(format):
+    """Each changes a weight by far less than the distance between two numbers in bf16, in which the policy is."""
+    model = llama().bfloat16()
+    lora.apply_lora(model, rank=4, alpha=8)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            p.data.fill_(1e-5)
+    sampler = Sampler(model, format)
+    right = total = swallowed = 0.0
+    for name, layer in lora.linear_layers(model).items():
+        added = layer.exact.detach() - layer.base.weight
+        before = rollouts.named(name, layer.base.weight, format).packed(torch.device("cpu")).dequantize()
+        found = sampler.packed[name].dequantize() - before
+        right += (found * added).sum().item()
+        total += (added * added).sum().item()
+        swallowed += ((layer.weight - layer.base.weight).float() * added).sum().item()
+    assert swallowed < 0.5 * total
+    assert right == pytest.approx(total, rel=0.5)
+
+
+def test_dithered_is_right_on_average_and_keeps_what_bf16_holds():
+    w = torch.randn(200, 300, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(rollouts.dithered(w.bfloat16().float()), w.bfloat16())
+    x = torch.full((200, 300), -1.0 - 0.25 * 2**-7)  # a quarter of the way to the next number
+    found = rollouts.dithered(x)
+    assert sorted(found.unique().tolist()) == [-1 - 2**-7, -1.0]
+    assert found.float().mean().item() == pytest.approx(x[0, 0].item(), abs=5 * 2**-7 * 0.43 / 60000**0.5)
