@@ -7,16 +7,20 @@ switches its details off one by one. The README explains every metric and lists 
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from finetune.alignment import rewards
 from finetune.errors import UserError
+from finetune.peft import lora
 from finetune.rl.envs import environments
 from finetune.rl.statistics import mean_and_error
 from finetune.runs import config
 from finetune.runs.run import Run
 
-from . import ablation, plots, ppo
+from . import ablation, lm, plots, ppo
+from .lm import memory_plan as memory_plan  # of --task lm; the networks of control take no memory to speak of
 
 OBJECTIVES: tuple[Literal["clip", "kl"], ...] = ("clip", "kl")
 
@@ -24,8 +28,10 @@ OBJECTIVES: tuple[Literal["clip", "kl"], ...] = ("clip", "kl")
 @dataclass
 class Config(config.Config):
     threads: int = 1  # networks of this size are fastest on one
-    steps: int = 97  # updates, of --envs times --horizon environment steps each: just below 100,000
+    # updates; control: of --envs times --horizon environment steps each, just below 100,000; lm: of --answers answers
+    steps: int = 97
     checkpoint_every: int = 50
+    task: Literal["control", "lm"] = "control"  # environments, or the answers of a language model
     # compare: both objectives on every environment; ablation: details switched off one by one, on the first one
     experiment: Literal["compare", "ablation"] = "compare"
     # a gymnasium id, or an environment of your own (actor_critic's README); may be given several times
@@ -81,22 +87,57 @@ class Config(config.Config):
     adam_eps: float = config.bounded(1e-5, above=0, at_most=1)
     max_norm: float = config.bounded(0.5, above=0, at_most=10**6)  # of the gradient of all parameters
 
+    # --- language model (--task lm)
+    # smollm2, the folder of a model or of an adapter (of sft) to start from, a hub id, or scratch: a small new Llama
+    model: str = "smollm2"
+    # rows of prompts (.jsonl, .json, .csv, .tsv, .parquet); none: openings that a text can go on from, well or badly
+    data: Path | None = None
+    raw: bool = False  # --data: texts are continued as they stand; else they are messages for the chat template
+    # vader, length, …, file.py:function, with a weight name*0.5; may be given several times; none: vader
+    reward: tuple[str, ...] = ()
+    prompts: int = config.bounded(1000, at_least=1, at_most=10**6)  # openings to train on
+    eval_prompts: int = config.bounded(200, at_least=1, at_most=10**6)  # held-out prompts
+    samples: int = config.bounded(128, at_least=1, at_most=1 << 16)  # answers to them before and after
+    answers: int = config.bounded(32, at_least=1, at_most=1 << 16)  # sampled in an update
+    new_tokens: int = config.bounded(24, at_least=1, at_most=1 << 16)  # most tokens of an answer
+    temperature: float = config.bounded(1.0, at_least=1e-3, at_most=100)  # of sampling, and of log π
+    critic: Literal["shared", "separate"] = "shared"  # a head on the policy's states, or a network of its own
+    beta: float = config.bounded(0.05, at_least=0, at_most=10**6)  # what a nat from the reference costs, at first
+    # nats an answer, to which the cost adapts; none: it stays
+    kl_aim: float | None = config.bounded(6.0, above=0, at_most=10**6)
+    kl_horizon: float = config.bounded(200.0, above=0, at_most=10**9)  # answers in which the cost adapts
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the frozen weights; what is trained is float32
+    rank: int = config.bounded(16, at_least=1, at_most=1 << 16)  # of the adapters
+    alpha: float = config.bounded(32.0, above=0, at_most=10**6)  # they are scaled by alpha / rank
+    targets: str = ",".join(lora.TARGETS)  # adapted layers; all-linear: those
+    sft_steps: int = config.bounded(250, at_least=1, at_most=10**9)  # scratch: steps in which it learns to write
+
     # --- ablation
     ablation_updates: int = config.bounded(24, at_least=1, at_most=10**6)  # of a training, at most --steps
     ablation_seeds: int = config.bounded(5, at_least=2, at_most=1000)  # trainings with each detail off
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=40, env=("CartPole-v1",), repeats=1)
+        return cls(steps=40, env=("CartPole-v1",), repeats=1, model="scratch", dtype="float32", new_tokens=12,
+                   answers=64)  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.objectives.split(","):
             if name not in OBJECTIVES:
                 raise UserError(f"--objectives: '{name}' is not one of {', '.join(OBJECTIVES)}")
+        lora.parse_targets(self.targets)
+        for name in self.reward:
+            rewards.find(name)
+
+    def chosen(self) -> ppo.Chosen:
+        """Of --task lm: what the settings say, and the usual values where they are `none`."""
+        return ppo.given(self, ppo.TOY_ANSWERS if self.model == "scratch" else ppo.ANSWERS)
 
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
+    if cfg.task == "lm":
+        return lm.main(cfg, run)
     limit = environments.EpisodeLimit(cfg.max_episode_steps, run.print)
     made = {}
     for env in cfg.env if cfg.experiment == "compare" else cfg.env[:1]:  # all before anything is trained

@@ -69,6 +69,24 @@ def diagnostics(cfg: Config, run: Run, env: str) -> None:
     save(picture, run.dir / "diagnostics.png")
 
 
+def language(cfg: Config, run: Run, baseline: float) -> None:
+    """answers.png: score, divergence from the reference with its price, clip fraction and explained variance."""
+    series = {name.removeprefix("answers: "): xy for name, xy in run.metrics.series().items()}
+    picture, panels = figure(13.2, 3.4, 1, 4)
+    titles = {"score": "score of the answers", "answer_kl": "KL(π ‖ π_ref) an answer, nats", "beta": "β, its price",
+              "explained_variance": "explained variance of V"}  # fmt: skip
+    for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+        if metric in series:
+            axes.plot(*series[metric], color=COLORS["clip"], linewidth=1.6)
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel("update", color=INK)
+    panels[0].axhline(baseline, color=INK, linestyle="--", linewidth=1)
+    if cfg.kl_aim is not None:
+        panels[1].axhline(cfg.kl_aim, color=GOOD, linestyle="--", linewidth=1)
+    panels[3].set_ylim(-1, 1.05)
+    save(picture, run.dir / "answers.png")
+
+
 def ablation(run: Run, env: str, rows: list[Row]) -> None:
     """ablation.png: what each detail is worth, with 95 % intervals over the seeds."""
     full, *others = rows

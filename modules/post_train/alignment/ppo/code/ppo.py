@@ -48,6 +48,8 @@ class Chosen:
 
 DISCRETE = Chosen(gamma=0.99, lr=2e-3, epochs=5, minibatches=8, entropy=0.01)
 CONTINUOUS = Chosen(gamma=0.9, lr=1e-3, epochs=10, minibatches=16, entropy=0.0)
+ANSWERS = Chosen(gamma=1.0, lr=3e-4, epochs=2, minibatches=2, entropy=0.0)  # of a language model (lm.py)
+TOY_ANSWERS = Chosen(gamma=1.0, lr=3e-3, epochs=4, minibatches=2, entropy=0.0)
 # Mean returns of good policies; CleanRL's PPO has 490, −86 and about −150 there.
 SOLVED = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "Pendulum-v1": -250.0}
 WINDOW = 20  # episodes whose mean return counts
@@ -55,9 +57,11 @@ WINDOW = 20  # episodes whose mean return counts
 
 def choose(cfg: Config, continuous: bool) -> Chosen:
     """What the settings say, and the usual values where they are `none`."""
-    usual = CONTINUOUS if continuous else DISCRETE
-    given = {name: value for name in vars(usual) if (value := getattr(cfg, name)) is not None}
-    return replace(usual, **given)
+    return given(cfg, CONTINUOUS if continuous else DISCRETE)
+
+
+def given(cfg: Config, usual: Chosen) -> Chosen:
+    return replace(usual, **{name: value for name in vars(usual) if (value := getattr(cfg, name)) is not None})
 
 
 # --- Networks
