@@ -31,7 +31,7 @@ class Experience:
     owner: Tensor  # (n,) int64, rising
     old: Tensor  # (n,) log π_old
     values: Tensor  # (n,) V before the update
-    advantages: Tensor  # (n,) whitened
+    advantages: Tensor  # (n,) whitened, times the sampler's importance weight
     targets: Tensor  # (n,) G
     kl: float  # mean over the answers of Σ (log π_old − log π_ref), nats, for the controller of β
 
@@ -41,8 +41,8 @@ class Experience:
         starts, lengths = (lengths.cumsum(0) - lengths)[answers], lengths[answers]
         owner = torch.repeat_interleave(torch.arange(len(answers)), lengths)
         tokens = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner] + starts[owner]
-        columns = (x[tokens] for x in (self.old, self.values, self.advantages, self.targets))
-        return Experience(owner, *columns, self.kl)
+        old, values, advantages, targets = (x[tokens] for x in (self.old, self.values, self.advantages, self.targets))
+        return Experience(owner, old, values, advantages, targets, self.kl)
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,23 @@ def experience(
     gamma: float = 1.0,
     lam: float = 0.95,
     whiten: bool = True,
+    sampler: Tensor | None = None,
+    sampler_cap: float = 2.0,
 ) -> Experience:
     """Rewards, GAE through the op and whitening of a batch: scores (N,), the rest (n,). An answer without tokens has
-    no reward."""
+    no reward. sampler: log-probabilities that the tokens were drawn with, where that was not quite π_old's (bf16 or
+    int8 products); the truncated weight π_old / π_sampler corrects it (Yao et al. 2025), as in policy_loss.py."""
     last = ends(owner)
     rewards = token_rewards(scores[owner], old, reference, last, beta)
     following = torch.cat([values[1:], torch.zeros_like(values[:1])])  # behind a last token it does not count
     columns = (x[:, None] for x in (rewards, values, following, last, torch.zeros_like(last)))
     advantages, targets = (x[:, 0] for x in ops.gae(*columns, gamma=gamma, lam=lam))
+    if whiten:
+        advantages = whitened(advantages)
+    if sampler is not None:
+        advantages = advantages * (old - sampler).exp().clamp(max=sampler_cap)
     kl = float((old - reference).sum()) / max(1, int(last.sum()))
-    return Experience(owner, old, values, whitened(advantages) if whiten else advantages, targets, kl)
+    return Experience(owner, old, values, advantages, targets, kl)
 
 
 def losses(

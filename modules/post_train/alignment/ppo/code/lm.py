@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from finetune import memory, ops, optim
 from finetune.alignment import kl, logprobs, openings, ppo_lm, preferences, rewards
 from finetune.alignment.reward_model import ScoreHead
+from finetune.alignment.rollouts import Sampler, mismatch, rollouts
 from finetune.alignment.toy_writer import learn_to_write, toy_tokenizer
 from finetune.data import packing
 from finetune.data.packing import IGNORE, Batch, Document
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.inference.generate import generate
 from finetune.lm.io import hub, load, save, smollm2
 from finetune.lm.llama import Llama, LlamaConfig
-from finetune.lm.tokenizer import Tokenizer, answer_text, stop_ids
+from finetune.lm.tokenizer import Tokenizer, stop_ids
 from finetune.peft import adapters, bases, lora
 from finetune.rl.agents.surrogate import explained_variance
 from finetune.runs.run import Run
@@ -131,6 +131,7 @@ class Answer:
     prompt: Prompt
     ids: list[int]
     text: str
+    sampled: Tensor  # (n,) log-probabilities that the sampler drew the tokens with
 
     def document(self) -> Document:
         return Document([*self.prompt.ids, *self.ids], [0] * len(self.prompt.ids) + [1] * len(self.ids))
@@ -140,19 +141,21 @@ Score = Callable[[Sequence[Answer]], list[float]]
 
 
 def ask(
-    cfg: Config, model: Llama, tokenizer: Tokenizer, prompts: Sequence[Prompt], generator: torch.Generator
+    cfg: Config, sampler: Sampler, tokenizer: Tokenizer, prompts: Sequence[Prompt], generator: torch.Generator
 ) -> list[Answer]:
-    """An answer of the policy to each prompt, by the engine that serves models."""
-    stops = stop_ids(model, tokenizer)
-    found = generate(
-        model, [p.ids for p in prompts], cfg.new_tokens, cfg.temperature, stop_ids=stops, generator=generator
-    )
-    return [Answer(p, ids, answer_text(tokenizer, ids, stops)) for p, ids in zip(prompts, found, strict=True)]
+    """An answer of the policy as it is now to each prompt, by the engine that serves models."""
+    sampler.refresh()
+    found = rollouts(
+        sampler, tokenizer, [p.ids for p in prompts], 1, cfg.new_tokens, temperature=cfg.temperature,
+        stop_ids=stop_ids(sampler.policy, tokenizer), generator=generator,
+    )  # fmt: skip
+    return [Answer(p, r.answers[0], r.texts[0], r.sampled[0]) for p, r in zip(prompts, found, strict=True)]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Scores less the mean of those of the reference's answers, over their deviation, within ± clip [L2]."""
+    """Scores less the mean of those of the reference's answers, over their deviation, within ± clip [L2]. The deviation
+    is 1 where they all score the same, as with a reward that they never get."""
 
     mean: float = 0.0
     deviation: float = 1.0
@@ -160,7 +163,7 @@ class Scale:
 
     def __call__(self, scores: Sequence[float]) -> Tensor:
         centered = torch.tensor(scores, dtype=torch.float32) - self.mean
-        return (centered / self.deviation if self.deviation > 0 else 0 * centered).clamp(-self.clip, self.clip)
+        return (centered / self.deviation).clamp(-self.clip, self.clip)
 
 
 # --- Its update
@@ -184,9 +187,11 @@ class Learner:
         cfg, count = self.cfg, len(answers)
         order = torch.randperm(count, generator=rng)
         documents, size = [answers[i].document() for i in order], -(-count // self.chosen.minibatches)
-        e = self.experience(documents, scores[order], size)
+        sampled = torch.cat([answers[i].sampled for i in order])
+        e = self.experience(documents, scores[order], sampled, size)
         seen: list[dict[str, float]] = []
-        first, passes = {}, 0
+        first: dict[str, float] = {}
+        passes = 0
         for passes in range(1, self.chosen.epochs + 1):
             divergence = []
             for some in (torch.arange(count) if passes == 1 else torch.randperm(count, generator=rng)).split(size):
@@ -197,17 +202,19 @@ class Learner:
             if cfg.target_kl is not None and sum(divergence) / len(divergence) > cfg.target_kl:
                 break
         means = {name: sum(each[name] for each in seen) / len(seen) for name in seen[0] if name != "largest"}
-        explained = explained_variance(e.values, e.targets)
+        explained = explained_variance(e.values, e.targets) if len(e.targets) > 1 else e.targets.new_tensor(torch.nan)
         shown = {} if explained.isnan() else {"explained_variance": max(-10.0, explained.item())}
         beta = self.beta["value"]
         if cfg.kl_aim is not None:  # [L6]
             controller = kl.AdaptiveCoefficient(beta, cfg.kl_aim, cfg.kl_horizon)
             controller.update(e.kl, count)
             self.beta["value"] = controller.value
-        return means | shown | first | {"answer_kl": e.kl, "beta": beta, "passes": passes}
+        return means | shown | first | mismatch(e.old, sampled) | {"answer_kl": e.kl, "beta": beta, "passes": passes}
 
     @torch.no_grad()
-    def experience(self, documents: Sequence[Document], scores: Tensor, size: int) -> ppo_lm.Experience:
+    def experience(
+        self, documents: Sequence[Document], scores: Tensor, sampled: Tensor, size: int
+    ) -> ppo_lm.Experience:
         """Rewards, advantages and targets by the policy and critic of before the update, in the minibatches of the
         first pass: there the ratio is 1 to the last bit [L4]."""
         cfg, columns = self.cfg, []
@@ -219,7 +226,7 @@ class Learner:
         owner, old, reference, values = (torch.cat(column) for column in zip(*columns, strict=True))
         return ppo_lm.experience(
             scores, old, reference, values, owner, self.beta["value"], gamma=self.chosen.gamma, lam=cfg.lam,
-            whiten=cfg.normalize_advantages,
+            whiten=cfg.normalize_advantages, sampler=sampled,
         )  # fmt: skip
 
     def minibatch(self, documents: Sequence[Document], e: ppo_lm.Experience, rate: float) -> dict[str, float]:
@@ -251,14 +258,15 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     prompts, held_out = load_prompts(cfg, tokenizer)
     models = Models(cfg, model, run.generator("lora"))
     learner, score = Learner(cfg, models), scorer(cfg)
-    first = taste(cfg, run, models, tokenizer, held_out[: cfg.samples], score)
-    scale = Scale(first.mean, first.deviation, cfg.clip_rewards) if cfg.normalize_rewards else Scale()
+    sampler = Sampler(model, None if cfg.sampler == "same" else cfg.sampler)  # [L9]
+    first = taste(cfg, run, models, sampler, tokenizer, held_out, score)
+    scale = Scale(first.mean, first.deviation or 1.0, cfg.clip_rewards) if cfg.normalize_rewards else Scale()
     run.print(f"{len(prompts):,} prompts, {sum(p.numel() for p in models.trained.values()):,} parameters are trained")
 
     past: dict[str, Any] = {"during": ""}
     for step in run.steps(cfg.steps, learner.state | {"past": past}, phase="answers"):
         some = packing.batch_indices(len(prompts), cfg.answers, step, lambda epoch: run.generator("epoch", epoch))
-        answers = ask(cfg, model, tokenizer, [prompts[i] for i in some], run.generator("answers", step))
+        answers = ask(cfg, sampler, tokenizer, [prompts[i] for i in some], run.generator("answers", step))
         scores, rng = score(answers), run.generator("update", step)
         learned = scale(scores)
         if cfg.shuffle:
@@ -268,11 +276,11 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         tokens = sum(len(answer.ids) for answer in answers) / len(answers)
         run.log(step, score=sum(scores) / len(scores), tokens=tokens, **found)
         if step + 1 == cfg.steps // 2:
-            during = ask(cfg, model, tokenizer, held_out[: cfg.samples], run.generator("samples"))
+            during = ask(cfg, sampler, tokenizer, held_out, run.generator("samples"))
             past["during"] = json.dumps([answer.text for answer in during])
 
     save_policy(cfg, models, tokenizer, run)  # first: whatever fails below, what was trained is kept
-    last = taste(cfg, run, models, tokenizer, held_out[: cfg.samples], score)
+    last = taste(cfg, run, models, sampler, tokenizer, held_out, score)
     show_samples(run, first, json.loads(past["during"] or "[]"), last)
     report(cfg, run, first, last)
     if cfg.steps:
@@ -310,10 +318,11 @@ class Taste:
 
 @torch.no_grad()
 def taste(
-    cfg: Config, run: Run, models: Models, tokenizer: Tokenizer, prompts: Sequence[Prompt], score: Score
-) -> Taste:
+    cfg: Config, run: Run, models: Models, sampler: Sampler, tokenizer: Tokenizer, prompts: Sequence[Prompt],
+    score: Score,
+) -> Taste:  # fmt: skip
     """The same prompts and random numbers each time, so that what differs is the policy."""
-    answers = ask(cfg, models.model, tokenizer, prompts, run.generator("samples"))
+    answers = ask(cfg, sampler, tokenizer, prompts, run.generator("samples"))
     kls: list[float] = []
     for part in logprobs.chunks([answer.document() for answer in answers], 2048):
         batch = packing.collate(part)
@@ -350,7 +359,7 @@ def report(cfg: Config, run: Run, first: Taste, last: Taste) -> None:
 
 
 def load_prompts(cfg: Config, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt]]:
-    """(prompts to train on, held-out ones): those of --data, or openings."""
+    """(prompts to train on, --samples held-out ones): those of --data, or openings."""
     if cfg.data is None:
         count = cfg.prompts + cfg.eval_prompts
         texts = openings.toy_openings() if cfg.model == "scratch" else openings.openings(count)
@@ -362,7 +371,8 @@ def load_prompts(cfg: Config, tokenizer: Tokenizer) -> tuple[list[Prompt], list[
         raise UserError(f"{cfg.data} has one prompt: a second one is needed to evaluate on")
     found = random.Random(0).sample(found, len(found))
     held_out = min(cfg.eval_prompts, max(1, len(found) // 5))
-    return found[:-held_out], found[-held_out:]
+    asked = found[-held_out:] * -(-cfg.samples // held_out)  # several answers to each where prompts are few
+    return found[:-held_out], asked[: cfg.samples]
 
 
 def words(prompt: preferences.Text) -> str:

@@ -98,14 +98,16 @@ class Config(config.Config):
     prompts: int = config.bounded(1000, at_least=1, at_most=10**6)  # openings to train on
     eval_prompts: int = config.bounded(200, at_least=1, at_most=10**6)  # held-out prompts
     samples: int = config.bounded(128, at_least=1, at_most=1 << 16)  # answers to them before and after
-    answers: int = config.bounded(32, at_least=1, at_most=1 << 16)  # sampled in an update
+    answers: int = config.bounded(16, at_least=1, at_most=1 << 16)  # sampled in an update
     new_tokens: int = config.bounded(24, at_least=1, at_most=1 << 16)  # most tokens of an answer
     temperature: float = config.bounded(1.0, at_least=1e-3, at_most=100)  # of sampling, and of log π
     critic: Literal["shared", "separate"] = "shared"  # a head on the policy's states, or a network of its own
-    beta: float = config.bounded(0.05, at_least=0, at_most=10**6)  # what a nat from the reference costs, at first
+    beta: float = config.bounded(0.4, at_least=0, at_most=10**6)  # what a nat from the reference costs, at first
     # nats an answer, to which the cost adapts; none: it stays
     kl_aim: float | None = config.bounded(6.0, above=0, at_most=10**6)
-    kl_horizon: float = config.bounded(200.0, above=0, at_most=10**9)  # answers in which the cost adapts
+    kl_horizon: float = config.bounded(100.0, above=0, at_most=10**9)  # answers in which the cost adapts
+    # the copy of the policy that answers are sampled from, in this format; same: the policy itself
+    sampler: Literal["bf16", "int8", "same"] = "bf16"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the frozen weights; what is trained is float32
     rank: int = config.bounded(16, at_least=1, at_most=1 << 16)  # of the adapters
     alpha: float = config.bounded(32.0, above=0, at_most=10**6)  # they are scaled by alpha / rank
@@ -119,7 +121,7 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> "Config":
         return cls(steps=40, env=("CartPole-v1",), repeats=1, model="scratch", dtype="float32", new_tokens=12,
-                   answers=64)  # fmt: skip
+                   answers=64, sampler="same", kl_aim=4.0, beta=0.2)  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,8 +48,8 @@ class Chosen:
 
 DISCRETE = Chosen(gamma=0.99, lr=2e-3, epochs=5, minibatches=8, entropy=0.01)
 CONTINUOUS = Chosen(gamma=0.9, lr=1e-3, epochs=10, minibatches=16, entropy=0.0)
-ANSWERS = Chosen(gamma=1.0, lr=3e-4, epochs=2, minibatches=2, entropy=0.0)  # of a language model (lm.py)
-TOY_ANSWERS = Chosen(gamma=1.0, lr=3e-3, epochs=4, minibatches=2, entropy=0.0)
+ANSWERS = Chosen(gamma=1.0, lr=5e-4, epochs=2, minibatches=2, entropy=0.0)  # of a language model (lm.py)
+TOY_ANSWERS = Chosen(gamma=1.0, lr=1e-3, epochs=4, minibatches=2, entropy=0.0)
 # Mean returns of good policies; CleanRL's PPO has 490, −86 and about −150 there.
 SOLVED = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "Pendulum-v1": -250.0}
 WINDOW = 20  # episodes whose mean return counts
