@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -79,6 +79,7 @@ class Server:
             ],
             exception_handlers={
                 HTTPException: http_error,
+                ClientDisconnect: nobody,
                 Refused: refusal,
                 RecursionError: too_deep,
                 Exception: unexpected,
@@ -213,6 +214,11 @@ def snapshot(engine: Engine) -> dict[str, Any]:
 async def refusal(_: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     return error.response()
+
+
+async def nobody(_: Request, error: Exception) -> Response:
+    """The client left before its request had arrived."""
+    return Response(status_code=499)
 
 
 async def too_deep(_: Request, error: Exception) -> Response:

@@ -187,12 +187,11 @@ def check(folder, seconds, least):
 
 
 @pytest.mark.slow
-def test_a_thousand_requests(tmp_path):
-    """As fast as they go; what a soak of minutes would find, `long` looks for."""
-    check(tmp_path / "small", 0, 1000)
+def test_two_minutes(tmp_path):
+    check(tmp_path / "small", 120, 1000)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
-def test_five_minutes(tmp_path):
-    check(tmp_path / "small", 300, 1000)
+@pytest.mark.timeout(1800)
+def test_fifteen_minutes(tmp_path):
+    check(tmp_path / "small", 900, 1000)

@@ -223,6 +223,17 @@ def test_a_body_that_does_not_end_is_given_up(served, monkeypatch):
     assert server.active == 0
 
 
+def test_a_client_that_leaves_before_its_body_has_arrived_is_no_error_of_the_server(served, caplog):
+    host, port = served[0].removeprefix("http://").split(":")
+    for _ in range(5):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            time.sleep(0.05)
+    assert httpx.get(f"{served[0]}/health").status_code == 200
+    assert "Traceback" not in caplog.text
+    assert not caplog.records
+
+
 def test_the_command_serves_until_it_is_told_to_stop(tokenizer, tmp_path):
     """A request under way when SIGTERM comes is answered; then the process ends with 0."""
     model = llama(vocab_size=tokenizer.vocab_size)
