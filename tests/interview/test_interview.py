@@ -87,6 +87,7 @@ def test_it_is_said_as_at_work(file):
 
 TOYS = json.loads((Path(__file__).parents[1] / "fixtures" / "toy_runs.json").read_text(encoding="utf-8"))
 MODULES = [info.name for info in registry.modules()]
+TASKS = [name for name in TOYS if " " in name]  # "NAME --task …": another task of a module
 
 
 def toy_run(name):
@@ -160,9 +161,21 @@ def test_a_brief_says_what_its_run_did(name, run, lang):
         assert 200 <= spoken <= 850, f"{spoken} syllables and words are not spoken in 60 to 180 seconds"
 
 
+@pytest.mark.parametrize("lang", content.LANGUAGES)
+@pytest.mark.parametrize("task", TASKS)
+def test_the_brief_of_another_task_has_its_numbers(task, lang):
+    facts = toy_run(task)
+    interview = content.read(registry.find(task.split()[0]))
+    said = " ".join(brief.passages(interview, facts, lang))
+    assert "{" not in said
+    for name in TOYS[task]["summary"]["target"]:
+        assert brief.fill(f"{{{name}}}", facts, lang) in said
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_number_and_condition_of_a_brief_exists(name):
-    known = set().union(*(run(name) for run in RUNS.values())) | {"data"}
+    others = [toy_run(task) for task in TASKS if task.split()[0] == name]
+    known = set().union(*others, *(run(name) for run in RUNS.values())) | {"data"}
     for passage in content.read(registry.find(name)).brief:
         assert fields(passage.text["en"]) == fields(passage.text["zh"])
         names = [re.sub(r"^(abs|percent)\.", "", field) for field in fields(passage.text["en"])]
