@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.alignment import openings, preferences, rewards
+from finetune.alignment import openings, preferences, rewards, toy_writer
 from finetune.data.packing import Document
 from finetune.errors import UserError
 from finetune.inference.generate import generate
@@ -117,16 +117,8 @@ def own(cfg: Config, tokenizer: Tokenizer) -> Sets:
     made: list[Document] = []
     if toy:
         rng = random.Random(cfg.seed)
-        asked = [rng.choice(texts) for _ in range(cfg.demonstrations)]
-        sentences = openings.toy_sentences(asked, rng)
-        made = [preferences.document(tokenizer, *row) for row in zip(asked, sentences, strict=True)]
+        made = toy_writer.toy_documents(tokenizer, [rng.choice(texts) for _ in range(cfg.demonstrations)], rng)
     return Sets(made, prompts[: cfg.prompts], prompts[cfg.prompts :], [], [])
-
-
-def toy_tokenizer() -> Tokenizer:
-    texts = openings.toy_openings()
-    sentences = openings.toy_sentences(texts, random.Random(0))
-    return Tokenizer.train([a + b for a, b in zip(texts, sentences, strict=True)], 512)
 
 
 def demonstrate(answers: Sequence[Answer], tokenizer: Tokenizer) -> list[Document]:

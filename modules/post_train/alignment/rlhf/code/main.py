@@ -22,6 +22,7 @@ import torch
 from finetune import memory
 from finetune.alignment import rewards
 from finetune.alignment.reward_model import RewardModel, ValueModel
+from finetune.alignment.toy_writer import toy_tokenizer
 from finetune.data import packing
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
@@ -377,7 +378,7 @@ def load_model(cfg: Config, run: Run) -> tuple[Tokenizer, Llama]:
         return load.tokenizer(source), load.llama(source, dtype)
     if cfg.start is not None:
         return load.tokenizer(cfg.start / "sft"), load.llama(cfg.start / "sft", dtype)
-    tokenizer = data.toy_tokenizer()
+    tokenizer = toy_tokenizer()
     return tokenizer, small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(dtype)
 
 
@@ -410,7 +411,7 @@ def save_policy(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -
 def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
     """What is trained and how, for the memory formulas; nothing is loaded. Sampled answers end after --new-tokens."""
     if cfg.model == "scratch":
-        shape = small_config(data.toy_tokenizer().vocab_size, cfg.max_length)
+        shape = small_config(toy_tokenizer().vocab_size, cfg.max_length)
     else:
         shape = load.llama_config(cfg.model)
     longest = cfg.max_length if cfg.data else min(cfg.max_length, cfg.new_tokens + 12)
