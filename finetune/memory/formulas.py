@@ -7,6 +7,8 @@ value, and `symbols` has the letters to evaluate it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune.memory.activations import activations, logits, loss_plan, step_growth
 from finetune.memory.counts import (
     block_adapters,
@@ -52,6 +54,8 @@ def of_part(shape: Shape, setup: Setup) -> list[Term]:
         return [*terms, Term("peak", sum(t.bytes for t in terms if not t.host), names, "")]
     kept = [weights(shape, setup), gradients(shape, setup), optimizer_states(shape, setup)]
     growth, others = step_growth(shape, setup), companions(shape, setup)
+    if setup.algorithm == "rlhf":  # both forward passes come before both backward passes
+        others += [replace(activations(shape, setup), name="value model's activations")]
     stay = [kept[0], *([kept[1]] if setup.buffers else []), kept[2], *others, *([whole] if whole.bytes else [])]
     stay = [term for term in stay if not term.host]
     names = " + ".join([term.name for term in stay] + [growth.name])

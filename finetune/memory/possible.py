@@ -59,8 +59,17 @@ def check_settings(setup: Setup) -> None:
         (s.offload == "parameters" and s.pp > 1, "--offload parameters and --pp exclude each other: omit one"),
         (s.offload != "none" and s.algorithm == "ppo", "--offload: the formulas do not know it for ppo's four models"),
         (
-            s.algorithm == "ppo" and s.optimizer in ("adafactor", "muon", "adamw8bit"),
-            f"--algorithm ppo: the formula of its value model does not know {s.optimizer}; take --optimizer adamw",
+            s.algorithm in ("ppo", "rlhf") and s.optimizer in ("adafactor", "muon", "adamw8bit"),
+            f"--algorithm {s.algorithm}: the formula of its value model does not know {s.optimizer}; take --optimizer "
+            "adamw",
+        ),
+        (
+            s.algorithm == "rlhf" and not s.lora_rank,
+            "--algorithm rlhf: its models are adapters on the same weights: give a --lora-rank, or --algorithm ppo",
+        ),
+        (
+            s.algorithm == "rlhf" and (many or s.ranks > 1),
+            "--algorithm rlhf: the formulas know it on one device; omit --ranks, --zero, --tp, --pp and --offload",
         ),
         (
             s.optimizer in ("adafactor", "muon") and virtual,

@@ -130,7 +130,8 @@ class Setup:
     quantized: Literal["none", "nf4", "nf4_double", "int8"] = "none"  # form of frozen linear layers
     prompt: int = 0  # prompt tuning: only this many vectors before each row are trained; seq includes them
     prefix: int = 0  # prefix tuning: only this many keys and values before each row, in each layer, are trained
-    algorithm: Literal["sft", "dpo", "grpo", "ppo"] = "sft"  # which models are in memory with the policy
+    # which models are in memory with the policy; rlhf: those of ppo as adapters on the policy's weights
+    algorithm: Literal["sft", "dpo", "grpo", "ppo", "rlhf"] = "sft"
     # --- What a step keeps
     # block: keep the blocks' inputs and compute the rest again; selective: compute naive attention again
     checkpointing: Literal["none", "block", "selective"] = "none"

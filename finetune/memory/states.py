@@ -155,10 +155,13 @@ def companions(shape: Shape, setup: Setup) -> list[Term]:
 
     dpo: a frozen reference (Rafailov et al. 2023, arXiv:2305.18290); grpo: the same, and no value model (Shao et al.
     2024, arXiv:2402.03300, §4.1; the reward is a rule); ppo: reference, frozen reward model, trained value model, so
-    four in all. With LoRA the policy without its adapters is the reference, and costs nothing.
+    four in all. With LoRA the policy without its adapters is the reference, and costs nothing. rlhf: four adapters on
+    the same weights, two of them with a head of C numbers (modules/post_train/alignment/rlhf/code/stages.py).
     """
     if setup.algorithm == "sft" or not setup.training:
         return []
+    if setup.algorithm == "rlhf":
+        return adapted_companions(shape, setup)
     terms = []
     if not setup.frozen:
         text = "⌈P/W⌉·e" if setup.zero >= 3 else "P·e"
@@ -178,6 +181,21 @@ def companions(shape: Shape, setup: Setup) -> list[Term]:
         text = f"{shared[3]}·e + {shared[2]}·{width} + {shared[1]}·{kept}"
         terms.append(Term("value model", size, text, "weights, gradients and optimizer states"))
     return terms
+
+
+def adapted_companions(shape: Shape, setup: Setup) -> list[Term]:
+    """Reference, reward and value model as adapters on the policy's weights, in fp32."""
+    count, head = trained(shape, setup)[0], shape.dim
+    text = "(L·R + h)" if setup.adapts_head else "L·R"
+    kept = state_widths(setup, 4)[0].get("trained", 0)
+    return [
+        Term("reference model", 4 * count, f"{text}·4", "frozen adapter"),
+        Term("reward model", 4 * (count + head), f"({text} + C)·4", "frozen adapter and head"),
+        Term(
+            "value model", (8 + kept) * (count + head), f"({text} + C)·(4 + 4 + {kept})",
+            "adapter and head, gradients and optimizer states",
+        ),
+    ]  # fmt: skip
 
 
 def kv_cache(shape: Shape, setup: Setup) -> Term:

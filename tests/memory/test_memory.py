@@ -345,6 +345,9 @@ def test_the_models_of_an_algorithm():
     assert total(algorithm="ppo") > 36 * count, "the scalar heads"
     assert total(algorithm="dpo", lora_rank=8) == total(lora_rank=8), "the policy without adapters is the reference"
     assert total(algorithm="ppo", zero=3, ranks=8) == pytest.approx(36 * count / 8, rel=1e-4)
+    adapter = counts.adapter_parameters(shape_of(config), 8, shape_of(config).linears)
+    shared = total(algorithm="rlhf", lora_rank=8) - total(lora_rank=8)
+    assert shared == 4 * adapter + 4 * (adapter + 576) + 16 * (adapter + 576), "three more adapters, two heads"
 
 
 @pytest.mark.parametrize(

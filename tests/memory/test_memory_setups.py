@@ -358,6 +358,8 @@ def test_flash_attention_is_linear_in_the_length():
         ({"grad_dtype": "bf16", "lora_rank": 4}, "adapters and virtual tokens are fp32"),
         ({"offload": "parameters", "ranks": 4}, "give --zero 3"),
         ({"algorithm": "ppo", "optimizer": "muon"}, "does not know muon"),
+        ({"algorithm": "rlhf"}, "adapters on the same weights: give a --lora-rank"),
+        ({"algorithm": "rlhf", "lora_rank": 4, "tp": 2}, "--algorithm rlhf: the formulas know it on one device"),
         ({"optimizer": "none", "lora_rank": 4}, "adapters are merged"),
         ({"optimizer": "none", "offload": "optimizer"}, "are for training"),
         ({"tp": 0}, "--tp 0 is too small"),

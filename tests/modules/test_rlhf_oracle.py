@@ -1,4 +1,4 @@
-"""Stage 3 of the module rlhf on the enumerated problem: with the true reward, and with one learned from pairs; best-of-n."""
+"""Stage 3 of the module rlhf on the enumerated problem: with the true reward and a learned one; best-of-n."""
 
 import dataclasses
 import math

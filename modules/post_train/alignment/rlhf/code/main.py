@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from finetune import memory
-from finetune.alignment import rewards
+from finetune.alignment import logprobs, rewards
 from finetune.alignment.reward_model import RewardModel, ValueModel
 from finetune.alignment.toy_writer import toy_tokenizer
 from finetune.data import packing
@@ -29,6 +29,7 @@ from finetune.errors import UserError
 from finetune.lm.io import hub, load, save, smollm2
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
+from finetune.memory import meters
 from finetune.peft import adapters, bases, lora
 from finetune.runs import checkpoint, config, reading
 from finetune.runs.config import bounded
@@ -173,7 +174,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     run.check("reference_and_reward_model_unchanged", float(same), at_least=1.0)
     show(run, first, before, midway, after)
     report(cfg, run, quality, first, before, after)
-    measure_memory(cfg, run, shape, setup, stage, before.answers, trained)
+    measure_memory(cfg, run, shape, setup, stage, before.answers)
 
     # And further, with nothing that holds the policy: where the proxy and the gold reward part.
     if cfg.beyond:
@@ -355,10 +356,32 @@ def error(values: Sequence[float]) -> float | None:
 
 
 def measure_memory(
-    cfg: Config, run: Run, shape: LlamaConfig, setup: memory.Setup, stage: Stage, answers: Sequence[Answer],
-    trained: dict[str, torch.nn.Parameter],
-) -> None:  # fmt: skip
-    """A step's memory next to its prediction."""
+    cfg: Config, run: Run, shape: LlamaConfig, setup: memory.Setup, stage: Stage, answers: Sequence[Answer]
+) -> None:
+    """A step of stage 3 next to its prediction: the policy's pass, and what the other models need next to it. Without
+    ppo there is no value model."""
+    run.print("measuring the memory of a step …")
+    batch, model = packing.collate([answer.document() for answer in answers[: cfg.batch]]), stage.model
+    setup = replace(setup, seq=batch.tokens.numel())
+    mine = {name: stages.parameters(model, name) for name in ("sft", "reward", "value", "policy")}
+    optimizer = stages.with_states(mine["policy"].values())
+    wear(model, "policy")
+    measured = memory.measure(model, optimizer, lambda: logprobs.token_logprobs(model, batch).sum())
+    measured["logits"] = meters.loss_bytes(model, memory.shape_of(shape), setup)
+    sizes = {name: sum(p.nbytes for p in tensors.values()) for name, tensors in mine.items()}
+    measured["weights"] -= sizes["sft"] + sizes["reward"] + sizes["value"]
+    measured["reward model"] = sizes["reward"] + stage.reward.head.weight.nbytes
+    if cfg.model != "scratch":
+        measured["reference model"] = sizes["sft"]
+    if cfg.policy == "ppo":
+        trained = [*stages.parameters(model, "value").values(), stage.value.head.weight]
+        states = meters.optimizer_bytes(stages.with_states(trained))
+        measured["value model"] = 2 * sum(p.nbytes for p in trained) + states
+        wear(model, "value")
+        measured["value model's activations"] = meters.saved_bytes(model, lambda: stage.value(batch).sum())
+    predicted = {term.name: term.bytes for term in memory.predict(memory.shape_of(shape), setup)}
+    run.record_memory(memory.table(predicted, measured))
+    stages.parameters(model, *(("policy", "value") if cfg.policy == "ppo" else ("policy",)))
 
 
 # --- Model and files
@@ -421,5 +444,5 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
         dtype="fp32" if cfg.dtype == "float32" else "bf16",
         lora_rank=cfg.rank,
         lora_targets=",".join(lora.parse_targets(cfg.targets)),
-        algorithm="ppo",
+        algorithm="rlhf",
     )

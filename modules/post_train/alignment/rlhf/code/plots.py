@@ -43,7 +43,7 @@ def overoptimization(run: Run, of_gold: Scale | None, best: Sequence[tuple[float
     axes.axhline(0, color=FAINT, linewidth=0.8)
     axes.set_xlabel("√ KL(policy ‖ SFT model), nats an answer", color=INK)
     axes.set_ylabel("reward (deviations of the SFT model's answers)", color=INK)
-    axes.set_title("the proxy is followed further than it holds", loc="left", fontsize=11, color=INK)
+    axes.set_title("reward over distance from the SFT model", loc="left", fontsize=11, color=INK)
     axes.legend(fontsize=8.5, frameon=False)
     steps(text, series)
     save(made, run.dir / "overoptimization.png")
@@ -63,7 +63,7 @@ def steps(axes: Any, series: dict[str, tuple[list[int], list[float]]]) -> None:
         axes.plot(xs, ys, color=color, linewidth=1.8, label={"kl": "KL, nats", "length": "tokens"}[name])
         axes.plot(range(len(xs), len(xs) + len(more)), more, "--", color=color, linewidth=1.8)
     axes.set_xlabel("step", color=INK)
-    axes.set_title("distance from the SFT model, and length of an answer", loc="left", fontsize=11, color=INK)
+    axes.set_title("KL and length of an answer", loc="left", fontsize=11, color=INK)
     axes.legend(fontsize=9, frameon=False)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from finetune import optim
 from finetune.peft import lora
 from finetune.runs.run import Run
 
@@ -59,3 +60,14 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def frozen(model: nn.Module) -> list[tuple[str, Tensor]]:
     """What no stage changes any more once the policy is trained: shared weights, "sft" and "reward"."""
     return [(n, t) for n, t in model.state_dict().items() if not any(f".parts.{k}." in n for k in ("policy", "value"))]
+
+
+def with_states(trained: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer that has its states, as after a step, for parameters that it leaves as they are."""
+    trained = list(trained)
+    made = optim.AdamW(optim.decay_groups(trained, 0.0), lr=0.0)
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    made.step()
+    made.zero_grad()
+    return made
