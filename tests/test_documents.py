@@ -72,6 +72,8 @@ SETTINGS = {
     "dpo": "--sft-steps 60 --prompts 60 --eval-prompts 30 --samples 4",
     "inference": "--train-steps 3 --requests 100 --rounds 2",
     "mdp": "--rollouts 100 --rollout-steps 100 --pairs 10",
+    "rlhf": "--sft-steps 20 --reward-steps 4 --prompts 40 --answers 2 --eval-prompts 10 --eval-answers 2 --samples 4 "
+    "--beyond 2 --batch 8",
     "policy_gradient": "--episodes 2 --max-episode-steps 30 --eval-episodes 2 --corridor-steps 2 --score-episodes 1000 "
     "--variance-groups 10",
     "ppo": "--repeats 1 --eval-episodes 2 --max-episode-steps 20 --ablation-seeds 2 --ablation-updates 2 --horizon 16",
