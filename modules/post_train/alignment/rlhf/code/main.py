@@ -188,7 +188,9 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     plots.overoptimization(run, of_gold if gold else None, best)
     plots.reward_model(run, quality)
     run.next_commands = bases.next_commands(run.dir)[: 1 if cfg.model == "scratch" else None]
-    return {"trained_parameters": sum(p.numel() for p in trained.values()), "pairs": len(pairs)}
+    run.check("pairs", len(pairs))
+    run.check("trained_parameters", sum(p.numel() for p in trained.values()))
+    return {}
 
 
 # --- The stages
