@@ -25,7 +25,7 @@
 #include <utility>
 
 #include "finetune/packed.h"
-#include "simd.h"
+#include "row_blocks.h"
 
 namespace finetune::FINETUNE_LEVEL {
 namespace {
@@ -190,21 +190,6 @@ FINETUNE_INLINE void tile_f32(const PackedWeight& w, const Prepared& x, int64_t 
     for (int v = 0; v < kParts; ++v) store(y + v * kLanes, sum[r][v]);
     emit(panel, row + r, static_cast<const float*>(y));
   }
-}
-
-// body.template operator()<n>(row) over rows [0, m), n = kMost at a time, then all that are left.
-template <int kMost, class Body>
-FINETUNE_INLINE void last_tile(int64_t row, int64_t left, Body&& body) {
-  if constexpr (kMost > 0) {
-    if (left == kMost) return body.template operator()<kMost>(row);
-    last_tile<kMost - 1>(row, left, body);
-  }
-}
-template <int kMost, class Body>
-FINETUNE_INLINE void in_tiles(int64_t m, Body&& body) {
-  int64_t row = 0;
-  for (; row + kMost <= m; row += kMost) body.template operator()<kMost>(row);
-  last_tile<kMost - 1>(row, m - row, body);
 }
 
 template <class F>

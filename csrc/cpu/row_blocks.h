@@ -1,4 +1,4 @@
-// How the norms go over rows, so that no bit depends on the thread count. Sums over rows: the rows are cut into a fixed
+// How kernels go over rows: in pairs or tiles that share what they load, and the norms so that no bit depends on the thread count. Sums over rows: the rows are cut into a fixed
 // number of blocks, each block adds into its own fp32 row of `partial`, and those rows are added in order.
 #pragma once
 
@@ -20,6 +20,21 @@ FINETUNE_INLINE void in_pairs(int64_t begin, int64_t end, Body&& body) {
     for (; row + 2 <= end; row += 2) body.template operator()<2>(row);
   }
   for (; row < end; ++row) body.template operator()<1>(row);
+}
+
+// body.template operator()<n>(row) over rows [0, m), n = kMost at a time, then all that are left.
+template <int kMost, class Body>
+FINETUNE_INLINE void last_tile(int64_t row, int64_t left, Body&& body) {
+  if constexpr (kMost > 0) {
+    if (left == kMost) return body.template operator()<kMost>(row);
+    last_tile<kMost - 1>(row, left, body);
+  }
+}
+template <int kMost, class Body>
+FINETUNE_INLINE void in_tiles(int64_t m, Body&& body) {
+  int64_t row = 0;
+  for (; row + kMost <= m; row += kMost) body.template operator()<kMost>(row);
+  last_tile<kMost - 1>(row, m - row, body);
 }
 
 // In the backward passes pairs gain 15 % with bf16, whose conversions cost most, and lose up to 40 % with fp32 rows
