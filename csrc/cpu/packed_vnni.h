@@ -10,7 +10,8 @@
 // that adds, 128 Σ X or 8 Σ X, is a number a block and row of x, and is subtracted. Blocks are added up in fp32, in order.
 // The error is that of X, 2^-16 of the row's largest: one 128th of bf16's.
 //
-// Instructions for 16 rows of W and 64 products each: 2 vpdpbusd, as 2 vdpbf16ps; in addition 4 a block and row of x.
+// Instructions for 16 rows of W and 64 products each: 2 vpdpbusd or vpdpwssd, as 2 vdpbf16ps; in addition 3 or 4 a block
+// and row of x, of which those for scale and minimum take the ports of the products: of int4 with minima, 2 to 16.
 #pragma once
 
 #include <bit>
@@ -30,6 +31,14 @@ struct Blocks {  // a prepared row of integers: scale, high bytes, low bytes, an
   int64_t row() const { return 64 + 2 * depth + (count * 4 + 63) / 64 * 64; }
 };
 constexpr int64_t kHigh = 64;  // where the high bytes begin
+
+// For int4 X stays whole, for vpdpwssd (2 products of 16 bits a lane): as fast, and its blocks of 32 are over in one pass.
+// Elements 0, 2, 4, 6, 1, 3, 5, 7 of each eight, as a word of codes gives them by shifts. AMX multiplies bytes only.
+#if defined(__AMX_BF16__) || defined(FINETUNE_EMULATED_TILES)
+constexpr bool kWholeX = false;
+#else
+constexpr bool kWholeX = true;
+#endif
 
 FINETUNE_INLINE __m512i bytes4(const char* p) {  // 4 bytes to all lanes
   int32_t four;
@@ -55,11 +64,18 @@ void prepare_integers(const PackedWeight& w, const T* x, char* to) {
       const vf part = k + 16 <= w.depth ? load(x + k) : k < w.depth ? load_part(x + k, w.depth - k) : vf{};
       const vf product = inverse == 0 ? vf{} : part * inverse;
       const __m512i whole = _mm512_maskz_cvtps_epi32(0xffff, (__m512)product);
+      sum = _mm512_add_epi32(sum, whole);
+      if (kWholeX && w.format == WeightFormat::int4) {
+        const __m256i order =
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kHigh + 2 * k),
+                            _mm256_shuffle_epi8(_mm512_maskz_cvtepi32_epi16(0xffff, whole), order));
+        continue;
+      }
       const __m512i low = (__m512i)((vi)((vu)(vi)whole << 24) >> 24), high = (__m512i)(((vi)whole - (vi)low) >> 8);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kHigh + k), _mm512_maskz_cvtepi32_epi8(0xffff, high));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kHigh + blocks.depth + k),
                        _mm512_maskz_cvtepi32_epi8(0xffff, low));
-      sum = _mm512_add_epi32(sum, whole);
     }
     int32_t total = 0;
     for (int i = 0; i < kLanes; ++i) total += ((vi)sum)[i];
@@ -204,17 +220,20 @@ FINETUNE_INLINE __m512 scaled(const PackedWeight& w, const char* row, int64_t pa
   return _mm512_mul_ps(sum, _mm512_set1_ps(factor));
 }
 
-// Two passes over a block, high bytes and then low ones, leave registers for twice the rows; few rows take both in one.
-template <WeightFormat kFormat, bool kMinima, int kRows, int kPanels, int kPasses, class Emit>
+// Two passes over a block, high bytes and then low ones, leave registers for twice the rows; few rows take both in one,
+// and a whole X needs no second.
+template <WeightFormat kFormat, bool kMinima, int kRows, int kPanels, class Emit>
 FINETUNE_INLINE void tile_integers(const PackedWeight& w, const Prepared& x, int64_t panel, int64_t row, Emit&& emit) {
-  constexpr int kEach = kFormat == WeightFormat::int8 ? 1 : 2, kSums = 3 - kPasses;  // fours of codes in a word
+  constexpr bool kCodes4 = kFormat == WeightFormat::int4, kWhole = kWholeX && kCodes4;
+  constexpr int kEach = !kCodes4 ? 1 : kWhole ? 4 : 2;  // steps that a word takes
+  constexpr int kPasses = kWhole || kRows <= 4 ? 1 : 2, kSums = kWhole ? 1 : 3 - kPasses;
   const Blocks blocks(w);
-  const int64_t words = w.words(), ahead = words_ahead<kPanels>(words), step = blocks.block / (4 * kEach),
+  const int64_t words = w.words(), ahead = words_ahead<kPanels>(words), step = blocks.block / (kCodes4 ? 8 : 4),
                 x_row = x.row;
   const auto* codes = static_cast<const uint32_t*>(w.codes) + panel * words * kPanel;
   const char* from = x.data + row * x_row;
   const auto* offsets = from + kHigh + 2 * blocks.depth;
-  const __m512i low_half = _mm512_set1_epi8(15);
+  const __m512i code = _mm512_set1_epi32(kWhole ? 0x000f000f : 0x0f0f0f0f);
   __m512 sum[kRows][kPanels];
   for (auto& of_row : sum) {
     for (auto& s : of_row) s = _mm512_setzero_ps();
@@ -236,23 +255,23 @@ FINETUNE_INLINE void tile_integers(const PackedWeight& w, const Prepared& x, int
       }
       const char* bytes = from + kHigh + pass * blocks.depth;
       for (int64_t i = first; i < last; ++i) {
-        __m512i weights[kPanels][kEach];
+        __m512i word[kPanels];
         for (int p = 0; p < kPanels; ++p) {
-          const __m512i word = _mm512_loadu_si512(codes + (p * words + i) * kPanel);
+          word[p] = _mm512_loadu_si512(codes + (p * words + i) * kPanel);
           if (row == 0 && pass == 0) __builtin_prefetch(codes + (p * words + i) * kPanel + ahead);
-          if constexpr (kEach == 1) {
-            weights[p][0] = word;
-          } else {
-            weights[p][0] = _mm512_and_si512(word, low_half);
-            weights[p][1] = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, word, 4), low_half);
-          }
         }
         for (int e = 0; e < kEach; ++e) {
+          __m512i weights[kPanels];
+          for (int p = 0; p < kPanels; ++p) {
+            weights[p] = e ? _mm512_maskz_srli_epi32(0xffff, word[p], 4 * e) : word[p];
+            if constexpr (kCodes4) weights[p] = _mm512_and_si512(weights[p], code);
+          }
           for (int r = 0; r < kRows; ++r) {
             for (int s = 0; s < kSums; ++s) {
               const __m512i four = bytes4(bytes + s * blocks.depth + r * x_row + 4 * (i * kEach + e));
               for (int p = 0; p < kPanels; ++p) {
-                dot[s][r][p] = _mm512_dpbusd_epi32(dot[s][r][p], weights[p][e], four);
+                __m512i& to = dot[s][r][p];
+                to = kWhole ? _mm512_dpwssd_epi32(to, weights[p], four) : _mm512_dpbusd_epi32(to, weights[p], four);
               }
             }
           }
@@ -305,7 +324,7 @@ template <class Emit>
 void product_integers(const PackedWeight& w, const Prepared& x, int64_t m, int64_t first, int64_t last, Emit&& emit) {
   const auto with = [&]<WeightFormat kFormat, bool kMinima>() {
     in_blocks(m, first, last, [&]<int kRows, int kPanels>(int64_t panel, int64_t row) {
-      tile_integers<kFormat, kMinima, kRows, kPanels, (kRows > 4 ? 2 : 1)>(w, x, panel, row, emit);
+      tile_integers<kFormat, kMinima, kRows, kPanels>(w, x, panel, row, emit);
     });
   };
   if (w.format == WeightFormat::int8) return with.template operator()<WeightFormat::int8, false>();
