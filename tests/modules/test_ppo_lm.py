@@ -76,6 +76,12 @@ def test_the_toy_reaches_its_targets(trained):
     assert found["checks"]["first_log_ratio"]["value"] == found["checks"]["first_clipped"]["value"] == 0
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [31, 32, 33])
+def test_the_toy_reaches_its_targets_on_seeds_that_nothing_was_tuned_to(seed, tmp_path, no_pictures):
+    assert run(tmp_path / "run", seed=seed)["passed"]
+
+
 def test_answers_before_during_and_after_are_kept(trained):
     rows = json.loads((trained[1] / "answers.json").read_text())
     assert len(rows) == 128
@@ -269,6 +275,8 @@ def test_the_memory_plan_loads_nothing():
     assert shape.vocab_size == 49152
     assert setup.lora_rank == 16
     assert setup.dtype == "bf16"
+    _, separate = module.memory_plan(dataclasses.replace(module.Config(), critic="separate"))
+    assert (separate.lora_rank, separate.seq) == (32, 2 * setup.seq)
 
 
 @pytest.mark.parametrize(

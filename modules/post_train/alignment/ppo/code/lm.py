@@ -444,11 +444,12 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
         shape = load.llama_config(folder)
     if PROMPT_ROOM + cfg.new_tokens > shape.max_length:
         raise UserError(f"--new-tokens {cfg.new_tokens}: the model's longest text is {shape.max_length} tokens")
+    networks = 1 if cfg.critic == "shared" else 2
     return shape, memory.Setup(
         batch=1,
-        seq=(PROMPT_ROOM + cfg.new_tokens) * -(-cfg.answers // cfg.chosen().minibatches),
+        seq=networks * (PROMPT_ROOM + cfg.new_tokens) * -(-cfg.answers // cfg.chosen().minibatches),
         dtype="fp32" if cfg.dtype == "float32" else "bf16",
-        lora_rank=cfg.rank,
+        lora_rank=networks * cfg.rank,
         lora_targets=",".join(lora.parse_targets(cfg.targets)),
     )
 
@@ -456,10 +457,13 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
 def measure_memory(
     cfg: Config, run: Run, shape: LlamaConfig, setup: memory.Setup, learner: Learner, answers: Sequence[Answer]
 ) -> None:
-    """The memory of a minibatch's policy loss next to its prediction."""
+    """The memory of a minibatch's step next to its prediction."""
     documents = [answer.document() for answer in answers[: -(-cfg.answers // learner.chosen.minibatches)]]
     batch = packing.collate(documents)
-    memory.record_step(
-        run, shape, replace(setup, seq=batch.tokens.numel()), model=learner.models.model, optimizer=learner.optimizer,
-        loss=lambda: learner.models.outputs(batch).logprobs.mean(),
-    )  # fmt: skip
+    setup = replace(setup, seq=batch.tokens.numel() * (1 if cfg.critic == "shared" else 2))
+
+    def loss() -> Tensor:
+        now = learner.models.outputs(batch)
+        return now.logprobs.mean() + now.values.mean()
+
+    memory.record_step(run, shape, setup, model=learner.models.model, optimizer=learner.optimizer, loss=loss)
