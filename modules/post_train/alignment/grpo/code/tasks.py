@@ -137,9 +137,13 @@ def right_parity(prompts: Sequence[str], completions: Sequence[str], **_: Any) -
     return [float(text == parity_answer(prompt)) for prompt, text in zip(prompts, completions, strict=True)]
 
 
-def parity_documents(tokenizer: Tokenizer) -> list[Document]:
-    """All prompts with their answers, to imitate."""
-    return [preferences.document(tokenizer, text, parity_answer(text)) for text in parity_prompts()]
+def parity_documents(tokenizer: Tokenizer, careless: float, rng: random.Random) -> list[Document]:
+    """All prompts with the answers of a teacher, each bit of which is wrong with the probability `careless`."""
+    found = []
+    for text in parity_prompts():
+        bits = [int(bit) ^ (rng.random() < careless) for bit in parity_answer(text).split()]
+        found.append(preferences.document(tokenizer, text, "".join(f" {bit}" for bit in bits)))
+    return found
 
 
 def parity_tokenizer() -> Tokenizer:
