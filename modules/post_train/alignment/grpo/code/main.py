@@ -47,7 +47,7 @@ from .tasks import Prompt, Task
 
 @dataclass
 class Config(config.Config):
-    steps: int = 40
+    steps: int = 35
     checkpoint_every: int = 10
     model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small new Llama
     # --- Task
@@ -109,7 +109,7 @@ class Config(config.Config):
     lr: float = bounded(5e-4, at_least=0)  # peak learning rate
     warmup: int = bounded(2, at_least=0, at_most=10**9)  # steps until the peak; from there a cosine to a tenth
     clip: float = bounded(1.0, above=0)  # largest norm of the gradient
-    sft_steps: int = bounded(200, at_least=1, at_most=10**9)  # scratch: steps in which it imitates a careless teacher
+    sft_steps: int = bounded(500, at_least=1, at_most=10**9)  # scratch: steps in which it imitates a careless teacher
     careless: float = bounded(0.28, at_least=0, at_most=1)  # scratch: probability that a bit of the teacher is wrong
     # --- Evaluation
     eval_prompts: int = bounded(512, at_least=1, at_most=10**6)  # prompts held out
@@ -118,7 +118,7 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> Config:
         return cls(
-            steps=60, model="scratch", sampler="fp32", dtype="float32", method="full", lr=1e-3, prompts=16,
+            steps=80, model="scratch", sampler="fp32", dtype="float32", method="full", lr=1e-3, prompts=16,
             new_tokens=7, max_length=32, eval_every=25,
         )  # fmt: skip
 
