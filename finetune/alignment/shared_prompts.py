@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from finetune import ops
 from finetune.alignment import logprobs
@@ -104,7 +105,8 @@ class Layout:
         """q (1, T, H, D), k and v (1, T, Hkv, D) → (1, T, H, D)."""
         own = (x[:, : self.prompts] for x in (q, k, v))
         found = [ops.attention(*own, causal=True, cu_seqlens=self.cu_seqlens, **rules)[0]]
-        found += [one.attend(q[0], k[0], v[0], **rules) for one in self.alike]
+        # The repeated keys and values are not kept for the backward pass: they would be more than all else of a layer.
+        found += [checkpoint(one.attend, q[0], k[0], v[0], use_reentrant=False, **rules) for one in self.alike]
         return torch.cat(found)[self.order][None]
 
     def advance(self, new: int, lengths: Tensor | None) -> None:
