@@ -302,7 +302,7 @@ def test_a_sampler_that_differs_is_corrected():
 def test_run_folder(trained):
     folder = trained[0]
     found = rows(folder)
-    assert len(found) == 80
+    assert len(found) == 140
     for name in ("no_spread", "sampled_groups", "answer_tokens", "truncated", "trained_groups", "entropy", "lr"):
         assert all(row[name] for row in found), name
     learned = [row for row in found if row["loss"]]

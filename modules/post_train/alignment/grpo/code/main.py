@@ -118,7 +118,7 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> Config:
         return cls(
-            steps=80, model="scratch", sampler="fp32", dtype="float32", method="full", lr=1e-3, prompts=16,
+            steps=140, model="scratch", sampler="fp32", dtype="float32", method="full", lr=1e-3, prompts=16,
             new_tokens=7, max_length=32, eval_every=25,
         )  # fmt: skip
 
