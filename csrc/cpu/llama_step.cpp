@@ -13,7 +13,7 @@
 // Bytes of one token of SmolLM2-135M (106 M weights in layers, 28 M in the head): 269 MB in bf16, 136 MB in int8, 95 MB
 // in int4 with the head in int8, and 23 KB of the pool for each token before it (bf16). FLOPs: 2 a weight. One to eight
 // rows read the weights once: memory bandwidth is the roof. From about 16 rows on the products are. On two cores of an
-// EPYC (Zen 5) that read 48 GB/s of such a set, 85, 81 and 84 % of that limit are reached (benches/results/decode).
+// EPYC (Zen 5) what is reached of that limit, and the limit itself, stand in benches/results/decode.
 // A token goes through about 6 phases a layer, each of which costs some tenths of a microsecond (team.h).
 #include "finetune/llama_step.h"
 
