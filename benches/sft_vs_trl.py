@@ -12,20 +12,16 @@ must give the same loss there, or nothing is timed. Needs the peers extra: pip i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timing import Times
+from trl_turns import TOLERANCE, Turn, make_adapter, measure, mib, summarize, versions
 
 from finetune.data import packing, python_docs
 from finetune.errors import UserError
@@ -33,8 +29,6 @@ from finetune.runs import display, machine
 
 BATCH, TOKENS = 8, 960  # rows of a step, and roughly their number of tokens
 RANK, ALPHA, LR, CLIP = 8, 16.0, 1e-3, 1.0
-# float32: rounding. bfloat16: TRL computes the adapters and the head in bfloat16 too, ours in float32.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 SIDES = {  # name → (which, gradient checkpointing)
     "ours": ("ours", False),
     "ours, checkpointing": ("ours", True),
@@ -127,34 +121,6 @@ def trl(task: dict[str, Any], turn: Turn) -> None:
     trainer.train()
 
 
-class Turn:
-    """A worker's end of the pipe, its clocks and its memory."""
-
-    def __init__(self) -> None:
-        self.out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print must not get into the pipe
-
-    def send(self, **values: Any) -> None:
-        print(json.dumps(values), file=self.out, flush=True)
-
-    def ready(self) -> None:
-        """Everything is loaded: memory grows from here."""
-        reset = machine.reset_peak_rss()
-        self.loaded = machine.peak_rss_bytes(since_reset=True) if reset else None
-        self.send(loaded=self.loaded)
-
-    def wait(self) -> None:
-        if not sys.stdin.readline():
-            sys.exit(0)  # the parent has gone, or has seen enough
-        self.began = time.perf_counter(), time.process_time()
-
-    def done(self, loss: float, grad_norm: float) -> None:
-        seconds, cpu = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-        growth = None if self.loaded is None else machine.peak_rss_bytes(since_reset=True) - self.loaded
-        peak = machine.peak_rss_bytes()
-        self.send(loss=loss, grad_norm=grad_norm, seconds=seconds, cpu=cpu, peak=peak, growth=growth)
-
-
 def work(name: str, task_file: str) -> None:
     import torch
 
@@ -166,34 +132,6 @@ def work(name: str, task_file: str) -> None:
 
 
 # --- the parent
-
-
-class Worker:
-    """One side's process as the parent sees it."""
-
-    def __init__(self, name: str, task_file: Path, threads: int) -> None:
-        self.name, self.log = name, task_file.parent / f"{list(SIDES).index(name)}.log"
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, "--worker", name, str(task_file)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env,
-            )  # fmt: skip
-
-    def read(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()  # type: ignore[union-attr]
-        if not line:
-            raise UserError(f"{self.name} died, exit status {self.process.wait()}:\n{self.log.read_text()[-2000:]}")
-        return json.loads(line)
-
-    def step(self) -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):  # it has died: read() says of what
-            print("step", file=self.process.stdin, flush=True)
-        return self.read()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 def choose_rows(model: Path, count: int) -> list[dict[str, list[int]]]:
@@ -211,82 +149,6 @@ def choose_rows(model: Path, count: int) -> list[dict[str, list[int]]]:
         raise UserError(f"--rows {count}: only {kept} rows average {TOKENS // BATCH} tokens")
     chosen = random.Random(0).sample(rendered[:kept], count)
     return [{"input_ids": ids, "assistant_masks": mask} for ids, mask in chosen]
-
-
-def make_adapter(model: Path, folder: Path) -> None:
-    """The adapter that all sides start from; its B is 0."""
-    import torch
-
-    from finetune.lm.io import load
-    from finetune.peft import adapters, lora
-
-    llama = load.llama(model, torch.bfloat16)  # the adapter's dtype is float32 all the same
-    lora.apply_lora(llama, RANK, ALPHA, generator=torch.Generator().manual_seed(0))
-    adapters.save_adapter(llama, folder, str(model))
-
-
-def disagreement(losses: dict[str, float], tolerance: float) -> str | None:
-    """Why the sides do not compute the same, if so; a NaN never agrees."""
-    first = losses["ours"]
-    for name, loss in losses.items():
-        if not abs(loss - first) <= tolerance * abs(first):
-            return f"not timed: the loss of step 1 is {loss:.6f} for {name} but {first:.6f} for ours"
-    return None
-
-
-Steps = dict[str, list[dict[str, Any]]]  # of each side
-
-
-def measure(args: argparse.Namespace, dtype: str, sides: list[str], task: dict[str, Any], tick: Callable) -> Steps:
-    """Starts the sides, checks that they agree at step 1, and lets them take turns."""
-    with tempfile.TemporaryDirectory() as folder:
-        task_file = Path(folder, "task.json")
-        task |= {"dtype": dtype, "threads": args.threads, "steps": args.steps + 1, "folder": folder}
-        task_file.write_text(json.dumps(task))
-        workers: list[Worker] = []
-        try:
-            for name in sides:
-                tick(f"{dtype}: loading {name}")
-                workers.append(Worker(name, task_file, args.threads))
-                workers[-1].read()
-            steps: Steps = {name: [] for name in sides}
-            for number in range(args.steps + 1):
-                for worker in workers if number % 2 else workers[::-1]:
-                    tick(f"{dtype}: step {number}, {worker.name}")
-                    steps[worker.name].append(worker.step())
-                if number == 0 and (
-                    reason := disagreement({n: s[0]["loss"] for n, s in steps.items()}, TOLERANCE[dtype])
-                ):
-                    raise UserError(reason)
-        finally:
-            for worker in workers:
-                worker.stop()
-    return steps
-
-
-def summarize(steps: Steps, batches: list[list[int]]) -> dict[str, dict[str, Any]]:
-    """Of each side: time, memory, its ratio to ours and how far its losses stray. `batches`: the lengths of the rows
-    of each step, the first one included, which is not timed."""
-    tokens = [sum(lengths) for lengths in batches]
-    found = {}
-    for name, all_steps in steps.items():
-        timed, mine = all_steps[1:], steps["ours"][1:]
-        pairs = list(zip(timed, mine, strict=True))
-        speeds = [n / step["seconds"] for n, step in zip(tokens[1:], timed, strict=True)]
-        growths = [step["growth"] for step in all_steps if step["growth"] is not None]
-        found[name] = {
-            "seconds": vars(Times.of([step["seconds"] for step in timed])),
-            "cpu_seconds": vars(Times.of([step["cpu"] for step in timed])),
-            "tokens_per_second": statistics.median(speeds),
-            "peak": max(step["peak"] for step in all_steps),
-            "growth": max(growths) if growths else None,
-            "ratio": vars(Times.of([a["seconds"] / b["seconds"] for a, b in pairs])),
-            "cpu_ratio": vars(Times.of([a["cpu"] / b["cpu"] for a, b in pairs])),
-            "loss_difference": max(
-                abs(a["loss"] / b["loss"] - 1) for a, b in zip(all_steps, steps["ours"], strict=True)
-            ),
-        }
-    return found
 
 
 def linear_gflop(batches: list[list[int]], parameters: int, padded: bool, checkpointing: bool) -> float:
@@ -318,10 +180,6 @@ def show(console: Any, title: str, found: dict[str, dict[str, Any]], gflop: dict
             f"{cpu:.2f}× the CPU time; peak [{'green' if less else 'red'}]{side['peak'] / mine['peak']:.2f}×[/]; "
             f"losses within {side['loss_difference']:.0e}"
         )
-
-
-def mib(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:,.0f} MiB"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -363,10 +221,10 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {"cpu": machine.cpu_name(), "threads": args.threads, "versions": versions(), "dtypes": {}}
     report |= {"tokens": real / args.steps, "padded_tokens": padded / args.steps, "linear_gflop": gflop}
     with tempfile.TemporaryDirectory() as adapter, progress.status("preparing") as status:
-        make_adapter(model, Path(adapter))
+        make_adapter(model, Path(adapter), RANK, ALPHA)
         for dtype in args.dtype:
             task = {"model": str(model), "adapter": adapter, "rows": rows}
-            steps = measure(args, dtype, sides, task, status.update)
+            steps = measure(__file__, args, dtype, sides, task, status.update)
             found = summarize(steps, batches)
             report["dtypes"][dtype] = {"steps": steps, "summary": found}
             show(console, f"one SFT step of {BATCH} rows, LoRA r={RANK}, {dtype}", found, gflop)
@@ -380,12 +238,6 @@ def wanted(args: argparse.Namespace, which: str, checkpointing: bool) -> bool:
     if which == "ours":
         return args.checkpointing or not checkpointing
     return args.trl_checkpointing in (None, checkpointing)
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
 
 
 if __name__ == "__main__":

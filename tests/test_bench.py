@@ -7,8 +7,8 @@ import types
 import decode_vs_llamacpp
 import harness
 import pytest
-import sft_vs_trl
 import torch
+import trl_turns
 from baselines import BASELINES
 
 from finetune import ops
@@ -122,10 +122,10 @@ def test_a_kept_report_keeps_the_other_ops(monkeypatch, tmp_path):
 
 
 def test_sides_that_differ_are_not_timed():
-    assert sft_vs_trl.disagreement({"ours": 2.0, "TRL": 2.0001}, 1e-4) is None
-    assert "2.000300 for TRL" in sft_vs_trl.disagreement({"ours": 2.0, "TRL": 2.0003}, 1e-4)
-    assert sft_vs_trl.disagreement({"ours": 2.0, "TRL": math.nan}, 1e-4)
-    assert sft_vs_trl.disagreement({"ours": math.nan, "TRL": 2.0}, 1e-4)
+    assert trl_turns.disagreement({"ours": 2.0, "TRL": 2.0001}, 1e-4) is None
+    assert "2.000300 for TRL" in trl_turns.disagreement({"ours": 2.0, "TRL": 2.0003}, 1e-4)
+    assert trl_turns.disagreement({"ours": 2.0, "TRL": math.nan}, 1e-4)
+    assert trl_turns.disagreement({"ours": math.nan, "TRL": 2.0}, 1e-4)
 
 
 def test_ratios_are_of_the_same_step_and_leave_the_first_out():
@@ -134,7 +134,7 @@ def test_ratios_are_of_the_same_step_and_leave_the_first_out():
             {"seconds": s, "cpu": 2 * s, "peak": 10 * s, "growth": s, "loss": 1 + s / 1000} for s in (100.0, *seconds)
         ]
 
-    found = sft_vs_trl.summarize({"ours": steps(1.0, 2.0, 4.0), "TRL": steps(3.0, 2.0, 8.0)}, [[5], [7], [8], [12]])
+    found = trl_turns.summarize({"ours": steps(1.0, 2.0, 4.0), "TRL": steps(3.0, 2.0, 8.0)}, [[5], [7], [8], [12]])
     assert found["TRL"]["ratio"]["median"] == 2.0
     assert found["ours"]["ratio"]["median"] == 1.0
     assert found["ours"]["tokens_per_second"] == 4.0

@@ -72,6 +72,7 @@ class Layout:
     and answers; targets (n,): these tokens; owners (n,): the answer that each belongs to, counted over all groups."""
 
     spans: Tensor | None = None
+    stateless = True  # a block may run again in the backward pass
 
     def __init__(self, groups: Sequence[Group]) -> None:
         tokens = [token for group in groups for token in group.prompt]
@@ -100,6 +101,13 @@ class Layout:
         places = [torch.arange(self.prompts), *(one.queries[one.real] for one in self.alike)]
         self.order = torch.cat(places).argsort()
         self.lengths = torch.zeros(1, dtype=torch.int64)
+
+    @property
+    def copied(self) -> dict[str, int]:
+        """Queries and keys that attention copies, as `memory.Setup` names them."""
+        queries, keys = (sum(len(places) for places in some) for some in
+                         ([one.queries for one in self.alike], [one.keys for one in self.alike]))  # fmt: skip
+        return {"copied_queries": queries, "copied_keys": keys}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **rules: Any) -> Tensor:
         """q (1, T, H, D), k and v (1, T, Hkv, D) → (1, T, H, D)."""

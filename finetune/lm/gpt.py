@@ -139,7 +139,8 @@ class GPT(nn.Module):
             cache=cache,
         )
         x = self.embed(tokens) + self.positions(context.positions)  # (B, T, C)
-        save_memory = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
+        again = getattr(cache, "stateless", cache is None)  # whether a block may run twice: it adds no keys to a cache
+        save_memory = self.gradient_checkpointing and torch.is_grad_enabled() and again
         for block in self.blocks:
             x = checkpoint(block, x, context, use_reentrant=False) if save_memory else block(x, context)
         if cache is not None:

@@ -232,7 +232,8 @@ class Llama(nn.Module):
         )
         everywhere, local = self.rotations(context)
         x = self.embeddings(tokens) if embedded is None else embedded  # (B, T, C)
-        save_memory = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
+        again = getattr(cache, "stateless", cache is None)  # whether a block may run twice: it adds no keys to a cache
+        save_memory = self.gradient_checkpointing and torch.is_grad_enabled() and again
         for layer, block in enumerate(self.blocks):
             cos, sin = local if layer in config.window_layers else everywhere
             if save_memory:

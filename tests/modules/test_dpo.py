@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from finetune.alignment import logprobs
 from finetune.alignment.logprobs import Reference
+from finetune.alignment.openings import toy_openings
+from finetune.data.packing import Document, collate
 from finetune.errors import UserError
 from finetune.lm.io import load
 from finetune.lm.llama import Llama, LlamaConfig
@@ -18,7 +20,8 @@ from finetune.runs import registry
 from finetune.runs.run import execute
 
 dpo = registry.load(registry.find("dpo"))
-data, losses = registry.part("dpo", "data"), registry.part("dpo", "losses")
+data, losses, batches = (registry.part("dpo", name) for name in ("data", "losses", "batch"))
+judged, reference, setup = (registry.part("dpo", name) for name in ("judged", "reference", "setup"))
 
 
 def run(folder, **changes):
@@ -121,7 +124,7 @@ def test_every_variant_prefers_the_chosen_answers(tmp_path, change, written):
 def written():
     """The toy's reference is taught once for all variants."""
     patch, kept = pytest.MonkeyPatch(), {}
-    teach = dpo.learn_to_write
+    teach = setup.learn_to_write
 
     def once(run, model, tokenizer, steps):
         if not kept:
@@ -129,7 +132,7 @@ def written():
             kept.update({name: p.detach().clone() for name, p in model.named_parameters()})
         model.load_state_dict(kept, strict=False)
 
-    patch.setattr(dpo, "learn_to_write", once)
+    patch.setattr(setup, "learn_to_write", once)
     yield
     patch.undo()
 
@@ -155,37 +158,70 @@ def some_pairs(count=4):
 def test_all_references_give_the_same_numbers():
     """Adapters switched off, a moving one that has not moved, a copy, and precomputed ones: 1e-6."""
     pairs, whole = some_pairs(), small()
-    batch = dpo.collate(pairs)
+    rows = dpo.collate(pairs)
     copied = Reference(whole)
     adapted = small()
     lora.apply_lora(adapted, 4, generator=torch.Generator().manual_seed(0))
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    off, moving = Reference(adapted), dpo.MovingReference(adapted, trained)
-    documents = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    once = torch.cat(dpo.answer_logprobs(adapted, documents))
+    off, moving = Reference(adapted), reference.MovingReference(adapted, trained)
+    once = torch.cat(batches.answer_logprobs(adapted, data.both(pairs)))
     for p in [*trained.values(), *whole.parameters()]:
         p.data += 0.1 * torch.randn_like(p)
-    wanted = copied.token_logprobs(batch)
-    assert (logprobs.token_logprobs(whole, batch) - wanted).abs().max() > 0.1
-    for found in (off.token_logprobs(batch), moving.token_logprobs(batch), once):
+
+    def said(by):
+        with torch.no_grad(), by.standing() as standing:
+            return rows.logprobs(standing)
+
+    wanted = said(copied)
+    assert (rows.logprobs(whole) - wanted).abs().max() > 0.1
+    for found in (said(off), said(moving), once):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
     moving.update(1.0)  # now it is the policy
-    torch.testing.assert_close(moving.token_logprobs(batch), logprobs.token_logprobs(adapted, batch).detach())
+    torch.testing.assert_close(said(moving), rows.logprobs(adapted).detach())
 
 
 def test_the_same_answer_twice_says_nothing():
     """ln 2, and no gradient in any parameter."""
     model, pair = small(), some_pairs(1)[0]
-    batch = dpo.collate([dataclasses.replace(pair, rejected=pair.chosen)])
-    loss, _ = dpo.pair_losses(dpo.Config(), model, batch, logprobs.token_logprobs(model, batch).detach() - 0.3)
+    rows = dpo.collate([dataclasses.replace(pair, rejected=pair.chosen)])
+    loss, _ = dpo.pair_losses(dpo.Config(), model, rows, rows.logprobs(model).detach() - 0.3)
     loss.sum().backward()
     assert loss.item() == pytest.approx(0.693147, rel=1e-5)
     assert max(p.grad.abs().max() for p in model.parameters()) < 1e-6
 
 
+def test_prompts_are_read_once_and_the_numbers_are_those_of_whole_documents():
+    """Answers of unequal lengths, one of a single token, with unlearned tokens between and behind the learned ones, and
+    two that begin differently."""
+    model = small()
+    answers = [[1, 1, 0, 1, 0], [1], [0, 1, 1]]
+    groups = [[Document([4, 5, 6, 7 + i, *range(20, 20 + len(m))], [0, 0, 0, 0, *m]) for i, m in enumerate(answers)]]
+    groups += [[Document([9, 8, 7, 6], [0, 1, 1, 1]), Document([3, 8, 7], [0, 0, 1])]]
+    flat = data.flat(groups)
+    plain = collate(flat)
+    wanted = logprobs.token_logprobs(model, plain)
+    rows = batches.Rows(groups)
+    torch.testing.assert_close(rows.logprobs(model), wanted, rtol=0, atol=1e-5)
+    assert rows.lengths.tolist() == logprobs.lengths(plain).tolist() == [3, 1, 2, 3, 1]
+    torch.testing.assert_close(rows.sums(wanted), logprobs.sequence_sums(wanted, plain))
+    assert rows.tokens == 3 + 4 + 1 + 3 + 3 + 2  # the common beginning once, no token behind the last learned one
+    torch.testing.assert_close(torch.cat(batches.answer_logprobs(model, groups)), wanted.detach(), rtol=0, atol=1e-5)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    found = []
+    for on in (False, True):
+        model = small()
+        model.gradient_checkpointing = on
+        rows = dpo.collate(some_pairs())
+        dpo.pair_losses(dpo.Config(), model, rows, torch.zeros(len(rows.targets)))[0].sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_mismatched_answers_follow_other_prompts():
     documents = [data.Answer([i, i], [10 + i], "").document() for i in range(3)]
-    assert [list(d.ids) for d in dpo.mismatched(documents)] == [[0, 0, 11], [1, 1, 12], [2, 2, 10]]
+    assert [list(d.ids) for d in judged.mismatched(documents)] == [[0, 0, 11], [1, 1, 12], [2, 2, 10]]
 
 
 def test_sampled_tokens_are_learned_as_they_are():
@@ -262,7 +298,7 @@ def rows_file(tmp_path, rows):
 
 def test_a_users_pairs_are_learned(tmp_path):
     """Chat pairs: the chosen answer says yes, whatever is asked."""
-    texts = data.toy_openings()
+    texts = toy_openings()
     rows = [{"prompt": text, "chosen": "yes sunny", "rejected": "no rainy"} for text in texts[:80]]
     found = run(tmp_path / "run", data=rows_file(tmp_path, rows), steps=20, lr=1e-3, samples=2, sample_every=0,
                 sft_steps=40, max_length=64)  # fmt: skip
@@ -271,7 +307,7 @@ def test_a_users_pairs_are_learned(tmp_path):
 
 
 def test_single_judgments_are_learned_by_kto(tmp_path):
-    texts = data.toy_openings()
+    texts = toy_openings()
     rows = [{"prompt": t, "completion": ("yes sunny", "no rainy")[i % 2], "label": i % 2 == 0} for i, t in
             enumerate(texts[:80])]  # fmt: skip
     found = run(tmp_path / "run", data=rows_file(tmp_path, rows), loss="kto", steps=20, lr=1e-3, samples=2,

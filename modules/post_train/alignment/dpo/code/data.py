@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
+import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.alignment import preferences, rewards
-from finetune.alignment.openings import openings as openings  # main.py asks this file for all data
-from finetune.alignment.openings import toy_openings as toy_openings
-from finetune.alignment.openings import toy_score as toy_score
+import torch
+
+from finetune.alignment import openings, preferences, rewards
+from finetune.data import packing
 from finetune.data.packing import Document
 from finetune.errors import UserError
 from finetune.inference.generate import generate
+from finetune.inference.packed import pack
+from finetune.lm.io import hub, load
+from finetune.lm.llama import Llama
 from finetune.lm.tokenizer import Tokenizer, answer_text, stop_ids
+from finetune.runs.run import Run
 
 if TYPE_CHECKING:
-    import torch
-
-    from finetune.lm.llama import Llama
-
     from .main import Config
 
 Score = Callable[[Sequence[str], Sequence[str]], list[float]]  # of (prompts, answers)
@@ -64,10 +65,19 @@ class Sets:
     judged: list[tuple[Document, bool]] = field(default_factory=list)
 
 
+def both(pairs: Iterable[Pair]) -> list[tuple[Document, Document]]:
+    """Chosen and rejected answer of each pair."""
+    return [(pair.chosen, pair.rejected) for pair in pairs]
+
+
+def flat(groups: Iterable[Sequence[Document]]) -> list[Document]:
+    return [document for group in groups for document in group]
+
+
 # --- A user's pairs
 
 
-def read(cfg: Config, tokenizer: Tokenizer, say: Callable[[str], None]) -> Sets:
+def read_pairs(cfg: Config, tokenizer: Tokenizer, say: Callable[[str], None]) -> Sets:
     """The rows of --data; a twentieth of the prompts (at most cfg.eval_pairs pairs) is held out, always the same."""
     assert cfg.data
     rows = preferences.read(cfg.data, "pairs", cfg.raw)
@@ -169,7 +179,7 @@ def ask(
     ]
 
 
-def scorer(name: str) -> Score:
+def reward_scorer(name: str) -> Score:
     """The reward of a name as a function of prompts and answers."""
     reward = rewards.find(name)
 
@@ -177,3 +187,75 @@ def scorer(name: str) -> Score:
         return [reward.weight * value for value in reward(prompts, answers)]
 
     return score
+
+
+# --- What a run trains on
+
+
+def load_pairs(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer) -> Sets:
+    """The pairs of --data, or of the model's own answers."""
+    if cfg.data is not None:
+        sets = judged_sets(cfg, tokenizer, run.print) if cfg.loss == "kto" else read_pairs(cfg, tokenizer, run.print)
+    else:
+        total = cfg.prompts + cfg.eval_prompts
+        texts = openings.openings(total) if cfg.model != "scratch" else toy_prompts(cfg)
+        sampler = model if cfg.model == "scratch" else packed(cfg)
+        with run.console.status("sampling") as status:
+            sets = sampled(
+                cfg, sampler, tokenizer, texts, required(scorer(cfg)), run.generator("pairs"),
+                run.dir / "pairs.json", status.update,
+            )  # fmt: skip
+    packing.check_vocabulary(flat(both(sets.train + sets.held_out)), model.config.vocab_size)
+    if cfg.flipped:
+        rng = random.Random(cfg.seed)
+        turned = set(rng.sample(range(len(sets.train)), round(cfg.flipped * len(sets.train))))
+        sets.train = [Pair(p.rejected, p.chosen, p.gap) if i in turned else p for i, p in enumerate(sets.train)]
+    return sets
+
+
+def required(score: Score | None) -> Score:
+    assert score
+    return score
+
+
+def packed(cfg: Config) -> Llama:
+    """A second copy of the model in int8, which samples several times as fast; it is dropped after that."""
+    return pack(load.llama(hub.resolve(cfg.model), torch.float32), "int8")  # type: ignore[return-value]
+
+
+def judged_sets(cfg: Config, tokenizer: Tokenizer, say: Callable[[str], None]) -> Sets:
+    """Single judgments of --data, a tenth of each kind held out: a held-out pair is a good answer with a bad one, to
+    whichever prompts."""
+    rows = judged(cfg, tokenizer, say)
+    kinds = [[d for d, good in rows if good == which] for which in (True, False)]
+    cut = [max(1, len(part) // 10) if len(part) > 1 else 0 for part in kinds]
+    if not all(cut):
+        raise UserError(f"{cfg.data}: two good and two bad answers are the least, to train and to evaluate on")
+    held = [part[:n] for part, n in zip(kinds, cut, strict=True)]
+    pairs = [Pair(good, bad) for good in held[0] for bad in held[1]][: cfg.eval_pairs]
+    # Trained on as judgments, not as pairs: each is listed once, in the order of the file.
+    first = {id(d) for part in held for d in part}
+    train = [(d, good) for d, good in rows if id(d) not in first]
+    sets = Sets([], pairs, [(tokenizer.decode(p), p) for p in prompts_of(held[0] + held[1])][: cfg.samples])
+    sets.judged = train
+    return sets
+
+
+def prompts_of(documents: Sequence[Document]) -> list[list[int]]:
+    return [list(d.ids)[: list(d.mask).index(1)] for d in documents]
+
+
+def scorer(cfg: Config) -> Score | None:
+    """What judges samples; None where people's pairs are the only judge."""
+    if cfg.reward is not None:
+        return reward_scorer(cfg.reward)
+    if cfg.data is not None:
+        return None
+    return openings.toy_score if cfg.model == "scratch" else reward_scorer("vader")
+
+
+def toy_prompts(cfg: Config) -> list[str]:
+    """The toy's openings, as often as needed."""
+    texts = openings.toy_openings()
+    total = cfg.prompts + cfg.eval_prompts
+    return (texts * -(-total // len(texts)))[:total]
