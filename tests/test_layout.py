@@ -18,9 +18,9 @@ PEERS = ("transformers", "peft", "trl", "diffusers", "d3rlpy", "stable_baselines
 
 # The rooms of finetune/, the lowest first: a file imports from its own room and from those before it.
 ROOMS = (
-    "errors", "environment", "ops", "runs", "optim", "kernels", "lm", "lm/io", "peft", "data", "inference",
-    "rl", "rl/envs", "rl/agents", "rl/tabular", "alignment", "memory", "interview", "chat", "merge", "export",
-    "serve", "terminal", "doctor", "smoke", "cli",
+    "errors", "environment", "ops", "runs", "optim", "kernels", "lm", "lm/io", "peft", "data", "diffusion",
+    "inference", "rl", "rl/envs", "rl/agents", "rl/tabular", "alignment", "memory", "interview", "chat", "merge",
+    "export", "serve", "terminal", "doctor", "smoke", "cli",
 )  # fmt: skip
 # Deep reinforcement learning and environments know nothing of tables.
 APART = {"rl/envs": {"rl/agents", "rl/tabular"}, "rl/agents": {"rl/tabular"}}
