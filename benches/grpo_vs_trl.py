@@ -82,7 +82,8 @@ def ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
     from finetune.runs.run import Run
 
     torch.set_num_threads(args.threads)
-    grpo = registry.load(registry.find("grpo"))
+    grpo: Any = registry.load(registry.find("grpo"))
+    shared: Any = shared_prompts
     source = hub.resolve(args.model)
     tokenizer, model = load.tokenizer(source), load.llama(source, getattr(torch, args.dtype))
     whole = name in ("ours, every answer", "ours, whole documents")
@@ -105,7 +106,7 @@ def ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     if name == "ours, whole documents":
         grpo.Layout = Documents
-        shared_prompts.token_logprobs = lambda m, layout, t: with_entropies(m, layout.batch, t)
+        shared.token_logprobs = lambda m, layout, t: with_entropies(m, layout.batch, t)
 
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), cfg)
@@ -141,7 +142,7 @@ def trl(name: str, args: argparse.Namespace) -> dict[str, Any]:
         def on_train_begin(self, *_, **__):
             clocks.append(Clock())
 
-        def on_log(self, a, state, control, **given):
+        def on_log(self, args, state, control, **given):
             if "loss" in given["logs"]:
                 clocks[0].done(tokens=given["logs"].get("completions/mean_length", 0.0))
 
@@ -171,7 +172,7 @@ def trl(name: str, args: argparse.Namespace) -> dict[str, Any]:
         )
         trainer = GRPOTrainer(
             AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)),
-            reward_funcs=right,
+            reward_funcs=right,  # type: ignore[arg-type]
             args=config,
             train_dataset=Dataset.from_list([{"prompt": text} for text in texts[:256]]),
             processing_class=AutoTokenizer.from_pretrained(source),

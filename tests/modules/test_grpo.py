@@ -303,7 +303,7 @@ def test_run_folder(trained):
     folder = trained[0]
     found = rows(folder)
     assert len(found) == 140
-    for name in ("no_spread", "sampled_groups", "answer_tokens", "truncated", "trained_groups", "entropy", "lr"):
+    for name in ("no_spread", "sampled_groups", "answer_tokens", "truncated", "trained_groups", "lr"):
         assert all(row[name] for row in found), name
     learned = [row for row in found if row["loss"]]
     assert len(learned) > 40

@@ -316,7 +316,7 @@ def update(
                 sums["entropy"] += entropies.sum().item()
                 sums["tokens"] += len(logprobs)
             sums["grad_norm"] = float(ops.clip_grad_norm_([p.grad for p in trained if p.grad is not None], cfg.clip))
-            optimizer.step(lr=lr)  # type: ignore[call-arg]
+            optimizer.step(lr=lr)  # type: ignore[call-overload]
             optimizer.zero_grad()
             seen.append(sums)
     found = summarized(cfg, seen, updates)
