@@ -319,16 +319,16 @@ def update(
             optimizer.step(lr=lr)  # type: ignore[call-overload]
             optimizer.zero_grad()
             seen.append(sums)
-    found = summarized(cfg, seen, updates)
+    metrics = summarized(cfg, seen, updates)
     if cfg.kl_weight and groups:
-        answers = cfg.samples * len(groups)
+        count = cfg.samples * len(groups)
         if cfg.kl_in == "reward":
-            found["kl"] = sum(one.kl for one in groups) / len(groups)
+            metrics["kl"] = sum(one.kl for one in groups) / len(groups)
         elif seen:
-            found["kl"] = sum(one["kl"] for one in seen[: cfg.updates]) / answers
-        coefficient.update(found.get("kl", 0.0), answers)
-        found["kl_weight"] = coefficient.value
-    return found
+            metrics["kl"] = sum(one["kl"] for one in seen[: cfg.updates]) / count
+        coefficient.update(metrics.get("kl", 0.0), count)
+        metrics["kl_weight"] = coefficient.value
+    return metrics
 
 
 def set_advantages(cfg: Config, groups: Sequence[Judged]) -> None:
