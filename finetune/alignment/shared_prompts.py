@@ -102,13 +102,6 @@ class Layout:
         self.order = torch.cat(places).argsort()
         self.lengths = torch.zeros(1, dtype=torch.int64)
 
-    @property
-    def copied(self) -> dict[str, int]:
-        """Queries and keys that attention copies, as `memory.Setup` names them."""
-        queries, keys = (sum(len(places) for places in some) for some in
-                         ([one.queries for one in self.alike], [one.keys for one in self.alike]))  # fmt: skip
-        return {"copied_queries": queries, "copied_keys": keys}
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, **rules: Any) -> Tensor:
         """q (1, T, H, D), k and v (1, T, Hkv, D) → (1, T, H, D)."""
         own = (x[:, : self.prompts] for x in (q, k, v))

@@ -99,25 +99,13 @@ def block(shape: Shape, setup: Setup, first: bool = False) -> Term:
     saved = block_saved(shape, setup, first)
     if not setup.sequence_parallel:
         text = f"N·({' + '.join(text for _, text in saved.values())})"
-        size = setup.tokens * sum(size for size, _ in saved.values())
-        if setup.copied_queries and "attention: maxima, sums" in saved:
-            more, more_text = copies(shape, setup)
-            size, text = size + more, f"({text} + {more_text})"
-        return Term("activations of a block", size, text, "")
+        return Term("activations of a block", setup.tokens * sum(size for size, _ in saved.values()), text, "")
     along = {name: saved.pop(name) for name in ALONG_THE_ROW if name in saved}
     each, cut = (sum(size for size, _ in kinds.values()) for kinds in (saved, along))
     text = (
         f"N·({' + '.join(text for _, text in saved.values())}) + N/t·({' + '.join(text for _, text in along.values())})"
     )
     return Term("activations of a block", setup.tokens * each + setup.tokens // setup.tp * cut, text, "")
-
-
-def copies(shape: Shape, setup: Setup) -> tuple[int, str]:
-    """What a block keeps in addition where answers attend to prompts that lie in the row once: the answers' queries,
-    the keys and values of both, and the outputs of the parts before they are put in order."""
-    heads, keys = shape.heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim
-    size = (setup.tokens + setup.copied_queries) * heads + setup.copied_keys * keys
-    return size * setup.element, "(N + A)·H·D·e + J·2·K·D·e"
 
 
 def megatron_layer(

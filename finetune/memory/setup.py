@@ -116,9 +116,6 @@ class Setup:
     batch: int = 1  # rows of a micro-batch
     seq: int = 2048  # tokens of a row, padding included; a shorter model's own length if it is not given
     packing: int = 1  # documents of equal length in a row; each sees itself only, and begins at position 0
-    # answers that attend to a prompt which the row has once (alignment/shared_prompts.py): what attention copies
-    copied_queries: int = 0
-    copied_keys: int = 0
     # --- Numbers and optimizer
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the parameters
     optimizer: str = "adamw"  # one of the optimizers below; none: inference
@@ -154,8 +151,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("seq", 1), ("lora_rank", 0), ("prompt", 0), ("prefix", 0), ("ranks", 1),
-                            ("zero", 0), ("kv_block", 1), ("tp", 1), ("pp", 1), ("packing", 1),
-                            ("copied_queries", 0), ("copied_keys", 0)):  # fmt: skip
+                            ("zero", 0), ("kv_block", 1), ("tp", 1), ("pp", 1), ("packing", 1)):  # fmt: skip
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} {getattr(self, name)} is too small: it must be at least {least}")

@@ -269,7 +269,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         part = [examples[i] for i in drawn(0)][: -(-cfg.batch // cfg.accumulate)]
         rows = collate(part)
         memory.record_step(
-            run, shape, replace(setup, seq=rows.tokens, **rows.layout.copied), model=model, optimizer=optimizer,
+            run, shape, replace(setup, seq=rows.tokens), model=model, optimizer=optimizer,
             loss=lambda: pair_losses(cfg, model, rows, references(part, rows))[0].mean(),
         )  # fmt: skip
     run.next_commands = bases.next_commands(run.dir)[: 1 if cfg.model == "scratch" or cfg.method == "full" else None]
