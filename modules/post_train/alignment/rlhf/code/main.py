@@ -110,8 +110,8 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> Config:
         return cls(
-            steps=60, model="scratch", prompts=160, answers=6, eval_prompts=40, eval_answers=8, new_tokens=8,
-            max_length=48, demonstrations=4000, sft_steps=200, sft_batch=48, sft_lr=3e-3, reward_steps=80,
+            steps=60, model="scratch", prompts=120, answers=12, eval_prompts=80, eval_answers=8, new_tokens=8,
+            max_length=48, demonstrations=4000, sft_steps=200, sft_batch=48, sft_lr=3e-3, reward_steps=120,
             reward_batch=16, gap=1.0,
             lr=2e-3, batch=64, beyond=30, dtype="float32", checkpoint_every=20, samples=128,
         )  # fmt: skip
@@ -342,7 +342,7 @@ def report(
     run.check("policy_finished", sum(a.ended for a in after.answers) / len(after.answers))
     run.result("reward_accuracy", quality.accuracy, baseline=0.5, target=0.5 if own else 0.8 if toy else 0.7)
     if quality.clear_accuracy == quality.clear_accuracy:
-        run.result("clear_accuracy", quality.clear_accuracy, baseline=0.5, target=0.5 if own else 0.9 if toy else 0.75)
+        run.result("clear_accuracy", quality.clear_accuracy, baseline=0.5, target=0.5 if own else 0.85 if toy else 0.75)
     run.check("calibration_error", quality.calibration_error)
     run.result("proxy_reward", end["proxy"], error=error(after.proxy), baseline=start["proxy"],
                target=start["proxy"] if own else None)  # fmt: skip
