@@ -117,6 +117,7 @@ def test_without_training_there_is_no_gain(tmp_path, trained):
     assert not found["passed"]
 
 
+@pytest.mark.long
 def test_the_gold_reward_without_a_clip(tmp_path, trained):
     """Nothing holds the policy: it goes far and repeats itself."""
     found = run(tmp_path / "run", start=trained[0], reward="gold", reward_clip=0.0, beta=0.0, lr=5e-3, beyond=0)
@@ -316,7 +317,7 @@ def test_same_seed_same_bytes(tmp_path):
 
 @pytest.mark.parametrize(
     "stage",
-    ["reward", MAIN, *(pytest.param(name, marks=pytest.mark.long) for name in ("sft", "beyond"))],
+    [MAIN, *(pytest.param(name, marks=pytest.mark.long) for name in ("sft", "reward", "beyond"))],
 )
 def test_a_stopped_run_continues_to_the_same_bits(tmp_path, monkeypatch, stage):
     given = {**SMALL, "steps": 4, "beyond": 4, "checkpoint_every": 2, "kl_target": 1.0, "passes": 2}
