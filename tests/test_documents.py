@@ -63,7 +63,7 @@ SMALLER = {
     "kernels levels matmul": "kernels levels transpose --level 2",
     "run mdp --world taxi": "run mdp --help",
     # it starts from a run
-    "run rlhf --start <RUN> --reward gold --reward-clip 0 --beta 0 --steps 20 --unfinished 0 "
+    "run rlhf --start '<RUN>' --reward gold --reward-clip 0 --beta 0 --steps 20 --unfinished 0 "
     "--beyond 0": "run rlhf --help",
     "smoke": "smoke --help",
 }
