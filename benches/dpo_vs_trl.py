@@ -52,7 +52,7 @@ def ours(name: str, task: dict[str, Any], turn: Turn) -> None:
     from finetune.peft import adapters
     from finetune.runs import registry
 
-    dpo = registry.load(registry.find("dpo"))
+    dpo: Any = registry.load(registry.find("dpo"))
     data, batch = registry.part("dpo", "data"), registry.part("dpo", "batch")
     model = load.llama(task["model"])
     adapters.load_adapter(model, task["adapter"])
@@ -112,7 +112,7 @@ def trl(name: str, task: dict[str, Any], turn: Turn) -> None:
             return dataset
 
         def _get_train_sampler(self, *_):  # as in ours: the rows in order, repeated
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+            return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     fastest = name == "TRL, fastest"
     config = DPOConfig(

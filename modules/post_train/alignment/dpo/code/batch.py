@@ -11,6 +11,7 @@ from finetune.alignment import logprobs
 from finetune.alignment.preferences import in_common
 from finetune.alignment.shared_prompts import Group, Layout
 from finetune.data.packing import Document
+from finetune.lm.gpt import GPT
 from finetune.lm.llama import Llama
 
 PASS = 2048  # tokens of a forward pass without gradients
@@ -35,12 +36,12 @@ class Rows:
     def tokens(self) -> int:
         return self.layout.tokens.numel()
 
-    def states(self, model: Llama) -> Tensor:
+    def states(self, model: Llama | GPT) -> Tensor:
         """(n, C): what the learned tokens are predicted from."""
         layout = self.layout
         return model(layout.tokens, positions=layout.positions, cache=layout, hidden=True)[0, self.rows]
 
-    def logprobs(self, model: Llama) -> Tensor:
+    def logprobs(self, model: Llama | GPT) -> Tensor:
         """(n,) fp32: log p of the learned tokens, with gradients."""
         return logprobs.of_states(model, self.states(model), self.targets)[0]
 

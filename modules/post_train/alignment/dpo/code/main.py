@@ -207,7 +207,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     model.gradient_checkpointing = cfg.checkpointing
     reference = MovingReference(model, trained) if cfg.sync_every else Reference(model)
     start = MovingReference(model, trained) if cfg.sync_every else reference  # what samples are compared with
-    examples, labels = judgments(sets) if cfg.loss == "kto" else (sets.train, torch.zeros(0))
+    judged: tuple[list[Any], Tensor] = judgments(sets) if cfg.loss == "kto" else (sets.train, torch.zeros(0))
+    examples, labels = judged  # documents for KTO, else pairs
     run.print(
         f"{len(sets.train):,} pairs to train on, {len(sets.held_out):,} held out, "
         f"{sum(p.numel() for p in trained.values()):,} parameters are trained; log-probabilities of the reference …"
@@ -225,7 +226,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     first = taste_of(sets.prompts[: cfg.samples])
     known: dict[int, Tensor] = {}
     if cfg.reference == "precomputed" and cfg.loss != "kto":
-        seen = range(len(examples))
+        seen: Sequence[int] = range(len(examples))
         if cfg.steps * cfg.batch < len(examples):
             seen = sorted({i for step in range(cfg.steps) for i in drawn(step)})
         pairs = data.both([sets.train[i] for i in seen])
