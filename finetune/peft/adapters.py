@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import UserError
-from finetune.lm.io import weights
+from finetune.lm.io import save, weights
 from finetune.lm.io.config import read_json, require
 from finetune.lm.io.hf_llama import from_hf
 from finetune.lm.io.load import ADAPTER_CONFIG as CONFIG
 from finetune.lm.llama import Llama
+from finetune.lm.tokenizer import Tokenizer
 from finetune.peft import whole
 from finetune.peft.adapter_modules import TABLES, Modules
-from finetune.peft.lora import TARGETS, LoRA, LoRALinear, adapters, apply_lora, first_fit, linear_layers
+from finetune.peft.lora import TARGETS, LoRA, LoRALinear, adapters, apply_lora, first_fit, linear_layers, merge, unmerge
 from finetune.peft.virtual_tokens import Prefix, Prompt
 from finetune.peft.whole import hf_module
 from finetune.runs import checkpoint, reading
@@ -116,6 +117,21 @@ def describe(folder: str | Path) -> Description:
 def order(target: str) -> int:
     """The place of a target in the usual order."""
     return TARGETS.index(target) if target in TARGETS else len(TARGETS)
+
+
+def save_trained(
+    model: Llama, tokenizer: Tokenizer, folder: str | Path, base: str | None, name: str = "default"
+) -> None:
+    """What a run trained, with the tokenizer: the adapter as `save_adapter` writes it, of the base model found at
+    `base`; without one the whole model, the active adapters merged, as transformers opens it. `model` is left as it
+    is."""
+    if base is not None:
+        save_adapter(model, folder, base, name)
+        save.tokenizer(tokenizer, folder)
+        return
+    merge(model, keep=True)
+    save.model(model, folder, tokenizer)
+    unmerge(model)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str = "", name: str = "default") -> None:

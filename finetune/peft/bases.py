@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
-from finetune.lm.io import hub, load
+from finetune.lm.io import hub, load, smollm2
 from finetune.runs import reading
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from finetune.runs.run import Run
+
+
+def model_of(run: Run, name: str) -> Path:
+    """The folder or file of the model that a run begins from: what the run depends on, but for SmolLM2, whose files are
+    known by their hash already. UserError if it is not found."""
+    source = hub.resolve(name, run.console)
+    if source != smollm2.cached():
+        run.depends_on("model", source)
+    return source
 
 
 def is_adapter(folder: Path) -> bool:

@@ -25,7 +25,7 @@ from finetune.data import packing
 from finetune.errors import UserError
 from finetune.lm import head
 from finetune.lm.llama import Llama
-from finetune.peft import bases, lora
+from finetune.peft import adapters, bases, lora
 from finetune.runs import config
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
@@ -37,7 +37,7 @@ from .evaluation import evaluate, report, show_samples, taste
 from .judged import accumulate_kto, judgments
 from .losses import LOSSES, Divergence, Pairs, Settings, length_desensitized, wpo_weight
 from .reference import MovingReference
-from .setup import check, dry_run, load_model, memory_plan, save_trained
+from .setup import check, dry_run, load_model, memory_plan
 
 __all__ = ["Config", "dry_run", "main", "memory_plan"]
 
@@ -261,7 +261,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
                 midway["texts"] = json.dumps(found.texts)
 
     # Saved first: whatever fails below, what was trained is kept.
-    save_trained(cfg, model, tokenizer, run.dir / "model")
+    base = bases.base_name(cfg.model) if cfg.method == "lora" and cfg.model != "scratch" else None
+    adapters.save_trained(model, tokenizer, run.dir / "model", base)
     after = evaluate(cfg, sets.held_out, answer_logprobs(model, held_out_pairs), held_out)
     last = taste_of(sets.prompts[: cfg.samples])
     show_samples(run, sets.prompts, first, json.loads(midway["texts"] or "[]"), last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +13,10 @@ from finetune.alignment.toy_writer import learn_to_write, toy_tokenizer
 from finetune.data import preview
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.lm.io import hub, load, save, smollm2
+from finetune.lm.io import hub, load
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
-from finetune.peft import adapters, bases, lora
+from finetune.peft import bases, lora
 from finetune.runs import display
 from finetune.runs.run import Run
 
@@ -63,25 +62,12 @@ def check(cfg: Config) -> None:
 def load_model(cfg: Config, run: Run) -> tuple[Tokenizer, Llama]:
     """Tokenizer and reference model."""
     if cfg.model != "scratch":
-        source = hub.resolve(cfg.model, run.console)
-        if source != smollm2.cached():  # whose files are known by their hash already
-            run.depends_on("model", source)
+        source = bases.model_of(run, cfg.model)
         return load.tokenizer(source), load.llama(source, getattr(torch, cfg.dtype))
     tokenizer = toy_tokenizer()
     model = small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(getattr(torch, cfg.dtype))
     learn_to_write(run, model, tokenizer, cfg.sft_steps)
     return tokenizer, model
-
-
-def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
-    """The adapter as peft opens it, or the whole model as transformers does, with the tokenizer."""
-    if cfg.method == "lora" and cfg.model != "scratch":
-        adapters.save_adapter(model, folder, bases.base_name(cfg.model))
-        save.tokenizer(tokenizer, folder)
-        return
-    lora.merge(model, keep=True)
-    save.model(model, folder, tokenizer)
-    lora.unmerge(model)
 
 
 def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:

@@ -32,7 +32,7 @@ from finetune.data import packing
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
 from finetune.lm import head
-from finetune.lm.io import hub, load, save, smollm2
+from finetune.lm.io import load
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer, stop_ids
 from finetune.peft import adapters, bases, lora
@@ -465,7 +465,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
                 place["during"] = json.dumps(midway.texts[:SHOWN])
 
     # Saved first: whatever fails below, what was trained is kept.
-    save_trained(cfg, model, tokenizer, run.dir / "model")
+    base = bases.base_name(cfg.model) if cfg.method == "lora" and cfg.model != "scratch" else None
+    adapters.save_trained(model, tokenizer, run.dir / "model", base)
     last = look()
     show_samples(run, task, first, json.loads(place["during"] or "[]"), last)
     report(cfg, run, first, last)
@@ -516,9 +517,7 @@ def measure_memory(
 def load_model(cfg: Config, run: Run) -> tuple[Tokenizer, Llama]:
     """Tokenizer and the model to begin with."""
     if cfg.model != "scratch":
-        source = hub.resolve(cfg.model, run.console)
-        if source != smollm2.cached():  # whose files are known by their hash already
-            run.depends_on("model", source)
+        source = bases.model_of(run, cfg.model)
         return load.tokenizer(source), load.llama(source, getattr(torch, cfg.dtype))
     tokenizer = tasks.parity_tokenizer()
     model = small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(getattr(torch, cfg.dtype))
@@ -548,17 +547,6 @@ def check_vocabulary(task: Task, model: Llama) -> None:
         raise UserError(
             f"the prompts have token {largest}, the model has {model.config.vocab_size}: its tokenizer is another's"
         )
-
-
-def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
-    """The adapter as peft opens it, or the whole model as transformers does, with the tokenizer."""
-    if cfg.method == "lora" and cfg.model != "scratch":
-        adapters.save_adapter(model, folder, bases.base_name(cfg.model))
-        save.tokenizer(tokenizer, folder)
-        return
-    lora.merge(model, keep=True)
-    save.model(model, folder, tokenizer)
-    lora.unmerge(model)
 
 
 def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:

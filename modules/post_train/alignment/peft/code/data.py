@@ -15,9 +15,10 @@ from finetune.data.packing import Document
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
 from finetune.lm import template_tokens
-from finetune.lm.io import hub, load, smollm2
+from finetune.lm.io import hub, load
 from finetune.lm.llama import Llama
 from finetune.lm.tokenizer import Tokenizer
+from finetune.peft import bases
 from finetune.runs import display
 from finetune.runs.run import Run
 
@@ -51,9 +52,7 @@ def load_task(cfg: "Config", run: Run) -> Task:
         run.seed("base")
         base = small_llama(small_config(tokenizer.vocab_size, cfg.max_length + longest(cfg)))
     else:
-        source = hub.resolve(cfg.model, run.console)
-        if source != smollm2.cached():  # whose files are known by their hash already
-            run.depends_on("model", source)
+        source = bases.model_of(run, cfg.model)
         room = load.llama_config(source).max_length
         if cfg.max_length + longest(cfg) > room:
             raise UserError(

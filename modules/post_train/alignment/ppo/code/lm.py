@@ -29,7 +29,7 @@ from finetune.data import packing
 from finetune.data.packing import IGNORE, Batch, Document
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.lm.io import hub, load, save, smollm2
+from finetune.lm.io import hub, load
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer, stop_ids
 from finetune.peft import adapters, bases, lora
@@ -406,9 +406,7 @@ def load_model(cfg: Config, run: Run) -> tuple[Tokenizer, Llama]:
         model = small_llama(small_config(tokenizer.vocab_size, PROMPT_ROOM + cfg.new_tokens))
         learn_to_write(run, model, tokenizer, cfg.sft_steps)
         return tokenizer, model.to(dtype)
-    source = hub.resolve(cfg.model, run.console)
-    if source != smollm2.cached():  # whose files are known by their hash already
-        run.depends_on("model", source)
+    source = bases.model_of(run, cfg.model)
     if not bases.is_adapter(source):
         return load.tokenizer(source), load.llama(source, dtype)
     base = bases.base_folder(source, None, run.console)
@@ -420,16 +418,11 @@ def load_model(cfg: Config, run: Run) -> tuple[Tokenizer, Llama]:
 
 def save_policy(cfg: Config, models: Models, tokenizer: Tokenizer, run: Run) -> None:
     """The adapter as peft opens it, or the toy's whole model, with the tokenizer."""
-    folder = run.dir / "model"
-    if cfg.model == "scratch":
-        lora.merge(models.model, keep=True)
-        save.model(models.model, folder, tokenizer)
-        lora.unmerge(models.model)
-    else:
+    base = None
+    if cfg.model != "scratch":
         source = hub.resolve(cfg.model)
         base = str(bases.base_folder(source)) if bases.is_adapter(source) else bases.base_name(cfg.model)
-        adapters.save_adapter(models.model, folder, base, "policy")
-        save.tokenizer(tokenizer, folder)
+    adapters.save_trained(models.model, tokenizer, run.dir / "model", base, "policy")
     run.next_commands = bases.next_commands(run.dir)[: 1 if cfg.model == "scratch" else None]
 
 

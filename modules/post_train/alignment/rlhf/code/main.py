@@ -26,7 +26,7 @@ from finetune.alignment.toy_writer import toy_tokenizer
 from finetune.data import packing
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.lm.io import hub, load, save, smollm2
+from finetune.lm.io import load, save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.memory import meters
@@ -168,7 +168,9 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     midway = policy.train(stage, run, sets.prompts, cfg.steps)
 
     # Saved first: whatever fails below, what was trained is kept.
-    save_policy(cfg, model, tokenizer, run.dir / "model")
+    wear(model, "policy")
+    base = None if cfg.model == "scratch" else bases.base_name(cfg.model)  # from scratch: the whole model
+    adapters.save_trained(model, tokenizer, run.dir / "model", base, "policy")
     after = policy.taste(stage, run, "policy")
     same = stages.fingerprint(stages.frozen(model)) == frozen and torch.equal(head, judge.head.weight)
     run.check("reference_and_reward_model_unchanged", float(same), at_least=1.0)
@@ -397,9 +399,7 @@ def load_model(cfg: Config, run: Run) -> tuple[Tokenizer, Llama]:
             run.depends_on(name, cfg.start / name)
     dtype = getattr(torch, cfg.dtype)
     if cfg.model != "scratch":
-        source = hub.resolve(cfg.model, run.console)
-        if source != smollm2.cached():  # whose files are known by their hash already
-            run.depends_on("model", source)
+        source = bases.model_of(run, cfg.model)
         return load.tokenizer(source), load.llama(source, dtype)
     if cfg.start is not None:
         return load.tokenizer(cfg.start / "sft"), load.llama(cfg.start / "sft", dtype)
@@ -418,19 +418,7 @@ def check_start(cfg: Config) -> None:
 def save_adapter(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path, name: str) -> None:
     """The adapter of a stage as peft opens it, with the tokenizer."""
     base = str((cfg.start or folder.parent) / "sft") if cfg.model == "scratch" else bases.base_name(cfg.model)
-    adapters.save_adapter(model, folder, base, name)
-    save.tokenizer(tokenizer, folder)
-
-
-def save_policy(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
-    """The adapter; of a model from scratch the whole model, as transformers opens it."""
-    if cfg.model != "scratch":
-        save_adapter(cfg, model, tokenizer, folder, "policy")
-        return
-    wear(model, "policy")
-    lora.merge(model, keep=True)
-    save.model(model, folder, tokenizer)
-    lora.unmerge(model)
+    adapters.save_trained(model, tokenizer, folder, base, name)
 
 
 def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:

@@ -25,7 +25,7 @@ from finetune.data.rows import check_form
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
 from finetune.lm import head, template_tokens
-from finetune.lm.io import hub, load, save, smollm2
+from finetune.lm.io import hub, load
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.peft import adapters, bases, lora
@@ -203,7 +203,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
             run.log(step, **evaluate(model, documents, cfg))
 
     # Saved first: whatever fails below, what was trained is kept.
-    save_trained(cfg, model, tokenizer, run.dir / "model")
+    base = bases.base_name(cfg.model) if cfg.method == "lora" and cfg.model != "scratch" else None
+    adapters.save_trained(model, tokenizer, run.dir / "model", base)
     after = evaluate(model, documents, cfg)
     if cfg.steps:
         run.log(cfg.steps - 1, **after)
@@ -320,9 +321,7 @@ def load_model(cfg: Config, tokenizer: Tokenizer, names: list[str], added: list[
         run.depends_on("template", file)
     if cfg.model == "scratch":
         return small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(dtype), False
-    source = hub.resolve(cfg.model, run.console)
-    if source != smollm2.cached():  # whose files are known by their hash already
-        run.depends_on("model", source)
+    source = bases.model_of(run, cfg.model)
     model = load.llama(source, dtype)
     if cfg.template is None or cfg.adapter:
         return model, False
@@ -331,18 +330,6 @@ def load_model(cfg: Config, tokenizer: Tokenizer, names: list[str], added: list[
     if fresh:
         run.print(f"the embeddings of {', '.join(fresh)} begin as means of others; the whole table is trained")
     return model, bool(fresh)
-
-
-def save_trained(cfg: Config, model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
-    """The adapter as peft opens it, or the whole model as transformers does, with the tokenizer. `model` is left as it
-    is."""
-    if cfg.method == "lora" and cfg.model != "scratch":
-        adapters.save_adapter(model, folder, bases.base_name(cfg.model))
-        save.tokenizer(tokenizer, folder)
-    else:
-        lora.merge(model, keep=True)
-        save.model(model, folder, tokenizer)
-        lora.unmerge(model)
 
 
 def whole_modules(cfg: Config, new: bool) -> list[str]:
