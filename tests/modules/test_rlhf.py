@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.alignment import openings
+from finetune.alignment import openings, samples
 from finetune.alignment.preferences import document
 from finetune.alignment.reward_model import RewardModel
 from finetune.data.packing import Document
@@ -245,9 +245,9 @@ def test_pairs_are_neighbors_that_differ():
 
 
 def test_distinct_bigrams():
-    assert data.distinct(["love love love"]) == 0.5
-    assert data.distinct(["a b c", "a b d"]) == 0.75
-    assert data.distinct(["a", ""]) == 1.0
+    assert samples.distinct(["love love love"]) == 0.5
+    assert samples.distinct(["a b c", "a b d"]) == 0.75
+    assert samples.distinct(["a", ""]) == 1.0
 
 
 def test_best_of_n_by_its_definition(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -79,20 +78,6 @@ def taste(
     kls = [(a.sum() - b.sum()).item() for a, b in zip(policy, start, strict=True)]
     found = Taste(answers, [], kls)
     return replace(found, rewards=score([text for text, _ in prompts], found.texts)) if score else found
-
-
-def show_samples(
-    run: Run, prompts: Sequence[tuple[str, list[int]]], first: Taste, midway: Sequence[str], last: Taste
-) -> None:
-    """Six of the prompts with their answers before, during and after; answers.json keeps all."""
-    rows = []
-    for i, (text, _) in enumerate(prompts[: len(first.answers)]):
-        row = {"prompt": text, "before": first.texts[i]}
-        if i < len(midway):
-            row["during"] = midway[i]
-        rows.append(row | {"after": last.texts[i]})
-    run.table("answers of the policy", rows[:6])
-    (run.dir / "answers.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
 
 
 def report(cfg: Config, run: Run, before: dict[str, float], after: dict[str, float], first: Taste, last: Taste) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from finetune import memory, ops, optim
+from finetune.alignment import samples
 from finetune.alignment.logprobs import Reference, of_states
 from finetune.data import packing
 from finetune.errors import UserError
@@ -33,7 +34,7 @@ from finetune.runs.run import Run
 from . import data
 from .batch import Rows, answer_logprobs
 from .data import Pair
-from .evaluation import evaluate, report, show_samples, taste
+from .evaluation import evaluate, report, taste
 from .judged import accumulate_kto, judgments
 from .losses import LOSSES, Divergence, Pairs, Settings, length_desensitized, wpo_weight
 from .reference import MovingReference
@@ -265,7 +266,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     adapters.save_trained(model, tokenizer, run.dir / "model", base)
     after = evaluate(cfg, sets.held_out, answer_logprobs(model, held_out_pairs), held_out)
     last = taste_of(sets.prompts[: cfg.samples])
-    show_samples(run, sets.prompts, first, json.loads(midway["texts"] or "[]"), last)
+    texts = [text for text, _ in sets.prompts[: cfg.samples]]
+    samples.show(run, texts, first.texts, json.loads(midway["texts"] or "[]"), last.texts)
     report(cfg, run, before, after, first, last)
     if cfg.loss != "kto":
         part = [examples[i] for i in drawn(0)][: -(-cfg.batch // cfg.accumulate)]

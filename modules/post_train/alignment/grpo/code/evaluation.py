@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -99,15 +98,3 @@ def apart(cfg: Config, reference: Reference, prompts: Sequence[Prompt], answers:
     with reference.standing() as standing:
         base = shared_prompts.token_logprobs(standing, layout, cfg.temperature)[0]
     return (own - base).sum().item() / len(rows)
-
-
-def show_samples(run: Run, task: Task, first: Evaluation, during: Sequence[str], last: Evaluation) -> None:
-    """Six of the prompts with a sampled answer before, during and after; answers.json keeps more."""
-    rows = []
-    for i, prompt in enumerate(task.held_out[:SHOWN]):
-        row = {"prompt": prompt.text.splitlines()[-1], "before": first.texts[i]}
-        if i < len(during):
-            row["during"] = during[i]
-        rows.append(row | {"after": last.texts[i], "reward": f"{first.rewards[i]:g} → {last.rewards[i]:g}"})
-    run.table("answers of the policy", rows[:6])
-    (run.dir / "answers.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")

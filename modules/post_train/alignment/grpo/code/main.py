@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from finetune import memory, ops, optim
-from finetune.alignment import group_advantages, kl, policy_loss, rewards, shared_prompts
+from finetune.alignment import group_advantages, kl, policy_loss, rewards, samples, shared_prompts
 from finetune.alignment.kl import AdaptiveCoefficient, FixedCoefficient
 from finetune.alignment.logprobs import Reference, evaluated
 from finetune.alignment.policy_loss import Answers, Totals
@@ -41,7 +41,7 @@ from finetune.runs.config import bounded
 from finetune.runs.run import Run
 
 from . import tasks
-from .evaluation import SHOWN, Evaluation, evaluate, show_samples
+from .evaluation import SHOWN, Evaluation, evaluate
 from .tasks import Prompt, Task
 
 
@@ -468,7 +468,10 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     base = bases.base_name(cfg.model) if cfg.method == "lora" and cfg.model != "scratch" else None
     adapters.save_trained(model, tokenizer, run.dir / "model", base)
     last = look()
-    show_samples(run, task, first, json.loads(place["during"] or "[]"), last)
+    prompts = [prompt.text.splitlines()[-1] for prompt in task.held_out[:SHOWN]]
+    earned = [{"reward": f"{a:g} → {b:g}"} for a, b in zip(first.rewards, last.rewards, strict=True)]
+    during = json.loads(place["during"] or "[]")
+    samples.show(run, prompts, first.texts[:SHOWN], during, last.texts[:SHOWN], earned)
     report(cfg, run, first, last)
     measure_memory(cfg, run, shape, setup, model, optimizer, sampler, tokenizer, task, stops)
     run.next_commands = bases.next_commands(run.dir)[: 1 if cfg.model == "scratch" or cfg.method == "full" else None]

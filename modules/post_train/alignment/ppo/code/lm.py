@@ -14,14 +14,13 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune import memory, ops, optim
-from finetune.alignment import kl, logprobs, openings, ppo_lm, preferences, rewards
+from finetune.alignment import kl, logprobs, openings, ppo_lm, preferences, rewards, samples
 from finetune.alignment.reward_model import ScoreHead
 from finetune.alignment.rollouts import Sampler, mismatch, rollouts
 from finetune.alignment.toy_writer import learn_to_write, toy_tokenizer
@@ -281,7 +280,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 
     save_policy(cfg, models, tokenizer, run)  # first: whatever fails below, what was trained is kept
     last = taste(cfg, run, models, sampler, tokenizer, held_out, score)
-    show_samples(run, first, json.loads(past["during"] or "[]"), last)
+    texts = [answer.prompt.text for answer in last.answers]
+    samples.show(run, texts, first.texts, json.loads(past["during"] or "[]"), last.texts)
     report(cfg, run, first, last)
     if cfg.steps:
         plots.language(cfg, run, first.mean)
@@ -309,11 +309,8 @@ class Taste:
         return torch.tensor(self.scores).std().item() if len(self.scores) > 1 else 0.0
 
     @property
-    def distinct(self) -> float:
-        """Different pairs of neighboring words, of all: 1 where nothing is repeated."""
-        texts = [answer.text.split() for answer in self.answers]
-        pairs = [pair for words in texts for pair in pairwise(words)]
-        return len(set(pairs)) / len(pairs) if pairs else 1.0
+    def texts(self) -> list[str]:
+        return [answer.text for answer in self.answers]
 
 
 @torch.no_grad()
@@ -330,16 +327,6 @@ def taste(
     return Taste(answers, score(answers), kls)
 
 
-def show_samples(run: Run, first: Taste, during: Sequence[str], last: Taste) -> None:
-    """Six of the prompts with their answers before, during and after; answers.json keeps all."""
-    rows = []
-    for i, answer in enumerate(first.answers):
-        middle = {"during": during[i]} if i < len(during) else {}
-        rows.append({"prompt": answer.prompt.text, "before": answer.text, **middle, "after": last.answers[i].text})
-    run.table("answers of the policy", rows[:6])
-    (run.dir / "answers.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
-
-
 def report(cfg: Config, run: Run, first: Taste, last: Taste) -> None:
     """The results. With the project's rewards the score has to rise by 1.5; with a user's it has to rise."""
     own = cfg.data is not None or (bool(cfg.reward) and cfg.reward != ("vader",))
@@ -348,7 +335,7 @@ def report(cfg: Config, run: Run, first: Taste, last: Taste) -> None:
     run.result("sample_reward", last.mean, error=error, baseline=first.mean, target=wanted)
     divergence = sum(last.kls) / len(last.kls)
     run.result("sample_kl", divergence, baseline=0.0, target=None if own else 10.0, higher=False)
-    run.result("distinct_2", last.distinct, baseline=first.distinct)
+    run.result("distinct_2", samples.distinct(last.texts), baseline=samples.distinct(first.texts))
     series = run.metrics.series()
     if cfg.steps:
         for check, metric in (("first_log_ratio", "first_ratio"), ("first_clipped", "first_clip_fraction")):

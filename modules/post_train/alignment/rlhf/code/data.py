@@ -198,10 +198,3 @@ def scorer(cfg: Config) -> Score | None:
         return [reward.weight * value for value in reward(prompts, answers)]
 
     return score
-
-
-def distinct(texts: Sequence[str], n: int = 2) -> float:
-    """Share of the n-grams of words of all texts together that are different ones (Li et al. 2016, arXiv:1510.03055):
-    near 0 where a policy has collapsed onto a few phrases. Texts without n words do not count; 1 if none has."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from finetune import ops, optim
-from finetune.alignment import group_advantages, kl, logprobs, policy_loss, ppo_lm
+from finetune.alignment import group_advantages, kl, logprobs, policy_loss, ppo_lm, samples
 from finetune.alignment.reward_model import RewardModel, ValueModel
 from finetune.data import packing
 from finetune.data.packing import Batch
@@ -241,7 +241,7 @@ class Taste:
 
     def means(self) -> dict[str, float]:
         found = {"proxy": sum(self.proxy) / len(self.proxy), "kl": sum(self.kls) / len(self.kls)}
-        found["distinct_2"] = data.distinct([answer.text for answer in self.answers])
+        found["distinct_2"] = samples.distinct([answer.text for answer in self.answers])
         return found | ({"gold": sum(self.gold) / len(self.gold)} if self.gold else {})
 
 
