@@ -29,7 +29,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trl_turns import Turn, make_adapter, measure, mib, summarize, versions
+from trl_turns import PLAIN, Turn, make_adapter, measure, mib, summarize, take_turns, versions
 
 from finetune.data import python_docs
 from finetune.errors import UserError
@@ -92,20 +92,8 @@ def trl(name: str, task: dict[str, Any], turn: Turn) -> None:
     from datasets import Dataset
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import DPOConfig, DPOTrainer
-
-    class TakeTurns(TrainerCallback):
-        def on_train_begin(self, args, state, control, **_):
-            turn.ready()
-            turn.wait()
-
-        def on_log(self, args, state, control, **given):  # the end of a step, with its loss
-            logs = given["logs"]
-            if "loss" in logs:
-                turn.done(logs["loss"], logs["grad_norm"])
-                if state.global_step < state.max_steps:
-                    turn.wait()
 
     class OfTokens(DPOTrainer):
         def _prepare_dataset(self, dataset, *_):  # the rows are tokens already
@@ -123,17 +111,10 @@ def trl(name: str, task: dict[str, Any], turn: Turn) -> None:
         per_device_train_batch_size=BATCH,
         max_steps=task["steps"],
         learning_rate=LR,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
         max_grad_norm=CLIP,
         optim="adamw_torch",
         bf16=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
+        **PLAIN,
     )
     trainer = OfTokens(
         AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32),
@@ -143,7 +124,7 @@ def trl(name: str, task: dict[str, Any], turn: Turn) -> None:
         peft_config=LoraConfig(
             r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
-        callbacks=[TakeTurns()],
+        callbacks=[take_turns(turn)],
     )
     trainer.remove_callback(PrinterCallback)
     set_peft_model_state_dict(trainer.model, load_file(Path(task["adapter"], "adapter_model.safetensors")))

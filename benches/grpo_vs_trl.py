@@ -31,6 +31,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trl_turns import PLAIN
+
 from finetune.errors import UserError
 from finetune.runs import display, machine
 
@@ -160,15 +162,8 @@ def trl(name: str, args: argparse.Namespace) -> dict[str, Any]:
             beta=0.0,
             max_steps=args.steps + 1,
             learning_rate=LR,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
             bf16=args.dtype == "bfloat16",
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
+            **PLAIN,
         )
         trainer = GRPOTrainer(
             AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)),

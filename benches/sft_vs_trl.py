@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trl_turns import TOLERANCE, Turn, make_adapter, measure, mib, summarize, versions
+from trl_turns import PLAIN, TOLERANCE, Turn, make_adapter, measure, mib, summarize, take_turns, versions
 
 from finetune.data import packing, python_docs
 from finetune.errors import UserError
@@ -73,20 +73,8 @@ def trl(task: dict[str, Any], turn: Turn) -> None:
     from datasets import Dataset
     from peft import LoraConfig, set_peft_model_state_dict
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import SFTConfig, SFTTrainer
-
-    class TakeTurns(TrainerCallback):
-        def on_train_begin(self, args, state, control, **_):
-            turn.ready()
-            turn.wait()
-
-        def on_log(self, args, state, control, **given):  # the end of a step, with its loss
-            logs = given["logs"]
-            if "loss" in logs:
-                turn.done(logs["loss"], logs["grad_norm"])
-                if state.global_step < state.max_steps:
-                    turn.wait()
 
     config = SFTConfig(
         output_dir=task["folder"],
@@ -95,17 +83,10 @@ def trl(task: dict[str, Any], turn: Turn) -> None:
         max_steps=task["steps"],
         train_sampling_strategy="sequential",  # as in ours: the rows in order, repeated
         learning_rate=LR,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
         max_grad_norm=CLIP,
         optim="adamw_torch",
         bf16=task["dtype"] == "bfloat16",
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
+        **PLAIN,
     )
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(task["model"], dtype=getattr(torch, task["dtype"])),
@@ -114,7 +95,7 @@ def trl(task: dict[str, Any], turn: Turn) -> None:
         train_dataset=Dataset.from_list(task["rows"]),
         processing_class=AutoTokenizer.from_pretrained(task["model"]),
         peft_config=LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[TakeTurns()],
+        callbacks=[take_turns(turn)],
     )
     trainer.remove_callback(PrinterCallback)
     set_peft_model_state_dict(trainer.model, load_file(Path(task["adapter"], "adapter_model.safetensors")))

@@ -55,6 +55,38 @@ class Turn:
         self.send(loss=loss, grad_norm=grad_norm, seconds=seconds, cpu=cpu, peak=peak, growth=growth)
 
 
+# Settings of TRL's trainers that every bench gives: a step is a step, and nothing else is done.
+PLAIN: dict[str, Any] = {
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+
+
+def take_turns(turn: Turn) -> Any:
+    """A callback of TRL's trainer, which waits for its turn before each step and reports the step's end."""
+    from transformers import TrainerCallback
+
+    class TakeTurns(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            turn.ready()
+            turn.wait()
+
+        def on_log(self, args, state, control, **given):  # the end of a step, with its loss
+            logs = given["logs"]
+            if "loss" in logs:
+                turn.done(logs["loss"], logs["grad_norm"])
+                if state.global_step < state.max_steps:
+                    turn.wait()
+
+    return TakeTurns()
+
+
 # --- the parent
 
 

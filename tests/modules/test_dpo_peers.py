@@ -1,10 +1,10 @@
 """The losses of the module dpo and their gradients on a model's weights, next to those of TRL."""
 
-import copy
 import dataclasses
 import types
 
 import pytest
+import small_trl
 import torch
 
 from finetune import ops
@@ -33,26 +33,11 @@ DIVERGENCES = {"forward_kl": "forward_kl", "js": "js_divergence", "alpha": "alph
 def peers(tmp_path_factory):
     """(their trainer, our model with the same weights, our reference)."""
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
     folder = tmp_path_factory.mktemp("trl")
-    letters = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz "])}
-    backend = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    shape = LlamaConfig(
-        vocab_size=len(letters), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    pair = [LlamaForCausalLM(shape).double()]
-    pair.append(copy.deepcopy(pair[0]))  # near, as a reference is: e^−h of the divergences magnifies rounding
-    for parameter in pair[1].parameters():
-        parameter.data += 0.03 * torch.randn_like(parameter)
-    for seed, model in enumerate(pair):
-        model.save_pretrained(folder / str(seed))
+    # Near, as a reference is: e^−h of the divergences magnifies rounding.
+    tokenizer, pair = small_trl.llamas(folder, 2, 0.03)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         trainer = DPOTrainer(

@@ -1,9 +1,9 @@
 """The losses of the module grpo and their gradients on a model's weights, next to those of TRL's GRPOTrainer."""
 
-import copy
 from dataclasses import replace
 
 import pytest
+import small_trl
 import torch
 
 from finetune import ops
@@ -27,27 +27,10 @@ LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 def peers(tmp_path_factory):
     """(their trainer, our model with the same weights, an older and a reference policy of ours)."""
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from trl import GRPOConfig, GRPOTrainer
 
     folder = tmp_path_factory.mktemp("trl")
-    letters = {c: i for i, c in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz "])}
-    backend = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    shape = LlamaConfig(
-        vocab_size=len(letters), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    three = [LlamaForCausalLM(shape).double()]
-    for _ in range(2):
-        three.append(copy.deepcopy(three[0]))
-        for parameter in three[-1].parameters():
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    for i, model in enumerate(three):
-        model.save_pretrained(folder / str(i))
+    tokenizer, three = small_trl.llamas(folder, 3, 0.02)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         trainer = GRPOTrainer(
