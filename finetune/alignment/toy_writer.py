@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from finetune import optim
 from finetune.alignment import openings, preferences
@@ -29,12 +29,16 @@ def toy_documents(tokenizer: Tokenizer, prompts: Sequence[str], rng: random.Rand
 
 def learn_to_write(run: Run, model: Llama, tokenizer: Tokenizer, steps: int) -> None:
     """Supervised fine-tuning of `model` on such sentences, in place; a phase of the run."""
+    texts = openings.toy_openings()
+    imitate(run, model, steps, lambda rng: toy_documents(tokenizer, rng.sample(texts, 48), rng))
+
+
+def imitate(run: Run, model: Llama, steps: int, documents: Callable[[random.Random], Sequence[Document]]) -> None:
+    """Supervised fine-tuning of a toy's model on the documents of each step, in place: the phase "sft" of the run."""
     optimizer = optim.AdamW(optim.decay_groups(model.parameters(), 0.0), lr=3e-3)
     state = {"model": dict(model.named_parameters()), "optimizer": optimizer}
-    texts = openings.toy_openings()
     for step in run.steps(steps, state, phase="sft"):
-        rng = random.Random(f"{run.cfg.seed} {step}")
-        batch = packing.collate(toy_documents(tokenizer, rng.sample(texts, 48), rng))
+        batch = packing.collate(documents(random.Random(f"{run.cfg.seed} {step}")))
         hidden = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, hidden=True)
         loss = head.cross_entropy(model, hidden[0], batch.targets[0])
         loss.backward()

@@ -11,7 +11,6 @@ finetune/alignment/policy_loss.py; the README explains every metric.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -28,10 +27,10 @@ from finetune.alignment.logprobs import Reference, evaluated
 from finetune.alignment.policy_loss import Answers, Totals
 from finetune.alignment.rollouts import Rollout, Sampler, mismatch, rollouts
 from finetune.alignment.shared_prompts import Group, Layout
+from finetune.alignment.toy_writer import imitate
 from finetune.data import packing
 from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.lm import head
 from finetune.lm.io import load
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer, stop_ids
@@ -524,24 +523,9 @@ def load_model(cfg: Config, run: Run) -> tuple[Tokenizer, Llama]:
         return load.tokenizer(source), load.llama(source, getattr(torch, cfg.dtype))
     tokenizer = tasks.parity_tokenizer()
     model = small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(getattr(torch, cfg.dtype))
-    imitate(cfg, run, model, tokenizer)
+    # Of a teacher who makes mistakes: imitation stops at what the teacher can, (1 − cfg.careless)⁵.
+    imitate(run, model, cfg.sft_steps, lambda rng: tasks.parity_documents(tokenizer, cfg.careless, rng))
     return tokenizer, model
-
-
-def imitate(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer) -> None:
-    """Supervised fine-tuning of the toy's model on the answers of a teacher who makes mistakes: imitation stops at what
-    the teacher can, (1 − cfg.careless)⁵."""
-    optimizer = optim.AdamW(optim.decay_groups(model.parameters(), 0.0), lr=3e-3)
-    state = {"model": dict(model.named_parameters()), "optimizer": optimizer}
-    for step in run.steps(cfg.sft_steps, state, phase="sft"):
-        rng = random.Random(f"{cfg.seed} {step}")
-        batch = packing.collate(tasks.parity_documents(tokenizer, cfg.careless, rng))
-        hidden = model(batch.tokens, positions=batch.positions, cu_seqlens=batch.cu_seqlens, hidden=True)
-        loss = head.cross_entropy(model, hidden[0], batch.targets[0])
-        loss.backward()
-        optimizer.step(lr=optim.cosine(step, cfg.sft_steps, 10, 3e-3, 3e-4))
-        optimizer.zero_grad()
-        run.log(step, sft_loss=loss)
 
 
 def check_vocabulary(task: Task, model: Llama) -> None:
