@@ -12,7 +12,9 @@ message, as in supervised fine-tuning, or with `raw` continued as it stands.
 
 from __future__ import annotations
 
+import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,6 +253,22 @@ def unlike(chosen: Any, rejected: Any) -> tuple[Any, Any]:
 def columns_of(row: dict[str, Any]) -> dict[str, Any]:
     """What the row holds besides."""
     return {key: value for key, value in row.items() if key not in KEYS}
+
+
+def shown(prompt: Text) -> str:
+    """A prompt for people and rewards: the text, or the last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def split(pairs: Sequence[Pair], name: str | Path) -> tuple[list[Pair], list[Pair]]:
+    """(pairs to train on, held-out ones): those of a twentieth of the prompts are held out, always the same. UserError
+    names the file where all pairs have one prompt."""
+    keyed = [(zlib.crc32(json.dumps(pair.prompt).encode()), pair) for pair in pairs]
+    keys = sorted({key for key, _ in keyed})
+    if len(keys) < 2:
+        raise UserError(f"{name} has one prompt only: pairs of a second one are needed to evaluate on")
+    held_out = set(keys[: max(1, len(keys) // 20)])
+    return [pair for key, pair in keyed if key not in held_out], [pair for key, pair in keyed if key in held_out]
 
 
 # --- Tokens

@@ -153,3 +153,20 @@ def test_pairs_that_do_not_fit_are_skipped_and_counted(tokenizer: Tokenizer):
     assert said == ["1 of 2 pairs are longer than 64 tokens and skipped"]
     with pytest.raises(UserError, match="no pair fits 8 tokens: raise --max-length"):
         preferences.documents(tokenizer, [WANTED], 8)
+
+
+def test_a_twentieth_of_the_prompts_is_held_out_whatever_their_order():
+    pairs = [Pair(f"prompt {i % 40}", f"good {i}", f"bad {i}") for i in range(120)]
+    train, held_out = preferences.split(pairs, "a.jsonl")
+    prompts = {pair.prompt for pair in held_out}
+    assert len(prompts) == 2
+    assert prompts.isdisjoint(pair.prompt for pair in train)
+    assert len(train) + len(held_out) == 120
+    assert {pair.prompt for pair in preferences.split(pairs[::-1], "a.jsonl")[1]} == prompts
+    with pytest.raises(UserError, match=r"a\.jsonl has one prompt only"):
+        preferences.split(pairs[::40], "a.jsonl")
+
+
+def test_a_prompt_for_people_is_its_text_or_its_last_message():
+    assert preferences.shown("as it is") == "as it is"
+    assert preferences.shown([{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]) == "hi"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,24 +79,13 @@ def flat(groups: Iterable[Sequence[Document]]) -> list[Document]:
 def read_pairs(cfg: Config, tokenizer: Tokenizer, say: Callable[[str], None]) -> Sets:
     """The rows of --data; a twentieth of the prompts (at most cfg.eval_pairs pairs) is held out, always the same."""
     assert cfg.data
-    rows = preferences.read(cfg.data, "pairs", cfg.raw)
-    keyed = [(zlib.crc32(json.dumps(row.prompt).encode()), row) for row in rows]
-    keys = sorted({key for key, _ in keyed})
-    if len(keys) < 2:
-        raise UserError(f"{cfg.data} has one prompt only: pairs of a second one are needed to evaluate on")
-    held_out = set(keys[: max(1, len(keys) // 20)])
-    parts = [[row for key, row in keyed if (key in held_out) == held] for held in (False, True)]
+    parts = preferences.split(preferences.read(cfg.data, "pairs", cfg.raw), cfg.data)
     made = []
     for part in parts:
         documents = preferences.documents(tokenizer, part, cfg.max_length, say)
         made.append([Pair(chosen, rejected) for chosen, rejected in documents])
-    prompts = [(prompt_text(row.prompt), preferences.prompt_ids(tokenizer, row.prompt)) for row in parts[1]]
+    prompts = [(preferences.shown(row.prompt), preferences.prompt_ids(tokenizer, row.prompt)) for row in parts[1]]
     return Sets(made[0], made[1][: cfg.eval_pairs], fitting(unique(prompts), cfg))
-
-
-def prompt_text(prompt: preferences.Text) -> str:
-    """A prompt for people: the text, or the last message."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def unique(prompts: list[tuple[str, list[int]]]) -> list[tuple[str, list[int]]]:

@@ -74,7 +74,7 @@ def own(cfg: Config, tokenizer: Tokenizer, given: list[Reward]) -> Task:
     found: dict[tuple[int, ...], Prompt] = {}
     for row in preferences.read(cfg.data, "prompts", cfg.raw):
         ids = preferences.prompt_ids(tokenizer, row.prompt)
-        text = row.prompt if isinstance(row.prompt, str) else str(row.prompt[-1]["content"])
+        text = preferences.shown(row.prompt)
         found.setdefault(tuple(ids), Prompt(text, ids, row.columns))
     if long := [p for p in found.values() if len(p.ids) + cfg.new_tokens > cfg.max_length]:
         raise UserError(

@@ -353,18 +353,16 @@ def load_prompts(cfg: Config, tokenizer: Tokenizer) -> tuple[list[Prompt], list[
         found = [Prompt(text, tokenizer.encode(text)) for text in texts]
     else:
         rows = preferences.read(cfg.data, "prompts", cfg.raw)
-        found = [Prompt(words(row.prompt), preferences.prompt_ids(tokenizer, row.prompt), row.columns) for row in rows]
+        found = [
+            Prompt(preferences.shown(row.prompt), preferences.prompt_ids(tokenizer, row.prompt), row.columns)
+            for row in rows
+        ]
     if len(found) < 2:
         raise UserError(f"{cfg.data} has one prompt: a second one is needed to evaluate on")
     found = random.Random(0).sample(found, len(found))
     held_out = min(cfg.eval_prompts, max(1, len(found) // 5))
     asked = found[-held_out:] * -(-cfg.samples // held_out)  # several answers to each where prompts are few
     return found[:-held_out], asked[: cfg.samples]
-
-
-def words(prompt: preferences.Text) -> str:
-    """A prompt for people: the text, or the last message."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def scorer(cfg: Config) -> Score:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,28 +78,16 @@ def read(cfg: Config, tokenizer: Tokenizer, say: Callable[[str], None]) -> Sets:
     """The pairs of --data; a twentieth of the prompts is held out, always the same. The chosen answers are the
     demonstrations."""
     assert cfg.data
-    rows = preferences.read(cfg.data, "pairs", cfg.raw)
-    keyed = [(zlib.crc32(json.dumps(row.prompt).encode()), row) for row in rows]
-    keys = sorted({key for key, _ in keyed})
-    if len(keys) < 2:
-        raise UserError(f"{cfg.data} has one prompt only: pairs of a second one are needed to evaluate on")
-    held_out = set(keys[: max(1, len(keys) // 20)])
     pairs: list[list[Pair]] = []
     prompts: list[list[Prompt]] = []
-    for held in (False, True):
-        part = [row for key, row in keyed if (key in held_out) == held]
+    for part in preferences.split(preferences.read(cfg.data, "pairs", cfg.raw), cfg.data):
         pairs.append([Pair(*two) for two in preferences.documents(tokenizer, part, cfg.max_length, say)])
-        texts = {shown(row.prompt): preferences.prompt_ids(tokenizer, row.prompt) for row in part}
+        texts = {preferences.shown(row.prompt): preferences.prompt_ids(tokenizer, row.prompt) for row in part}
         fitting = [Prompt(text, ids) for text, ids in texts.items() if len(ids) + cfg.new_tokens <= cfg.max_length]
         if not fitting:
             raise UserError(f"no prompt leaves room for {cfg.new_tokens} new tokens: raise --max-length")
         prompts.append(fitting)
     return Sets([p.chosen for p in pairs[0]], prompts[0], prompts[1][: cfg.eval_prompts], *pairs)
-
-
-def shown(prompt: preferences.Text) -> str:
-    """A prompt for people: the text, or the last message."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 # --- The project's own: openings that are continued
