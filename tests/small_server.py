@@ -30,19 +30,26 @@ def serving(tokenizer, *, blocks=60, key=None, model=None, engine=None, **given)
     worker = Worker(Engine(model, blocks=blocks, block_size=4, **(engine or {})))
     worker.start()
     server = Server(worker, tokenizer, "small", {tokenizer.eos_id}, key=key, **given)
+    with listening(server) as base:
+        yield base, server
+
+
+@contextlib.contextmanager
+def listening(server):
+    """Base address of a server whose worker runs; afterwards both have ended."""
     running = uvicorn.Server(uvicorn.Config(server.app, port=0, log_level="warning"))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     while not running.started:
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}", server
+        yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
     finally:
         running.should_exit = True
         thread.join(10)
-        worker.stop()
-        worker.join(10)
-        assert not worker.is_alive()
+        server.worker.stop()
+        server.worker.join(10)
+        assert not server.worker.is_alive()
 
 
 def alone(server, prompt, how, most_new, stops=(), count=1):

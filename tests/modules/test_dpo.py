@@ -4,20 +4,27 @@ import csv
 import dataclasses
 import json
 
+import httpx
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
+from small_served import llama
+from small_server import listening, trained_tokenizer
 
+from finetune import chat
 from finetune.alignment import logprobs
 from finetune.alignment.logprobs import Reference
 from finetune.alignment.openings import toy_openings
 from finetune.data.packing import Document, collate
 from finetune.errors import UserError
-from finetune.lm.io import load
+from finetune.inference.server import Server
+from finetune.lm.io import load, save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.peft import lora
 from finetune.runs import registry
 from finetune.runs.run import execute
+from finetune.serve import started
 
 dpo = registry.load(registry.find("dpo"))
 data, losses, batches = (registry.part("dpo", name) for name in ("data", "losses", "batch"))
@@ -304,6 +311,27 @@ def test_a_users_pairs_are_learned(tmp_path):
                 sft_steps=40, max_length=64)  # fmt: skip
     assert found["metrics"]["held_out_accuracy"] == 1
     assert "sample_reward" not in found["metrics"]
+
+
+def test_the_adapter_answers_through_generate_and_serve(tmp_path):
+    """Trained on a folder's chat model, it is found by the run's folder, together with its base."""
+    tokenizer = trained_tokenizer()
+    save.model(llama(vocab_size=tokenizer.vocab_size), tmp_path / "base", tokenizer)
+    rows = [
+        {"prompt": "the " * (i % 9 + 1), "chosen": "lazy dog", "rejected": "quick fox" + " x" * (i // 9)}
+        for i in range(45)
+    ]
+    found = run(tmp_path / "run", model=str(tmp_path / "base"), data=rows_file(tmp_path, rows), steps=40, lr=1e-2,
+                sft_weight=1.0, samples=2, sample_every=0, max_length=128)  # fmt: skip
+    assert found["metrics"]["held_out_accuracy"] == 1
+    before, after = (chat.answer(str(tmp_path / name), ["the the"], max_new_tokens=12) for name in ("base", "run"))
+    assert after == ["lazy dog"] != before
+    worker, tokenizer, name, stops = started(str(tmp_path / "run"), cache_tokens=256, console=Console(quiet=True))
+    with listening(Server(worker, tokenizer, name, stops)) as base:
+        body = {"model": name, "messages": [{"role": "user", "content": "the the"}], "temperature": 0}
+        said = httpx.post(f"{base}/v1/chat/completions", json=body, timeout=60).json()
+    assert said["choices"][0]["message"]["content"] == "lazy dog"
+    assert said["choices"][0]["finish_reason"] == "stop"
 
 
 def test_single_judgments_are_learned_by_kto(tmp_path):
