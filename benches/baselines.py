@@ -35,6 +35,26 @@ def layer_norm(x, weight, bias, eps=1e-5):
     return {"F.layer_norm": lambda: F.layer_norm(x, weight.shape, weight, bias, eps)}
 
 
+def group_norm_silu(x, weight, bias, groups, eps=1e-5):
+    return {"F.group_norm, F.silu": lambda: F.silu(F.group_norm(x, groups, weight, bias, eps))}
+
+
+def modulate(x, shift, scale, eps=1e-6):
+    """As DiT writes it."""
+    return {
+        "F.layer_norm · (1 + scale) + shift": lambda: (
+            F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+        )
+    }
+
+
+def gate_residual(x, gate, branch):
+    return {
+        "x + gate · branch": lambda: x + gate.unsqueeze(1) * branch,
+        "torch.addcmul": lambda: torch.addcmul(x, gate.unsqueeze(1), branch),
+    }
+
+
 def swiglu(gate, up):
     ways = {"F.silu · up": lambda: F.silu(gate) * up}
     if on_gpu_with("liger_kernel", gate):
@@ -311,6 +331,9 @@ def quantized_linear(x, weight, bias=None):
 OPS = (
     rms_norm,
     layer_norm,
+    group_norm_silu,
+    modulate,
+    gate_residual,
     swiglu,
     gelu,
     rope,
