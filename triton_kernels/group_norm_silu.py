@@ -127,8 +127,8 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     means, rstd = empty_f32(x, units), empty_f32(x, units)
     if x.numel():
         group_norm_silu_kernel[units,](x, weight, bias, y, means, rstd, groups, channels, positions, n, eps, **block(n))
-    else:  # the variance of nothing
-        means.fill_(torch.nan), rstd.fill_(torch.nan)
+    else:  # statistics of nothing
+        means.zero_(), rstd.zero_()
     return y, means, rstd
 
 

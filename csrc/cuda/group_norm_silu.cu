@@ -50,6 +50,10 @@ __global__ void __launch_bounds__(BLOCK_SIZE) forward(GroupNormSilu a) {
   T* y = static_cast<T*>(a.y) + unit * n;
   const bool aligned = whole_vectors<T>(a.positions, x, y);
   const auto count = static_cast<float>(n);
+  if (n == 0) {
+    if (threadIdx.x == 0) a.mean[unit] = a.rstd[unit] = 0;
+    return;
+  }
   float sum = 0, squares = 0;
   for_each_group<V>(n, aligned, [&]<int N>(int64_t i) {
     const auto v = load<T, N>(x + i);

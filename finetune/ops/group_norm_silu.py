@@ -59,6 +59,11 @@ def _(operators, ctx, dy: Tensor, *_):
     return *gradients, None, None
 
 
+@group_norm_silu.fused
+def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    return torch.nn.functional.silu(torch.nn.functional.group_norm(x, groups, weight, bias, eps))
+
+
 @group_norm_silu.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)

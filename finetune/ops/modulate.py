@@ -48,7 +48,7 @@ def _(x: Tensor, scale: Tensor, **_) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
-@modulate.backward(without=("shift",))
+@modulate.backward()
 def _(operators, ctx, dy: Tensor, *_):
     x, _, scale, mean, rstd = ctx.saved_tensors
     return *operators.modulate_backward(dy, x, scale, mean, rstd), None

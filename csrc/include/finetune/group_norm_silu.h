@@ -11,7 +11,7 @@ struct GroupNormSilu {
   const void* weight;  // (channels,)
   const void* bias;    // (channels,)
   void* y;             // (images, channels, positions)
-  float* mean;         // (images, groups) kept for the backward pass, as is
+  float* mean;         // (images, groups) kept for the backward pass, as is; 0 for a group without elements
   float* rstd;         // (images, groups) 1 / sqrt(variance + eps)
   int64_t images, channels, positions, groups;
   float eps;
