@@ -117,7 +117,7 @@ def test_a_target_outside_the_vocabulary_is_named():
         ops.linear_cross_entropy(x, weight, targets, backend="triton")
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm", "group_norm_silu", "modulate", "gate_residual"])
 def test_rows_wider_than_a_tile(op, monkeypatch):
     monkeypatch.setattr(_triton.kernels(op), "WIDEST", 16)
     for sample in SAMPLES[op]:
