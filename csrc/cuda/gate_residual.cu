@@ -33,8 +33,9 @@ __global__ void __launch_bounds__(BLOCK_SIZE) forward(GateResidual a) {
   });
 }
 
+// Two blocks a multiprocessor: without the number ptxas aims at three for 16 bits on sm_90, and spills.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kMostThreads) backward(GateResidualBackward a, NormSplit s) {
+__global__ void __launch_bounds__(kMostThreads, 2) backward(GateResidualBackward a, NormSplit s) {
   const Columns<T, kAligned> mine(s, a.dim);
   for (int64_t item = blockIdx.z; item < a.items; item += gridDim.z) {
     float gate[kOwned], dgate[kOwned] = {};
