@@ -5,14 +5,17 @@
 // where n counts the elements of a group and c its channels: the group's two means follow from the channels' sums.
 //
 // A group of an image is contiguous and one task; the sums over images are added in order. Memory: forward reads x and
-// writes y, backward reads dy and x and writes dx (a group is served by L1 or L2 between the passes). About 32 and 65
-// FLOPs an element (exp is 18 of them, twice in the backward pass: d is not kept). All arithmetic is fp32.
+// writes y, backward reads dy and x and writes dx (a group is served by L1 or L2 between the passes). About 32 and 50
+// FLOPs an element; exp is 18 of them, in the backward pass twice where a group is too large to keep d. Arithmetic is
+// fp32.
 #include "finetune/group_norm_silu.h"
 
 #include "simd.h"
 
 namespace finetune::FINETUNE_LEVEL {
 namespace {
+
+constexpr int64_t kKept = 16384;  // elements of a group whose d is kept between the passes, 64 KiB
 
 // total[0] += v, where total[1] collects what the additions round away (Knuth's two-sum): a channel's terms are many and
 // their sum is small.
@@ -75,7 +78,8 @@ void backward(const GroupNormSiluBackward& a) {
     T* dx = static_cast<T*>(a.dx) + unit * elements;
     float *dw = a.partial + unit * channels, *db = dw + all;
     const float mean = a.mean[unit], rstd = a.rstd[unit];
-    float push = 0, pull = 0;
+    float push = 0, pull = 0, buffer[kKept + kLanes];
+    float* const kept = elements <= kKept ? buffer : nullptr;  // d
     // d, where v becomes x̂
     const auto slope = [&](vf d, vf& v, float scale, float shift) {
       v = (v - mean) * rstd;
@@ -88,6 +92,7 @@ void backward(const GroupNormSiluBackward& a) {
       sum_vectors(a.positions, sums, [&](vf* total, int64_t i, auto get) {
         vf v = get(x + c * a.positions + i);
         const vf d = slope(get(dy + c * a.positions + i), v, scale, shift);
+        if (kept) store(kept + c * a.positions + i, d);  // past a channel's end, where the next one's begins
         add_exactly(total, d);
         add_exactly(total + 2, d * v);
       });
@@ -99,7 +104,9 @@ void backward(const GroupNormSiluBackward& a) {
       const float scale = to_float(w[first + c]), shift = to_float(b[first + c]);
       for_each_vector(a.positions, [&](int64_t i, auto get, auto put) {
         vf v = get(x + c * a.positions + i);
-        const vf d = slope(get(dy + c * a.positions + i), v, scale, shift);
+        const int64_t at = c * a.positions + i;
+        const vf d = kept ? get(kept + at) : slope(get(dy + at), v, scale, shift);
+        if (kept) v = (v - mean) * rstd;
         put(dx + c * a.positions + i, (d * scale - push - v * pull) * rstd);
       });
     }

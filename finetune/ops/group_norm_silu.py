@@ -86,6 +86,7 @@ def samples() -> Iterator[Sample]:
     yield make("volume", 1, 4, 3, 5, 7, groups=2)
     yield make("wide", 1, 4, 33, 35, groups=2)
     yield make("wider", 2, 2, 1032, groups=1)  # than a block's threads take at once, by 16 bytes
+    yield make("beyond what is kept", 1, 2, 8200, groups=1)
     yield make("many", 33, 4, 9, groups=2)  # images, whose sums are added in parts
     yield make("many channels", 1, 520, 2, groups=2)
     yield make("large", 2, 4, 16, groups=2, scale=1e4)
