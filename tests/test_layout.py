@@ -19,7 +19,7 @@ PEERS = ("transformers", "peft", "trl", "diffusers", "d3rlpy", "stable_baselines
 # The rooms of finetune/, the lowest first: a file imports from its own room and from those before it.
 ROOMS = (
     "errors", "environment", "ops", "runs", "optim", "kernels", "lm", "lm/io", "peft", "data", "diffusion",
-    "inference", "rl", "rl/envs", "rl/agents", "rl/tabular", "alignment", "memory", "interview", "chat", "merge",
+    "inference", "rl", "rl/envs", "rl/agents", "rl/tabular", "alignment", "memory", "chat", "interview", "merge",
     "export", "serve", "terminal", "doctor", "smoke", "cli",
 )  # fmt: skip
 # Deep reinforcement learning and environments know nothing of tables.

@@ -18,15 +18,16 @@ def show(
     after: Sequence[str],
     more: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """A table of the first prompts and their answers; answers.json keeps all. `during` may be of fewer prompts; `more`:
-    further columns of each row."""
+    """A table of the first prompts (of each the last line) and their answers; answers.json keeps all. `during` may be
+    of fewer prompts; `more`: further columns of each row."""
     rows = []
     for i, (prompt, first, last) in enumerate(zip(prompts, before, after, strict=True)):
         row = {"prompt": prompt, "before": first}
         if i < len(during):
             row["during"] = during[i]
         rows.append(row | {"after": last} | dict(more[i] if more else {}))
-    run.table("answers of the policy", rows[:SHOWN])
+    last_lines = [row | {"prompt": row["prompt"].splitlines()[-1]} for row in rows[:SHOWN]]
+    run.table("answers of the policy", last_lines)
     checkpoint.write_json(run.dir / "answers.json", rows)
 
 

@@ -131,23 +131,69 @@ def quiz(
 
 
 @click.command()
-@click.argument("modules", nargs=-1)
+@click.argument("names", nargs=-1, metavar="[MODULE | RUN]…")
+@click.option("--prompt", "own", multiple=True, metavar="TEXT", help="A prompt for all their models; repeatable.")
+@click.option(
+    "--prompts",
+    "count",
+    type=click.IntRange(0, 1000),
+    default=5,
+    show_default=True,
+    help="Most prompts that runs kept and that their models answer here; 0: none.",
+)
+@click.option("--max-new-tokens", "new_tokens", type=click.IntRange(1, 1 << 16), default=40, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the answers there as Markdown.")
 @LANG
 @click.option("--json", is_flag=True, help="Print JSON on stdout.")
-def compare(modules: tuple[str, ...], lang: str, json: bool) -> int:
-    """Modules side by side: data, models in memory, memory and result of the last runs, where used."""
+def compare(
+    names: tuple[str, ...], own: tuple[str, ...], count: int, new_tokens: int, out: Path | None, lang: str, json: bool
+) -> int:  # fmt: skip
+    """Modules side by side: data, models in memory, memory and result of their last runs (or of given run folders), and
+    what the models of two or more runs answer to the same prompts."""
     from finetune.interview import compare as engine
     from finetune.runs import display, registry
 
-    infos = [registry.find(name) for name in modules] if modules else registry.modules()
-    rows = engine.matrix(infos, lang)
+    entries = [engine.entry(name) for name in names] if names else [engine.of(info) for info in registry.modules()]
+    rows: list[dict[str, Any]] = list(engine.matrix(entries, lang))
+    prompts, found = answers_of(entries, own, count, new_tokens) if names and (own or count) else ([], None)
+    if found is None and (own or out):
+        raise UserError("there is nothing to ask: name two or more runs of language models, such as sft dpo")
+    if out and found:
+        from finetune.interview.answers import markdown
+        from finetune.runs.checkpoint import atomic_write
+
+        with atomic_write(out) as temporary:
+            temporary.write_text(markdown(prompts, found.rows, found.notes), encoding="utf-8")
     if json:
+        for row in rows if found else ():
+            keys = (row["module"], f"{row['module']} (kept)")
+            row["answers"] = [
+                {"prompt": prompt, "text": next((said[key] for key in keys if key in said), None)}
+                for prompt, said in zip(prompts, found.rows if found else (), strict=True)
+            ]
         click.echo(jsonlib.dumps(rows, indent=2, ensure_ascii=False))
         return 0
     heads = tuple(engine.HEADS[lang].get(key, "") for key in (rows[0] if rows else ()))
     texts: list[Any] = [[(row["module"], "bold"), *list(row.values())[1:]] for row in rows]
-    display.table(display.console(), heads, texts, apart=True)
+    console = display.console()
+    display.table(console, heads, texts, apart=True)
+    for prompt, said in zip(prompts, found.rows if found else (), strict=True):
+        display.side_by_side(console, prompt, said)
+    for note in found.notes if found else ():
+        display.say(console, note, "dim", indent="  ")
     return 0
+
+
+def answers_of(entries: Any, own: tuple[str, ...], count: int, new_tokens: int) -> tuple[list[str], Any]:
+    """(prompts, interview.answers.Answers); ([], None) if fewer than two runs kept answers."""
+    from finetune.interview import answers as engine
+    from finetune.runs import display
+
+    runs = [run for one in entries if one.folder and (run := engine.read(one.name, one.folder))]
+    if len(runs) < 2:
+        return [], None
+    asked = [(text, None) for text in own] or engine.chosen(runs, count)
+    return [text for text, _ in asked], engine.answered(runs, asked, new_tokens, display.console(stderr=True))
 
 
 @click.command()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from finetune.errors import UserError
 from finetune.interview.brief import last_run
-from finetune.runs import run_folder
+from finetune.runs import registry, run_folder
 from finetune.runs.registry import ModuleInfo
 
 HEADS = {
@@ -19,20 +22,39 @@ HEADS = {
 SHOWN = 2  # results of a module; its run shows the others
 
 
-def measured(info: ModuleInfo) -> dict[str, Any] | None:
-    """The summary of the module's last run; None without one."""
+class Entry(NamedTuple):
+    """A module with a run of it: its last one, or a given one; none: it has no run yet."""
+
+    name: str
+    info: ModuleInfo
+    folder: Path | None
+
+
+def entry(name: str) -> Entry:
+    """Of a module's name, or of the folder of a finished run. UserError if it is neither."""
+    if os.sep in name or (Path(name) / run_folder.SETTINGS).exists():
+        folder = Path(name)
+        if not run_folder.is_run(folder):
+            raise UserError(f"{name} is neither a module (`python -m finetune list`) nor the folder of a run")
+        info = registry.find(run_folder.read(folder).module)
+        return Entry(f"{info.name} {folder.resolve().name}", info, folder)
+    return of(registry.find(name))
+
+
+def of(info: ModuleInfo) -> Entry:
+    """A module with its last run."""
     try:
-        return run_folder.summary(last_run(info))
+        return Entry(info.name, info, last_run(info))
     except UserError:
-        return None
+        return Entry(info.name, info, None)
 
 
-def matrix(infos: list[ModuleInfo], lang: str = "en") -> list[dict[str, str]]:
+def matrix(entries: Sequence[Entry], lang: str = "en") -> list[dict[str, str]]:
     """A row a module: name, data, models, memory, result, time, used."""
     rows = []
-    for info in infos:
-        row = {"module": info.name} | {key: text[lang] for key, text in info.compare.items()}
-        summary = measured(info)
+    for name, info, folder in entries:
+        row = {"module": name} | {key: text[lang] for key, text in info.compare.items()}
+        summary = run_folder.summary(folder) if folder else None
         if summary is None:
             row |= {"memory": HEADS[lang]["none"], "result": "–", "time": "–"}
         else:

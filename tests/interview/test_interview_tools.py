@@ -208,12 +208,12 @@ def test_anki_opens_the_deck(sft, tmp_path):
 
 
 def test_compare(sft):
-    row = compare.matrix([sft])[0]
+    row = compare.matrix([compare.of(sft)])[0]
     assert row["memory"] == "2.00 GB"
     assert row["result"] == "held_out_loss\n3.138 / 4.501"
     assert row["time"] == "60, 229 s"
     (sft.folder / "output/one/summary.json").unlink()
-    assert compare.matrix([sft], "zh")[0]["memory"] == "尚无运行"
+    assert compare.matrix([compare.of(sft)], "zh")[0]["memory"] == "尚无运行"
 
 
 def test_compare_shows_the_first_results(sft):
@@ -222,7 +222,7 @@ def test_compare_shows_the_first_results(sft):
     names = ("a", "b", "c", "d")
     summary |= {"metrics": dict.fromkeys(names, 2.0), "baseline": dict.fromkeys(names, 1.0)}
     path.write_text(json.dumps(summary))
-    assert compare.matrix([sft])[0]["result"] == "a\n2 / 1\nb\n2 / 1\n+ 2"
+    assert compare.matrix([compare.of(sft)])[0]["result"] == "a\n2 / 1\nb\n2 / 1\n+ 2"
 
 
 def test_the_seeds_short_commands(sft, tmp_path, monkeypatch):

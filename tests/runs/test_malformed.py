@@ -20,7 +20,7 @@ from small_gguf import TEXT
 
 from finetune.data import rows
 from finetune.errors import UserError
-from finetune.interview import content
+from finetune.interview import answers, content
 from finetune.interview.quiz import Schedule
 from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.io import gguf_tokenizer, load, save, weights
@@ -174,6 +174,25 @@ def read_run(folder):
     run_folder.summary(folder)
 
 
+def write_answers(folder):
+    write_run(folder)
+    rows = [{"prompt": f"question {i}", "before": "old", "after": "new"} for i in range(3)]
+    checkpoint.write_json(folder / "answers.json", rows)
+
+
+def write_tables(folder):
+    write_run(folder)
+    rows = [{"question": f"question {i}", "before": "old", "after": "new"} for i in range(3)]
+    checkpoint.write_json(
+        folder / "samples.json", [{"title": "others", "rows": [{"x": 1}]}, {"title": "a", "rows": rows}]
+    )
+
+
+def read_answers(folder):
+    if run := answers.read("mdp", folder):
+        answers.chosen([run, run], 5)
+
+
 def write_checkpoint(folder):
     tree, tensors = checkpoint.flatten({"w": torch.ones(3), "n": {"a": (1, float("inf"))}})
     checkpoint.save(folder / "c", tensors, {"step": 3, "state": tree})
@@ -241,6 +260,8 @@ KINDS = {
     "rows": (write_rows, alter_rows, lambda f: rows.read(f / "rows.jsonl")),
     "run config.json": (write_run, "config.json", read_run),
     "summary.json": (write_run, "summary.json", read_run),
+    "answers.json": (write_answers, "answers.json", read_answers),
+    "samples.json": (write_tables, "samples.json", read_answers),
     "meta.json": (write_checkpoint, "c/meta.json", lambda f: checkpoint.load(f / "c")),
     "checkpoint tensors": (write_checkpoint, "c/tensors.safetensors", lambda f: checkpoint.load(f / "c")),
     "metrics.csv": (write_metrics, "metrics.csv", lambda f: Metrics(f / "metrics.csv", resume=True).series()),

@@ -467,7 +467,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     base = bases.base_name(cfg.model) if cfg.method == "lora" and cfg.model != "scratch" else None
     adapters.save_trained(model, tokenizer, run.dir / "model", base)
     last = look()
-    prompts = [prompt.text.splitlines()[-1] for prompt in task.held_out[:SHOWN]]
+    prompts = [prompt.text for prompt in task.held_out[:SHOWN]]
     earned = [{"reward": f"{a:g} → {b:g}"} for a, b in zip(first.rewards, last.rewards, strict=True)]
     during = json.loads(place["during"] or "[]")
     samples.show(run, prompts, first.texts[:SHOWN], during, last.texts[:SHOWN], earned)
