@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune import cli
 from finetune.alignment import rollouts, shared_prompts
 from finetune.alignment.kl import FixedCoefficient
 from finetune.alignment.logprobs import Reference
@@ -91,11 +92,17 @@ def test_a_random_reward_teaches_nothing(tmp_path):
     assert abs(found["metrics"]["sampled_reward"] - 0.5) < 0.15
 
 
-def test_a_users_reward_is_learned(tmp_path):
-    """Answers whose first digit is 1, whatever is asked."""
-    reward = own_reward(tmp_path, "[float(c.strip().startswith('1')) for c in completions]")
-    found = run(tmp_path / "run", reward=reward, steps=12, sft_steps=60, eval_every=0)
-    assert found["baseline"]["sampled_reward"] < 0.75
+def test_a_users_reward_file_is_learned(tmp_path):
+    """1 if the digit count is even, by the command line, of a model that was taught five digits and errs at times."""
+    (tmp_path / "my_reward.py").write_text(
+        "def even(prompts, completions, **columns):\n"
+        "    return [float(sum(c.isdigit() for c in text) % 2 == 0) for text in completions]\n"
+    )
+    words = ["run", "grpo", "--toy", "--reward", f"{tmp_path}/my_reward.py:even", "--out", str(tmp_path / "run")]
+    settings = {"threads": 1, "steps": 30, "sft-steps": 80, "eval-every": 0}
+    assert cli.main([*words, *(str(word) for key, value in settings.items() for word in (f"--{key}", value))]) in (0, 1)
+    found = json.loads((tmp_path / "run/summary.json").read_text())
+    assert found["baseline"]["sampled_reward"] < 0.6
     assert found["metrics"]["sampled_reward"] > 0.9
 
 

@@ -98,3 +98,17 @@ def apart(cfg: Config, reference: Reference, prompts: Sequence[Prompt], answers:
     with reference.standing() as standing:
         base = shared_prompts.token_logprobs(standing, layout, cfg.temperature)[0]
     return (own - base).sum().item() / len(rows)
+
+
+def report(cfg: Config, run: Run, first: Evaluation, last: Evaluation) -> None:
+    """The results; the default run and the toy have targets, any other has to beat its own start."""
+    own = cfg.data is not None or bool(cfg.reward)
+    toy = cfg.model == "scratch" and not own
+    name = "reward" if own else "accuracy"
+    base = first.sampled.mean
+    run.result(f"sampled_{name}", last.sampled.mean, error=last.sampled.error, baseline=base,
+               target=0.9 if toy else base + (0 if own else 0.25))  # fmt: skip
+    run.result(f"greedy_{name}", last.greedy.mean, error=last.greedy.error, baseline=first.greedy.mean)
+    run.result("sample_kl", last.kl, baseline=0.0)
+    if toy:
+        run.check("sampled_accuracy_before", base, at_most=0.25)

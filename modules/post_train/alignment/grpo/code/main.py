@@ -3,16 +3,16 @@
     A_i = (r_i − mean(r)) / std(r)  of G answers to one prompt
     loss = −mean over answers of mean over tokens of min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),    ρ = π(y_t) / π_old(y_t)
 
-Shao et al. 2024, arXiv:2402.03300, eq. 3. Reads top to bottom: settings, answers and advantages (`collect`), loss and
-gradients (`update`), the run (setup, loop, evaluation), then its parts. The losses of its kind are in
-finetune/alignment/policy_loss.py; the README explains every metric.
+Shao et al. 2024, arXiv:2402.03300, eq. 3. Reads top to bottom: settings, the run (setup, loop, evaluation), its update
+(advantages, loss, gradients), then the parts of that. sampling.py collects the answers, setup.py has what surrounds the
+training; the losses are in finetune/alignment/policy_loss.py, and the README explains every metric.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -21,27 +21,26 @@ import torch
 from torch import Tensor
 
 from finetune import memory, ops, optim
-from finetune.alignment import group_advantages, kl, policy_loss, rewards, samples, shared_prompts
+from finetune.alignment import group_advantages, kl, policy_loss, samples, shared_prompts
 from finetune.alignment.kl import AdaptiveCoefficient, FixedCoefficient
 from finetune.alignment.logprobs import Reference, evaluated
 from finetune.alignment.policy_loss import Answers, Totals
-from finetune.alignment.rollouts import Rollout, Sampler, mismatch, rollouts
+from finetune.alignment.rollouts import Sampler, mismatch
 from finetune.alignment.shared_prompts import Group, Layout
-from finetune.alignment.toy_writer import imitate
-from finetune.data import packing
-from finetune.data.toy_directory import small_config, small_llama
 from finetune.errors import UserError
-from finetune.lm.io import load
-from finetune.lm.llama import Llama, LlamaConfig
-from finetune.lm.tokenizer import Tokenizer, stop_ids
+from finetune.lm.llama import Llama
+from finetune.lm.tokenizer import stop_ids
 from finetune.peft import adapters, bases, lora
 from finetune.runs import config
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
 
 from . import tasks
-from .evaluation import SHOWN, Evaluation, evaluate
-from .tasks import Prompt, Task
+from .evaluation import SHOWN, Evaluation, evaluate, report
+from .sampling import Judged, collect
+from .setup import check, check_vocabulary, load_model, measure_memory, memory_plan
+
+__all__ = ["Config", "main", "memory_plan"]
 
 
 @dataclass
@@ -123,35 +122,7 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        lora.parse_targets(self.targets)
-        for name in self.reward:
-            rewards.find(name)
-        if self.updates * self.accumulate > self.prompts:
-            raise UserError(
-                f"--updates {self.updates} of --accumulate {self.accumulate} parts are more than the "
-                f"{self.prompts} groups of a step: raise --prompts"
-            )
-        if 0 < self.dual_clip <= 1:
-            raise UserError(f"--dual-clip {self.dual_clip:g} must be above 1, or 0 for none")
-        settings = self.settings()
-        if 0 < self.two_sided <= 1 + settings.clip_high:
-            raise UserError(f"--two-sided {self.two_sided:g} must be above 1 + the clip of {settings.clip_high:g}")
-        if settings.loss != "clipped" and (self.dual_clip or self.two_sided):
-            raise UserError(f"--dual-clip and --two-sided are for losses that clip, not for {self.loss}: omit them")
-        if settings.loss in ("sapo", "vespo") and (self.clip_low is not None or self.clip_high is not None):
-            raise UserError(f"--loss {self.loss} does not clip: omit --clip-low and --clip-high")
-        if settings.loss == "cispo" and self.clip_low is not None:
-            raise UserError("--loss cispo bounds ρ from above only: omit --clip-low")
-        if self.loss in ("luspo", "gspo") and self.ratio == "token":
-            raise UserError(f"--loss {self.loss} has a ratio of the whole answer: omit --ratio token")
-        if self.loss == "vespo" and self.ratio is not None:
-            raise UserError("--loss vespo has a weight of the whole answer: omit --ratio")
-        if self.kl_target and not self.kl_weight:
-            raise UserError("--kl-target adapts the weight of the KL term: give --kl-weight, which it starts from")
-        if self.kl_in == "reward" and not self.kl_weight:
-            raise UserError("--kl-in reward needs --kl-weight")
-        if self.overlong == "penalty" and self.overlong_margin > self.new_tokens:
-            raise UserError(f"--overlong-margin {self.overlong_margin} exceeds --new-tokens {self.new_tokens}")
+        check(self)
 
     def settings(self) -> policy_loss.Settings:
         """Of the loss."""
@@ -173,84 +144,68 @@ class Config(config.Config):
 
 MIDWAY = 128  # held-out prompts that are answered during training
 
-# --- Answers and their advantages
 
+def main(cfg: Config, run: Run) -> dict[str, Any]:
+    # What cannot fit is refused by the formulas, before the model is read.
+    shape, setup = memory_plan(cfg)
+    if cfg.max_length > shape.max_length:
+        raise UserError(f"--max-length {cfg.max_length}: the model's own is {shape.max_length}")
+    memory.check_memory(shape, setup, "--prompts or --samples, more parts with --accumulate")
 
-@dataclass
-class Judged:
-    """A prompt's answers and what they earned."""
+    # The policy: a chat model, or from scratch a small one that has imitated for a while.
+    tokenizer, model = load_model(cfg, run)
+    task = tasks.load(cfg, tokenizer)
+    check_vocabulary(task, model)
+    stops = frozenset(stop_ids(model, tokenizer) | (tasks.line_ends(tokenizer) if task.lines else set()))
+    if cfg.method == "lora":
+        lora.apply_lora(model, cfg.rank, cfg.alpha, cfg.dropout, lora.parse_targets(cfg.targets), run.generator("lora"))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = optim.AdamW(optim.decay_groups(trained.values(), 0.0), lr=cfg.lr)
+    reference = Reference(model)  # the adapters switched off, or a copy
+    coefficient = (
+        AdaptiveCoefficient(cfg.kl_weight, cfg.kl_target, cfg.kl_horizon)
+        if cfg.kl_target
+        else FixedCoefficient(cfg.kl_weight)
+    )
 
-    rollout: Rollout
-    rewards: Tensor  # (S,)
-    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (S,)
-    kl: float = 0.0  # mean over the answers, nats, where it is charged to the reward
+    run.print(
+        f"{len(task.train):,} prompts to train on, {len(task.held_out):,} held out, "
+        f"{sum(p.numel() for p in trained.values()):,} parameters are trained; answers of the model before training …"
+    )
+    sampler = Sampler(model, None if cfg.sampler == "modules" else cfg.sampler)
 
+    def look(most: int = 1 << 30) -> Evaluation:
+        sampler.refresh()
+        return evaluate(cfg, run, sampler, tokenizer, task, stops, reference, most)
 
-@dataclass
-class Collected:
-    """The groups of a step that are learned from, and what was seen of all that were sampled."""
+    first = look()
+    place: dict[str, Any] = {"next": 0, "kl_weight": cfg.kl_weight, "during": ""}
+    for step in run.steps(cfg.steps, {"trained": trained, "optimizer": optimizer, "place": place}):
+        coefficient.value = place["kl_weight"]
+        lr = optim.cosine(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 10)
+        sampler.refresh()
+        found = collect(cfg, run, sampler, tokenizer, task, stops, place)
+        learned = update(cfg, model, optimizer, list(trained.values()), reference, found.groups, coefficient, lr)
+        place["kl_weight"] = coefficient.value
+        run.log(step, **found.metrics, trained_groups=len(found.groups), **learned, lr=lr)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
+            midway = look(MIDWAY)
+            run.log(step, held_out_greedy=midway.greedy.mean, held_out=midway.sampled.mean, sample_kl=midway.kl)
+            if step + 1 >= cfg.steps / 2 and not place["during"]:
+                place["during"] = json.dumps(midway.texts[:SHOWN])
 
-    groups: list[Judged]
-    metrics: dict[str, float]
-
-
-def collect(
-    cfg: Config, run: Run, sampler: Sampler, tokenizer: Tokenizer, task: Task, stops: frozenset[int],
-    place: dict[str, Any],
-) -> Collected:  # fmt: skip
-    """Samples groups and judges them. Dynamic sampling (DAPO, §3.2): a group whose answers have one reward has no
-    gradient, so that other prompts are sampled in its place, `cfg.refills` times at most."""
-    kept: list[Judged] = []
-    seen: list[Judged] = []
-    each: dict[str, list[float]] = {}
-    for _ in range(1 + (cfg.refills if cfg.dynamic else 0)):
-        prompts = [task.train[i] for i in next_prompts(cfg.prompts - len(kept), len(task.train), run, place)]
-        groups = rollouts(
-            sampler, tokenizer, [p.ids for p in prompts], cfg.samples, cfg.new_tokens, temperature=cfg.temperature,
-            stop_ids=stops, generator=run.generator("answers", place["next"]),
-        )  # fmt: skip
-        judged = judge(cfg, task, prompts, groups, each)
-        seen += judged
-        spread = group_advantages.spread(torch.stack([one.rewards for one in judged])).tolist()
-        kept += [one for one, differs in zip(judged, spread, strict=True) if differs or not cfg.dynamic]
-        if len(kept) == cfg.prompts:
-            break
-    every = torch.stack([one.rewards for one in seen])
-    lengths = torch.tensor([float(len(answer)) for one in seen for answer in one.rollout.answers])
-    finished = [yes for one in seen for yes in one.rollout.finished]
-    metrics = {
-        "reward": every.mean().item(),
-        "no_spread": 1 - group_advantages.spread(every).double().mean().item(),
-        "sampled_groups": float(len(seen)),
-        "answer_tokens": lengths.mean().item(),
-        "truncated": 1 - sum(finished) / len(finished),
-    }
-    if len(each) > 1:
-        metrics |= {f"reward_{name}": sum(values) / len(values) for name, values in each.items()}
-    return Collected(kept, metrics)
-
-
-def next_prompts(count: int, total: int, run: Run, place: dict[str, Any]) -> list[int]:
-    """Indices of the next prompts of a permutation, which is another one in each pass over the data."""
-    places = range(place["next"], place["next"] + count)
-    place["next"] += count
-    return [packing.batch_indices(total, 1, i, lambda epoch: run.generator("epoch", epoch))[0] for i in places]
-
-
-def judge(
-    cfg: Config, task: Task, prompts: Sequence[Prompt], groups: Sequence[Rollout], each: dict[str, list[float]]
-) -> list[Judged]:
-    """The groups with their rewards, the penalty of long answers included; `each` gets those by name."""
-    repeated = [prompt for prompt in prompts for _ in range(cfg.samples)]
-    sums, named = task.judge(repeated, [text for group in groups for text in group.texts])
-    for name, values in named.items():
-        each.setdefault(name, []).extend(values)
-    found = torch.tensor(sums)
-    if cfg.overlong == "penalty":
-        lengths = [len(a) + (not yes) for g in groups for a, yes in zip(g.answers, g.finished, strict=True)]
-        found += group_advantages.overlong_penalty(torch.tensor(lengths), cfg.new_tokens + 1, cfg.overlong_margin)
-    parts = found.split(cfg.samples)
-    return [Judged(group, r) for group, r in zip(groups, parts, strict=True)]
+    # Saved first: whatever fails below, what was trained is kept.
+    base = bases.base_name(cfg.model) if cfg.method == "lora" and cfg.model != "scratch" else None
+    adapters.save_trained(model, tokenizer, run.dir / "model", base)
+    last = look()
+    prompts = [prompt.text for prompt in task.held_out[:SHOWN]]
+    earned = [{"reward": f"{a:g} → {b:g}"} for a, b in zip(first.rewards, last.rewards, strict=True)]
+    during = json.loads(place["during"] or "[]")
+    samples.show(run, prompts, first.texts[:SHOWN], during, last.texts[:SHOWN], earned)
+    report(cfg, run, first, last)
+    measure_memory(cfg, run, shape, setup, model, optimizer, sampler, tokenizer, task, stops)
+    run.next_commands = bases.next_commands(run.dir)[: 1 if cfg.model == "scratch" or cfg.method == "full" else None]
+    return {"trained_parameters": sum(p.numel() for p in trained.values())}
 
 
 # --- The algorithm: a loss of the answers' tokens, gradients, a step of the optimizer
@@ -412,143 +367,3 @@ def summarized(cfg: Config, seen: Sequence[dict[str, float]], updates: Sequence[
     old = [part.old for part in parts if part.old is not None]
     found |= mismatch(torch.cat(old), torch.cat([part.sampler for part in parts]))
     return found
-
-
-def main(cfg: Config, run: Run) -> dict[str, Any]:
-    # What cannot fit is refused by the formulas, before the model is read.
-    shape, setup = memory_plan(cfg)
-    if cfg.max_length > shape.max_length:
-        raise UserError(f"--max-length {cfg.max_length}: the model's own is {shape.max_length}")
-    memory.check_memory(shape, setup, "--prompts or --samples, more parts with --accumulate")
-
-    # The policy: a chat model, or from scratch a small one that has imitated for a while.
-    tokenizer, model = load_model(cfg, run)
-    task = tasks.load(cfg, tokenizer)
-    check_vocabulary(task, model)
-    stops = frozenset(stop_ids(model, tokenizer) | (tasks.line_ends(tokenizer) if task.lines else set()))
-    if cfg.method == "lora":
-        lora.apply_lora(model, cfg.rank, cfg.alpha, cfg.dropout, lora.parse_targets(cfg.targets), run.generator("lora"))
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = optim.AdamW(optim.decay_groups(trained.values(), 0.0), lr=cfg.lr)
-    reference = Reference(model)  # the adapters switched off, or a copy
-    coefficient = (
-        AdaptiveCoefficient(cfg.kl_weight, cfg.kl_target, cfg.kl_horizon)
-        if cfg.kl_target
-        else FixedCoefficient(cfg.kl_weight)
-    )
-
-    run.print(
-        f"{len(task.train):,} prompts to train on, {len(task.held_out):,} held out, "
-        f"{sum(p.numel() for p in trained.values()):,} parameters are trained; answers of the model before training …"
-    )
-    sampler = Sampler(model, None if cfg.sampler == "modules" else cfg.sampler)
-
-    def look(most: int = 1 << 30) -> Evaluation:
-        sampler.refresh()
-        return evaluate(cfg, run, sampler, tokenizer, task, stops, reference, most)
-
-    first = look()
-    place: dict[str, Any] = {"next": 0, "kl_weight": cfg.kl_weight, "during": ""}
-    for step in run.steps(cfg.steps, {"trained": trained, "optimizer": optimizer, "place": place}):
-        coefficient.value = place["kl_weight"]
-        lr = optim.cosine(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 10)
-        sampler.refresh()
-        found = collect(cfg, run, sampler, tokenizer, task, stops, place)
-        learned = update(cfg, model, optimizer, list(trained.values()), reference, found.groups, coefficient, lr)
-        place["kl_weight"] = coefficient.value
-        run.log(step, **found.metrics, trained_groups=len(found.groups), **learned, lr=lr)
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-            midway = look(MIDWAY)
-            run.log(step, held_out_greedy=midway.greedy.mean, held_out=midway.sampled.mean, sample_kl=midway.kl)
-            if step + 1 >= cfg.steps / 2 and not place["during"]:
-                place["during"] = json.dumps(midway.texts[:SHOWN])
-
-    # Saved first: whatever fails below, what was trained is kept.
-    base = bases.base_name(cfg.model) if cfg.method == "lora" and cfg.model != "scratch" else None
-    adapters.save_trained(model, tokenizer, run.dir / "model", base)
-    last = look()
-    prompts = [prompt.text for prompt in task.held_out[:SHOWN]]
-    earned = [{"reward": f"{a:g} → {b:g}"} for a, b in zip(first.rewards, last.rewards, strict=True)]
-    during = json.loads(place["during"] or "[]")
-    samples.show(run, prompts, first.texts[:SHOWN], during, last.texts[:SHOWN], earned)
-    report(cfg, run, first, last)
-    measure_memory(cfg, run, shape, setup, model, optimizer, sampler, tokenizer, task, stops)
-    run.next_commands = bases.next_commands(run.dir)[: 1 if cfg.model == "scratch" or cfg.method == "full" else None]
-    return {"trained_parameters": sum(p.numel() for p in trained.values())}
-
-
-# --- Results
-
-
-def report(cfg: Config, run: Run, first: Evaluation, last: Evaluation) -> None:
-    """The results; the default run and the toy have targets, any other has to beat its own start."""
-    own = cfg.data is not None or bool(cfg.reward)
-    toy = cfg.model == "scratch" and not own
-    name = "reward" if own else "accuracy"
-    base = first.sampled.mean
-    run.result(f"sampled_{name}", last.sampled.mean, error=last.sampled.error, baseline=base,
-               target=0.9 if toy else base + (0 if own else 0.25))  # fmt: skip
-    run.result(f"greedy_{name}", last.greedy.mean, error=last.greedy.error, baseline=first.greedy.mean)
-    run.result("sample_kl", last.kl, baseline=0.0)
-    if toy:
-        run.check("sampled_accuracy_before", base, at_most=0.25)
-
-
-def measure_memory(
-    cfg: Config, run: Run, shape: LlamaConfig, setup: memory.Setup, model: Llama, optimizer: torch.optim.Optimizer,
-    sampler: Sampler, tokenizer: Tokenizer, task: Task, stops: frozenset[int],
-) -> None:  # fmt: skip
-    """The memory of a step in which every group has spread, next to its prediction."""
-    count = -(-cfg.prompts // (cfg.updates * cfg.accumulate))
-    prompts = (task.train * count)[:count]
-    groups = rollouts(
-        sampler, tokenizer, [prompt.ids for prompt in prompts], cfg.samples, cfg.new_tokens,
-        temperature=cfg.temperature, stop_ids=stops, generator=run.generator("memory"),
-    )  # fmt: skip
-    layout = Layout([group.group for group in groups])
-    weights = torch.linspace(-1, 1, len(layout.targets))
-    memory.record_step(
-        run, shape, replace(setup, batch=1, seq=layout.tokens.shape[1]), model=model, optimizer=optimizer,
-        loss=lambda: (shared_prompts.token_logprobs(model, layout, cfg.temperature)[0] * weights).mean(),
-    )  # fmt: skip
-
-
-# --- Model and files
-
-
-def load_model(cfg: Config, run: Run) -> tuple[Tokenizer, Llama]:
-    """Tokenizer and the model to begin with."""
-    if cfg.model != "scratch":
-        source = bases.model_of(run, cfg.model)
-        return load.tokenizer(source), load.llama(source, getattr(torch, cfg.dtype))
-    tokenizer = tasks.parity_tokenizer()
-    model = small_llama(small_config(tokenizer.vocab_size, cfg.max_length)).to(getattr(torch, cfg.dtype))
-    # Of a teacher who makes mistakes: imitation stops at what the teacher can, (1 − cfg.careless)⁵.
-    imitate(run, model, cfg.sft_steps, lambda rng: tasks.parity_documents(tokenizer, cfg.careless, rng))
-    return tokenizer, model
-
-
-def check_vocabulary(task: Task, model: Llama) -> None:
-    largest = max(max(prompt.ids) for prompt in (*task.train, *task.held_out))
-    if largest >= model.config.vocab_size:
-        raise UserError(
-            f"the prompts have token {largest}, the model has {model.config.vocab_size}: its tokenizer is another's"
-        )
-
-
-def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
-    """What is trained and how, for the memory formulas; nothing is loaded."""
-    if cfg.model == "scratch":
-        shape, prompt = small_config(tasks.parity_tokenizer().vocab_size, cfg.max_length), tasks.BITS + 1
-    else:
-        shape = load.llama_config(cfg.model)
-        prompt = cfg.max_length - cfg.new_tokens if cfg.data else 16 + 12 * cfg.shots
-    groups = -(-cfg.prompts // (cfg.updates * cfg.accumulate))
-    return shape, memory.Setup(
-        batch=1,
-        seq=groups * (prompt + cfg.samples * (cfg.new_tokens - 1)),  # a prompt lies in the row once
-        dtype="fp32" if cfg.dtype == "float32" else "bf16",
-        lora_rank=cfg.rank if cfg.method == "lora" else 0,
-        lora_targets=",".join(lora.parse_targets(cfg.targets)),
-        algorithm="grpo",
-    )
