@@ -45,8 +45,8 @@ __all__ = ["Config", "dry_run", "main", "memory_plan"]
 
 @dataclass
 class Config(config.Config):
-    steps: int = 30
-    checkpoint_every: int = 10
+    steps: int = 80
+    checkpoint_every: int = 20
     model: str = "smollm2"  # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small new Llama
     # --- Pairs
     # rows of preferences (.jsonl, .json, .csv, .tsv, .parquet) or a folder; none: the model's own answers, by --reward
@@ -63,7 +63,7 @@ class Config(config.Config):
         "sigmoid", "robust", "hinge", "ipo", "exo", "nca", "sppo", "apo_zero", "apo_down", "bco", "aot", "aot_unpaired",
         "discopop", "sigmoid_norm", "simpo", "orpo", "kto"
     ] = "sigmoid"  # fmt: skip
-    beta: float = bounded(0.1, above=0)  # how strongly the policy is held to the reference; its share of ORPO's loss
+    beta: float = bounded(0.2, above=0)  # how strongly the policy is held to the reference; its share of ORPO's loss
     smoothing: float = bounded(0.0, at_least=0, below=0.5)  # share of labels that are expected to be wrong
     gamma: float = bounded(0.5, at_least=0)  # simpo: margin
     divergence: Divergence = "reverse_kl"  # that holds the policy to the reference
@@ -88,10 +88,10 @@ class Config(config.Config):
     dropout: float = bounded(0.0, at_least=0, below=1)  # LoRA: probability of dropping an input of the adapters
     targets: str = ",".join(lora.TARGETS)  # LoRA: adapted layers; all-linear: those; head (lm_head) is one too
     # --- Optimizer
-    lr: float = bounded(6e-4, at_least=0)  # peak learning rate
+    lr: float = bounded(7e-4, at_least=0)  # peak learning rate
     warmup: int = bounded(4, at_least=0, at_most=10**9)  # steps until the peak; from there a cosine to a tenth
     clip: float = bounded(1.0, above=0)  # largest norm of the gradient
-    batch: int = bounded(16, at_least=1, at_most=1 << 20)  # pairs of a step (kto: single answers)
+    batch: int = bounded(8, at_least=1, at_most=1 << 20)  # pairs of a step (kto: single answers)
     # micro-batches of a step, computed one after the other to save memory
     accumulate: int = bounded(1, at_least=1, at_most=1 << 20)
     checkpointing: bool = False  # keep only the blocks' inputs and compute the rest again: less memory, more time
@@ -100,15 +100,15 @@ class Config(config.Config):
     eval_pairs: int = bounded(320, at_least=1, at_most=10**9)  # most held-out pairs
     eval_prompts: int = bounded(360, at_least=1, at_most=10**6)  # openings held out
     samples: int = bounded(128, at_least=1, at_most=1 << 16)  # answers sampled before and after
-    sample_every: int = bounded(15, at_least=0, at_most=10**9)  # steps between 32 answers; 0: only before and after
+    sample_every: int = bounded(20, at_least=0, at_most=10**9)  # steps between 32 answers; 0: only before and after
     new_tokens: int = bounded(24, at_least=1, at_most=1 << 16)  # most tokens of a sampled answer
     temperature: float = bounded(1.0, at_least=1e-3, at_most=100)  # of sampling
 
     @classmethod
     def toy(cls) -> Config:
         return cls(
-            steps=100, model="scratch", lr=3e-4, batch=16, warmup=5, prompts=600, eval_prompts=200, max_length=48,
-            gap=1.0, new_tokens=12, eval_pairs=200, sample_every=25, checkpoint_every=50,
+            steps=100, model="scratch", lr=3e-4, beta=0.1, batch=16, warmup=5, prompts=600, eval_prompts=200,
+            max_length=48, gap=1.0, new_tokens=12, eval_pairs=200, sample_every=25, checkpoint_every=50,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
