@@ -177,8 +177,8 @@ def head_text(setup: Setup) -> str:
 
 def loss_plan(shape: Shape, setup: Setup) -> tuple[int, int, int]:
     """(rows of a chunk, tiles of the vocabulary, blocks of rows) of ops.linear_cross_entropy, for products in fp32, by
-    the kernel's own rule (LossPlan of csrc/include/finetune/linear_cross_entropy.h); of the capped loss its chunk."""
-    if shape.capped_logits:
+    the kernel's own rule (LossPlan of csrc/include/finetune/linear_cross_entropy.h); of the other losses their chunk."""
+    if shape.capped_logits or setup.loss == "logprobs":
         return min(setup.tokens, max(1, CAPPED_CHUNK // shape.vocab)), 0, 0
     return plan_of_kernel(setup.tokens, shape.vocab)
 
@@ -194,7 +194,8 @@ def logits(shape: Shape, setup: Setup) -> Term:
     """Memory of the loss without its input and its head. Chunked: a chunk of fp32 logits, each tile's part of the
     gradient of its input, maxima and sums, and the gradients that the forward pass makes: of all inputs, and of the
     head where it or its adapter is trained (Hsu et al. 2024, arXiv:2410.10989). Full: log-probabilities, their gradient
-    and the logits' gradient, N·V fp32 each. Inference: the last position's logits of each row."""
+    and the logits' gradient, N·V fp32 each. Log-probabilities: a chunk of logits, made again in the backward pass, and
+    their gradient. Inference: the last position's logits of each row."""
     n, e, c, v = setup.tokens, setup.element, shape.dim, shape.vocab
     if not shape.last:
         return Term("logits", 0, "0", "on the last stage")
@@ -205,10 +206,16 @@ def logits(shape: Shape, setup: Setup) -> Term:
     chunk, tiles, blocks = loss_plan(shape, setup)
     learned = trains_head(shape, setup) or setup.adapts_head
     if shape.capped_logits:  # tanh, log-probabilities and the gradients of both; inputs once more, and their gradient
-        total, text = 16 * chunk * v + 2 * n * c * e, "16·S·V + 2·N·C·e"
+        each = 12 if setup.loss == "logprobs" else 16  # no log-probabilities of the whole vocabulary
+        total, text = each * chunk * v + 2 * n * c * e, f"{each}·S·V + 2·N·C·e"
         if learned and chunk < n:
             total, text = total + v * c * e, text + " + V·C·e"
         return Term("logits", total, text, f"finetune/lm/head.py, {chunk} tokens a chunk")
+    if setup.loss == "logprobs":
+        total, text = 2 * chunk * v * e + n * c * e, "2·S·V·e + N·C·e"
+        if learned:
+            total, text = total + v * c * e, text + " + V·C·e"
+        return Term("logits", total, text, f"finetune/alignment/logprobs.py, {chunk} tokens a chunk")
     parts = tiles * chunk
     total, text = chunk * v * 4 + parts * (c * 4 + 12) + n * c * e, "S·V·4 + J·(C·4 + 12) + N·C·e"
     if e < 4:

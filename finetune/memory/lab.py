@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune import ops, optim
+from finetune.alignment import logprobs
 from finetune.lm import head
 from finetune.lm.cache import KVCache
 from finetune.memory import meters, simulate
@@ -96,6 +97,8 @@ class Rig:
         targets = tokens.flatten()
         if self.setup.loss == "full":
             return F.cross_entropy(F.linear(hidden, self.model.head_weight).float(), targets)
+        if self.setup.loss == "logprobs":
+            return -logprobs.of_states(self.model, hidden, targets)[0].mean()
         return head.cross_entropy(self.model, hidden, targets)
 
     @contextmanager
@@ -181,7 +184,7 @@ def logits(rig: Rig) -> int:
         state = torch.zeros(setup.batch, rig.shape.dim, dtype=weight.dtype)
         with torch.no_grad():
             return F.linear(state, weight).float().nbytes
-    if setup.loss == "chunked":
+    if setup.loss != "full":
         return meters.loss_bytes(rig.model, rig.shape, setup)
     scores = torch.zeros(setup.tokens, rig.shape.vocab, requires_grad=True)
     targets = torch.zeros(setup.tokens, dtype=torch.int64)

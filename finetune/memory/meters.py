@@ -288,14 +288,18 @@ def loss_bytes(model: Any, shape: Shape, setup: Setup) -> int:
     """Most bytes that the loss has allocated at once, on as many tokens as `setup` says, all of them counted; a head
     with an adapter is there before."""
     from finetune import ops
+    from finetune.alignment import logprobs
     from finetune.lm import head
 
     weight = model.head_weight
     x = torch.zeros(setup.tokens, shape.dim, dtype=weight.dtype, device=weight.device, requires_grad=True)
     targets = torch.zeros(setup.tokens, dtype=torch.int64, device=weight.device)
-    if shape.capped_logits:  # whose chunks are computed again in the backward pass
+    if setup.loss == "logprobs" or shape.capped_logits:  # whose chunks are computed again in the backward pass
         before = [(p, p.grad) for p in model.parameters()]
-        found = peak_allocated(lambda: head.cross_entropy(model, x, targets).backward())
+        if setup.loss == "logprobs":
+            found = peak_allocated(lambda: logprobs.of_states(model, x, targets)[0].mean().backward())
+        else:
+            found = peak_allocated(lambda: head.cross_entropy(model, x, targets).backward())
         for p, grad in before:
             p.grad = grad
         return found
@@ -332,6 +336,6 @@ def for_training(
     the growth of the resident set in a step (what a step adds to weights and optimizer states at its peak)."""
     shape = shape_of(config)
     measured = measure(model, optimizer, loss)
-    if setup.loss == "chunked":
+    if setup.loss != "full":
         measured["logits"] = loss_bytes(model, shape, setup)
     return table({term.name: term.bytes for term in predict(shape, setup)}, measured)

@@ -176,7 +176,7 @@ def instead(model: Model, setup: Setup) -> dict[str, int]:
         if setup.checkpointing != "selective":
             other = {"flash": "naive", "naive": "flash"}[setup.attention]
             options[f"--attention {other}"] = {"attention": other}
-        other = {"chunked": "full", "full": "chunked"}[setup.loss]
+        other = "full" if setup.loss == "chunked" else "chunked"
         options[f"--loss {other}"] = {"loss": other}
         options["--optimizer adamw8bit"] = {"optimizer": "adamw8bit"}
         if setup.frozen:

@@ -136,7 +136,8 @@ class Setup:
     # block: keep the blocks' inputs and compute the rest again; selective: compute naive attention again
     checkpointing: Literal["none", "block", "selective"] = "none"
     attention: Literal["flash", "naive"] = "flash"  # naive: ops.attention's reference, which makes T×T matrices
-    loss: Literal["chunked", "full"] = "chunked"  # ops.linear_cross_entropy, or cross entropy of all logits
+    # ops.linear_cross_entropy, cross entropy of all logits, or the tokens' log-probabilities (alignment/logprobs.py)
+    loss: Literal["chunked", "full", "logprobs"] = "chunked"
     # --- Many devices
     zero: int = 0  # ZeRO stage: the ranks divide optimizer states (1), gradients too (2), parameters too (3)
     ranks: int = 1  # data-parallel ranks, each with its own batch

@@ -74,14 +74,16 @@ def test_formulas_give_their_bytes(config, changes):
 @pytest.mark.parametrize(
     "changes", [{"whole": "head"}, {"lora_targets": "q,head"}, {"lora_targets": "q,head", "dtype": "bf16"}], ids=short
 )
+@pytest.mark.parametrize("loss", ["chunked", "logprobs"])
 @pytest.mark.parametrize("config", [APART, GEMMA2], ids=("plain", "capped"))
-def test_the_loss(config, changes):
+def test_the_loss(config, loss, changes):
     """Makes the head's gradient where the head learns, also as W + s B A."""
     config = LlamaConfig(**{**vars(config), "vocab_size": 20_000, "layers": 1, "max_length": 1024})
-    setup = Setup(**(LORA | {"seq": 900} | changes))
+    setup = Setup(**(LORA | {"seq": 900, "loss": loss} | changes))
     found = lab.logits(lab.Rig(config, shape_of(config), setup))
     assert by_name(config, setup)["logits"] == pytest.approx(found, rel=0.05)
-    assert by_name(config, Setup(**LORA | {"seq": 900}))["logits"] < by_name(config, setup)["logits"]
+    frozen = Setup(**LORA | {"seq": 900, "loss": loss, "dtype": setup.dtype})
+    assert by_name(config, frozen)["logits"] < by_name(config, setup)["logits"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

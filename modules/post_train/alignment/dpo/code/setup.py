@@ -85,6 +85,7 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
         lora_targets=",".join(lora.parse_targets(cfg.targets)),
         checkpointing="block" if cfg.checkpointing else "none",
         algorithm="dpo",
+        loss="logprobs",
     )
 
 

@@ -95,6 +95,7 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
         lora_rank=cfg.rank if cfg.method == "lora" else 0,
         lora_targets=",".join(lora.parse_targets(cfg.targets)),
         algorithm="grpo",
+        loss="logprobs",
     )
 
 

@@ -429,6 +429,7 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
         dtype="fp32" if cfg.dtype == "float32" else "bf16",
         lora_rank=networks * cfg.rank,
         lora_targets=",".join(lora.parse_targets(cfg.targets)),
+        loss="logprobs",
     )
 
 

@@ -435,4 +435,5 @@ def memory_plan(cfg: Config) -> tuple[LlamaConfig, memory.Setup]:
         lora_rank=cfg.rank,
         lora_targets=",".join(lora.parse_targets(cfg.targets)),
         algorithm="rlhf",
+        loss="logprobs",
     )
