@@ -177,7 +177,7 @@ def head_text(setup: Setup) -> str:
 
 def loss_plan(shape: Shape, setup: Setup) -> tuple[int, int, int]:
     """(rows of a chunk, tiles of the vocabulary, blocks of rows) of ops.linear_cross_entropy, for products in fp32, by
-    the kernel's own rule (LossPlan of csrc/include/finetune/linear_cross_entropy.h); of the other losses their chunk."""
+    the kernel's own rule (LossPlan of csrc/include/finetune/linear_cross_entropy.h); of other losses their chunk."""
     if shape.capped_logits or setup.loss == "logprobs":
         return min(setup.tokens, max(1, CAPPED_CHUNK // shape.vocab)), 0, 0
     return plan_of_kernel(setup.tokens, shape.vocab)
