@@ -23,7 +23,12 @@ def size(count: int) -> str:
 
 def check_memory(config: Any, setup: Setup, what: str) -> None:
     """UserError if the peak of a step is more than this machine has free. `what`: the settings that make it smaller."""
-    needed, room = predict(shape_of(config), setup)[-1].bytes, machine.available_memory_bytes()
+    check_bytes(predict(shape_of(config), setup)[-1].bytes, what)
+
+
+def check_bytes(needed: int, what: str) -> None:
+    """UserError if `needed` is more than this machine has free."""
+    room = machine.available_memory_bytes()
     if room is not None and needed > room:
         raise UserError(f"this needs {size(needed)} of memory by the formulas, {size(room)} are free: smaller {what}")
 

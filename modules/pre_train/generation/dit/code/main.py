@@ -1,0 +1,282 @@
+"""A diffusion Transformer that draws the class it is asked for (Peebles & Xie 2023, arXiv:2212.09748).
+
+    train    x_t = α_t x₀ + σ_t ε;   minimize ‖net(x_t, t, label) − target‖², the label hidden now and then
+    draw     out = net(x, t, none) + w · (net(x, t, label) − net(x, t, none)), from noise to an image in some steps
+
+`--prediction flow` makes it a SiT (Ma et al. 2024, arXiv:2401.08740). Reads top to bottom: settings, the run (setup,
+loop), drawing, what is measured.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from finetune import memory, ops, optim
+from finetune.diffusion import draw, fidelity, images, judge
+from finetune.diffusion.ema import Ema
+from finetune.diffusion.images import Images
+from finetune.diffusion.process import Process
+from finetune.errors import UserError
+from finetune.memory import meters, room
+from finetune.runs import config
+from finetune.runs.config import bounded
+from finetune.runs.run import Run, stable_hash
+
+from . import convert, cost, plots
+from .loss import denoising_loss
+from .model import SIZES, DiT, DiTConfig
+
+GUIDANCE = (0.0, 1.0, 2.0, 4.0)  # weights of the exhibit
+
+
+@dataclass
+class Config(config.Config):
+    steps: int = 2000
+    checkpoint_every: int = 500
+    images: Literal["digits", "mnist", "emoji"] = "mnist"  # data that ship in packages: 8×8, 28×28, 32×32 RGB
+    data: Path | None = None  # your own instead: a folder of images (subfolders are classes) or an .npz
+    side: int = bounded(0, at_least=0, at_most=512)  # pixels to scale to; 0: as they are
+    # --- model
+    model: Literal["XXS", "XS", "S", "B", "L", "XL"] = "XXS"  # S to XL are the paper's
+    patch: int = bounded(4, at_least=1, at_most=64)  # side of a patch
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 has float32 masters
+    gradient_checkpointing: bool = False  # computes blocks again in the backward pass, to save memory
+    # --- process
+    prediction: Literal["eps", "x0", "v", "flow"] = "v"  # by the network (eps in the paper); flow: a straight path's velocity
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"  # of β (linear in the paper); a flow has its own
+    timesteps: int = bounded(1000, at_least=2, at_most=100_000)
+    learn_sigma: bool = True  # also the variance of a DDPM step, by its variational bound (a flow has none)
+    min_snr: float = bounded(0.0, at_least=0)  # γ of the min-SNR weights of timesteps; 0: all alike
+    label_dropout: float = bounded(0.1, at_least=0, at_most=1)  # share of labels that training hides
+    # --- training
+    batch: int = bounded(32, at_least=1, at_most=1 << 20)  # images of a step
+    lr: float = bounded(3e-3, at_least=0)  # peak learning rate; a cosine falls to a tenth
+    warmup: int = bounded(100, at_least=0, at_most=10**9)  # steps until the peak
+    weight_decay: float = bounded(0.0, at_least=0)  # AdamW's, on matrices only
+    clip: float = bounded(1.0, above=0)  # largest norm of the gradient
+    ema: float = bounded(0.999, at_least=0, below=1)  # decay of the averaged weights, which draw
+    # --- drawing
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm_solver_2m"] = "ddim"  # a flow: euler or heun
+    sample_steps: int = bounded(25, at_least=1, at_most=100_000)
+    guidance: float = bounded(1.5, at_least=0)  # w: 0 ignores the label, 1 follows it, more exaggerates it
+    guided_channels: int = bounded(0, at_least=0, at_most=64)  # guide only the first so many (3 in the paper's code); 0: all
+    samples: int = bounded(1000, at_least=20, at_most=10**6)  # images that are judged, all classes alike
+    show_every: int = bounded(250, at_least=1, at_most=10**9)  # steps between two rows of samples_over_training.png
+    # --- controls
+    without: int = bounded(-1, at_least=-1, at_most=10**6)  # a class that training never sees; -1: none
+    shuffle: bool = False  # labels in random order, so that they mean nothing
+
+    @classmethod
+    def toy(cls) -> "Config":
+        return cls(images="digits", patch=2, steps=1000, batch=32, lr=4e-3, samples=360, show_every=200, threads=1,
+                   sample_steps=25, warmup=50, ema=0.99)  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prediction == "flow" and self.sampler == "ddim":
+            self.sampler = "euler"
+        draw.check(self.process(), self.sampler, self.sample_steps, "trailing")
+
+    def process(self) -> Process:
+        return Process(self.prediction, "flow" if self.prediction == "flow" else self.schedule, self.timesteps)
+
+
+def main(cfg: Config, run: Run) -> dict[str, Any]:
+    train, test = load(cfg)
+    shape, process = model_config(cfg, train), cfg.process()
+    check_memory(cfg, shape)
+    run.seed("model")
+    net = DiT(shape).to(getattr(torch, cfg.dtype))
+    net.gradient_checkpointing = cfg.gradient_checkpointing
+    trained = dict(net.named_parameters())
+    optimizer = optim.AdamW(optim.decay_groups(trained.values(), cfg.weight_decay), lr=cfg.lr)
+    ema = Ema(net, cfg.ema)
+    size, flops = cost.parameters(shape), cost.forward_flops(shape)
+    if not run.resume:
+        memory.check_disk(run.dir, 20 * 4 * size, "three checkpoints and the model")
+    for line in process.notes():
+        run.print(line)
+    run.print(f"{len(train):,} images of {shape.side}×{shape.side} and {len(train.classes)} classes to train on; "
+              f"{shape.tokens} patches, {size:,} parameters, {flops / 1e9:.3f} GFLOPs an image")  # fmt: skip
+    x0, labels = images.to_unit(train.x), train.labels
+    run.check("loss_at_the_start", loss_at_start(net, process, x0, labels), **start_bounds(cfg))
+    seen: dict[str, Tensor] = {}  # step → images drawn then, for a picture
+    began, first = perf_counter(), 0
+    state = {"trained": trained, "optimizer": optimizer, "ema": ema, "seen": seen}
+    for step in run.steps(cfg.steps, state):
+        g = run.generator("batch", step)
+        rows = torch.randint(len(x0), (cfg.batch,), generator=g)
+        t = torch.randint(process.T, (cfg.batch,), generator=g)
+        eps = torch.randn(cfg.batch, *x0.shape[1:], generator=g)
+        hidden = torch.rand(cfg.batch, generator=g) < cfg.label_dropout
+        given = torch.where(hidden, net.classes, labels[rows])  # the null class stands for "some image"
+        error, bound = denoising_loss(net, process, x0[rows], given, t, eps, cfg.min_snr)
+        (error + bound).backward()
+        norm = ops.clip_grad_norm_([p.grad for p in trained.values() if p.grad is not None], cfg.clip)
+        lr = optim.cosine(step, cfg.steps, cfg.warmup, cfg.lr, cfg.lr / 10)
+        optimizer.step(lr=lr)
+        optimizer.zero_grad()
+        ema.update()
+        run.log(step, loss=error, grad_norm=norm, lr=lr, **({"bound": bound} if shape.learn_sigma else {}))
+        if (step + 1) % cfg.show_every == 0 or step + 1 == cfg.steps:
+            with ema.swapped():
+                seen[str(step + 1)] = sample(cfg, net, process, asked(train, 20), cfg.guidance)
+        first += 1
+    seconds = (perf_counter() - began) / max(first, 1)
+
+    # Saved first: whatever fails below, what was trained is kept.
+    with ema.swapped():
+        convert.save(net, run.dir / "model")
+        evaluate(cfg, run, net, process, train, test)
+    plots.over_training(run, seen)
+    run.check("parameters", size)
+    run.check("gflops_an_image", flops / 1e9)
+    if first:
+        run.check("images_per_second", cfg.batch / seconds)
+        run.record_memory(memory_rows(cfg, net, optimizer, ema, x0[: cfg.batch], labels[: cfg.batch]))
+    return {}
+
+
+# --- Data and model
+
+
+def load(cfg: Config) -> tuple[Images, Images]:
+    """Images to train on, and a fifth of each class to compare with."""
+    found = images.load(cfg.data or cfg.images, cfg.side or None)
+    height, width = found.x.shape[-2:]
+    if height != width:
+        raise UserError(f"the images are {width}×{height}: a DiT needs square ones, --side {min(height, width)} makes them")
+    if height % cfg.patch:
+        raise UserError(f"--patch {cfg.patch} does not divide images of {width}×{height}: give a divisor, or --side")
+    if cfg.without >= len(found.classes):
+        raise UserError(f"--without {cfg.without}: the classes are 0 to {len(found.classes) - 1}")
+    train, test = found.split(0.2)
+    if cfg.without >= 0:
+        train = train[train.labels != cfg.without]
+    if cfg.shuffle:
+        train = dataclasses.replace(train, labels=train.labels[torch.randperm(len(train), generator=seeded(cfg, "shuffle"))])
+    return train, test
+
+
+def seeded(cfg: Config, *key: Any) -> torch.Generator:
+    return torch.Generator().manual_seed(stable_hash(cfg.seed, *key))
+
+
+def model_config(cfg: Config, data: Images) -> DiTConfig:
+    layers, dim, heads = SIZES[cfg.model]
+    learned = cfg.learn_sigma and cfg.prediction != "flow"
+    return DiTConfig(data.x.shape[-1], data.x.shape[1], cfg.patch, dim, layers, heads, len(data.classes), learned)
+
+
+@torch.no_grad()
+def loss_at_start(net: DiT, process: Process, x0: Tensor, labels: Tensor, count: int = 1024) -> float:
+    """The mean squared error of the untrained network over `count` images: it predicts 0, so of ε it is 1."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(x0), (count,), generator=g)
+    t, eps = torch.randint(process.T, (count,), generator=g), torch.randn(count, *x0.shape[1:], generator=g)
+    parts = zip(*(each.split(128) for each in (x0[rows], labels[rows], t, eps)), strict=True)
+    return sum(float(denoising_loss(net, process, *part)[0]) * len(part[0]) for part in parts) / count
+
+
+def start_bounds(cfg: Config) -> dict[str, float]:
+    return {"at_least": 0.98, "at_most": 1.02} if cfg.prediction == "eps" else {}
+
+
+# --- Drawing
+
+
+def asked(data: Images, count: int) -> Tensor:
+    """`count` labels, all classes alike."""
+    return torch.arange(count) % len(data.classes)
+
+
+def sample(
+    cfg: Config, net: DiT, process: Process, labels: Tensor, w: float, trace: list[Tensor] | None = None
+) -> Tensor:
+    """Images (N, C, H, W) uint8 of the classes `labels` (N,). Image k has a noise of its own: it is the same in any
+    batch, and for any label and w."""
+    shape = (net.config.channels, net.config.side, net.config.side)
+    made = []
+    for rows in draw.batches(len(labels), 250):
+        noise = draw.Noise((stable_hash(cfg.seed, "sample", k) for k in rows), shape)
+        predict = draw.classifier_free(net, labels[rows.start : rows.stop], w, cfg.guided_channels or None)
+        made.append(draw.draw(predict, process, noise, sampler=cfg.sampler, steps=cfg.sample_steps, trace=trace))
+    return images.to_bytes(torch.cat(made))
+
+
+# --- What is measured
+
+
+def evaluate(cfg: Config, run: Run, net: DiT, process: Process, train: Images, test: Images) -> None:
+    """Results, checks and pictures of the trained network's samples, next to a Gaussian fitted to each class."""
+    run.print("judging …")
+    whole, _ = load(dataclasses.replace(cfg, without=-1, shuffle=False))  # the judge knows every class
+    referee = judge.train_judge(whole, test)
+    labels = asked(train, cfg.samples)
+    real = referee.features(test.x)
+    gaussian = fidelity.frechet(referee.features(fidelity.class_gaussian(whole, labels)), real)
+    samples = sample(cfg, net, process, labels, cfg.guidance)
+    judged = referee.classify(samples)
+    found = fidelity.fidelity(samples, train, test, referee.features)
+    right = (judged == labels).double()
+    classes = len(train.classes)
+    if classes > 1:
+        run.result("accuracy", right.mean(), baseline=1 / classes, target=0.8 if run.toy else 0.9)
+    run.result("frechet", found["frechet_features"], baseline=gaussian, target=gaussian / 2, higher=False)
+    run.result("one_nn", found["one_nn"])
+    run.result("memorization", found["memorization"])
+    run.check("frechet_pixels", found["frechet"])
+    run.check("judge_accuracy", referee.accuracy)
+    if cfg.without >= 0:
+        kept = labels != cfg.without
+        run.result("accuracy_of_the_removed_class", right[~kept].mean(), baseline=1.0, target=0.2, higher=False)
+        run.check("accuracy_of_the_others", right[kept].mean())
+    rows = []
+    for w in GUIDANCE if classes > 1 else ():
+        part = samples if w == cfg.guidance else sample(cfg, net, process, labels[: cfg.samples // 2], w)
+        right = (referee.classify(part) == labels[: len(part)]).double().mean().item()
+        rows.append({"w": w, "accuracy": right, "frechet": fidelity.frechet(referee.features(part), real)})
+        run.check(f"accuracy_w{w:g}", right)
+    if rows:
+        run.table("guidance", [{name: f"{value:.3g}" for name, value in row.items()} for row in rows])
+        plots.guidance(run, rows, gaussian)
+    plots.by_class(run, samples, labels)
+    trace: list[Tensor] = []
+    sample(cfg, net, process, asked(train, 20), cfg.guidance, trace)
+    plots.denoising(run, trace)
+
+
+# --- Memory
+
+
+def check_memory(cfg: Config, shape: DiTConfig) -> None:
+    """UserError if the step cannot fit into this machine's memory by formula."""
+    needed = sum(cost.memory(shape, cfg.batch, DTYPES[cfg.dtype], cfg.gradient_checkpointing).values())
+    room.check_bytes(needed, "--model, --batch or a larger --patch")
+
+
+def memory_rows(
+    cfg: Config, net: DiT, optimizer: optim.AdamW, ema: Ema, x: Tensor, labels: Tensor
+) -> list[dict[str, Any]]:
+    """Bytes of a training step, by formula and as measured."""
+    predicted = cost.memory(net.config, len(x), DTYPES[cfg.dtype], cfg.gradient_checkpointing)
+    t = torch.zeros(len(x), dtype=torch.int64)
+    activations = meters.saved_bytes(net, lambda: net(x, t, labels))
+    net(x, t, labels).mean().backward()
+    measured = {
+        "weights": meters.weight_bytes(net),
+        "gradients": meters.gradient_bytes(net),
+        "optimizer states": meters.optimizer_bytes(optimizer),
+        "EMA": meters.storage_bytes(ema.average.values()),
+        "activations": activations,
+    }
+    net.zero_grad(set_to_none=True)
+    return memory.table(predicted, measured)
+
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
