@@ -48,6 +48,7 @@ SMALLER = {
     "bench a2c_vs_sb3": "bench a2c_vs_sb3 --horizon 4 --rounds 1 --steps 64",
     "bench ppo_vs_sb3": "bench ppo_vs_sb3 --horizon 8 --epochs 1 --rounds 1 --updates 1",
     "bench nanogpt_vs_torch": "bench nanogpt_vs_torch --threads 1 --steps 12",
+    "bench dit_vs_torch": "bench dit_vs_torch --model XXS --side 8 --patch 2 --threads 1 --steps 3",
     "bench sft_vs_trl": "bench sft_vs_trl --help",
     "bench cql_vs_d3rlpy": "bench cql_vs_d3rlpy --help",
     "serve --model smollm2": "serve --help",  # it ends when it is told to (tests/inference/test_server.py)
@@ -72,6 +73,7 @@ SETTINGS = {
     "actor_critic": "--warmup 300 --repeats 1 --eval-episodes 2 --critic-steps 1",
     "bcq": "--rows 300 --fqe-steps 2 --eval-episodes 2 --sweep 0,1",
     "cql": "--updates 5 --data-steps 500 --fqe-steps 1 --eval-episodes 2",
+    "dit": "--samples 20 --sample-steps 2 --judge-steps 5 --batch 8",
     "dpo": "--sft-steps 60 --prompts 60 --eval-prompts 30 --samples 4",
     "inference": "--train-steps 3 --requests 100 --rounds 2",
     "mdp": "--rollouts 100 --rollout-steps 100 --pairs 10",
@@ -184,6 +186,12 @@ def data_file(path):
         from finetune.rl.envs import logged_data
 
         logged_data.generate("CartPole-v1", "medium", 300, 0).save(path)
+    elif path.name == "photos":
+        from PIL import Image
+
+        for k in range(24):
+            (path / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 32), (10 * k, 100, 250 - 10 * k)).save(path / "ab"[k % 2] / f"{k}.png")
     elif path.suffix == ".npz":
         import numpy as np
 

@@ -40,14 +40,15 @@ class Config(config.Config):
     checkpoint_every: int = 500
     images: Literal["digits", "mnist", "emoji"] = "mnist"  # data that ship in packages: 8×8, 28×28, 32×32 RGB
     data: Path | None = None  # your own instead: a folder of images (subfolders are classes) or an .npz
-    side: int = bounded(0, at_least=0, at_most=512)  # pixels to scale to; 0: as they are
+    size: int | None = bounded(None, at_least=1, at_most=512)  # side to which every image is scaled
     # --- model
-    model: Literal["XXS", "XS", "S", "B", "L", "XL"] = "XXS"  # S to XL are the paper's
+    model: Literal["XXS", "XS", "S", "B", "L", "XL"] = "XS"  # S to XL are the paper's
     patch: int = bounded(4, at_least=1, at_most=64)  # side of a patch
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; bfloat16 has float32 masters
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights; bfloat16 has float32 masters
     gradient_checkpointing: bool = False  # computes blocks again in the backward pass, to save memory
     # --- process
-    prediction: Literal["eps", "x0", "v", "flow"] = "v"  # by the network (eps in the paper); flow: a straight path's velocity
+    # what the network predicts (eps in the paper); flow: the velocity of a straight path
+    prediction: Literal["eps", "x0", "v", "flow"] = "v"
     schedule: Literal["linear", "scaled_linear", "cosine"] = "cosine"  # of β (linear in the paper); a flow has its own
     timesteps: int = bounded(1000, at_least=2, at_most=100_000)
     learn_sigma: bool = True  # also the variance of a DDPM step, by its variational bound (a flow has none)
@@ -55,17 +56,19 @@ class Config(config.Config):
     label_dropout: float = bounded(0.1, at_least=0, at_most=1)  # share of labels that training hides
     # --- training
     batch: int = bounded(32, at_least=1, at_most=1 << 20)  # images of a step
-    lr: float = bounded(3e-3, at_least=0)  # peak learning rate; a cosine falls to a tenth
+    lr: float = bounded(2e-3, at_least=0)  # peak learning rate; a cosine falls to a tenth
     warmup: int = bounded(100, at_least=0, at_most=10**9)  # steps until the peak
     weight_decay: float = bounded(0.0, at_least=0)  # AdamW's, on matrices only
     clip: float = bounded(1.0, above=0)  # largest norm of the gradient
-    ema: float = bounded(0.999, at_least=0, below=1)  # decay of the averaged weights, which draw
+    ema: float = bounded(0.998, at_least=0, below=1)  # decay of the averaged weights, which draw
     # --- drawing
     sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm_solver_2m"] = "ddim"  # a flow: euler or heun
     sample_steps: int = bounded(25, at_least=1, at_most=100_000)
     guidance: float = bounded(1.5, at_least=0)  # w: 0 ignores the label, 1 follows it, more exaggerates it
-    guided_channels: int = bounded(0, at_least=0, at_most=64)  # guide only the first so many (3 in the paper's code); 0: all
+    # guide only the first so many channels (3 in the paper's code); 0: all
+    guided_channels: int = bounded(0, at_least=0, at_most=64)
     samples: int = bounded(1000, at_least=20, at_most=10**6)  # images that are judged, all classes alike
+    judge_steps: int = bounded(400, at_least=0, at_most=10**6)  # of the classifier that judges
     show_every: int = bounded(250, at_least=1, at_most=10**9)  # steps between two rows of samples_over_training.png
     # --- controls
     without: int = bounded(-1, at_least=-1, at_most=10**6)  # a class that training never sees; -1: none
@@ -73,8 +76,10 @@ class Config(config.Config):
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(images="digits", patch=2, steps=1000, batch=32, lr=4e-3, samples=360, show_every=200, threads=1,
-                   sample_steps=25, warmup=50, ema=0.99)  # fmt: skip
+        return cls(
+            images="digits", patch=2, model="XXS", dtype="float32", steps=600, lr=4e-3, warmup=50, ema=0.99,
+            samples=360, show_every=100, threads=1,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,7 +143,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     run.check("gflops_an_image", flops / 1e9)
     if first:
         run.check("images_per_second", cfg.batch / seconds)
-        run.record_memory(memory_rows(cfg, net, optimizer, ema, x0[: cfg.batch], labels[: cfg.batch]))
+        run.record_memory(memory_rows(cfg, net, optimizer, ema, x0[: cfg.batch].clone(), labels[: cfg.batch].clone()))
     return {}
 
 
@@ -147,24 +152,21 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 
 def load(cfg: Config) -> tuple[Images, Images]:
     """Images to train on, and a fifth of each class to compare with."""
-    found = images.load(cfg.data or cfg.images, cfg.side or None)
+    found = images.load(cfg.data or cfg.images, cfg.size)
     height, width = found.x.shape[-2:]
     if height != width:
-        raise UserError(f"the images are {width}×{height}: a DiT needs square ones, --side {min(height, width)} makes them")
+        raise UserError(f"the images are {width}×{height}, not square: --size {min(height, width)} makes them so")
     if height % cfg.patch:
-        raise UserError(f"--patch {cfg.patch} does not divide images of {width}×{height}: give a divisor, or --side")
+        raise UserError(f"--patch {cfg.patch} does not divide images of {width}×{height}: give a divisor, or --size")
     if cfg.without >= len(found.classes):
         raise UserError(f"--without {cfg.without}: the classes are 0 to {len(found.classes) - 1}")
     train, test = found.split(0.2)
     if cfg.without >= 0:
         train = train[train.labels != cfg.without]
     if cfg.shuffle:
-        train = dataclasses.replace(train, labels=train.labels[torch.randperm(len(train), generator=seeded(cfg, "shuffle"))])
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(stable_hash(cfg.seed, "shuffle")))
+        train = dataclasses.replace(train, labels=train.labels[order])
     return train, test
-
-
-def seeded(cfg: Config, *key: Any) -> torch.Generator:
-    return torch.Generator().manual_seed(stable_hash(cfg.seed, *key))
 
 
 def model_config(cfg: Config, data: Images) -> DiTConfig:
@@ -216,17 +218,16 @@ def evaluate(cfg: Config, run: Run, net: DiT, process: Process, train: Images, t
     """Results, checks and pictures of the trained network's samples, next to a Gaussian fitted to each class."""
     run.print("judging …")
     whole, _ = load(dataclasses.replace(cfg, without=-1, shuffle=False))  # the judge knows every class
-    referee = judge.train_judge(whole, test)
+    referee = judge.train_judge(whole, test, cfg.judge_steps)
     labels = asked(train, cfg.samples)
     real = referee.features(test.x)
     gaussian = fidelity.frechet(referee.features(fidelity.class_gaussian(whole, labels)), real)
     samples = sample(cfg, net, process, labels, cfg.guidance)
-    judged = referee.classify(samples)
     found = fidelity.fidelity(samples, train, test, referee.features)
-    right = (judged == labels).double()
+    right = (referee.classify(samples) == labels).double()
     classes = len(train.classes)
     if classes > 1:
-        run.result("accuracy", right.mean(), baseline=1 / classes, target=0.8 if run.toy else 0.9)
+        run.result("accuracy", float(right.mean()), baseline=1 / classes, target=0.8 if run.toy else 0.9)
     run.result("frechet", found["frechet_features"], baseline=gaussian, target=gaussian / 2, higher=False)
     run.result("one_nn", found["one_nn"])
     run.result("memorization", found["memorization"])
@@ -234,14 +235,14 @@ def evaluate(cfg: Config, run: Run, net: DiT, process: Process, train: Images, t
     run.check("judge_accuracy", referee.accuracy)
     if cfg.without >= 0:
         kept = labels != cfg.without
-        run.result("accuracy_of_the_removed_class", right[~kept].mean(), baseline=1.0, target=0.2, higher=False)
-        run.check("accuracy_of_the_others", right[kept].mean())
-    rows = []
+        run.result("accuracy_of_the_removed_class", float(right[~kept].mean()), baseline=1.0, target=0.2, higher=False)
+        run.check("accuracy_of_the_others", float(right[kept].mean()))
+    rows: list[dict[str, float]] = []
     for w in GUIDANCE if classes > 1 else ():
         part = samples if w == cfg.guidance else sample(cfg, net, process, labels[: cfg.samples // 2], w)
-        right = (referee.classify(part) == labels[: len(part)]).double().mean().item()
-        rows.append({"w": w, "accuracy": right, "frechet": fidelity.frechet(referee.features(part), real)})
-        run.check(f"accuracy_w{w:g}", right)
+        accuracy = (referee.classify(part) == labels[: len(part)]).double().mean().item()
+        rows.append({"w": w, "accuracy": accuracy, "frechet": fidelity.frechet(referee.features(part), real)})
+        run.check(f"accuracy_w{w:g}", accuracy)
     if rows:
         run.table("guidance", [{name: f"{value:.3g}" for name, value in row.items()} for row in rows])
         plots.guidance(run, rows, gaussian)
