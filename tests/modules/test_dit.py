@@ -410,8 +410,7 @@ def test_without_guidance_labels_do_nothing(absent):
 def test_toy_draws_the_class_it_is_asked_for(seed, tmp_path):
     summary = run(tmp_path / "run", toy(seed=seed))
     assert summary["passed"], summary["metrics"]
-    assert summary["metrics"]["accuracy"] >= 0.8
-    assert check_values(summary)["frechet_pixels"] <= 150
+    assert set(summary["target"]) == {"accuracy", "frechet_pixels"}
 
 
 @pytest.mark.long
