@@ -36,8 +36,8 @@ GUIDANCE = (0.0, 1.0, 2.0, 4.0)  # weights of the exhibit
 
 @dataclass
 class Config(config.Config):
-    steps: int = 2000
-    checkpoint_every: int = 500
+    steps: int = 4000
+    checkpoint_every: int = 1000
     images: Literal["digits", "mnist", "emoji"] = "mnist"  # data that ship in packages: 8×8, 28×28, 32×32 RGB
     data: Path | None = None  # your own instead: a folder of images (subfolders are classes) or an .npz
     size: int | None = bounded(None, at_least=1, at_most=512)  # side to which every image is scaled
@@ -56,20 +56,20 @@ class Config(config.Config):
     label_dropout: float = bounded(0.1, at_least=0, at_most=1)  # share of labels that training hides
     # --- training
     batch: int = bounded(32, at_least=1, at_most=1 << 20)  # images of a step
-    lr: float = bounded(2e-3, at_least=0)  # peak learning rate; a cosine falls to a tenth
+    lr: float = bounded(3e-3, at_least=0)  # peak learning rate; a cosine falls to a tenth
     warmup: int = bounded(100, at_least=0, at_most=10**9)  # steps until the peak
     weight_decay: float = bounded(0.0, at_least=0)  # AdamW's, on matrices only
     clip: float = bounded(1.0, above=0)  # largest norm of the gradient
-    ema: float = bounded(0.998, at_least=0, below=1)  # decay of the averaged weights, which draw
+    ema: float = bounded(0.999, at_least=0, below=1)  # decay of the averaged weights, which draw
     # --- drawing
     sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm_solver_2m"] = "ddim"  # a flow: euler or heun
     sample_steps: int = bounded(25, at_least=1, at_most=100_000)
-    guidance: float = bounded(1.5, at_least=0)  # w: 0 ignores the label, 1 follows it, more exaggerates it
+    guidance: float = bounded(2.0, at_least=0)  # w: 0 ignores the label, 1 follows it, more exaggerates it
     # guide only the first so many channels (3 in the paper's code); 0: all
     guided_channels: int = bounded(0, at_least=0, at_most=64)
     samples: int = bounded(500, at_least=20, at_most=10**6)  # images that are judged, all classes alike
     judge_steps: int = bounded(400, at_least=0, at_most=10**6)  # of the classifier that judges
-    show_every: int = bounded(250, at_least=1, at_most=10**9)  # steps between two rows of samples_over_training.png
+    show_every: int = bounded(500, at_least=1, at_most=10**9)  # steps between two rows of samples_over_training.png
     # --- controls
     without: int = bounded(-1, at_least=-1, at_most=10**6)  # a class that training never sees; -1: none
     shuffle: bool = False  # labels in random order, so that they mean nothing
@@ -78,7 +78,7 @@ class Config(config.Config):
     def toy(cls) -> "Config":
         return cls(
             images="digits", patch=2, model="XXS", dtype="float32", steps=600, lr=4e-3, warmup=50, ema=0.99,
-            samples=360, show_every=100, threads=1,
+            samples=360, guidance=1.5, show_every=100, threads=1,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
