@@ -3,13 +3,13 @@
     python -m finetune bench decode_vs_llamacpp [--model FILE.gguf] [--batch 1 8] [--rounds 7] [--steps 12]
         [--formats bf16 int8 int4] [--against llama.cpp transformers] [--threads N] [--json FILE] [--keep]
 
-Ours runs in its own formats next to llama.cpp's of the same width: bf16 and BF16, int8 and Q8_0, int4 and Q4_0, which
-llama.cpp's own quantizer makes of --model (SmolLM2 by default). transformers generates in bf16. The sides take turns:
-a round is a prompt, not timed, and then --steps greedy tokens for each of --batch sequences; or a prompt of --prefill
-tokens, timed. A ratio is the median over the rounds (above 1: ours is faster); rounds in which other processes had more
-than a quarter of a core are repeated. `of limit`: bytes that a step reads (weights, keys and values) / the bandwidth of
-reading that is measured in the same run. Unless the sides predict nearly the same distribution of the first token,
-nothing is timed. `make decode` builds llama.cpp for this machine first.
+Ours runs in its own formats next to llama.cpp's of the same width: bf16 and BF16, int8 and Q8_0, which llama.cpp's own
+quantizer makes of --model (SmolLM2 by default). For int4 both open its Q4_0 file. transformers generates in bf16. The
+sides take turns: a round is a prompt, not timed, and then --steps greedy tokens for each of --batch sequences; or a
+prompt of --prefill tokens, timed. A ratio is the median over the rounds (above 1: ours is faster); rounds in which other
+processes had more than a quarter of a core are repeated. `of limit`: bytes that a step reads (weights, keys and values)
+/ the bandwidth of reading that is measured in the same run. Unless the sides predict nearly the same distribution of
+the first token, nothing is timed. `make decode` builds llama.cpp for this machine first.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ from timing import Times, best
 
 from finetune.errors import UserError
 from finetune.inference.engine import Engine
-from finetune.inference.packed import pack, read_bytes
+from finetune.inference.packed import from_gguf, pack, read_bytes
 from finetune.inference.sampler import Sampling
 from finetune.lm.io import hub, load, save, smollm2
+from finetune.lm.io.gguf import GGUFModel
 from finetune.lm.io.gguf_file import GGUFFile
 from finetune.runs import display, machine, wheels
 
 # Our format → llama.cpp's, its number of it (llama_ftype), and the largest divergence (nats) of the first token.
-FORMATS = {"bf16": ("BF16", 32, 0.05), "int8": ("Q8_0", 7, 0.05), "int4": ("Q4_0", 2, 0.5)}
+FORMATS = {"bf16": ("BF16", 32, 0.05), "int8": ("Q8_0", 7, 0.05), "int4": ("Q4_0", 2, 0.05)}
 PROMPT = 32  # tokens before the timed ones
 BLOCK = 16
 QUIET = 0.25  # of a core that other processes may have in a round
@@ -337,10 +338,13 @@ def measure(wanted: argparse.Namespace, report: Callable[[str], None]) -> tuple[
     peer = Transformers(source) if TRANSFORMERS in wanted.against else None
     for format in wanted.formats:
         report(f"load {format}")
-        model = pack(load.model(source, torch.bfloat16).eval(), format)
+        path = requantized(file, *FORMATS[format][:2], Path(wanted.files)) if LLAMA in wanted.against else None
+        if path and format == "int4":
+            model: Any = from_gguf(GGUFModel(path))
+        else:
+            model = pack(load.model(source, torch.bfloat16).eval(), format)
         sides: dict[str, Side] = {OURS: Ours(model, len(prompts), longest)}
-        if LLAMA in wanted.against:
-            path = requantized(file, *FORMATS[format][:2], Path(wanted.files))
+        if path:
             sides[LLAMA] = LlamaCpp(path, max(wanted.batch), longest, wanted.threads)
         if peer and format == "bf16":
             sides[TRANSFORMERS] = peer
