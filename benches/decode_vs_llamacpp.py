@@ -6,10 +6,10 @@
 Ours runs in its own formats next to llama.cpp's of the same width: bf16 and BF16, int8 and Q8_0, which llama.cpp's own
 quantizer makes of --model (SmolLM2 by default). For int4 both open its Q4_0 file. transformers generates in bf16. The
 sides take turns: a round is a prompt, not timed, and then --steps greedy tokens for each of --batch sequences; or a
-prompt of --prefill tokens, timed. A ratio is the median over the rounds (above 1: ours is faster); rounds in which other
-processes had more than a quarter of a core are repeated. `of limit`: bytes that a step reads (weights, keys and values)
-/ the bandwidth of reading that is measured in the same run. Unless the sides predict nearly the same distribution of
-the first token, nothing is timed. `make decode` builds llama.cpp for this machine first.
+prompt of --prefill tokens, timed. A ratio is the median over the rounds (above 1: ours is faster); rounds in which
+other processes had more than a quarter of a core are repeated. `of limit`: bytes that a step reads (weights, keys and
+values) / the bandwidth of reading that is measured in the same run. Unless the sides predict nearly the same
+distribution of the first token, nothing is timed. `make decode` builds llama.cpp for this machine first.
 """
 
 from __future__ import annotations
