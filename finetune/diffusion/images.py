@@ -48,17 +48,19 @@ FONTS = (  # colour fonts with bitmaps of the size in the second place
 
 @dataclass(frozen=True)
 class Images:
-    """x uint8 (N, C, H, W), labels int64 (N,), and the classes' names."""
+    """x uint8 (N, C, H, W), labels int64 (N,), and the classes' names. levels: how many values, evenly from 0 to 255, a
+    pixel can have, which a likelihood has to know."""
 
     x: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    levels: int = 256
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, places: Any) -> Images:
-        return Images(self.x[places], self.labels[places], self.classes)
+        return Images(self.x[places], self.labels[places], self.classes, self.levels)
 
     def split(self, share: float, seed: int = 0) -> tuple[Images, Images]:
         """A random part to train on, and the rest of `share` (at least one image), of each class alike."""
@@ -120,7 +122,7 @@ def _digit_rows(data: bytes, side: int, largest: int) -> Images:
     rows = np.loadtxt(io.StringIO(data.decode()), delimiter=",", dtype=np.float32)
     pixels = np.rint(rows[:, :-1] * (255 / largest)).astype(np.uint8)
     x = torch.from_numpy(pixels).reshape(-1, 1, side, side)
-    return Images(x, torch.from_numpy(rows[:, -1].astype(np.int64)), tuple("0123456789"))
+    return Images(x, torch.from_numpy(rows[:, -1].astype(np.int64)), tuple("0123456789"), largest + 1)
 
 
 def digits() -> Images:
