@@ -1,8 +1,10 @@
 """The variational bound of DDPM in bits a dimension (Ho et al. 2020, equation 5), and a Gaussian's likelihood.
 
-    − log p(x₀) ≤ KL(q(x_T|x₀) ‖ N(0, I)) + Σ_t KL(q(x_{t−1}|x_t, x₀) ‖ p(x_{t−1}|x_t)) − log p(x₀|x_1)
+    − log p(x₀) ≤ KL(q(x_T|x₀) ‖ N(0, I)) + Σ_{t > c} KL(q(x_{t−1}|x_t, x₀) ‖ p(x_{t−1}|x_t)) − log p(x₀|x_c)
 
-All terms are KLs of Gaussians but the last: there a pixel has the probability of its cell, one of `levels`.
+All terms are KLs of Gaussians but the last: there a pixel has the probability of its cell, one of `levels`. The chain
+is cut at c, the first timestep whose noise is as wide as half a cell: below it the image is known up to rounding, but
+a network that was trained on the noise alone does not round. With 256 levels and the paper's T, c is its first step.
 """
 
 from __future__ import annotations
@@ -28,21 +30,27 @@ def log_variance(process: Process, t: Tensor, x: Tensor, spread: Tensor | None, 
     return share * large + (1 - share) * small
 
 
-def step_bits(process: Process, x0: Tensor, found: Tensor, log_var: Tensor, t: Tensor, levels: int) -> Tensor:
-    """The bound's term at t (N,) in bits a dimension, (N,), where the network predicts `found` for x₀ (N, C, H, W)."""
+def step_bits(process: Process, x0: Tensor, found: Tensor, log_var: Tensor, t: Tensor) -> Tensor:
+    """The KL at t > 0 (N,) in bits a dimension, (N,), where the network predicts `found` for x₀ (N, C, H, W). At t = 0
+    it is 0 for a perfect prediction: there the bound has the last term instead."""
     bar = process.bar[t]
     before = torch.where(t > 0, process.bar[(t - 1).clamp(min=0)], 1.0)
     pull = targets.over(before.sqrt() * (1 - bar / before) / (1 - bar), x0)  # of x₀ in the posterior's mean
     true = targets.over(process.log_variances()[0][t], x0)  # log β̃
     kl = 0.5 * (log_var - true - 1 + (true - log_var).exp() + (pull * (x0 - found)) ** 2 * (-log_var).exp())
-    last = -cell_log_probability(x0, found, log_var, levels)  # at t = 0
-    nats = torch.where(targets.over(t == 0, x0) > 0, last, kl)
-    return nats.flatten(1).mean(1) / math.log(2)
+    return kl.flatten(1).mean(1) / math.log(2)
+
+
+def cut(process: Process, levels: int) -> int:
+    """The first timestep whose noise, in units of x₀, is as wide as half a cell of `levels` values in [−1, 1]."""
+    wide = (1 - process.bar).sqrt() / process.bar.clamp(min=1e-12).sqrt() >= 1 / (levels - 1)
+    return int(wide.nonzero()[0])
 
 
 def cell_log_probability(x0: Tensor, mean: Tensor, log_var: Tensor, levels: int) -> Tensor:
     """log of a Gaussian's probability of the cell of each pixel; the first and the last cell reach to infinity."""
     scale, half = (-0.5 * log_var).exp(), 1 / (levels - 1)
+    x0 = ((x0 + 1) / (2 * half)).round() * (2 * half) - 1  # in the middle of its cell
     normal = torch.special.ndtr
     above = normal((x0 - mean + half) * scale).where(x0 < 1 - half, torch.ones_like(x0))
     below = normal((x0 - mean - half) * scale).where(x0 > -1 + half, torch.zeros_like(x0))
@@ -58,20 +66,28 @@ def prior_bits(process: Process, x0: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bound(
-    predict: Any, process: Process, images: Images, variance: str, generator: torch.Generator, rows: int = 8
+    predict: Any, process: Process, train: Images, test: Images, variance: str, rng: torch.Generator, rows: int = 8
 ) -> tuple[float, Tensor]:
-    """(bits a dimension, its terms (T,)) over all t, each with `rows` random images. predict(labels) → Predict."""
-    terms = torch.zeros(process.T, dtype=torch.float64)
-    width = max(1, 256 // rows)  # timesteps at once
-    for first in range(0, process.T, width):
-        t = torch.arange(first, min(first + width, process.T)).repeat_interleave(rows)
-        chosen = torch.randint(len(images), (len(t),), generator=generator)
-        x0, labels = to_unit(images.x[chosen]), images.labels[chosen]
-        x = process.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
-        found, log_var = denoised(predict(labels), process, x, t, variance)
-        bits = step_bits(process, x0, found, log_var, t, images.levels)
-        terms.index_add_(0, t, bits.double() / rows)
-    return float(terms.sum() + prior_bits(process, to_unit(images.x)).mean()), terms
+    """(bits a dimension of `test`, its terms (T,)): each timestep with `rows` random images, the last term with fifty
+    times as many. predict(labels) → Predict. The last term's variance is the error at x_c on training images."""
+
+    def terms_at(images: Images, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x₀ of random images, what the network says of it at t (N,), and the log variance of the step."""
+        chosen = torch.randint(len(images), (len(t),), generator=rng)
+        x0 = to_unit(images.x[chosen])
+        x = process.add_noise(x0, torch.randn(x0.shape, generator=rng), t)
+        return x0, *denoised(predict(images.labels[chosen]), process, x, t, variance)
+
+    terms, first = torch.zeros(process.T, dtype=torch.float64), cut(process, test.levels)
+    for t in torch.arange(first + 1, process.T).repeat_interleave(rows).split(256):
+        x0, found, log_var = terms_at(test, t)
+        terms.index_add_(0, t, step_bits(process, x0, found, log_var, t).double() / rows)
+    last = torch.full((50 * rows,), first)
+    x0, found, _ = terms_at(train, last)
+    log_var = (x0 - found).square().mean().log()
+    x0, found, _ = terms_at(test, last)
+    terms[first] = -cell_log_probability(x0, found, log_var, test.levels).double().mean() / math.log(2)
+    return float(terms.sum() + prior_bits(process, to_unit(test.x)).mean()), terms
 
 
 def denoised(predict: Predict, process: Process, x: Tensor, t: Any, variance: str) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ class Config(config.Config):
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=300, batch=64, ema=0.99, warmup=30, bound_rows=2, oracle_steps=800, threads=1)
+        return cls(steps=400, batch=64, ema=0.99, warmup=30, bound_rows=2, oracle_steps=800, threads=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +102,7 @@ def loss(net: UNet, process: Process, x0: Tensor, labels: Tensor, t: Tensor, eps
         # The bound teaches the variance only, not the mean: L_hybrid, with λ = 0.001 for the sum over T terms.
         said = torch.cat([output.detach(), spread], 1)
         found, log_var = denoised(lambda *_: said, process, x, t, "learned")
-        error = error + 0.001 * cfg.timesteps * step_bits(process, x0, found, log_var, t, 256)
+        error = error + 0.001 * cfg.timesteps * step_bits(process, x0, found, log_var, t)
     return error
 
 
@@ -219,7 +219,7 @@ def likelihood(cfg: Config, run: Run, model: trained.Trained, train: images.Imag
         return lambda x, t: model.net(x, t, labels)
 
     model.net.eval()
-    bits, terms = bound(predict, model.process, test, cfg.variance, run.generator("bound"), cfg.bound_rows)
+    bits, terms = bound(predict, model.process, train, test, cfg.variance, run.generator("bound"), cfg.bound_rows)
     gaussian = gaussian_bits(train, test)
     run.result("bits_per_dim", bits, baseline=gaussian, target=gaussian, higher=False)
     exhibits.bound_by_t(run.dir / "bound.png", model.process, terms)
