@@ -274,6 +274,34 @@ def generate(model: str | None, prompts: tuple[str, ...], chat: bool | None, jso
     return None
 
 
+@app.command()
+@click.argument("source", metavar="RUN")
+@click.option("--labels", help="Classes by name or number, or none: 3,7,none. Default: eight images of each class.")
+@click.option("--each", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Images of each label.")
+@click.option("--steps", type=click.IntRange(1), help="Of the sampler; default: the run's.")
+@click.option("--sampler", help="ddpm, ddim, euler, heun, dpm_solver_2m; default: the run's.")
+@click.option("--spacing", default="trailing", show_default=True, help="leading, trailing, linspace or karras.")
+@click.option("--eta", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Of DDIM.")
+@click.option("--guidance", type=click.FloatRange(0, 100), help="0 ignores the labels; default: the run's.")
+@click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Of image 0; k has seed + k.")
+@click.option("--out", help="The picture, NAME.png; default: in the run's folder.")
+@click.option("--animate", is_flag=True, help="Write the denoising as an animation, .gif or .png (APNG).")
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores.")
+@JSON
+def sample(source: str, labels: str | None, json: bool, **given: Any) -> None:
+    """Draw images from a finished run of diffusion or dit.
+
+    RUN is the run's folder. An image depends on its label and seed, not on the others.
+    """
+    from finetune.sample import sample as drawn
+
+    found = drawn(source, labels, **given)
+    if json:
+        return click.echo(jsonlib.dumps(found, indent=2, ensure_ascii=False))
+    count, steps = len(found["labels"]), found["steps"]
+    return click.echo(f"{found['path']}: {count} image{'s' * (count > 1)}, {found['sampler']} in {steps} steps")
+
+
 # What `serve` and `chat` start an engine with (finetune.serve.started).
 ENGINE = (
     click.option("--model", "source", required=True,

@@ -70,6 +70,11 @@ def check(process: Process, sampler: str, steps: int, spacing: str, eta: float =
         raise UserError(f"eta {eta}: only DDIM has it, not {sampler}")
 
 
+def suiting(process: Process) -> str:
+    """The sampler that needs the fewest steps of those that suit a process."""
+    return "euler" if process.kind == "flow" else "ddim" if process.zero_snr else "dpm_solver_2m"
+
+
 def draw(
     predict: Predict,
     process: Process,

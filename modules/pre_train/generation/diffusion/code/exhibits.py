@@ -165,7 +165,8 @@ def oracle(path: Path, points: Tensor, counts: list[int], errors: dict[str, list
     left.scatter(*points.T.tolist(), s=1.5, color=plots.LINE, alpha=0.5, linewidths=0)
     left.set(title="4,000 points drawn from the learned ε", aspect="equal")
     for name, row in errors.items():
-        right.plot(counts, row, "o-", color=COLORS[name], label=NAMES[name], markersize=4)
+        style = "o-" if name != "ddim" else "s-"  # Euler's step in σ is DDIM's: the lines coincide
+        right.plot(counts, row, style, color=COLORS[name], label=NAMES[name], markersize=8 if name == "ddim" else 4)
     for power in (1, 2):
         start = errors["ddim" if power == 1 else "heun"][-1] * (1.6 if power == 1 else 0.6)
         right.plot(counts, [start * (counts[-1] / n) ** power for n in counts], "--", color=plots.FAINT, linewidth=1)

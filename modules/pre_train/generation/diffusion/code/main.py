@@ -29,7 +29,7 @@ from .unet import UNet
 
 @dataclass
 class Config(config.Config):
-    steps: int = 3000
+    steps: int = 2000
     checkpoint_every: int = 500
     images: Literal["digits", "mnist", "emoji"] = "digits"  # 8×8, 28×28, 32×32 in color; without --data
     data: Path | None = None  # a folder of images (subfolders are classes) or an npz with x and labels
@@ -47,7 +47,7 @@ class Config(config.Config):
     blocks: int = bounded(1, at_least=1, at_most=64)  # of a level, on the way down
     heads: int = bounded(4, at_least=1, at_most=1024)  # of attention
     attention: int = bounded(1, at_least=0, at_most=8)  # levels with attention, from below; the middle always has it
-    dropout: float = bounded(0.0, at_least=0, below=1)
+    dropout: float = bounded(0.1, at_least=0, below=1)  # within blocks, against copying the images
     learned_variance: bool = False  # a second output per pixel: the variance between β̃ and β (Nichol & Dhariwal 2021)
     # --- Training
     batch: int = bounded(128, at_least=1, at_most=1 << 20)  # images of a step
@@ -58,8 +58,9 @@ class Config(config.Config):
     label_dropout: float = bounded(0.1, at_least=0, at_most=1)  # share of images trained without their label
     min_snr: float = bounded(0.0, at_least=0)  # γ of min-SNR weighting (Hang et al. 2023), often 5; 0: none
     # --- Drawing
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm_solver_2m"] = "dpm_solver_2m"
-    sampling_steps: int = bounded(25, at_least=1, at_most=100_000)
+    # auto: dpm_solver_2m; of a flow euler, at zero terminal SNR ddim
+    sampler: Literal["auto", "ddpm", "ddim", "euler", "heun", "dpm_solver_2m"] = "auto"
+    sample_steps: int = bounded(25, at_least=1, at_most=100_000)
     spacing: Literal["leading", "trailing", "linspace", "karras"] = "trailing"  # which timesteps are visited
     eta: float = bounded(0.0, at_least=0, at_most=1)  # of DDIM: 0 draws no noise, 1 as much as DDPM
     variance: Literal["small", "large"] = "small"  # of DDPM's steps, unless learned: β̃ or β
@@ -67,21 +68,27 @@ class Config(config.Config):
     # --- Measures
     samples: int = bounded(0, at_least=0, at_most=1_000_000)  # images that are drawn and judged; 0: as many as held out
     bound_rows: int = bounded(16, at_least=0, at_most=1 << 16)  # images at each timestep of the likelihood; 0: none
-    oracle_steps: int = bounded(3000, at_least=0, at_most=10**7)  # steps on the 2-D mixture
+    oracle_steps: int = bounded(2000, at_least=0, at_most=10**7)  # steps on the 2-D mixture
     exhibits: bool = True  # pictures: every sampler, inpainting, interpolation, an animation
     # ---
     shuffle: bool = False  # control: labels in random order, so that they say nothing
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=400, batch=64, ema=0.99, warmup=30, bound_rows=2, oracle_steps=800, threads=1)
+        return cls(steps=400, batch=64, ema=0.99, warmup=30, bound_rows=2, oracle_steps=800, dropout=0.0, threads=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        draw.check(self.process(), self.sampler, self.sampling_steps, self.spacing, self.eta)
+        draw.check(self.process(), **self.how())
 
     def process(self) -> Process:
-        return Process(self.prediction, self.schedule, self.timesteps, self.zero_snr)
+        schedule = "flow" if self.prediction == "flow" else self.schedule
+        return Process(self.prediction, schedule, self.timesteps, self.zero_snr)
+
+    def how(self) -> dict[str, Any]:
+        """The sampler and its settings."""
+        sampler = draw.suiting(self.process()) if self.sampler == "auto" else self.sampler
+        return {"sampler": sampler, "steps": self.sample_steps, "spacing": self.spacing, "eta": self.eta}
 
 
 # --- The algorithm
@@ -162,8 +169,7 @@ def evaluate(
     count = cfg.samples or len(test)
     order = torch.arange(count) % len(test)
     labels = test.labels[torch.randperm(len(test), generator=run.generator("labels"))[order]]
-    how = {"sampler": cfg.sampler, "steps": cfg.sampling_steps, "spacing": cfg.spacing, "variance": cfg.variance}
-    drawn = model.draw(labels, seed=cfg.seed, guidance=cfg.guidance, eta=cfg.eta, **how)
+    drawn = model.draw(labels, seed=cfg.seed, guidance=cfg.guidance, variance=cfg.variance, **cfg.how())
     images.save(run.dir / "samples.png", exhibits.by_class(drawn, labels, len(train.classes)))
 
     judge = train_judge(train, test) if len(train.classes) > 1 else None
@@ -219,7 +225,7 @@ def likelihood(cfg: Config, run: Run, model: trained.Trained, train: images.Imag
         return lambda x, t: model.net(x, t, labels)
 
     model.net.eval()
-    bits, terms = bound(predict, model.process, train, test, cfg.variance, run.generator("bound"), cfg.bound_rows)
+    bits, terms = bound(predict, model.process, train, test, "large", run.generator("bound"), cfg.bound_rows)
     gaussian = gaussian_bits(train, test)
     run.result("bits_per_dim", bits, baseline=gaussian, target=gaussian, higher=False)
     exhibits.bound_by_t(run.dir / "bound.png", model.process, terms)
@@ -249,5 +255,10 @@ def network_shape(cfg: Config, data: images.Images) -> dict[str, Any]:
 
 
 def network(**shape: Any) -> UNet:
-    """A U-Net with random weights; `finetune sample` makes it from the config.json of a run's model."""
+    """A U-Net with random weights."""
     return UNet(**shape)
+
+
+def opened(folder: Path, cfg: Config) -> trained.Trained:
+    """The trained network of a finished run, for `python -m finetune sample`."""
+    return trained.load(folder / "model", network)

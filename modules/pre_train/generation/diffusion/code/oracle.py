@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune import optim
@@ -36,18 +37,23 @@ def exact_eps(process: Process, x: Tensor, t: Tensor) -> Tensor:
 
 
 class Net(nn.Module):
-    """ε of a point (N, 2) at t (N,): three layers over the point and waves of log SNR."""
+    """ε of a point (N, 2) at t (N,): three residual layers, each told the time as waves of log SNR."""
 
-    def __init__(self, process: Process, width: int = 128) -> None:
+    def __init__(self, process: Process, width: int = 128, layers: int = 3) -> None:
         super().__init__()
-        self.register_buffer("level", (process.bar / (1 - process.bar)).log().float() / 4)
-        self.layers = nn.Sequential(nn.Linear(10, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                    nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))  # fmt: skip
+        self.register_buffer("level", (process.bar / (1 - process.bar)).log().float())
+        self.register_buffer("waves", 0.05 * 2 ** torch.arange(8) / 2**0.5)
+        self.time = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
+        self.first, self.last = nn.Linear(2, width), nn.Linear(width, 2)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        level = self.level[t.long()][:, None]
-        waves = [f(level * k) for k in (1, 2) for f in (torch.sin, torch.cos)]
-        return self.layers(torch.cat([x, 3 * x, level, level**2, *waves], 1))
+        angles = self.level[t.long()][:, None] * self.waves
+        said = self.time(torch.cat([angles.sin(), angles.cos()], 1))
+        h = self.first(3 * x)
+        for layer in self.layers:
+            h = h + layer(F.silu(h + said))
+        return self.last(F.silu(h))
 
 
 def learn(process: Process, steps: int, generator: torch.Generator, batch: int = 512) -> tuple[Net, float, float]:
