@@ -80,7 +80,7 @@ def sample(
     if len(asked) > MOST:
         raise UserError(f"{len(asked):,} images are more than the {MOST:,} that are drawn at once")
     chosen = sampler or settings.get("sampler") or "auto"
-    how = {
+    how: dict[str, Any] = {
         "sampler": draw.suiting(model.process) if chosen == "auto" else chosen,
         "steps": steps or min(int(settings.get("sample_steps") or 50), model.process.T),
         "spacing": spacing,

@@ -74,6 +74,7 @@ SETTINGS = {
     "bcq": "--rows 300 --fqe-steps 2 --eval-episodes 2 --sweep 0,1",
     "cql": "--updates 5 --data-steps 500 --fqe-steps 1 --eval-episodes 2",
     "dit": "--samples 20 --sample-steps 2 --judge-steps 5 --batch 8",
+    "diffusion": "--batch 8 --samples 20 --oracle-steps 5 --bound-rows 1 --no-exhibits",
     "dpo": "--sft-steps 60 --prompts 60 --eval-prompts 30 --samples 4",
     "inference": "--train-steps 3 --requests 100 --rounds 2",
     "mdp": "--rollouts 100 --rollout-steps 100 --pairs 10",
@@ -236,6 +237,8 @@ def test_a_printed_command_runs(command, place, a_run, monkeypatch, capsys, requ
             request.getfixturevalue("smollm2")
         for name, text in (("nanogpt", "modules/pre_train/llm/nanogpt/output/RUN"), ("sft", "RUN")):
             words = [word.replace(text, str(a_run(name))) if text in word else word for word in words]
+    if words[0] == "sample":
+        words[1] = str(a_run("diffusion"))
     if words[0] == "generate":
         words += ["--max-new-tokens", "2"]
     if words[0] == "quiz":

@@ -92,7 +92,7 @@ def test_what_is_left_at_the_end_is_printed_and_a_short_process_warned_about():
     long, short = Process("eps", "linear", 1000).notes(), Process("eps", "linear", 50).notes()
     assert len(long) == 1
     assert "√ᾱ_T = 0.00635" in long[0]
-    assert any("warning" in line and "T = 50" in line for line in short)
+    assert any("warning" in line and "T = 50" in line and "78%" in line for line in short)
     assert len(Process("v", "linear", 50, zero_snr=True).notes()) == 1
     assert Process("v", zero_snr=True).bar[-1] == 0
 

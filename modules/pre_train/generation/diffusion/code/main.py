@@ -154,7 +154,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 
     # From here on the network has the averaged weights, which are saved first.
     with ema.swapped():
-        model = trained.Trained(net, process, tuple(train.x.shape[1:]), train.classes)
+        channels, height, width = train.x.shape[1:]
+        model = trained.Trained(net, process, (channels, height, width), train.classes)
         trained.save(run.dir / "model", "unet", shape, model)
         return evaluate(cfg, run, model, train, test)
 

@@ -41,8 +41,8 @@ class Net(nn.Module):
 
     def __init__(self, process: Process, width: int = 128, layers: int = 3) -> None:
         super().__init__()
-        self.register_buffer("level", (process.bar / (1 - process.bar)).log().float())
-        self.register_buffer("waves", 0.05 * 2 ** torch.arange(8) / 2**0.5)
+        self.level = (process.bar / (1 - process.bar)).log().float()
+        self.waves = 0.05 * 2 ** torch.arange(8) / 2**0.5
         self.time = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
         self.first, self.last = nn.Linear(2, width), nn.Linear(width, 2)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))

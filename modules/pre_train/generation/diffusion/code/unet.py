@@ -10,6 +10,7 @@ A block adds to its input; its norms are scaled and shifted by what the time and
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -44,21 +45,23 @@ class Norm(nn.GroupNorm):
 
 
 class Block(nn.Module):
-    """x (N, C, H, W), embedding (N, E) → (N, out, H, W): two convolutions and a shortcut."""
+    """x (N, C, H, W), embedding (N, E) → (N, out, H, W): two convolutions and a shortcut, then attention if it has
+    heads."""
 
-    def __init__(self, channels: int, out: int, embedding: int, dropout: float) -> None:
+    def __init__(self, channels: int, out: int, embedding: int, dropout: float, heads: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = Norm(channels), nn.Conv2d(channels, out, 3, padding=1)
         self.said = nn.Linear(embedding, 2 * out)  # scale and shift
         self.norm2, self.drop = Norm(out), nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(out, out, 3, padding=1))
         self.shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+        self.attention = Attention(out, heads) if heads else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(self.norm1.silu(x))
         scale, shift = self.said(embedding)[..., None, None].chunk(2, 1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
-        return self.shortcut(x) + self.conv2(self.drop(h))
+        return self.attention(self.shortcut(x) + self.conv2(self.drop(h)))
 
 
 class Attention(nn.Module):
@@ -98,11 +101,8 @@ class UNet(nn.Module):
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
 
         def level(ins: list[int], out: int, attend: bool) -> nn.ModuleList:
-            """Blocks from each number of channels to `out`, each with its attention."""
-            return nn.ModuleList(
-                nn.ModuleList([Block(c, out, said, dropout), Attention(out, heads) if attend else nn.Identity()])
-                for c in ins
-            )
+            """Blocks from each number of channels to `out`, with attention or without."""
+            return nn.ModuleList(Block(c, out, said, dropout, heads if attend else 0) for c in ins)
 
         skips, now = [width], width
         for i, out in enumerate(wide):
@@ -132,18 +132,18 @@ class UNet(nn.Module):
         said = F.silu(self.time(time_embedding(t, self.width)) + self.label(labels))  # (N, E)
         h = self.first(x)
         kept = [h]
-        for i, level in enumerate(self.down):
-            for block, attention in level:
-                h = attention(block(h, said))
+        for i, blocks in enumerate(self.down):
+            for block in cast(nn.ModuleList, blocks):
+                h = block(h, said)
                 kept.append(h)
             if i < len(self.shrink):
                 h = self.shrink[i](h)
                 kept.append(h)
-        for block, attention in self.middle:
-            h = attention(block(h, said))
-        for i, level in enumerate(self.up):
-            for block, attention in level:
-                h = attention(block(torch.cat([h, kept.pop()], 1), said))
+        for block in self.middle:
+            h = block(h, said)
+        for i, blocks in enumerate(self.up):
+            for block in cast(nn.ModuleList, blocks):
+                h = block(torch.cat([h, kept.pop()], 1), said)
             if i < len(self.grow):
                 h = self.grow[i](F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return self.last(self.norm.silu(h))
