@@ -85,28 +85,28 @@ def to_bytes(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def load(source: str | Path, size: int | None = None) -> Images:
+def load(source: str | Path, side: int | None = None) -> Images:
     """The images of "digits" (1,797 of 8×8), "mnist" (5,000 of 28×28), "emoji" (as many as the font has, 32×32), a
     folder (PNG, JPEG, WebP; subfolders are classes), or an npz with `x` and perhaps `labels`.
 
-    size: side to which every image is scaled. UserError names the file that cannot be used, and why."""
-    if size is not None and not 1 <= size <= LARGEST:
-        raise UserError(f"size {size}: images have sides of 1 to {LARGEST} pixels")
+    side: pixels to which both sides of every image are scaled. UserError names the file that cannot be used."""
+    if side is not None and not 1 <= side <= LARGEST:
+        raise UserError(f"side {side}: images have sides of 1 to {LARGEST} pixels")
     if str(source) == "digits":
         found = digits()
     elif str(source) == "mnist":
         found = mnist()
     elif str(source) == "emoji":
-        return emoji(size or 32)
+        return emoji(side or 32)
     elif (path := reading.home_path(source)).is_dir():
-        return folder(path, size)
+        return folder(path, side)
     elif path.suffix == ".npz":
         found = npz(path)
     elif path.exists():
         raise UserError(f"{path}: give a folder of images or an .npz, or one of {', '.join(NAMED)}")
     else:
         raise UserError(f"{path}: there is no such folder or file; the built-in images are {', '.join(NAMED)}")
-    return found if size is None or found.x.shape[-2:] == (size, size) else scaled(found, size)
+    return found if side is None or found.x.shape[-2:] == (side, side) else scaled(found, side)
 
 
 def scaled(images: Images, size: int) -> Images:
@@ -193,7 +193,7 @@ def folder(path: Path, size: int | None = None) -> Images:
     for file, picture in zip(files, pictures, strict=True):
         if picture.shape[:2] != pictures[0].shape[:2]:
             a, b = ("×".join(map(str, p.shape[1::-1])) for p in (picture, pictures[0]))
-            raise UserError(f"{file} is {a} and {files[0].name} {b}: make them of one size, or give --size")
+            raise UserError(f"{file} is {a} and {files[0].name} {b}: make them of one size, or give --side")
     if not all(p.ndim == 2 for p in pictures):
         pictures = [p if p.ndim == 3 else np.repeat(p[..., None], 3, 2) for p in pictures]
     x = torch.from_numpy(np.stack(pictures))
@@ -211,7 +211,7 @@ def _read(file: Path, size: int | None) -> np.ndarray:
             if getattr(opened, "n_frames", 1) > 1:
                 raise UserError(f"{file} is an animation of {opened.n_frames} frames: give still images")
             if size is None and max(opened.size) > LARGEST:
-                raise UserError(f"{file} is {opened.width}×{opened.height}: at most {LARGEST} a side, or give --size")
+                raise UserError(f"{file} is {opened.width}×{opened.height}: at most {LARGEST} a side, or give --side")
             if opened.mode in ("1", "L"):
                 picture = opened.convert("L")
             elif opened.mode in ("I", "F") or opened.mode.startswith("I;"):

@@ -189,7 +189,7 @@ def test_attention_mixes_all_pixels():
             "eta": 1.0,
             "dropout": 0.1,
             "images": "mnist",
-            "size": 16,
+            "side": 16,
             "levels": 3,
             "width": 16,
             "heads": 2,
@@ -236,12 +236,35 @@ def test_resumed_it_is_the_same_to_the_bit(tmp_path, quick_judge):
         ({"sampler": "ddpm", "eta": 0.5}, "eta"),
         ({"sample_steps": 2000}, "1 to 1000"),
         ({"sampler": "ddim", "spacing": "karras"}, "karras"),
+        ({"samples": 1}, "one image"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, says):
     with pytest.raises(UserError, match=says) as caught:
         MODULE.Config(**settings)
     assert "\n" not in str(caught.value)
+
+
+def test_too_few_images_are_refused(tmp_path):
+    np.savez(tmp_path / "few.npz", x=np.zeros((3, 8, 8), np.uint8))
+    with pytest.raises(UserError, match="3 images are too few"):
+        run(tmp_path / "run", data=tmp_path / "few.npz")
+
+
+def test_one_class_is_drawn_without_a_judge(tmp_path):
+    x = np.random.default_rng(0).integers(0, 255, (30, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "one.npz", x=x)
+    small = {"steps": 2, "batch": 8, "samples": 10, "width": 8, "heads": 1}
+    found = run(tmp_path / "run", data=tmp_path / "one.npz", **{**QUICK, **small})["metrics"]
+    assert "judge" not in found
+    assert found["frechet"] > 0
+
+
+def test_memory_of_training_is_the_formulas(short):
+    rows = {row["name"]: row for row in short[1]["memory"]}
+    for name in ("weights", "gradients", "optimizer states", "EMA"):
+        assert rows[name]["predicted"] == rows[name]["measured"] > 0
+    assert rows["activations"]["measured"] > rows["weights"]["measured"]
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from finetune import ops, optim
+from finetune import memory, ops, optim
 from finetune.diffusion import draw, fidelity, images, targets, trained
 from finetune.diffusion.ema import Ema
 from finetune.diffusion.judge import train_judge
 from finetune.diffusion.process import Process
+from finetune.errors import UserError
+from finetune.memory import meters, room
 from finetune.runs import config
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
@@ -33,7 +35,7 @@ class Config(config.Config):
     checkpoint_every: int = 500
     images: Literal["digits", "mnist", "emoji"] = "digits"  # 8×8, 28×28, 32×32 in color; without --data
     data: Path | None = None  # a folder of images (subfolders are classes) or an npz with x and labels
-    size: int | None = bounded(None, at_least=1, at_most=512)  # side to which every image is scaled
+    side: int = bounded(0, at_least=0, at_most=512)  # pixels to scale to; 0: as they are
     # --- Process
     prediction: Literal["eps", "x0", "v", "flow"] = "eps"  # what the network says of x_t
     schedule: Literal["linear", "scaled_linear", "cosine", "flow"] = (
@@ -79,6 +81,8 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.samples == 1:
+            raise UserError("--samples 1: a distribution of one image cannot be measured: give two or more, or 0")
         draw.check(self.process(), **self.how())
 
     def process(self) -> Process:
@@ -117,16 +121,19 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     process = cfg.process()
     for note in process.notes():
         run.print(note)
-    everything = images.load(cfg.data or cfg.images, cfg.size)
+    everything = images.load(cfg.data or cfg.images, cfg.side or None)
     train, test = everything.split(1 / 3 if len(everything) < 3000 else 1 / 5)
+    if min(len(train), len(test)) < 2:
+        raise UserError(f"{len(everything)} images are too few to learn from and hold some out: give a dozen or more")
     run.print(f"{len(train):,} images to train on, {len(test):,} held out, {'×'.join(map(str, train.x.shape[1:]))}, "
               f"{len(train.classes)} classes")  # fmt: skip
     x_train, labels_train = images.to_unit(train.x), train.labels
     if cfg.shuffle:
         labels_train = labels_train[torch.randperm(len(train), generator=run.generator("shuffle"))]
 
-    run.seed("model")
     shape = network_shape(cfg, train)
+    check_room(run, shape)
+    run.seed("model")
     net = network(**shape)
     net(x_train[:1], torch.zeros(1), labels_train[:1])  # a size that does not fit is refused before anything is trained
     parameters = [*net.parameters()]
@@ -157,15 +164,16 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         channels, height, width = train.x.shape[1:]
         model = trained.Trained(net, process, (channels, height, width), train.classes)
         trained.save(run.dir / "model", "unet", shape, model)
-        return evaluate(cfg, run, model, train, test)
+        evaluate(cfg, run, model, train, test)
+    if cfg.steps:
+        run.record_memory(memory_rows(net, optimizer, ema, x_train[: cfg.batch], labels_train[: cfg.batch]))
+    return {}
 
 
 # --- What is measured
 
 
-def evaluate(
-    cfg: Config, run: Run, model: trained.Trained, train: images.Images, test: images.Images
-) -> dict[str, Any]:
+def evaluate(cfg: Config, run: Run, model: trained.Trained, train: images.Images, test: images.Images) -> None:
     """Draws as many images of each class as are held out, and measures them, the held-out ones and the baselines."""
     count = cfg.samples or len(test)
     order = torch.arange(count) % len(test)
@@ -209,12 +217,11 @@ def evaluate(
         mixture(cfg, run)
     if cfg.exhibits:
         exhibits.write(cfg, run, model, train, test, judge)
-    return {}
 
 
 def target(cfg: Config, run: Run, toy: float | None, full: float) -> float | None:
     """A target of the digits; other images are measured and not judged."""
-    if cfg.images != "digits" or cfg.data is not None or cfg.size is not None:
+    if cfg.images != "digits" or cfg.data is not None or cfg.side:
         return None
     return toy if run.toy else full
 
@@ -258,6 +265,36 @@ def network_shape(cfg: Config, data: images.Images) -> dict[str, Any]:
 def network(**shape: Any) -> UNet:
     """A U-Net with random weights."""
     return UNet(**shape)
+
+
+def check_room(run: Run, shape: dict[str, Any]) -> None:
+    """UserError if weights, gradients, moments and average cannot fit into the memory, or checkpoints on the disk."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in network(**shape).parameters())
+    room.check_bytes(sum(by_formula(size).values()), "--width, --levels or --blocks")
+    if not run.resume:
+        room.check_disk(run.dir, 20 * 4 * size, "three checkpoints and the model")
+
+
+def by_formula(size: int) -> dict[str, int]:
+    """Bytes that stay during training, of a network of `size` parameters: all in fp32, AdamW has two moments."""
+    return {"weights": 4 * size, "gradients": 4 * size, "optimizer states": 8 * size, "EMA": 4 * size}
+
+
+def memory_rows(net: UNet, optimizer: optim.AdamW, ema: Ema, x: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """Bytes of training, by formula and as measured; activations of a step are measured only."""
+    t = torch.zeros(len(x), dtype=torch.int64)
+    activations = meters.saved_bytes(net, lambda: net(x, t, labels))
+    net(x, t, labels).mean().backward()
+    measured = {
+        "weights": meters.weight_bytes(net),
+        "gradients": meters.gradient_bytes(net),
+        "optimizer states": meters.optimizer_bytes(optimizer),
+        "EMA": meters.storage_bytes(ema.average.values()),
+    }
+    optimizer.zero_grad()
+    rows = memory.table(by_formula(sum(p.numel() for p in net.parameters())), measured)
+    return [*rows, {"name": "activations", "predicted": None, "measured": activations}]
 
 
 def opened(folder: Path, cfg: Config) -> trained.Trained:

@@ -128,7 +128,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         if x.shape[-1] % 2 ** (self.levels - 1) or x.shape[-2] % 2 ** (self.levels - 1):
             raise UserError(f"images of {x.shape[-1]}×{x.shape[-2]} cannot be halved {self.levels - 1} times: "
-                            "give fewer --levels, or another --size")  # fmt: skip
+                            "give fewer --levels, or another --side")  # fmt: skip
         said = F.silu(self.time(time_embedding(t, self.width)) + self.label(labels))  # (N, E)
         h = self.first(x)
         kept = [h]
