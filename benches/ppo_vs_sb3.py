@@ -1,6 +1,6 @@
 """PPO against stable-baselines3's: environment steps per second with the same networks, environments and updates.
 
-    python -m finetune bench ppo_vs_sb3 [--horizon 128] [--epochs 5] [--rounds 6] [--updates 2] [--json FILE]
+    python -m finetune bench ppo_vs_sb3 [--horizon 128] [--epochs 5] [--rounds 6] [--updates 2] [--json FILE] [--keep]
 
 Both learn CartPole-v1 in eight environments in one process on one thread: two tanh layers of 64 each for the policy and
 for V, Adam, eight minibatches a pass, clipped ratios and values, advantages normalized in every minibatch. Ours copies
@@ -12,19 +12,19 @@ the peers extra: pip install -e '.[peers]'.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 from sb3 import MISSING, copy_weights, in_turns
 
 from finetune.errors import UserError
 from finetune.rl.envs import environments
 from finetune.rl.envs.vector import VectorEnv
-from finetune.runs import machine, registry
+from finetune.runs import registry
 
 ENVS, WIDTH, MINIBATCHES = 8, 64, 8
 
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--rounds", type=int, default=6, help="timed rounds (6)")
     p.add_argument("--updates", type=int, default=2, help="updates a round and side (2)")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    p.add_argument("--keep", action="store_true", help="also write them to benches/results/ppo_vs_sb3/<machine>.json")
     wanted = p.parse_args(argv)
     if min(wanted.horizon, wanted.epochs, wanted.rounds, wanted.updates) < 1:
         p.error("--horizon, --epochs, --rounds and --updates must be at least 1")
@@ -88,8 +89,10 @@ def main(argv: list[str] | None = None) -> int:
         f"horizon {wanted.horizon}, {wanted.epochs} passes: {speed['ours']:,.0f} steps/s, stable-baselines3 "
         f"{speed['sb3']:,.0f}: ours {ratio['median']:.2f}× as fast ({ratio['p20']:.2f} … {ratio['p80']:.2f})"
     )
-    if wanted.json:
-        wanted.json.write_text(json.dumps({"machine": machine.describe(), "results": [found]}, indent=1) + "\n")
+    about = harness.header() | {"threads": 1}
+    kept = harness.KEPT / "ppo_vs_sb3" / f"{harness.slug(about)}.json"
+    for path in [wanted.json] * bool(wanted.json) + [kept] * wanted.keep:
+        harness.write_report(path, {"machine": about, "results": [found]})
     return 0
 
 

@@ -178,8 +178,12 @@ def whitened(values: Tensor, mask: Tensor | None = None, *, center: bool = True,
     center=False adds the mean back, for rewards, whose sign matters (Ziegler et al. 2019, arXiv:1909.08593).
     """
     values = _floating(values)
-    keep = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-    n = keep.sum()
+    if mask is None:
+        n, mean = values.numel(), values.sum() / max(values.numel(), 1)
+        off = values - mean
+        white = off / ((off.square().sum() / max(n - 1, 1)).sqrt() + eps)
+        return white if center else white + mean
+    keep, n = mask, mask.sum()
     mean = values.masked_fill(~keep, 0.0).sum() / n.clamp(min=1)
     off = (values - mean).masked_fill(~keep, 0.0)
     white = off / ((off.square().sum() / (n - 1).clamp(min=1)).sqrt() + eps)

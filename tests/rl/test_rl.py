@@ -278,6 +278,21 @@ def test_reward_scale_is_that_of_stable_baselines3():
 # --- PPO's losses
 
 
+def test_slopes_that_are_written_out_are_autograds():
+    """Inside and outside both clips, on either side, and with nothing to keep near to."""
+    g = torch.Generator().manual_seed(0)
+    x, A, targets, old = (torch.randn(400, generator=g) for _ in range(4))
+    x.requires_grad_()
+    for found, wanted in (
+        (surrogate.clipped_with_slope(x, A, 0.2), surrogate.clipped_surrogate(x, A, 0.2)),
+        (surrogate.value_with_slope(x, targets, old, 0.2), surrogate.value_loss(x, targets, old, 0.2)),
+        (surrogate.value_with_slope(x, targets), surrogate.value_loss(x, targets)),
+    ):
+        torch.testing.assert_close(found[0], wanted.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[1], torch.autograd.grad(wanted.sum(), x)[0], rtol=1e-5, atol=1e-6)
+        assert 0 < (found[1] == 0).sum() < 400 or len(found[1].unique()) == 400
+
+
 def test_the_clipped_surrogate_has_no_slope_where_nothing_is_to_be_gained():
     """Ratio above and below the bounds, with a good and a bad action: only two of the four are cut off."""
     log_ratios = torch.tensor([1.5, 1.5, 0.5, 0.5]).log().requires_grad_()

@@ -74,6 +74,21 @@ def relu_mlp(sizes: Sequence[int | Image]) -> nn.Sequential:
     return nn.Sequential(*before, *layers[:-1])
 
 
+class Layers(nn.Sequential):
+    """Layers in order. Linear ones and tanh are computed without the calls of modules, which take longer than products
+    as small as those of one step of a few environments."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self._modules.values():
+            if type(layer) is nn.Linear:
+                x = F.linear(x, layer._parameters["weight"], layer._parameters["bias"])  # type: ignore[arg-type]
+            elif type(layer) is nn.Tanh:
+                x = x.tanh()
+            elif layer is not None:
+                x = layer(x)
+        return x
+
+
 def tanh_mlp(sizes: Sequence[int | Image], last_scale: float = 1.0) -> nn.Sequential:
     """Linear layers with tanh between them; orthogonal weights, the last layer's multiplied by last_scale; biases 0. So
     are the convolutions before them, as is usual in PPO."""
@@ -89,7 +104,7 @@ def tanh_mlp(sizes: Sequence[int | Image], last_scale: float = 1.0) -> nn.Sequen
         nn.init.orthogonal_(linear.weight, last_scale if last else math.sqrt(2))
         nn.init.zeros_(linear.bias)
         layers += [linear] if last else [linear, nn.Tanh()]
-    return nn.Sequential(*before, *layers)
+    return Layers(*before, *layers)
 
 
 class Ensemble(nn.Module):
@@ -109,6 +124,20 @@ class Ensemble(nn.Module):
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.baddbmm(bias, x.relu() if i else x, weight)
         return x
+
+
+@torch.no_grad()
+def flattened(model: nn.Module) -> nn.Parameter:
+    """All parameters of a model, in fp32, in one row with one row of gradients, of which they and their gradients
+    become views: for small networks most of the time of an optimizer's step, of a norm and of zeroing is the count of
+    tensors. Zero the row's gradient, instead of setting it to None."""
+    parameters = list(model.parameters())
+    flat = nn.Parameter(torch.cat([p.flatten() for p in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [p.numel() for p in parameters]
+    for p, values, gradient in zip(parameters, flat.split(sizes), flat.grad.split(sizes), strict=True):
+        p.data, p.grad = values.view_as(p), gradient.view_as(p)
+    return flat
 
 
 # --- Stochastic policies

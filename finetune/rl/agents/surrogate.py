@@ -30,6 +30,36 @@ def value_loss(values: Tensor, targets: Tensor, old_values: Tensor | None = None
     return torch.maximum(plain, (near - targets).square())
 
 
+# --- The same with their slopes written out: what backpropagation begins with, without autograd's graph of it
+
+
+@torch.no_grad()
+def clipped_with_slope(log_ratios: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """(`clipped_surrogate`, its derivative in the log ratios: −r A where there is something to gain, else 0)."""
+    gain = log_ratios.exp() * advantages
+    most = advantages + clip * advantages.abs()
+    learned = gain < most
+    return -torch.where(learned, gain, most), -torch.where(learned, gain, 0.0)
+
+
+@torch.no_grad()
+def value_with_slope(
+    values: Tensor, targets: Tensor, old_values: Tensor | None = None, clip: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """(`value_loss`, its derivative in the values: 0 where the value kept near the old one is the worse)."""
+    error = values - targets
+    if old_values is None:
+        return error.square(), 2 * error
+    moved = values - old_values
+    near = moved.clamp(-clip, clip)
+    kept = old_values + near - targets
+    worse = (kept.abs() > error.abs()) & (near != moved)
+    return torch.where(worse, kept, error).square(), torch.where(worse, 0.0, 2 * error)
+
+
+# --- Diagnostics
+
+
 @torch.no_grad()
 def approximate_kl(log_ratios: Tensor) -> Tensor:
     """(r − 1) − log r, element by element: its mean over actions of π_old is KL(π_old ‖ π), and it is never negative

@@ -41,21 +41,21 @@ class VectorEnv:
 
         At the end of an episode the next observation is its last one; `observations` holds the first of the next.
         """
-        steps = env_actions(self.envs[0], actions)
-        rewards = np.empty(len(self.envs), np.float32)
-        terminated, truncated = np.empty(len(self.envs), bool), np.empty(len(self.envs), bool)
-        next_obs = np.empty_like(self.observations)
-        for i, (env, action) in enumerate(zip(self.envs, steps, strict=True)):
-            next_obs[i], rewards[i], terminated[i], truncated[i], _ = env.step(action)
-            self.taken[i].append(action)
+        found = []
+        for env, taken, action in zip(self.envs, self.taken, env_actions(self.envs[0], actions), strict=True):
+            found.append(env.step(action))
+            taken.append(action)
+        seen, earned, over, cut, _ = zip(*found, strict=True)
+        next_obs, rewards = np.array(seen), np.array(earned, np.float32)
         self.earned += rewards
         self.observations = next_obs
-        if (ends := terminated | truncated).any():
+        if any(over) or any(cut):
             self.observations = next_obs.copy()
-            for i in ends.nonzero()[0].tolist():
-                self.finished.append((float(self.earned[i]), len(self.taken[i])))
-                self.observations[i] = self._reset(i)
-        return rewards, next_obs, terminated, truncated & ~terminated
+            for i in range(len(self.envs)):
+                if over[i] or cut[i]:
+                    self.finished.append((float(self.earned[i]), len(self.taken[i])))
+                    self.observations[i] = self._reset(i)
+        return rewards, next_obs, np.array(over), np.array([b and not a for a, b in zip(over, cut, strict=True)])
 
     def collect(self, act: Act, steps: int) -> Rollout:
         """A rollout of `steps` steps of each environment, from where the last one stopped."""

@@ -120,7 +120,7 @@ class Config(config.Config):
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=40, env=("CartPole-v1",), repeats=1, model="scratch", dtype="float32", new_tokens=12,
+        return cls(steps=60, env=("CartPole-v1",), repeats=1, model="scratch", dtype="float32", new_tokens=12,
                    answers=64, sampler="same", kl_aim=4.0, beta=0.2)  # fmt: skip
 
     def __post_init__(self) -> None:
