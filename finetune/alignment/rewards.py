@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from finetune.alignment import vader, verifiers
 from finetune.errors import UserError, nearest
 from finetune.runs import own_code
@@ -42,6 +44,24 @@ REWARDS: dict[str, tuple[str, Function]] = {
     "format": ("1 if the completion is one integer and nothing else", one_number),
     "length": ("number of words", words),
 }
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The mean and the standard deviation of the rewards of the reference's answers: with them as zero and unit, 0 is
+    an answer as before and 1 a usual difference; at most ± clip. The deviation is 1 where all have the same reward."""
+
+    mean: float = 0.0
+    deviation: float = 1.0
+    clip: float = math.inf
+
+    @classmethod
+    def of(cls, rewards: Tensor, clip: float = math.inf) -> Scale:
+        """Of (N,) rewards."""
+        return cls(rewards.mean().item(), rewards.std().item() or 1.0 if len(rewards) > 1 else 1.0, clip)
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        return ((rewards - self.mean) / self.deviation).clamp(-self.clip, self.clip)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Rewards: the project's, a user's file, and functions that fail; verifiers against right answers and exploits."""
 
 import pytest
+import torch
 
 from finetune.alignment import rewards, vader, verifiers
 from finetune.errors import UserError
@@ -112,3 +113,13 @@ def test_unknown_rewards(tmp_path):
     ):
         with pytest.raises(UserError, match=match):
             rewards.find(name)
+
+
+def test_a_scale_has_mean_0_and_deviation_1_of_the_references_rewards():
+    raw = torch.tensor([3.0, 5.0, 10.0])
+    found = rewards.Scale.of(raw)(raw)
+    assert found.mean().abs() < 1e-6
+    assert found.std() == pytest.approx(1)
+    assert rewards.Scale(2.0, 4.0, clip=1.5)(torch.tensor([2.0, 6.0, 100.0, -100.0])).tolist() == [0, 1, 1.5, -1.5]
+    assert rewards.Scale.of(torch.full((4,), 2.0))(torch.tensor([2.0, 3.0])).tolist() == [0, 1]  # never earned before
+    assert rewards.Scale.of(torch.tensor([5.0]))(torch.tensor([5.0])).tolist() == [0]

@@ -235,12 +235,6 @@ def test_beta_rises_and_falls_with_the_divergence(tokenizer):
     assert learner.beta["value"] == cfg.beta
 
 
-def test_scores_are_on_the_scale_of_the_reference():
-    scale = lm.Scale(2.0, 4.0, clip=1.5)
-    assert scale([2.0, 6.0, 100.0, -100.0]).tolist() == [0.0, 1.0, 1.5, -1.5]
-    assert lm.Scale()([3.0]).tolist() == [3.0]
-
-
 # --- Files
 
 

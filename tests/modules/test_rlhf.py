@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.alignment import openings, samples
+from finetune.alignment import openings, rewards, samples
 from finetune.alignment.preferences import document
 from finetune.alignment.reward_model import RewardModel
 from finetune.data.packing import Document
@@ -143,14 +143,6 @@ def test_scores_are_clipped_and_charged():
     assert torch.equal(policy.score(free, rewards, lengths, torch.tensor([True, False, True])), rewards)
 
 
-def test_a_scale_has_mean_0_and_deviation_1_and_equal_rewards_stay_0():
-    raw = torch.tensor([3.0, 5.0, 10.0])
-    found = policy.Scale.of(raw)(raw)
-    assert found.mean().abs() < 1e-6
-    assert found.std() == pytest.approx(1)
-    assert not policy.Scale.of(torch.full((4,), 2.0))(torch.tensor([2.0, 3.0])).any()
-
-
 def documents(count=6):
     g = torch.Generator().manual_seed(1)
     ids = [torch.randint(60, (5 + 3 * i,), generator=g).tolist() for i in range(count)]
@@ -260,7 +252,7 @@ def test_best_of_n_by_its_definition(monkeypatch):
     def score(prompts, texts):
         return [gold[tuple(map(int, text.split()))].item() for text in texts]
 
-    rows = rlhf.best_of(rlhf.Config.toy(), groups, None, score, policy.Scale(), policy.Scale())
+    rows = rlhf.best_of(rlhf.Config.toy(), groups, None, score, rewards.Scale(), rewards.Scale())
     for n, (distance, of_proxy, of_gold) in enumerate(rows, 1):
         assert distance == rlhf.best_of_n_kl(n)
         sets = [list(x) for x in itertools.combinations(range(6), n)]

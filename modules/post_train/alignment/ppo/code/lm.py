@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from finetune import memory, ops, optim
 from finetune.alignment import kl, logprobs, openings, ppo_lm, preferences, rewards, samples
 from finetune.alignment.reward_model import ScoreHead
+from finetune.alignment.rewards import Scale
 from finetune.alignment.rollouts import Sampler, mismatch, rollouts
 from finetune.alignment.toy_writer import learn_to_write, toy_tokenizer
 from finetune.data import packing
@@ -151,20 +152,6 @@ def ask(
     return [Answer(p, r.answers[0], r.texts[0], r.sampled[0]) for p, r in zip(prompts, found, strict=True)]
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Scores less the mean of those of the reference's answers, over their deviation, within ± clip [L2]. The deviation
-    is 1 where they all score the same, as with a reward that they never get."""
-
-    mean: float = 0.0
-    deviation: float = 1.0
-    clip: float = 1e6
-
-    def __call__(self, scores: Sequence[float]) -> Tensor:
-        centered = torch.tensor(scores, dtype=torch.float32) - self.mean
-        return (centered / self.deviation).clamp(-self.clip, self.clip)
-
-
 # --- Its update
 
 
@@ -259,7 +246,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     learner, score = Learner(cfg, models), scorer(cfg)
     sampler = Sampler(model, None if cfg.sampler == "same" else cfg.sampler)  # [L9]
     first = taste(cfg, run, models, sampler, tokenizer, held_out, score)
-    scale = Scale(first.mean, first.deviation or 1.0, cfg.clip_rewards) if cfg.normalize_rewards else Scale()
+    # [L2]
+    scale = Scale.of(torch.tensor(first.scores), cfg.clip_rewards) if cfg.normalize_rewards else Scale()
     run.print(f"{len(prompts):,} prompts, {sum(p.numel() for p in models.trained.values()):,} parameters are trained")
 
     past: dict[str, Any] = {"during": ""}
@@ -267,7 +255,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         some = packing.batch_indices(len(prompts), cfg.answers, step, lambda epoch: run.generator("epoch", epoch))
         answers = ask(cfg, sampler, tokenizer, [prompts[i] for i in some], run.generator("answers", step))
         scores, rng = score(answers), run.generator("update", step)
-        learned = scale(scores)
+        learned = scale(torch.tensor(scores))
         if cfg.shuffle:
             learned = learned[torch.randperm(len(learned), generator=rng)]
         rate = 1 - step / cfg.steps if cfg.anneal else 1.0

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.alignment import openings, preferences, rewards, toy_writer
+from finetune.alignment.rollouts import Sampler, rollouts
 from finetune.data.packing import Document
 from finetune.errors import UserError
-from finetune.inference.generate import generate
-from finetune.lm.tokenizer import Tokenizer, answer_text, stop_ids
+from finetune.lm.tokenizer import Tokenizer, stop_ids
 from finetune.runs import checkpoint
 
 if TYPE_CHECKING:
@@ -122,16 +122,17 @@ def demonstrate(answers: Sequence[Answer], tokenizer: Tokenizer) -> list[Documen
 
 
 def ask(
-    cfg: Config, model: Llama, tokenizer: Tokenizer, prompts: Sequence[Prompt], generator: torch.Generator
+    cfg: Config, model: Llama, tokenizer: Tokenizer, prompts: Sequence[Prompt], each: int, generator: torch.Generator
 ) -> list[Answer]:
-    """A sampled answer to each prompt, of at most cfg.new_tokens tokens."""
-    stops = stop_ids(model, tokenizer)
-    new = generate(
-        model, [p.ids for p in prompts], cfg.new_tokens, cfg.temperature, stop_ids=stops, generator=generator
-    )
+    """`each` sampled answers to each prompt, one behind the other, of at most cfg.new_tokens tokens."""
+    found = rollouts(
+        Sampler(model, None), tokenizer, [p.ids for p in prompts], each, cfg.new_tokens, temperature=cfg.temperature,
+        stop_ids=stop_ids(model, tokenizer), generator=generator,
+    )  # fmt: skip
     return [
-        Answer(prompt, ids, answer_text(tokenizer, ids, stops), ids[-1] in stops)
-        for prompt, ids in zip(prompts, new, strict=True)
+        Answer(prompt, *one)
+        for prompt, group in zip(prompts, found, strict=True)
+        for one in zip(group.answers, group.texts, group.finished, strict=True)
     ]
 
 
@@ -147,8 +148,7 @@ def ask_all(
     some = max(1, 128 // each)
     for start in range(0, len(prompts), some):
         tick(f"sampling {len(prompts) * each:,} answers: {start * each:,}")
-        part = [prompt for prompt in prompts[start : start + some] for _ in range(each)]
-        new = ask(cfg, model, tokenizer, part, generator)
+        new = ask(cfg, model, tokenizer, prompts[start : start + some], each, generator)
         found += [new[i : i + each] for i in range(0, len(new), each)]
     checkpoint.write_json(file, [[asdict(one) for one in group] for group in found])
     return found

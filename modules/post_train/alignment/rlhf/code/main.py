@@ -22,6 +22,7 @@ import torch
 from finetune import memory
 from finetune.alignment import logprobs, rewards
 from finetune.alignment.reward_model import RewardModel, ValueModel
+from finetune.alignment.rewards import Scale
 from finetune.alignment.toy_writer import toy_tokenizer
 from finetune.data import packing
 from finetune.data.toy_directory import small_config, small_llama
@@ -37,7 +38,7 @@ from finetune.runs.run import Run
 
 from . import data, plots, policy, reward, sft, stages
 from .data import Answer, Pair, Score, Sets
-from .policy import Scale, Stage, Taste
+from .policy import Stage, Taste
 from .stages import wear
 
 SCALED = 256  # answers of the SFT model that give the rewards their zero and unit
@@ -201,7 +202,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 def stage_one(cfg: Config, run: Run, model: Llama, tokenizer: Tokenizer, sets: Sets) -> list[Answer]:
     """Trains and saves the SFT model, or takes that of --start; returns what the model answered before."""
     asked = [sets.held_out[i % len(sets.held_out)] for i in range(cfg.samples)]
-    first = data.ask(cfg, model, tokenizer, asked, run.generator("samples"))
+    first = data.ask(cfg, model, tokenizer, asked, 1, run.generator("samples"))
     if cfg.start is not None:
         if cfg.model != "scratch":
             adapters.load_adapter(model, cfg.start / "sft", "sft")

@@ -9,7 +9,8 @@ from finetune.runs.plots import FAINT, GREY, INK, LINE, figure, moving_average, 
 from finetune.runs.run import Run
 
 if TYPE_CHECKING:
-    from .policy import Scale
+    from finetune.alignment.rewards import Scale
+
     from .reward import Quality
 
 GOLD, PROXY = "#b7791f", LINE

@@ -25,6 +25,7 @@ from torch import Tensor
 from finetune import ops, optim
 from finetune.alignment import group_advantages, kl, logprobs, policy_loss, ppo_lm, samples
 from finetune.alignment.reward_model import RewardModel, ValueModel
+from finetune.alignment.rewards import Scale
 from finetune.data import packing
 from finetune.data.packing import Batch
 from finetune.lm.llama import Llama
@@ -41,22 +42,6 @@ if TYPE_CHECKING:
 
 
 # --- The score of an answer
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The mean and the standard deviation of the raw rewards of the SFT model's answers. A reward model's zero and unit
-    are arbitrary: with these, 0 is an answer as before and 1 a usual difference. Equal rewards stay 0."""
-
-    mean: float = 0.0
-    deviation: float = 1.0
-
-    @classmethod
-    def of(cls, raw: Tensor) -> Scale:
-        return cls(raw.mean().item(), raw.std().item())
-
-    def __call__(self, raw: Tensor) -> Tensor:
-        return (raw - self.mean) / self.deviation if self.deviation > 0 else torch.zeros_like(raw)
 
 
 def score(cfg: Config, rewards: Tensor, lengths: Tensor, ended: Tensor) -> Tensor:
@@ -178,8 +163,8 @@ def train(stage: Stage, run: Run, prompts: Sequence[Prompt], steps: int, phase: 
             len(prompts), cfg.batch // cfg.group, step, lambda epoch: run.generator(phase, "prompts", epoch)
         )
         wear(model, "policy")
-        asked = [prompts[i] for i in chosen for _ in range(cfg.group)]
-        answers = data.ask(cfg, model, stage.tokenizer, asked, run.generator(phase, "answers", step))
+        asked, luck = [prompts[i] for i in chosen], run.generator(phase, "answers", step)
+        answers = data.ask(cfg, model, stage.tokenizer, asked, cfg.group, luck)
         rollout, batch, seen = roll(stage, answers)
 
         # Several passes over the same answers. The first one's log-probabilities are those of the old policy.
@@ -204,8 +189,8 @@ def train(stage: Stage, run: Run, prompts: Sequence[Prompt], steps: int, phase: 
         run.log(step, **seen, kl=distance, loss=loss, **metrics, grad_norm=norm, beta=beta, lr=lr)
         if phase == MAIN and 2 * (step + 1) >= steps > 1 and kept["midway"] == "[]":
             wear(model, "policy")
-            some = stage.asked[: len(asked)]
-            found = data.ask(cfg, model, stage.tokenizer, some, run.generator("samples"))
+            some = stage.asked[: cfg.batch]
+            found = data.ask(cfg, model, stage.tokenizer, some, 1, run.generator("samples"))
             kept["midway"] = json.dumps([answer.text for answer in found])
     return json.loads(kept["midway"])  # type: ignore[no-any-return]
 
@@ -251,7 +236,7 @@ def taste(stage: Stage, run: Run, name: str) -> Taste:
     is the policy."""
     cfg, model = stage.cfg, stage.model
     wear(model, name)
-    answers = data.ask(cfg, model, stage.tokenizer, stage.asked, run.generator("samples"))
+    answers = data.ask(cfg, model, stage.tokenizer, stage.asked, 1, run.generator("samples"))
     kls: list[float] = []
     for part in logprobs.chunks([a.document() for a in answers], 2048):
         batch = packing.collate(part)
