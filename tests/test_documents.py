@@ -65,7 +65,7 @@ SMALLER = {
     "run mdp --world taxi": "run mdp --help",
     # it starts from a run
     "run rlhf --start '<RUN>' --reward gold --reward-clip 0 --beta 0 --steps 20 --unfinished 0 "
-    "--beyond 0": "run rlhf --help",
+    "--beyond 0 --lr 3e-3 --warmup 2": "run rlhf --help",
     "smoke": "smoke --help",
 }
 STEPS = {"cuda": "5", "td_learning": "8"}  # of the runs here, one of each experiment; else 2

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from finetune.runs.plots import FAINT, GREY, INK, LINE, figure, moving_average, save
 from finetune.runs.run import Run
 
@@ -14,46 +17,58 @@ if TYPE_CHECKING:
     from .reward import Quality
 
 GOLD, PROXY = "#b7791f", LINE
+TOGETHER = 3  # steps of a mean
 
 
 def overoptimization(run: Run, of_gold: Scale | None, best: Sequence[tuple[float, float, float]]) -> None:
-    """overoptimization.png: proxy and gold reward over the square root of the KL to the SFT model, of each step of the
-    policy and of best-of-n (Gao et al. 2022, arXiv:2210.10760, figure 1); both on the scale of the SFT model's answers,
-    on which these have mean 0 and deviation 1."""
+    """overoptimization.png: proxy and gold reward of each step's answers over the square root of the KL to the SFT
+    model (Gao et al. 2022, arXiv:2210.10760, figure 1) and over the steps, with those of best-of-n; both on the scale
+    of the SFT model's answers, on which these have mean 0 and deviation 1. Points: steps. Lines: means of neighbors, in
+    the order of the KL or of the steps; bands: two standard errors of these means."""
     series = run.metrics.series()
     if "kl" not in series:
         return
-    made, (axes, text) = figure(12.5, 4.8, 1, 2)
+    made, (left, middle, right) = figure(15.5, 4.8, 1, 3)
     for name, color in (("proxy", PROXY), ("gold", GOLD)):
         if name == "gold" and of_gold is None:
             continue
+        start = 0
         for phase, style in (("", "-"), ("beyond: ", "--")):
             if f"{phase}kl" not in series:
                 continue
-            kls, values = series[f"{phase}kl"][1], series[f"{phase}{name}"][1]
+            values = np.array(series[f"{phase}{name}"][1])
             if name == "gold" and of_gold is not None:
-                values = [(v - of_gold.mean) / (of_gold.deviation or 1) for v in values]
-            roots = [max(0.0, kl) ** 0.5 for kl in kls]
-            axes.plot(roots, values, ".", color=color, alpha=0.3, markersize=5)
+                values = np.array(of_gold(torch.from_numpy(values)))
             label = f"{name}, {'nothing holds the policy' if phase else 'KL penalty, reward clipped'}"
-            axes.plot(*smooth(roots, values), style, color=color, linewidth=2, label=label)
+            roots = np.maximum(series[f"{phase}kl"][1], 0) ** 0.5
+            for axes, xs in ((left, roots), (middle, start + np.arange(len(values), dtype=float))):
+                axes.plot(xs, values, ".", color=color, alpha=0.3, markersize=5)
+                places, means, errors = neighbors(xs, values)
+                axes.plot(places, means, style, color=color, linewidth=2, label=label)
+                axes.fill_between(places, means - 2 * errors, means + 2 * errors, color=color, alpha=0.15, linewidth=0)
+            start += len(values)
         if best:
             place = 1 if name == "proxy" else 2
-            axes.plot([row[0] ** 0.5 for row in best], [row[place] for row in best], ":", color=color, linewidth=2.2,
+            left.plot([row[0] ** 0.5 for row in best], [row[place] for row in best], ":", color=color, linewidth=2.2,
                       label=f"{name}, best of 1 … {len(best)}")  # fmt: skip
-    axes.axhline(0, color=FAINT, linewidth=0.8)
-    axes.set_xlabel("√ KL(policy ‖ SFT model), nats an answer", color=INK)
-    axes.set_ylabel("reward (deviations of the SFT model's answers)", color=INK)
-    axes.set_title("reward over distance from the SFT model", loc="left", fontsize=11, color=INK)
-    axes.legend(fontsize=8.5, frameon=False)
-    steps(text, series)
+    for axes in (left, middle):
+        axes.axhline(0, color=FAINT, linewidth=0.8)
+    left.set_xlabel("√ KL(policy ‖ SFT model), nats an answer", color=INK)
+    left.set_ylabel("reward (deviations of the SFT model's answers)", color=INK)
+    left.set_title("reward over distance from the SFT model", loc="left", fontsize=11, color=INK)
+    left.legend(fontsize=8.5, frameon=False)
+    middle.set_xlabel("step", color=INK)
+    middle.set_title("the same over the steps", loc="left", fontsize=11, color=INK)
+    steps(right, series)
     save(made, run.dir / "overoptimization.png")
 
 
-def smooth(roots: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    """Both in the order of the steps, averaged over neighbors."""
-    width = max(3, len(roots) // 6)
-    return moving_average(roots, width), moving_average(values, width)
+def neighbors(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means of x and y of about TOGETHER neighbors in x, and the standard errors of those of y (0 of a single one)."""
+    order = np.array_split(np.argsort(xs, kind="stable"), max(2, round(len(xs) / TOGETHER)))
+    parts = [(xs[some], ys[some]) for some in order if len(some)]
+    errors = [y.std(ddof=1) / len(y) ** 0.5 if len(y) > 1 else 0.0 for _, y in parts]
+    return np.array([x.mean() for x, _ in parts]), np.array([y.mean() for _, y in parts]), np.array(errors)
 
 
 def steps(axes: Any, series: dict[str, tuple[list[int], list[float]]]) -> None:
