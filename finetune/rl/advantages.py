@@ -179,15 +179,16 @@ def whitened(values: Tensor, mask: Tensor | None = None, *, center: bool = True,
     """
     values = _floating(values)
     if mask is None:
-        n, mean = values.numel(), values.sum() / max(values.numel(), 1)
+        count = values.numel()
+        mean = values.sum() / max(count, 1)
         off = values - mean
-        white = off / ((off.square().sum() / max(n - 1, 1)).sqrt() + eps)
+        white = off / ((off.square().sum() / max(count - 1, 1)).sqrt() + eps)
         return white if center else white + mean
-    keep, n = mask, mask.sum()
-    mean = values.masked_fill(~keep, 0.0).sum() / n.clamp(min=1)
-    off = (values - mean).masked_fill(~keep, 0.0)
+    n = mask.sum()
+    mean = values.masked_fill(~mask, 0.0).sum() / n.clamp(min=1)
+    off = (values - mean).masked_fill(~mask, 0.0)
     white = off / ((off.square().sum() / (n - 1).clamp(min=1)).sqrt() + eps)
-    return white if center else (white + mean).masked_fill(~keep, 0.0)
+    return white if center else (white + mean).masked_fill(~mask, 0.0)
 
 
 @torch.no_grad()
