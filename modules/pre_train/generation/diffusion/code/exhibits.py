@@ -48,7 +48,7 @@ def enlarged(x: Tensor) -> int:
 def every_sampler(cfg: Any, run: Run, model: Trained, test: images.Images, judge: Judge | None) -> None:
     """The same network and the same noise by every sampler that suits it, 1 to 100 steps: a picture and a curve."""
     counts = [n for n in ((1, 2, 5, 10, 20) if run.toy else (1, 2, 3, 5, 10, 20, 50, 100)) if n <= model.process.T]
-    count = 64 if run.toy else 256
+    count = 64 if run.toy or max(model.image) > 16 else 256  # larger images take their time
     labels = torch.arange(count) % len(model.classes)
     measure = judge.features if judge else fidelity.pixels
     real = measure(test.x)
