@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import small_gguf
 import torch
+from PIL import Image
 from small_gguf import TEXT
 
 from finetune.data import rows
+from finetune.diffusion import images, trained
+from finetune.diffusion.process import Process
 from finetune.errors import UserError
 from finetune.interview import answers, content
 from finetune.interview.quiz import Schedule
@@ -247,6 +250,27 @@ def write_log(folder):
     )  # fmt: skip
 
 
+def write_pictures(folder):
+    for i, suffix in enumerate(("png", "jpg", "webp")):
+        colors = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(colors).save(folder / f"{i}.{suffix}")
+
+
+def write_images(folder):
+    x = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "images.npz", x=x, labels=np.arange(5) % 3)
+
+
+def denoiser(**shape):
+    return registry.part("diffusion", "unet").UNet(**shape)
+
+
+def write_denoiser(folder):
+    shape = {"channels": 1, "classes": 2, "width": 8, "heads": 1}
+    model = trained.Trained(denoiser(**shape), Process(), (1, 8, 8), ("a", "b"))
+    trained.save(folder / "model", "unet", shape, model)
+
+
 KINDS = {
     "llama config.json": (write_llama, "config.json", load.llama),
     "llama generation_config.json": (write_llama, "generation_config.json", load.llama),
@@ -269,6 +293,12 @@ KINDS = {
     "interview.toml": (write_module, "a/b/c/interview.toml", read_module),
     "quiz schedule": (write_schedule, "quiz.json", lambda f: Schedule(f / "quiz.json")),
     "world": (write_world, "world.npz", lambda f: mdp.load(f / "world.npz")),
+    "png": (write_pictures, "0.png", images.load),
+    "jpg": (write_pictures, "1.jpg", images.load),
+    "webp": (write_pictures, "2.webp", images.load),
+    "images npz": (write_images, "images.npz", lambda f: images.load(f / "images.npz")),
+    "denoiser config.json": (write_denoiser, "model/config.json", lambda f: trained.load(f / "model", denoiser)),
+    "denoiser weights": (write_denoiser, "model/model.safetensors", lambda f: trained.load(f / "model", denoiser)),
     "log": (write_log, "log.npz", lambda f: logged_data.load(f / "log.npz")),
 }
 

@@ -107,7 +107,7 @@ def interpolation(path: Path, model: Trained, rows: int = 5, columns: int = 9) -
     noise = (share.cos() * first[:, None] + share.sin() * second[:, None]).flatten(0, 1)
     predict = draw.classifier_free(model.net, labels, 1.0)
     model.net.eval()
-    steps = min(50, model.process.T)
+    steps = min(25, model.process.T)
     drawn = images.to_bytes(draw.draw(predict, model.process, lambda: noise, sampler=sampler, steps=steps))
     images.save(path, images.grid(drawn, columns, enlarge=enlarged(drawn)))
 
@@ -120,7 +120,7 @@ def inpainting(run: Run, model: Trained, test: images.Images, rows: int = 6, col
     mask[:, : model.image[1] // 2] = True
     kept = torch.where(mask, chosen.x, torch.full_like(chosen.x, 96))
     sampler = "euler" if model.process.kind == "flow" else "ddpm"
-    steps = min(50 if run.toy else 250, model.process.T)
+    steps = min(25 if run.toy else 250, model.process.T)
     made = []
     for column in range(columns):
         predict = draw.classifier_free(model.net, chosen.labels, 1.0)
@@ -145,7 +145,7 @@ def nearest(run: Run, model: Trained, train: images.Images, columns: int = 10) -
 
 def default_sampler(process: Process) -> dict[str, Any]:
     """A sampler that suits every process: Euler for a flow, else DDIM."""
-    return {"sampler": "euler" if process.kind == "flow" else "ddim", "steps": min(50, process.T)}
+    return {"sampler": "euler" if process.kind == "flow" else "ddim", "steps": min(25, process.T)}
 
 
 def bound_by_t(path: Path, process: Process, terms: Tensor) -> None:
