@@ -395,13 +395,13 @@ def test_memory_of_the_run_is_exact(absent):
 
 def test_without_guidance_labels_do_nothing(absent):
     """To the bit; and an image is the same in another batch."""
-    net, cfg = convert.load(absent[0] / "model"), toy()
-    assert net.config.classes == 10
-    ones, twos = (main.sample(cfg, net, cfg.process(), torch.full((4,), label), 0.0) for label in (1, 2))
+    model, cfg = main.opened(absent[0], toy()), toy()
+    assert model.classes == tuple("0123456789")
+    ones, twos = (main.sample(cfg, model, torch.full((4,), label), 0.0) for label in (1, 2))
     assert torch.equal(ones, twos)
-    guided = main.sample(cfg, net, cfg.process(), torch.full((4,), 1), 2.0)
-    assert not torch.equal(guided, main.sample(cfg, net, cfg.process(), torch.full((4,), 2), 2.0))
-    alone = main.sample(cfg, net, cfg.process(), torch.ones(1, dtype=torch.int64), 2.0)
+    guided = main.sample(cfg, model, torch.full((4,), 1), 2.0)
+    assert not torch.equal(guided, main.sample(cfg, model, torch.full((4,), 2), 2.0))
+    alone = main.sample(cfg, model, torch.ones(1, dtype=torch.int64), 2.0)
     assert (alone.int() - guided[:1].int()).abs().max() <= 1
 
 
@@ -473,3 +473,31 @@ def test_images_of_ones_own(tmp_path):
     picture = Image.open(tmp_path / "run/samples.png")
     assert images.to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
     assert picture.mode == "RGB"
+
+
+# --- The latent stage
+
+
+def test_latents_are_drawn_and_decoded(tmp_path):
+    """Latents of unit variance, a DiT on them, images of the data's size; the saved autoencoder gives the same."""
+    cfg = small(latent=True, patch=1, vae_steps=120)
+    summary = run(tmp_path / "run", cfg)
+    train, test = main.load(cfg)
+    model = main.opened(tmp_path / "run", cfg)
+    assert model.image == (4, 2, 2)
+    coder = registry.part("dit", "vae").load(tmp_path / "run/model")
+    latents = coder.encode(images.to_unit(train.x))
+    assert latents.std().item() == pytest.approx(1, abs=1e-3)
+    again = coder.decode(coder.encode(images.to_unit(test.x)))
+    error = (again - images.to_unit(test.x)).square().mean()
+    assert check_values(summary)["vae_psnr"] == pytest.approx(10 * math.log10(4 / error), abs=1e-3)
+    assert error < 0.6 * images.to_unit(test.x).var()  # better than one gray for all pixels
+    assert main.sample(cfg, model, torch.arange(3), 1.0).shape == (3, 1, 8, 8)
+    assert (tmp_path / "run/reconstructions.png").exists()
+
+
+def test_images_that_make_no_latents_are_refused(tmp_path):
+    with pytest.raises(UserError, match="images of 10×10 cannot be halved twice"):
+        run(tmp_path / "run", small(latent=True, size=10, patch=1))
+    with pytest.raises(UserError, match="does not divide latents of 2×2"):
+        run(tmp_path / "run", small(latent=True, patch=4))

@@ -21,13 +21,14 @@ from finetune.diffusion import draw, fidelity, images, judge
 from finetune.diffusion.ema import Ema
 from finetune.diffusion.images import Images
 from finetune.diffusion.process import Process
+from finetune.diffusion.trained import Trained
 from finetune.errors import UserError
 from finetune.memory import meters, room
-from finetune.runs import config
+from finetune.runs import checkpoint, config, reading
 from finetune.runs.config import bounded
 from finetune.runs.run import Run, stable_hash
 
-from . import convert, cost, plots
+from . import convert, cost, plots, vae
 from .loss import denoising_loss
 from .model import SIZES, DiT, DiTConfig
 
@@ -46,6 +47,9 @@ class Config(config.Config):
     patch: int = bounded(4, at_least=1, at_most=64)  # side of a patch
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights; bfloat16 has float32 masters
     gradient_checkpointing: bool = False  # computes blocks again in the backward pass, to save memory
+    # draws latents of an autoencoder that is trained first: a quarter of the side, four channels
+    latent: bool = False
+    vae_steps: int = bounded(600, at_least=0, at_most=10**9)  # of its training
     # --- process
     # what the network predicts (eps in the paper); flow: the velocity of a straight path
     prediction: Literal["eps", "x0", "v", "flow"] = "v"
@@ -95,20 +99,24 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     train, test = load(cfg)
     shape, process = model_config(cfg, train), cfg.process()
     check_memory(cfg, shape)
+    coder = autoencoder(cfg, run, train, test) if cfg.latent else None
+    x0 = coder.encode(images.to_unit(train.x)) if coder else images.to_unit(train.x)
+    labels = train.labels
     run.seed("model")
     net = DiT(shape).to(getattr(torch, cfg.dtype))
     net.gradient_checkpointing = cfg.gradient_checkpointing
     trained = dict(net.named_parameters())
     optimizer = optim.AdamW(optim.decay_groups(trained.values(), cfg.weight_decay), lr=cfg.lr)
     ema = Ema(net, cfg.ema)
+    model = trained_model(cfg, net, train.classes, coder)
     size, flops = cost.parameters(shape), cost.forward_flops(shape)
     if not run.resume:
         memory.check_disk(run.dir, 20 * 4 * size, "three checkpoints and the model")
     for line in process.notes():
         run.print(line)
-    run.print(f"{len(train):,} images of {shape.side}×{shape.side} and {len(train.classes)} classes to train on; "
+    what = "latents" if coder else "images"
+    run.print(f"{len(train):,} {what} of {shape.side}×{shape.side} and {len(train.classes)} classes to train on; "
               f"{shape.tokens} patches, {size:,} parameters, {flops / 1e9:.3f} GFLOPs an image")  # fmt: skip
-    x0, labels = images.to_unit(train.x), train.labels
     run.check("loss_at_the_start", loss_at_start(net, process, x0, labels), **start_bounds(cfg))
     seen: dict[str, Tensor] = {}  # step → images drawn then, for a picture
     began, first = perf_counter(), 0
@@ -130,14 +138,14 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         run.log(step, loss=error, grad_norm=norm, lr=lr, **({"bound": bound} if shape.learn_sigma else {}))
         if (step + 1) % cfg.show_every == 0 or step + 1 == cfg.steps:
             with ema.swapped():
-                seen[str(step + 1)] = sample(cfg, net, process, asked(train, 20), cfg.guidance)
+                seen[str(step + 1)] = sample(cfg, model, asked(train, 20), cfg.guidance)
         first += 1
     seconds = (perf_counter() - began) / max(first, 1)
 
     # Saved first: whatever fails below, what was trained is kept.
     with ema.swapped():
-        convert.save(net, run.dir / "model")
-        evaluate(cfg, run, net, process, train, test)
+        save(net, train.classes, coder, run.dir / "model")
+        evaluate(cfg, run, model, train, test)
     plots.over_training(run, seen)
     run.check("parameters", size)
     run.check("gflops_an_image", flops / 1e9)
@@ -156,8 +164,6 @@ def load(cfg: Config) -> tuple[Images, Images]:
     height, width = found.x.shape[-2:]
     if height != width:
         raise UserError(f"the images are {width}×{height}, not square: --size {min(height, width)} makes them so")
-    if height % cfg.patch:
-        raise UserError(f"--patch {cfg.patch} does not divide images of {width}×{height}: give a divisor, or --size")
     if cfg.without >= len(found.classes):
         raise UserError(f"--without {cfg.without}: the classes are 0 to {len(found.classes) - 1}")
     train, test = found.split(0.2)
@@ -171,8 +177,65 @@ def load(cfg: Config) -> tuple[Images, Images]:
 
 def model_config(cfg: Config, data: Images) -> DiTConfig:
     layers, dim, heads = SIZES[cfg.model]
+    channels, side = data.x.shape[1], data.x.shape[-1]
+    if cfg.latent:
+        if side % vae.FACTOR:
+            raise UserError(f"--latent: images of {side}×{side} cannot be halved twice: give a --size that can")
+        channels, side = vae.LATENTS, side // vae.FACTOR
+    if side % cfg.patch:
+        what = "latents" if cfg.latent else "images"
+        raise UserError(f"--patch {cfg.patch} does not divide {what} of {side}×{side}: give a divisor, or --size")
     learned = cfg.learn_sigma and cfg.prediction != "flow"
-    return DiTConfig(data.x.shape[-1], data.x.shape[1], cfg.patch, dim, layers, heads, len(data.classes), learned)
+    return DiTConfig(side, channels, cfg.patch, dim, layers, heads, len(data.classes), learned)
+
+
+def autoencoder(cfg: Config, run: Run, train: Images, test: Images) -> vae.VAE:
+    """The trained autoencoder, and how well it gives back held-out images: what comes after cannot be better."""
+    run.seed("vae")
+    coder = vae.VAE(train.x.shape[1])
+    weights = [p for p in coder.parameters() if p.requires_grad]
+    optimizer = optim.AdamW(weights, lr=2e-3, weight_decay=0.0)
+    x = images.to_unit(train.x)
+    for step in run.steps(cfg.vae_steps, {"vae": coder, "optimizer": optimizer}, phase="vae"):
+        g = run.generator("vae", step)
+        batch = x[torch.randint(len(x), (64,), generator=g)]
+        noise = torch.randn(len(batch), vae.LATENTS, *(side // vae.FACTOR for side in x.shape[2:]), generator=g)
+        error = coder.loss(batch, noise)
+        error.backward()
+        optimizer.step(lr=optim.cosine(step, cfg.vae_steps, 20, 2e-3, 2e-4))
+        optimizer.zero_grad()
+        run.log(step, vae_loss=error)
+    coder.deviation.data = coder.encode(x).std() * coder.deviation
+    real = images.to_unit(test.x)
+    again = coder.decode(coder.encode(real))
+    run.check("vae_psnr", float(10 * torch.log10(4 / (again - real).square().mean())))  # decibels
+    run.check("vae_frechet", fidelity.frechet(fidelity.pixels(images.to_bytes(again)), fidelity.pixels(test.x)))
+    plots.reconstructions(run, test.x[:12], images.to_bytes(again[:12]))
+    return coder
+
+
+def save(net: DiT, classes: tuple[str, ...], coder: vae.VAE | None, folder: Path) -> None:
+    """The DiT as diffusers opens it, the names of the classes and the autoencoder, if there is one."""
+    convert.save(net, folder)
+    checkpoint.write_json(folder / "classes.json", list(classes))
+    if coder:
+        vae.save(coder, folder)
+
+
+def opened(folder: Path, cfg: Config) -> Trained:
+    """The trained network of a finished run, for `python -m finetune sample`."""
+    net = convert.load(folder / "model").eval()
+    names = reading.json_file(folder / "model/classes.json", list[str])
+    if len(names) != net.classes:
+        raise UserError(f"{folder / 'model/classes.json'} names {len(names)} classes, the model has {net.classes}")
+    coder = vae.load(folder / "model") if cfg.latent else None
+    return trained_model(cfg, net, tuple(names), coder)
+
+
+def trained_model(cfg: Config, net: DiT, classes: tuple[str, ...], coder: vae.VAE | None) -> Trained:
+    """What draws: the network with its process, guidance and decoder."""
+    image = (net.config.channels, net.config.side, net.config.side)
+    return Trained(net, cfg.process(), image, classes, coder.decode if coder else None, cfg.guided_channels or None)
 
 
 @torch.no_grad()
@@ -197,24 +260,18 @@ def asked(data: Images, count: int) -> Tensor:
     return torch.arange(count) % len(data.classes)
 
 
-def sample(
-    cfg: Config, net: DiT, process: Process, labels: Tensor, w: float, trace: list[Tensor] | None = None
-) -> Tensor:
+def sample(cfg: Config, model: Trained, labels: Tensor, w: float, trace: list[Tensor] | None = None) -> Tensor:
     """Images (N, C, H, W) uint8 of the classes `labels` (N,). Image k has a noise of its own: it is the same in any
     batch, and for any label and w."""
-    shape = (net.config.channels, net.config.side, net.config.side)
-    made = []
-    for rows in draw.batches(len(labels), 250):
-        noise = draw.Noise((stable_hash(cfg.seed, "sample", k) for k in rows), shape)
-        predict = draw.classifier_free(net, labels[rows.start : rows.stop], w, cfg.guided_channels or None)
-        made.append(draw.draw(predict, process, noise, sampler=cfg.sampler, steps=cfg.sample_steps, trace=trace))
-    return images.to_bytes(torch.cat(made))
+    return model.draw(
+        labels, cfg.seed, w, batch=250, sampler=cfg.sampler, steps=cfg.sample_steps, trace=trace
+    )  # fmt: skip
 
 
 # --- What is measured
 
 
-def evaluate(cfg: Config, run: Run, net: DiT, process: Process, train: Images, test: Images) -> None:
+def evaluate(cfg: Config, run: Run, model: Trained, train: Images, test: Images) -> None:
     """Results, checks and pictures of the trained network's samples, next to a Gaussian fitted to each class."""
     run.print("judging …")
     whole, _ = load(dataclasses.replace(cfg, without=-1, shuffle=False))  # the judge knows every class
@@ -222,7 +279,7 @@ def evaluate(cfg: Config, run: Run, net: DiT, process: Process, train: Images, t
     labels = asked(train, cfg.samples)
     real = referee.features(test.x)
     gaussian = fidelity.frechet(referee.features(fidelity.class_gaussian(whole, labels)), real)
-    samples = sample(cfg, net, process, labels, cfg.guidance)
+    samples = sample(cfg, model, labels, cfg.guidance)
     found = fidelity.fidelity(samples, train, test, referee.features)
     goals = targets_of(cfg, gaussian)
     right = (referee.classify(samples) == labels).double()
@@ -241,7 +298,7 @@ def evaluate(cfg: Config, run: Run, net: DiT, process: Process, train: Images, t
         run.check("accuracy_of_the_others", float(right[kept].mean()))
     rows: list[dict[str, float]] = []
     for w in GUIDANCE if classes > 1 else ():
-        part = samples if w == cfg.guidance else sample(cfg, net, process, labels[: cfg.samples * 2 // 5], w)
+        part = samples if w == cfg.guidance else sample(cfg, model, labels[: cfg.samples * 2 // 5], w)
         accuracy = (referee.classify(part) == labels[: len(part)]).double().mean().item()
         rows.append({"w": w, "accuracy": accuracy, "frechet": fidelity.frechet(referee.features(part), real)})
         run.check(f"accuracy_w{w:g}", accuracy)
@@ -250,8 +307,8 @@ def evaluate(cfg: Config, run: Run, net: DiT, process: Process, train: Images, t
         plots.guidance(run, rows, gaussian)
     plots.by_class(run, samples, labels)
     trace: list[Tensor] = []
-    sample(cfg, net, process, asked(train, 20), cfg.guidance, trace)
-    plots.denoising(run, trace)
+    sample(cfg, model, asked(train, 20), cfg.guidance, trace)
+    plots.denoising(run, [model.decode(x) if model.decode else x for x in trace])
 
 
 def targets_of(cfg: Config, gaussian: float) -> dict[str, float]:

@@ -28,6 +28,11 @@ def over_training(run: Run, seen: dict[str, Tensor]) -> None:
         images.save(run.dir / "samples_over_training.png", grid)
 
 
+def reconstructions(run: Run, real: Tensor, again: Tensor) -> None:
+    """reconstructions.png: held-out images, and below them what the autoencoder gives back."""
+    images.save(run.dir / "reconstructions.png", images.grid(torch.cat([real, again]), len(real), enlarge=scale(real)))
+
+
 def denoising(run: Run, trace: Sequence[Tensor]) -> None:
     """denoising.gif: the x₀ that the network believes in at each step, float (N, C, H, W)."""
     frames = [images.grid(images.to_bytes(x), enlarge=scale(x)) for x in trace]
