@@ -102,7 +102,7 @@ def sample(
     drawn = model.draw(asked, seed=seed, guidance=w, batch=batch, trace=trace, **how)
     columns = len(model.classes) if labels is None and len(model.classes) <= 16 else None
     enlarge = max(1, 48 // max(drawn.shape[-2:]))
-    frames = [images.grid(x, columns, enlarge=enlarge) for x in (*map(images.to_bytes, trace or ()), drawn)]
+    frames = [images.grid(x, columns, enlarge=enlarge) for x in (*map(model.pictures, trace or ()), drawn)]
     path.parent.mkdir(parents=True, exist_ok=True)
     images.animation(path, frames) if animate else images.save(path, frames[-1])
     names = [*model.classes, "none"]

@@ -39,12 +39,21 @@ class Config(msgspec.Struct):
 
 @dataclass
 class Trained:
-    """A network net(x, t, labels), its process, the size of its images and the names of its classes."""
+    """A network net(x, t, labels), its process, the size of what it draws and the names of its classes.
+
+    decode: from latents (N, C, H, W), if it draws such, to images in [−1, 1]; they are not clipped on the way. guided:
+    the first so many channels alone are guided (DiT: 3)."""
 
     net: nn.Module
     process: Process
     image: tuple[int, int, int]
     classes: tuple[str, ...]
+    decode: Callable[[Tensor], Tensor] | None = None
+    guided: int | None = None
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """uint8 images (N, C, H, W) of what the network draws."""
+        return to_bytes(self.decode(x) if self.decode else x)
 
     def draw(self, labels: Tensor, seed: int = 0, guidance: float = 1.0, batch: int = 128, **how: Any) -> Tensor:
         """Images uint8 (N, C, H, W) of labels (N,); image k is drawn with seed + k, alone or among others. `how` are
@@ -53,9 +62,10 @@ class Trained:
         self.net.eval()
         try:
             for part in batches(len(labels), batch):
-                predict = classifier_free(self.net, labels[part.start : part.stop], guidance)
+                predict = classifier_free(self.net, labels[part.start : part.stop], guidance, self.guided)
                 noise = Noise([seed + k for k in part], self.image)
-                parts.append(to_bytes(draw(predict, self.process, noise, **how)))
+                x = draw(predict, self.process, noise, **{"clip": self.decode is None} | how)
+                parts.append(self.pictures(x))
         finally:
             self.net.train(training)
         return torch.cat(parts)

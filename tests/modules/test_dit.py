@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from resumed import resumes_to_the_same_bytes
 from summaries import check_values
 from torch import nn
 
+from finetune import sample
 from finetune.diffusion import draw, images
 from finetune.diffusion.process import Process
 from finetune.errors import UserError
@@ -402,6 +404,9 @@ def test_without_guidance_labels_do_nothing(absent):
     guided = main.sample(cfg, model, torch.full((4,), 1), 2.0)
     assert not torch.equal(guided, main.sample(cfg, model, torch.full((4,), 2), 2.0))
     alone = main.sample(cfg, model, torch.ones(1, dtype=torch.int64), 2.0)
+    made = sample.sample(str(absent[0]), "1", guidance=2.0, steps=25, sampler="ddim", threads=1)
+    assert made["labels"] == ["1"]
+    assert made["steps"] == 25
     assert (alone.int() - guided[:1].int()).abs().max() <= 1
 
 
@@ -493,6 +498,8 @@ def test_latents_are_drawn_and_decoded(tmp_path):
     assert check_values(summary)["vae_psnr"] == pytest.approx(10 * math.log10(4 / error), abs=1e-3)
     assert error < 0.6 * images.to_unit(test.x).var()  # better than one gray for all pixels
     assert main.sample(cfg, model, torch.arange(3), 1.0).shape == (3, 1, 8, 8)
+    made = sample.sample(str(tmp_path / "run"), "3,none", animate=True, threads=1)
+    assert Path(made["path"]).stat().st_size > 100
     assert (tmp_path / "run/reconstructions.png").exists()
 
 

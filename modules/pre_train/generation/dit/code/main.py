@@ -308,7 +308,7 @@ def evaluate(cfg: Config, run: Run, model: Trained, train: Images, test: Images)
     plots.by_class(run, samples, labels)
     trace: list[Tensor] = []
     sample(cfg, model, asked(train, 20), cfg.guidance, trace)
-    plots.denoising(run, [model.decode(x) if model.decode else x for x in trace])
+    plots.denoising(run, [*map(model.pictures, trace)])
 
 
 def targets_of(cfg: Config, gaussian: float) -> dict[str, float]:

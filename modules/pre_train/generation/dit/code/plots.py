@@ -34,8 +34,8 @@ def reconstructions(run: Run, real: Tensor, again: Tensor) -> None:
 
 
 def denoising(run: Run, trace: Sequence[Tensor]) -> None:
-    """denoising.gif: the x₀ that the network believes in at each step, float (N, C, H, W)."""
-    frames = [images.grid(images.to_bytes(x), enlarge=scale(x)) for x in trace]
+    """denoising.gif: what the network believes the images to be at each step, uint8 (N, C, H, W)."""
+    frames = [images.grid(x, enlarge=scale(x)) for x in trace]
     images.animation(run.dir / "denoising.gif", frames)
 
 
