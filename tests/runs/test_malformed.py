@@ -271,6 +271,16 @@ def write_denoiser(folder):
     trained.save(folder / "model", "unet", shape, model)
 
 
+def write_dit(folder):
+    model, convert, vae = (registry.part("dit", name) for name in ("model", "convert", "vae"))
+    convert.save(model.DiT(model.DiTConfig(8, 4, 2, 8, 1, 2, 3)), folder)
+    vae.save(vae.VAE(1, 8), folder)
+
+
+def load_dit(folder):
+    return registry.part("dit", "convert").load(folder), registry.part("dit", "vae").load(folder)
+
+
 KINDS = {
     "llama config.json": (write_llama, "config.json", load.llama),
     "llama generation_config.json": (write_llama, "generation_config.json", load.llama),
@@ -299,6 +309,9 @@ KINDS = {
     "images npz": (write_images, "images.npz", lambda f: images.load(f / "images.npz")),
     "denoiser config.json": (write_denoiser, "model/config.json", lambda f: trained.load(f / "model", denoiser)),
     "denoiser weights": (write_denoiser, "model/model.safetensors", lambda f: trained.load(f / "model", denoiser)),
+    "dit config.json": (write_dit, "config.json", load_dit),
+    "dit weights": (write_dit, "diffusion_pytorch_model.safetensors", load_dit),
+    "vae.json": (write_dit, "vae.json", load_dit),
     "log": (write_log, "log.npz", lambda f: logged_data.load(f / "log.npz")),
 }
 

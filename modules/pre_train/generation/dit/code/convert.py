@@ -17,7 +17,7 @@ from finetune.errors import UserError
 from finetune.lm.io import weights
 from finetune.runs import checkpoint, reading
 
-from .model import DiT, DiTConfig
+from .model import DiT, DiTConfig, positions
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Ours → theirs.
@@ -100,6 +100,9 @@ def from_diffusers(raw: dict[str, Any], theirs: dict[str, Tensor], where: str = 
     """The DiT of a DiTTransformer2DModel. UserError names what a DiT does not have."""
     config = reading.convert(raw, Transformer, where).config(where)
     left = dict(theirs)
+    blocks = {name.split(".")[1] for name in theirs if name.startswith("transformer_blocks.")}
+    if len(blocks) != config.layers:
+        raise UserError(f"{where}: num_layers is {config.layers}, the weights have {len(blocks)} blocks")
     ours = {a: left.pop(b, None) for a, b in both(ENDS)}
     for i in range(config.layers):
         to, of = f"blocks.{i}", f"transformer_blocks.{i}"
@@ -132,11 +135,13 @@ def filled(config: DiTConfig, ours: dict[str, Tensor | None], left: dict[str, Te
     if left:
         raise UserError(f"{where}: tensor {min(left)} does not belong to a DiT of {config.layers} layers")
     dtype = next((t.dtype for t in ours.values() if t is not None), torch.float32)
-    model = DiT(config)
+    with torch.device("meta"):  # the shapes are compared before anything of their size is made
+        model = DiT(config)
     given = {name: t for name, t in ours.items() if t is not None}
     if "embed.weight" in given and given["embed.weight"].dim() == 4:
         given["embed.weight"] = given["embed.weight"].flatten(1)
     weights.fill(model, given.items(), dtype, where)
+    model.positions = positions(config.dim, config.side // config.patch)
     return model.to(dtype)
 
 

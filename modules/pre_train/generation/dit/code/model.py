@@ -51,10 +51,16 @@ class DiTConfig:
         for name in ("side", "channels", "patch", "dim", "layers", "heads", "classes"):
             if getattr(self, name) < 1:
                 raise UserError(f"a DiT needs {name} of at least 1, not {getattr(self, name)}")
+        if self.dim > 1 << 16 or self.layers > 1 << 12:
+            raise UserError(f"a DiT of {self.layers} layers of width {self.dim} is larger than any that can be used")
+        if self.frequency_shift not in (0, 1):
+            raise UserError(f"frequency_shift is 0 (the paper's code) or 1 (diffusers), not {self.frequency_shift}")
         if self.side % self.patch:
             raise UserError(f"patches of {self.patch} do not divide images of {self.side}×{self.side}")
         if self.dim % self.heads or self.dim % 4:
             raise UserError(f"dim ({self.dim}) must be a multiple of heads ({self.heads}) and of 4")
+        if self.tokens > 1 << 16:
+            raise UserError(f"{self.tokens:,} patches of an image are more than the 65,536 that a DiT takes")
 
     @property
     def tokens(self) -> int:

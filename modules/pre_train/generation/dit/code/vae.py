@@ -10,6 +10,7 @@ the training images, so that the noise schedule, made for unit variance, fits.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import torch
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune import ops
-from finetune.errors import UserError
 from finetune.lm.io import weights
 from finetune.runs import checkpoint, reading
 
@@ -29,8 +29,8 @@ NAME = "vae.safetensors"
 class Shape(msgspec.Struct):
     """vae.json"""
 
-    channels: reading.Count
-    width: reading.Count
+    channels: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    width: Annotated[int, msgspec.Meta(ge=8, le=4096, multiple_of=8)]
 
 
 class NormConv(nn.Module):
@@ -94,8 +94,7 @@ def save(vae: VAE, folder: Path) -> None:
 def load(folder: Path) -> VAE:
     """UserError for what is missing, damaged or of another shape."""
     shape = reading.json_file(folder / "vae.json", Shape)
-    if shape.width % 8:
-        raise UserError(f"{folder / 'vae.json'}: width {shape.width} is not a multiple of 8")
-    vae = VAE(shape.channels, shape.width)
+    with torch.device("meta"):
+        vae = VAE(shape.channels, shape.width)
     weights.fill(vae, weights.read_safetensors(folder, NAME), torch.float32, folder)
     return vae
