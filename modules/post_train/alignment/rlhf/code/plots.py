@@ -38,7 +38,7 @@ def overoptimization(run: Run, of_gold: Scale | None, best: Sequence[tuple[float
                 continue
             values = np.array(series[f"{phase}{name}"][1])
             if name == "gold" and of_gold is not None:
-                values = np.array(of_gold(torch.from_numpy(values)))
+                values = of_gold(torch.from_numpy(values)).numpy()
             label = f"{name}, {'nothing holds the policy' if phase else 'KL penalty, reward clipped'}"
             roots = np.maximum(series[f"{phase}kl"][1], 0) ** 0.5
             for axes, xs in ((left, roots), (middle, start + np.arange(len(values), dtype=float))):
