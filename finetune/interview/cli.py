@@ -157,7 +157,10 @@ def compare(
     rows: list[dict[str, Any]] = list(engine.matrix(entries, lang))
     prompts, found = answers_of(entries, own, count, new_tokens) if names and (own or count) else ([], None)
     if found is None and (own or out):
-        raise UserError("there is nothing to ask: name two or more runs of language models, such as sft dpo")
+        raise UserError(
+            "there is nothing to ask: fewer than two of what is named have a run that kept answers, as sft, dpo, grpo, "
+            "ppo --task lm and rlhf do (python -m finetune run NAME --toy)"
+        )
     if out and found:
         from finetune.interview.answers import markdown
         from finetune.runs.checkpoint import atomic_write
