@@ -15,7 +15,7 @@ secretly brings you off-policy RL training").
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,15 @@ from finetune.peft import lora
 BLOCK = 16  # tokens of a cache block
 MOST_SEQUENCES = 256  # that are sampled at once
 MOST_TOKENS = 4096  # of one forward pass of the trainer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as people and rewards read it, its tokens, and what its row holds for the reward."""
+
+    text: str
+    ids: list[int]
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
 
 from finetune.runs import checkpoint
 from finetune.runs.run import Run
@@ -29,6 +32,19 @@ def show(
     last_lines = [row | {"prompt": row["prompt"].splitlines()[-1]} for row in rows[:SHOWN]]
     run.table("answers of the policy", last_lines)
     checkpoint.write_json(run.dir / "answers.json", rows)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean over answers and its standard error (0 of one answer)."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        x = torch.tensor(values, dtype=torch.float64)
+        return cls(x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0)
 
 
 def distinct(texts: Sequence[str], n: int = 2) -> float:

@@ -10,14 +10,15 @@ import torch
 
 from finetune.alignment import shared_prompts
 from finetune.alignment.logprobs import Reference, evaluated
-from finetune.alignment.rollouts import Sampler
+from finetune.alignment.rollouts import Prompt, Sampler
+from finetune.alignment.samples import Estimate
 from finetune.alignment.shared_prompts import Group, Layout
 from finetune.inference.engine import Engine
 from finetune.inference.sampler import Sampling
 from finetune.lm.tokenizer import Tokenizer, answer_text
 from finetune.runs.run import Run
 
-from .tasks import Prompt, Task
+from .tasks import Task
 
 if TYPE_CHECKING:
     from .main import Config
@@ -29,25 +30,12 @@ BLOCK = 16  # tokens of a cache block; prompts share those in which they begin a
 
 
 @dataclass(frozen=True)
-class Score:
-    """A mean over answers and its standard error."""
-
-    mean: float
-    error: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Score:
-        x = torch.tensor(values, dtype=torch.float64)
-        return cls(x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0)
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Reward of the most likely and of sampled answers, the mean of log π − log π_ref over sampled ones (nats an
     answer), and the first sampled answer to each prompt with its reward."""
 
-    greedy: Score
-    sampled: Score
+    greedy: Estimate
+    sampled: Estimate
     kl: float
     texts: list[str]
     rewards: list[float]
@@ -68,7 +56,7 @@ def evaluate(
     greedy, _ = task.judge(prompts, texts[: len(prompts)])
     sampled, _ = task.judge(repeated, texts[len(prompts) :])
     return Evaluation(
-        Score.of(greedy), Score.of(sampled), apart(cfg, reference, prompts, answers[len(prompts) :: again]),
+        Estimate.of(greedy), Estimate.of(sampled), apart(cfg, reference, prompts, answers[len(prompts) :: again]),
         texts[len(prompts) :: again], sampled[::again],
     )  # fmt: skip
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from finetune.alignment import group_advantages
-from finetune.alignment.rollouts import Rollout, Sampler, rollouts
+from finetune.alignment.rollouts import Prompt, Rollout, Sampler, rollouts
 from finetune.data import packing
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs.run import Run
 
-from .tasks import Prompt, Task
+from .tasks import Task
 
 if TYPE_CHECKING:
     from .main import Config

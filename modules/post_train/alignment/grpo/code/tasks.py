@@ -5,27 +5,19 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from finetune.alignment import preferences, rewards
 from finetune.alignment.rewards import Reward
+from finetune.alignment.rollouts import Prompt
 from finetune.data.packing import Document
 from finetune.errors import UserError
 from finetune.lm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from .main import Config
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as people read it, its tokens, and what its row holds for the reward."""
-
-    text: str
-    ids: list[int]
-    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

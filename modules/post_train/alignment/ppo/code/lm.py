@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,8 @@ from finetune import memory, ops, optim
 from finetune.alignment import kl, logprobs, openings, ppo_lm, preferences, rewards, samples
 from finetune.alignment.reward_model import ScoreHead
 from finetune.alignment.rewards import Scale
-from finetune.alignment.rollouts import Sampler, mismatch, rollouts
+from finetune.alignment.rollouts import Prompt, Sampler, mismatch, rollouts
+from finetune.alignment.samples import Estimate
 from finetune.alignment.toy_writer import learn_to_write, toy_tokenizer
 from finetune.data import packing
 from finetune.data.packing import IGNORE, Batch, Document
@@ -113,15 +114,6 @@ class Models(nn.Module):
 
 
 # --- A rollout
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt in words and tokens, and the columns of its row, which a reward may read."""
-
-    text: str
-    ids: list[int]
-    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -272,7 +264,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     samples.show(run, texts, first.texts, json.loads(past["during"] or "[]"), last.texts)
     report(cfg, run, first, last)
     if cfg.steps:
-        plots.language(cfg, run, first.mean)
+        plots.language(cfg, run, first.score.mean)
     measure_memory(cfg, run, shape, setup, learner, last.answers)
     return {"trained_parameters": sum(p.numel() for p in models.trained.values())}
 
@@ -289,12 +281,8 @@ class Taste:
     kls: list[float]
 
     @property
-    def mean(self) -> float:
-        return sum(self.scores) / len(self.scores)
-
-    @property
-    def deviation(self) -> float:
-        return torch.tensor(self.scores).std().item() if len(self.scores) > 1 else 0.0
+    def score(self) -> Estimate:
+        return Estimate.of(self.scores)
 
     @property
     def texts(self) -> list[str]:
@@ -318,9 +306,8 @@ def taste(
 def report(cfg: Config, run: Run, first: Taste, last: Taste) -> None:
     """The results. With the project's rewards the score has to rise by 1.5; with a user's it has to rise."""
     own = cfg.data is not None or (bool(cfg.reward) and cfg.reward != ("vader",))
-    error = last.deviation / len(last.scores) ** 0.5 if len(last.scores) > 1 else None
-    wanted = first.mean + (0.0 if own else 1.5)
-    run.result("sample_reward", last.mean, error=error, baseline=first.mean, target=wanted)
+    wanted = first.score.mean + (0.0 if own else 1.5)
+    run.result("sample_reward", last.score.mean, error=last.score.error, baseline=first.score.mean, target=wanted)
     divergence = sum(last.kls) / len(last.kls)
     run.result("sample_kl", divergence, baseline=0.0, target=None if own else 10.0, higher=False)
     run.result("distinct_2", samples.distinct(last.texts), baseline=samples.distinct(first.texts))

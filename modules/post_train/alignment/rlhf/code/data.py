@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.alignment import openings, preferences, rewards, toy_writer
-from finetune.alignment.rollouts import Sampler, rollouts
+from finetune.alignment.rollouts import Prompt, Sampler, rollouts
 from finetune.data.packing import Document
 from finetune.errors import UserError
 from finetune.lm.tokenizer import Tokenizer, stop_ids
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
 
 Score = Callable[[Sequence[str], Sequence[str]], list[float]]  # of (prompts, answers)
 SENTENCE = re.compile(r"[^.!?\n]*\w[^.!?\n]*[.!?](?=\s|$)")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt for people and in tokens."""
-
-    text: str
-    ids: list[int]
 
 
 @dataclass(frozen=True)

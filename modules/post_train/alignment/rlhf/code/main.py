@@ -23,6 +23,7 @@ from finetune import memory
 from finetune.alignment import logprobs, rewards
 from finetune.alignment.reward_model import RewardModel, ValueModel
 from finetune.alignment.rewards import Scale
+from finetune.alignment.samples import Estimate
 from finetune.alignment.toy_writer import toy_tokenizer
 from finetune.data import packing
 from finetune.data.toy_directory import small_config, small_llama
@@ -347,17 +348,22 @@ def report(
     if quality.clear_accuracy == quality.clear_accuracy:
         run.result("clear_accuracy", quality.clear_accuracy, baseline=0.5, target=0.5 if own else 0.85 if toy else 0.75)
     run.check("calibration_error", quality.calibration_error)
-    run.result("proxy_reward", end["proxy"], error=error(after.proxy), baseline=start["proxy"],
+    run.result("proxy_reward", end["proxy"], error=Estimate.of(after.proxy).error, baseline=start["proxy"],
                target=start["proxy"] if own else None)  # fmt: skip
     if after.gold:
         target = start["gold"] if own else start["gold"] + 1.5 if toy else 2.5
-        run.result("gold_reward", end["gold"], error=error(after.gold), baseline=start["gold"], target=target)
-    run.result("policy_kl", end["kl"], error=error(after.kls), baseline=0.0, target=None if own else 10.0, higher=False)
+        run.result(
+            "gold_reward", end["gold"], error=Estimate.of(after.gold).error, baseline=start["gold"], target=target
+        )
+    run.result(
+        "policy_kl",
+        end["kl"],
+        error=Estimate.of(after.kls).error,
+        baseline=0.0,
+        target=None if own else 10.0,
+        higher=False,
+    )
     run.result("distinct_2", end["distinct_2"], baseline=start["distinct_2"], target=None if own or toy else 0.7)
-
-
-def error(values: Sequence[float]) -> float | None:
-    return torch.tensor(values).std().item() / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def measure_memory(
