@@ -6,6 +6,7 @@ Reads top to bottom: settings, loss, training, drawing, what is measured. bound.
 mixture whose exact answer is known, exhibits.py the pictures. The README explains every metric and every choice.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -167,6 +168,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         evaluate(cfg, run, model, train, test)
     if cfg.steps:
         run.record_memory(memory_rows(net, optimizer, ema, x_train[: cfg.batch], labels_train[: cfg.batch]))
+    run.next_commands = [("draw more images", f"sample {shlex.quote(str(run.dir))}")]
     return {}
 
 
