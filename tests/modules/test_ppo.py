@@ -305,3 +305,11 @@ def test_cartpole_within_100000_steps(seed, tmp_path, no_pictures):
 @pytest.mark.parametrize(("env", "least"), [("Acrobot-v1", -100), ("Pendulum-v1", -250)])
 def test_acrobot_and_pendulum(env, least, seed, tmp_path, no_pictures):
     assert after(env, seed, tmp_path / "run", steps=97) >= least
+
+
+@pytest.mark.long
+def test_halfcheetah_reaches_what_cleanrl_publishes(tmp_path, no_pictures):
+    """1,443 ± 46 after a million steps of HalfCheetah-v4 (ppo_continuous_action.py, three seeds)."""
+    pytest.importorskip("mujoco", reason="needs gymnasium[mujoco]")
+    usual = {"gamma": 0.99, "lr": 3e-4, "horizon": 2048, "envs": 1, "epochs": 10, "minibatches": 32}
+    assert after("HalfCheetah-v5", 0, tmp_path / "run", steps=488, **usual) >= 1443 - 46
