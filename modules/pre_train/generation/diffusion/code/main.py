@@ -78,7 +78,8 @@ class Config(config.Config):
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=400, batch=64, ema=0.99, warmup=30, bound_rows=2, oracle_steps=800, dropout=0.0, threads=1)
+        return cls(steps=350, batch=64, width=24, heads=1, lr=3e-3, warmup=30, ema=0.99, dropout=0.0, bound_rows=2,
+                   oracle_steps=800, threads=1)  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
