@@ -62,6 +62,7 @@ SMALLER = {
     "kernels trace <op>": "kernels trace rms_norm",
     "kernels levels": "kernels levels transpose --level 2",
     "kernels levels matmul": "kernels levels transpose --level 2",
+    "run diffusion --images mnist --levels 3": "run diffusion --levels 3",  # 5,000 images are measured at length
     "run mdp --world taxi": "run mdp --help",
     # it starts from a run
     "run rlhf --start '<RUN>' --reward gold --reward-clip 0 --beta 0 --steps 20 --unfinished 0 "
