@@ -25,7 +25,7 @@ ROLES = {
     "function_call": "assistant",  # LLaMA-Factory's: the text is the calls as JSON
 }  # fmt: skip
 # Keys that change what is to be learned, in ways that no chat template is told of.
-UNUSED = ("functions", "function_call", "images", "videos", "audios", "weight")
+UNUSED = ("functions", "function_call", "image", "images", "videos", "audios", "weight")
 PARSED = ("messages", "conversations", "conversation", "history", "tools", "documents", "chat_template_kwargs")
 # What is learned of a row: --train-on, or the row's key `train_on`.
 TRAIN_ON = {

@@ -21,7 +21,7 @@ LIMIT = 4 << 30  # bytes of a file, and of what it holds once unpacked
 Placed = Iterator[tuple[str, Any]]  # ("line 3", row)
 # What any form of rows reads: a Parquet file's other columns (images, embeddings) stay unread.
 COLUMNS = {*conversations.PARSED, *conversations.UNUSED, "prompt", "completion", "instruction", "input", "output",
-           "system", "train_on"}  # fmt: skip
+           "system", "train_on"} - {"image"}  # fmt: skip
 
 
 def read(path: str | Path, form: str | None = None, train_on: str = "answers") -> tuple[list[Conversation], str]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.data.image_files import open_image, to_rgb
 from finetune.errors import UserError
 from finetune.runs import reading, wheels
 from finetune.runs.checkpoint import atomic_write
@@ -204,28 +205,13 @@ def folder(path: Path, size: int | None = None) -> Images:
 
 def _read(file: Path, size: int | None) -> np.ndarray:
     """One image, (H, W) gray or (H, W, 3), uint8. UserError names the file if it is broken, animated or too large."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    try:
-        with Image.open(io.BytesIO(reading.file_bytes(file))) as opened:
-            if getattr(opened, "n_frames", 1) > 1:
-                raise UserError(f"{file} is an animation of {opened.n_frames} frames: give still images")
-            if size is None and max(opened.size) > LARGEST:
-                raise UserError(f"{file} is {opened.width}×{opened.height}: at most {LARGEST} a side, or give --side")
-            if opened.mode in ("1", "L"):
-                picture = opened.convert("L")
-            elif opened.mode in ("I", "F") or opened.mode.startswith("I;"):
-                raise UserError(f"{file} has pixels of more than 8 bits ({opened.mode}): save it with 8")
-            else:
-                clear = opened.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
-            if size is not None:
-                picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)  # cut to a square first
-            return np.asarray(picture)
-    except UserError:
-        raise
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f"{file} is not a readable image ({str(e).splitlines()[0] or type(e).__name__})") from None
+    opened = open_image(file, LARGEST if size is None else 0, ", or give --size")
+    picture = opened.convert("L") if opened.mode in ("1", "L") else to_rgb(opened)
+    if size is not None:
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)  # cut to a square first
+    return np.asarray(picture)
 
 
 def npz(path: Path) -> Images:
