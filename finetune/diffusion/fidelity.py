@@ -23,16 +23,15 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
         |μ_a − μ_b|² + tr(C_a + C_b − 2 (C_a C_b)^{1/2})
 
-    The trace of the root is the sum of the roots of the eigenvalues of C_a^{1/2} C_b C_a^{1/2}, which is symmetric.
-    ValueError for fewer than two rows."""
+    With centered rows A and B, C_a = AᵀA / (n − 1): the trace of the root is the sum of the singular values of A Bᵀ
+    over the square root of (n − 1) (m − 1), which are those of the product of their triangular factors. ValueError for
+    fewer than two rows."""
     if min(len(a), len(b)) < 2:
         raise ValueError("frechet: a covariance needs at least two rows")
     a, b = a.double(), b.double()
-    ca, cb = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))
-    values, vectors = torch.linalg.eigh(ca)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + ca.trace() + cb.trace() - 2 * cross)
+    ra, rb = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b))
+    cross = torch.linalg.svdvals(ra @ rb.T).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + ra.square().sum() + rb.square().sum() - 2 * cross)
 
 
 def nearest_neighbor_two_sample(a: Tensor, b: Tensor) -> float:
@@ -65,11 +64,14 @@ def class_gaussian(train: Images, labels: Tensor, seed: int = 0) -> Tensor:
 
 def one_gaussian(x: Tensor, count: int, seed: int = 0) -> Tensor:
     """`count` images drawn from one Gaussian fitted to images x, as `class_gaussian`."""
-    rows = x.flatten(1).double()
-    covariance = torch.cov(rows.T) if len(rows) > 1 else torch.zeros(rows.shape[1], rows.shape[1]).double()
-    values, vectors = torch.linalg.eigh(torch.atleast_2d(covariance))
-    unit = torch.randn(count, rows.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (rows.mean(0) + (unit * values.clamp(min=0).sqrt()) @ vectors.T).reshape(-1, *x.shape[1:])
+    rows, generator = x.flatten(1).double(), torch.Generator().manual_seed(seed)
+    if len(rows) > rows.shape[1]:
+        values, vectors = torch.linalg.eigh(torch.atleast_2d(torch.cov(rows.T)))
+        root = values.clamp(min=0).sqrt()[:, None] * vectors.T
+    else:  # fewer images than pixels: the centered rows themselves are a root of their covariance
+        root = (rows - rows.mean(0)) / max(len(rows) - 1, 1) ** 0.5
+    unit = torch.randn(count, len(root), generator=generator, dtype=torch.float64)
+    return (rows.mean(0) + unit @ root).reshape(-1, *x.shape[1:])
 
 
 def fidelity(samples: Tensor, train: Images, test: Images, features: object = None) -> dict[str, float]:
