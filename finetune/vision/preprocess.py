@@ -1,6 +1,6 @@
-"""Images as an encoder takes them: what a checkpoint's preprocessor_config.json says, as transformers' processors
-CLIPImageProcessor and SiglipImageProcessor do it with Pillow. Both give the same bits: Pillow scales the bytes, and the
-arithmetic after it has the same order and precision."""
+"""Images as an encoder takes them: what a checkpoint's preprocessor_config.json says, as transformers' processors of
+CLIP, SigLIP and BLIP do it with Pillow. Both give the same bits: Pillow scales the bytes, and the arithmetic after it
+has the same order and precision."""
 
 from __future__ import annotations
 
@@ -24,17 +24,21 @@ from finetune.runs import reading
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CLIP = ("CLIPImageProcessor", "CLIPFeatureExtractor")
-SIGLIP = ("SiglipImageProcessor",)
+FAMILIES = {
+    "CLIPImageProcessor": "clip", "CLIPFeatureExtractor": "clip", "SiglipImageProcessor": "siglip",
+    "BlipImageProcessor": "blip",
+}  # fmt: skip
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 # What transformers takes for keys that a file lacks.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "clip": {
         "size": {"shortest_edge": 224},
         "do_center_crop": True,
         "crop_size": {"height": 224, "width": 224},
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
     },
+    "blip": {"size": {"height": 384, "width": 384}, "image_mean": CLIP_MEAN, "image_std": CLIP_STD},
     "siglip": {
         "size": {"height": 224, "width": 224},
         "image_mean": [0.5, 0.5, 0.5],
@@ -152,13 +156,14 @@ class Whole(msgspec.Struct):
 def read_config(raw: dict[str, Any], source: object) -> Preprocessor:
     """The preprocessing of a preprocessor_config.json."""
     named = raw.get("image_processor_type") or raw.get("feature_extractor_type")
-    kind = named.removesuffix("Fast").removesuffix("Pil") if isinstance(named, str) else named
-    if kind not in CLIP + SIGLIP:
-        raise UserError(f"{source}: image_processor_type = {named!r} is not supported (only {CLIP[0]}, {SIGLIP[0]})")
+    kind = str(named).removesuffix("Fast").removesuffix("Pil")
+    if kind not in FAMILIES:
+        raise UserError(f"{source}: image_processor_type = {named!r} is not supported (only {', '.join(FAMILIES)})")
+    family = FAMILIES[kind]
     require(raw, source, {"do_pad": (False, None), "use_square_size": (False, None)})
     given = {key: value for key, value in raw.items() if value is not None}
-    read = reading.convert(DEFAULTS["clip" if kind in CLIP else "siglip"] | given, ProcessorConfig, source)
-    shortest, size = edges(read.size, "size", source, square=False) if read.do_resize else (0, None)
+    read = reading.convert(DEFAULTS[family] | given, ProcessorConfig, source)
+    shortest, size = edges(read.size, "size", source, square=family == "blip") if read.do_resize else (0, None)
     crop = None
     if read.do_center_crop:
         if read.crop_size is None:

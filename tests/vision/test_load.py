@@ -46,6 +46,35 @@ def close(ours, theirs):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Blip2VisionModel", "Blip2ForConditionalGeneration"])
+@torch.no_grad()
+def test_blip2s_encoder_equals_transformers(tmp_path, kind):
+    """EVA: one matrix for queries, keys and values; of the whole model the rest is passed over."""
+    import transformers
+
+    torch.manual_seed(0)
+    vision = VISION | {"image_size": 20, "patch_size": 6}
+    if kind == "Blip2VisionModel":
+        config = transformers.Blip2VisionConfig(**vision)
+    else:
+        small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+        config = transformers.Blip2Config(
+            vision_config=vision,
+            qformer_config=small | {"intermediate_size": 16, "encoder_hidden_size": 32},
+            text_config=small | {"model_type": "opt", "ffn_dim": 16, "word_embed_proj_dim": 16},
+            num_query_tokens=2,
+            image_token_index=19,
+        )
+    theirs = getattr(transformers, kind)(config).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.15)
+    theirs.save_pretrained(tmp_path)
+    ours, x = load.vit(tmp_path), images(2, 3, 20, 20)
+    out = getattr(theirs, "vision_model", theirs)(x, output_hidden_states=True)
+    close(ours.states(x, -2), out.hidden_states[-2])
+    close(ours.norm(ours.states(x)), out.last_hidden_state)
+
+
 KINDS = ("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPModel", "SiglipVisionModel", "SiglipModel")
 
 
@@ -155,6 +184,8 @@ def rewrite(folder, change):
 
 CONFIGS = [
     ({"model_type": "dinov2"}, "model_type = 'dinov2' is not supported (only clip"),
+    ({"model_type": ["clip"]}, "model_type = ['clip'] is not supported"),
+    ({"architectures": 5}, "architectures = 5 is not supported"),
     ({"model_type": None}, "model_type = None is not supported"),
     ({"architectures": ["CLIPForImageClassification"]}, "CLIPForImageClassification"),
     ({"hidden_act": "relu"}, "hidden_act = 'relu' is not supported"),
@@ -164,6 +195,7 @@ CONFIGS = [
     ({"patch_size": 21}, "patches of 21 pixels"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"model_type": "blip_2_vision_model", "architectures": None, "qkv_bias": False}, "qkv_bias = False is not"),
     ({"num_hidden_layers": 4}, "tensor blocks.3."),
     ({"num_hidden_layers": 2}, "blocks.2."),
     ({"patch_size": 5}, "has shape"),
@@ -172,7 +204,7 @@ TENSORS = [
     (lambda t: t.pop("encoder.layers.1.mlp.fc1.weight"), "tensor blocks.1.mlp.up.weight is missing"),
     (lambda t: t.pop("head.attention.in_proj_bias"), "tensor pool.attn.q.bias is missing"),
     (lambda t: t.update({"encoder.layers.0.self_attn.rotary": torch.ones(2)}), "self_attn.rotary does not belong"),
-    (lambda t: t.update({"head.attention.in_proj_weight": torch.ones(95, 32)}), "in_proj_weight"),
+    (lambda t: t.update({"head.attention.in_proj_weight": torch.ones(95, 32)}), "pool.attn.qkv.weight does not"),
     (lambda t: t.update({"embeddings.patch_embedding.weight": torch.ones(32, 6, 6, 3)}), "patch.weight has shape"),
     (lambda t: t.update({"post_layernorm.weight": torch.full((32,), torch.nan)}), "norm.weight holds NaN"),
     (lambda t: t.update({"post_layernorm.weight": torch.ones(32, dtype=torch.int8)}), "has dtype int8"),

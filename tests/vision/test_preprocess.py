@@ -21,6 +21,8 @@ def picture(height, width, mode="RGB", seed=0):
 def theirs(kind):
     if kind == "CLIP":
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as found
+    elif kind == "Blip":
+        from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil as found
     else:
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil as found
     return found
@@ -42,7 +44,7 @@ SETTINGS = [
 
 @pytest.mark.peer
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip", "Blip"])
 @pytest.mark.filterwarnings("ignore:'mode' parameter")
 def test_every_bit_equals_transformers(tmp_path, kind, settings):
     """Folders that transformers wrote; images that are wide, high, gray, transparent and small."""
@@ -100,6 +102,7 @@ def test_steps_by_definition():
 
 BAD = [
     ({"image_processor_type": "ViTImageProcessor"}, "image_processor_type = 'ViTImageProcessor' is not supported"),
+    ({"image_processor_type": ["CLIPImageProcessor"]}, "is not supported"),
     ({"image_processor_type": None}, "image_processor_type = None"),
     ({"do_pad": True}, "do_pad = True is not supported"),
     ({"size": {"longest_edge": 20}}, "longest_edge"),
