@@ -107,7 +107,7 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> Config:
         return cls(
-            steps=100, model="scratch", lr=3e-4, beta=0.1, batch=16, warmup=5, prompts=600, eval_prompts=200,
+            steps=100, model="scratch", lr=3e-4, beta=0.1, batch=16, warmup=5, prompts=1000, eval_prompts=200,
             max_length=48, gap=1.0, new_tokens=12, eval_pairs=200, sample_every=25, checkpoint_every=50,
         )  # fmt: skip
 
