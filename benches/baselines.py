@@ -41,18 +41,18 @@ def group_norm_silu(x, weight, bias, groups, eps=1e-5):
 
 def modulate(x, shift, scale, eps=1e-6):
     """As DiT writes it."""
-    return {
-        "F.layer_norm · (1 + scale) + shift": lambda: (
-            F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-        )
-    }
+    shift, scale = (of_items(each, x) for each in (shift, scale))
+    return {"F.layer_norm · (1 + scale) + shift": lambda: F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift}
 
 
 def gate_residual(x, gate, branch):
-    return {
-        "x + gate · branch": lambda: x + gate.unsqueeze(1) * branch,
-        "torch.addcmul": lambda: torch.addcmul(x, gate.unsqueeze(1), branch),
-    }
+    gate = of_items(gate, x)
+    return {"x + gate · branch": lambda: x + gate * branch, "torch.addcmul": lambda: torch.addcmul(x, gate, branch)}
+
+
+def of_items(each, x):
+    """(B, C) as (B, 1, …, C), to go with x (B, …, C)."""
+    return each.reshape(each.shape[0], *(1,) * (x.dim() - 2), each.shape[1])
 
 
 def swiglu(gate, up):

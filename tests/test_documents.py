@@ -77,13 +77,15 @@ SETTINGS = {
     "dit": "--samples 20 --sample-steps 2 --judge-steps 5 --batch 8 --vae-steps 3",
     "diffusion": "--batch 8 --samples 20 --oracle-steps 5 --bound-rows 0 --no-exhibits",
     "dpo": "--sft-steps 60 --prompts 60 --eval-prompts 30 --samples 4",
+    "grpo": "--sft-steps 20",
     "inference": "--train-steps 3 --requests 100 --rounds 2",
     "mdp": "--rollouts 100 --rollout-steps 100 --pairs 10",
     "rlhf": "--sft-steps 20 --reward-steps 4 --prompts 40 --answers 2 --eval-prompts 10 --eval-answers 2 --samples 4 "
     "--beyond 2 --batch 8",
     "policy_gradient": "--episodes 2 --max-episode-steps 30 --eval-episodes 2 --corridor-steps 2 --score-episodes 1000 "
     "--variance-groups 10",
-    "ppo": "--repeats 1 --eval-episodes 2 --max-episode-steps 20 --ablation-seeds 2 --ablation-updates 2 --horizon 16",
+    "ppo": "--repeats 1 --eval-episodes 2 --max-episode-steps 20 --ablation-seeds 2 --ablation-updates 2 --horizon 16 "
+    "--sft-steps 20",
     "td_learning": "--cliff-runs 4 --cliff-episodes 40 --bias-runs 50 --bias-episodes 40 --car-runs 1 --car-episodes 5 "
     "--taxi-runs 2 --taxi-steps 500 --runs 10 --dqn-steps 64 --world-steps 40",
 }

@@ -62,8 +62,14 @@ def test_memorization_tells_copies():
 def test_what_the_measures_say_of_digits(digits, judge):
     train, test = digits
     noise = torch.randint(256, test.x.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: len(test)]
     rows = {
-        "real": fidelity.fidelity(train.x[torch.randperm(len(train))[: len(test)]], train, test, judge.features),
+        "real": fidelity.fidelity(
+            train.x[some],
+            train,
+            test,
+            judge.features,
+        ),
         "class": fidelity.fidelity(fidelity.class_gaussian(train, test.labels), train, test, judge.features),
         "one": fidelity.fidelity(fidelity.one_gaussian(train.x, len(test)), train, test, judge.features),
         "noise": fidelity.fidelity(noise, train, test, judge.features),
@@ -77,8 +83,9 @@ def test_what_the_measures_say_of_digits(digits, judge):
     assert one_nn[0] + 0.05 < one_nn[1] < one_nn[2] - 0.05  # and this sees through it
     assert rows["noise"]["one_nn"] == 1
     assert rows["real"]["memorization"] == 0  # they are training images
-    features = [rows[name]["frechet_features"] for name in ("real", "class", "one", "noise")]
-    assert features == sorted(features)
+    features = {name: row["frechet_features"] for name, row in rows.items()}
+    assert max(features["real"], features["class"]) < 3
+    assert 10 < features["one"] < features["noise"] / 2
 
 
 def test_the_judge_knows_digits_and_not_shuffled_ones(digits, judge):

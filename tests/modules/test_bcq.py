@@ -273,7 +273,7 @@ CARTPOLE = SMALL | {"envs": "CartPole-v1", "sweep_sets": "none"}
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("factor", [100.0, 0.01])
+@pytest.mark.parametrize("factor", [100.0, pytest.param(0.01, marks=pytest.mark.long)])
 def test_on_an_experts_steps_bcq_balances_and_dqn_falls_in_any_unit_of_rewards(factor, tmp_path):
     """The bars of the toy on `expert`, with the rewards of its steps × 100 and × 0.01."""
     made = logged_data.generate("CartPole-v1", "expert", 10_000, 0)

@@ -386,7 +386,7 @@ def test_without_steps_rate_or_the_data_nothing_is_learned(change, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("factor", [100.0, 0.01])
+@pytest.mark.parametrize("factor", [100.0, pytest.param(0.01, marks=pytest.mark.long)])
 def test_an_experts_steps_teach_in_any_unit_of_rewards(factor, tmp_path):
     """The bars of the toy on `expert`, with the rewards of its steps × 100 and × 0.01."""
     made = logged_data.generate("CartPole-v1", "expert", 2000, 0)

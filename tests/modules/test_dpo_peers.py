@@ -129,15 +129,15 @@ def test_divergences_equal_those_of_trl(name, peers):
 def test_additions_equal_those_of_trl(change, peers):
     trainer, policy, reference, _ = peers
     if change == "ld":
-        same(ours(dpo.Config(length_alpha=0.4), policy, reference), theirs(trainer, ld_alpha=0.4))
+        same(ours(dpo.Config(beta=0.1, length_alpha=0.4), policy, reference), theirs(trainer, ld_alpha=0.4))
     elif change == "wpo":
-        same(ours(dpo.Config(weighted=True), policy, reference), theirs(trainer, use_weighting=True))
+        same(ours(dpo.Config(beta=0.1, weighted=True), policy, reference), theirs(trainer, use_weighting=True))
     else:  # their mean is over the batch's tokens, ours over answers: with one pair it is the same
         one = [ROWS[0]]
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(globals(), "ROWS", one)
             wanted = theirs(trainer, loss_types=["sigmoid", "sft"], loss_weights=[1.0, 0.7])
-            same(ours(dpo.Config(sft_weight=0.7), policy, reference), wanted)
+            same(ours(dpo.Config(beta=0.1, sft_weight=0.7), policy, reference), wanted)
 
 
 @pytest.mark.peer

@@ -138,10 +138,11 @@ def test_kernels_call_no_function_whose_error_is_unknown():
 
 @pytest.mark.parametrize("op", ops.REGISTRY)
 def test_opcheck(op):
-    for sample in SAMPLES[op]:
+    """Every sample in one dtype, the first two in each."""
+    for i, sample in enumerate(SAMPLES[op]):
         if sample.placed or any(t.is_floating_point() and t.float().isnan().any() for t in flat(sample.args)):
             continue  # it takes two NaN for different results
-        for dtype in DTYPES:
+        for dtype in DTYPES if i < 2 else DTYPES[:1]:
             overload, args = ops.REGISTRY[op].overload("finetune", *sample.cast(dtype), **sample.kwargs)
             torch.library.opcheck(overload, args)
 

@@ -75,14 +75,14 @@ def relu_mlp(sizes: Sequence[int | Image]) -> nn.Sequential:
 
 
 class Layers(nn.Sequential):
-    """Layers in order. Linear ones and tanh are computed without the calls of modules, which take longer than products
-    as small as those of one step of a few environments."""
+    """Layers in order. Linear ones and tanh, if they have no hooks, are computed without the calls of modules, which
+    take longer than products as small as those of one step of a few environments."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self._modules.values():
-            if type(layer) is nn.Linear:
+            if type(layer) is nn.Linear and not hooked(layer):
                 x = F.linear(x, layer._parameters["weight"], layer._parameters["bias"])  # type: ignore[arg-type]
-            elif type(layer) is nn.Tanh:
+            elif type(layer) is nn.Tanh and not hooked(layer):
                 x = x.tanh()
             elif layer is not None:
                 x = layer(x)
@@ -105,6 +105,10 @@ def tanh_mlp(sizes: Sequence[int | Image], last_scale: float = 1.0) -> nn.Sequen
         nn.init.zeros_(linear.bias)
         layers += [linear] if last else [linear, nn.Tanh()]
     return Layers(*before, *layers)
+
+
+def hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 class Ensemble(nn.Module):
