@@ -84,6 +84,22 @@ class Sample:
             yield replace(self, name=f"{self.name}, far {at}.{dimension}", far=(at, dimension))
 
 
+# Shapes (B, …, C) of ops that have a row of numbers for each of B items.
+OF_ITEMS = {
+    "small": (2, 3, 8),
+    "odd": (3, 5, 37),
+    "a row an item": (5, 37),
+    "planes": (2, 3, 5, 24),
+    "empty": (0, 4, 16),
+    "no rows": (2, 0, 16),
+    "wide": (2, 3, 1031),
+    "many rows": (1, 67, 19),
+    "many items": (40, 2, 19),
+    "blocks": (2, 70, 300),  # several blocks an item, rows at once in each, and warps a row
+    "wider": (2, 3, 4104),  # than a block's threads take at once; by 16 bytes
+}
+
+
 def place(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: str, odd: bool, far: int | None
 ) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.ops._op import op
-from finetune.ops._samples import Sample
+from finetune.ops._samples import OF_ITEMS, Sample
 
 
 @op
@@ -66,17 +66,8 @@ def samples() -> Iterator[Sample]:
     def make(name: str, *shape: int, size: float = 1.0, mean: float = 0.0, bench: bool = False) -> Sample:
         return around(name, torch.randn(*shape, generator=g, dtype=torch.float64) * size + mean, bench)
 
-    yield make("small", 2, 3, 8)
-    yield make("odd", 3, 5, 37)
-    yield make("a row an item", 5, 37)
-    yield make("planes", 2, 3, 5, 24)
-    yield make("empty", 0, 4, 16)
-    yield make("no rows", 2, 0, 16)
-    yield make("wide", 2, 3, 1031)
-    yield make("many rows", 1, 67, 19)
-    yield make("many items", 40, 2, 19)
-    yield make("blocks", 2, 70, 300)  # several blocks an item, rows at once in each, and warps a row
-    yield make("wider", 2, 3, 4104)  # than a block's threads take at once; by 16 bytes
+    for name, shape in OF_ITEMS.items():
+        yield make(name, *shape)
     yield make("large", 2, 4, 64, size=1e4)
     yield make("shifted", 2, 4, 65, mean=300.0)
     yield around("strided", torch.randn(2, 48, 6, generator=g, dtype=torch.float64).transpose(1, 2))
