@@ -36,7 +36,7 @@ def classifier_free(net: Any, labels: Tensor, w: float, channels: int | None = N
     """predict(x, t) of a network net(x, t (N,), labels (N,)) with guidance w: 0 is unconditional, 1 conditional, both
     to the bit and with one evaluation. The null class is net.classes.
 
-    channels: guide only the first so many and take the others from the conditional output (DiT guides 3 of 8).
+    channels: guide only this many of the first and take the others from the conditional output (DiT guides 3 of 8).
     """
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ class Trained:
     """A network net(x, t, labels), its process, the size of what it draws and the names of its classes.
 
     decode: from latents (N, C, H, W), if it draws such, to images in [−1, 1]; they are not clipped on the way. guided:
-    the first so many channels alone are guided (DiT: 3)."""
+    only this many of the first channels are guided (DiT: 3)."""
 
     net: nn.Module
     process: Process

@@ -18,7 +18,7 @@ constexpr NormSplit item_split(int64_t items, int64_t rows, int64_t dim) {
   return split;
 }
 
-// Of a grid: the z dimension, which takes at most 65,535; a block takes every so many items.
+// Of a grid: the z dimension, at most 65,535; a block takes the items that are gridDim.z apart.
 constexpr unsigned grid_items(int64_t items) { return static_cast<unsigned>(items < 65535 ? items : 65535); }
 
 // Floats of scratch for `sums` such sums.
