@@ -136,7 +136,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     shape = network_shape(cfg, train)
     check_room(run, shape)
     run.seed("model")
-    net = network(**shape)
+    net = UNet(**shape)
     net(x_train[:1], torch.zeros(1), labels_train[:1])  # a size that does not fit is refused before anything is trained
     parameters = [*net.parameters()]
     optimizer = optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0)
@@ -260,20 +260,15 @@ def mixture(cfg: Config, run: Run) -> None:
 
 
 def network_shape(cfg: Config, data: images.Images) -> dict[str, Any]:
-    """The arguments of `network`."""
+    """The arguments of `UNet`."""
     names = ("width", "levels", "blocks", "heads", "attention", "dropout", "learned_variance")
     return {"channels": data.x.shape[1], "classes": len(data.classes)} | {name: getattr(cfg, name) for name in names}
-
-
-def network(**shape: Any) -> UNet:
-    """A U-Net with random weights."""
-    return UNet(**shape)
 
 
 def check_room(run: Run, shape: dict[str, Any]) -> None:
     """UserError if weights, gradients, moments and average cannot fit into the memory, or checkpoints on the disk."""
     with torch.device("meta"):
-        size = sum(p.numel() for p in network(**shape).parameters())
+        size = sum(p.numel() for p in UNet(**shape).parameters())
     room.check_bytes(sum(by_formula(size).values()), "--width, --levels or --blocks")
     if not run.resume:
         room.check_disk(run.dir, 20 * 4 * size, "three checkpoints and the model")
@@ -287,19 +282,12 @@ def by_formula(size: int) -> dict[str, int]:
 def memory_rows(net: UNet, optimizer: optim.AdamW, ema: Ema, x: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """Bytes of training, by formula and as measured; activations of a step are measured only."""
     t = torch.zeros(len(x), dtype=torch.int64)
-    activations = meters.saved_bytes(net, lambda: net(x, t, labels))
-    net(x, t, labels).mean().backward()
-    measured = {
-        "weights": meters.weight_bytes(net),
-        "gradients": meters.gradient_bytes(net),
-        "optimizer states": meters.optimizer_bytes(optimizer),
-        "EMA": meters.storage_bytes(ema.average.values()),
-    }
-    optimizer.zero_grad()
+    measured = memory.measure(net, optimizer, lambda: net(x, t, labels).mean())
+    measured["EMA"] = meters.storage_bytes(ema.average.values())
     rows = memory.table(by_formula(sum(p.numel() for p in net.parameters())), measured)
-    return [*rows, {"name": "activations", "predicted": None, "measured": activations}]
+    return [*rows, {"name": "activations", "predicted": None, "measured": measured["activations"]}]
 
 
 def opened(folder: Path, cfg: Config) -> trained.Trained:
     """The trained network of a finished run, for `python -m finetune sample`."""
-    return trained.load(folder / "model", network)
+    return trained.load(folder / "model", UNet)

@@ -69,7 +69,7 @@ class Config(config.Config):
     sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm_solver_2m"] = "ddim"  # a flow: euler or heun
     sample_steps: int = bounded(25, at_least=1, at_most=100_000)
     guidance: float = bounded(2.0, at_least=0)  # w: 0 ignores the label, 1 follows it, more exaggerates it
-    # guide only the first so many channels (3 in the paper's code); 0: all
+    # guide only this many of the first channels (3 in the paper's code); 0: all
     guided_channels: int = bounded(0, at_least=0, at_most=64)
     samples: int = bounded(500, at_least=20, at_most=10**6)  # images that are judged, all classes alike
     judge_steps: int = bounded(400, at_least=0, at_most=10**6)  # of the classifier that judges
@@ -96,7 +96,8 @@ class Config(config.Config):
 
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
-    train, test = load(cfg)
+    whole, test = load(cfg)
+    train = shown(cfg, whole)
     shape, process = model_config(cfg, train), cfg.process()
     check_memory(cfg, shape)
     coder = autoencoder(cfg, run, train, test) if cfg.latent else None
@@ -145,7 +146,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     # Saved first: whatever fails below, what was trained is kept.
     with ema.swapped():
         save(net, train.classes, coder, run.dir / "model")
-        evaluate(cfg, run, model, train, test)
+        evaluate(cfg, run, model, whole, train, test)
     plots.over_training(run, seen)
     run.check("parameters", size)
     run.check("gflops_an_image", flops / 1e9)
@@ -159,20 +160,23 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 
 
 def load(cfg: Config) -> tuple[Images, Images]:
-    """Images to train on, and a fifth of each class to compare with."""
+    """Images of every class, and a fifth of each to compare with."""
     found = images.load(cfg.data or cfg.images, cfg.size)
     height, width = found.x.shape[-2:]
     if height != width:
         raise UserError(f"the images are {width}×{height}, not square: --size {min(height, width)} makes them so")
     if cfg.without >= len(found.classes):
         raise UserError(f"--without {cfg.without}: the classes are 0 to {len(found.classes) - 1}")
-    train, test = found.split(0.2)
-    if cfg.without >= 0:
-        train = train[train.labels != cfg.without]
+    return found.split(0.2)
+
+
+def shown(cfg: Config, whole: Images) -> Images:
+    """What is trained on: all, or what the controls leave of it."""
+    train = whole[whole.labels != cfg.without] if cfg.without >= 0 else whole
     if cfg.shuffle:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(stable_hash(cfg.seed, "shuffle")))
         train = dataclasses.replace(train, labels=train.labels[order])
-    return train, test
+    return train
 
 
 def model_config(cfg: Config, data: Images) -> DiTConfig:
@@ -271,11 +275,10 @@ def sample(cfg: Config, model: Trained, labels: Tensor, w: float, trace: list[Te
 # --- What is measured
 
 
-def evaluate(cfg: Config, run: Run, model: Trained, train: Images, test: Images) -> None:
+def evaluate(cfg: Config, run: Run, model: Trained, whole: Images, train: Images, test: Images) -> None:
     """Results, checks and pictures of the trained network's samples, next to a Gaussian fitted to each class."""
     run.print("judging …")
-    whole, _ = load(dataclasses.replace(cfg, without=-1, shuffle=False))  # the judge knows every class
-    referee = judge.train_judge(whole, test, cfg.judge_steps)
+    referee = judge.train_judge(whole, test, cfg.judge_steps)  # it knows every class
     labels = asked(train, cfg.samples)
     real = referee.features(test.x)
     gaussian = fidelity.frechet(referee.features(fidelity.class_gaussian(whole, labels)), real)
@@ -334,16 +337,8 @@ def memory_rows(
     """Bytes of a training step, by formula and as measured."""
     predicted = cost.memory(net.config, len(x), DTYPES[cfg.dtype], cfg.gradient_checkpointing)
     t = torch.zeros(len(x), dtype=torch.int64)
-    activations = meters.saved_bytes(net, lambda: net(x, t, labels))
-    net(x, t, labels).mean().backward()
-    measured = {
-        "weights": meters.weight_bytes(net),
-        "gradients": meters.gradient_bytes(net),
-        "optimizer states": meters.optimizer_bytes(optimizer),
-        "EMA": meters.storage_bytes(ema.average.values()),
-        "activations": activations,
-    }
-    net.zero_grad(set_to_none=True)
+    measured = memory.measure(net, optimizer, lambda: net(x, t, labels).mean())
+    measured["EMA"] = meters.storage_bytes(ema.average.values())
     return memory.table(predicted, measured)
 
 
