@@ -7,8 +7,7 @@
 // is fp32.
 #include "finetune/layer_norm.h"
 
-#include "row_blocks.h"
-#include "simd.h"
+#include "normalized_rows.h"
 
 namespace finetune::FINETUNE_LEVEL {
 namespace {
@@ -19,69 +18,23 @@ template <class T>
 void forward(const LayerNorm& a) {
   const auto* w = static_cast<const T*>(a.weight);
   const auto* b = static_cast<const T*>(a.bias);
-  const int64_t dim = a.dim;
-  const float n = static_cast<float>(dim);
-  for_each_pair(a.rows, dim, [&]<int kRows>(int64_t row) {
-    const T* x = static_cast<const T*>(a.x) + row * dim;
-    T* y = static_cast<T*>(a.y) + row * dim;
-    float total[kRows], mean[kRows], rstd[kRows];
-    sum_vectors(dim, total, [&](vf* sums, int64_t i, auto get) {
-      for (int r = 0; r < kRows; ++r) sums[r] += get(x + r * dim + i);
-    });
-    float center[kRows][kLanes];  // the mean, loaded like x, so that the lanes past a row's end differ by zero
-    for (int r = 0; r < kRows; ++r) {
-      a.mean[row + r] = mean[r] = total[r] / n;
-      store(center[r], set1(mean[r]));
-    }
-    sum_vectors(dim, total, [&](vf* sums, int64_t i, auto get) {
-      for (int r = 0; r < kRows; ++r) {
-        const vf v = get(x + r * dim + i) - get(center[r]);
-        sums[r] += v * v;
-      }
-    });
-    for (int r = 0; r < kRows; ++r) a.rstd[row + r] = rstd[r] = 1.0f / __builtin_sqrtf(total[r] / n + a.eps);
-    for_each_vector(dim, [&](int64_t i, auto get, auto put) {
-      const vf scale = get(w + i), shift = b ? get(b + i) : vf{};
-      for (int r = 0; r < kRows; ++r) put(y + r * dim + i, (get(x + r * dim + i) - mean[r]) * rstd[r] * scale + shift);
-    });
+  for_each_pair(a.rows, a.dim, [&]<int kRows>(int64_t row) {
+    normalize_rows<kRows>(
+        static_cast<const T*>(a.x) + row * a.dim, static_cast<T*>(a.y) + row * a.dim, a.dim, a.eps, a.mean + row,
+        a.rstd + row, [&](int64_t i, auto get) { return get(w + i); },
+        [&](int64_t i, auto get) { return b ? get(b + i) : vf{}; });
   });
 }
 
 template <class T, bool kParameterGrads>
 void backward_rows(const LayerNormBackward& a, int64_t begin, int64_t end, float* dw, float* db) {
   const auto* w = static_cast<const T*>(a.weight);
-  const int64_t dim = a.dim;
-  const float n = static_cast<float>(dim);
-  if (kParameterGrads) std::memset(dw, 0, dim * sizeof(float)), std::memset(db, 0, dim * sizeof(float));
+  if (kParameterGrads) std::memset(dw, 0, a.dim * sizeof(float)), std::memset(db, 0, a.dim * sizeof(float));
   in_pairs<kBackwardPairs<T>>(begin, end, [&]<int kRows>(int64_t row) {
-    const T* x = static_cast<const T*>(a.x) + row * dim;
-    const T* dy = static_cast<const T*>(a.dy) + row * dim;
-    T* dx = static_cast<T*>(a.dx) + row * dim;
-    float mean[kRows], rstd[kRows], push[kRows], pull[kRows], dots[2 * kRows];  // dots: Σ g and Σ g · x̂ of each row
-    for (int r = 0; r < kRows; ++r) mean[r] = a.mean[row + r], rstd[r] = a.rstd[row + r];
-    sum_vectors(dim, dots, [&](vf* total, int64_t i, auto get) {
-      const vf scale = get(w + i);
-      for (int r = 0; r < kRows; ++r) {
-        const vf g = get(dy + r * dim + i) * scale;
-        total[2 * r] += g;
-        total[2 * r + 1] += g * ((get(x + r * dim + i) - mean[r]) * rstd[r]);
-      }
-    });
-    for (int r = 0; r < kRows; ++r) push[r] = dots[2 * r] / n, pull[r] = dots[2 * r + 1] / n;
-    for_each_vector(dim, [&](int64_t i, auto get, auto put) {
-      const vf scale = get(w + i);
-      vf sum_dw{}, sum_db{};
-      for (int r = 0; r < kRows; ++r) {
-        const vf d = get(dy + r * dim + i), normal = (get(x + r * dim + i) - mean[r]) * rstd[r];
-        put(dx + r * dim + i, (d * scale - push[r] - normal * pull[r]) * rstd[r]);
-        sum_dw += d * normal;
-        sum_db += d;
-      }
-      if (kParameterGrads) {
-        put(dw + i, get(dw + i) + sum_dw);
-        put(db + i, get(db + i) + sum_db);
-      }
-    });
+    const int64_t at = row * a.dim;
+    normalize_rows_backward<kParameterGrads, kRows>(static_cast<const T*>(a.x) + at, static_cast<const T*>(a.dy) + at,
+                                                    static_cast<T*>(a.dx) + at, a.dim, a.mean + row, a.rstd + row, dw,
+                                                    db, [&](int64_t i, auto get) { return get(w + i); });
   });
 }
 
