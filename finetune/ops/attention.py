@@ -1,19 +1,20 @@
 """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) with grouped key/value heads (Ainslie et al.
 2023, arXiv:2305.13245), padding by lengths, packed documents, a sliding window (Longformer: Beltagy et al. 2020,
-arXiv:2004.05150; as Mistral 7B has it: Jiang et al. 2023, arXiv:2310.06825) and a softcap of the scores (Gemma 2, 2024,
-arXiv:2408.00118).
+arXiv:2004.05150; as Mistral 7B has it: Jiang et al. 2023, arXiv:2310.06825), a softcap of the scores (Gemma 2, 2024,
+arXiv:2408.00118) and a mask of (query, key) pairs (Q-Former: Li et al. 2023, arXiv:2301.12597; Flamingo, where text
+sees the image before it: Alayrac et al. 2022, arXiv:2204.14198).
 
     o[b, i, h] = Σ_j p_j v[b, j, g],   p = softmax over the visible j of  s_j = scale · q[b, i, h] · k[b, j, g]
     g = h // (H / Hkv)
     softcap c > 0:  c · tanh(s_j / c) in place of s_j;  its derivative is 1 − tanh²(s_j / c)
     visible(b, i, j) = (j < lengths[b]) and (not causal or j <= i + Tk − Tq) and (i and j of one document)
-                       and (no window or j > place − window)
+                       and (no window or j > place − window) and (no mask or mask[b, i, j])
     place = i + Tk − Tq if causal, else the sequence's last key: lengths[b] − 1, Tk − 1 or the document's last
 
 A query that sees no key gives 0 and gets gradient 0. Tokens that no query of a sequence may see (keys behind `lengths`,
 tokens of other documents, the padding of a tile) add exactly 0 to every sum and get gradient 0, whatever they hold, NaN
-and infinity too. The causal rule and the window do not promise that: there a hidden key has weight 0, and 0 · NaN is
-NaN. (The kernels skip tiles of keys that no query of a tile sees, so what NaN does there depends on the tiles.)
+and infinity too. The causal rule, the window and the mask do not promise that: there a hidden key has weight 0, and 0 ·
+NaN is NaN. (The kernels skip tiles of keys that no query of a tile sees, so what NaN does there depends on the tiles.)
 
 Arithmetic in fp32 whatever the dtype; the result is rounded once. The reference makes the whole (Tq, Tk) score matrix;
 the kernels never do (FlashAttention-2, arXiv:2307.08691).
@@ -46,6 +47,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     window: int = 0,
     softcap: float = 0.0,
+    mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """q (B, Tq, H, D), k and v (B, Tk, Hkv, D) of one dtype, H a multiple of Hkv → (B, Tq, H, D). Gradients for all.
@@ -55,6 +57,8 @@ def attention(
     window w > 0: a query sees the last w keys up to its own place, of those that the rules above show; not causal, the
     sequence's last w keys, which is what one token of each of several sequences of different lengths needs in decoding.
     softcap c > 0: scores s become c · tanh(s / c), after the scale and before the masks. 0 turns either off.
+    mask (B, Tq, Tk) or (1, Tq, Tk), bool: of the keys that the rules above show, a query sees those where it is True.
+    It excludes cu_seqlens and has no gradient.
     A query that sees no key gives 0. scale defaults to 1/√D.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -65,7 +69,7 @@ def attention(
         rules = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
         parts = [attention.reference(*each, **rules) for each in documents]
         return torch.cat([q[:, :0], *parts], 1)
-    hidden = ~visible(q, k, causal, lengths, None, window)  # (B, Tq, Tk)
+    hidden = ~visible(q, k, causal, lengths, None, window, mask)  # (B, Tq, Tk)
     q = q.masked_fill(hidden.all(2)[..., None, None], 0)
     k, v = (x.masked_fill(behind(x, lengths), 0) for x in (k, v)) if lengths is not None else (k, v)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -89,26 +93,34 @@ def capped(scores: Tensor, softcap: float) -> Tensor:
 
 
 def visible(
-    q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None, cu_seqlens: Tensor | None, window: int = 0
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """(B, Tq, Tk) bool: which key each query sees."""
     (b, tq), tk = q.shape[:2], k.shape[1]
     i = torch.arange(tq, device=q.device)[:, None]
     j = torch.arange(tk, device=q.device)
-    mask = torch.ones(b, tq, tk, dtype=torch.bool, device=q.device)
+    seen = torch.ones(b, tq, tk, dtype=torch.bool, device=q.device)
     last: Tensor | int = tk - 1  # key of the sequence
     if lengths is not None:
         last = lengths.to(q.device)[:, None, None] - 1
-        mask = mask & (j <= last)
+        seen = seen & (j <= last)
     if cu_seqlens is not None:
         ends = cu_seqlens.to(q.device).long()
         document = torch.searchsorted(ends, j, right=True)  # (T,)
         last = ends[document][:, None] - 1
-        mask = mask & (document[:, None] == document)
+        seen = seen & (document[:, None] == document)
     if causal:
         last = i + tk - tq
-        mask = mask & (j <= last)
-    return mask & (j > last - window) if window else mask
+        seen = seen & (j <= last)
+    if mask is not None:
+        seen = seen & mask
+    return seen & (j > last - window) if window else seen
 
 
 def check_documents(ends: list[int], tokens: int) -> None:
@@ -118,7 +130,15 @@ def check_documents(ends: list[int], tokens: int) -> None:
 
 @attention.check
 def _(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, window: int, softcap: float, **_
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int,
+    softcap: float,
+    mask: Tensor | None,
+    **_,
 ) -> None:
     if q.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[-1]):
         raise ValueError(
@@ -134,31 +154,46 @@ def _(
         raise ValueError(f"attention: window must be 0 (none) or a number of keys, got {window}")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"attention: softcap must be 0 (none) or positive and finite, got {softcap}")
+    if mask is None:
+        return
+    if cu_seqlens is not None:
+        raise ValueError("attention: mask excludes cu_seqlens")
+    b, *pairs = q.shape[0], q.shape[1], k.shape[1]
+    if mask.dtype is not torch.bool or mask.dim() != 3 or mask.shape[0] not in (1, b) or [*mask.shape[1:]] != pairs:
+        raise ValueError(
+            f"attention: mask must be bool, (B, Tq, Tk) = {[b, *pairs]} or {[1, *pairs]}, got {mask.dtype}, "
+            f"{[*mask.shape]}"
+        )
 
 
 @attention.fused
 def _(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, lengths, cu_seqlens, window: int, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, lengths, cu_seqlens, window, softcap, mask
 ) -> Tensor:
-    mask = visible(q, k, causal, lengths, cu_seqlens, window)[:, None]
+    seen = visible(q, k, causal, lengths, cu_seqlens, window, mask)[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if softcap:  # torch has no fused form of it: scores in fp32, and weights in v's dtype as its kernels have them
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = capped(q.to(wide) @ k.to(wide).mT * scale, softcap)
-        p = scores.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask, 0)
+        p = scores.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0)
         return (p.to(v.dtype) @ v).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 attention.on_host = ("lengths", "cu_seqlens")
 
 
 @attention.supports
-def _(backend: str, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, **_) -> str | None:
-    if (window or softcap) and "window" not in dict(attention.schemas["attention"].arguments):
-        return "the native library is older than its window and softcap: pip install -e . builds it again"
+def _(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, mask: Tensor | None, **_
+) -> str | None:
+    newer = {"window": window or softcap, "mask": mask is not None}
+    if any(newer.values()):
+        known = dict(attention.schemas["attention"].arguments)
+        if older := [name for name, used in newer.items() if used and name not in known]:
+            return f"the native library is older than its {older[0]}: pip install -e . builds it again"
     if backend not in ("cpp", "triton") and q.shape[-1] > 256:
         return f"it takes head dims up to 256, got {q.shape[-1]}"
     return native_float(backend, q, k, v)
@@ -183,10 +218,10 @@ def keep(ctx, inputs, output) -> tuple[Tensor, ...]:
 
 @attention.backward(keep=keep)
 def _(operators, ctx, do: Tensor, *_):
-    q, k, v, lengths, cu_seqlens, o, m, l = ctx.saved_tensors
+    q, k, v, lengths, cu_seqlens, *mask, o, m, l = ctx.saved_tensors
     options = (ctx.rest["causal"], ctx.rest["scale"], lengths, cu_seqlens)
     rules = [ctx.rest[name] for name in ("window", "softcap") if name in ctx.rest]
-    grads = operators.attention_backward(do, q, k, v, o, m, l, *options, *rules)
+    grads = operators.attention_backward(do, q, k, v, o, m, l, *options, *rules, *mask)
     return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
