@@ -75,7 +75,7 @@ SETTINGS = {
     "bcq": "--rows 300 --fqe-steps 2 --eval-episodes 2 --sweep 0,1",
     "cql": "--updates 5 --data-steps 500 --fqe-steps 1 --eval-episodes 2",
     "dit": "--samples 20 --sample-steps 2 --judge-steps 5 --batch 8 --vae-steps 3",
-    "diffusion": "--batch 8 --samples 20 --oracle-steps 5 --bound-rows 0 --no-exhibits",
+    "diffusion": "--batch 8 --samples 20 --oracle-steps 5 --bound-rows 0 --no-exhibits --sample-steps 2 --width 8",
     "dpo": "--sft-steps 60 --prompts 60 --eval-prompts 30 --samples 4",
     "grpo": "--sft-steps 20",
     "inference": "--train-steps 3 --requests 100 --rounds 2",

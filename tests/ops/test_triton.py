@@ -26,12 +26,14 @@ SAMPLES = {op: [s for s in ops.REGISTRY[op].samples() if not s.bench] for op in 
 
 def cases(dtypes, default="bf16"):
     """op × sample × dtype. Interpretation takes its time: of each op the first two samples run by default in every
-    dtype, the others in the default one; it knows no alignment."""
+    dtype, the others in the default one, in fp32 among the slow tests and in fp16 among the long ones; it knows no
+    alignment."""
     for op in KERNELS:
         for i, sample in enumerate(SAMPLES[op]):
             for name, dtype in dtypes.items():
                 scan = op == "gae" and sample.args[0].numel() > 1000  # the interpreter takes one element after another
                 marks = [pytest.mark.slow] if scan or sample.odd or (i > 1 and name != default) else []
+                marks += [pytest.mark.long] if i > 1 and name not in (default, "f32") else []
                 yield pytest.param(op, sample, dtype, id=f"{op}-{sample.name}-{name}", marks=marks)
 
 
@@ -90,7 +92,7 @@ def test_opcheck(op):
         torch.library.opcheck(overload, arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("op", ["attention", "linear_cross_entropy"])
 def test_fp32_with_its_own_tiles(op):
     for sample in SAMPLES[op]:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,9 +167,20 @@ def interrupted(folder):
     return sorted((folder / "checkpoints").glob("step_*"))
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was interrupted."""
+    os.environ["FINETUNE_MODULES"] = str(FIXTURES)
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    interrupted(folder)
+    del os.environ["FINETUNE_MODULES"]
+    return folder
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "empty meta", "another step", "types of meta"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, damage, capsys):
-    older, newest = interrupted(tmp_path / "run")
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, stopped, tmp_path, damage, capsys):
+    shutil.copytree(stopped, tmp_path / "run")
+    older, newest = sorted((tmp_path / "run/checkpoints").glob("step_*"))
     tensors = newest / checkpoint.TENSORS
     content = tensors.read_bytes()
     if damage == "truncated":
