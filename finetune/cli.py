@@ -15,6 +15,7 @@ from click.exceptions import NoArgsIsHelpError
 from finetune import environment
 from finetune.errors import UserError
 from finetune.interview import cli as interview
+from finetune.drills import cli as drills
 from finetune.kernels import cli as kernels
 
 if TYPE_CHECKING:
@@ -458,6 +459,7 @@ def doctor(json: bool) -> None:
 
 for command in (interview.brief, interview.quiz, interview.compare, interview.progress):
     app.add_command(command)
+app.add_command(drills.drill)
 app.add_command(kernels.kernels)
 
 

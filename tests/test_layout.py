@@ -19,8 +19,8 @@ PEERS = ("transformers", "peft", "trl", "diffusers", "d3rlpy", "stable_baselines
 # The rooms of finetune/, the lowest first: a file imports from its own room and from those before it.
 ROOMS = (
     "errors", "environment", "ops", "runs", "optim", "kernels", "lm", "lm/io", "peft", "distributed", "data",
-    "diffusion", "vision", "inference", "rl", "rl/envs", "rl/agents", "rl/tabular", "alignment", "memory", "chat", "interview",
-    "merge", "export", "sample", "serve", "terminal", "doctor", "smoke", "cli",
+    "diffusion", "vision", "inference", "rl", "rl/envs", "rl/agents", "rl/tabular", "alignment", "memory", "chat",
+    "interview", "drills", "merge", "export", "sample", "serve", "terminal", "doctor", "smoke", "cli",
 )  # fmt: skip
 # Deep reinforcement learning and environments know nothing of tables.
 APART = {"rl/envs": {"rl/agents", "rl/tabular"}, "rl/agents": {"rl/tabular"}}

@@ -1,0 +1,58 @@
+"""What a drill is tried on. Its check.py has
+
+def cases(draw)      yields Cases, the smallest inputs first, so that the first that fails is the smallest
+def drive(code, *args, **kwargs)    optional: calls the learner's code; default: the function of `write`
+def reference(*args, **kwargs)      optional: what is right, in float64; default: `drive` of the solution
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    """One input.
+
+    name: what is special about it, shown when it fails
+    args, kwargs: given to the code; none may be changed by it unless `changes` says so
+    grad: gradients of the floating-point tensors in args are compared too
+    length: how many terms the longest sum of the result has; the largest side of an argument by default
+    """
+
+    name: str
+    args: Sequence[Any] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    grad: bool = False
+    length: int = 0
+    changes: bool = False
+
+
+class Draw:
+    """Random inputs, the same in every process."""
+
+    def __init__(self, name: str) -> None:
+        self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale).to(dtype)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return (torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low).float()
+
+    def integers(self, high: int, *shape: int, low: int = 0) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator)
+
+    def flags(self, *shape: int, share: float = 0.5) -> Tensor:
+        """bool, True with this probability."""
+        return torch.rand(shape, generator=self.generator) < share
+
+    def strided(self, *shape: int) -> Tensor:
+        """Normal numbers of this shape that do not lie next to each other in memory."""
+        return self.normal(*shape[:-1], 2 * shape[-1])[..., ::2]

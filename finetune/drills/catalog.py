@@ -1,0 +1,134 @@
+"""The drills that there are: folders drills/<subject>/<name>/ of three or four files.
+
+drill.toml     title, level, minutes, where it is asked, hints, usual mistakes; the task in Chinese
+solution.py    a right answer, whose docstring is the task in English with an example; also.py is another
+check.py       the inputs it is tried on, and what is compared (finetune/drills/cases.py)
+
+What a learner starts from is made of the solution: the bodies of what they write are replaced. A mistake is an edit of
+the solution, as a kernel's deliberate faults are.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from finetune.errors import UserError, nearest
+from finetune.runs import reading, registry
+
+ROOT = Path(__file__).resolve().parents[2] / "drills"
+SUBJECTS = ("tensor", "cuda", "triton", "cpp", "debug")
+HINTS = 3
+
+
+class Edit(msgspec.Struct):
+    """A mistake that people make: what it is in both languages, and the edits of the solution that make it."""
+
+    en: str
+    zh: str
+    edits: Annotated[list[tuple[str, str]], msgspec.Meta(min_length=1)]  # old text, new text
+
+
+class DrillToml(msgspec.Struct):
+    """drill.toml as parsed."""
+
+    title: registry.Bilingual
+    task_zh: str
+    level: Annotated[int, msgspec.Meta(ge=1, le=5)]
+    minutes: Annotated[int, msgspec.Meta(ge=1, le=120)]
+    asked: registry.Bilingual
+    write: Annotated[list[str], msgspec.Meta(min_length=1)]  # functions and classes that the learner writes
+    hints: Annotated[list[registry.Bilingual], msgspec.Meta(min_length=HINTS, max_length=HINTS)]
+    mistakes: dict[str, Edit]
+
+
+@dataclass(frozen=True)
+class Drill:
+    name: str
+    subject: str
+    folder: Path
+    text: DrillToml
+
+    @property
+    def solution(self) -> Path:
+        return next(self.folder.glob("solution.*"))
+
+    def title(self, lang: str) -> str:
+        return str(getattr(self.text.title, lang))
+
+    def mistaken(self, name: str) -> str:
+        """The source of the solution with one of its mistakes in it."""
+        return edited(self.solution.read_text(encoding="utf-8"), self.text.mistakes[name].edits, f"{self.name}.{name}")
+
+    def stub(self, lang: str) -> str:
+        """What the learner starts from: signatures and the task, without the solution's bodies."""
+        return stub(
+            self.solution.read_text(encoding="utf-8"), self.text.write, self.text.task_zh if lang == "zh" else ""
+        )
+
+
+def edited(source: str, edits: list[tuple[str, str]], name: str) -> str:
+    """The source after all edits. ValueError if an old text is not there exactly once."""
+    for old, new in edits:
+        if source.count(old) != 1:
+            raise ValueError(f"mistake {name}: {old!r} is {source.count(old)} times in the solution, not once")
+        source = source.replace(old, new)
+    return source
+
+
+def drills() -> list[Drill]:
+    """All drills, by level, then subject and name. UserError names a drill.toml that cannot be read."""
+    found = [
+        Drill(path.parent.name, path.parent.parent.name, path.parent, reading.toml_file(path, DrillToml))
+        for path in ROOT.glob("*/*/drill.toml")
+    ]
+    return sorted(found, key=lambda d: (d.text.level, SUBJECTS.index(d.subject), d.name))
+
+
+def find(name: str) -> Drill:
+    """The drill of this name. UserError suggests the nearest."""
+    known = {drill.name: drill for drill in drills()}
+    if name not in known:
+        raise UserError(f"unknown drill '{name}'{nearest(name, known) or '; `python -m finetune drill` lists all'}")
+    return known[name]
+
+
+def stub(source: str, write: list[str], task: str = "") -> str:
+    """The source with the body of everything in `write` replaced by an exception, and of what else it defines only the
+    imports and constants. `task` stands in for the docstring of the file."""
+    tree, lines = ast.parse(source), source.splitlines()
+    parts: list[str] = []
+    if (head := ast.get_docstring(tree)) is not None:
+        parts.append(f'"""{(task or head).strip()}\n"""')
+    for node in tree.body[1 if head is not None else 0 :]:
+        own = isinstance(node, ast.FunctionDef | ast.ClassDef)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if node.name not in write:
+                continue
+            text = hollow(node, lines)
+        else:
+            text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        plain = isinstance(node, ast.Import | ast.ImportFrom)
+        parts.append(text if plain and parts and parts[-1].lstrip().startswith(("import ", "from ")) else f"\n{text}")
+        if own:
+            parts[-1] = "\n" + parts[-1]
+    return "\n".join(parts) + "\n"
+
+
+def hollow(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> str:
+    """A function, or a class with all its methods, without bodies; docstrings stay."""
+    if isinstance(node, ast.FunctionDef):
+        start = min([node.lineno, *(each.lineno for each in node.decorator_list)]) - 1
+        first = node.body[0]
+        kept = lines[start : first.lineno - 1]
+        if ast.get_docstring(node) is not None:
+            kept = lines[start : first.end_lineno]
+        return "\n".join([*kept, " " * (node.col_offset + 4) + "raise NotImplementedError"])
+    first = next(each for each in node.body if isinstance(each, ast.FunctionDef))
+    start = min([first.lineno, *(each.lineno for each in first.decorator_list)]) - 1
+    methods = [hollow(each, lines) for each in node.body if isinstance(each, ast.FunctionDef)]
+    return "\n".join([*lines[node.lineno - 1 : start], "\n\n".join(methods)])
