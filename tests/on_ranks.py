@@ -8,7 +8,11 @@ import torch
 
 from finetune.distributed.collectives import MAX
 from finetune.distributed.mesh import Layout
+from finetune.distributed.model import ParallelModel
+from finetune.distributed.stage import initial
 from finetune.errors import UserError
+from finetune.lm.gpt import GPT, GPTConfig
+from finetune.lm.llama import Llama, LlamaConfig
 
 
 def number(rank, add=0):
@@ -110,3 +114,100 @@ def places(rank, layout):
         total = group.all_reduce(torch.tensor([float(rank.number)]))
         assert total.item() == sum(group.ranks)
     return mesh.place, {name: getattr(mesh, name).ranks for name in groups}
+
+
+# --- A model on several ranks
+
+
+GPT_SHAPE = {"vocab_size": 37, "dim": 24, "layers": 4, "heads": 6, "max_length": 16}
+LLAMA_SHAPE = {"vocab_size": 37, "dim": 24, "layers": 4, "heads": 8, "kv_heads": 4, "hidden": 45, "max_length": 16}
+UNTIED = LLAMA_SHAPE | {"tied": False, "qk_norm": True, "qkv_bias": True, "o_bias": True, "heads": 6, "kv_heads": 3}
+
+
+def config_of(name):
+    if name == "gpt":
+        return GPTConfig(**GPT_SHAPE)
+    if name == "capped":
+        return LlamaConfig(**LLAMA_SHAPE, logit_softcap=5.0, attention_softcap=9.0, post_norms=True, head_dim=4)
+    return LlamaConfig(**(UNTIED if name == "untied" else LLAMA_SHAPE), head_dim=4)
+
+
+def whole_model(name):
+    """One process's model, whose weights are far from their usual small ones."""
+    torch.manual_seed(0)
+    config = config_of(name)
+    model = GPT(config) if name == "gpt" else Llama(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+def batch_of(rows=5, length=16, ignored=0.2, seed=1):
+    """(rows, length + 1) tokens; the last ones of some rows, and all of the last row, are −100."""
+    g = torch.Generator().manual_seed(seed)
+    batch = torch.randint(37, (rows, length + 1), generator=g)
+    for i in range(rows):
+        if ignored and i % 2:
+            batch[i, length - 2 * i :] = -100
+    if ignored:
+        batch[-1, 1:] = -100
+    return batch
+
+
+def made(rank, name, layout, **options):
+    model = ParallelModel(config_of(name), rank.mesh(layout), length=options.pop("length", 16), **options)
+    model.load(dict(whole_model(name).named_parameters()).__getitem__)
+    return model
+
+
+def gradients(rank, name, layout, rows, **options):
+    """The loss, the norm, every parameter's gradient with its piece, and the micro-batches held."""
+    model = made(rank, name, layout, **options)
+    if options.get("sharded"):
+        model.make_optimizer()
+    loss = model.gradients(rows)
+    norm = model.norm()
+    if options.get("sharded"):  # the shards of the ranks of dp and cp together are the gradient
+        for buckets in model.buckets:
+            for bucket in buckets.buckets:
+                bucket.flat.copy_(bucket.group.all_gather(bucket.shard.clone()))
+    grads = [(name, piece, p.grad.clone()) for name, p, piece in model.named()]
+    return loss, norm, grads, model.played.live
+
+
+def trained(rank, name, layout, steps, **options):
+    """Losses of some steps on changing rows, and the weights after them."""
+    model = made(rank, name, layout, **options)
+    model.make_optimizer(weight_decay=0.1)
+    losses = []
+    for step in range(steps):
+        losses.append(model.gradients(batch_of(rows=6, seed=step)))
+        model.step(lr=1e-2, clip=0.5)
+    return losses, [(name, piece, p.detach().clone()) for name, p, piece in model.named()]
+
+
+def counted(rank, name, layout, rows, **options):
+    """Calls and bytes of one step's gradients, by (kind, group), and the buckets that started early."""
+    model = made(rank, name, layout, **options)
+    mesh = model.mesh
+    mesh.counts.clear()
+    model.gradients(rows)
+    early = [buckets.early for buckets in model.buckets]
+    return dict(mesh.counts.calls), dict(mesh.counts.bytes), early, [len(b.buckets) for b in model.buckets]
+
+
+def evaluated(rank, name, layout, rows, **options):
+    return made(rank, name, layout, **options).loss(rows)
+
+
+def refused(rank, changes, layout, **options):
+    config = GPTConfig(**(GPT_SHAPE | changes))
+    ParallelModel(config, rank.mesh(layout), **({"length": 16} | options))
+
+
+def drawn(rank, name, layout):
+    """The pieces of the initial weights."""
+    model = ParallelModel(config_of(name), rank.mesh(layout), length=16)
+    model.load(initial(config_of(name), seed=3))
+    return [(name, piece, p.detach().clone()) for name, p, piece in model.named()]

@@ -55,13 +55,12 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        rows, steps, dim = x.shape
-        q, k, v = self.qkv(x).view(rows, steps, 3, self.heads, -1).unbind(2)  # (B, T, H, D)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, T, H, D)
         if context.cache is None:
             o = ops.attention(q, k, v, causal=True, lengths=context.lengths, cu_seqlens=context.cu_seqlens)
         else:
             o = context.cache.attend(self.layer, q, k, v, context.lengths)
-        return self.o(o.reshape(rows, steps, dim))
+        return self.o(o.flatten(2))
 
 
 class MLP(nn.Module):
@@ -123,11 +122,13 @@ class GPT(nn.Module):
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
+        embedded: Tensor | None = None,
         hidden: bool = False,
     ) -> Tensor:
         """Logits (B, T, V) of tokens (B, T), or with `hidden` the state after the last norm (B, T, C).
 
-        The arguments and errors are those of `Llama.forward`.
+        `embedded` (B, T, C): vectors that replace the sum of token and position embeddings. The other arguments, and
+        the errors, are those of `Llama.forward`.
         """
         context = forward_context(
             tokens,
@@ -138,7 +139,7 @@ class GPT(nn.Module):
             cu_seqlens=cu_seqlens,
             cache=cache,
         )
-        x = self.embed(tokens) + self.positions(context.positions)  # (B, T, C)
+        x = self.embed(tokens) + self.positions(context.positions) if embedded is None else embedded  # (B, T, C)
         again = getattr(cache, "stateless", cache is None)  # whether a block may run twice: it adds no keys to a cache
         save_memory = self.gradient_checkpointing and torch.is_grad_enabled() and again
         for block in self.blocks:

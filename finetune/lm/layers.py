@@ -173,8 +173,15 @@ def init_gpt2(model: nn.Module, layers: int, residual: tuple[str, ...]) -> None:
     """GPT-2's initial weights (Radford et al. 2019, §2.3): N(0, .02), biases 0, and .02/√(2·layers) for the projections
     that write into the residual stream, named by the endings `residual`."""
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.dim() == 2:
-            small = name.removesuffix(".weight").endswith(residual)
-            parameter.normal_(0.0, 0.02 / (2 * layers) ** 0.5 if small else 0.02)
+        init_parameter(name, parameter, layers, residual)
+
+
+def init_parameter(
+    name: str, parameter: Tensor, layers: int, residual: tuple[str, ...], generator: torch.Generator | None = None
+) -> None:
+    """`init_gpt2` of one parameter, in place; the weight of a norm is left as it is."""
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif parameter.dim() == 2:
+        small = name.removesuffix(".weight").endswith(residual)
+        parameter.normal_(0.0, 0.02 / (2 * layers) ** 0.5 if small else 0.02, generator=generator)

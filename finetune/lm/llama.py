@@ -100,10 +100,9 @@ class Attention(nn.Module):
         self.k_norm = norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> Tensor:
-        rows, steps, _ = x.shape
-        q = self.q_norm(self.q(x).view(rows, steps, -1, self.head_dim))  # (B, T, H, D)
-        k = self.k_norm(self.k(x).view(rows, steps, -1, self.head_dim))  # (B, T, Hkv, D)
-        v = self.v(x).view(rows, steps, -1, self.head_dim)
+        q = self.q_norm(self.q(x).unflatten(-1, (-1, self.head_dim)))  # (B, T, H, D)
+        k = self.k_norm(self.k(x).unflatten(-1, (-1, self.head_dim)))  # (B, T, Hkv, D)
+        v = self.v(x).unflatten(-1, (-1, self.head_dim))
         if self.rotates:
             q = ops.rope(q, cos, sin, context.turns)
             k = ops.rope(k, cos, sin, context.turns)
@@ -112,7 +111,7 @@ class Attention(nn.Module):
             o = ops.attention(q, k, v, causal=True, lengths=context.lengths, cu_seqlens=context.cu_seqlens, **rules)
         else:
             o = context.cache.attend(self.layer, q, k, v, context.lengths, **rules)
-        return self.o(o.reshape(rows, steps, -1))
+        return self.o(o.flatten(2))
 
 
 class MLP(nn.Module):
@@ -234,8 +233,9 @@ class Llama(nn.Module):
         x = self.embeddings(tokens) if embedded is None else embedded  # (B, T, C)
         again = getattr(cache, "stateless", cache is None)  # whether a block may run twice: it adds no keys to a cache
         save_memory = self.gradient_checkpointing and torch.is_grad_enabled() and again
-        for layer, block in enumerate(self.blocks):
-            cos, sin = local if layer in config.window_layers else everywhere
+        block: Any
+        for block in self.blocks:
+            cos, sin = local if block.attn.layer in config.window_layers else everywhere
             if save_memory:
                 x = checkpoint(block, x, cos, sin, context, use_reentrant=False)
             else:

@@ -6,7 +6,7 @@ from finetune.distributed.launch import Ranks
 
 
 def started(world):
-    with Ranks(world, on_line=lambda *_: None) as ranks:
+    with Ranks(world) as ranks:
         yield ranks
 
 
