@@ -5,10 +5,13 @@ import signal
 import time
 
 import torch
+from torch import nn
 
+from finetune.distributed import schedules, tensor_parallel
 from finetune.distributed.collectives import MAX
-from finetune.distributed.mesh import Layout
+from finetune.distributed.mesh import Layout, share
 from finetune.distributed.model import ParallelModel
+from finetune.distributed.pipeline import Work, play
 from finetune.distributed.stage import initial
 from finetune.errors import UserError
 from finetune.lm.gpt import GPT, GPTConfig
@@ -211,3 +214,176 @@ def drawn(rank, name, layout):
     model = ParallelModel(config_of(name), rank.mesh(layout), length=16)
     model.load(initial(config_of(name), seed=3))
     return [(name, piece, p.detach().clone()) for name, p, piece in model.named()]
+
+
+# --- Layers on two ranks, next to megatron-core and torch
+
+
+def layers(rank, x, weight, bias, down):
+    """Column- then row-parallel layers, with and without sequence parallelism: output and gradients."""
+    tp = rank.mesh(Layout(tp=rank.world)).tp
+    found = {}
+    for sequence in (False, True):
+        first, second = nn.Linear(*weight.shape[::-1]), nn.Linear(*down.shape[::-1], bias=False)
+        first.weight.data, first.bias.data, second.weight.data = weight, bias, down
+        column = tensor_parallel.split(first, tp, "column", sequence=sequence)
+        row = tensor_parallel.split(second, tp, "row", sequence=sequence)
+        own = tensor_parallel.own_part(x, tp) if sequence else x
+        own = own.clone().requires_grad_()
+        y = row(torch.tanh(column(own)))
+        y.square().sum().backward()
+        found[sequence] = y.detach(), own.grad, column.weight.grad, column.bias.grad, row.weight.grad
+    joined = tensor_parallel.split(first, tp, "column", joined=True)
+    own = x.clone().requires_grad_()
+    y = joined(own)
+    y.square().sum().backward()
+    return found, (y.detach(), own.grad, joined.weight.grad)
+
+
+def cross_entropies(rank, logits, targets):
+    """Our loss and gradient on this rank's columns."""
+    tp = rank.mesh(Layout(tp=rank.world)).tp
+    start, stop = share(logits.shape[1], tp.size, tp.rank)
+    own = logits[:, start:stop].clone().requires_grad_()
+    rank.mesh(Layout(tp=rank.world))  # counts from here
+    loss = tensor_parallel.vocabulary_parallel_cross_entropy(own, targets, start, tp)
+    calls = dict(tp.counts.calls)
+    (loss * torch.arange(1.0, len(loss) + 1)).sum().backward()
+    return loss.detach(), own.grad, calls
+
+
+def embeddings(rank, weight, tokens):
+    tp = rank.mesh(Layout(tp=rank.world)).tp
+    start, stop = share(len(weight), tp.size, tp.rank)
+    found = []
+    for sequence in (False, True):
+        layer = tensor_parallel.VocabularyParallel(weight[start:stop].clone(), start, tp, sequence=sequence)
+        x = layer(tokens)
+        x.square().sum().backward()
+        found.append((x.detach(), layer.weight.grad))
+    return found
+
+
+def megatron_layers(rank, x, weight, bias, down):
+    """The same of megatron-core's layers."""
+    from megatron.core import ModelParallelConfig, parallel_state
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    start_megatron(rank, parallel_state)
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=rank.world, use_cpu_initialization=True, params_dtype=torch.float32,
+        gradient_accumulation_fusion=False,
+    )  # fmt: skip
+    options = {"config": config, "init_method": torch.nn.init.zeros_, "skip_bias_add": False}
+    column = ColumnParallelLinear(weight.shape[1], weight.shape[0], gather_output=False, **options)
+    row = RowParallelLinear(down.shape[1], down.shape[0], input_is_parallel=True, bias=False, **options)
+    with torch.no_grad():
+        column.weight.copy_(weight.chunk(rank.world)[rank.number])
+        column.bias.copy_(bias.chunk(rank.world)[rank.number])
+        row.weight.copy_(down.chunk(rank.world, 1)[rank.number])
+    own = x.clone().requires_grad_()
+    y = row(torch.tanh(column(own)[0]))[0]
+    y.square().sum().backward()
+    return y.detach(), own.grad, column.weight.grad, column.bias.grad, row.weight.grad
+
+
+def megatron_cross_entropy(rank, logits, targets):
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    start_megatron(rank, parallel_state)
+    own = logits.chunk(rank.world, 1)[rank.number].clone().requires_grad_()
+    loss = vocab_parallel_cross_entropy(own.clone(), targets)
+    (loss * torch.arange(1.0, len(loss) + 1)).sum().backward()
+    return loss.detach(), own.grad
+
+
+def start_megatron(rank, parallel_state):
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=rank.world)
+
+
+def torch_layers(rank, x, weight, bias, down):
+    """The same by torch's parallelize_module."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = nn.Sequential(nn.Linear(*weight.shape[::-1]), nn.Tanh(), nn.Linear(*down.shape[::-1], bias=False))
+    model[0].weight.data, model[0].bias.data, model[2].weight.data = weight.clone(), bias.clone(), down.clone()
+    mesh = init_device_mesh("cpu", (rank.world,))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    own = x.clone().requires_grad_()
+    y = model(own)
+    y.square().sum().backward()
+    grads = [p.grad.to_local() for p in (model[0].weight, model[0].bias, model[2].weight)]
+    return y.detach(), own.grad, *grads
+
+
+# --- Pipelines
+
+
+def blocks(stages):
+    """One small layer for each stage, the same on every rank."""
+    g = torch.Generator().manual_seed(5)
+    made = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(stages)]
+    for layer in made:
+        for p in layer.parameters():
+            p.data = torch.randn(p.shape, generator=g)
+    return made
+
+
+def square(y, target):
+    return (y - target).square().sum()
+
+
+def played(rank, x, target, micro, schedule, chunks=1):
+    """Gradients and loss of this stage's layers by our executor."""
+    pp = rank.mesh(Layout(pp=rank.world)).pp
+    mine = blocks(pp.size * chunks)[pp.rank :: pp.size]
+    xs, targets = x.tensor_split(micro), target.tensor_split(micro)
+
+    def forward(chunk, m, given):
+        y = mine[chunk](xs[m] if given is None else given)
+        return square(y, targets[m]) if pp.last and chunk == chunks - 1 else y
+
+    order = schedules.steps(schedule, pp.size, micro, pp.rank, chunks)
+    result = play(order, pp, Work(forward, lambda chunk, m: xs[m].shape), chunks)
+    grads = [[p.grad for p in layer.parameters()] for layer in mine]
+    return grads, sum(result.losses.values()), [str(event.step) for event in result.trace], result.live
+
+
+def torch_pipeline(rank, x, target, micro):
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    layer = blocks(rank.world)[rank.number]
+    stage = PipelineStage(layer, rank.number, rank.world, torch.device("cpu"))
+    schedule = Schedule1F1B(stage, micro, loss_fn=square, scale_grads=False)
+    if rank.number == 0:
+        schedule.step(x)
+    else:
+        schedule.step(target=target) if rank.number == rank.world - 1 else schedule.step()
+    return [p.grad for p in layer.parameters()]
+
+
+def slept(rank, schedule, micro, chunks, forward, backward):
+    """Events of a pipeline whose stages sleep where they would compute."""
+    pp = rank.mesh(Layout(pp=rank.world)).pp
+
+    class Sleep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            time.sleep(forward)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            time.sleep(backward)
+            return dy
+
+    def run(chunk, m, x):
+        y = Sleep.apply(torch.ones(1, requires_grad=True) if x is None else x)
+        return y.sum() if pp.last and chunk == chunks - 1 else y
+
+    pp.barrier()
+    order = schedules.steps(schedule, pp.size, micro, pp.rank, chunks)
+    return play(order, pp, Work(run, lambda chunk, m: [1]), chunks).trace
