@@ -4,8 +4,8 @@ drill.toml     title, level, minutes, where it is asked, hints, usual mistakes; 
 solution.py    a right answer, whose docstring is the task in English with an example; also.py is another
 check.py       the inputs it is tried on, and what is compared (finetune/drills/cases.py)
 
-What a learner starts from is made of the solution: the bodies of what they write are replaced. A mistake is an edit of
-the solution, as a kernel's deliberate faults are.
+What a learner starts from is made of the solution: the bodies of what they write are replaced, or, where a bug is to be
+found, one of the mistakes is in it. A mistake is an edit of the solution, as a kernel's deliberate faults are.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class DrillToml(msgspec.Struct):
     write: Annotated[list[str], msgspec.Meta(min_length=1)]  # functions and classes that the learner writes
     hints: Annotated[list[registry.Bilingual], msgspec.Meta(min_length=HINTS, max_length=HINTS)]
     mistakes: dict[str, Edit]
+    planted: str = ""  # the mistake that is in what the learner starts from: a bug to find
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ class Drill:
         return edited(self.solution.read_text(encoding="utf-8"), self.text.mistakes[name].edits, f"{self.name}.{name}")
 
     def stub(self, lang: str) -> str:
-        """What the learner starts from: signatures and the task, without the solution's bodies."""
-        return stub(
-            self.solution.read_text(encoding="utf-8"), self.text.write, self.text.task_zh if lang == "zh" else ""
-        )
+        """What the learner starts from: signatures and the task, without the solution's bodies or with a bug in it."""
+        task = self.text.task_zh if lang == "zh" else ""
+        if self.text.planted:
+            return retold(self.mistaken(self.text.planted), task)
+        return stub(self.solution.read_text(encoding="utf-8"), self.text.write, task)
 
 
 def edited(source: str, edits: list[tuple[str, str]], name: str) -> str:
@@ -95,6 +97,13 @@ def find(name: str) -> Drill:
     if name not in known:
         raise UserError(f"unknown drill '{name}'{nearest(name, known) or '; `python -m finetune drill` lists all'}")
     return known[name]
+
+
+def retold(source: str, task: str) -> str:
+    """The source with `task`, if there is one, in the place of the docstring of the file."""
+    head = ast.parse(source).body[0]
+    rest = "".join(source.splitlines(keepends=True)[head.end_lineno :])
+    return f'"""{task.strip()}\n"""\n{rest}' if task else source
 
 
 def stub(source: str, write: list[str], task: str = "") -> str:

@@ -107,6 +107,9 @@ class Judge:
                 code = load("answer", path, source)
             except Exception as error:
                 return verdict | failure(error, path)
+            for name in self.drill.text.write:
+                if not callable(getattr(code, name, None)):
+                    return verdict | failure(Wrong("missing", name=name), path)
             for case in self.cases():
                 right, theirs = self.expected(case)
                 printed.truncate(printed.seek(0))
@@ -143,8 +146,6 @@ def call(name: str) -> Callable[..., Any]:
     """Calls the function of this name."""
 
     def drive(code: ModuleType, *args: Any, **kwargs: Any) -> Any:
-        if not callable(getattr(code, name, None)):
-            raise Wrong("missing", name=name)
         return getattr(code, name)(*args, **kwargs)
 
     return drive

@@ -126,7 +126,7 @@ def told(drill: Drill, verdict: dict[str, Any], lang: str) -> list[tuple[str, st
     lines.append((words[verdict["what"]].format(**details), "red"))
     if verdict.get("input") and verdict["what"] not in ("unwritten", "missing"):
         lines += [(words["input"], "dim"), (verdict["input"], "")]
-    if verdict.get("mistake"):
+    if verdict.get("mistake") not in (None, "", drill.text.planted):  # a planted bug is for the learner to name
         text = getattr(drill.text.mistakes[verdict["mistake"]], lang)
         lines.append((words["mistake"].format(mistake=text), "yellow"))
     if verdict.get("printed"):

@@ -61,11 +61,16 @@ def test_a_mistake_fails_and_is_named(name, mistake, judged):
 
 
 @pytest.mark.parametrize("name", DRILLS)
-def test_the_stub_is_unwritten(name, judged):
+def test_the_stub_is_unwritten_or_has_the_planted_bug(name, judged):
+    planted = DRILLS[name].text.planted
+    assert bool(planted) == (DRILLS[name].subject == "debug")
     for lang in ("en", "zh"):
         source = DRILLS[name].stub(lang)
         verdict = judged(name).verdict(DRILLS[name].solution, source)
-        assert verdict["what"] == "unwritten", verdict
+        assert planted or verdict["what"] == "unwritten", verdict
+        assert verdict.get("mistake", "") == planted
+        told = "\n".join(text for text, _ in run.told(DRILLS[name], verdict, lang))
+        assert not planted or getattr(DRILLS[name].text.mistakes[planted], lang) not in told
 
 
 @pytest.mark.parametrize("name", PYTHON)
