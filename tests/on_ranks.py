@@ -7,7 +7,7 @@ import time
 import torch
 from torch import nn
 
-from finetune.distributed import schedules, tensor_parallel
+from finetune.distributed import schedules, sharded, tensor_parallel, volume
 from finetune.distributed.collectives import MAX
 from finetune.distributed.mesh import Layout, share
 from finetune.distributed.model import ParallelModel
@@ -387,3 +387,56 @@ def slept(rank, schedule, micro, chunks, forward, backward):
     pp.barrier()
     order = schedules.steps(schedule, pp.size, micro, pp.rank, chunks)
     return play(order, pp, Work(run, lambda chunk, m: [1]), chunks).trace
+
+
+# --- Sharded checkpoints
+
+
+def steps_of(model, numbers):
+    losses = []
+    for number in numbers:
+        losses.append(model.gradients(batch_of(rows=6, seed=number)))
+        model.step(lr=1e-2, clip=0.5)
+    return losses
+
+
+def saved(rank, name, layout, folder, **options):
+    """Two steps, a checkpoint, then the losses of two more."""
+    model = made(rank, name, layout, **options)
+    model.make_optimizer()
+    steps_of(model, range(2))
+    sharded.save(model, folder, rank.number, rank.world)
+    return steps_of(model, range(2, 4))
+
+
+def resumed(rank, name, layout, folder, **options):
+    """The losses of the two steps after the checkpoint, from other weights on."""
+    model = ParallelModel(config_of(name), rank.mesh(layout), length=16, **options)
+    model.load(initial(config_of(name), 7))
+    model.make_optimizer()
+    sharded.load(model, folder)
+    return steps_of(model, range(2, 4))
+
+
+def predicted_and_sent(rank, name, layout, rows, **options):
+    """Bytes of one step by formula, and as counted without the few numbers of loss and norm."""
+    model = made(rank, name, layout, **options)
+    model.make_optimizer()
+    mesh = model.mesh
+    mesh.counts.clear()
+    model.gradients(rows)
+    losses = {("all_reduce", name): volume.wire("all_reduce", getattr(mesh, name).size, 8) for name in ("dp_cp", "pp")}
+    sent = {key: n - losses.get(key, 0) for key, n in mesh.counts.bytes.items()}
+    mesh.counts.clear()
+    if options.get("sharded"):
+        model.optimizer.step(lr=0.0)
+        sent |= mesh.counts.bytes
+    options = {key: options[key] for key in ("chunks", "sequence", "sharded") if key in options}
+    formula = volume.of_step(config_of(name), layout, rank.number, rows=len(rows), length=16, **options)
+    return dict(formula), {key: n for key, n in sent.items() if n}
+
+
+def loss_of_checkpoint(rank, name, layout, folder, rows):
+    model = ParallelModel(config_of(name), rank.mesh(layout), length=16)
+    sharded.load(model, folder)
+    return model.loss(rows)
