@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from finetune.cli import main as command
+from finetune.data import ngram
+from finetune.data import text as texts
 from finetune.errors import UserError
 from finetune.lm.tokenizer import GPT2, SPECIALS, Tokenizer, pieces
 from finetune.runs import registry
@@ -23,7 +25,7 @@ from finetune.runs.run import execute
 
 INFO = registry.find("nanogpt")
 MODULE = registry.load(INFO)
-bpe, ngram, texts = (registry.part("nanogpt", name) for name in ("bpe", "ngram", "text"))
+bpe = registry.part("nanogpt", "bpe")
 
 SHAKESPEARE = Path(__file__).parents[3] / "shared" / "tinyshakespeare.txt"
 
@@ -148,7 +150,7 @@ def test_a_text_in_pieces_has_the_same_tokens(tmp_path, tokenizer, spaced):
     assert read.characters == len(text)
     assert read.digest == hashlib.sha256(text.encode()).hexdigest()[:12]
     assert "".join(read.pieces(1000, 140_001)) == text[1000:140_001]
-    made = texts.make_tokenizer(tokenizer, 300, read.pieces())
+    made = MODULE.make_tokenizer(tokenizer, 300, read.pieces())
     whole = made.backend.encode(text).ids
     assert made.encode(text) == whole
     tokens = texts.encoded(made, read.pieces(), tmp_path)

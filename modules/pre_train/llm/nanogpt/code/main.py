@@ -7,6 +7,7 @@ settings, loss, the run (setup, loop, evaluation), then its parts. The README ex
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,18 +18,20 @@ import numpy as np
 import torch
 
 from finetune import memory, ops, optim
+from finetune.data import ngram
+from finetune.data.text import character_tokenizer, encoded, open_text
 from finetune.errors import UserError
 from finetune.inference.generate import check_sampling, generate
 from finetune.lm.gpt import GPT, GPTConfig
 from finetune.lm.io import save
 from finetune.lm.llama import Llama, LlamaConfig
+from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import config
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
 
-from . import ngram
+from . import bpe
 from .cost import flops_per_token, matmul_rate
-from .text import encoded, make_tokenizer, open_text
 
 SCHEDULES = {"cosine": optim.cosine, "wsd": optim.wsd, "constant": optim.constant}
 NGRAM = 2_000_000  # characters that the n-gram models see at most, the last ones of the text to train on
@@ -199,7 +202,12 @@ def evaluate(model: GPT | Llama, tokens: np.ndarray, cfg: Config, most: int | No
     return total / (len(starts) * length)
 
 
-# --- Model and memory
+# --- Tokenizer, model and memory
+
+
+def make_tokenizer(kind: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    """A tokenizer of a text in pieces: `char`, its characters, or `bpe`, `vocab_size` tokens trained on it."""
+    return bpe.train(texts, vocab_size) if kind == "bpe" else character_tokenizer(texts)
 
 
 def model_config(cfg: Config, vocab: int) -> GPTConfig | LlamaConfig:

@@ -1,4 +1,4 @@
-"""The text to learn, and its tokens: both are read in pieces from files, so that neither has to fit into memory."""
+"""A text to pre-train on, and its tokens: both are read in pieces from files, so that neither has to fit in memory."""
 
 import hashlib
 import os
@@ -17,8 +17,6 @@ from tokenizers import Tokenizer as Backend
 from finetune.errors import UserError
 from finetune.lm.tokenizer import PIECE, Tokenizer, pieces
 from finetune.runs.checkpoint import writing
-
-from . import bpe
 
 UNKNOWN = "\ufffd"  # what a character that the text does not have is read as
 
@@ -75,10 +73,8 @@ def read(path: Path | None) -> Iterator[str]:
         raise UserError(f"--data {path} cannot be read as UTF-8 text: {e}") from None
 
 
-def make_tokenizer(kind: str, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
-    """A tokenizer of a text in pieces: `char`, its characters, or `bpe`, `vocab_size` tokens trained on it."""
-    if kind == "bpe":
-        return bpe.train(texts, vocab_size)
+def character_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """A tokenizer whose tokens are the characters of a text in pieces."""
     characters = {character for piece in texts for character in set(piece)}
     vocab = {character: i for i, character in enumerate([UNKNOWN, *sorted(characters - {UNKNOWN})])}
     backend = Backend(models.WordLevel(vocab, unk_token=UNKNOWN))
