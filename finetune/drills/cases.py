@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass
@@ -56,3 +57,19 @@ class Draw:
     def strided(self, *shape: int) -> Tensor:
         """Normal numbers of this shape that do not lie next to each other in memory."""
         return self.normal(*shape[:-1], 2 * shape[-1])[..., ::2]
+
+
+class Largest(TorchDispatchMode):
+    """Within `with Largest() as most:`, most.elements is the size of the largest tensor that was made; views of tensors
+    that were there before count as those, by their storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = op(*args, **(kwargs or {}))
+        for each in found if isinstance(found, list | tuple) else [found]:
+            if isinstance(each, Tensor):
+                self.elements = max(self.elements, each.untyped_storage().nbytes() // each.element_size())
+        return found
