@@ -35,6 +35,12 @@ class Case:
     changes: bool = False
 
 
+def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    """Gradients of a loss, zeros where none flows; for a `drive` whose answer gives more than one tensor."""
+    found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
 class Draw:
     """Random inputs, the same in every process."""
 
