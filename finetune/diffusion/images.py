@@ -262,7 +262,8 @@ def grid(x: Tensor, columns: int | None = None, gap: int = 1, enlarge: int = 1) 
     return out.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
 
 
-def _picture(x: Tensor) -> Any:
+def picture(x: Tensor) -> Any:
+    """A Pillow image of (C, H, W) uint8, gray or RGB."""
     from PIL import Image
 
     return Image.fromarray(x[0].numpy() if len(x) == 1 else x.permute(1, 2, 0).contiguous().numpy())
@@ -271,7 +272,7 @@ def _picture(x: Tensor) -> Any:
 def save(path: Path, x: Tensor) -> None:
     """A picture (C, H, W) uint8 as a PNG, whole or not at all."""
     with atomic_write(path) as temporary:
-        _picture(x).save(temporary, format="PNG")
+        picture(x).save(temporary, format="PNG")
 
 
 def animation(path: Path, frames: Sequence[Tensor], milliseconds: int = 80, hold: int = 1500) -> None:
@@ -279,7 +280,7 @@ def animation(path: Path, frames: Sequence[Tensor], milliseconds: int = 80, hold
     kind = {".gif": "GIF", ".png": "PNG"}.get(path.suffix.lower())
     if kind is None:
         raise UserError(f"{path}: an animation is written as .gif or .png (APNG)")
-    pictures = [_picture(frame) for frame in frames]
+    pictures = [picture(frame) for frame in frames]
     times = [milliseconds] * (len(pictures) - 1) + [hold]
     more: dict[str, Any] = {"save_all": True, "append_images": pictures[1:], "duration": times, "loop": 0}
     with atomic_write(path) as temporary:
