@@ -303,6 +303,29 @@ def sample(source: str, labels: str | None, json: bool, **given: Any) -> None:
     return click.echo(f"{found['path']}: {count} image{'s' * (count > 1)}, {found['sampler']} in {steps} steps")
 
 
+@app.command()
+@click.argument("source", metavar="RUN")
+@click.argument("files", nargs=-1, required=True, metavar="IMAGE…")
+@click.option("--texts", multiple=True, help="Texts to choose from, best first, instead of a caption; several times.")
+@click.option("--data-set", help="emoji or digits, of a run that has both; default: the one with captions.")
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores.")
+@JSON
+def caption(source: str, files: tuple[str, ...], json: bool, **given: Any) -> None:
+    """Describe image files by a finished run of blip2.
+
+    RUN is the run's folder."""
+    from finetune.caption import caption as described
+
+    found = described(source, files, **given)
+    if json:
+        return click.echo(jsonlib.dumps(found, indent=2, ensure_ascii=False))
+    for row in found:
+        ranked = sorted(row.get("scores", {}).items(), key=lambda pair: -pair[1])
+        text = row["caption"] if "caption" in row else ", ".join(f"{text} {score:.3f}" for text, score in ranked)
+        click.echo(f"{row['image']}: {text}")
+    return None
+
+
 # What `serve` and `chat` start an engine with (finetune.serve.started).
 ENGINE = (
     click.option("--model", "source", required=True,

@@ -1,10 +1,12 @@
 """The blip2 module: its masks, the Q-Former next to transformers', the losses, the prefix, what a run learns."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
+from resumed import resumes_to_the_same_bytes
 from seeds import OTHERS
 from summaries import numbers
 
@@ -146,7 +148,10 @@ def test_looks_are_the_weights_that_the_forward_pass_uses():
     block = net.blocks[0]
     with torch.no_grad():
         x = block.attn(*[net.norm(net.queries.expand(3, -1, -1))] * 2)
-        q, k, v = (part(of)[:, :, None] for part, of in zip((block.cross.q, block.cross.k, block.cross.v), (x, image, image), strict=True))  # noqa: E501
+        q, k, v = (
+            part(of)[:, :, None]
+            for part, of in zip((block.cross.q, block.cross.k, block.cross.v), (x, image, image), strict=True)
+        )
         from finetune import ops
 
         want = ops.attention(q, k, v, causal=False)[:, :, 0]
@@ -255,7 +260,7 @@ def test_a_batch_of_one_caption_is_no_error():
 # --- The prefix of a frozen language model
 
 
-TOKENIZER = Tokenizer.train([" three and seven", " one and nine"], 270)
+TOKENIZER = Tokenizer.train([" three and seven", " one and nine"], 300)
 
 
 def said(vocab=TOKENIZER.vocab_size):
@@ -274,7 +279,9 @@ def test_the_prefix_is_what_the_language_model_reads():
     want = torch.nn.functional.cross_entropy(
         logits[:, prefix.shape[1] - 1 : -1].flatten(0, 1), targets.flatten(), ignore_index=losses.IGNORED
     )
-    assert losses.prefix_loss(net, language.model, image, tokens, targets).item() == pytest.approx(want.item(), abs=1e-5)
+    assert losses.prefix_loss(net, language.model, image, tokens, targets).item() == pytest.approx(
+        want.item(), abs=1e-5
+    )
     assert torch.equal(torch.where(targets == losses.IGNORED, tokens, targets), tokens)
 
 
@@ -385,7 +392,12 @@ def test_a_runs_folder_gives_the_same_model(kind, tmp_path):
 
 
 def test_a_whole_folder_gives_the_same_parts(tmp_path):
-    eye, first, second, language = encoder(), awake(model.Stage1, shape()), awake(model.Stage2, shape(), 40), said().model
+    eye, first, second, language = (
+        encoder(),
+        awake(model.Stage1, shape()),
+        awake(model.Stage2, shape(), 40),
+        said().model,
+    )
     convert.save_whole(eye, first, tmp_path / "first")
     convert.save_whole(eye, second, tmp_path / "second", language)
     for folder, stage, lm in (("first", first, None), ("second", second, language)):
@@ -492,3 +504,160 @@ def test_captions_equal_transformers(tmp_path):
         convert.save_whole(eye, ours, tmp_path / "o", lm, image_token=59)
         again = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "o").eval()
         assert torch.equal(again(x, ids).logits, want.logits)
+
+
+# --- Runs
+
+
+def small(**changes):
+    """A run in a second or two, which learns nothing."""
+    given = {"steps": 2, "stage2_steps": 2, "language_steps": 2, "count": 100, "dim": 16, "layers": 1, "queries": 4,
+             "batch": 16, "stage2_batch": 8}  # fmt: skip
+    return dataclasses.replace(main.Config.toy(), **given | changes)
+
+
+def run(folder, config):
+    return execute(INFO, config, folder, toy=True)
+
+
+def weights(folder):
+    first = convert.load(model.Stage1, folder / "model/digits/qformer")
+    second = convert.load(model.Stage2, folder / "model/digits/captions")
+    return [*first.parameters(), *second.parameters()]
+
+
+@pytest.mark.parametrize("calls", [pytest.param(2, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long), 6])
+def test_an_interrupted_run_ends_with_the_same_bytes(calls, tmp_path):
+    """Cut off in the first stage, in the language model's training, and in the second stage."""
+    resumes_to_the_same_bytes(INFO, small(checkpoint_every=1), tmp_path, calls)
+    a, b = (weights(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_no_steps_and_no_rate_change_nothing(tmp_path):
+    none = run(tmp_path / "none", small(steps=0))
+    run(tmp_path / "still", small(lr=0.0))
+    assert none["metrics"]["digit_accuracy"] < 0.25
+    a, b = (weights(tmp_path / name) for name in ("none", "still"))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_without_a_color_font_the_fix_and_the_other_data_are_named(monkeypatch, tmp_path):
+    from finetune.diffusion import images
+
+    monkeypatch.setattr(images, "FONTS", ())
+    with pytest.raises(UserError, match=r"fonts-noto-color-emoji.*--pictures digits"):
+        run(tmp_path / "run", small(pictures="emoji,digits"))
+
+
+def rows_file(folder, count=24):
+    from PIL import Image
+
+    torch.manual_seed(0)
+    lines = []
+    for i in range(count):
+        x = torch.randint(256, (20, 30, 3), dtype=torch.uint8)
+        Image.fromarray(x.numpy()).save(folder / f"{i}.png")
+        messages = [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": f"noise {i}"}]
+        lines.append(json.dumps({"image": f"{i}.png", "messages": messages}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder / "rows.jsonl"
+
+
+def test_own_rows_are_trained_on(tmp_path):
+    file = rows_file(tmp_path)
+    summary = run(tmp_path / "run", small(data=file, encoder="digits"))
+    assert set(summary["metrics"]) == {"itm_loss", "exact_captions"}
+    assert summary["passed"] is not False  # no target is set for data that nobody knows
+    train, test = pairs.own(str(file))
+    assert len(train) + len(test) == 24
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:3], lines[3].replace('"image": "3.png"', '"images": ["3.png", "4.png"]')
+                               .replace("<image>", "<image><image>"), *lines[4:]]))  # fmt: skip
+    with pytest.raises(UserError, match=r"rows.jsonl, line 4: a pair has one image"):
+        pairs.own(str(file))
+
+
+def test_an_encoder_from_a_folder_takes_its_own_preprocessing(tmp_path):
+    from finetune.vision import save
+
+    save.vit(encoder(patch_bias=False, pre_norm=True, activation="gelu"), tmp_path / "eye")
+    (tmp_path / "eye/preprocessor_config.json").write_text(json.dumps(
+        {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16},
+         "crop_size": {"height": 16, "width": 16}}))  # fmt: skip
+    eye, take = pairs.encoder_of(str(tmp_path / "eye"))
+    found = pairs.features_of(eye, take, [torch.zeros(3, 20, 30, dtype=torch.uint8)], -2)
+    assert found.shape == (1, 17, 24)
+    from finetune.data.image_files import open_image
+    from finetune.vision import preprocess
+
+    rows_file(tmp_path, 1)
+    x = preprocess.load(tmp_path / "eye").batch([open_image(tmp_path / "0.png")])
+    image = pairs.own_image(open_image(tmp_path / "0.png"))
+    assert torch.equal(take([image]), x)
+
+
+def test_held_out_emoji_are_not_trained_on():
+    from pathlib import Path
+
+    from finetune.diffusion import images
+    from finetune.vision import pictures, pretrain
+
+    if not any(Path(name).is_file() for name, _ in images.FONTS):
+        pytest.skip("no color emoji font")
+    train, test = pairs.emoji()
+    seen, _ = pretrain.captioned(pretrain.RECIPES["contrast"], 0)
+    known = {x.numpy().tobytes() for x in seen}
+    assert all(x.numpy().tobytes() in known for x, _ in train)
+    assert not any(x.numpy().tobytes() in known for x, _ in test)
+    assert {pictures.split_of(x.numpy().tobytes()) for x, _ in test} == {"validation", "test"}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blip2") / "run"
+    return folder, run(folder, main.Config.toy())
+
+
+def reached(summary):
+    found = numbers(summary)
+    assert summary["passed"] is True, found
+    assert found["digit_accuracy"] >= 0.85 > 0.2 > found["digit_accuracy_shuffled"], found
+    assert found["itm_loss"] < 0.5
+    assert found["language_model_unchanged"] == 1
+    assert found["digits_held_out_r5"] >= 0.8  # of 100 captions
+
+
+def test_toy_reads_digits_through_a_frozen_language_model(toy):
+    reached(toy[1])
+
+
+@pytest.mark.parametrize("seed", OTHERS)
+def test_toy_reads_digits_on_other_seeds(seed, tmp_path):
+    reached(run(tmp_path / "run", dataclasses.replace(main.Config.toy(), seed=seed)))
+
+
+@pytest.mark.long
+def test_shuffled_captions_teach_nothing(tmp_path):
+    found = numbers(run(tmp_path / "run", dataclasses.replace(main.Config.toy(), shuffle_images=True)))
+    assert found["digit_accuracy"] < 0.2
+    assert found["digits_held_out_r5"] < 0.2
+    assert found["itm_loss"] > 0.55
+
+
+def test_memory_of_the_second_stage_is_predicted(toy):
+    rows = {row["name"]: row for row in toy[1]["memory"]}
+    for name in ("encoder", "language model", "Q-Former and projection", "gradients", "optimizer states"):
+        assert rows[name]["predicted"] == rows[name]["measured"], name
+    assert rows["activations"]["predicted"] == pytest.approx(rows["activations"]["measured"], rel=0.1)
+
+
+def test_a_trained_folder_writes_captions_and_ranks_texts(toy):
+    """The command of the README: captions of an image of one's own."""
+    told = main.seeing(toy[0], main.Config.toy())
+    world = pairs.world(main.Config.toy(), "digits")
+    shown, wanted = world.test.shown[:40], world.test.captions[:40]
+    assert captions.digits_right(told.captions(shown), wanted)[2] > 0.6
+    texts = [f"{one} and {two}" for one in ("three", "seven") for two in ("one", "nine")]
+    scores = told.scores(shown, texts)
+    assert scores.shape == (40, 4)

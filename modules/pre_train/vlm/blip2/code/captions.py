@@ -59,9 +59,9 @@ def frozen(model: Llama, tokenizer: Tokenizer) -> Language:
     return Language(model.eval().requires_grad_(False), tokenizer, tokenizer.eos_id)
 
 
-def language(source: str) -> Language:
+def language(source: str, dtype: torch.dtype) -> Language:
     """The language model of a folder, a .gguf file, smollm2 or a hub id."""
-    return frozen(load.llama(source), load.tokenizer(source))
+    return frozen(load.llama(source, dtype), load.tokenizer(source))
 
 
 def width(model: Llama) -> float:
@@ -125,6 +125,7 @@ def write(model: Stage2, said: Language, features: Tensor, most: int = MOST) -> 
 def continued(prefix: Tensor, said: Language, most: int) -> list[str]:
     """What the language model writes after vectors (B, Q, C)."""
     language, (rows, count) = said.model, prefix.shape[:2]
+    prefix = prefix.to(language.embed.weight.dtype)
     cache = KVCache(language, rows, count + most)
     empty = torch.zeros(rows, count, dtype=torch.int64)  # ids of the prefix: not read
     state = language(empty, embedded=prefix, cache=cache, hidden=True)[:, -1:]

@@ -120,7 +120,8 @@ def stage1_losses(
 def prefix_states(language: Llama, prefix: Tensor, tokens: Tensor) -> Tensor:
     """(B, T, C): the language model's states at the last prefix vector and at all tokens but the last, each of which
     predicts the next token. prefix (B, Q, C), tokens (B, T) padded on the right."""
-    embedded = torch.cat([prefix, language.embeddings(tokens[:, :-1])], 1)  # (B, Q + T − 1, C)
+    words = language.embeddings(tokens[:, :-1])
+    embedded = torch.cat([prefix.to(words.dtype), words], 1)  # (B, Q + T − 1, C)
     ids = torch.cat([tokens.new_zeros(prefix.shape[:2]), tokens[:, :-1]], 1)  # of the prefix: not read
     return language(ids, embedded=embedded, hidden=True)[:, prefix.shape[1] - 1 :]
 

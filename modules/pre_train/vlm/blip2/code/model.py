@@ -259,7 +259,7 @@ def without_text(qformer: QFormer) -> QFormer:
 @torch.no_grad()
 def initialize(model: nn.Module, dim: int) -> None:
     """BERT's initial weights, N(0, .02), biases 0; wider for a narrow model, whose signal would be lost."""
-    deviation = max(0.02, 0.5 * dim**-0.5)
+    deviation = max(0.02, dim**-0.5)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             parameter.normal_(0.0, deviation)

@@ -6,9 +6,10 @@ hash of its pixels (finetune/vision/pictures.py), which the encoder's training k
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from finetune.vision import load, pictures, preprocess, pretrain
 from finetune.vision.vit import ViT
 
 from .losses import Texts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LONGEST = 16  # tokens of a caption for the Q-Former; longer ones are cut
 AT_ONCE = 256  # images
@@ -78,16 +82,17 @@ def tokenized(tokenizer: Tokenizer, captions: Sequence[str], longest: int = LONG
     return Texts(tokens, lengths, torch.tensor([numbers[text] for text in captions]))
 
 
-def world(cfg: Any, name: str, shuffle: bool = False, on_step: pretrain.OnStep | None = None) -> World:
-    """The data set "emoji", "digits" (`cfg.pictures` to train on), or a file of rows with images.
+def world(cfg: Any, name: str, on_step: pretrain.OnStep | None = None) -> World:
+    """The data set "emoji", "digits" (`cfg.count` to train on), or "own", the rows with images of `cfg.data`.
 
     cfg.encoder: "auto" for the one that is made here, the name of another such recipe, or a folder of CLIP, SigLIP or
-    BLIP-2. shuffle: captions of the training images in random order, so that they mean nothing. UserError names what
-    is missing."""
-    train, test = emoji() if name == "emoji" else digits(cfg.pictures, cfg.seed) if name == "digits" else own(name)
+    BLIP-2. UserError names what is missing."""
+    train, test = (
+        emoji() if name == "emoji" else digits(cfg.count, cfg.seed) if name == "digits" else own(str(cfg.data))
+    )
     encoder, take = encoder_of(RECIPES.get(name, "contrast") if cfg.encoder == "auto" else cfg.encoder, on_step)
     captions = [text for _, text in train]
-    if shuffle:
+    if cfg.shuffle_images:
         order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(cfg.seed))
         captions = [captions[i] for i in order.tolist()]
     held = [text for _, text in test]
@@ -96,15 +101,9 @@ def world(cfg: Any, name: str, shuffle: bool = False, on_step: pretrain.OnStep |
     parts = []
     for of, said, place in ((train, captions, slice(len(train))), (test, held, slice(len(train), None))):
         shown = [image for image, _ in of]
-        parts.append(Pairs(shown, features_of(encoder, take, shown), tuple(said), texts[place]))
-    gray = features_of(encoder, take, [torch.full_like(parts[0].shown[0], 128)])
+        parts.append(Pairs(shown, features_of(encoder, take, shown, cfg.layer), tuple(said), texts[place]))
+    gray = features_of(encoder, take, [torch.full_like(parts[0].shown[0], 128)], cfg.layer)
     return World(name, *parts, gray, encoder, tokenizer)
-
-
-def names(data: str) -> list[str]:
-    """The data sets of `emoji,digits`; a file of rows is one alone."""
-    listed = data.split(",")
-    return listed if all(name in RECIPES for name in listed) else [data]
 
 
 Shown = list[tuple[Tensor, str]]  # images uint8 (C, H, W) with their captions
@@ -130,20 +129,25 @@ def fit(x: Tensor, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def features_of(encoder: ViT, take: Take, shown: Sequence[Tensor]) -> Tensor:
-    """(N, T, C): the normalized states of the last block, class token included, as transformers' BLIP-2 takes them."""
+def features_of(encoder: ViT, take: Take, shown: Sequence[Tensor], layer: int = -1) -> Tensor:
+    """(N, T, C): the normalized states of a layer, class token included; transformers' BLIP-2 takes the last one's."""
     parts = [take(shown[i : i + AT_ONCE]) for i in range(0, len(shown), AT_ONCE)]
-    return torch.cat([encoder.norm(encoder.states(x, -1)) for x in parts])
+    return torch.cat([encoder.norm(encoder.states(x, layer)) for x in parts])
 
 
 def emoji() -> tuple[Shown, Shown]:
-    """Emoji and their names: the training split, and the test split."""
-    found = images.emoji(pretrain.RECIPES["contrast"].size, named=True)
-    belongs = [pictures.split_of(x.numpy().tobytes()) for x in found.x]
-    train, test = (
-        [(x, text) for x, text, split in zip(found.x, found.classes, belongs, strict=True) if split == name]
-        for name in ("train", "test")
-    )
+    """Emoji and their names: the training split, and the validation and test splits. In the order of the pixels' hash,
+    since neighbors in Unicode look alike: the first of them are a fair sample."""
+    try:
+        found = images.emoji(pretrain.RECIPES["contrast"].size, named=True)
+    except UserError as error:
+        raise UserError(f"{error}; --pictures digits needs none") from None
+    order = sorted(range(len(found)), key=lambda i: hashlib.sha256(found.x[i].numpy().tobytes()).digest())
+    train: Shown = []
+    test: Shown = []
+    for i in order:
+        part = train if pictures.split_of(found.x[i].numpy().tobytes()) == "train" else test
+        part.append((found.x[i], found.classes[i]))
     return train, test
 
 
@@ -163,6 +167,11 @@ def digits(count: int, seed: int) -> tuple[Shown, Shown]:
     return train, test
 
 
+def own_image(image: Image) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(np.asarray(to_rgb(image)).copy()).permute(2, 0, 1)
+
+
 def own(path: str) -> tuple[Shown, Shown]:
     """Images and captions of a file of rows (`finetune.data.image_rows`): the image of each, and the first answer. The
     pixels decide which are held out. UserError if a part has fewer than two rows."""
@@ -172,7 +181,7 @@ def own(path: str) -> tuple[Shown, Shown]:
         if len(row.images) != 1:
             raise UserError(f"{row.place}: a pair has one image, the row has {len(row.images)}")
         text = next(m["content"][0]["text"] for m in row.messages if m["role"] == "assistant")
-        image = torch.from_numpy(np.asarray(to_rgb(row.open()[0])).copy()).permute(2, 0, 1)
+        image = own_image(row.open()[0])
         part = test if pictures.split_of(image.numpy().tobytes()) == "test" else train
         part.append((image, " ".join(text.split())))
     if min(len(train), len(test)) < 2:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.runs.plots import GREY, INK, figure, save
+from finetune.runs.plots import INK, figure, save
 from finetune.runs.run import Run
 from finetune.vision import pictures
 
@@ -16,17 +18,52 @@ from .model import Stage1, visible
 from .pairs import Pairs
 
 EXAMPLES = 12
-RIGHT, WRONG = "#1a7f37", "#b42318"
+RIGHT, WRONG, NEUTRAL = "#1a7f37", "#b42318", "#6b7280"
 
 
-def pixels(image: Tensor) -> Tensor:
-    """(H, W) or (H, W, 3) uint8 of (C, H, W)."""
-    return image[0] if len(image) == 1 else image.permute(1, 2, 0)
+SIDE = 96  # pixels of an image in a picture
+GAP = 8
 
 
-def empty(axes: object) -> None:
-    axes.set_xticks([])  # type: ignore[attr-defined]
-    axes.set_yticks([])  # type: ignore[attr-defined]
+def tile(image: Tensor) -> Tensor:
+    """(SIDE, SIDE, 3) in [0, 1] of an image (1 or 3, H, W) uint8, padded with white to a square."""
+    height, width = image.shape[-2:]
+    side = max(height, width)
+    x = image.expand(3, -1, -1).float() / 255
+    over = side - width, side - height
+    x = F.pad(x, (over[0] // 2, over[0] - over[0] // 2, over[1] // 2, over[1] - over[1] // 2), value=1.0)
+    return F.interpolate(x[None], (SIDE, SIDE), mode="nearest")[0].permute(1, 2, 0)
+
+
+def heat(image: Tensor, weights: Tensor) -> Tensor:
+    """The tile, darker where `weights` (rows, columns) of the padded square are small, red where they are large."""
+    share = F.interpolate((weights / weights.max())[None, None], (SIDE, SIDE), mode="nearest")[0, 0, ..., None]
+    red = torch.tensor([0.85, 0.1, 0.1])
+    return 0.35 * tile(image) + 0.65 * (share * red + (1 - share) * torch.tensor([0.12, 0.12, 0.2]))
+
+
+def sheet(tiles: Sequence[Sequence[Tensor]], below: int = 0) -> Tensor:
+    """Rows of tiles on white; `below`: pixels for text under each row."""
+    step, columns = SIDE + GAP, max(map(len, tiles))
+    out = torch.ones(len(tiles) * (step + below), columns * step, 3)
+    for i, row in enumerate(tiles):
+        for j, one in enumerate(row):
+            top = i * (step + below)
+            out[top : top + SIDE, j * step : j * step + SIDE] = one
+    return out
+
+
+def shown_as(out: Tensor) -> tuple[Any, Any]:
+    """A figure of exactly the sheet, and its axes, whose units are pixels."""
+    made, (axes,) = figure(out.shape[1] / 80, out.shape[0] / 80)
+    axes.imshow(out)
+    axes.set_axis_off()
+    return made, axes
+
+
+def readable(text: str, longest: int = 22) -> str:
+    """What a font can draw of it, in one line."""
+    return "".join(letter if letter.isprintable() else "·" for letter in text)[:longest]
 
 
 def masks(run: Run, queries: int = 4, tokens: int = 5) -> None:
@@ -38,67 +75,52 @@ def masks(run: Run, queries: int = 4, tokens: int = 5) -> None:
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, color=INK)
         axes.set_yticks(range(len(names)), names if axes is panels[0] else [], fontsize=8, color=INK)
         axes.set_title(f"{kind.upper()}: {title}", loc="left", fontsize=11, color=INK)
-        axes.axhline(queries - 0.5, color=GREY, linewidth=1)
-        axes.axvline(queries - 0.5, color=GREY, linewidth=1)
+        axes.grid(False)
+        axes.axhline(queries - 0.5, color=NEUTRAL, linewidth=1)
+        axes.axvline(queries - 0.5, color=NEUTRAL, linewidth=1)
     panels[0].set_ylabel("row sees column", color=INK)
     save(made, run.dir / "masks.png")
 
 
 @torch.no_grad()
 def attention(run: Run, name: str, model: Stage1, shown: Pairs, most: int = 6) -> None:
-    """What the queries of the last layer that looks at the image attend to, mean of its heads, over the image; the last
-    column is the mean of the queries."""
+    """What the queries of the last layer that looks at the image attend to, mean of its heads; the last column is the
+    mean of the queries."""
     weights = model.qformer.looks(shown.features[:most])[-1].mean(1)  # (B, Q, N)
-    side = int(weights.shape[-1] ** 0.5)
+    side = math.isqrt(weights.shape[-1])
     grid = weights[..., -side * side :].unflatten(-1, (side, side))  # without the class token
     count = min(grid.shape[1], 6)
-    made, panels = figure(1.25 * (count + 2), 1.3 * len(grid), rows=len(grid), columns=count + 2)
-    for row, (image, maps) in enumerate(zip(shown.shown, grid, strict=False)):
-        line = panels[row * (count + 2) : (row + 1) * (count + 2)]
-        height, width = image.shape[-2:]
-        longest = max(height, width)
-        large = F.interpolate(torch.cat([maps[:count], maps.mean(0, keepdim=True)])[:, None], (longest, longest))[:, 0]
-        top = (longest - height) // 2, (longest - width) // 2
-        line[0].imshow(pixels(image), cmap="gray")
-        line[0].set_ylabel(shown.captions[row][:16], fontsize=7, color=INK)
-        for i, (axes, over) in enumerate(zip(line[1:], large, strict=True)):
-            axes.imshow(pixels(image), cmap="gray")
-            axes.imshow(over[top[0] : top[0] + height, top[1] : top[1] + width], cmap="inferno", alpha=0.6)
-            if not row:
-                axes.set_title(f"query {i + 1}" if i < count else "mean", fontsize=8, color=INK)
-        for axes in line:
-            empty(axes)
+    rows = [[tile(image), *[heat(image, each) for each in maps[:count]], heat(image, maps.mean(0))]
+            for image, maps in zip(shown.shown, grid, strict=False)]  # fmt: skip
+    made, axes = shown_as(sheet(rows, 14))
+    step = SIDE + GAP
+    for j, title in enumerate(["image", *[f"query {i + 1}" for i in range(count)], "mean"]):
+        axes.text(j * step + SIDE / 2, -8, title, ha="center", fontsize=8, color=INK)
+    for i, text in enumerate(shown.captions[: len(rows)]):
+        axes.text(2, i * (step + 14) + SIDE + 12, readable(text, 40), fontsize=7, color=INK)
     save(made, run.dir / name)
 
 
 def retrieved(run: Run, name: str, shown: Pairs, sim: Tensor, most: int = 8) -> None:
-    """Images, and below each its best texts."""
-    best = sim.topk(3, 1).indices
-    made, panels = figure(1.5 * most, 2.4, columns=most)
-    for i, axes in enumerate(panels):
-        axes.imshow(pixels(shown.shown[i]), cmap="gray")
-        empty(axes)
-        lines = [shown.captions[j] for j in best[i].tolist()]
-        for place, text in enumerate(lines):
-            right = text == shown.captions[i]
-            axes.text(0.5, -0.12 - 0.16 * place, text[:24], transform=axes.transAxes, ha="center", fontsize=7,
-                      color=RIGHT if right else GREY)  # fmt: skip
+    """Images, and below each its three best texts."""
+    made, axes = shown_as(sheet([[tile(image) for image in shown.shown[:most]]], 48))
+    for i in range(min(most, len(shown))):
+        best = list(dict.fromkeys(shown.captions[j] for j in sim[i].argsort(descending=True).tolist()))[:3]
+        for place, text in enumerate(best):
+            color = RIGHT if text == shown.captions[i] else NEUTRAL
+            middle = i * (SIDE + GAP) + SIDE / 2
+            axes.text(middle, SIDE + 14 + 15 * place, readable(text), ha="center", fontsize=6.5, color=color)
     save(made, run.dir / name)
 
 
 def captioned(run: Run, name: str, shown: Pairs, before: Sequence[str], after: Sequence[str], most: int = 8) -> None:
     """Held-out images with their captions before and after training."""
-    most = min(most, len(shown))
-    made, panels = figure(1.6 * most, 2.2, columns=most)
-    for i, axes in enumerate(panels):
-        axes.imshow(pixels(shown.shown[i]), cmap="gray")
-        empty(axes)
+    made, axes = shown_as(sheet([[tile(image) for image in shown.shown[:most]]], 40))
+    for i in range(min(most, len(shown))):
+        middle = i * (SIDE + GAP) + SIDE / 2
         right = after[i] == shown.captions[i]
-        axes.text(
-            0.5, -0.16, f"before: {before[i][:22]}", transform=axes.transAxes, ha="center", fontsize=7, color=GREY
-        )
-        axes.text(0.5, -0.38, after[i][:24], transform=axes.transAxes, ha="center", fontsize=8,
-                  color=RIGHT if right else WRONG)  # fmt: skip
+        axes.text(middle, SIDE + 14, readable(before[i], 20), ha="center", fontsize=6.5, color=NEUTRAL)
+        axes.text(middle, SIDE + 32, readable(after[i]), ha="center", fontsize=7.5, color=RIGHT if right else WRONG)
     save(made, run.dir / name)
 
 
@@ -113,6 +135,7 @@ def confusion(run: Run, name: str, written: Sequence[str], wanted: Sequence[str]
             counts[digits.index(true[place]), digits.index(word) if word in digits else 10] += 1
     made, (axes,) = figure(5.2, 4.6)
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    axes.grid(False)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, row in enumerate(counts.long().tolist()):
         for j, count in enumerate(row):
