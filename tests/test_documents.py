@@ -49,6 +49,7 @@ SMALLER = {
     "bench ppo_vs_sb3": "bench ppo_vs_sb3 --horizon 8 --epochs 1 --rounds 1 --updates 1",
     "bench nanogpt_vs_torch": "bench nanogpt_vs_torch --threads 1 --steps 12",
     "bench dit_vs_torch": "bench dit_vs_torch --model XXS --side 8 --patch 2 --threads 1 --steps 3",
+    "run blip2 --data pairs.jsonl --encoder contrast": "run blip2 --data pairs.jsonl --encoder digits",
     "bench sft_vs_trl": "bench sft_vs_trl --help",
     "bench cql_vs_d3rlpy": "bench cql_vs_d3rlpy --help",
     "serve --model smollm2": "serve --help",  # it ends when it is told to (tests/inference/test_server.py)
@@ -73,6 +74,7 @@ STEPS = {"cuda": "5", "td_learning": "8"}  # of the runs here, one of each exper
 SETTINGS = {
     "actor_critic": "--warmup 300 --repeats 1 --eval-episodes 2 --critic-steps 1",
     "bcq": "--rows 300 --fqe-steps 2 --eval-episodes 2 --sweep 0,1",
+    "blip2": "--count 100 --stage2-steps 2 --language-steps 2 --dim 16 --layers 1 --batch 16 --stage2-batch 8",
     "cql": "--updates 5 --data-steps 500 --fqe-steps 1 --eval-episodes 2",
     "dit": "--samples 20 --sample-steps 2 --judge-steps 5 --batch 8 --vae-steps 3",
     "diffusion": "--batch 8 --samples 20 --oracle-steps 5 --bound-rows 0 --no-exhibits --sample-steps 2 --width 8",
@@ -183,7 +185,17 @@ def small(name, *settings):
 
 def data_file(path):
     """What a command's --data names: the suffix says what is wanted."""
-    if path.suffix == ".jsonl":
+    if path.name == "pairs.jsonl":
+        from PIL import Image
+
+        for k in range(24):
+            Image.new("RGB", (40, 32), (10 * k, 100, 250 - 10 * k)).save(path.with_name(f"{k}.png"))
+        ask = {"role": "user", "content": "<image>\nWhat is it?"}
+        rows = [
+            {"image": f"{k}.png", "messages": [ask, {"role": "assistant", "content": f"shade {k}"}]} for k in range(24)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".jsonl":
         rows = [{"prompt": f"What is {i} + {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.name == "steps.npz":

@@ -88,7 +88,7 @@ class Config(config.Config):
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     plots.masks(run)
     for name in ["own"] if cfg.data else cfg.pictures.split(","):
-        world = pairs.world(cfg, name)
+        world = pairs.world(cfg, name, lambda step, loss: heard(run, step, loss))
         run.print(f"{name}: {len(world.train):,} images to train on, {len(world.test)} held out; "
                   f"{world.train.features.shape[1]} features of each, by a frozen encoder")  # fmt: skip
         model = first_stage(cfg, run, world)
@@ -287,6 +287,12 @@ def memory_rows(
     parts = (("encoder", world.encoder), ("language model", said.model), ("Q-Former and projection", model))
     measured |= {name: sum(p.nbytes for p in part.parameters()) for name, part in parts}
     return memory.table(predicted, measured)
+
+
+def heard(run: Run, step: int, loss: float) -> None:
+    """Where the encoder is, which is trained once and kept in the cache."""
+    if step % 100 == 0:
+        run.print(f"the encoder is trained, once: step {step}, loss {loss:.3f}")
 
 
 def say_trained(run: Run, what: str, model: nn.Module) -> None:

@@ -90,7 +90,11 @@ def world(cfg: Any, name: str, on_step: pretrain.OnStep | None = None) -> World:
     train, test = (
         emoji() if name == "emoji" else digits(cfg.count, cfg.seed) if name == "digits" else own(str(cfg.data))
     )
-    encoder, take = encoder_of(RECIPES.get(name, "contrast") if cfg.encoder == "auto" else cfg.encoder, on_step)
+    if name == "own" and cfg.encoder == "auto":
+        raise UserError(
+            "--data needs an --encoder: a folder of CLIP, SigLIP or BLIP-2, or contrast, made here of emoji"
+        )
+    encoder, take = encoder_of(RECIPES[name] if cfg.encoder == "auto" else cfg.encoder, on_step)
     captions = [text for _, text in train]
     if cfg.shuffle_images:
         order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(cfg.seed))

@@ -70,7 +70,7 @@ def opened(folder: Path, cfg: Config, name: str | None = None) -> Trained:
         raise UserError(f"{folder} has no data set {name!r}: it has {', '.join(places)}")
     name = name or next((each for each in places if (folder / "model" / each / "captions").is_dir()), places[0])
     place = folder / "model" / name
-    recipe = RECIPES.get(name, "contrast") if cfg.encoder == "auto" else cfg.encoder
+    recipe = RECIPES[name] if cfg.encoder == "auto" else cfg.encoder
     encoder, take = encoder_of(recipe)
     first = convert.load(Stage1, place / "qformer")
     second = said = None
