@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
+from finetune.lm.io import weights
 from finetune.runs import checkpoint, reading
 
 from .model import Flamingo, FlamingoConfig
@@ -65,6 +66,8 @@ def put(model: Flamingo, found: dict[str, Tensor], where: str) -> None:
         if tensor is None or tensor.shape != reshaped(name, parameter).shape:
             has = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}"
             raise UserError(f"{where}: {key} {has}: it must be {tuple(reshaped(name, parameter).shape)}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{where}: {key} holds NaN or infinite numbers")
         parameter.copy_(tensor.view_as(parameter))
 
 
@@ -81,4 +84,4 @@ def load(model: Flamingo, folder: Path) -> None:
     shape = reading.json_file(folder / "flamingo.json", FlamingoConfig)
     if shape != model.config:
         raise UserError(f"{folder / 'flamingo.json'} describes another shape than the model's: {shape}")
-    put(model, reading.tensors(folder / FILE), str(folder / FILE))
+    put(model, dict(weights.read_file(folder / FILE)), str(folder / FILE))

@@ -182,8 +182,7 @@ def media_mask(shown: Tensor, images: int, latents: int, before: Tensor, only_pr
     place sees that image; with `only_preceding` no earlier one. A token in front of the first image sees none."""
     last = before[:, None] + shown.cumsum(1)  # (B, T): number of the last image, from 1; 0: there is none
     number = torch.arange(1, images + 1, device=shown.device).repeat_interleave(latents)
-    seen = number == last[..., None] if only_preceding else number <= last[..., None]
-    return seen
+    return number == last[..., None] if only_preceding else number <= last[..., None]
 
 
 class Flamingo(nn.Module):
