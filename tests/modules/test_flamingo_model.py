@@ -1,4 +1,4 @@
-"""The model of the flamingo module: its blocks next to open_flamingo's, what a token sees, what is frozen, the cache."""
+"""The model of the flamingo module: its blocks next to open_flamingo's, what a token sees, what is frozen."""
 
 import importlib.util
 
@@ -58,7 +58,7 @@ def helpers():
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("frames, places", [(0, 0), (4, 0), (4, 5)])
+@pytest.mark.parametrize(("frames", "places"), [(0, 0), (4, 0), (4, 5)])
 def test_the_resampler_equals_open_flamingos(helpers, frames, places):
     net = flamingo(frames=frames, places=places)
     theirs = helpers.PerceiverResampler(
@@ -120,7 +120,8 @@ def test_another_image_changes_the_text_behind_it_only():
         for each in (images, other)
     )
     assert (a != b).any(2)[0].tolist() == [False] * 4 + [True] * 2
-    assert (a[0, 0] == 0).all() and (a[0, 1:] != 0).any(1).all()
+    assert (a[0, 0] == 0).all()
+    assert (a[0, 1:] != 0).any(1).all()
 
 
 @torch.no_grad()
@@ -156,7 +157,8 @@ def test_only_the_added_parts_get_gradients():
     net(tokens, net.media(net.features(pictures(1, 2)))).square().mean().backward()
     optimizer.step()
     assert all(p.grad is not None and p.grad.any() for p in net.trained().values())
-    assert all(p.grad is None for p in frozen) and all(map(torch.equal, frozen, before))
+    assert all(p.grad is None for p in frozen)
+    assert all(map(torch.equal, frozen, before))
 
 
 def test_at_closed_gates_only_the_gates_learn():
@@ -282,14 +284,15 @@ def test_the_order_of_frames_is_learned():
                 right[timed].append((logits.argmax(1) == first).float().mean().item())
             optimizer.step()
             optimizer.zero_grad()
-    assert sum(right[True]) / 10 > 0.9 and sum(right[False]) / 10 < 0.65
+    assert sum(right[True]) / 10 > 0.9
+    assert sum(right[False]) / 10 < 0.65
 
 
 # --- Refused
 
 
 @pytest.mark.parametrize(
-    "make, words",
+    ("make", "words"),
     [
         (lambda net: net(sequence(1, 4), net.media(net.features(pictures(1, 1)))), "row 0 .* 2 placeholders for 1 im"),
         (lambda net: net(sequence(1), net.media(net.features(pictures(1, 2)))), "row 0 .* 1 placeholders for 2 images"),

@@ -24,8 +24,8 @@ FILE = "flamingo.safetensors"
 
 
 def theirs(name: str) -> str:
-    """Our name of a trained parameter → OpenFlamingo's. The two added embeddings keep ours: there they are rows of the
-    language model's table."""
+    """Our name of a trained parameter → OpenFlamingo's. The added embeddings, there rows of the language model's table, keep
+    ours, and so do the mean and deviation of the features, which it does not have."""
     parts = name.split(".")
     if parts[0] == "resampler" and parts[1] == "layers":
         return ".".join(["perceiver", "layers", parts[2], *inner(parts[3:], LAYER, "0", "1")])
@@ -52,13 +52,19 @@ def reshaped(name: str, tensor: Tensor) -> Tensor:
 
 def state(model: Flamingo) -> dict[str, Tensor]:
     """What is trained, in their names."""
-    return {theirs(name): reshaped(name, p.detach()) for name, p in model.trained().items()}
+    return {theirs(name): reshaped(name, p.detach()) for name, p in kept(model).items()}
+
+
+def kept(model: Flamingo) -> dict[str, Tensor]:
+    """What is trained, and the statistics of the features; not the language model, should that be trained too."""
+    frozen = ("encoder.", "language_model.")
+    return {name: t for name, t in model.state_dict(keep_vars=True).items() if not name.startswith(frozen)}
 
 
 @torch.no_grad()
 def put(model: Flamingo, found: dict[str, Tensor], where: str) -> None:
     """Copies tensors in their names into the model. UserError names what is missing, unknown or of another shape."""
-    wanted = {theirs(name): (name, p) for name, p in model.trained().items()}
+    wanted = {theirs(name): (name, p) for name, p in kept(model).items()}
     if unknown := sorted(set(found) - set(wanted)):
         raise UserError(f"{where}: {unknown[0]} has no place in this Flamingo: is its config another?")
     for key, (name, parameter) in wanted.items():

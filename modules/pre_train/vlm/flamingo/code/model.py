@@ -188,7 +188,9 @@ def media_mask(shown: Tensor, images: int, latents: int, before: Tensor, only_pr
 class Flamingo(nn.Module):
     """The model: frozen encoder and language model, trained resampler, gated layers and two embeddings."""
 
-    def __init__(self, encoder: ViT, language_model: Llama, config: FlamingoConfig) -> None:
+    def __init__(self, encoder: ViT, language_model: Llama, config: FlamingoConfig, ends_with: int = 0) -> None:
+        """ends_with: the language model's own token that is most like the end of a chunk, whose embedding it starts
+        from; that of an image starts from the mean."""
         super().__init__()
         if not isinstance(language_model, Llama):
             raise UserError(f"Flamingo wraps a Llama, not a {type(language_model).__name__}")
@@ -206,9 +208,10 @@ class Flamingo(nn.Module):
         self.gated = nn.ModuleDict({str(layer): GatedLayer(config) for layer in layers})
         self.end_of_chunk = language_model.config.vocab_size
         self.image = self.end_of_chunk + 1
-        # The mean embedding is the most neutral one; two equal rows would stay apart by their gradients alone.
-        mean = language_model.embed.weight.detach().mean(0)
-        self.added = nn.Parameter(torch.stack([mean, mean]))
+        self.register_buffer("mean", torch.zeros(config.vision_dim))
+        self.register_buffer("deviation", torch.ones(config.vision_dim))
+        table = language_model.embed.weight.detach()
+        self.added = nn.Parameter(torch.stack([table[ends_with], table.mean(0)]))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Name → parameter of all that is not frozen."""
@@ -221,7 +224,18 @@ class Flamingo(nn.Module):
         clips = images if images.dim() == 6 else images.unsqueeze(2)
         if clips.dim() != 6:
             raise UserError(f"images have the shape {tuple(images.shape)}, not (batch, images, [frames,] C, H, W)")
-        return self.encoder.features(clips.flatten(0, 2), layer).unflatten(0, clips.shape[:3])
+        found = self.encoder.features(clips.flatten(0, 2), layer).unflatten(0, clips.shape[:3])
+        return (found - self.mean) / self.deviation
+
+    @torch.no_grad()
+    def standardize(self, images: Tensor) -> None:
+        """Sets the mean and the deviation that `features` removes to those of these images (N, C, H, W). What all images
+        share would hide at first what tells them apart: latents of all images would be alike."""
+        self.mean.zero_()
+        self.deviation.fill_(1)
+        found = torch.cat([self.features(part[:, None]).flatten(0, 3) for part in images.split(250)])
+        self.mean.copy_(found.mean(0))
+        self.deviation.copy_(found.std(0))
 
     def media(self, features: Tensor, counts: Tensor | None = None) -> Media:
         """What the gated layers see of features (B, M, frames, patches, C); of row b the first counts[b] images."""
@@ -257,9 +271,7 @@ class Flamingo(nn.Module):
         mask = self.check(shown, media, cache is not None)
         text = tokens.masked_fill(tokens >= self.end_of_chunk, 0)
         with self.looking(media, mask):
-            x = self.language_model(
-                text, lengths=lengths, cache=cache, embedded=self.embeddings(tokens), hidden=True
-            )
+            x = self.language_model(text, lengths=lengths, cache=cache, embedded=self.embeddings(tokens), hidden=True)
         if media is not None and cache is not None:
             media.seen = media.seen + shown.sum(1)
         return x
