@@ -8,16 +8,22 @@ is in the context or nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+DIGITS = 10
+# Ways to show a digit, which make new classes of it. None turns it by 180°: a 6 would be a 9.
+POSES: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x, lambda x: x.flip(-1), lambda x: x.rot90(1, (-2, -1)),
+                                                 lambda x: x.mT)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Pool:
-    """Images of a split. features: (N, patches, C) of the frozen encoder; labels (N,); x: uint8 (N, 1, H, W)."""
+    """Images of a split. features: (N, patches, C) of the frozen encoder; labels (N,): the digit, and 10 more for each
+    pose; x: uint8 (N, 1, H, W)."""
 
     features: Tensor
     labels: Tensor
@@ -36,6 +42,12 @@ class Episodes:
     images: Tensor
     classes: Tensor
     words: Tensor
+
+    def __getitem__(self, rows: slice) -> Episodes:
+        return Episodes(self.images[rows], self.classes[rows], self.words[rows])
+
+    def split(self, size: int) -> list[Episodes]:
+        return [self[i : i + size] for i in range(0, len(self.words), size)]
 
     @property
     def answers(self) -> Tensor:
@@ -61,23 +73,30 @@ class Episodes:
         shift = torch.randint(1, ways, (len(self.words), 1), generator=g)
         return replace(self, words=self.words.gather(1, (torch.arange(ways) + shift) % ways))
 
+    def unbound(self, g: torch.Generator) -> Episodes:
+        """The same images, each with a word of its sequence drawn at random: nothing can be learned from it."""
+        return replace(self, classes=torch.randint(self.words.shape[1], self.classes.shape, generator=g))
+
 
 @dataclass(frozen=True)
 class Task:
     """What is bound to words: digits, or clips of two digits of which the order is what tells them apart.
 
     digits: those that occur; words: (N,) tokens to draw from; frames: 1, or 2 for clips
+    poses: each class of a sequence is a digit in one of so many poses (POSES)
     """
 
     digits: Sequence[int]
     words: Tensor
     ways: int
     frames: int = 1
+    poses: int = 1
 
     def choose(self, rows: int, g: torch.Generator) -> Tensor:
-        """(rows, ways, frames): the digits of each class of a sequence. Clips come in pairs, ab and ba."""
+        """(rows, ways, frames): the labels of each class of a sequence. Clips come in pairs, ab and ba."""
         order = torch.rand(rows, len(self.digits), generator=g).argsort(1)
         drawn = torch.tensor(self.digits)[order[:, : self.ways]]  # (rows, ways), all different
+        drawn = drawn + DIGITS * torch.randint(self.poses, drawn.shape, generator=g)
         if self.frames == 1:
             return drawn[..., None]
         there = drawn.unflatten(1, (-1, 2))  # (rows, ways / 2, 2)
@@ -94,7 +113,7 @@ class Task:
         classes = torch.cat([spread.gather(1, order), query], 1)  # (B, k + 1)
         digits = chosen[torch.arange(rows)[:, None], classes].flatten(1)  # (B, (k + 1) · frames)
         images = torch.empty_like(digits)
-        for digit in self.digits:
+        for digit in digits.unique().tolist():
             members = (pool.labels == digit).nonzero().flatten()
             shuffled = members[torch.rand(rows, len(members), generator=g).argsort(1)]  # (B, members)
             here = digits == digit

@@ -24,8 +24,8 @@ FILE = "flamingo.safetensors"
 
 
 def theirs(name: str) -> str:
-    """Our name of a trained parameter → OpenFlamingo's. The added embeddings, there rows of the language model's table, keep
-    ours, and so do the mean and deviation of the features, which it does not have."""
+    """Our name → OpenFlamingo's. The added embeddings keep ours: there they are rows of the language model's table; and
+    so do the mean and deviation of the features, which it does not have."""
     parts = name.split(".")
     if parts[0] == "resampler" and parts[1] == "layers":
         return ".".join(["perceiver", "layers", parts[2], *inner(parts[3:], LAYER, "0", "1")])

@@ -44,6 +44,11 @@ def small(vocab_size: int, dim: int, layers: int) -> Llama:
     return small_llama(LlamaConfig(vocab_size, dim, layers, dim // 32, dim // 32, 2 * dim, max_length=LONGEST))
 
 
+def fresh(config: LlamaConfig) -> Llama:
+    """The same shape with new random weights."""
+    return small_llama(config)
+
+
 def texts(words: Tensor, end: int, rows: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens (rows, 48), half of the rows of each kind, and (rows, 48) bool: which tokens can be known from those in
     front of them."""

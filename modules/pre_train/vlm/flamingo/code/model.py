@@ -229,8 +229,8 @@ class Flamingo(nn.Module):
 
     @torch.no_grad()
     def standardize(self, images: Tensor) -> None:
-        """Sets the mean and the deviation that `features` removes to those of these images (N, C, H, W). What all images
-        share would hide at first what tells them apart: latents of all images would be alike."""
+        """Sets the mean and the deviation that `features` removes to those of these images (N, C, H, W). What all
+        images share would hide at first what tells them apart: latents of all images would be alike."""
         self.mean.zero_()
         self.deviation.fill_(1)
         found = torch.cat([self.features(part[:, None]).flatten(0, 3) for part in images.split(250)])
