@@ -170,8 +170,8 @@ def test_one_torch_version_everywhere():
 def test_a_default_run_has_three_to_six_results(module):
     """As the README shows it; equalities, z-scores and controls are checks."""
     block = re.search(r"<!-- measured -->(.*?)<!-- /measured -->", (module / "README.md").read_text(), re.DOTALL)
-    if block is None:  # cuda's results are its ladders
-        assert module.name == "cuda"
+    if block is None:  # cuda's results are its ladders; a draft has none yet
+        assert module.name == "cuda" or 'status = "draft"' in (module / "module.toml").read_text()
         return
     rows = re.findall(r"^\w+ +[-\d.]\S*( ±.*| .*)$", block[1].split("result  ")[1], re.MULTILINE)
     assert 3 <= len(rows) <= 6

@@ -1,4 +1,4 @@
-"""The pictures of a run: accuracy by shots, who sees which image, the gates over the steps, what of an image is seen."""
+"""The pictures of a run: accuracy by shots, who sees which image, gates over the steps, what of an image is seen."""
 
 from __future__ import annotations
 
