@@ -13,9 +13,9 @@ from click import Context, get_current_context
 from click.exceptions import NoArgsIsHelpError
 
 from finetune import environment
+from finetune.drills import cli as drills
 from finetune.errors import UserError
 from finetune.interview import cli as interview
-from finetune.drills import cli as drills
 from finetune.kernels import cli as kernels
 
 if TYPE_CHECKING:

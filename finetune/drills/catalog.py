@@ -4,13 +4,15 @@ drill.toml     title, level, minutes, where it is asked, hints, usual mistakes; 
 solution.py    a right answer, whose docstring is the task in English with an example; also.py is another
 check.py       the inputs it is tried on, and what is compared (finetune/drills/cases.py)
 
-What a learner starts from is made of the solution: the bodies of what they write are replaced, or, where a bug is to be
-found, one of the mistakes is in it. A mistake is an edit of the solution, as a kernel's deliberate faults are.
+What a learner starts from is made of the solution: the bodies of what they write are replaced (in CUDA and C++ what
+stands between the lines `// write this` and `// written`), or, where a bug is to be found, one of the mistakes is in
+it. A mistake is an edit of the solution, as a kernel's deliberate faults are.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -67,10 +69,10 @@ class Drill:
 
     def stub(self, lang: str) -> str:
         """What the learner starts from: signatures and the task, without the solution's bodies or with a bug in it."""
-        task = self.text.task_zh if lang == "zh" else ""
+        source, task = self.solution.read_text(encoding="utf-8"), self.text.task_zh if lang == "zh" else ""
         if self.text.planted:
             return retold(self.mistaken(self.text.planted), task)
-        return stub(self.solution.read_text(encoding="utf-8"), self.text.write, task)
+        return stub(source, self.text.write, task) if self.solution.suffix == ".py" else compiled_stub(source, task)
 
 
 def edited(source: str, edits: list[tuple[str, str]], name: str) -> str:
@@ -141,3 +143,13 @@ def hollow(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> str:
     start = min([first.lineno, *(each.lineno for each in first.decorator_list)]) - 1
     methods = [hollow(each, lines) for each in node.body if isinstance(each, ast.FunctionDef)]
     return "\n".join([*lines[node.lineno - 1 : start], "\n\n".join(methods)])
+
+
+def compiled_stub(source: str, task: str = "") -> str:
+    """A CUDA or C++ source without what stands between its marks; `task` stands in for the comment at its head."""
+    text = re.sub(r"(?m)^( *// write this)\n(?s:.*?)^ *// written\n", r"\1\n", source)
+    if not task:
+        return text
+    return "".join(f"// {line}".rstrip() + "\n" for line in task.strip().splitlines()) + re.sub(
+        r"\A(//.*\n)+", "", text
+    )

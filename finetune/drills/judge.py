@@ -12,6 +12,7 @@ import copy
 import importlib.util
 import io
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.drills import compiled
 from finetune.drills.cases import Case, Draw
 from finetune.drills.catalog import Drill
+from finetune.kernels import alone
 
 Verdict = dict[str, Any]  # ok, passed (cases), and of a failure: what, and its details
 MOST_SHOWN = 12  # elements of an input
@@ -38,8 +41,16 @@ class Wrong(Exception):
         self.kind, self.details = kind, details
 
 
-def load(name: str, path: Path, source: str | None = None) -> ModuleType:
-    """A Python file as a module; `source` in the place of what it holds."""
+Code = ModuleType | compiled.Answer
+
+
+def load(name: str, path: Path, source: str | None = None) -> Code:
+    """An answer, from its file; `source` in the place of what it holds."""
+    return python(name, path, source) if path.suffix == ".py" else compiled.load(path, source)
+
+
+def python(name: str, path: Path, source: str | None = None) -> ModuleType:
+    """A Python file as a module."""
     spec = importlib.util.spec_from_loader(name, loader=None, origin=str(path))
     assert spec
     module = importlib.util.module_from_spec(spec)
@@ -54,7 +65,7 @@ class Judge:
 
     def __init__(self, drill: Drill) -> None:
         self.drill = drill
-        self.check = load("drill_check", drill.folder / "check.py")
+        self.check = python("drill_check", drill.folder / "check.py")
         self.solution = load("drill_solution", drill.solution)
         self.drive: Callable[..., Any] = getattr(self.check, "drive", None) or call(drill.text.write[0])
 
@@ -62,7 +73,7 @@ class Judge:
         """Made again for every answer: none sees what another changed."""
         return iter(self.check.cases(Draw(self.drill.name)))
 
-    def result(self, code: ModuleType, case: Case, wide: bool = False) -> Any:
+    def result(self, code: Code, case: Case, wide: bool = False) -> Any:
         """What an answer gives for a case, and its gradients; `wide`: in float64."""
         args, kwargs = copy.deepcopy((list(case.args), case.kwargs))
         if wide:
@@ -90,7 +101,7 @@ class Judge:
         """(right values in float64, what the solution gives in the types of the case)."""
         return self.result(self.solution, case, wide=True), self.result(self.solution, case)
 
-    def outcome(self, code: ModuleType, case: Case) -> Any:
+    def outcome(self, code: Code, case: Case) -> Any:
         """What an answer gives, an exception included."""
         try:
             return self.result(code, case)
@@ -120,10 +131,29 @@ class Judge:
                     verdict["printed"] = printed.getvalue()[-2000:]
                     return verdict | {"mistake": self.mistake(code, verdict["passed"])}
                 verdict["passed"] += 1
+        if isinstance(code, compiled.Cuda):
+            verdict["score"] = self.score(code)
         return verdict | {"ok": True, "printed": printed.getvalue()[-2000:]}
 
-    def mistake(self, code: ModuleType, first: int) -> str:
-        """The usual mistake that gives what this answer gives on the next cases that fail; empty if none does."""
+    def score(self, code: compiled.Cuda) -> dict[str, dict[str, int]]:
+        """What an answer and the solution do to memory on the last case, and the fewest sectors of 32 bytes that hold
+        its inputs and outputs."""
+        *_, case = self.cases()
+        assert isinstance(self.solution, compiled.Cuda)
+        outputs = self.drive(self.solution, *case.args, **case.kwargs)
+        tensors = [*case.args, *(outputs if isinstance(outputs, tuple) else (outputs,))]
+        least = sum(-(-t.numel() * t.element_size() // 32) for t in tensors if isinstance(t, Tensor))
+        counted = {
+            name: each.counts(lambda each=each: self.drive(each, *case.args, **case.kwargs))  # type: ignore[misc]
+            for name, each in (("yours", code), ("solution", self.solution))
+        }
+        return {**counted, "least": {"sectors": least, "conflicts": 0}}
+
+    def mistake(self, code: Code, first: int) -> str:
+        """The usual mistake that gives what this answer gives on the next cases that fail; empty if none does. In CUDA
+        and C++ they are not tried: compiling each takes too long, and the emulator says what is wrong."""
+        if not isinstance(code, ModuleType):
+            return ""
         failing = []
         for case in list(self.cases())[first:]:
             right, theirs = self.expected(case)
@@ -145,7 +175,7 @@ class Judge:
 def call(name: str) -> Callable[..., Any]:
     """Calls the function of this name."""
 
-    def drive(code: ModuleType, *args: Any, **kwargs: Any) -> Any:
+    def drive(code: Code, *args: Any, **kwargs: Any) -> Any:
         return getattr(code, name)(*args, **kwargs)
 
     return drive
@@ -158,6 +188,11 @@ def failure(error: Exception, path: Path) -> Verdict:
     if isinstance(error, NotImplementedError):
         return {"what": "unwritten", "details": {}}
     line = error.lineno if isinstance(error, SyntaxError) else None
+    if isinstance(error, compiled.DoesNotCompile):
+        return {"what": "raised", "details": {"error": str(error)}, "line": error.line}
+    if isinstance(error, alone.Fault):
+        found = re.search(rf"{re.escape(path.name)}:(\d+)", str(error))
+        return {"what": "raised", "details": {"error": str(error)[:400]}, "line": int(found[1]) if found else None}
     for frame in traceback.extract_tb(error.__traceback__):
         if Path(frame.filename) == path:
             line = frame.lineno

@@ -20,6 +20,8 @@ SECONDS = 60.0  # for all cases of a drill, PyTorch's start included
 WORDS = {
     "en": {
         "green": "green: {passed} cases",
+        "score": "memory on the last case: {yours} sectors of 32 bytes in {requests} requests, at least {least}; the "
+        "solution {solution} in {their_requests} · bank conflicts: {conflicts}, the solution {their_conflicts}",
         "red": "red at case {number}, “{case}”",
         "input": "input:",
         "printed": "printed:",
@@ -43,6 +45,8 @@ WORDS = {
     },
     "zh": {
         "green": "通过：{passed} 个用例",
+        "score": "最后一个用例的访存：{requests} 次请求共 {yours} 个 32 字节扇区，最少 {least}；"
+        "参考解 {their_requests} 次请求共 {solution} 个 · bank 冲突：{conflicts}，参考解 {their_conflicts}",
         "red": "第 {number} 个用例未通过：“{case}”",
         "input": "输入：",
         "printed": "打印的内容：",
@@ -114,7 +118,16 @@ def told(drill: Drill, verdict: dict[str, Any], lang: str) -> list[tuple[str, st
     """(line, style) of a verdict in words."""
     words = WORDS[lang]
     if verdict["ok"]:
-        return [(words["green"].format(passed=verdict["passed"]), "bold green")]
+        lines = [(words["green"].format(passed=verdict["passed"]), "bold green")]
+        if score := verdict.get("score"):
+            yours, theirs = score["yours"], score["solution"]
+            text = words["score"].format(
+                yours=yours["sectors"], requests=yours["requests"], conflicts=yours["conflicts"],
+                solution=theirs["sectors"], their_requests=theirs["requests"], their_conflicts=theirs["conflicts"],
+                least=score["least"]["sectors"],
+            )  # fmt: skip
+            lines.append((text, ""))
+        return lines
     lines = []
     if verdict.get("case"):
         lines.append((words["red"].format(number=verdict["passed"] + 1, case=verdict["case"]), "bold red"))

@@ -13,7 +13,12 @@ from finetune.drills.journal import Journal
 
 DRILLS = {drill.name: drill for drill in catalog.drills()}
 PYTHON = [name for name, drill in DRILLS.items() if drill.solution.suffix == ".py"]
-MISTAKES = [(name, mistake) for name, drill in DRILLS.items() for mistake in drill.text.mistakes]
+# Each mistake in CUDA is compiled, which takes seconds: by default the first of each drill.
+MISTAKES = [
+    pytest.param(name, mistake, marks=[pytest.mark.long] if number and drill.subject == "cuda" else [])
+    for name, drill in DRILLS.items()
+    for number, mistake in enumerate(drill.text.mistakes)
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +61,9 @@ def test_a_mistake_fails_and_is_named(name, mistake, judged):
     drill = DRILLS[name]
     verdict = judged(name).verdict(drill.solution, drill.mistaken(mistake))
     assert not verdict["ok"]
+    if drill.solution.suffix != ".py":
+        assert verdict["what"] in ("nan", "element") or not any(word in str(verdict) for word in ("error:", "expected"))
+        return
     assert verdict["what"] != "raised" or "raises" in drill.text.mistakes[mistake].en, verdict
     assert verdict["mistake"] == mistake, verdict
 
@@ -67,6 +75,9 @@ def test_the_stub_is_unwritten_or_has_the_planted_bug(name, judged):
     for lang in ("en", "zh"):
         source = DRILLS[name].stub(lang)
         verdict = judged(name).verdict(DRILLS[name].solution, source)
+        if name not in PYTHON:
+            assert not verdict["ok"]
+            continue
         assert planted or verdict["what"] == "unwritten", verdict
         assert verdict.get("mistake", "") == planted
         told = "\n".join(text for text, _ in run.told(DRILLS[name], verdict, lang))
@@ -186,6 +197,49 @@ def test_only_the_failing_case_is_printed(tmp_path):
     verdict = run.check(DRILLS["softmax"], path)
     assert verdict["case"] == "numbers near 1e4"
     assert verdict["printed"] == "saw 2\n"
+
+
+KERNELS = {
+    "does not compile": ("block_sum", "float own = 0.0f;", "float own = 0.0f", "expected"),
+    "race": ("block_sum", "part[t] = own;\n  __syncthreads();", "part[t] = own;", "a barrier is missing"),
+    "out of bounds": ("vector_add", "if (i < n) y[i]", "y[i]", "past the end"),
+    "not C++": ("dot", "float total = 0.0f;", "float total = zero;", "not declared"),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_is_wrong_with_a_kernel_is_named_by_line(name, tmp_path):
+    drill, old, new, word = KERNELS[name]
+    source = DRILLS[drill].solution.read_text()
+    path = tmp_path / DRILLS[drill].solution.name
+    path.write_text(source.replace(old, new))
+    verdict = run.check(DRILLS[drill], path)
+    assert not verdict["ok"]
+    assert word in verdict["details"]["error"], verdict
+    first = source[: source.index(old)].count("\n") + 1
+    assert first <= verdict["line"] <= first + 8, verdict
+
+
+SCATTERED = """{
+    const int64_t j = i / 128 * 128 + (i % 128) * 33 % 128;  // neighbors are 33 numbers apart
+    if (j < n) y[j] = a[j] + b[j];
+  }"""
+
+
+def test_a_kernel_has_a_score(tmp_path):
+    path = tmp_path / "answer.cu"
+    source = DRILLS["vector_add"].solution.read_text()
+    path.write_text(source)
+    score = run.check(DRILLS["vector_add"], path)["score"]
+    assert score["yours"] == score["solution"]
+    assert score["yours"]["sectors"] == score["least"]["sectors"]
+    path.write_text(source.replace("if (i < n) y[i] = a[i] + b[i];", SCATTERED))
+    verdict = run.check(DRILLS["vector_add"], path)
+    assert verdict["ok"], verdict
+    assert verdict["score"]["yours"]["sectors"] > 2 * verdict["score"]["least"]["sectors"]
+    for lang in ("en", "zh"):
+        _, (text, _) = run.told(DRILLS["vector_add"], verdict, lang)
+        assert str(verdict["score"]["yours"]["sectors"]) in text
 
 
 def test_a_strange_name_is_refused(learner, capsys):

@@ -11,6 +11,7 @@ import torch
 
 from finetune import cli
 from finetune.errors import UserError
+from finetune.kernels import alone
 from finetune.kernels.cuda_toolkit import tool
 from finetune.kernels.emulator import ROOT
 from finetune.runs import registry
@@ -92,7 +93,7 @@ def test_faults_are_caught(level):
             kernel.controls.set_bug(fault)
             try:
                 problem.check(problem.run(kernel))
-            except (level_code.Fault, ValueError):
+            except (alone.Fault, ValueError):
                 caught = True
                 break
             finally:
@@ -107,7 +108,7 @@ def test_a_fault_names_the_line_of_the_kernel():
     kernel = level_code.load(level)
     kernel.controls.set_bug("transpose.no_barrier")
     try:
-        with pytest.raises(level_code.Fault, match=r"level_02_shared_tile\.cu:\d+.*(race|uninitialized|undefined)"):
+        with pytest.raises(alone.Fault, match=r"level_02_shared_tile\.cu:\d+.*(race|uninitialized|undefined)"):
             cuda.TOPICS["transpose"](33, 40).run(kernel)
     finally:
         kernel.controls.set_bug("")

@@ -3,12 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from finetune.kernels.alone import GLOBAL, SECTOR, SHARED
+
 from .level import Level, load
 from .topics import Problem
-
-SECTOR = 32  # bytes: what global memory is fetched in
-GLOBAL = ("global load", "global store", "global atomic", "cp.async from global", "TMA from global")
-SHARED = ("shared load", "shared store", "shared atomic", "ldmatrix", "cp.async to shared", "TMA to shared")
 
 
 @dataclass(frozen=True)

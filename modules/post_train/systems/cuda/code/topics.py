@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .level import Kernel
+from finetune.kernels.alone import Kernel
 
 
 @dataclass(frozen=True)
