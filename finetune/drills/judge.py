@@ -118,7 +118,7 @@ class Judge:
                 code = load("answer", path, source)
             except Exception as error:
                 return verdict | failure(error, path)
-            for name in self.drill.text.write:
+            for name in self.drill.text.write if isinstance(code, ModuleType) else ():
                 if not callable(getattr(code, name, None)):
                     return verdict | failure(Wrong("missing", name=name), path)
             for case in self.cases():
