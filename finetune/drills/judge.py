@@ -150,12 +150,13 @@ class Judge:
         return {**counted, "least": {"sectors": least, "conflicts": 0}}
 
     def mistake(self, code: Code, first: int) -> str:
-        """The usual mistake that gives what this answer gives on the next cases that fail; empty if none does. In CUDA
-        and C++ they are not tried: compiling each takes too long, and the emulator says what is wrong."""
+        """The usual mistake that gives what this answer gives on the next cases that fail, and is right where it was;
+        empty if none does. In CUDA and C++ they are not tried: compiling each takes too long, and the emulator says
+        what is wrong."""
         if not isinstance(code, ModuleType):
             return ""
-        failing = []
-        for case in list(self.cases())[first:]:
+        failing, cases = [], list(self.cases())
+        for case in cases[first:]:
             right, theirs = self.expected(case)
             found = self.outcome(code, case)
             if not fits(found, right, theirs, case):
@@ -165,7 +166,9 @@ class Judge:
         for name in self.drill.text.mistakes:
             try:
                 wrong = load("drill_mistake", self.drill.solution, self.drill.mistaken(name))
-                if all(alike(self.outcome(wrong, case), found) for case, found in failing):
+                if all(alike(self.outcome(wrong, case), found) for case, found in failing) and all(
+                    fits(self.outcome(wrong, case), *self.expected(case), case) for case in cases[:first]
+                ):
                     return name
             except Exception:  # a mistake that does not run explains nothing
                 continue
