@@ -3,6 +3,8 @@
 def cases(draw)      yields Cases, the smallest inputs first, so that the first that fails is the smallest
 def drive(code, *args, **kwargs)    optional: calls the learner's code; default: the function of `write`
 def reference(*args, **kwargs)      optional: what is right, in float64; default: `drive` of the solution
+LIMITS                              optional, of CUDA: the most `sectors` (times the fewest possible), `requests` of
+                                    warps and bank `conflicts` on the last case
 """
 
 from __future__ import annotations

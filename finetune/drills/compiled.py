@@ -106,8 +106,10 @@ def load(path: Path, source: str | None = None) -> Answer:
         return load(other)
 
 
-def launch(code: Answer, inputs: Sequence[Tensor], outputs: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> Any:
-    """Calls an answer with outputs (fp32, of these shapes) full of NaN; returns them, one alone without its tuple."""
-    made = [torch.full(shape, math.nan) for shape in outputs]
+def launch(code: Answer, inputs: Sequence[Tensor], outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Calls an answer with outputs full of NaN, each a shape in fp32 or a pair of shape and integer type, then full of
+    −99; returns them, one alone without its tuple."""
+    typed = [each if each and isinstance(each[0], tuple) else (each, torch.float32) for each in outputs]
+    made = [torch.full(shape, math.nan if kind == torch.float32 else -99, dtype=kind) for shape, kind in typed]
     code([t.contiguous() for t in inputs], made, sizes)
     return made[0] if len(made) == 1 else tuple(made)

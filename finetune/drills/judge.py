@@ -132,7 +132,12 @@ class Judge:
                     return verdict | {"mistake": self.mistake(code, verdict["passed"])}
                 verdict["passed"] += 1
         if isinstance(code, compiled.Cuda):
-            verdict["score"] = self.score(code)
+            verdict["score"] = score = self.score(code)
+            for what, limit in getattr(self.check, "LIMITS", {}).items():
+                most = int(limit * score["least"]["sectors"]) if what == "sectors" else limit
+                if score["yours"][what] > most:
+                    details = {"counted": what, "found": score["yours"][what], "most": most}
+                    return verdict | {"what": "slow", "details": details}
         return verdict | {"ok": True, "printed": printed.getvalue()[-2000:]}
 
     def score(self, code: compiled.Cuda) -> dict[str, dict[str, int]]:

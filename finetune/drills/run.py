@@ -22,6 +22,7 @@ WORDS = {
         "green": "green: {passed} cases",
         "score": "memory on the last case: {yours} sectors of 32 bytes in {requests} requests, at least {least}; the "
         "solution {solution} in {their_requests} · bank conflicts: {conflicts}, the solution {their_conflicts}",
+        "slow": "the results are right, but there are too many {counted} on the last case: {found}, at most {most}",
         "red": "red at case {number}, “{case}”",
         "input": "input:",
         "printed": "printed:",
@@ -47,6 +48,7 @@ WORDS = {
         "green": "通过：{passed} 个用例",
         "score": "最后一个用例的访存：{requests} 次请求共 {yours} 个 32 字节扇区，最少 {least}；"
         "参考解 {their_requests} 次请求共 {solution} 个 · bank 冲突：{conflicts}，参考解 {their_conflicts}",
+        "slow": "结果正确，但最后一个用例的 {counted} 太多：{found}，最多 {most}",
         "red": "第 {number} 个用例未通过：“{case}”",
         "input": "输入：",
         "printed": "打印的内容：",

@@ -1,0 +1,20 @@
+import torch
+
+from finetune.drills.cases import Case
+from finetune.drills.compiled import launch
+
+
+def drive(code, x):
+    return launch(code, [x], [tuple(x.shape)], x.shape)
+
+
+def reference(x):
+    return torch.softmax(x, -1)
+
+
+def cases(draw):
+    yield Case("one number", [draw.normal(1, 1)])
+    yield Case("two numbers near 1e4", [draw.normal(1, 2) + 1e4])
+    yield Case("numbers near −1e4", [draw.normal(2, 3) - 1e4])
+    for rows, columns in ((1, 31), (2, 32), (3, 33), (5, 100), (6, 257)):
+        yield Case(f"{rows} rows of {columns}", [draw.normal(rows, columns, scale=3)])
