@@ -68,7 +68,7 @@ class Config(config.Config):
     # --- drawing
     sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm_solver_2m"] = "ddim"  # a flow: euler or heun
     sample_steps: int = bounded(25, at_least=1, at_most=100_000)
-    guidance: float = bounded(2.0, at_least=0)  # w: 0 ignores the label, 1 follows it, more exaggerates it
+    guidance: float = bounded(1.5, at_least=0)  # w: 0 ignores the label, 1 follows it, more exaggerates it
     # guide only this many of the first channels (3 in the paper's code); 0: all
     guided_channels: int = bounded(0, at_least=0, at_most=64)
     samples: int = bounded(500, at_least=20, at_most=10**6)  # images that are judged, all classes alike
