@@ -4,7 +4,8 @@ A module that trains a language model offers in its code/main.py
 
     def memory_plan(cfg) -> tuple[model config, memory.Setup]      # builds nothing, trains nothing
 
-for `python -m finetune memory NAME`, and ends its run with
+for `python -m finetune memory NAME` (one with another network a memory.Plan: its own terms and how to measure them),
+and ends its run with
 
     config, setup = memory_plan(cfg)
     setup = replace(setup, batch=B, seq=T)                          # of the real micro-batch below
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.memory.counts import parameters
 from finetune.memory.formulas import predict
+from finetune.memory.plan import Plan
 from finetune.memory.room import check_disk, check_memory
 from finetune.memory.setup import Setup, Shape, Term, shape_of
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Peak",
+    "Plan",
     "Setup",
     "Shape",
     "Term",

@@ -16,6 +16,7 @@ from finetune.memory.cards import budget, verdicts
 from finetune.memory.counts import parameters
 from finetune.memory.formulas import host_bytes, predict, symbols
 from finetune.memory.models import GIVEN, Model
+from finetune.memory.plan import Plan
 from finetune.memory.room import size
 from finetune.memory.search import instead, search
 from finetune.memory.setup import Setup
@@ -40,6 +41,8 @@ def main(argv: list[str], json: bool = False) -> int:
     if name == GIVEN and not any(word.startswith(("--layers", "--dim")) for word in rest):
         begin = " ".join(rest[:2])
         raise UserError(f"the model comes first: memory MODEL {begin} …, or its sizes: --layers 32 --dim 4096")
+    if isinstance(found := models.plan_of(name, rest), Plan):
+        return of_plan(name, found, modes, room, json)
     model, setup, given = models.find(name, rest)
     if room is not None:
         if model.module:
@@ -57,6 +60,24 @@ def main(argv: list[str], json: bool = False) -> int:
         print(jsonlib.dumps(as_json(model, setup) | {"rows": rows}, indent=2, ensure_ascii=False))
     elif rows:
         show.show_rows(model.name, rows)
+    return 0
+
+
+def of_plan(name: str, plan: Plan, modes: list[str], room: int | None, json: bool) -> int:
+    """A module with a network of its own kind."""
+    from finetune.memory import show
+
+    if room is not None or "--simulate" in modes:
+        raise UserError(f"--for and --simulate are for language models; --measure is for a module such as '{name}'")
+    if not json:
+        show.show_plan(name, plan)
+    rows = plan.rows() if modes else []
+    if json:
+        terms = [dataclasses.asdict(term) for term in (*plan.terms, plan.peak)]
+        print(jsonlib.dumps({"name": name, "parameters": plan.parameters, "terms": terms, "rows": rows,
+                             "cards": verdicts(plan.peak.bytes)}, indent=2, ensure_ascii=False))  # fmt: skip
+    elif rows:
+        show.show_rows(name, rows)
     return 0
 
 

@@ -65,13 +65,8 @@ def find(name: str, argv: list[str]) -> tuple[Model, Setup, set[str]]:
     name, option or kind of model, and for a setup that the model cannot have."""
     from finetune.runs import config, registry
 
-    modules = {info.name: info for info in registry.modules()}
-    if name in modules:
-        module = registry.load(modules[name])
-        if not hasattr(module, "memory_plan"):
-            raise UserError(f"module '{name}' has no memory plan; `memory` without a name lists the models it knows")
-        toy, given = "--toy" in argv, config.given(module.Config, [word for word in argv if word != "--toy"], ["toy"])
-        shape, setup = module.memory_plan(dataclasses.replace(module.Config.toy() if toy else module.Config(), **given))
+    if name in {info.name for info in registry.modules()}:
+        shape, setup = plan_of(name, argv)
         return Model(name, shape, module=True), setup, set()
     argv = switches(argv)
     if name == GIVEN:
@@ -91,6 +86,21 @@ def find(name: str, argv: list[str]) -> tuple[Model, Setup, set[str]]:
     setup = Setup(**values)
     check_shape(name, model.shape, setup)
     return model, setup, set(values)
+
+
+def plan_of(name: str, argv: list[str]) -> Any:
+    """What `memory_plan` of the module gives under the settings in argv: (config of a language model, Setup), or a
+    Plan; None if there is no such module."""
+    from finetune.runs import config, registry
+
+    modules = {info.name: info for info in registry.modules()}
+    if name not in modules:
+        return None
+    module = registry.load(modules[name])
+    if not hasattr(module, "memory_plan"):
+        raise UserError(f"module '{name}' has no memory plan; `memory` without a name lists the models it knows")
+    toy, given = "--toy" in argv, config.given(module.Config, [word for word in argv if word != "--toy"], ["toy"])
+    return module.memory_plan(dataclasses.replace(module.Config.toy() if toy else module.Config(), **given))
 
 
 def switches(words: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from finetune.memory.counts import parameters
 from finetune.memory.formulas import MEANING, host_bytes, largest, symbols
 from finetune.memory.models import PRESETS, Model, Sized
 from finetune.memory.optimizers import OPTIMIZERS
+from finetune.memory.plan import Plan
 from finetune.memory.room import size
 from finetune.memory.search import Found, instead
 from finetune.memory.setup import Setup, Term
@@ -87,6 +88,23 @@ def show(model: Model, setup: Setup) -> None:
     verdict = "fits" if terms[-1].bytes + host < total else "does not fit"
     if host:
         display.say(console, f"The host needs {size(host)} for each device.")
+    display.say(console, f"This machine has {size(total)} of main memory: it {verdict} here.")
+
+
+def show_plan(name: str, plan: Plan) -> None:
+    """The table of a module's own terms, their letters, what an image keeps, and where it fits."""
+    from finetune.runs import display, machine
+
+    console = display.console()
+    display.say(console, f"{name}: {plan.what}, {plan.parameters / 1e6:.2f} million parameters", "bold")
+    listing(console, [*plan.terms, plan.peak])
+    display.say(console, " · ".join(f"{key} = {n:,} ({text})" for key, (n, text) in plan.letters.items()), "dim")
+    if plan.parts:
+        console.print(f"\nOne image keeps {size(sum(part.bytes for part in plan.parts))} for its backward pass:")
+        listing(console, [*plan.parts])
+    fits(console, plan.peak.bytes, 1)
+    total = machine.total_memory_bytes()
+    verdict = "fits" if plan.peak.bytes < total else "does not fit"
     display.say(console, f"This machine has {size(total)} of main memory: it {verdict} here.")
 
 

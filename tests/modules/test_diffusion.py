@@ -262,9 +262,22 @@ def test_one_class_is_drawn_without_a_judge(tmp_path):
 
 def test_memory_of_training_is_the_formulas(short):
     rows = {row["name"]: row for row in short[1]["memory"]}
-    for name in ("weights", "gradients", "optimizer states", "EMA"):
-        assert rows[name]["predicted"] == rows[name]["measured"] > 0
-    assert rows["activations"]["measured"] > rows["weights"]["measured"]
+    assert set(rows) == {"weights", "gradients", "optimizer states", "EMA", "activations"}
+    assert all(row["predicted"] == row["measured"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "side"),
+    [
+        ({"width": 16, "heads": 2, "levels": 1}, (6, 5)),
+        ({"width": 24, "heads": 1, "levels": 3, "blocks": 2, "attention": 0, "dropout": 0.2}, (8, 16)),
+        ({"width": 32, "levels": 3, "attention": 2, "learned_variance": True}, (8, 8)),
+    ],
+)
+def test_activations_are_the_formula(settings, side):
+    """Every part of the network, of a picture that is not square, with and without attention and dropout."""
+    plan = registry.part("diffusion", "cost").plan({"channels": 2, "classes": 3, **settings}, 3, side)
+    assert all(row["predicted"] == row["measured"] > 0 for row in plan.rows())
 
 
 @pytest.mark.parametrize(

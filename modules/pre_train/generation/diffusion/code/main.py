@@ -20,12 +20,12 @@ from finetune.diffusion.ema import Ema
 from finetune.diffusion.judge import train_judge
 from finetune.diffusion.process import Process
 from finetune.errors import UserError
-from finetune.memory import meters, room
+from finetune.memory import room
 from finetune.runs import config
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
 
-from . import exhibits, oracle
+from . import cost, exhibits, oracle
 from .bound import bound, denoised, gaussian_bits, step_bits
 from .unet import UNet
 
@@ -134,7 +134,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         labels_train = labels_train[torch.randperm(len(train), generator=run.generator("shuffle"))]
 
     shape = network_shape(cfg, train)
-    check_room(run, shape)
+    side = (train.x.shape[-2], train.x.shape[-1])
+    check_room(run, cost.plan(shape, cfg.batch, side))
     run.seed("model")
     net = UNet(**shape)
     net(x_train[:1], torch.zeros(1), labels_train[:1])  # a size that does not fit is refused before anything is trained
@@ -168,7 +169,9 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         trained.save(run.dir / "model", "unet", shape, model)
         evaluate(cfg, run, model, train, test)
     if cfg.steps:
-        run.record_memory(memory_rows(net, optimizer, ema, x_train[: cfg.batch], labels_train[: cfg.batch]))
+        x, labels = x_train[: cfg.batch].clone(), labels_train[: cfg.batch].clone()
+        predicted = {term.name: term.bytes for term in cost.plan(shape, len(x), side).terms}
+        run.record_memory(memory.table(predicted, cost.step_bytes(net, optimizer, ema, x, labels)))
     run.next_commands = [("draw more images", f"sample {shlex.quote(str(run.dir))}")]
     return {}
 
@@ -265,27 +268,17 @@ def network_shape(cfg: Config, data: images.Images) -> dict[str, Any]:
     return {"channels": data.x.shape[1], "classes": len(data.classes)} | {name: getattr(cfg, name) for name in names}
 
 
-def check_room(run: Run, shape: dict[str, Any]) -> None:
-    """UserError if weights, gradients, moments and average cannot fit into the memory, or checkpoints on the disk."""
-    with torch.device("meta"):
-        size = sum(p.numel() for p in UNet(**shape).parameters())
-    room.check_bytes(sum(by_formula(size).values()), "--width, --levels or --blocks")
+def check_room(run: Run, plan: memory.Plan) -> None:
+    """UserError if a training step cannot fit into the memory by formula, or checkpoints on the disk."""
+    room.check_bytes(plan.peak.bytes, "--batch, --width, --levels or --blocks")
     if not run.resume:
-        room.check_disk(run.dir, 20 * 4 * size, "three checkpoints and the model")
+        room.check_disk(run.dir, 20 * 4 * plan.parameters, "three checkpoints and the model")
 
 
-def by_formula(size: int) -> dict[str, int]:
-    """Bytes that stay during training, of a network of `size` parameters: all in fp32, AdamW has two moments."""
-    return {"weights": 4 * size, "gradients": 4 * size, "optimizer states": 8 * size, "EMA": 4 * size}
-
-
-def memory_rows(net: UNet, optimizer: optim.AdamW, ema: Ema, x: Tensor, labels: Tensor) -> list[dict[str, Any]]:
-    """Bytes of training, by formula and as measured; activations of a step are measured only."""
-    t = torch.zeros(len(x), dtype=torch.int64)
-    measured = memory.measure(net, optimizer, lambda: net(x, t, labels).mean())
-    measured["EMA"] = meters.storage_bytes(ema.average.values())
-    rows = memory.table(by_formula(sum(p.numel() for p in net.parameters())), measured)
-    return [*rows, {"name": "activations", "predicted": None, "measured": measured["activations"]}]
+def memory_plan(cfg: Config) -> memory.Plan:
+    """For `python -m finetune memory diffusion`: the images are read, for their size; nothing is trained."""
+    data = images.load(cfg.data or cfg.images, cfg.side or None)
+    return cost.plan(network_shape(cfg, data), cfg.batch, (data.x.shape[-2], data.x.shape[-1]))
 
 
 def opened(folder: Path, cfg: Config) -> trained.Trained:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from .model import FREQUENCIES, DiTConfig
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune import memory, optim
+from finetune.diffusion.ema import Ema
+from finetune.memory import meters
+from finetune.memory.plan import Plan, states
+from finetune.memory.setup import Term
+
+from .model import FREQUENCIES, DiT, DiTConfig
 
 
 def linears(c: DiTConfig) -> list[tuple[int, int, int]]:
@@ -39,15 +50,44 @@ def activation_bytes(c: DiTConfig, batch: int, element: int = 4, checkpointing: 
     return batch * (c.layers * (c.tokens * token + image * element) + c.tokens * ends + condition)
 
 
-def memory(c: DiTConfig, batch: int, dtype: str = "fp32", checkpointing: bool = False) -> dict[str, int]:
-    """Bytes of a training step by name. AdamW keeps two moments and, of bf16 weights, a master copy, all in fp32; so
-    does the EMA."""
-    element, count = {"fp32": 4, "bf16": 2}[dtype], parameters(c)
-    positions = c.tokens * c.dim
-    return {
-        "weights": (count + positions) * element,
-        "gradients": count * element,
-        "optimizer states": count * (8 if element == 4 else 12),
-        "EMA": 4 * count,
-        "activations": activation_bytes(c, batch, element, checkpointing),
-    }
+BLOCK = {False: "N·(18·C·e + 16 + 8·H) + 6·C·e", True: "N·C·e"}  # what one keeps, as text; with checkpointing
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def terms(c: DiTConfig, batch: int, dtype: str = "fp32", checkpointing: bool = False) -> tuple[Term, ...]:
+    """Bytes of a training step. AdamW keeps two moments and, of bf16 weights, a master copy, all in fp32; so does the
+    EMA."""
+    element = DTYPES[dtype].itemsize
+    text = f"B·(L·({BLOCK[checkpointing]}) + N·((2·C + c)·e + 8) + (256 + 6·C)·e + 8)"
+    kept = Term("activations", activation_bytes(c, batch, element, checkpointing), text, "what each op saves")
+    return *states(parameters(c), c.tokens * c.dim, element), kept
+
+
+def plan(c: DiTConfig, batch: int, dtype: str, checkpointing: bool) -> Plan:
+    """For `python -m finetune memory dit`."""
+
+    def measure() -> dict[str, int]:
+        net = DiT(c).to(DTYPES[dtype])
+        net.gradient_checkpointing = checkpointing
+        weights = list(net.parameters())
+        optimizer, ema = optim.AdamW(weights, lr=0.0), Ema(net, 0.9)
+        x, labels = torch.zeros(batch, c.channels, c.side, c.side), torch.zeros(batch, dtype=torch.int64)
+        net(x, labels, labels).sum().backward()
+        optimizer.step()
+        return step_bytes(net, optimizer, ema, x, labels)
+
+    letters = {
+        "P": (parameters(c), "parameters"), "b": (c.tokens * c.dim, "positions"), "B": (batch, "images"),
+        "L": (c.layers, "layers"), "N": (c.tokens, "patches"), "C": (c.dim, "width"), "H": (c.heads, "heads"),
+        "c": (c.patch**2 * c.channels, "numbers of a patch"), "e": (DTYPES[dtype].itemsize, "bytes a number"),
+    }  # fmt: skip
+    what = f"{c.layers} layers of width {c.dim}, {batch} × {c.channels}×{c.side}×{c.side} in {dtype}"
+    what += ", checkpointed" if checkpointing else ""
+    return Plan(what, parameters(c), terms(c, batch, dtype, checkpointing), measure, letters)
+
+
+def step_bytes(net: DiT, optimizer: optim.AdamW, ema: Ema, x: Tensor, labels: Tensor) -> dict[str, Any]:
+    """The same bytes, and the step's growth of the process, as measured."""
+    t = torch.zeros(len(x), dtype=torch.int64)
+    measured = memory.measure(net, optimizer, lambda: net(x, t, labels).mean())
+    return measured | {"EMA": meters.storage_bytes(ema.average.values())}

@@ -23,7 +23,7 @@ from finetune.diffusion.images import Images
 from finetune.diffusion.process import Process
 from finetune.diffusion.trained import Trained
 from finetune.errors import UserError
-from finetune.memory import meters, room
+from finetune.memory import room
 from finetune.runs import checkpoint, config, reading
 from finetune.runs.config import bounded
 from finetune.runs.run import Run, stable_hash
@@ -327,19 +327,25 @@ def targets_of(cfg: Config, gaussian: float) -> dict[str, float]:
 
 def check_memory(cfg: Config, shape: DiTConfig) -> None:
     """UserError if the step cannot fit into this machine's memory by formula."""
-    needed = sum(cost.memory(shape, cfg.batch, DTYPES[cfg.dtype], cfg.gradient_checkpointing).values())
-    room.check_bytes(needed, "--model, --batch or a larger --patch")
+    found = planned(cfg, shape)
+    room.check_bytes(found.peak.bytes, "--model, --batch or a larger --patch")
+
+
+def planned(cfg: Config, shape: DiTConfig) -> memory.Plan:
+    return cost.plan(shape, cfg.batch, DTYPES[cfg.dtype], cfg.gradient_checkpointing)
+
+
+def memory_plan(cfg: Config) -> memory.Plan:
+    """For `python -m finetune memory dit`: the images are read, for their size; nothing is trained."""
+    return planned(cfg, model_config(cfg, load(cfg)[0]))
 
 
 def memory_rows(
     cfg: Config, net: DiT, optimizer: optim.AdamW, ema: Ema, x: Tensor, labels: Tensor
 ) -> list[dict[str, Any]]:
     """Bytes of a training step, by formula and as measured."""
-    predicted = cost.memory(net.config, len(x), DTYPES[cfg.dtype], cfg.gradient_checkpointing)
-    t = torch.zeros(len(x), dtype=torch.int64)
-    measured = memory.measure(net, optimizer, lambda: net(x, t, labels).mean())
-    measured["EMA"] = meters.storage_bytes(ema.average.values())
-    return memory.table(predicted, measured)
+    predicted = {term.name: term.bytes for term in planned(cfg, net.config).terms}
+    return memory.table(predicted, cost.step_bytes(net, optimizer, ema, x, labels))
 
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
