@@ -7,7 +7,8 @@
 With a softcap c, s_ij = c · log2(e) · tanh(scale / c · q_i · k_j), and ds_ij is multiplied by 1 − tanh².
 
 The keys that a query sees are one interval [low, high), whatever hides the others: the causal rule, lengths, the bounds
-of its document, a window. Blocks of keys that no query of a block sees are not visited. A block belongs to one
+of its document, a window; or those of the interval that a mask shows. Blocks of keys that are outside of the intervals
+of all queries of a block are not visited; a mask's bytes are read where the interval is. A block belongs to one
 document, and what lies behind a length or in another document is never loaded: it may be NaN.
 Layout: (B, T, H, D) with any strides but unit stride in D (else copied); D is padded to a power of two by masks. The
 forward pass gives a program BLOCK_M queries of one head; it keeps q, the running maximum m and the sums l and o on
@@ -71,6 +72,14 @@ def visible_begin(i, end, shift, window, CAUSAL: tl.constexpr, WINDOW: tl.conste
 
 
 @triton.jit
+def shown(seen, mask, i, j, query_stride, MASK: tl.constexpr):
+    """Of the pairs that are `seen`, those whose byte of the mask is not 0; i and j are of seen's rank."""
+    if MASK:
+        seen &= tl.load(mask + i.to(tl.int64) * query_stride + j, mask=seen, other=0) != 0
+    return seen
+
+
+@triton.jit
 def scores_of(products, factor, cap, CAPPED: tl.constexpr):
     """Scores to base 2 from q · k; with a softcap their derivative's factor 1 − tanh², too."""
     s = products * factor
@@ -103,10 +112,10 @@ def store_rows(x, value, first, end, token_stride, dim, BLOCK_ROWS: tl.constexpr
 
 @triton.jit
 def attention_kernel(
-    q, k, v, o, m, l, lengths, table, blocks, queries, keys, heads, group, dim, factor,
+    q, k, v, o, m, l, lengths, mask, mask_batch, mask_query, table, blocks, queries, keys, heads, group, dim, factor,
     cap, window, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
     h = (tl.program_id(0) // blocks % heads).to(tl.int64)
@@ -120,6 +129,7 @@ def attention_kernel(
     low = tl.maximum(low, visible_begin(first, real, keys - queries, window, CAUSAL, WINDOW))
     k += b * k_batch + h // group * k_head
     v += b * v_batch + h // group * v_head
+    mask += b * mask_batch
     q_rows = rows(q + b * q_batch + h * q_head, first, stop, q_token, dim, BLOCK_M, BLOCK_D)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -132,6 +142,7 @@ def attention_kernel(
         seen = j[None, :] < high[:, None]
         if WINDOW:
             seen &= j[None, :] >= passed[:, None]
+        seen = shown(seen, mask, i[:, None], j[None, :], mask_query, MASK)
         s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet: not −inf − −inf
@@ -177,16 +188,18 @@ def row_statistics(m, l, delta, row, exists):
 
 @triton.jit
 def attention_backward_keys_kernel(
-    q, k, v, do, dk, dv, m, l, delta, lengths, table, blocks, queries, keys, heads, group, dim, factor, cap, window,
-    scale, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
-    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, k, v, do, dk, dv, m, l, delta, lengths, mask, mask_batch, mask_query, table, blocks, queries, keys, heads, group,
+    dim, factor, cap, window, scale, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    g_batch, g_token, g_head,
+    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     kv_heads = heads // group
     b = (tl.program_id(0) // blocks // kv_heads).to(tl.int64)
     g = (tl.program_id(0) // blocks % kv_heads).to(tl.int64)
     first, low, stop = own_block(tl.program_id(0) % blocks, blocks, table, keys, BLOCK_N, DOCUMENTS)
     end = real_keys(b, stop, lengths, LENGTHS)
+    mask += b * mask_batch
     j = first + tl.arange(0, BLOCK_N)
     k_rows = rows(k + b * k_batch + g * k_head, first, end, k_token, dim, BLOCK_N, BLOCK_D)
     v_rows = rows(v + b * v_batch + g * v_head, first, end, v_token, dim, BLOCK_N, BLOCK_D)
@@ -212,12 +225,15 @@ def attention_backward_keys_kernel(
             m_i, inverse_l, d = row_statistics(m, l, delta, row, i < last)
             q_rows = rows(q + b * q_batch + h * q_head, start, last, q_token, dim, BLOCK_M, BLOCK_D)
             do_rows = rows(do + b * g_batch + h * g_head, start, last, g_token, dim, BLOCK_M, BLOCK_D)
+            if MASK:  # what a query holds that sees no key is not multiplied, not by 0 either
+                q_rows = tl.where(inverse_l[:, None] == 0, 0.0, q_rows)
             products = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
             s, slope = scores_of(products, factor, cap, CAPPED)
             seen = j[:, None] < high[None, :]
             if WINDOW:
                 passed = visible_begin(i, end, keys - queries, window, CAUSAL, WINDOW)
                 seen &= j[:, None] >= passed[None, :]
+            seen = shown(seen, mask, i[None, :], j[:, None], mask_query, MASK)
             p = tl.where(seen, tl.exp2(s - m_i[None, :]) * inverse_l[None, :], 0.0)
             dv_rows = tl.dot(p.to(do_rows.dtype), do_rows, dv_rows, input_precision="ieee")
             if CAPPED:  # before dp, which then finds one tile in registers instead of two
@@ -232,10 +248,11 @@ def attention_backward_keys_kernel(
 
 @triton.jit
 def attention_backward_queries_kernel(
-    q, k, v, do, dq, m, l, delta, lengths, table, blocks, queries, keys, heads, group, dim, factor, cap, window,
-    scale, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head,
-    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, k, v, do, dq, m, l, delta, lengths, mask, mask_batch, mask_query, table, blocks, queries, keys, heads, group,
+    dim, factor, cap, window, scale, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    g_batch, g_token, g_head,
+    CAUSAL: tl.constexpr, LENGTHS: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
     h = (tl.program_id(0) // blocks % heads).to(tl.int64)
@@ -250,6 +267,7 @@ def attention_backward_queries_kernel(
     m_i, inverse_l, d = row_statistics(m, l, delta, (b * heads + h) * queries + i, i < stop)
     k += b * k_batch + h // group * k_head
     v += b * v_batch + h // group * v_head
+    mask += b * mask_batch
     q_rows = rows(q + b * q_batch + h * q_head, first, stop, q_token, dim, BLOCK_M, BLOCK_D)
     do_rows = rows(do + b * g_batch + h * g_head, first, stop, g_token, dim, BLOCK_M, BLOCK_D)
 
@@ -261,6 +279,7 @@ def attention_backward_queries_kernel(
         seen = j[None, :] < high[:, None]
         if WINDOW:
             seen &= j[None, :] >= passed[:, None]
+        seen = shown(seen, mask, i[:, None], j[None, :], mask_query, MASK)
         p = tl.where(seen, tl.exp2(s - m_i[:, None]) * inverse_l[:, None], 0.0)
         if CAPPED:
             p *= slope
@@ -283,14 +302,14 @@ TILES = {
 }
 # Compute capability 9.0, up to 227 KB: a warp group's product has 64 rows and as many columns as the stream tile has
 # rows, or as D is divided among the groups. Those above give it 16 and 32, and every operand is read the more often.
-# A window's bounds and a softcap's tanh need registers that these leave none for: such calls have those above.
+# A window's bounds, a softcap's tanh and a mask need registers that these leave none for: such calls have those above.
 # The backward passes have no registers for more: keys' holds dK and dV, and D = 256 spills with any tile that is wider.
 HOPPER = {
     (16, 64): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1)),
     (16, 128): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
     (16, 256): ((128, 64, 8, 1), *TILES[16, 256][1:]),
 }
-# Calls with a window or a softcap, whose kernels for keys spill with the tiles above.
+# Calls with a window, a softcap or a mask, whose kernels for keys spill with the tiles above.
 WITH_RULES = {
     (16, 64): (*TILES[16, 64][:2], (64, 32, 8, 2)),
     (32, 128): (*TILES[32, 128][:2], (16, 16, 8, 2)),
@@ -299,12 +318,13 @@ WITH_RULES = {
 FORWARD, QUERIES, KEYS = range(3)
 
 
-def tiles(t: Tensor, kernel: int, rows: int, window: int, softcap: float) -> dict[str, int]:
-    """Block sizes, warps and stages of a kernel whose programs own BLOCK_M queries or (KEYS) BLOCK_N keys of `rows`."""
+def tiles(t: Tensor, kernel: int, rows: int, rules: bool) -> dict[str, int]:
+    """Block sizes, warps and stages of a kernel whose programs own BLOCK_M queries or (KEYS) BLOCK_N keys of `rows`;
+    rules: it has a window, a softcap or a mask."""
     wide, bits = max(triton.next_power_of_2(t.shape[3]), 16), 8 * t.element_size()
     key = bits, min(max(wide, 64), 256)
     kind = TILES[key]
-    if window or softcap:
+    if rules:
         kind = WITH_RULES.get(key, kind)
     elif capability() == 90:
         kind = HOPPER.get(key, kind)
@@ -333,10 +353,11 @@ def blocks_of(tokens: int, size: int, ends: Tensor | None, none: Tensor) -> tupl
 
 
 def who_sees_what(
-    q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None, cu_seqlens: Tensor | None, window: int
-) -> tuple[Tensor, Tensor | None, Tensor, dict[str, bool]]:
-    """lengths as a kernel argument, the documents' bounds, a tensor that is never read, and the constants that say
-    what hides keys. A window of all keys and more hides none."""
+    q: Tensor, k: Tensor, causal: bool, lengths: Tensor | None, cu_seqlens: Tensor | None, window: int,
+    mask: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor, int, int], Tensor | None, Tensor, dict[str, bool]]:  # fmt: skip
+    """lengths and the mask with its strides as kernel arguments, the documents' bounds, a tensor that is never read,
+    and the constants that say what hides keys. A window of all keys and more hides none."""
     check(q.dim() == k.dim() == 4 and q.shape[3] == k.shape[3], "attention", "q and k must be (B, T, H, D) of one D")
     check(q.shape[2] % k.shape[2] == 0, "attention", "q's heads must be a multiple of k's")
     none = empty_f32(q, 1)  # never read
@@ -346,9 +367,17 @@ def who_sees_what(
     if cu_seqlens is not None:
         check(q.shape[0] == 1 and q.shape[1] == k.shape[1], "attention", "cu_seqlens needs batch 1 and Tq = Tk")
         ends = cu_seqlens.to(q.device, torch.int32).clamp(0, q.shape[1])
+        check(mask is None, "attention", "mask excludes cu_seqlens")
     hidden = {"CAUSAL": causal, "LENGTHS": lengths is not None, "DOCUMENTS": cu_seqlens is not None}
-    hidden["WINDOW"] = 0 < window < k.shape[1]
-    return none if lengths is None else lengths.to(q.device).contiguous(), ends, none, hidden
+    hidden |= {"MASK": mask is not None, "WINDOW": 0 < window < k.shape[1]}
+    real = none if lengths is None else lengths.to(q.device).contiguous()
+    if mask is None:
+        return (real, none, 0, 0), ends, none, hidden
+    fits = mask.dtype == torch.bool and mask.shape in {(n, q.shape[1], k.shape[1]) for n in (1, q.shape[0])}
+    check(fits, "attention", "mask must be bool, (batch or 1, Tq, Tk)")
+    mask = mask if mask.shape[2] <= 1 or mask.stride(2) == 1 else mask.contiguous()
+    batch = mask.stride(0) if mask.shape[0] > 1 else 0
+    return (real, mask.view(torch.uint8), batch, mask.stride(1)), ends, none, hidden
 
 
 def score_factors(scale: float, softcap: float) -> tuple[float, float]:
@@ -359,18 +388,19 @@ def score_factors(scale: float, softcap: float) -> tuple[float, float]:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, lengths: Tensor | None, cu_seqlens: Tensor | None,
     window: int = 0, softcap: float = 0.0,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v = (unit_stride(t) for t in (q, k, v))
-    real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens, window)
+    real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens, window, mask)
     (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
     o, m, l = q.new_empty(q.shape), *(empty_f32(q, batch, heads, queries) for _ in range(2))
     if ends is not None:  # tokens of no document, if cu_seqlens is wrong
         o.zero_()
     if m.numel():
-        chosen = tiles(q, FORWARD, queries, window, softcap)
+        chosen = tiles(q, FORWARD, queries, window > 0 or softcap > 0 or mask is not None)
         table, blocks = blocks_of(queries, chosen["BLOCK_M"], ends, none)
         attention_kernel[(blocks * batch * heads,)](
-            q, k, v, o, m, l, real, table, blocks, queries, keys, heads, heads // kv_heads, dim,
+            q, k, v, o, m, l, *real, table, blocks, queries, keys, heads, heads // kv_heads, dim,
             *score_factors(scale, softcap), window if hidden["WINDOW"] else 0,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **hidden, CAPPED=softcap > 0, **chosen,
         )  # fmt: skip
@@ -380,10 +410,11 @@ def attention(
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, m: Tensor, l: Tensor, causal: bool, scale: float,
     lengths: Tensor | None, cu_seqlens: Tensor | None, window: int = 0, softcap: float = 0.0,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     do, q, k, v, o = (unit_stride(t) for t in (do, q, k, v, o))
     m, l = m.contiguous(), l.contiguous()
-    real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens, window)
+    real, ends, none, hidden = who_sees_what(q, k, causal, lengths, cu_seqlens, window, mask)
     (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
     dq, dk, dv = ((t.new_empty if ends is None else t.new_zeros)(t.shape) for t in (q, k, v))
     delta = torch.empty_like(m)
@@ -392,20 +423,20 @@ def attention_backward(
     hidden["CAPPED"], near = softcap > 0, window if hidden["WINDOW"] else 0
     sizes = (queries, keys, heads, heads // kv_heads, dim, *score_factors(scale, softcap), near, scale)
     strides = [s for t in (q, k, v, do) for s in t.stride()[:3]]
-    wide = max(triton.next_power_of_2(dim), 16)
+    wide, rules = max(triton.next_power_of_2(dim), 16), window > 0 or softcap > 0 or mask is not None
     delta_kernel[(triton.cdiv(queries, 32) * batch * heads,)](
         o, do, delta, queries, heads, dim, *o.stride()[:3], *do.stride()[:3], BLOCK_M=32, BLOCK_D=wide, num_warps=8
     )
     if keys:
-        chosen = tiles(q, KEYS, keys, window, softcap)
+        chosen = tiles(q, KEYS, keys, rules)
         table, blocks = blocks_of(keys, chosen["BLOCK_N"], ends, none)
         attention_backward_keys_kernel[(blocks * batch * kv_heads,)](
-            q, k, v, do, dk, dv, m, l, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
+            q, k, v, do, dk, dv, m, l, delta, *real, table, blocks, *sizes, *strides, **hidden, **chosen
         )
-    chosen = tiles(q, QUERIES, queries, window, softcap)
+    chosen = tiles(q, QUERIES, queries, rules)
     table, blocks = blocks_of(queries, chosen["BLOCK_M"], ends, none)
     attention_backward_queries_kernel[(blocks * batch * heads,)](
-        q, k, v, do, dq, m, l, delta, real, table, blocks, *sizes, *strides, **hidden, **chosen
+        q, k, v, do, dq, m, l, delta, *real, table, blocks, *sizes, *strides, **hidden, **chosen
     )
     return dq, dk, dv
 
@@ -432,3 +463,6 @@ def typical(dtype: torch.dtype):
         for rules in ((100, 0.0), (100, 50.0)):
             yield "attention", (q, k, k, True, dim**-0.5, None, None, *rules)
             yield "attention_backward", (q, q, k, k, q, stat, stat, True, dim**-0.5, None, None, *rules)
+        masked = (False, dim**-0.5, None, None, 0, 0.0, torch.ones(1, 512, 512, dtype=torch.bool))
+        yield "attention", (q, k, k, *masked)
+        yield "attention_backward", (q, q, k, k, q, stat, stat, *masked)

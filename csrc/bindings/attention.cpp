@@ -41,6 +41,12 @@ std::vector<int64_t> integers(const Tensor& t) {
   return out;
 }
 
+// The mask as rows of bytes.
+Tensor rows_of(const Tensor& mask) {
+  check(mask.dim() == 3 && mask.scalar_type() == ScalarType::Bool, kName, "mask must be bool, (batch or 1, Tq, Tk)");
+  return mask.size(2) <= 1 || mask.stride(2) == 1 ? mask : torch::stable::contiguous(mask);
+}
+
 void check_integers(const Tensor& t) {
   check(t.dim() == 1, kName, "lengths and cu_seqlens are one-dimensional");
   check(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, kName,
@@ -50,11 +56,13 @@ void check_integers(const Tensor& t) {
 // The checked problem: inputs with unit stride in the last dimension, lengths and offsets as int64.
 struct Problem {
   Tensor q, k, v;
+  OptionalTensor mask;
   std::vector<int64_t> lengths, offsets;
   AttentionShape shape{};
 
   Problem(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal, double scale,
-          const OptionalTensor& lengths_, const OptionalTensor& cu_seqlens, int64_t window, double softcap)
+          const OptionalTensor& lengths_, const OptionalTensor& cu_seqlens, int64_t window, double softcap,
+          const OptionalTensor& mask_)
       : q(unit_stride(q_)), k(unit_stride(k_)), v(unit_stride(v_)) {
     check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, kName, "q, k and v must be (batch, tokens, heads, dim)");
     bool same = q.size(0) == k.size(0) && q.size(3) == k.size(3);
@@ -74,8 +82,18 @@ struct Problem {
                                            static_cast<float>(scale),
                                            causal,
                                            window,
-                                           static_cast<float>(softcap)};
+                                           static_cast<float>(softcap),
+                                           {}};
     shape.workers = threads();
+    if (mask_) {
+      check(!cu_seqlens, kName, "mask excludes cu_seqlens");
+      mask = rows_of(*mask_);
+      check((mask->size(0) == 1 || mask->size(0) == shape.batch) && mask->size(1) == shape.queries &&
+                mask->size(2) == shape.keys,
+            kName, "mask must be bool, (batch or 1, Tq, Tk)");
+      shape.mask = {static_cast<const unsigned char*>(in(*mask)), mask->size(0) > 1 ? mask->stride(0) : 0,
+                    mask->stride(1)};
+    }
     if (lengths_) {
       check_integers(*lengths_);
       check(lengths_->size(0) == shape.batch, kName, "lengths must be (batch,)");
@@ -121,8 +139,9 @@ struct ForwardOnDevice {
   AttentionCuda args;
 
   ForwardOnDevice(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
-                  const OptionalTensor& lengths, const OptionalTensor& cu_seqlens, int64_t window, double softcap)
-      : p(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap),
+                  const OptionalTensor& lengths, const OptionalTensor& cu_seqlens, int64_t window, double softcap,
+                  const OptionalTensor& mask)
+      : p(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap, mask),
         o(torch::stable::new_empty(p.q, {p.shape.batch, p.shape.queries, p.shape.heads, p.shape.dim})),
         top(empty_f32(p.q, {p.shape.batch, p.shape.heads, p.shape.queries})),
         total(empty_f32(p.q, {p.shape.batch, p.shape.heads, p.shape.queries})),
@@ -145,8 +164,9 @@ struct ForwardOnDevice {
 
 std::tuple<Tensor, Tensor, Tensor> attention_hopper(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                                                     double scale, const OptionalTensor& lengths,
-                                                    const OptionalTensor& cu_seqlens, int64_t window, double softcap) {
-  ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap);
+                                                    const OptionalTensor& cu_seqlens, int64_t window, double softcap,
+                                                    const OptionalTensor& mask) {
+  ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap, mask);
   run_device("attention_hopper", f.p.q, AttentionHopper{f.args});
   return {f.o, f.top, f.total};
 }
@@ -166,8 +186,8 @@ const char* why_not(const ForwardOnDevice& f) {
 // Which kernel `attention` runs, and why not the other: "attention_hopper", or "attention: <reason>".
 std::string attention_kernel(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale,
                              const OptionalTensor& lengths, const OptionalTensor& cu_seqlens, int64_t window,
-                             double softcap) {
-  ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap);
+                             double softcap, const OptionalTensor& mask) {
+  ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap, mask);
   const char* reason = why_not(f);
   return reason ? std::string("attention: ") + reason : "attention_hopper";
 }
@@ -175,10 +195,11 @@ std::string attention_kernel(const Tensor& q, const Tensor& k, const Tensor& v, 
 
 std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                                              double scale, const OptionalTensor& lengths,
-                                             const OptionalTensor& cu_seqlens, int64_t window, double softcap) {
+                                             const OptionalTensor& cu_seqlens, int64_t window, double softcap,
+                                             const OptionalTensor& mask) {
 #if FINETUNE_DEVICE
   if (on_device(q)) {
-    ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap);
+    ForwardOnDevice f(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap, mask);
 #if !defined(FINETUNE_EMULATED)  // there each has tests of its own
     if (!why_not(f)) {
       const Status status = launch_on(kName, f.p.q, AttentionHopper{f.args});
@@ -196,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, c
     return {f.o, f.top, f.total};
   }
 #endif
-  Problem p(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap);
+  Problem p(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap, mask);
   const AttentionShape& s = p.shape;
   Tensor o = torch::stable::new_empty(p.q, {s.batch, s.queries, s.heads, s.dim});
   Tensor top = empty_f32(p.q, {s.batch, s.heads, s.queries}), total = empty_f32(p.q, {s.batch, s.heads, s.queries});
@@ -210,8 +231,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_o_, con
                                                       const Tensor& v, const Tensor& o, const Tensor& top_,
                                                       const Tensor& total_, bool causal, double scale,
                                                       const OptionalTensor& lengths, const OptionalTensor& cu_seqlens,
-                                                      int64_t window, double softcap) {
-  Problem p(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap);
+                                                      int64_t window, double softcap, const OptionalTensor& mask) {
+  Problem p(q, k, v, causal, scale, lengths, cu_seqlens, window, softcap, mask);
   const AttentionShape& s = p.shape;
   const Tensor grad_o = unit_stride(grad_o_), output = unit_stride(o), top = torch::stable::contiguous(top_),
                total = torch::stable::contiguous(total_);
@@ -262,18 +283,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_o_, con
 FINETUNE_SCHEMAS(m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens, "
-      "int window=0, float softcap=0.0) -> (Tensor o, Tensor top, Tensor total)");
+      "int window=0, float softcap=0.0, Tensor? mask=None) -> (Tensor o, Tensor top, Tensor total)");
 #if FINETUNE_DEVICE
   m.def(
       "attention_hopper(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens, "
-      "int window=0, float softcap=0.0) -> (Tensor o, Tensor top, Tensor total)");
+      "int window=0, float softcap=0.0, Tensor? mask=None) -> (Tensor o, Tensor top, Tensor total)");
   m.def(
       "attention_kernel(Tensor q, Tensor k, Tensor v, bool causal, float scale, Tensor? lengths, Tensor? cu_seqlens, "
-      "int window=0, float softcap=0.0) -> str");
+      "int window=0, float softcap=0.0, Tensor? mask=None) -> str");
 #endif
   m.def(
       "attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor top, Tensor total, bool "
-      "causal, float scale, Tensor? lengths, Tensor? cu_seqlens, int window=0, float softcap=0.0) -> (Tensor dq, "
+      "causal, float scale, Tensor? lengths, Tensor? cu_seqlens, int window=0, float softcap=0.0, Tensor? mask=None) "
+      "-> (Tensor dq, "
       "Tensor dk, Tensor dv)");
 }
 FINETUNE_KERNELS(m) {

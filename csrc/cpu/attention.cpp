@@ -9,7 +9,8 @@
 // Memory: a worker holds one block of rows (kAttentionRows of q and o, fp32), one of keys (k and v) and one strip of
 // scores. q and o move once, k and v once a row block. 4 · rows · visible keys · dim FLOPs, so the roof is FMA
 // throughput (with few rows, as in decoding, memory bandwidth: few_rows() reads k and v in place). Blocks of keys that no
-// row of a strip sees, being behind the causal limit or before the window, are skipped. A softcap costs a tanh a score.
+// row of a strip sees, being behind the causal limit, before the window or hidden by the mask, are skipped, and of the
+// others the keys at both ends. A softcap costs a tanh a score; a mask is read as bits, 64 keys of a row at once.
 #include "attention_backward.h"
 #include "attention_common.h"
 
@@ -18,29 +19,23 @@ namespace {
 
 constexpr int64_t kFewRows = 8;
 
-struct Strip {                    // the softmax of one strip of queries
-  float* scores;                  // (keys, kStrip)
-  const int32_t *limit, *passed;  // (kStrip,) each lane sees the keys [passed, limit)
+struct Strip {    // the softmax of one strip of queries
+  float* scores;  // (keys, kStrip)
   float *top, *total, *alpha;
 };
 
-// Scores of keys [first, first + n) become exp2(score − top); `alpha` is what earlier sums must be multiplied by.
+// Scores of the keys `seen` become exp2(score − top); `alpha` is what earlier sums must be multiplied by.
 template <bool kMasked>
-FINETUNE_INLINE void online_softmax(const Strip& s, int64_t first, int64_t n) {
+FINETUNE_INLINE void online_softmax(const Strip& s, const StripKeys& seen) {
+  const int64_t n = seen.n;
   vf top[kTileVectors], sum[kTileVectors];
-  vi limit[kTileVectors], passed[kTileVectors];
-  for (int v = 0; v < kTileVectors; ++v) {
-    top[v] = load(s.top + v * kLanes);
-    limit[v] = load_int(s.limit + v * kLanes);
-    passed[v] = load_int(s.passed + v * kLanes);
-  }
+  for (int v = 0; v < kTileVectors; ++v) top[v] = load(s.top + v * kLanes);
   for (int64_t j = 0; j < n; ++j) {
     for (int v = 0; v < kTileVectors; ++v) {
       float* at = s.scores + j * kStrip + v * kLanes;
       vf x = load(at);
       if constexpr (kMasked) {
-        const vi key = keys_from(first + j);
-        x = ((key < limit[v]) & (key >= passed[v])) ? x : set1(-__builtin_inff());
+        x = seen.key(j, v * kLanes) ? x : set1(-__builtin_inff());
         store(at, x);
       }
       top[v] = larger(x, top[v]);
@@ -81,7 +76,8 @@ void forward_rows(const Attention& a, const Group& g, int64_t first, int64_t cou
   float* const top = arena.take(strips * kStrip);
   float* const total = arena.take(strips * kStrip);
   float* const alpha = arena.take(kStrip);
-  int32_t limit[kAttentionRows], passed[kAttentionRows];
+  int32_t limit[kAttentionRows] = {}, passed[kAttentionRows] = {};
+  const uint8_t* mask[kAttentionRows];
 
   for (int64_t i = 0; i < strips * kStrip; i += kLanes) {
     const T* rows[kLanes];
@@ -91,6 +87,7 @@ void forward_rows(const Attention& a, const Group& g, int64_t first, int64_t cou
       // Lanes past the last row do as that one does: they never ask for a mask, and nobody reads them.
       limit[r] = static_cast<int32_t>(g.visible(first + smaller(r, count - 1)));
       passed[r] = static_cast<int32_t>(g.passed(first + smaller(r, count - 1)));
+      mask[r] = g.mask(a, first + smaller(r, count - 1));
     }
     pack_columns(rows, dim, score_scale(a), q + (i / kStrip) * dim * kStrip + i % kStrip, kStrip);
     store(top + i, set1(-__builtin_inff()));
@@ -101,18 +98,25 @@ void forward_rows(const Attention& a, const Group& g, int64_t first, int64_t cou
   const int64_t keys = limit[count - 1];
   for (int64_t key = passed[0]; key < keys; key += kAttentionKeys) {
     const int64_t in_block = smaller(kAttentionKeys, keys - key);
-    pack_rows(at<const T>(a.k, g.s, key, g.kv_head), a.k.token, in_block, dim, k, ld);
-    pack_rows(at<const T>(a.v, g.s, key, g.kv_head), a.v.token, in_block, dim, v, ld);
+    bool packed = false;
     for (int64_t i = 0; i < strips; ++i) {
       const int32_t *const limits = limit + i * kStrip, *const starts = passed + i * kStrip;
       const int64_t n = smaller(in_block, limits[kStrip - 1] - key);  // both rise: the last sees the farthest
       if (n <= 0 || starts[0] >= key + n) continue;
-      gemm<A::by_rows, C::set>(n, kStrip, dim, k, ld, q + i * dim * kStrip, kStrip, scores, kStrip);
-      if (a.softcap > 0) cap_scores(scores, n * kStrip, cap(a));
-      const Strip strip{scores, limits, starts, top + i * kStrip, total + i * kStrip, alpha};
-      limits[0]<key + n || starts[kStrip - 1]> key ? online_softmax<true>(strip, key, n)
-                                                   : online_softmax<false>(strip, key, n);
-      gemm<A::by_columns, C::scale_add>(dim, kStrip, n, v, ld, scores, kStrip, o + i * dim * kStrip, kStrip, alpha);
+      const StripKeys seen(starts, limits, mask + i * kStrip, key, n);
+      if (!seen.n) continue;
+      if (!packed) {
+        pack_rows(at<const T>(a.k, g.s, key, g.kv_head), a.k.token, in_block, dim, k, ld);
+        pack_rows(at<const T>(a.v, g.s, key, g.kv_head), a.v.token, in_block, dim, v, ld);
+        packed = true;
+      }
+      const int64_t from = (seen.first - key) * ld;
+      gemm<A::by_rows, C::set>(seen.n, kStrip, dim, k + from, ld, q + i * dim * kStrip, kStrip, scores, kStrip);
+      if (a.softcap > 0) cap_scores(scores, seen.n * kStrip, cap(a));
+      const Strip strip{scores, top + i * kStrip, total + i * kStrip, alpha};
+      seen.whole ? online_softmax<false>(strip, seen) : online_softmax<true>(strip, seen);
+      gemm<A::by_columns, C::scale_add>(dim, kStrip, seen.n, v + from, ld, scores, kStrip, o + i * dim * kStrip, kStrip,
+                                        alpha);
     }
   }
 
@@ -162,6 +166,9 @@ void few_rows(const Attention& a, const Group& g, float* scratch) {
       const int64_t from = key < g.passed(r) ? g.passed(r) : key;
       const int64_t n = smaller(key + kAttentionKeys, g.visible(r)) - from;
       if (n <= 0) continue;
+      const uint8_t* const mask = g.mask(a, r);
+      const uint64_t seen = mask ? mask_bits(mask + from, n) : low_bits(n);
+      if (!seen) continue;
       const T* const k = at<const T>(a.k, g.s, from, g.kv_head);
       const T* const v = at<const T>(a.v, g.s, from, g.kv_head);
       vf block_top = set1(top[r]);
@@ -180,7 +187,7 @@ void few_rows(const Attention& a, const Group& g, float* scratch) {
         transpose(dot);
         for (int i = 0; i < kLanes; ++i) x += dot[i];
         if (a.softcap > 0) x = vtanh(x) * cap(a);
-        for (int i = 0; i < kLanes; ++i) x[i] = j + i < n ? x[i] : -__builtin_inff();
+        for (int i = 0; i < kLanes; ++i) x[i] = seen >> (j + i) & 1 ? x[i] : -__builtin_inff();
         store(scores + j, x);
         block_top = larger(x, block_top);
       }

@@ -37,20 +37,16 @@ struct BackwardBlocks {
   }
 };
 
-// P and dS of keys [first, first + n) of one strip, from S in p (its argument of tanh if kCapped, times `cap` S) and dP
-// in ds. Lanes see the keys [passed, limit).
+// P and dS of the keys `seen` of one strip, from S in p (its argument of tanh if kCapped, times `cap` S) and dP in ds.
 template <bool kMasked, bool kCapped>
 FINETUNE_INLINE void softmax_gradient(float* p, float* ds, const float* top, const float* share, const float* delta,
-                                      const int32_t* limit, const int32_t* passed, float cap, int64_t first,
-                                      int64_t n) {
+                                      const StripKeys& seen, float cap) {
+  const int64_t n = seen.n;
   vf shift[kTileVectors], factor[kTileVectors], pull[kTileVectors];
-  vi limits[kTileVectors], starts[kTileVectors];
   for (int v = 0; v < kTileVectors; ++v) {
     shift[v] = load(top + v * kLanes);
     factor[v] = load(share + v * kLanes);
     pull[v] = load(delta + v * kLanes);
-    limits[v] = load_int(limit + v * kLanes);
-    starts[v] = load_int(passed + v * kLanes);
   }
   for (int64_t j = 0; j < n; ++j) {
     for (int v = 0; v < kTileVectors; ++v) {
@@ -63,10 +59,7 @@ FINETUNE_INLINE void softmax_gradient(float* p, float* ds, const float* top, con
         slack = 1.0f - t * t;
       }
       vf x = vexp2(score - shift[v]) * factor[v];
-      if constexpr (kMasked) {
-        const vi key = keys_from(first + j);
-        x = ((key < limits[v]) & (key >= starts[v])) ? x : vf{};
-      }
+      if constexpr (kMasked) x = seen.key(j, v * kLanes) ? x : vf{};
       store(at, x);
       x *= load(slope) - pull[v];
       store(slope, kCapped ? x * slack : x);
@@ -79,20 +72,21 @@ void backward_rows(const AttentionBackward& a, const Group& g, int64_t first, in
                    float* dk, float* dv) {
   const int64_t dim = b.dim, ld = b.ld, strips = (count + kStrip - 1) / kStrip, padded = round_up(dim, kLanes);
   int32_t limit[kAttentionBackwardRows], passed[kAttentionBackwardRows];
+  const uint8_t* mask[kAttentionBackwardRows];
   for (int64_t i = 0; i < strips * kStrip; i += kLanes) {
     const T *q[kLanes], *grad[kLanes], *o[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t r = i + lane;
-      const bool real =
-          r < count && g.visible(first + r) > g.passed(first + r);  // else it adds nothing, whatever it holds
+      const float total = r < count ? a.total[g.row_index(a, first + r)] : 0.0f;
+      const bool real = total != 0;  // else it sees no key and adds nothing, whatever it holds
       q[lane] = real ? g.row<const T>(a.q, first + r) : nullptr;
       o[lane] = real ? g.row<const T>(a.o, first + r) : nullptr;
       grad[lane] = real ? g.row<const T>(a.grad_o, first + r) : nullptr;
       limit[r] = static_cast<int32_t>(g.visible(first + smaller(r, count - 1)));
       passed[r] = static_cast<int32_t>(g.passed(first + smaller(r, count - 1)));
-      const float total = real ? a.total[g.row_index(a, first + r)] : 0.0f;
-      b.top[r] = total == 0 ? 0.0f : a.top[g.row_index(a, first + r)];
-      b.share[r] = total == 0 ? 0.0f : 1.0f / total;
+      mask[r] = g.mask(a, first + smaller(r, count - 1));
+      b.top[r] = real ? a.top[g.row_index(a, first + r)] : 0.0f;
+      b.share[r] = real ? 1.0f / total : 0.0f;
       if (!real) {  // the products over rows take whole strips: zero rows add nothing
         std::memset(b.q + r * ld, 0, padded * sizeof(float));
         std::memset(b.grad + r * ld, 0, padded * sizeof(float));
@@ -116,28 +110,43 @@ void backward_rows(const AttentionBackward& a, const Group& g, int64_t first, in
   const int64_t keys = limit[count - 1];
   for (int64_t key = passed[0]; key < keys; key += kAttentionKeys) {
     const int64_t in_block = smaller(kAttentionKeys, keys - key);
-    pack_rows(at<const T>(a.k, g.s, key, g.kv_head), a.k.token, in_block, dim, b.k, ld);
-    pack_rows(at<const T>(a.v, g.s, key, g.kv_head), a.v.token, in_block, dim, b.v, ld);
-    int64_t done = 0;  // dk and dv of keys below are complete for this block of rows
-    int64_t here = 1;  // strips from here on have passed the block's keys
+    bool packed = false;  // some strip sees a key of the block
+    int64_t done = 0;     // dk and dv of keys below are complete for this block of rows
+    int64_t here = 1;     // strips from here on have passed the block's keys
     while (here < strips && passed[here * kStrip] < key + in_block) ++here;
     for (int64_t i = 0; i < here; ++i) {
       const int32_t *const limits = limit + i * kStrip, *const starts = passed + i * kStrip;
       const int64_t n = smaller(in_block, limits[kStrip - 1] - key);
       if (n <= 0) continue;
-      float *const p = b.p + i * kStrip, *const ds = b.ds + i * kStrip;
-      gemm<A::by_rows, C::set>(n, kStrip, dim, b.k, ld, b.q_columns + i * dim * kStrip, kStrip, p, kScoresLd);
-      gemm<A::by_rows, C::set>(n, kStrip, dim, b.v, ld, b.grad_columns + i * dim * kStrip, kStrip, ds, kScoresLd);
+      const StripKeys seen(starts, limits, mask + i * kStrip, key, n);
+      const int64_t from = seen.first - key;
+      if (seen.n < n) {  // the products of dk and dv take all n keys
+        for (float* const x : {b.p + i * kStrip, b.ds + i * kStrip}) {
+          for (int64_t j = 0; j < n; ++j) {
+            if (j < from || j >= from + seen.n) std::memset(x + j * kScoresLd, 0, kStrip * sizeof(float));
+          }
+        }
+      }
+      if (!seen.n) continue;
+      if (!packed) {
+        pack_rows(at<const T>(a.k, g.s, key, g.kv_head), a.k.token, in_block, dim, b.k, ld);
+        pack_rows(at<const T>(a.v, g.s, key, g.kv_head), a.v.token, in_block, dim, b.v, ld);
+        packed = true;
+      }
+      float *const p = b.p + i * kStrip + from * kScoresLd, *const ds = b.ds + i * kStrip + from * kScoresLd;
+      const float *const k = b.k + from * ld, *const v = b.v + from * ld;
+      gemm<A::by_rows, C::set>(seen.n, kStrip, dim, k, ld, b.q_columns + i * dim * kStrip, kStrip, p, kScoresLd);
+      gemm<A::by_rows, C::set>(seen.n, kStrip, dim, v, ld, b.grad_columns + i * dim * kStrip, kStrip, ds, kScoresLd);
       const float *const top = b.top + i * kStrip, *const share = b.share + i * kStrip,
                          *const delta = b.delta + i * kStrip;
-      const bool masked = limits[0] < key + n || starts[kStrip - 1] > key;
       const auto gradient = [&](auto capped) {
-        masked ? softmax_gradient<true, capped>(p, ds, top, share, delta, limits, starts, cap(a), key, n)
-               : softmax_gradient<false, capped>(p, ds, top, share, delta, limits, starts, cap(a), key, n);
+        seen.whole ? softmax_gradient<false, capped>(p, ds, top, share, delta, seen, cap(a))
+                   : softmax_gradient<true, capped>(p, ds, top, share, delta, seen, cap(a));
       };
       a.softcap > 0 ? gradient(std::true_type{}) : gradient(std::false_type{});
-      gemm<A::by_columns, C::add>(dim, kStrip, n, b.k, ld, ds, kScoresLd, b.dq + i * dim * kStrip, kStrip);
+      gemm<A::by_columns, C::add>(dim, kStrip, seen.n, k, ld, ds, kScoresLd, b.dq + i * dim * kStrip, kStrip);
     }
+    if (!packed) continue;
     // Keys that strip i is the first to see get nothing from the strips before it.
     for (int64_t i = 0; i < here; ++i) {
       const int64_t n = smaller(in_block, limit[i * kStrip + kStrip - 1] - key), from = i * kStrip;

@@ -61,6 +61,70 @@ struct Group {
   int64_t row_index(const AttentionShape& a, int64_t row) const {
     return (s.batch * a.heads + kv_head * size + row % size) * a.queries + s.begin + row / size;
   }
+  const uint8_t* mask(const AttentionShape& a, int64_t row) const {
+    return a.mask.data ? a.mask.data + s.batch * a.mask.batch + row / size * a.mask.query : nullptr;
+  }
+};
+
+// n <= 64 bytes of a mask, 0 or 1 each, as bits.
+FINETUNE_INLINE uint64_t mask_bits(const uint8_t* mask, int64_t n) {
+  uint64_t bits = 0;
+  for (int64_t j = 0; j < n; j += 8) {
+    uint64_t eight = 0;
+    std::memcpy(&eight, mask + j, smaller(8, n - j));
+    bits |= (eight * 0x0102040810204080u >> 56) << j;  // byte i times 2^(56 - 7i) is bit 56 + i, and no two meet
+  }
+  return bits;
+}
+
+FINETUNE_INLINE vi load_int(const int32_t* p) {
+  vi out;
+  std::memcpy(&out, p, sizeof out);
+  return out;
+}
+
+// The first n <= 64 bits.
+FINETUNE_INLINE uint64_t low_bits(int64_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
+
+// Of the keys [first, first + n), n <= 64, those that a row sees: the keys [passed, limit) where its mask, if any, is 1.
+FINETUNE_INLINE uint64_t seen_bits(int64_t passed, int64_t limit, const uint8_t* mask, int64_t first, int64_t n) {
+  const int64_t begin = passed > first ? passed - first : 0, end = smaller(n, limit - first);
+  if (begin >= end) return 0;
+  const uint64_t range = low_bits(end) & ~low_bits(begin);
+  return mask ? range & mask_bits(mask + first, n) : range;
+}
+
+// Which of at most 64 keys the rows of a strip see; limits and passed keys rise with the rows.
+struct StripKeys {
+  int64_t first, n;           // the keys [first, first + n): those given without the ends that no row sees
+  bool whole;                 // every row sees every key
+  uint32_t words[2][kStrip];  // else bit j % 32 of words[j / 32]: key first + j
+
+  StripKeys(const int32_t* passed, const int32_t* limit, const uint8_t* const* mask, int64_t first_, int64_t n_)
+      : first(first_), n(n_), whole(!mask[0] && limit[0] >= first + n && passed[kStrip - 1] <= first) {
+    if (whole) return;
+    uint64_t bits[kStrip], some = 0, every = ~uint64_t{0};
+    for (int64_t r = 0; r < kStrip; ++r) {
+      const bool again = r && mask[r] == mask[r - 1] && limit[r] == limit[r - 1] && passed[r] == passed[r - 1];
+      bits[r] = again ? bits[r - 1] : seen_bits(passed[r], limit[r], mask[r], first, n);
+      some |= bits[r];
+      every &= bits[r];
+    }
+    const int64_t skipped = some ? __builtin_ctzll(some) : 0;
+    first += skipped;
+    n = some ? 64 - __builtin_clzll(some) - skipped : 0;
+    whole = n && (every >> skipped & low_bits(n)) == low_bits(n);
+    for (int64_t r = 0; r < kStrip; ++r) {
+      words[0][r] = static_cast<uint32_t>(bits[r] >> skipped);
+      words[1][r] = static_cast<uint32_t>(bits[r] >> skipped >> 32);
+    }
+  }
+  // Key first + j, of the lanes from `lane` on.
+  FINETUNE_INLINE vi key(int64_t j, int64_t lane) const {
+    vu word;
+    std::memcpy(&word, words[j / 32] + lane, sizeof word);
+    return (vi)((word & (1u << j % 32)) != 0u);
+  }
 };
 
 // body(worker, task) for every task; a worker takes the next task when it is done, since causal ones differ in size.
@@ -82,14 +146,6 @@ struct Arena {  // pieces of a worker's scratch, each on a cache line
     return piece;
   }
 };
-
-FINETUNE_INLINE vi keys_from(int64_t key) { return vi{} + static_cast<int32_t>(key); }
-
-FINETUNE_INLINE vi load_int(const int32_t* p) {
-  vi out;
-  std::memcpy(&out, p, sizeof out);
-  return out;
-}
 
 // 2^x for x <= about 1, to 2 ulp: 2^round(x) · polynomial (Cephes exp2f) on |x - round(x)| <= 1/2. 0 below -126, so a
 // masked -inf gives 0; a NaN stays one.

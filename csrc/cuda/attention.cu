@@ -5,8 +5,9 @@
 // m and l are kept. Backward, with P = 2^(s − m) / l made again and delta = rowsum(dO ∘ O):
 //   dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − delta),   dQ = scale dS K,   dK = scale dSᵀ Q.
 // With a softcap c, s = c log2(e) tanh(scale / c q·k), and dS is multiplied by 1 − tanh². A
-// window skips the tiles that are outside of it for all rows of a block, so the work is tokens · window. Kernels with
-// kRules have both; the others are as if there were neither.
+// window skips the tiles that are outside of it for all rows of a block, so the work is tokens · window. A mask costs a
+// byte a score, read where it is used, before the products: a warp makes none for a tile that its rows do not see.
+// Kernels have these rules or lack them by kRules; those that lack them are as if there were none.
 //
 // A block holds a tile of tokens of one head (64 queries, or keys for dK and dV), a warp 16 rows of it; the tiles of
 // the other side come through shared memory, by cp.async into two stages of pairs (k and v, or q and dO), swizzled so
@@ -51,7 +52,9 @@ Status for_dim(int64_t dim, F&& f) {
 // Calls f with kRules of the kernels.
 template <class F>
 Status for_rules(const AttentionSizes& a, F&& f) {
-  return a.window > 0 || a.softcap > 0 ? f(std::true_type{}) : f(std::false_type{});
+  if (a.mask.data) return f(std::integral_constant<int, attention::kMask>{});
+  return a.window > 0 || a.softcap > 0 ? f(std::integral_constant<int, attention::kBounds>{})
+                                       : f(std::integral_constant<int, attention::kNone>{});
 }
 
 template <class Args>

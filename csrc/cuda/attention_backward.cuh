@@ -40,7 +40,7 @@ struct BackwardMemory {
 // With a softcap dS is multiplied by 1 − tanh².
 // delta = dO · O comes from the products that make dP, and so in their order: where a row's P is 1 at one key and 0
 // elsewhere, they cancel to the bit, as they should. It is left in a.rows for backward_keys.
-template <class T, int D, bool kRules>
+template <class T, int D, int kRules>
 __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwardCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBlockRows, BLOCK_N = W::kBackwardStep, kRows = W::kRows;
@@ -101,8 +101,19 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
   pipeline<W::kStages>(static_cast<int>(ceil_div(max(most - begin, 0), BLOCK_N)), load, [&](int n, int stage) {
     const Tile<T, D> k = memory.step(0, stage), v = memory.step(1, stage);
     const int key = begin + n * BLOCK_N;
-    const bool whole = key + BLOCK_N <= least && (!kRules || key >= most_passed);
+    bool whole = key + BLOCK_N <= least && (!kRules || key >= most_passed);
     typename W::template Matrix<BLOCK_N> p, ds;  // S; dP, then dS
+    const auto visible = [&](int r, int c) {
+      const int j = key + w.column(c);
+      return j < limit[r] && (!kRules || j >= passed(r));
+    };
+    Shown shown;
+    if constexpr (kRules == kMask) {
+      shown.find<kRows, p.kColumns>(
+          [&](int r, int c) { return visible(r, c) && mask_row(a, work.s, query(r))[key + w.column(c)]; });
+      if (!shown.any()) return;
+      whole = shown.all();
+    }
     w.multiply(memory.held(0), k, p);
     w.multiply(memory.held(1), v, ds);
     const auto gradient = [&](auto capped) {
@@ -124,8 +135,8 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int c = 0; c < p.kColumns; ++c) {
-          const int j = key + w.column(c);
-          if (j >= limit[r] || (kRules && j < passed(r))) ds.at(r, c) = 0;
+          const bool seen = kRules == kMask ? shown.bits >> (r * p.kColumns + c) & 1 : visible(r, c);
+          if (!seen) ds.at(r, c) = 0;
         }
       }
     }
@@ -143,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(AttentionBackwar
 // A block per tile of BLOCK_N keys of one key/value head; where a block's registers do not hold all columns (D = 256),
 // for a part of them. It loops over tiles of BLOCK_M queries of all the heads that share it:
 //   Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dV += Pᵀ dO,   dK += dSᵀ Q.
-template <class T, int D, bool kRules>
+template <class T, int D, int kRules>
 __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBackwardStep, BLOCK_N = W::kBlockRows, kRows = W::kRows, kColumns = W::kKeyColumns;
@@ -169,7 +180,15 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
     }
     const int head = work.head * group + n / steps;
     const int query = from + n % steps * BLOCK_M, left = to - query;
-    load_tile<BLOCK_M>(memory.step(0, stage), at<const T>(a.q, work.s, query, head), a.q.token, left, a.dim, chunks_q);
+    const T* const q = at<const T>(a.q, work.s, query, head);
+    if constexpr (kRules == kMask) {  // what a query holds that sees no key is not multiplied, not by 0 either
+      const float* const l = a.l + row_index(a, work.s, head, query);
+      load_rows<BLOCK_M>(
+          memory.step(0, stage), [=](int row) { return q + row * a.q.token; },
+          [=](int row) { return row < left && l[row] != 0; }, a.dim, chunks_q);
+    } else {
+      load_tile<BLOCK_M>(memory.step(0, stage), q, a.q.token, left, a.dim, chunks_q);
+    }
     load_tile<BLOCK_M>(memory.step(1, stage), at<const T>(a.grad_o, work.s, query, head), a.grad_o.token, left, a.dim,
                        chunks_g);
     const AttentionRow* const rows = a.rows + row_index(a, work.s, head, query);
@@ -189,8 +208,21 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
     const Tile<T, D> q = memory.step(0, stage), grad = memory.step(1, stage);
     const int query = from + n % steps * BLOCK_M;
     const bool after = query >= work.s.since(work.first + real - 1);
-    const bool whole = real == BLOCK_N && after && (!kRules || query <= least_until - BLOCK_M);
+    bool whole = real == BLOCK_N && after && (!kRules || query <= least_until - BLOCK_M);
     typename W::template Matrix<BLOCK_M> p, ds;  // Sᵀ, then Pᵀ; dPᵀ, then dSᵀ
+    const auto visible = [&](int r, int c) {
+      const int i = query + w.column(c);
+      return i >= since[r] && (!kRules || i < until(r));
+    };
+    Shown shown;
+    if constexpr (kRules == kMask) {
+      shown.find<kRows, p.kColumns>([&](int r, int c) {
+        const int i = query + w.column(c);
+        return i < to && visible(r, c) && mask_row(a, work.s, i)[work.first + w.row(r)];
+      });
+      if (!shown.any()) return;
+      whole = shown.all();
+    }
     w.multiply(memory.held(0), q, p);
     w.multiply(memory.held(1), grad, ds);
     const auto gradient = [&](auto capped) {
@@ -213,8 +245,8 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(AttentionBackwardCu
       for (int c = 0; c < p.kColumns; ++c) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          const int i = query + w.column(c);
-          if (i < since[r] || (kRules && i >= until(r))) p.at(r, c) = ds.at(r, c) = 0;
+          const bool seen = kRules == kMask ? shown.bits >> (r * p.kColumns + c) & 1 : visible(r, c);
+          if (!seen) p.at(r, c) = ds.at(r, c) = 0;
         }
       }
     }

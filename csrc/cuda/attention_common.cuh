@@ -14,6 +14,10 @@ constexpr float kLog2e = 1.44269504088896f;
 
 // --- which keys a query sees
 
+// What may hide keys in addition to the causal rule, lengths and documents. Each has kernels of its own, from which the
+// compiler removes what would serve the next ones.
+enum Rules : int { kNone, kBounds /* a window, a softcap */, kMask /* and a mask */ };
+
 __device__ __forceinline__ int64_t integer(const Integers& x, int64_t i) {
   return x.wide ? static_cast<const int64_t*>(x.data)[i] : static_cast<const int32_t*>(x.data)[i];
 }
@@ -59,8 +63,7 @@ __host__ __device__ inline int64_t tiles_of(const AttentionCudaShape& a, int64_t
   return a.offsets.data ? tokens / size + a.documents : ceil_div(tokens, size);
 }
 
-// A sequence of the batch, without documents. Kernels with `rules` have a window or a softcap, or both; for the others
-// the compiler removes what would serve them.
+// A sequence of the batch, without documents. rules: may there be a window?
 __device__ __forceinline__ Sequence sequence(const AttentionCudaShape& a, int batch, bool rules) {
   const int queries = static_cast<int>(a.queries), keys = static_cast<int>(a.keys);
   const int real = a.lengths.data ? bounded(integer(a.lengths, batch), 0, keys) : keys;
@@ -107,6 +110,11 @@ __device__ __forceinline__ int64_t row_index(const AttentionSizes& a, const Sequ
   return (s.batch * a.heads + head) * a.queries + s.begin + query;
 }
 
+// Row `query` of the mask.
+__device__ __forceinline__ const unsigned char* mask_row(const AttentionSizes& a, const Sequence& s, int query) {
+  return a.mask.data + s.batch * a.mask.batch + query * a.mask.query;
+}
+
 // May all of the view be moved 16 bytes at a time?
 template <class T>
 __device__ __forceinline__ bool in_chunks(const AttentionView& x, int64_t dim) {
@@ -114,6 +122,28 @@ __device__ __forceinline__ bool in_chunks(const AttentionView& x, int64_t dim) {
 }
 
 // --- scores
+
+// Which of a lane's scores of a tile a mask shows: bit r · columns + c is at(r, c). Where no lane of the warp has one the
+// tile adds nothing, and where all have all it is like any other.
+struct Shown {
+  unsigned bits = 0, every = 0;
+
+  template <int kRows, int kColumns, class Visible>
+  __device__ __forceinline__ void find(Visible&& visible) {
+    static_assert(kRows * kColumns <= 32);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const unsigned bit = 1u << (r * kColumns + c);
+        every |= bit;
+        if (visible(r, c)) bits |= bit;
+      }
+    }
+  }
+  __device__ bool any() const { return __any_sync(0xffffffffu, bits != 0); }
+  __device__ bool all() const { return __all_sync(0xffffffffu, bits == every); }
+};
 
 // tanh to about 1 ulp: x + x³ P(x²) (Cephes tanhf) for |x| below 0.625, else ± (1 − 2e / (1 + e)) with e = e^(−2|x|).
 __device__ __forceinline__ float hyperbolic_tangent(float x) {
@@ -155,23 +185,24 @@ struct Tile {
   __device__ T* element(int row, int column) const { return read(row, column / kVector<T>) + column % kVector<T>; }
 };
 
-// Copies kRows rows, row_at(r) each, by all threads of the block; rows past `rows` and columns past `dim` become zeros.
+// Copies kRows rows, row_at(r) each, by all threads of the block; rows that do not exist(r), and columns past `dim`,
+// become zeros; row_at(0) is an address within the tensor.
 // By cp.async where `chunks` says that 16 bytes may move at once, else element by element.
 // Unrolled, the addresses of its copies would take the registers that the sums need.
-template <int kRows, class T, int D, class RowAt>
-__device__ __forceinline__ void load_rows(Tile<T, D> tile, RowAt&& row_at, int rows, int64_t dim, bool chunks) {
+template <int kRows, class T, int D, class RowAt, class Exist>
+__device__ __forceinline__ void load_rows(Tile<T, D> tile, RowAt&& row_at, Exist&& exist, int64_t dim, bool chunks) {
   constexpr int V = kVector<T>;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * tile.kChunks; i += kThreads) {
     const int row = i / tile.kChunks, chunk = i % tile.kChunks, column = chunk * V;
     if (chunks) {
-      const bool inside = row < rows && column < dim;
+      const bool inside = column < dim && exist(row);
       ptx::cp_async16(tile.write(row, chunk), inside ? row_at(row) + column : row_at(0), inside);
     } else {
       T* const to = tile.write(row, chunk);
 #pragma unroll 1
       for (int j = 0; j < V; ++j) {
-        to[j] = row < rows && column + j < dim ? row_at(row)[column + j] : from_float<T>(0);
+        to[j] = column + j < dim && exist(row) ? row_at(row)[column + j] : from_float<T>(0);
       }
     }
   }
@@ -180,7 +211,8 @@ __device__ __forceinline__ void load_rows(Tile<T, D> tile, RowAt&& row_at, int r
 template <int kRows, class T, int D>
 __device__ __forceinline__ void load_tile(Tile<T, D> tile, const T* from, int64_t stride, int rows, int64_t dim,
                                           bool chunks) {
-  load_rows<kRows>(tile, [=](int row) { return from + row * stride; }, rows, dim, chunks);
+  load_rows<kRows>(
+      tile, [=](int row) { return from + row * stride; }, [=](int row) { return row < rows; }, dim, chunks);
 }
 
 // One warp writes rows of a tile, which it alone has filled, to a view; the columns [begin, end) of them.

@@ -24,7 +24,7 @@ struct PackedRows {
 };
 
 // Blocks are numbered (batch, kv head, tile of rows, split).
-template <class T, int D, bool kRules>
+template <class T, int D, int kRules>
 __global__ void __launch_bounds__(kThreads, 1) decode(AttentionCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBlockRows, BLOCK_N = W::kStep, kRows = W::kRows;
@@ -52,12 +52,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode(AttentionCuda a) {
   const bool chunks = in_chunks<T>(a.q, a.dim);
   const auto load_q = [&] {
     load_rows<BLOCK_M>(
-        memory.q(), [&](int i) { return at<const T>(a.q, s, packing.query(i), packing.head(i)); }, rows, a.dim, chunks);
+        memory.q(), [&](int i) { return at<const T>(a.q, s, packing.query(i), packing.head(i)); },
+        [=](int i) { return i < rows; }, a.dim, chunks);
   };
   OnlineSoftmax<kRows> softmax(a, kRules);
   typename W::template Matrix<D> acc;
-  attend<T, D, kRules>(a, memory, w, s, kv_head, rows, begin, min(most, begin + each), most_passed, least, passed,
-                       limit, load_q, softmax, acc);
+  attend<T, D, kRules>(a, memory, w, s, kv_head, rows, begin, min(most, begin + each), most_passed, least, query,
+                       passed, limit, load_q, softmax, acc);
 
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {

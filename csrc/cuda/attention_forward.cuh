@@ -21,12 +21,13 @@ struct ForwardMemory {
 };
 
 // Algorithm 1 of a tile of `rows` queries, which load_q() copies, and the keys [begin, end) of one key/value head. Row
-// r of a lane sees the keys from passed(r) to limit[r]; all rows see those from `most_passed` to `least`, so only tiles
-// that reach beyond have a mask.
-template <class T, int D, bool kRules, class Passed, class LoadQ>
+// r of a lane sees the keys from passed(r) to limit[r], of them those that the mask's row of query(r) shows, if there is
+// one; all rows see those from `most_passed` to `least`, so without a mask only tiles that reach beyond hide any. A warp
+// whose rows a mask shows nothing of a tile does not multiply it.
+template <class T, int D, int kRules, class Query, class Passed, class LoadQ>
 __device__ __forceinline__ void attend(const AttentionCuda& a, const ForwardMemory<T, D>& memory, const Warp<T, D>& w,
                                        const Sequence& s, int kv_head, int rows, int begin, int end, int most_passed,
-                                       int least, Passed&& passed, const int (&limit)[Warp<T, D>::kRows],
+                                       int least, Query&& query, Passed&& passed, const int (&limit)[Warp<T, D>::kRows],
                                        LoadQ&& load_q, OnlineSoftmax<Warp<T, D>::kRows>& softmax,
                                        typename Warp<T, D>::template Matrix<D>& acc) {
   using W = Warp<T, D>;
@@ -43,20 +44,32 @@ __device__ __forceinline__ void attend(const AttentionCuda& a, const ForwardMemo
   pipeline<W::kStages>(static_cast<int>(ceil_div(max(end - begin, 0), BLOCK_N)), load, [&](int n, int stage) {
     if (w.first >= rows) return;  // none of the rows is this warp's
     typename W::template Matrix<BLOCK_N> scores;
-    w.multiply(memory.q(), memory.k(stage), scores);
     const int key = begin + n * BLOCK_N;
     const auto visible = [&](int r, int c) {
       const int j = key + w.column(c);
       return j < limit[r] && (!kRules || j >= passed(r));
     };
-    softmax.step(scores, acc, key + BLOCK_N > least || (kRules && key < most_passed), visible, over_row);
+    const auto add = [&](bool masked, auto&& visible) {
+      w.multiply(memory.q(), memory.k(stage), scores);
+      softmax.step(scores, acc, masked, visible, over_row);
+    };
+    if constexpr (kRules == kMask) {
+      constexpr int kColumns = decltype(scores)::kColumns;
+      Shown shown;
+      shown.find<W::kRows, kColumns>(
+          [&](int r, int c) { return visible(r, c) && mask_row(a, s, query(r))[key + w.column(c)]; });
+      if (!shown.any()) return;
+      add(!shown.all(), [&](int r, int c) { return shown.bits >> (r * kColumns + c) & 1; });
+    } else {
+      add(key + BLOCK_N > least || (kRules && key < most_passed), visible);
+    }
     w.accumulate(scores, memory.v(stage), 0, acc);
   });
   softmax.finish(over_row);
 }
 
 // A block per tile of BLOCK_M queries of one head.
-template <class T, int D, bool kRules>
+template <class T, int D, int kRules>
 __global__ void __launch_bounds__(kThreads, 1) forward(AttentionCuda a) {
   using W = Warp<T, D>;
   constexpr int BLOCK_M = W::kBlockRows, kRows = W::kRows;
@@ -79,8 +92,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward(AttentionCuda a) {
   };
   OnlineSoftmax<kRows> softmax(a, kRules);
   typename W::template Matrix<D> acc;
-  attend<T, D, kRules>(a, memory, w, work.s, kv_head, work.rows, begin, most, most_passed, least, passed, limit, load_q,
-                       softmax, acc);
+  attend<T, D, kRules>(a, memory, w, work.s, kv_head, work.rows, begin, most, most_passed, least, query, passed, limit,
+                       load_q, softmax, acc);
 
   float factor[kRows];
 #pragma unroll

@@ -283,6 +283,7 @@ const char* why_not_hopper(const AttentionCuda& a) {
   if (a.dtype == DType::f32) return "it takes bfloat16 and float16";
   if (a.dim != 64 && a.dim != 128) return "it takes head dims 64 and 128";
   if (a.offsets.data) return "it takes no cu_seqlens";
+  if (a.mask.data) return "it takes no mask";
   if (!a.keys) return "there are no keys";
   if (!is_readable(a.q, a.dim, a.heads, a.queries, a.batch) || !is_readable(a.k, a.dim, a.kv_heads, a.keys, a.batch) ||
       !is_readable(a.v, a.dim, a.kv_heads, a.keys, a.batch)) {

@@ -62,7 +62,9 @@ class Sample:
         def one(name: str, arg: Any) -> Any:
             if not isinstance(arg, torch.Tensor):
                 return arg
-            return place(arg.shape, arg.stride(), arg.dtype, device, name in self.odd, None).copy_(arg)
+            copy = place(arg.shape, arg.stride(), arg.dtype, device, name in self.odd, None)
+            distinct(copy).copy_(distinct(arg))
+            return copy
 
         return {name: one(name, arg) for name, arg in self.kwargs.items()}
 
@@ -115,6 +117,14 @@ def place(
     else:
         flat = torch.empty(extent + odd, dtype=dtype, device=device)
     return flat.as_strided(shape, strides, int(odd))
+
+
+def distinct(t: torch.Tensor) -> torch.Tensor:
+    """Each element of an expanded tensor once."""
+    for dimension, stride in enumerate(t.stride()):
+        if stride == 0 and t.shape[dimension] > 1:
+            t = t.narrow(dimension, 0, 1)
+    return t
 
 
 def sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:

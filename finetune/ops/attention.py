@@ -189,7 +189,7 @@ attention.on_host = ("lengths", "cu_seqlens")
 def _(
     backend: str, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, mask: Tensor | None, **_
 ) -> str | None:
-    newer = {"window": window or softcap, "mask": mask is not None}
+    newer = {"window": window, "softcap": softcap, "mask": mask is not None}
     if any(newer.values()):
         known = dict(attention.schemas["attention"].arguments)
         if older := [name for name, used in newer.items() if used and name not in known]:
@@ -253,8 +253,8 @@ def samples() -> Iterator[Sample]:
         pairs = 0.0  # (query, key, head) triples in which the query sees the key
         if bench:
             causal, lengths, documents = kwargs.get("causal", True), kwargs.get("lengths"), kwargs.get("cu_seqlens")
-            window = kwargs.get("window", 0)
-            pairs = heads * visible(q, k, causal, lengths, documents, window).sum().item()
+            window, mask = kwargs.get("window", 0), kwargs.get("mask")
+            pairs = heads * visible(q, k, causal, lengths, documents, window, mask).sum().item()
         return Sample(
             name,
             (q, k, v),
@@ -267,6 +267,14 @@ def samples() -> Iterator[Sample]:
 
     def ints(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype)
+
+    def bits(*shape: int, share: float = 0.5) -> Tensor:
+        return torch.rand(*shape, generator=g) < share
+
+    def images_before(text: int, starts: list[int], latents: int) -> Tensor:
+        """(1, text, images · latents): a token sees the latents of the last image that starts at or before it."""
+        image = (torch.arange(text)[:, None] >= torch.tensor(starts)).sum(1) - 1  # −1: none
+        return (image[:, None] == torch.arange(len(starts) * latents) // latents)[None]
 
     yield make("small", 1, 3, 3, 2, 1, 8)
     yield make("one", 1, 1, 1, 1, 1, 1)
@@ -342,11 +350,37 @@ def samples() -> Iterator[Sample]:
     yield make("softcap, window, packed", 1, 150, 150, 2, 2, 64, softcap=2.0, window=37, cu_seqlens=ints(0, 20, 150))
     yield make("softcap decode", 2, 1, 600, 4, 2, 16, softcap=2.0, window=300, causal=False, lengths=ints(600, 31))
 
+    # a mask: of pairs at random, shared by the batch, with each other rule, and hiding whole rows, keys, tiles, splits
+    yield make("mask", 2, 37, 45, 4, 2, 16, causal=False, mask=bits(2, 37, 45))
+    yield make("mask of all", 2, 70, 70, 2, 2, 8, mask=bits(1, 70, 70, share=0.9) | (torch.arange(70) < 64))
+    yield make("mask, lengths", 3, 45, 50, 2, 1, 16, causal=False, lengths=ints(50, 21, 0), mask=bits(3, 45, 50))
+    yield make("mask, window, softcap", 1, 90, 131, 2, 1, 24, window=30, softcap=2.0, mask=bits(1, 90, 131))
+    before = images_before(150, [20, 90, 91], 64)
+    yield make("mask of images", 2, 150, 192, 2, 1, 64, causal=False, mask=before)
+    yield make(
+        "mask of small images", 1, 75, 80, 2, 1, 129, causal=False, mask=images_before(75, [5, 9, 40, 50, 74], 16)
+    )
+    q, k, v = make("", 2, 70, 110, 2, 1, 16).args
+    unseen = (torch.arange(70) % 3 == 0) | (torch.arange(70) < 34)
+    mask = bits(2, 70, 110) & ~unseen[:, None] & (torch.arange(110) % 5 > 0)
+    blind = {"causal": False, "mask": mask}
+    yield Sample("mask, blind NaN", (q.masked_fill(unseen[:, None, None], torch.nan), k, v), blind, grad=(0, 1, 2))
+    hides = {"lengths": ints(600, 310), "mask": bits(2, 1, 600) & (torch.arange(600) >= 290)}
+    yield make("mask decode", 2, 1, 600, 4, 2, 16, causal=False, **hides)
+    yield make("mask decode several", 1, 5, 530, 6, 2, 40, mask=bits(1, 5, 530, share=0.1))
+    yield make("mask of columns", 2, 20, 33, 2, 1, 8, causal=False, mask=bits(2, 33, 20).transpose(1, 2))
+    yield make("mask of keys", 2, 41, 33, 2, 2, 8, mask=bits(2, 1, 33).expand(2, 41, 33))
+    yield from (
+        s for s in make("mask", 1, 20, 40, 2, 1, 64, mask=bits(1, 20, 40)).at_odd_addresses() if "mask" in s.odd
+    )
+
     yield make("bench", 1, 1024, 1024, 8, 8, 64, bench=True)
     yield make("bench grouped", 4, 512, 512, 9, 3, 64, bench=True)
     yield make("bench short", 32, 128, 128, 4, 4, 64, bench=True)
     ends = [0, 118, 241, 359, 483, 600, 724, 841, 960]
     yield make("bench packed", 1, 960, 960, 9, 3, 64, bench=True, cu_seqlens=ints(*ends))
     yield make("bench window", 1, 1024, 1024, 9, 3, 64, bench=True, window=256)
+    before = images_before(512, [*range(0, 512, 64)], 64)
+    yield make("bench mask", 4, 512, 512, 8, 8, 64, bench=True, causal=False, mask=before)
     tokens = ints(*range(64, 513, 64))
     yield make("bench decode", 8, 1, 512, 9, 3, 64, bench=True, grad=False, lengths=tokens, causal=False)

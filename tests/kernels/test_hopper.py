@@ -237,6 +237,7 @@ def test_the_choice_between_the_kernels():
         ("it takes head dims 64 and 128", (half(1, 4, 1, 32),) * 3, {}),
         ("it takes bfloat16 and float16", (q.float(),) * 3, {}),
         ("it takes no cu_seqlens", (q[:1],) * 3, {"cu_seqlens": torch.tensor([0, 4])}),
+        ("it takes no mask", (q,) * 3, {"mask": torch.ones(1, 4, 4, dtype=torch.bool)}),
         ("there are no keys", (q, q[:, :0], q[:, :0]), {}),
         ("it takes addresses and strides of multiples of 16 bytes", (odd, q, q), {}),
         ("it takes addresses and strides of multiples of 16 bytes", (q, half(1025)[1:].view_as(q), q), {}),

@@ -419,12 +419,12 @@ def test_a_softcap_far_above_the_scores_changes_little(dim):
             assert (a - b).abs().max() <= 1e-4
 
 
-def test_a_library_that_is_older_than_the_window_refuses_it(monkeypatch):
+def test_a_library_that_is_older_than_a_rule_refuses_it(monkeypatch):
     """It must not drop what its operator does not know."""
     inputs, schema = qkv(), attention.schemas["attention"]
-    known = [(name, default) for name, default in schema.arguments if name not in ("window", "softcap")]
+    known = [(name, default) for name, default in schema.arguments if name not in ("window", "softcap", "mask")]
     monkeypatch.setitem(attention.schemas, "attention", dataclasses.replace(schema, arguments=tuple(known)))
-    for rule in ({"window": 3}, {"softcap": 2.0}):
-        with pytest.raises(ops.BackendUnavailable, match="older than its window"):
-            attention(*inputs, backend="cpp", **rule)
+    for name, value in {"window": 3, "softcap": 2.0, "mask": torch.ones(1, 40, 40, dtype=torch.bool)}.items():
+        with pytest.raises(ops.BackendUnavailable, match=f"older than its {name}"):
+            attention(*inputs, backend="cpp", **{name: value})
     assert attention.why_not("cpp", *inputs) is None

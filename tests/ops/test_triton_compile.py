@@ -91,7 +91,7 @@ def test_tensor_core_products_of_attention_are_wide(for_hopper):
             row["op"] == "attention"
             and row["kernel"] != "delta_kernel"
             and (dim := row["constants"][-1]) >= 64
-            and row["constants"][-5:-3] == [False, False]  # a window and a softcap have smaller tiles
+            and row["constants"][-6:-3] == [False] * 3  # a mask, a window and a softcap have smaller tiles
             and row["wgmma"]
         ):
             found.setdefault((row["kernel"], dim), set()).add(min(row["wgmma"]))

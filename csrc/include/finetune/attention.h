@@ -10,13 +10,19 @@ struct AttentionView {  // (batch, token, head, dim): strides in elements, 1 in 
   int64_t batch, token, head;
 };
 
+struct AttentionMask {        // (batch or 1, queries, keys) bytes, 0 or 1: strides in bytes, 1 between keys
+  const unsigned char* data;  // null: none
+  int64_t batch, query;
+};
+
 struct AttentionSizes {
   DType dtype;  // of every view
   int64_t batch, queries, keys, heads, kv_heads, dim;
   float scale;
-  bool causal;     // key j is visible to query i if j <= i + keys - queries
-  int64_t window;  // > 0: and if it is one of the last `window` keys up to that one; not causal, of the sequence
-  float softcap;   // c > 0: scores s become c tanh(s / c)
+  bool causal;         // key j is visible to query i if j <= i + keys - queries
+  int64_t window;      // > 0: and if it is one of the last `window` keys up to that one; not causal, of the sequence
+  float softcap;       // c > 0: scores s become c tanh(s / c)
+  AttentionMask mask;  // of the keys that the rules above show, a query sees those where it is 1
 };
 
 struct AttentionShape : AttentionSizes {
