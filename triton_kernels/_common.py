@@ -1,4 +1,4 @@
-"""Shared by kernel files: shapes of tiles, tensors viewed as rows, a sum over parts."""
+"""Shared by kernel files: shapes of tiles, tensors viewed as rows, a row's mean and variance, a sum over parts."""
 
 from __future__ import annotations
 
@@ -68,6 +68,25 @@ def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
         grid = (triton.cdiv(n_cols, block),)
         sum_parts_kernel[grid](parts, out, count, n_cols, BLOCK_ROWS=32, BLOCK_SIZE=block, num_warps=4)
     return out
+
+
+@triton.jit
+def row_statistics(x, here, n_cols, eps, BLOCK_ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Mean and 1 / sqrt(variance + eps) of BLOCK_ROWS rows, which begin at x (BLOCK_ROWS, 1) and exist where `here` is.
+    Two sweeps: a row is centered before it is squared."""
+    column = tl.arange(0, BLOCK_SIZE)
+    sums = tl.zeros([BLOCK_ROWS], tl.float32)
+    for first in range(0, n_cols, BLOCK_SIZE):
+        inside = here & (first + column < n_cols)[None, :]
+        sums += tl.sum(tl.load(x + first + column[None, :], mask=inside, other=0.0).to(tl.float32), 1)
+    mean = sums / n_cols
+    squares = tl.zeros([BLOCK_ROWS], tl.float32)
+    for first in range(0, n_cols, BLOCK_SIZE):
+        inside = here & (first + column < n_cols)[None, :]
+        block = tl.load(x + first + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        centered = tl.where(inside, block - mean[:, None], 0.0)
+        squares += tl.sum(centered * centered, 1)
+    return mean, 1 / tl.sqrt_rn(squares / n_cols + eps)
 
 
 def empty_f32(like: Tensor, *size: int) -> Tensor:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check, empty_f32, sum_parts, tile
+from ._common import check, empty_f32, row_statistics, sum_parts, tile
 
 WIDEST = 8192  # columns that one tile may hold
 ROW_BLOCKS = 256  # of the rows, in the backward pass: a few for each processor of a large GPU
@@ -35,18 +35,7 @@ def layer_norm_kernel(
     x += row[:, None] * n_cols
     y += row[:, None] * n_cols
     here = (row < n_rows)[:, None]
-    sums = tl.zeros([BLOCK_ROWS], tl.float32)
-    for first in range(0, n_cols, BLOCK_SIZE):
-        inside = here & (first + column < n_cols)[None, :]
-        sums += tl.sum(tl.load(x + first + column[None, :], mask=inside, other=0.0).to(tl.float32), 1)
-    mean = sums / n_cols
-    squares = tl.zeros([BLOCK_ROWS], tl.float32)
-    for first in range(0, n_cols, BLOCK_SIZE):
-        inside = here & (first + column < n_cols)[None, :]
-        block = tl.load(x + first + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        centered = tl.where(inside, block - mean[:, None], 0.0)
-        squares += tl.sum(centered * centered, 1)
-    rstd_row = 1 / tl.sqrt_rn(squares / n_cols + eps)
+    mean, rstd_row = row_statistics(x, here, n_cols, eps, BLOCK_ROWS, BLOCK_SIZE)
     tl.store(means + row, mean, mask=row < n_rows)
     tl.store(rstd + row, rstd_row, mask=row < n_rows)
     for first in range(0, n_cols, BLOCK_SIZE):

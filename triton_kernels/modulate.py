@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import as_rows, check, empty_f32, sum_parts, warps
+from ._common import as_rows, check, empty_f32, row_statistics, sum_parts, warps
 
 WIDEST = 2048  # columns at a time
 BLOCK_ROWS = 4
@@ -33,16 +33,9 @@ def modulate_kernel(
     column = tl.arange(0, BLOCK_SIZE)
     x += row * n_cols
     y += row * n_cols
-    sums = tl.zeros([BLOCK_SIZE], tl.float32)
-    for first in range(0, n_cols, BLOCK_SIZE):
-        sums += tl.load(x + first + column, mask=first + column < n_cols, other=0.0).to(tl.float32)
-    mean = tl.sum(sums, 0) / n_cols
-    squares = tl.zeros([BLOCK_SIZE], tl.float32)
-    for first in range(0, n_cols, BLOCK_SIZE):
-        inside = first + column < n_cols
-        centered = tl.where(inside, tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32) - mean, 0.0)
-        squares += centered * centered
-    rstd_row = 1 / tl.sqrt_rn(tl.sum(squares, 0) / n_cols + eps)
+    one = tl.arange(0, 1)
+    mean, rstd_row = row_statistics(x + one[:, None], (one == 0)[:, None], n_cols, eps, 1, BLOCK_SIZE)
+    mean, rstd_row = tl.sum(mean, 0), tl.sum(rstd_row, 0)
     tl.store(means + row, mean)
     tl.store(rstd + row, rstd_row)
     for first in range(0, n_cols, BLOCK_SIZE):

@@ -18,6 +18,7 @@
 #include "finetune/modulate.h"
 
 #include "norm_backward.cuh"
+#include "norm_forward.cuh"
 
 namespace finetune {
 namespace {
@@ -31,21 +32,8 @@ __global__ void __launch_bounds__(BLOCK_SIZE) forward(Modulate a) {
           *shift = static_cast<const T*>(a.shift) + item * a.shift_stride;
   T* y = static_cast<T*>(a.y) + row * n_cols;
   const bool aligned = are_aligned(x, scale, shift, y);
-  const auto count = static_cast<float>(n_cols);
-  float sum = 0, squares = 0;
-  for_each_group<V>(n_cols, aligned, [&]<int N>(int64_t i) {
-    const auto v = load<T, N>(x + i);
-#pragma unroll
-    for (int j = 0; j < N; ++j) sum += to_float(v.at[j]);
-  });
-  const float mean = block_sum(sum) / count;
-  for_each_group<V>(n_cols, aligned, [&]<int N>(int64_t i) {
-    const auto v = load<T, N>(x + i);
-#pragma unroll
-    for (int j = 0; j < N; ++j) squares += (to_float(v.at[j]) - mean) * (to_float(v.at[j]) - mean);
-  });
-  const float variance = block_sum(squares) / count;
-  const float rstd = rsqrtf(variance + a.eps);
+  const RowStatistics found = row_statistics(x, n_cols, aligned, a.eps);
+  const float mean = found.mean, rstd = found.rstd;
   if (threadIdx.x == 0) a.mean[row] = mean, a.rstd[row] = rstd;
   for_each_group<V>(n_cols, aligned, [&]<int N>(int64_t i) {
     const auto v = load<T, N>(x + i), factor = load<T, N>(scale + i), add = load<T, N>(shift + i);
