@@ -59,11 +59,6 @@ def _(operators, ctx, dy: Tensor, *_):
     return *gradients, None, None
 
 
-@group_norm_silu.fused
-def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    return torch.nn.functional.silu(torch.nn.functional.group_norm(x, groups, weight, bias, eps))
-
-
 @group_norm_silu.sampled
 def samples() -> Iterator[Sample]:
     g = torch.Generator().manual_seed(0)
@@ -85,7 +80,9 @@ def samples() -> Iterator[Sample]:
     yield make("digits", 3, 32, 8, 8, groups=8)
     yield make("volume", 1, 4, 3, 5, 7, groups=2)
     yield make("wide", 1, 4, 33, 35, groups=2)
-    yield make("wider", 2, 2, 1032, groups=1)  # than a block's threads take at once, by 16 bytes
+    # Wider than a block's threads take at once, by 16 bytes. Eight channels: the bound is twice torch's largest error, and
+    # of the sums over two channels that was, from seed to seed, a third to twice of ours, which has no more rounding.
+    yield make("wider", 2, 8, 1032, groups=4)
     yield make("beyond what is kept", 1, 2, 8200, groups=1)
     yield make("many", 33, 4, 9, groups=2)  # images, whose sums are added in parts
     yield make("many channels", 1, 520, 2, groups=2)
