@@ -30,6 +30,7 @@ from finetune.vision.vit import ViT, ViTConfig
 CAPTION = "{} on the left and {} on the right"
 UNKNOWN, END = 0, 1  # the first two ids of the captions' words
 HOTTEST = math.log(100)  # CLIP's largest logarithm of 1/temperature
+GRAY = 127  # of the padding
 OnStep = Callable[[int, float], None]
 
 
@@ -143,13 +144,13 @@ def shape(recipe: Recipe) -> ViTConfig:
 
 
 def inputs(x: Tensor) -> Tensor:
-    """uint8 images (N, 1 or 3, H, W) as the encoders take them: fp32 (N, 3, S, S) in [−1, 1], padded with black to a
-    square, as LLaVA-1.5 pads."""
+    """uint8 images (N, 1 or 3, H, W) as the encoders take them: fp32 (N, 3, S, S) in [−1, 1], padded with gray to a
+    square: what transformers' LlavaImageProcessor makes of them with do_pad and a mean and std of .5."""
     height, width = x.shape[2:]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
-    padded = F.pad(images.to_unit(x), (left, side - width - left, top, side - height - top), value=-1.0)
-    return padded.expand(-1, 3, -1, -1)
+    padded = F.pad(x, (left, side - width - left, top, side - height - top), value=GRAY)
+    return images.to_unit(padded).expand(-1, 3, -1, -1)
 
 
 def shifted(x: Tensor, most: int) -> Tensor:

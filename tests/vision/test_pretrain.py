@@ -73,13 +73,12 @@ def test_halves_are_means_of_columns():
     torch.testing.assert_close(found[0, 1], grid[0, :, 2:].mean((0, 1)))
 
 
-def test_inputs_are_padded_with_black_to_a_square():
+def test_inputs_are_padded_with_gray_to_a_square():
     x = torch.full((1, 1, 8, 16), 255, dtype=torch.uint8)
     found = pretrain.inputs(x)
     assert found.shape == (1, 3, 16, 16)
     assert (found[:, :, 4:12] == 1).all()
-    assert (found[:, :, :4] == -1).all()
-    assert (found[:, :, 12:] == -1).all()
+    assert (found[:, :, [0, 1, 2, 3, 12, 13, 14, 15]] == 127 / 127.5 - 1).all()
 
 
 def test_contrast_is_clips_loss():

@@ -1,0 +1,2 @@
+def check_memory(cfg): pass
+def rows(*a): return []
