@@ -1,6 +1,6 @@
 """Images as an encoder takes them: what a checkpoint's preprocessor_config.json says, as transformers' processors of
-CLIP, SigLIP and BLIP do it with Pillow. Both give the same bits: Pillow scales the bytes, and the arithmetic after it
-has the same order and precision."""
+CLIP, SigLIP, BLIP and LLaVA do it with Pillow. Both give the same bits: Pillow scales the bytes, and the arithmetic
+after it has the same order and precision."""
 
 from __future__ import annotations
 
@@ -26,12 +26,19 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "CLIPImageProcessor": "clip", "CLIPFeatureExtractor": "clip", "SiglipImageProcessor": "siglip",
-    "BlipImageProcessor": "blip",
+    "BlipImageProcessor": "blip", "LlavaImageProcessor": "llava",
 }  # fmt: skip
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 # What transformers takes for keys that a file lacks.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "clip": {
+        "size": {"shortest_edge": 224},
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    },
+    "llava": {
         "size": {"shortest_edge": 224},
         "do_center_crop": True,
         "crop_size": {"height": 224, "width": 224},
@@ -71,6 +78,7 @@ class ProcessorConfig(msgspec.Struct):
     do_rescale: bool = True
     do_normalize: bool = True
     do_convert_rgb: bool = True
+    do_pad: bool = False  # to a square, of LLaVA's
     resample: Annotated[int, msgspec.Meta(ge=0, le=5)] = 3  # Pillow's number; 3 is bicubic
     rescale_factor: Share = 1 / 255
 
@@ -87,6 +95,7 @@ class Preprocessor:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     convert_rgb: bool = True
+    background: tuple[int, int, int] | None = None  # the color that pads an image to a square first (LLaVA-1.5)
 
     def __call__(self, image: Image) -> Tensor:
         """(3, H, W) fp32 of an image, which is converted to RGB on white."""
@@ -94,6 +103,8 @@ class Preprocessor:
             image = to_rgb(image)
         elif image.mode != "RGB":
             raise UserError(f"an image of mode {image.mode} where do_convert_rgb is false: convert it to RGB")
+        if self.background is not None:
+            image = squared(image, self.background)
         if new := self.scaled_size(image.height, image.width):
             image = image.resize(new[::-1], resample=self.resample)
         x = np.asarray(image)  # (H, W, 3) uint8
@@ -124,6 +135,18 @@ class Preprocessor:
                 a, b = ("×".join(map(str, y.shape[1:])) for y in (x, found[0]))
                 raise UserError(f"image {i} comes out as {a} and image 0 as {b}: give size with height and width")
         return torch.stack(found)
+
+
+def squared(image: Image, background: tuple[int, int, int]) -> Image:
+    """The image in the middle of a square of its longer side."""
+    from PIL import Image as pillow
+
+    side = max(image.size)
+    if side > LONGEST:
+        raise UserError(f"an image of {image.width}×{image.height} would become a square of {side:,}: cut it first")
+    canvas = pillow.new("RGB", (side, side), background)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
 
 
 def centered(x: np.ndarray, length: int, axis: int) -> np.ndarray:
@@ -160,7 +183,7 @@ def read_config(raw: dict[str, Any], source: object) -> Preprocessor:
     if kind not in FAMILIES:
         raise UserError(f"{source}: image_processor_type = {named!r} is not supported (only {', '.join(FAMILIES)})")
     family = FAMILIES[kind]
-    require(raw, source, {"do_pad": (False, None), "use_square_size": (False, None)})
+    require(raw, source, {"use_square_size": (False, None)} | ({} if family == "llava" else {"do_pad": (False, None)}))
     given = {key: value for key, value in raw.items() if value is not None}
     read = reading.convert(DEFAULTS[family] | given, ProcessorConfig, source)
     shortest, size = edges(read.size, "size", source, square=family == "blip") if read.do_resize else (0, None)
@@ -171,15 +194,17 @@ def read_config(raw: dict[str, Any], source: object) -> Preprocessor:
         crop = edges(read.crop_size, "crop_size", source, square=True)[1]
         if crop is None:
             raise UserError(f"{source}: crop_size needs height and width")
+    mean = channels(read.image_mean, "image_mean", source)
     return Preprocessor(
         shortest=shortest,
         size=size,
         crop=crop,
         resample=read.resample,
         factor=read.rescale_factor if read.do_rescale else None,
-        mean=channels(read.image_mean, "image_mean", source) if read.do_normalize else None,
+        mean=mean if read.do_normalize else None,
         std=channels(read.image_std, "image_std", source) if read.do_normalize else None,
         convert_rgb=read.do_convert_rgb,
+        background=tuple(int(255 * value) for value in mean) if read.do_pad else None,  # type: ignore[arg-type]
     )
 
 

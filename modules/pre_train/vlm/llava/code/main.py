@@ -251,7 +251,7 @@ def evaluate(
     ]
     if lines:
         run.table("answers to questions on unseen images", lines)
-    plots.draw(run, net, tokenizer, questions, found, unseen, split, before)
+    plots.draw(run, net, questions, found, before, unseen, split["test"] if split else None)
     run.next_commands = next_commands(run, questions)
 
 

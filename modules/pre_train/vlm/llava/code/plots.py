@@ -1,3 +1,164 @@
+"""The pictures of a run: where the answer's token looks, the answers before and after, and the confused digits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from finetune import ops
+from finetune.diffusion import images
+from finetune.lm.tokenizer import Tokenizer
+from finetune.runs.plots import GREY, INK, figure, save
+from finetune.runs.run import Run
+from finetune.vision import pictures
+
 from .data import Question
-def named(q): return str(q.images[0]) if q.images else ""
-def draw(*a): pass
+from .model import Llava
+
+if TYPE_CHECKING:
+    from .sight import Features
+
+SHOWN = 3  # pictures with their attention
+WORDS = {word: number for number, word in enumerate(pictures.SMALL[:10])}
+
+
+def named(question: Question) -> str:
+    """The names of a question's images."""
+    return ", ".join(str(image) for image in question.images)
+
+
+def draw(
+    run: Run,
+    net: Llava,
+    questions: Sequence[Question],
+    found: Sequence[str],
+    before: Sequence[str],
+    seen: Features,
+    split: pictures.Split | None,
+) -> None:
+    """attention.png, answers.png and confusion.png of questions about built-in pictures, and some of these as files."""
+    if split is None:
+        return
+    (run.dir / "pictures").mkdir(exist_ok=True)
+    for number in sorted({q.images[0] for q in questions})[:SHOWN]:
+        images.save(run.dir / "pictures" / f"{number}.png", split.x[number])
+    attention(run, net, questions, found, seen, split)
+    table(run, questions, before, found, split)
+    confusion(run, questions, found)
+
+
+@torch.no_grad()
+def attention_to_image(net: Llava, prompt: Sequence[int], vectors: Tensor) -> Tensor:
+    """(layers, P): how much the last token of a prompt, which the answer comes from, attends to each vector of its one
+    image; the mean over the heads. The rest of 1 goes to the text."""
+    tokens, language = torch.tensor([list(prompt)]), net.language
+    entered: list[Tensor] = []
+    hooks = [
+        block.attn.register_forward_hook(lambda _, given, __: entered.append(given[0])) for block in language.blocks
+    ]
+    try:
+        net(tokens, vectors=vectors, hidden=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    here, found = tokens[0] == net.config.image_token, []
+    cos, sin = language.rotary.on(tokens.device, None)
+    turns = torch.arange(tokens.shape[1])[None]
+    for block, x in zip(language.blocks, entered, strict=True):
+        part = block.attn
+        q = ops.rope(part.q(x).unflatten(-1, (-1, part.head_dim)), cos, sin, turns)[0, -1].float()  # (H, D)
+        k = ops.rope(part.k(x).unflatten(-1, (-1, part.head_dim)), cos, sin, turns)[0].float()  # (T, Hkv, D)
+        k = k.repeat_interleave(q.shape[0] // k.shape[1], 1)
+        weights = (torch.einsum("hd,thd->ht", q, k) * part.head_dim**-0.5).softmax(-1)
+        found.append(weights.mean(0)[here])
+    return torch.stack(found)
+
+
+def attention(
+    run: Run, net: Llava, questions: Sequence[Question], found: Sequence[str], seen: Features, split: pictures.Split
+) -> None:
+    """attention.png: pictures, over which lies where the answer's token looks, the layer that looks most."""
+    shown = [i for i, q in enumerate(questions) if q.images[0] in sorted({q.images[0] for q in questions})[:SHOWN]]
+    kinds = len({questions[i].kind for i in shown})
+    made, axes = figure(2.6 * kinds, 2.5 * SHOWN, columns=kinds, rows=SHOWN)
+    for axis, i in zip(axes, shown, strict=False):
+        question = questions[i]
+        weights = attention_to_image(net, question.prompt, net.projector(seen(question.images)))
+        looks = weights[weights.sum(1).argmax()]
+        side = math.isqrt(len(looks))
+        picture = square(split.x[question.images[0]])
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, side, side, 0))
+        over = {"cmap": "magma", "alpha": 0.55, "interpolation": "bilinear"}
+        axis.imshow(looks.view(side, side), extent=(0, side, side, 0), **over)
+        axis.set_title(f"{question.text}\n{found[i]}", fontsize=8, color=INK)
+        axis.set_axis_off()
+    for axis in axes[len(shown) :]:
+        axis.set_axis_off()
+    save(made, run.dir / "attention.png")
+
+
+def square(x: Tensor) -> Tensor:
+    """A picture (1, H, W) in the middle of a gray square, as the encoder sees it."""
+    height, width = x.shape[1:]
+    side = max(height, width)
+    canvas = torch.full((side, side), 127, dtype=torch.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas[top : top + height, left : left + width] = x[0]
+    return canvas
+
+
+def table(
+    run: Run, questions: Sequence[Question], before: Sequence[str], found: Sequence[str], split: pictures.Split
+) -> None:
+    """answers.png: question, image, the answer before and after."""
+    count = min(len(before), len(questions))
+    if not count:
+        return
+    made, (axes,) = figure(9.6, 0.9 * count + 0.4)
+    axes.set_axis_off()
+    axes.set(xlim=(0, 10), ylim=(count, -0.5))
+    for x, text in ((0.1, "image"), (1.6, "question"), (5.2, "before"), (8.3, "after")):
+        axes.text(x, -0.25, text, fontsize=9, color=GREY, va="center")
+    for row in range(count):
+        question = questions[row]
+        inset = axes.inset_axes((0.1, row + 0.1, 1.3, 0.8), transform=axes.transData)
+        inset.imshow(split.x[question.images[0], 0], cmap="gray")
+        inset.set_axis_off()
+        right = found[row].strip().lower() == question.wanted.lower()
+        mark = "" if right else f"  (wanted: {question.wanted})"
+        for x, text in ((1.6, question.text), (5.2, short(before[row])), (8.3, short(found[row]) + mark)):
+            axes.text(x, row + 0.5, text, fontsize=9, color=INK, va="center")
+    save(made, run.dir / "answers.png")
+
+
+def short(text: str, most: int = 34) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def confusion(run: Run, questions: Sequence[Question], found: Sequence[str]) -> None:
+    """confusion.png: which digit was shown and which was said, of the questions whose answer is one digit."""
+    counts = torch.zeros(10, 11)
+    for question, answer in zip(questions, found, strict=True):
+        if question.kind in ("left", "right"):
+            counts[WORDS[question.wanted], WORDS.get(answer.strip().lower(), 10)] += 1
+    if not counts.sum():
+        return
+    made, (axes,) = figure(5.6, 4.8)
+    axes.grid(visible=False)
+    axes.imshow(counts, cmap="magma")
+    for i in range(10):
+        for j in range(11):
+            if counts[i, j]:
+                dark = counts[i, j] < counts.max() / 2
+                axes.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=8, color="w" if dark else "k")
+    axes.set_xticks(range(11), [*map(str, range(10)), "other"])
+    axes.set_yticks(range(10))
+    axes.set_xlabel("said", color=INK)
+    axes.set_ylabel("shown", color=INK)
+    axes.set_title("left and right digit, unseen images", loc="left", fontsize=11, color=INK)
+    save(made, run.dir / "confusion.png")
