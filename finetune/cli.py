@@ -244,6 +244,7 @@ def fetch(model: str, json: bool) -> None:
 )
 @click.option("--compare", is_flag=True, help="Show what the model answers without the adapters too.")
 @click.option("--prompt", "prompts", required=True, multiple=True, help="What to continue; may be given several times.")
+@click.option("--image", "images", multiple=True, help="A picture that the prompts ask about (a run of llava).")
 @click.option("--system", help="A system message before each prompt.")
 @click.option("--chat/--no-chat", default=None, help="Use the chat template; default: if the model has one.")
 @click.option("--max-new-tokens", type=click.IntRange(0, 1 << 26), default=128, show_default=True)
@@ -255,12 +256,23 @@ def fetch(model: str, json: bool) -> None:
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 = the physical cores.")
 @JSON
-def generate(model: str | None, prompts: tuple[str, ...], chat: bool | None, json: bool, **given: Any) -> None:
-    """Generate text with a model, with adapters of it, or with both next to each other."""
-    from finetune.chat import answers
+def generate(
+    model: str | None,
+    prompts: tuple[str, ...],
+    images: tuple[str, ...],
+    chat: bool | None,
+    json: bool,
+    **given: Any,
+) -> None:
+    """Generate text with a model, with adapters of it, or with both next to each other; or about pictures."""
+    from finetune import chat as plain
+    from finetune import look
     from finetune.runs import display
 
-    found = answers(model, list(prompts), chat, console=_console(stderr=True), **given)
+    if images:
+        found = {"": look.answers(model, prompts, images, chat=chat, console=_console(stderr=True), **given)}
+    else:
+        found = plain.answers(model, list(prompts), chat, console=_console(stderr=True), **given)
     one = next(iter(found.values())) if len(found) == 1 else None
     if json:
         said: list[dict[str, Any]] = [{"text": text} for text in one or ()] or [

@@ -20,7 +20,8 @@ PEERS = ("transformers", "peft", "trl", "diffusers", "d3rlpy", "stable_baselines
 ROOMS = (
     "errors", "environment", "ops", "runs", "optim", "kernels", "lm", "lm/io", "peft", "distributed", "data",
     "diffusion", "vision", "inference", "rl", "rl/envs", "rl/agents", "rl/tabular", "alignment", "memory", "chat",
-    "interview", "drills", "merge", "export", "sample", "caption", "serve", "terminal", "doctor", "smoke", "cli",
+    "interview", "drills", "merge", "export", "sample", "caption",
+    "look", "serve", "terminal", "doctor", "smoke", "cli",
 )  # fmt: skip
 # Deep reinforcement learning and environments know nothing of tables.
 APART = {"rl/envs": {"rl/agents", "rl/tabular"}, "rl/agents": {"rl/tabular"}}

@@ -21,6 +21,10 @@ def picture(height, width, mode="RGB", seed=0):
 def theirs(kind):
     if kind == "CLIP":
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as found
+    elif kind == "Llava":
+        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as found
+    elif kind == "LlavaNext":
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil as found
     elif kind == "Blip":
         from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil as found
     else:
@@ -44,7 +48,7 @@ SETTINGS = [
 
 @pytest.mark.peer
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("kind", ["CLIP", "Siglip", "Blip"])
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip", "Blip", "Llava"])
 @pytest.mark.filterwarnings("ignore:'mode' parameter")
 def test_every_bit_equals_transformers(tmp_path, kind, settings):
     """Folders that transformers wrote; images that are wide, high, gray, transparent and small."""
@@ -54,6 +58,28 @@ def test_every_bit_equals_transformers(tmp_path, kind, settings):
     for i, (height, width, mode) in enumerate(
         [(40, 61, "RGB"), (61, 40, "RGB"), (33, 33, "L"), (50, 21, "RGBA"), (7, 11, "LA"), (300, 280, "RGB")]
     ):
+        image = picture(height, width, mode, i)
+        expected = torch.as_tensor(other(image, return_tensors="pt")["pixel_values"][0])
+        assert torch.equal(ours(image), expected.float()), (height, width, mode)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_pad": True, "size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}},
+        {"do_pad": True, "size": {"height": 16, "width": 16}, "do_center_crop": False, "image_mean": [0.5] * 3},
+        {"do_pad": True, "do_resize": False, "crop_size": {"height": 30, "width": 30}},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:'mode' parameter")
+def test_padding_to_a_square_equals_transformers(tmp_path, settings):
+    """LLaVA-1.5's: with the mean as a color, before anything is scaled."""
+    other = theirs("Llava")(**settings)
+    other.save_pretrained(tmp_path)
+    ours = preprocess.load(tmp_path)
+    for i, (height, width, mode) in enumerate([(40, 61, "RGB"), (61, 40, "RGB"), (33, 33, "L"), (50, 21, "RGBA")]):
         image = picture(height, width, mode, i)
         expected = torch.as_tensor(other(image, return_tensors="pt")["pixel_values"][0])
         assert torch.equal(ours(image), expected.float()), (height, width, mode)

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor
 
 from finetune.data import image_rows
-from finetune.data.image_rows import ImageRow
+from finetune.data.image_rows import PLACEHOLDER, ImageRow
 from finetune.data.packing import IGNORE
 from finetune.errors import UserError
 from finetune.lm.tokenizer import Tokenizer
 from finetune.vision import pictures
 
 SIGN = "\ufdd0"  # an image within a rendered text; no row has it, image_rows sees to that
+NEAR = 8  # tokens by which rows of a batch may differ
 Pixels = Callable[[Sequence[Any]], Tensor]  # images (N, 3, H, W) of what rows name in `images`
 
 
@@ -68,6 +70,7 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer, image_token: int, each: int) -> None:
         self.tokenizer, self.image_token, self.each = tokenizer, image_token, each
+        self.backend = without(tokenizer.backend, PLACEHOLDER)
         self.known: dict[str, list[tuple[list[int], list[int], int]]] = {}
 
     def documents(self, messages: Sequence[dict[str, Any]]) -> list[tuple[list[int], list[int], int]]:
@@ -93,7 +96,7 @@ class Writer:
                 ids += [self.image_token] * self.each
                 mask += [0] * self.each
                 begin += 1
-            found = self.tokenizer.backend.encode(piece, add_special_tokens=False)
+            found = self.backend.encode(piece, add_special_tokens=False)
             ids += found.ids
             mask += [
                 int(any(begin + first < stop and start < begin + last for start, stop in spans))
@@ -101,6 +104,15 @@ class Writer:
             ]
             begin += len(piece)
         return ids, mask
+
+
+def without(backend: tokenizers.Tokenizer, token: str) -> tokenizers.Tokenizer:
+    """The tokenizer for which an added token is text like any other."""
+    if token not in {added.content for added in backend.get_added_tokens_decoder().values()}:
+        return backend
+    read = json.loads(backend.to_str())
+    read["added_tokens"] = [added for added in read["added_tokens"] if added["content"] != token]
+    return tokenizers.Tokenizer.from_str(json.dumps(read))
 
 
 def joined(message: dict[str, Any]) -> dict[str, Any]:
@@ -158,11 +170,12 @@ def collate(rows: Sequence[Row]) -> Batch:
 
 def grouped(lengths: Sequence[int], size: int, generator: torch.Generator) -> list[list[int]]:
     """The numbers of all rows once, in batches of `size` rows of similar length: a random order, of which every 50
-    batches are sorted by length and their batches shuffled again (LLaVA's group_by_length)."""
+    batches are sorted by length and their batches shuffled again (LLaVA's group_by_length). Lengths count in eights:
+    else all rows of a batch would ask the same question, where each question has its own length."""
     order = torch.randperm(len(lengths), generator=generator).tolist()
     batches: list[list[int]] = []
     for start in range(0, len(order), 50 * size):
-        part = sorted(order[start : start + 50 * size], key=lambda i: -lengths[i])
+        part = sorted(order[start : start + 50 * size], key=lambda i: -(lengths[i] // NEAR))
         batches += [part[i : i + size] for i in range(0, len(part), size)]
     whole = [batch for batch in batches if len(batch) == size] or batches
     return [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]

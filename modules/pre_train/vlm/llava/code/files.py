@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import tokenizers
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from finetune.data.image_rows import PLACEHOLDER
 from finetune.errors import UserError
 from finetune.lm.io import hf_llama, hf_tokenizer, hub, weights
 from finetune.lm.io.config import checked, read_json, require
@@ -22,7 +25,6 @@ from finetune.vision.vit import ViTConfig
 
 from .model import Llava, LlavaConfig, Projector
 
-IMAGE = "<image>"
 ONLY = {
     "projector_hidden_act": ("gelu",),
     "multimodal_projector_bias": (True,),
@@ -127,19 +129,22 @@ def write(
     preprocess: dict[str, Any] | None = None,
 ) -> None:
     """Writes a folder that LlavaForConditionalGeneration and, with a tokenizer, LlavaProcessor open. The tokenizer's
-    files get `<image>` as a token of its own; UserError if its number is not the model's image token. preprocess: the
+    files get `<image>` as a token of its own; UserError if its number is not the model's image token. Where it lies
+    behind the vocabulary, the tables get rows of zeros up to it, since transformers looks it up. preprocess: the
     preprocessor_config.json that the encoder came with; by default that of `finetune.vision.pretrain.inputs`."""
     folder = Path(folder)
     ids = (tokenizer.token_ids() if tokenizer else {}) | model.language.token_ids
-    config = write_config(model.config, model.language.embed.weight.dtype)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in hf_tensors(model)}
+    rows = max(model.config.text.vocab_size, model.config.image_token + 1)
+    shape = replace(model.config, text=replace(model.config.text, vocab_size=rows))
+    config = write_config(shape, model.language.embed.weight.dtype)
+    tensors = {name: with_rows(name, tensor, rows).detach().cpu().contiguous() for name, tensor in hf_tensors(model)}
     with checkpoint.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(folder / "config.json", config | ids)
     checkpoint.write_json(folder / "generation_config.json", {"_from_model_config": True} | ids)
     checkpoint.write_json(folder / "preprocessor_config.json", preprocess or processor(model.config.vision))
     checkpoint.write_json(folder / "processor_config.json", {
-        "processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": model.config.vision.patch,
+        "processor_class": "LlavaProcessor", "image_token": PLACEHOLDER, "patch_size": model.config.vision.patch,
         "num_additional_image_tokens": int(model.config.vision.class_token),
         "vision_feature_select_strategy": config["vision_feature_select_strategy"],
     })  # fmt: skip
@@ -148,13 +153,19 @@ def write(
     checkpoint.write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
+def with_rows(name: str, tensor: Tensor, rows: int) -> Tensor:
+    """A table of the vocabulary with zeros behind its rows; any other tensor as it is."""
+    table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    return F.pad(tensor, (0, 0, 0, rows - len(tensor))) if table and len(tensor) < rows else tensor
+
+
 def with_image(tokenizer: Tokenizer, token: int) -> Tokenizer:
     """A copy of the tokenizer that reads `<image>` as one token of the given number."""
     copy = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    if copy.token_to_id(IMAGE) is None:
-        copy.add_special_tokens([tokenizers.AddedToken(IMAGE, special=True, normalized=False)])
-    if (found := copy.token_to_id(IMAGE)) != token:
-        raise UserError(f"the tokenizer gives {IMAGE} the number {found}, the model's image token is {token}")
+    if copy.token_to_id(PLACEHOLDER) is None:
+        copy.add_special_tokens([tokenizers.AddedToken(PLACEHOLDER, special=True, normalized=False)])
+    if (found := copy.token_to_id(PLACEHOLDER)) != token:
+        raise UserError(f"the tokenizer gives {PLACEHOLDER} the number {found}, the model's image token is {token}")
     names = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
     return Tokenizer(copy, **names, chat_template=tokenizer.chat_template, others=tokenizer.others)
 
@@ -179,12 +190,6 @@ def read(path: str | Path, dtype: torch.dtype = torch.float32) -> Llava:
     model = weights.assemble(Llava, config, own_tensors(weights.read_safetensors(folder), config), dtype, folder)
     model.language.token_ids, model.language.generation_ids = read_token_ids(folder, raw)
     return model
-
-
-def added_id(tokenizer: Tokenizer, language: Llama) -> int:
-    """The number of `<image>` where the tokenizer has no such token: the next one behind its own, for which the model's
-    table may have no row (`with_row`)."""
-    return max(tokenizer.vocab_size, 0)
 
 
 def write_projector(projector: Projector, file: Path) -> None:

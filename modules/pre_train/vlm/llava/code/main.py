@@ -9,6 +9,7 @@ Reads top to bottom: settings, the run (parts, the two stages, evaluation), then
 metric and every choice.
 """
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune import ops, optim
+from finetune.data.image_rows import PLACEHOLDER
 from finetune.data.toy_directory import small_llama
 from finetune.errors import UserError
 from finetune.lm import template_tokens
@@ -86,8 +88,8 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> "Config":
         return cls(
-            steps=500, projector_steps=150, text_steps=250, language_model="scratch", dtype="float32",
-            kinds="left,right,larger,sum", tune="full", batch=32, max_length=64, eval_rows=1200, checkpoint_every=100,
+            steps=350, projector_steps=100, text_steps=300, language_model="scratch", dtype="float32",
+            kinds="left,right,larger,sum", tune="full", batch=32, max_length=64, eval_rows=800, checkpoint_every=100,
             threads=1,
         )  # fmt: skip
 
@@ -122,7 +124,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     writer = Writer(tokenizer, net.config.image_token, net.config.each)
     if split:
         train = data.picture_rows(split["train"], writer)
-        questions = spread(data.picture_questions(split["test"], writer), cfg.eval_rows)
+        questions = data.picture_questions(split["test"], writer)[: cfg.eval_rows]
         pixels = {name: sight.of_pictures(part, preprocess) for name, part in split.items()}
     else:
         found, held_out = data.read(cfg.data, cfg.eval_rows)
@@ -285,18 +287,14 @@ def answers(net: Llava, tokenizer: Tokenizer, questions: Sequence[Question], see
     return found
 
 
-def spread(questions: list[Question], count: int) -> list[Question]:
-    """The first `count`: all questions about a picture stand together."""
-    return questions[:count]
-
-
 def next_commands(run: Run, questions: Sequence[Question]) -> list[tuple[str, str]]:
     """What one does next with the result: (what for, words of the command line)."""
     folder = run.dir
     image = folder / "pictures" / "0.png"
     if not image.is_file():
         return []
-    return [("ask about a picture", f'generate --model {folder} --image {image} --prompt "{questions[0].text}"')]
+    return [("ask about a picture", f"generate --model {shlex.quote(str(folder))} --image "
+             f'{shlex.quote(str(image))} --prompt "{questions[0].text}"')]  # fmt: skip
 
 
 # --- Parts
@@ -324,7 +322,7 @@ def from_text(cfg: Config, run: Run, split: pictures.Split) -> tuple[Tokenizer, 
     texts = [part["text"] for row in told for message in row for part in message["content"]]
     tokenizer = Tokenizer.train(dict.fromkeys(texts), vocab_size=512)
     run.seed("language")
-    language = small_llama(small_shape(cfg, tokenizer.vocab_size))
+    language = small_llama(small_shape(cfg, tokenizer.vocab_size + 1))  # and the image token
     writer = Writer(tokenizer, -1, 0)
     rows = [Row(ids, mask, ()) for row in told for ids, mask, _ in writer.documents(row)]
     learn(cfg, run, language, rows, lambda batch: told_loss(language, batch), cfg.text_steps, cfg.lr, "text")
@@ -333,7 +331,7 @@ def from_text(cfg: Config, run: Run, split: pictures.Split) -> tuple[Tokenizer, 
 
 def small_shape(cfg: Config, vocab: int) -> LlamaConfig:
     """0.5 million parameters."""
-    return LlamaConfig(vocab, dim=128, layers=3, heads=4, kv_heads=4, hidden=256, max_length=max(cfg.max_length, 64))
+    return LlamaConfig(vocab, dim=128, layers=2, heads=4, kv_heads=4, hidden=512, max_length=max(cfg.max_length, 256))
 
 
 def assemble(cfg: Config, run: Run, encoder: ViT, language: Llama, tokenizer: Tokenizer) -> Llava:
@@ -342,9 +340,8 @@ def assemble(cfg: Config, run: Run, encoder: ViT, language: Llama, tokenizer: To
     if encoder.projection is not None:  # that of CLIP's loss, which is of no use here
         encoder.projection = None
         encoder.config = replace(encoder.config, projection=0)
-    token = tokenizer.backend.token_to_id(files.IMAGE)
-    if token is None:
-        token = files.added_id(tokenizer, language)
+    token = tokenizer.backend.token_to_id(PLACEHOLDER)
+    token = tokenizer.vocab_size if token is None else token  # behind the others
     net = Llava(LlavaConfig(encoder.config, language.config, token, cfg.layer), encoder, language)
     if cfg.projector is not None:
         files.read_projector(net.projector, cfg.projector)

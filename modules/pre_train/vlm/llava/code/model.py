@@ -107,8 +107,8 @@ class Llava(nn.Module):
             vectors = self.project(images)
         back = None
         if mask is not None:
-            order = (~mask.bool()).to(torch.uint8).argsort(1, stable=True)  # real tokens first
-            tokens, lengths, back = tokens.gather(1, order), mask.long().sum(1), order.argsort(1)
+            order = (~mask.bool()).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first
+            tokens, lengths, back = tokens.gather(1, order), mask.long().sum(1), order.argsort(dim=1)
             if bool((lengths == tokens.shape[1]).all()):
                 lengths = None
         plain, x = self.embed(tokens, vectors)

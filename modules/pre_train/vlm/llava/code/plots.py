@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def attention(
         picture = square(split.x[question.images[0]])
         axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, side, side, 0))
         over = {"cmap": "magma", "alpha": 0.55, "interpolation": "bilinear"}
-        axis.imshow(looks.view(side, side), extent=(0, side, side, 0), **over)
+        axis.imshow(looks.view(side, side).numpy(), extent=(0, side, side, 0), **over)
         axis.set_title(f"{question.text}\n{found[i]}", fontsize=8, color=INK)
         axis.set_axis_off()
     for axis in axes[len(shown) :]:
@@ -101,14 +102,14 @@ def attention(
     save(made, run.dir / "attention.png")
 
 
-def square(x: Tensor) -> Tensor:
+def square(x: Tensor) -> np.ndarray:
     """A picture (1, H, W) in the middle of a gray square, as the encoder sees it."""
     height, width = x.shape[1:]
     side = max(height, width)
     canvas = torch.full((side, side), 127, dtype=torch.uint8)
     top, left = (side - height) // 2, (side - width) // 2
     canvas[top : top + height, left : left + width] = x[0]
-    return canvas
+    return canvas.numpy()
 
 
 def table(
@@ -126,7 +127,7 @@ def table(
     for row in range(count):
         question = questions[row]
         inset = axes.inset_axes((0.1, row + 0.1, 1.3, 0.8), transform=axes.transData)
-        inset.imshow(split.x[question.images[0], 0], cmap="gray")
+        inset.imshow(split.x[question.images[0], 0].numpy(), cmap="gray")
         inset.set_axis_off()
         right = found[row].strip().lower() == question.wanted.lower()
         mark = "" if right else f"  (wanted: {question.wanted})"
@@ -150,7 +151,7 @@ def confusion(run: Run, questions: Sequence[Question], found: Sequence[str]) -> 
         return
     made, (axes,) = figure(5.6, 4.8)
     axes.grid(visible=False)
-    axes.imshow(counts, cmap="magma")
+    axes.imshow(counts.numpy(), cmap="magma")
     for i in range(10):
         for j in range(11):
             if counts[i, j]:
