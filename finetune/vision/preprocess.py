@@ -163,11 +163,15 @@ def centered(x: np.ndarray, length: int, axis: int) -> np.ndarray:
 
 def load(path: str | Path) -> Preprocessor:
     """The preprocessing that a model folder (or hub id) describes. UserError names the key that is not supported."""
-    folder = hub.resolve(path)
+    return read_config(*settings(hub.resolve(path)))
+
+
+def settings(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The settings of a folder's image processor, and the file that they are in."""
     file, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
     if not file.exists() and whole.exists():  # newer folders hold it with the tokenizer's part
-        return read_config(reading.json_file(whole, Whole).image_processor, whole)
-    return read_config(read_json(file), file)
+        return reading.json_file(whole, Whole).image_processor, whole
+    return read_json(file), file
 
 
 class Whole(msgspec.Struct):

@@ -1,6 +1,6 @@
 """Images of any resolution as tiles (LLaVA-NeXT: Liu et al. 2024, "anyres"): the image scaled to the encoder's size,
-and the image cut into tiles of that size, at the best of several resolutions. Behind the encoder the tiles' patches become
-one grid again, without what was padded, and each row of it ends with a vector of its own.
+and the image cut into tiles of that size, at the best of several resolutions. Behind the encoder the tiles' patches
+become one grid again, without what was padded, and each row of it ends with a vector of its own.
 
 Transformers' LlavaNextImageProcessor gives the same bits, LlavaNextForConditionalGeneration the same order.
 """

@@ -11,11 +11,11 @@ from PIL import Image
 from finetune.data import image_rows
 from finetune.data.packing import IGNORE
 from finetune.errors import UserError
-from finetune.lm.llama import Llama, LlamaConfig
+from finetune.lm.llama import LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import registry
 from finetune.runs.run import execute
-from finetune.vision.vit import ViT, ViTConfig
+from finetune.vision.vit import ViTConfig
 
 INFO = registry.find("llava")
 main = registry.load(INFO)
@@ -188,12 +188,11 @@ def hf_model(folder, strategy="default", tied=True):
         vocab_size=91, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=tied, max_position_embeddings=128,
     )  # fmt: skip
-    theirs = transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(
-            vision_config=vision, text_config=text, image_token_index=TOKEN, tie_word_embeddings=tied,
-            vision_feature_select_strategy=strategy,
-        )  # fmt: skip
-    ).eval()
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=TOKEN, tie_word_embeddings=tied,
+        vision_feature_select_strategy=strategy,
+    )  # fmt: skip
+    theirs = transformers.LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -318,7 +317,10 @@ def test_labels_are_the_answers_shifted_once(tmp_path, writer):
 
 def test_an_image_tag_that_a_user_types_is_text(tmp_path, writer):
     """Written in a part of text, it stays text, even if the tokenizer has a token of that name."""
-    typed = {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "is <image> x?"}]}
+    typed = {
+        "role": "user",
+        "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "is <image> x?"}],
+    }
     path = saved(tmp_path, [{"messages": [typed, {"role": "assistant", "content": "seven"}]}])
     with_token = files.with_image(writer.tokenizer, writer.image_token)
     assert with_token.backend.token_to_id("<image>") == writer.image_token
@@ -543,6 +545,6 @@ def test_the_toy_reaches_its_targets(seed, tmp_path):
     ids=str,
 )
 def test_settings_that_cannot_be_are_one_line(changed, says, tmp_path):
+    given = {"text_steps": 0, "count": 10} | changed
     with pytest.raises(UserError, match=says):
-        given = {"text_steps": 0, "count": 10} | changed
         execute(INFO, dataclasses.replace(main.Config.toy(), **given), tmp_path / "r")

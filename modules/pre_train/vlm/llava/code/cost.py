@@ -39,7 +39,7 @@ def memory_of(config: LlavaConfig, setup: Setup, images: int) -> dict[str, int]:
     terms = {term.name: term.bytes for term in memory.predict(shape_of(config.text), setup)}
     d, c, prompt = config.vision.dim, config.text.dim, setup.prompt * config.text.dim
     projector = c * (d + c + 2)  # parameters, in fp32 as the encoder's
-    found = {
+    return {
         "encoder": 4 * encoder_parameters(config.vision),
         "projector": 4 * projector,
         "language model": terms["weights"] - 4 * prompt,
@@ -48,7 +48,6 @@ def memory_of(config: LlavaConfig, setup: Setup, images: int) -> dict[str, int]:
         # Of each vector: the features, both sides of the GELU, and its place among the tokens (row and column).
         "activations": terms["activations"] + images * config.each * (4 * (d + 2 * c) + 16),
     }
-    return found
 
 
 def setup_of(cfg: Config, batch: int, seq: int) -> Setup:

@@ -20,7 +20,7 @@ from finetune.lm.io.config import checked, read_json, require
 from finetune.lm.io.load import read_token_ids
 from finetune.lm.tokenizer import Tokenizer
 from finetune.runs import checkpoint, reading
-from finetune.vision import load, preprocess, save
+from finetune.vision import load, save
 from finetune.vision.vit import ViTConfig
 
 from .model import Llava, LlavaConfig, Projector
@@ -77,7 +77,7 @@ def read_config(raw: dict[str, Any], source: object) -> LlavaConfig:
 
 
 def write_config(config: LlavaConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The config.json that transformers reads. UserError if the encoder's or the language model's has no place in it."""
+    """The config.json that transformers reads. UserError if the encoder or language model has a field without a key."""
     vision = save.write_config(config.vision, dtype)
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -126,11 +126,11 @@ def write(
     model: Llava,
     folder: str | Path,
     tokenizer: Tokenizer | None = None,
-    preprocess: dict[str, Any] | None = None,
+    images: dict[str, Any] | None = None,
 ) -> None:
     """Writes a folder that LlavaForConditionalGeneration and, with a tokenizer, LlavaProcessor open. The tokenizer's
     files get `<image>` as a token of its own; UserError if its number is not the model's image token. Where it lies
-    behind the vocabulary, the tables get rows of zeros up to it, since transformers looks it up. preprocess: the
+    behind the vocabulary, the tables get rows of zeros up to it, since transformers looks it up. images: the
     preprocessor_config.json that the encoder came with; by default that of `finetune.vision.pretrain.inputs`."""
     folder = Path(folder)
     ids = (tokenizer.token_ids() if tokenizer else {}) | model.language.token_ids
@@ -142,7 +142,7 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(folder / "config.json", config | ids)
     checkpoint.write_json(folder / "generation_config.json", {"_from_model_config": True} | ids)
-    checkpoint.write_json(folder / "preprocessor_config.json", preprocess or processor(model.config.vision))
+    checkpoint.write_json(folder / "preprocessor_config.json", images or processor(model.config.vision))
     checkpoint.write_json(folder / "processor_config.json", {
         "processor_class": "LlavaProcessor", "image_token": PLACEHOLDER, "patch_size": model.config.vision.patch,
         "num_additional_image_tokens": int(model.config.vision.class_token),
@@ -166,8 +166,14 @@ def with_image(tokenizer: Tokenizer, token: int) -> Tokenizer:
         copy.add_special_tokens([tokenizers.AddedToken(PLACEHOLDER, special=True, normalized=False)])
     if (found := copy.token_to_id(PLACEHOLDER)) != token:
         raise UserError(f"the tokenizer gives {PLACEHOLDER} the number {found}, the model's image token is {token}")
-    names = {"bos": tokenizer.bos, "eos": tokenizer.eos, "pad": tokenizer.pad}
-    return Tokenizer(copy, **names, chat_template=tokenizer.chat_template, others=tokenizer.others)
+    return Tokenizer(
+        copy,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+        pad=tokenizer.pad,
+        chat_template=tokenizer.chat_template,
+        others=tokenizer.others,
+    )
 
 
 def processor(config: ViTConfig) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class Config(config.Config):
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     cost.check_memory(cfg)
-    encoder, preprocess = sight.encoder(cfg.encoder, cfg.seed, run.print)
+    encoder, preprocess, settings = sight.encoder(cfg.encoder, cfg.seed, run.print)
     split = sight.splits(cfg) if cfg.data is None else None
     tokenizer, language = language_model(cfg, run, split)
     net = assemble(cfg, run, encoder, language, tokenizer)
@@ -127,6 +127,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         questions = data.picture_questions(split["test"], writer)[: cfg.eval_rows]
         pixels = {name: sight.of_pictures(part, preprocess) for name, part in split.items()}
     else:
+        assert cfg.data is not None
         found, held_out = data.read(cfg.data, cfg.eval_rows)
         run.print(f"{len(found)} rows to train on, {len(held_out)} to evaluate on")
         train = data.tokenize(found, writer, cfg.max_length, run.print)
@@ -158,7 +159,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     # Saved first: whatever fails below, what was trained is kept.
     if second and cfg.tune == "lora":
         lora.merge(net.language, keep=True)
-    files.write(net, run.dir / "model", tokenizer, preprocess)
+    files.write(net, run.dir / "model", tokenizer, settings)
     files.write_projector(net.projector, run.dir / "projector.safetensors")
     if second and cfg.tune == "lora":
         lora.unmerge(net.language)
@@ -300,9 +301,7 @@ def next_commands(run: Run, questions: Sequence[Question]) -> list[tuple[str, st
 # --- Parts
 
 
-def language_model(
-    cfg: Config, run: Run, split: dict[str, pictures.Split] | None
-) -> tuple[Tokenizer, Llama]:
+def language_model(cfg: Config, run: Run, split: dict[str, pictures.Split] | None) -> tuple[Tokenizer, Llama]:
     """The language model and its tokenizer; from scratch one that has learned to answer the questions from text."""
     if cfg.language_model == "scratch":
         assert split is not None
@@ -312,7 +311,9 @@ def language_model(
     if cfg.template is not None:
         _, added = template_tokens.adopt(tokenizer, cfg.template)
         if added:
-            raise UserError(f"--template {cfg.template} needs {', '.join(added)}, which the frozen model has not learned")
+            raise UserError(
+                f"--template {cfg.template} needs {', '.join(added)}, which the frozen model has not learned"
+            )
     return tokenizer, load.llama(source, getattr(torch, cfg.dtype))
 
 

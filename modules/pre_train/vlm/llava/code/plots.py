@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from finetune import ops
 from finetune.diffusion import images
-from finetune.lm.tokenizer import Tokenizer
 from finetune.runs.plots import GREY, INK, figure, save
 from finetune.runs.run import Run
 from finetune.vision import pictures
@@ -58,9 +57,8 @@ def attention_to_image(net: Llava, prompt: Sequence[int], vectors: Tensor) -> Te
     image; the mean over the heads. The rest of 1 goes to the text."""
     tokens, language = torch.tensor([list(prompt)]), net.language
     entered: list[Tensor] = []
-    hooks = [
-        block.attn.register_forward_hook(lambda _, given, __: entered.append(given[0])) for block in language.blocks
-    ]
+    layers: list[Any] = list(language.blocks)
+    hooks = [block.attn.register_forward_hook(lambda _, given, __: entered.append(given[0])) for block in layers]
     try:
         net(tokens, vectors=vectors, hidden=True)
     finally:
@@ -69,7 +67,7 @@ def attention_to_image(net: Llava, prompt: Sequence[int], vectors: Tensor) -> Te
     here, found = tokens[0] == net.config.image_token, []
     cos, sin = language.rotary.on(tokens.device, None)
     turns = torch.arange(tokens.shape[1])[None]
-    for block, x in zip(language.blocks, entered, strict=True):
+    for block, x in zip(layers, entered, strict=True):
         part = block.attn
         q = ops.rope(part.q(x).unflatten(-1, (-1, part.head_dim)), cos, sin, turns)[0, -1].float()  # (H, D)
         k = ops.rope(part.k(x).unflatten(-1, (-1, part.head_dim)), cos, sin, turns)[0].float()  # (T, Hkv, D)

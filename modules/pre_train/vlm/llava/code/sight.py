@@ -38,9 +38,9 @@ def check(encoder: str, source: str | None) -> None:
         )
 
 
-def encoder(name: str, seed: int, say: Callable[[str], None]) -> tuple[ViT, Preprocessor | None]:
-    """The frozen encoder of a recipe (trained now, unless it is in the cache) or of a folder, with the folder's
-    preprocessing."""
+def encoder(name: str, seed: int, say: Callable[[str], None]) -> tuple[ViT, Preprocessor | None, dict[str, Any] | None]:
+    """The frozen encoder of a recipe (trained now, unless it is in the cache), or that of a folder with the folder's
+    preprocessing, and the settings of that as its file has them."""
     if name in RECIPES:
         total = RECIPES[name].steps
 
@@ -50,8 +50,10 @@ def encoder(name: str, seed: int, say: Callable[[str], None]) -> tuple[ViT, Prep
             elif step + 1 == total:
                 say(f"the encoder is trained: loss {loss:.3f} after {total} steps")
 
-        return pretrain.pretrained(name, seed, on_step=told), None
-    return load.vit(name).eval().requires_grad_(False), preprocess.load(hub.resolve(name))
+        return pretrain.pretrained(name, seed, on_step=told), None, None
+    folder = hub.resolve(name)
+    raw, file = preprocess.settings(folder)
+    return load.vit(folder).eval().requires_grad_(False), preprocess.read_config(raw, file), raw
 
 
 def splits(cfg: Config) -> dict[str, pictures.Split]:
@@ -70,7 +72,7 @@ def of_pictures(split: pictures.Split, how: Preprocessor | None) -> Pixels:
     return lambda numbers: how.batch([Image.fromarray(split.x[i, 0].numpy()) for i in numbers])
 
 
-def of_files(how: Preprocessor | None, vision: Any = None) -> Pixels:
+def of_files(how: Preprocessor | None) -> Pixels:
     """Image files as the encoder takes them."""
     if how is None:
         raise UserError("--data needs an --encoder from a folder: those that are made here know digits and emoji")
