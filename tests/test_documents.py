@@ -51,6 +51,7 @@ SMALLER = {
     "bench dit_vs_torch": "bench dit_vs_torch --model XXS --side 8 --patch 2 --threads 1 --steps 3",
     "run blip2 --data pairs.jsonl --encoder contrast": "run blip2 --data pairs.jsonl --encoder digits",
     "bench sft_vs_trl": "bench sft_vs_trl --help",
+    "bench llava_vs_transformers": "bench llava_vs_transformers --help",
     "bench cql_vs_d3rlpy": "bench cql_vs_d3rlpy --help",
     "serve --model smollm2": "serve --help",  # it ends when it is told to (tests/inference/test_server.py)
     "serve --model smollm2 --quantize int8 --cache int8": "serve --help",
@@ -63,6 +64,9 @@ SMALLER = {
     "kernels trace <op>": "kernels trace rms_norm",
     "kernels levels": "kernels levels transpose --level 2",
     "kernels levels matmul": "kernels levels transpose --level 2",
+    # a checkpoint of the hub, and photographs
+    "run llava --data rows.jsonl --encoder openai/clip-vit-base-patch32 --projector-steps 200": "run llava --help",
+    "generate --model RUN --image photo.jpg --prompt 'What is in the picture?'": "generate --help",
     "run diffusion --images mnist --levels 3": "run diffusion --levels 3",  # 5,000 images are measured at length
     "run mdp --world taxi": "run mdp --help",
     # it starts from a run
@@ -81,6 +85,7 @@ SETTINGS = {
     "dpo": "--sft-steps 60 --prompts 60 --eval-prompts 30 --samples 4",
     "grpo": "--sft-steps 20",
     "inference": "--train-steps 3 --requests 100 --rounds 2",
+    "llava": "--text-steps 2 --count 40 --eval-rows 8 --batch 4",
     "mdp": "--rollouts 100 --rollout-steps 100 --pairs 10",
     "rlhf": "--sft-steps 20 --reward-steps 4 --prompts 40 --answers 2 --eval-prompts 10 --eval-answers 2 --samples 4 "
     "--beyond 2 --batch 8",

@@ -25,7 +25,7 @@ from finetune.errors import UserError, nearest
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.runs import checkpoint, wheels
 from finetune.vision import load, pictures, save, vit
-from finetune.vision.vit import ViT, ViTConfig
+from finetune.vision.vit import ViT, ViTConfig, sincos_2d
 
 CAPTION = "{} on the left and {} on the right"
 UNKNOWN, END = 0, 1  # the first two ids of the captions' words
@@ -109,7 +109,7 @@ def train(recipe: Recipe, seed: int = 0, on_step: OnStep | None = None) -> ViT:
         found = captioned(recipe, seed) if recipe.loss == "captions" else None
         split = None if found else split_of(recipe, seed)
         pixels = inputs(found[0] if found else split.x)  # type: ignore[union-attr]
-        encoder = ViT(shape(recipe))
+        encoder = placed(ViT(shape(recipe)))
         rest: nn.Module = Captions(found[1], recipe.dim) if found else nn.Linear(recipe.dim, 10)
         optimizer = optim.AdamW([*encoder.parameters(), *rest.parameters()], lr=recipe.lr)
         for step in range(recipe.steps):
@@ -141,6 +141,15 @@ def shape(recipe: Recipe) -> ViTConfig:
         pre_norm=True,
         projection=recipe.dim if recipe.loss == "captions" else 0,
     )
+
+
+@torch.no_grad()
+def placed(encoder: ViT) -> ViT:
+    """The encoder, whose learned positions begin as sines and cosines. From N(0, .02) they stay small in so few steps:
+    features say what is in a patch and hardly where, and a language model that reads them confuses left and right."""
+    first = int(encoder.config.class_token)
+    encoder.positions[first:] = sincos_2d(encoder.config.dim, *encoder.config.grid)
+    return encoder
 
 
 def inputs(x: Tensor) -> Tensor:

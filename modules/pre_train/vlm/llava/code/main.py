@@ -9,6 +9,7 @@ Reads top to bottom: settings, the run (parts, the two stages, evaluation), then
 metric and every choice.
 """
 
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -164,6 +165,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     if second and cfg.tune == "lora":
         lora.unmerge(net.language)
     evaluate(cfg, run, net, tokenizer, questions, unseen, before, split)
+    if split and math.isqrt(net.config.each) ** 2 == net.config.each and math.isqrt(net.config.each) % 2 == 0:
+        run.check("digits_by_linear_probe", sight.probe(seen, unseen, split))
     batch = data.batch_of(train, cfg.batch, 0, lambda epoch: run.generator("memory"))
     run.record_memory(cost.rows(cfg, net, optimizer, batch, lambda: loss_of(batch)))
     return {"trained_parameters": sum(p.numel() for p in net.parameters() if p.requires_grad)}

@@ -22,7 +22,7 @@ from .model import Llava
 if TYPE_CHECKING:
     from .sight import Features
 
-SHOWN = 3  # pictures with their attention
+SHOWN, AVERAGED = 3, 20  # pictures with their attention, and those over which it is averaged
 WORDS = {word: number for number, word in enumerate(pictures.SMALL[:10])}
 
 
@@ -80,22 +80,28 @@ def attention_to_image(net: Llava, prompt: Sequence[int], vectors: Tensor) -> Te
 def attention(
     run: Run, net: Llava, questions: Sequence[Question], found: Sequence[str], seen: Features, split: pictures.Split
 ) -> None:
-    """attention.png: pictures, over which lies where the answer's token looks, the layer that looks most."""
-    shown = [i for i, q in enumerate(questions) if q.images[0] in sorted({q.images[0] for q in questions})[:SHOWN]]
+    """attention.png: pictures, over which lies where the answer's token looks more than it does on average over all
+    pictures and questions (some places draw attention whatever they show), in the layer where this differs most."""
+    numbers = sorted({q.images[0] for q in questions})
+    wide = [
+        attention_to_image(net, q.prompt, net.projector(seen(q.images)))
+        for q in questions
+        if q.images[0] in numbers[:AVERAGED]
+    ]
+    above = torch.stack(wide) - torch.stack(wide).mean(0)  # (questions, layers, P)
+    layer = int(above.abs().sum((0, 2)).argmax())
+    shown = [i for i, q in enumerate(questions) if q.images[0] in numbers[:SHOWN]]
     kinds = len({questions[i].kind for i in shown})
     made, axes = figure(2.6 * kinds, 2.5 * SHOWN, columns=kinds, rows=SHOWN)
     for axis, i in zip(axes, shown, strict=False):
-        question = questions[i]
-        weights = attention_to_image(net, question.prompt, net.projector(seen(question.images)))
-        looks = weights[weights.sum(1).argmax()]
+        looks = above[i, layer].clamp(min=0)
         side = math.isqrt(len(looks))
-        picture = square(split.x[question.images[0]])
+        picture = square(split.x[questions[i].images[0]])
         axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, side, side, 0))
         over = {"cmap": "magma", "alpha": 0.55, "interpolation": "bilinear"}
         axis.imshow(looks.view(side, side).numpy(), extent=(0, side, side, 0), **over)
-        axis.set_title(f"{question.text}\n{found[i]}", fontsize=8, color=INK)
-        axis.set_axis_off()
-    for axis in axes[len(shown) :]:
+        axis.set_title(f"{questions[i].text}\n{found[i]}", fontsize=8, color=INK)
+    for axis in axes:
         axis.set_axis_off()
     save(made, run.dir / "attention.png")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.data.image_files import open_image
@@ -77,6 +78,20 @@ def of_files(how: Preprocessor | None) -> Pixels:
     if how is None:
         raise UserError("--data needs an --encoder from a folder: those that are made here know digits and emoji")
     return lambda paths: how.batch([open_image(Path(path)) for path in paths])
+
+
+def probe(seen: Features, unseen: Features, split: dict[str, pictures.Split], count: int = 1000) -> float:
+    """The accuracy of a linear classifier on the encoder's features, the mean of each half's patches: as well as a
+    digit can be told from what the language model gets. Fitted to `count` training pictures by least squares."""
+
+    def halves(features: Features, part: pictures.Split) -> tuple[Tensor, Tensor]:
+        numbers = range(min(count, len(part)))
+        return pretrain.halves(features(numbers)).flatten(0, 1), part.digits[: len(numbers)].flatten()
+
+    x, y = halves(seen, split["train"])
+    weights = torch.linalg.lstsq(F.pad(x, (0, 1), value=1.0), F.one_hot(y, 10).float(), driver="gelsd").solution
+    x, y = halves(unseen, split["test"])
+    return (F.pad(x, (0, 1), value=1.0) @ weights).argmax(1).eq(y).double().mean().item()
 
 
 class Features:
