@@ -54,6 +54,7 @@ class Recipe:
 
 RECIPES = {
     "digits": Recipe("digits", "classes", size=8, patch=4),
+    "digits_coarse": Recipe("digits", "classes", size=8, patch=8),  # two patches a digit: the upper and the lower half
     "mnist": Recipe("mnist", "classes", size=14, patch=7),
     "contrast": Recipe("emoji", "captions", size=32, patch=8, dim=128, layers=4, lr=1e-3, shift=2),
     "contrast_digits": Recipe("digits", "captions", size=8, patch=4),

@@ -1,6 +1,7 @@
 """Encoders trained here: what they learn, what they see of the splits, their cache and their folders."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from finetune.errors import UserError
 from finetune.vision import load, pictures, pretrain, save
-from finetune.vision.vit import ViT, ViTConfig
+from finetune.vision.vit import ViT, ViTConfig, sincos_2d
 
 SHORT = replace(pretrain.RECIPES["digits"], steps=2, batch=4, count=40)
 
@@ -81,6 +82,11 @@ def test_inputs_are_padded_with_gray_to_a_square():
     assert (found[:, :, [0, 1, 2, 3, 12, 13, 14, 15]] == 127 / 127.5 - 1).all()
 
 
+def test_positions_begin_as_sines_and_tell_the_sides_apart():
+    encoder = pretrain.train(replace(SHORT, steps=0))
+    assert torch.equal(encoder.positions[1:], sincos_2d(64, 4, 4))
+
+
 def test_contrast_is_clips_loss():
     """By the definition: the cross-entropy of each image over all captions, and of each caption over all images."""
     g = torch.Generator().manual_seed(0)
@@ -88,6 +94,15 @@ def test_contrast_is_clips_loss():
     similar = 7 * torch.tensor([[float(a @ b) for b in told] for a in seen])
     expected = -(torch.log_softmax(similar, 1).diag().mean() + torch.log_softmax(similar, 0).diag().mean()) / 2
     torch.testing.assert_close(pretrain.contrast(seen, told, torch.tensor(7.0)), expected)
+
+
+def test_contrast_learns_which_caption_belongs_to_which_image():
+    """From ln 64, which is chance among 64, down; equal captions in a batch keep it from 0."""
+    losses = []
+    recipe = replace(pretrain.RECIPES["contrast_digits"], steps=50, batch=64, count=1000)
+    pretrain.train(recipe, on_step=lambda step, loss: losses.append(loss))
+    assert losses[0] > 0.9 * math.log(64)
+    assert sum(losses[-5:]) / 5 < 0.7 * math.log(64)
 
 
 def test_a_caption_is_its_words_and_an_end():

@@ -57,8 +57,8 @@ class Config(config.Config):
     kinds: str = "left,right,larger"  # questions about them, of left, right, sum, larger
     count: int = bounded(4000, at_least=1, at_most=1 << 20)  # pictures to train on
     # --- Models
-    # digits, mnist, contrast: made here (finetune/vision/pretrain.py); or a folder or hub id of a CLIP or SigLIP
-    encoder: str = "digits"
+    # digits_coarse, digits, mnist, contrast_digits: made here (finetune/vision/pretrain.py); or a CLIP or SigLIP folder
+    encoder: str = "digits_coarse"
     layer: int = bounded(-2, at_least=-1000, at_most=1000)  # of the encoder, whose states are the features
     # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small new Llama that first learns from text
     language_model: str = "smollm2"
