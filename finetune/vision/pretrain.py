@@ -50,12 +50,14 @@ class Recipe:
     batch: int = 128
     lr: float = 2e-3
     shift: int = 0  # at most so far images are moved at random, in pixels
+    sines: bool = False  # positions begin as sines and cosines (`placed`), not near 0
 
 
 RECIPES = {
     "digits": Recipe("digits", "classes", size=8, patch=4),
-    "digits_coarse": Recipe("digits", "classes", size=8, patch=8),  # two patches a digit: the upper and the lower half
-    "mnist": Recipe("mnist", "classes", size=14, patch=7),
+    # Two patches a digit, its upper and its lower half: few tokens for a language model, and less to confuse.
+    "digits_coarse": Recipe("digits", "classes", size=8, patch=8, sines=True),
+    "mnist": Recipe("mnist", "classes", size=14, patch=7, sines=True),
     "contrast": Recipe("emoji", "captions", size=32, patch=8, dim=128, layers=4, lr=1e-3, shift=2),
     "contrast_digits": Recipe("digits", "captions", size=8, patch=4),
 }
@@ -110,7 +112,7 @@ def train(recipe: Recipe, seed: int = 0, on_step: OnStep | None = None) -> ViT:
         found = captioned(recipe, seed) if recipe.loss == "captions" else None
         split = None if found else split_of(recipe, seed)
         pixels = inputs(found[0] if found else split.x)  # type: ignore[union-attr]
-        encoder = placed(ViT(shape(recipe)))
+        encoder = placed(ViT(shape(recipe))) if recipe.sines else ViT(shape(recipe))
         rest: nn.Module = Captions(found[1], recipe.dim) if found else nn.Linear(recipe.dim, 10)
         optimizer = optim.AdamW([*encoder.parameters(), *rest.parameters()], lr=recipe.lr)
         for step in range(recipe.steps):

@@ -537,10 +537,10 @@ def test_the_toy_reaches_its_targets(seed, tmp_path):
     ("changed", "says"),
     [
         ({"kinds": "left,up"}, "--kinds 'up': the questions are left, right, sum, larger"),
-        ({"encoder": "mnist"}, "--encoder mnist has learned mnist, not digits: take digits or contrast_digits"),
+        ({"encoder": "mnist"}, "--encoder mnist has learned mnist, not digits: take digits"),
         ({"text_steps": 3, "language_model": "smollm2"}, "--text-steps is for --language-model scratch"),
         ({"data": "rows.jsonl"}, "scratch knows the built-in questions only"),
-        ({"max_length": 20}, "of which an image takes 16: --max-length"),
+        ({"max_length": 12}, "of which an image takes 4: --max-length"),
     ],
     ids=str,
 )

@@ -83,7 +83,7 @@ def test_inputs_are_padded_with_gray_to_a_square():
 
 
 def test_positions_begin_as_sines_and_tell_the_sides_apart():
-    encoder = pretrain.train(replace(SHORT, steps=0))
+    encoder = pretrain.train(replace(SHORT, steps=0, sines=True))
     assert torch.equal(encoder.positions[1:], sincos_2d(64, 4, 4))
 
 
