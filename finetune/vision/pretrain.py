@@ -50,15 +50,15 @@ class Recipe:
     batch: int = 128
     lr: float = 2e-3
     shift: int = 0  # at most so far images are moved at random, in pixels
-    sines: bool = False  # positions begin as sines and cosines (`placed`), not near 0
+    sines: bool = True  # positions begin as sines and cosines (`placed`), not near 0
 
 
 RECIPES = {
     "digits": Recipe("digits", "classes", size=8, patch=4),
     # Two patches a digit, its upper and its lower half: few tokens for a language model, and less to confuse.
-    "digits_coarse": Recipe("digits", "classes", size=8, patch=8, sines=True),
-    "mnist": Recipe("mnist", "classes", size=14, patch=7, sines=True),
-    "contrast": Recipe("emoji", "captions", size=32, patch=8, dim=128, layers=4, lr=1e-3, shift=2),
+    "digits_coarse": Recipe("digits", "classes", size=8, patch=8),
+    "mnist": Recipe("mnist", "classes", size=14, patch=7),
+    "contrast": Recipe("emoji", "captions", size=32, patch=8, dim=128, layers=4, lr=1e-3, shift=2, sines=False),
     "contrast_digits": Recipe("digits", "captions", size=8, patch=4),
 }
 

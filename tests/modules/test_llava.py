@@ -75,6 +75,19 @@ def test_the_projector_is_two_layers_with_an_exact_gelu():
     close(net.projector(x), h @ two.weight.T + two.bias, 1e-6)
 
 
+def test_columns_are_means_of_strips(tmp_path):
+    net, images = tiny(columns=2), pictures(2)
+    patches = net.encoder.states(images, -2)[:, 1:].unflatten(1, (4, 4))
+    close(net.encode(images)[:, 0], patches[:, :, :2].mean((1, 2)))
+    close(net.encode(images)[:, 1], patches[:, :, 2:].mean((1, 2)))
+    files.write(net, tmp_path)
+    back = files.read(tmp_path)
+    tokens = torch.tensor([[5, TOKEN, TOKEN, 6]])
+    close(back(tokens, images[:1]), net(tokens, images[:1]))
+    with pytest.raises(UserError, match="3 columns need .* a divisor of the 4 across"):
+        tiny(columns=3)
+
+
 def test_a_row_and_its_images_must_agree():
     net = tiny()
     with pytest.raises(UserError, match="the rows have 32 image tokens, the images give 16 vectors"):

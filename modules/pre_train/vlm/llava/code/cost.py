@@ -62,7 +62,7 @@ def check_memory(cfg: Config) -> None:
     if cfg.language_model == "scratch":
         return
     vision = shape(RECIPES[cfg.encoder]) if cfg.encoder in RECIPES else shape(RECIPES["digits"])
-    config = LlavaConfig(vision, load.llama_config(cfg.language_model), 0)
+    config = LlavaConfig(vision, load.llama_config(cfg.language_model), 0, columns=cfg.columns)
     seq = min(cfg.max_length, config.text.max_length)
     found = memory_of(config, setup_of(cfg, cfg.batch, seq), cfg.batch)
     room.check_bytes(sum(found.values()), "--batch or --max-length")

@@ -46,6 +46,7 @@ class HFConfig(msgspec.Struct):
     image_token_id: reading.Index | None = None  # the later name
     vision_feature_layer: int = -2
     vision_feature_select_strategy: str = "default"
+    columns: reading.Index = 0  # ours: transformers has no such pooling
     tie_word_embeddings: bool = False
 
 
@@ -73,6 +74,7 @@ def read_config(raw: dict[str, Any], source: object) -> LlavaConfig:
         image_token=token,
         layer=read.vision_feature_layer,
         class_token=read.vision_feature_select_strategy == "full",
+        columns=read.columns,
     )
 
 
@@ -92,6 +94,7 @@ def write_config(config: LlavaConfig, dtype: torch.dtype = torch.float32) -> dic
         "multimodal_projector_bias": True,
         "tie_word_embeddings": config.text.tied,
         "torch_dtype": str(dtype).removeprefix("torch."),
+        **({"columns": config.columns} if config.columns else {}),
     }
 
 

@@ -9,7 +9,6 @@ Reads top to bottom: settings, the run (parts, the two stages, evaluation), then
 metric and every choice.
 """
 
-import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +59,8 @@ class Config(config.Config):
     # digits_coarse, digits, mnist, contrast_digits: made here (finetune/vision/pretrain.py); or a CLIP or SigLIP folder
     encoder: str = "digits_coarse"
     layer: int = bounded(-2, at_least=-1000, at_most=1000)  # of the encoder, whose states are the features
+    # one vector for each of so many strips of the image, the mean of their patches; 0: one for each patch, as LLaVA
+    columns: int = bounded(2, at_least=0, at_most=1 << 10)
     # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small new Llama that first learns from text
     language_model: str = "smollm2"
     template: str | None = "chatml"  # a chat template (see sft); none: the language model's own
@@ -89,7 +90,7 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> "Config":
         return cls(
-            steps=350, projector_steps=100, text_steps=300, language_model="scratch", dtype="float32",
+            steps=350, projector_steps=100, text_steps=300, columns=0, language_model="scratch", dtype="float32",
             kinds="left,right,larger,sum", tune="full", batch=32, max_length=64, eval_rows=800, checkpoint_every=100,
             threads=1,
         )  # fmt: skip
@@ -165,7 +166,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     if second and cfg.tune == "lora":
         lora.unmerge(net.language)
     evaluate(cfg, run, net, tokenizer, questions, unseen, before, split)
-    if split and math.isqrt(net.config.each) ** 2 == net.config.each and math.isqrt(net.config.each) % 2 == 0:
+    if split and net.config.each % 2 == 0:
         run.check("digits_by_linear_probe", sight.probe(seen, unseen, split))
     batch = data.batch_of(train, cfg.batch, 0, lambda epoch: run.generator("memory"))
     run.record_memory(cost.rows(cfg, net, optimizer, batch, lambda: loss_of(batch)))
@@ -346,7 +347,7 @@ def assemble(cfg: Config, run: Run, encoder: ViT, language: Llama, tokenizer: To
         encoder.config = replace(encoder.config, projection=0)
     token = tokenizer.backend.token_to_id(PLACEHOLDER)
     token = tokenizer.vocab_size if token is None else token  # behind the others
-    net = Llava(LlavaConfig(encoder.config, language.config, token, cfg.layer), encoder, language)
+    net = Llava(LlavaConfig(encoder.config, language.config, token, cfg.layer, columns=cfg.columns), encoder, language)
     if cfg.projector is not None:
         files.read_projector(net.projector, cfg.projector)
     return net

@@ -32,11 +32,19 @@ class LlavaConfig:
     image_token: int
     layer: int = -2  # of the encoder, whose states are taken
     class_token: bool = False  # keep the class token's state too
+    columns: int = 0  # average the patches to one vector for each of so many strips, from left to right; 0: do not
+
+    def __post_init__(self) -> None:
+        if self.columns and (self.class_token or self.vision.grid[1] % self.columns):
+            across = self.vision.grid[1]
+            raise UserError(f"{self.columns} columns need patches alone, and a divisor of the {across} across an image")
 
     @property
     def each(self) -> int:
         """Vectors of an image."""
         rows, columns = self.vision.grid
+        if self.columns:
+            return self.columns
         return rows * columns + (self.class_token and self.vision.class_token)
 
 
@@ -68,7 +76,14 @@ class Llava(nn.Module):
         learns = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             states = self.encoder.states(images, self.config.layer)
-        return states if self.config.class_token else states[:, int(self.encoder.config.class_token) :]
+        if self.config.class_token:
+            return states
+        patches = states[:, int(self.encoder.config.class_token) :]
+        if not self.config.columns:
+            return patches
+        rows, across = self.config.vision.grid
+        strips = patches.unflatten(1, (rows, self.config.columns, across // self.config.columns))
+        return strips.mean((1, 3))
 
     def project(self, images: Tensor) -> Tensor:
         """Images (N, channels, H, W) → (N, P, C): what stands in the places of each image's tokens."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -95,11 +94,12 @@ def attention(
     made, axes = figure(2.6 * kinds, 2.5 * SHOWN, columns=kinds, rows=SHOWN)
     for axis, i in zip(axes, shown, strict=False):
         looks = above[i, layer].clamp(min=0)
-        side = math.isqrt(len(looks))
+        rows, across = net.config.vision.grid
+        grid = looks.view((1, -1) if net.config.columns else (rows, across)).numpy()
         picture = square(split.x[questions[i].images[0]])
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, side, side, 0))
-        over = {"cmap": "magma", "alpha": 0.55, "interpolation": "bilinear"}
-        axis.imshow(looks.view(side, side).numpy(), extent=(0, side, side, 0), **over)
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, 1, 1, 0))
+        smooth = "bilinear" if len(looks) > 4 else "nearest"
+        axis.imshow(grid, cmap="magma", alpha=0.55, interpolation=smooth, extent=(0, 1, 1, 0), aspect="auto")
         axis.set_title(f"{questions[i].text}\n{found[i]}", fontsize=8, color=INK)
     for axis in axes:
         axis.set_axis_off()

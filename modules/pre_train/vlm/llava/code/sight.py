@@ -86,7 +86,9 @@ def probe(seen: Features, unseen: Features, split: dict[str, pictures.Split], co
 
     def halves(features: Features, part: pictures.Split) -> tuple[Tensor, Tensor]:
         numbers = range(min(count, len(part)))
-        return pretrain.halves(features(numbers)).flatten(0, 1), part.digits[: len(numbers)].flatten()
+        found = features(numbers)  # of two strips, or a square grid
+        found = found if found.shape[1] == 2 else pretrain.halves(found)
+        return found.flatten(0, 1), part.digits[: len(numbers)].flatten()
 
     x, y = halves(seen, split["train"])
     weights = torch.linalg.lstsq(F.pad(x, (0, 1), value=1.0), F.one_hot(y, 10).float(), driver="gelsd").solution
