@@ -84,7 +84,7 @@ def test_columns_are_means_of_strips(tmp_path):
     back = files.read(tmp_path)
     tokens = torch.tensor([[5, TOKEN, TOKEN, 6]])
     close(back(tokens, images[:1]), net(tokens, images[:1]))
-    with pytest.raises(UserError, match="3 columns need .* a divisor of the 4 across"):
+    with pytest.raises(UserError, match=r"3 columns need .* a divisor of the 4 across"):
         tiny(columns=3)
 
 
