@@ -70,9 +70,10 @@ class Drill:
     def stub(self, lang: str) -> str:
         """What the learner starts from: signatures and the task, without the solution's bodies or with a bug in it."""
         source, task = self.solution.read_text(encoding="utf-8"), self.text.task_zh if lang == "zh" else ""
-        if self.text.planted:
-            return retold(self.mistaken(self.text.planted), task)
-        return stub(source, self.text.write, task) if self.solution.suffix == ".py" else compiled_stub(source, task)
+        python, planted = self.solution.suffix == ".py", self.text.planted
+        if planted:
+            return (retold if python else recommented)(self.mistaken(planted), task)
+        return stub(source, self.text.write, task) if python else compiled_stub(source, task)
 
 
 def edited(source: str, edits: list[tuple[str, str]], name: str) -> str:
@@ -147,7 +148,11 @@ def hollow(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> str:
 
 def compiled_stub(source: str, task: str = "") -> str:
     """A CUDA or C++ source without what stands between its marks; `task` stands in for the comment at its head."""
-    text = re.sub(r"(?m)^( *// write this)\n(?s:.*?)^ *// written\n", r"\1\n", source)
+    return recommented(re.sub(r"(?m)^( *// write this)\n(?s:.*?)^ *// written\n", r"\1\n", source), task)
+
+
+def recommented(text: str, task: str) -> str:
+    """The source with `task`, if there is one, in the place of the comment at its head."""
     if not task:
         return text
     return "".join(f"// {line}".rstrip() + "\n" for line in task.strip().splitlines()) + re.sub(
