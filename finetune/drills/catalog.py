@@ -132,7 +132,7 @@ def stub(source: str, write: list[str], task: str = "") -> str:
 
 
 def hollow(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> str:
-    """A function, or a class with all its methods, without bodies; docstrings stay."""
+    """A function, or a class with its public methods, without bodies; docstrings stay."""
     if isinstance(node, ast.FunctionDef):
         start = min([node.lineno, *(each.lineno for each in node.decorator_list)]) - 1
         first = node.body[0]
@@ -142,7 +142,8 @@ def hollow(node: ast.FunctionDef | ast.ClassDef, lines: list[str]) -> str:
         return "\n".join([*kept, " " * (node.col_offset + 4) + "raise NotImplementedError"])
     first = next(each for each in node.body if isinstance(each, ast.FunctionDef))
     start = min([first.lineno, *(each.lineno for each in first.decorator_list)]) - 1
-    methods = [hollow(each, lines) for each in node.body if isinstance(each, ast.FunctionDef)]
+    public = [e for e in node.body if isinstance(e, ast.FunctionDef) and not re.match(r"_(?!_)", e.name)]
+    methods = [hollow(each, lines) for each in public]
     return "\n".join([*lines[node.lineno - 1 : start], "\n\n".join(methods)])
 
 

@@ -138,7 +138,8 @@ def told(drill: Drill, verdict: dict[str, Any], lang: str) -> list[tuple[str, st
         details["line"] = verdict["line"]
     if "index" in details:
         details["index"] = str(details["index"]) if details["index"] else ""
-    lines.append((words[verdict["what"]].format(**details), "red"))
+    nowhere = verdict["what"] == "raised" and not verdict.get("line")  # in what calls the code, as for a missing method
+    lines.append((details["error"] if nowhere else words[verdict["what"]].format(**details), "red"))
     if verdict.get("input") and verdict["what"] not in ("unwritten", "missing"):
         lines += [(words["input"], "dim"), (verdict["input"], "")]
     if verdict.get("mistake") not in (None, "", drill.text.planted):  # a planted bug is for the learner to name

@@ -33,7 +33,7 @@ class BlockManager:
         needed = -(-tokens // self.size)
         if needed > self.available():
             raise MemoryError
-        self.tables[name] = [self.take() for _ in range(needed)]
+        self.tables[name] = [self._take() for _ in range(needed)]
         self.tokens[name] = tokens
 
     def append(self, name: str) -> tuple[int, int] | None:
@@ -44,7 +44,7 @@ class BlockManager:
         if full or shared:
             if not self.available():
                 raise MemoryError
-            new = self.take()
+            new = self._take()
             if full:
                 table.append(new)
             else:
@@ -71,7 +71,7 @@ class BlockManager:
     def available(self) -> int:
         return self.holders.count(0)
 
-    def take(self) -> int:
+    def _take(self) -> int:
         block = self.holders.index(0)
         self.holders[block] = 1
         return block

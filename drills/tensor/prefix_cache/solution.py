@@ -23,12 +23,12 @@ class PrefixCache:
         self.blocks: dict[int, int] = {}
 
     def insert(self, tokens: list[int], blocks: list[int]) -> None:
-        for key, block in zip(self.keys(tokens, len(tokens)), blocks, strict=False):
+        for key, block in zip(self._keys(tokens, len(tokens)), blocks, strict=False):
             self.blocks.setdefault(key, block)
 
     def lookup(self, tokens: list[int]) -> list[int]:
         found: list[int] = []
-        for key in self.keys(tokens, len(tokens) - 1):
+        for key in self._keys(tokens, len(tokens) - 1):
             if key not in self.blocks:
                 break
             found.append(self.blocks[key])
@@ -37,8 +37,8 @@ class PrefixCache:
     def evict(self, block: int) -> None:
         self.blocks = {key: each for key, each in self.blocks.items() if each != block}
 
-    def keys(self, tokens: list[int], count: int) -> list[int]:
-        """A hash for each full block within the first `count` tokens: of the block before and of its own tokens."""
+    def _keys(self, tokens: list[int], count: int) -> list[int]:
+        """A hash for each full block within the first `count` tokens: of the block before it and of its tokens."""
         keys, before = [], 0
         for at in range(0, count - self.size + 1, self.size):
             before = hash((before, *tokens[at : at + self.size]))
