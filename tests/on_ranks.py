@@ -12,6 +12,7 @@ from finetune.distributed.collectives import MAX
 from finetune.distributed.mesh import Layout, share
 from finetune.distributed.model import ParallelModel
 from finetune.distributed.pipeline import Work, play
+from finetune.distributed.random import Streams
 from finetune.distributed.stage import initial
 from finetune.errors import UserError
 from finetune.lm.gpt import GPT, GPTConfig
@@ -440,3 +441,28 @@ def loss_of_checkpoint(rank, name, layout, folder, rows):
     model = ParallelModel(config_of(name), rank.mesh(layout), length=16)
     sharded.load(model, folder)
     return model.loss(rows)
+
+
+# --- Dropout and recomputation
+
+
+def dropped(rank, layout, rows, **options):
+    """Gradients with dropout, and the bytes that selective recomputation did not keep."""
+    model = made(rank, "gpt", layout, dropout=0.3, seed=11, **options)
+    loss = model.gradients(rows, step=4)
+    saved = sum(getattr(stage.selective, "dropped", 0) for stage in model.stages)
+    return loss, [(name, piece, p.grad.clone()) for name, p, piece in model.named()], saved, model.loss(rows)
+
+
+def masks(rank, layout):
+    streams = Streams(layout, rank.number, 5)
+    x = torch.ones(1000)
+    streams.restart(3)
+    found = {name: streams.dropout(x, 0.25, name) for name in ("whole", "split")}
+    streams.restart(3)
+    before = streams.states()
+    second = streams.dropout(x, 0.25, "whole")
+    with streams.again(before):
+        third = streams.dropout(x, 0.25, "whole")
+    fourth = streams.dropout(x, 0.25, "whole")
+    return found, second, third, fourth

@@ -148,7 +148,7 @@ def test_a_suggestion_comes_with_the_mistake():
     assert "lr" in tiny("run", "tinynet", "--lrr", "1").stderr.split("did you mean")[1]
     assert "attention" in finetune("bench", "attenion").stderr
     assert "did you mean 'toy'?" in tiny("run", "tinynet", "--tyo").stderr, "an option of the command itself"
-    assert "planned (day 14 of the path)" in finetune("run", "megatron").stderr
+    assert "planned (day 14 of the path)" in finetune("run", "deepspeed").stderr
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ SETTINGS = {
     "grpo": "--sft-steps 20",
     "inference": "--train-steps 3 --requests 100 --rounds 2",
     "llava": "--text-steps 2 --count 40 --eval-rows 8 --batch 4",
+    "megatron": "--compare 1 --batch 4 --dim 16",
     "mdp": "--rollouts 100 --rollout-steps 100 --pairs 10",
     "rlhf": "--sft-steps 20 --reward-steps 4 --prompts 40 --answers 2 --eval-prompts 10 --eval-answers 2 --samples 4 "
     "--beyond 2 --batch 8",

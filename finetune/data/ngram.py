@@ -10,13 +10,14 @@ import math
 import numpy as np
 
 
-def held_out_bits(train: str, held_out: str) -> dict[str, float]:
-    """Held-out bits per character of n-gram models. All characters that training lacks count as one."""
+def held_out_bits(train: str, held_out: str, order: int = 5) -> dict[str, float]:
+    """Held-out bits per character of n-gram models up to `order`, at most 5. All characters that
+    training lacks count as one."""
     vocab = sorted(set(train))
     number = {character: i for i, character in enumerate(vocab, start=1)}
     train_ids, held_out_ids = (np.array([number.get(c, 0) for c in part]) for part in (train, held_out))
-    nats = held_out_nats(train_ids, held_out_ids, len(vocab) + 1, 5)
-    names = ("unigram", "bigram", "trigram", "four_gram", "five_gram")
+    nats = held_out_nats(train_ids, held_out_ids, len(vocab) + 1, order)
+    names = ("unigram", "bigram", "trigram", "four_gram", "five_gram")[:order]
     return {name: value / math.log(2) for name, value in zip(names, nats, strict=True) if name != "four_gram"}
 
 

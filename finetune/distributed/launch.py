@@ -206,7 +206,7 @@ def serve(
     import torch
     import torch.distributed as dist
 
-    from finetune.distributed.collectives import Trail
+    from finetune.distributed.collectives import CollectiveError, Trail
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the starter decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -231,10 +231,11 @@ def serve(
             answer = "ok", function(rank, *args, **kwargs)
         except UserError as e:
             answer = "refused", str(e)
+        except CollectiveError as e:
+            answer = "failed", str(e)
         except Exception as e:
             traceback.print_exc()
-            named = str(e).startswith("rank ")
-            answer = "failed", str(e) if named else f"rank {number}: {type(e).__name__}: {e}"
+            answer = "failed", f"rank {number}: {type(e).__name__}: {e}"
         pipe.send(answer)
     dist.destroy_process_group()
 

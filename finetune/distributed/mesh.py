@@ -83,7 +83,8 @@ class Mesh:
         if layout.world != dist.get_world_size():
             raise UserError(f"{layout} needs {layout.world} processes, there are {dist.get_world_size()}")
         self.layout, self.counts = layout, Counts()
-        self.place = layout.place(dist.get_rank())
+        self.rank = dist.get_rank()
+        self.place = layout.place(self.rank)
         self.device = torch.device(device)
         trail = trail or Trail()
         mesh = init_device_mesh(device, layout.shape, mesh_dim_names=DIMS)

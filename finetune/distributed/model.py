@@ -15,6 +15,8 @@ from finetune.distributed.data_parallel import BUCKET, Buckets
 from finetune.distributed.distributed_optimizer import ShardedAdamW
 from finetune.distributed.mesh import Mesh, share
 from finetune.distributed.pipeline import Played, Work, play
+from finetune.distributed.random import Streams
+from finetune.distributed.recompute import Recompute
 from finetune.distributed.stage import Named, Source, Stage
 from finetune.errors import UserError
 
@@ -31,9 +33,9 @@ class ParallelModel:
         model.step(lr, clip)
 
     schedule: that of the pipeline; chunks: of each stage, more than one for interleaved. sequence: sequence
-    parallelism. sharded: AdamW's states are shared out over dp · cp. A batch's loss is the sum over its
-    tokens divided by their number, whichever rank has them: micro-batches, ranks and windows of unequal size
-    count by tokens.
+    parallelism. dropout, recompute: see `Stage`; seed: of dropout. sharded: AdamW's states are shared out over dp · cp.
+    A batch's loss is the sum over its tokens divided by their number, whichever rank has them: micro-batches, ranks and
+    windows of unequal size count by tokens.
     """
 
     def __init__(
@@ -48,6 +50,9 @@ class ParallelModel:
         sequence: bool = False,
         sharded: bool = False,
         bucket: int = BUCKET,
+        dropout: float = 0.0,
+        recompute: Recompute = "none",
+        seed: int = 0,
     ) -> None:
         self.config, self.mesh, self.length, self.micro = config, mesh, length, micro
         stages = mesh.pp.size * chunks
@@ -55,8 +60,20 @@ class ParallelModel:
         self.schedule = schedules.steps(schedule, mesh.pp.size, micro, mesh.pp.rank, chunks)
         self.sequence = sequence
         numbers = [chunk * mesh.pp.size + mesh.pp.rank for chunk in range(chunks)]
+        self.streams = Streams(mesh.layout, mesh.rank, seed)
         self.stages = [
-            Stage(config, mesh, share(config.layers, stages, n), n == 0, n == stages - 1, sequence) for n in numbers
+            Stage(
+                config,
+                mesh,
+                share(config.layers, stages, n),
+                n == 0,
+                n == stages - 1,
+                sequence=sequence,
+                dropout=dropout,
+                recompute=recompute,
+                streams=self.streams,
+            )
+            for n in numbers
         ]
         self.sharded = sharded
         self.shared = self.shared_parameters()
@@ -86,10 +103,10 @@ class ParallelModel:
 
     # --- One step
 
-    def gradients(self, rows: Tensor) -> float:
+    def gradients(self, rows: Tensor, step: int = 0) -> float:
         """Leaves in `.grad` the gradient of the mean loss (nats a token) of rows (B, T + 1), and returns that loss;
         both as one process would have them. Rows may hold −100 behind the end of a text, targets that
-        are not counted."""
+        are not counted. step: of the run, on which dropout's numbers depend."""
         mesh = self.mesh
         tokens, targets, places = self.own_part(rows)
         total = max(int((rows[:, 1:] != IGNORED).sum()), 1)
@@ -103,6 +120,7 @@ class ParallelModel:
         def shape(chunk: int, micro: int) -> Sequence[int]:
             return self.stages[chunk].output_shape(parts[micro][0])
 
+        self.streams.restart(step)
         for buckets in self.buckets:
             buckets.begin(self.micro)
         dtype = next(self.stages[0].parameters()).dtype

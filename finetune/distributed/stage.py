@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from finetune.distributed import plan, tensor_parallel
 from finetune.distributed.context_parallel import RingCache
 from finetune.distributed.mesh import Mesh, share
 from finetune.distributed.plan import Piece
+from finetune.distributed.random import Streams
+from finetune.distributed.recompute import Recompute, Selective, again_in_backward
 from finetune.errors import UserError
 from finetune.lm import head
 from finetune.lm.forward import check_tokens
@@ -38,14 +41,24 @@ def skeleton(config: plan.Config) -> GPT | Llama:
         return GPT(config) if isinstance(config, GPTConfig) else Llama(config)
 
 
+def shapes(config: plan.Config) -> dict[str, torch.Size]:
+    """The shapes of the whole model's parameters, by name."""
+    key = repr(config)
+    if key not in _shapes:
+        _shapes[key] = {name: p.shape for name, p in skeleton(config).named_parameters()}
+    return _shapes[key]
+
+
+_shapes: dict[str, dict[str, torch.Size]] = {}
+
+
 def initial(config: plan.Config, seed: int) -> Source:
     """GPT-2's initial weights, each drawn by (seed, its name): the same in every layout, and no rank needs more than
     one whole parameter at a time."""
-    shapes = {name: p.shape for name, p in skeleton(config).named_parameters()}
     norm = 1.0 - getattr(config, "norm_plus_one", False)
 
     def draw(name: str) -> Tensor:
-        whole = torch.full(shapes[name], norm)
+        whole = torch.full(shapes(config)[name], norm)
         generator = torch.Generator().manual_seed(stable_hash(seed, name))
         init_parameter(name, whole, config.layers, RESIDUAL, generator)
         return whole
@@ -58,10 +71,21 @@ class Stage(nn.Module):
 
     model is the project's GPT or Llama, which runs as it is: a stage that is not first is given what it would have
     embedded, and the layers named by the plan are replaced by parallel ones of the same parameter names.
+    dropout: share of the elements of every region's output that are dropped where gradients are wanted.
     """
 
     def __init__(
-        self, config: plan.Config, mesh: Mesh, layers: tuple[int, int], first: bool, last: bool, sequence: bool
+        self,
+        config: plan.Config,
+        mesh: Mesh,
+        layers: tuple[int, int],
+        first: bool,
+        last: bool,
+        *,
+        sequence: bool = False,
+        dropout: float = 0.0,
+        recompute: Recompute = "none",
+        streams: Streams | None = None,
     ) -> None:
         super().__init__()
         self.config, self.mesh, self.first, self.last = config, mesh, first, last
@@ -90,6 +114,14 @@ class Stage(nn.Module):
         for name in list(self.pieces):
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.empty(self.pieces[name].local)))
+        self.streams, self.dropout = streams or Streams(mesh.layout, mesh.rank, 0), dropout
+        if dropout:
+            for block in model.blocks:
+                for region in plan.REGIONS:
+                    getattr(block, region).register_forward_hook(self.drop)
+        self.selective = Selective(model.blocks) if recompute == "selective" else nullcontext()
+        for block in model.blocks if recompute == "block" else ():
+            block.forward = again_in_backward(block.forward, self.streams)
 
     def whole_name(self, name: str) -> str:
         """The name in the whole model: blocks are numbered from this stage's first one here."""
@@ -129,6 +161,12 @@ class Stage(nn.Module):
     def enter(self, region: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tensor_parallel.enter(inputs[0], self.mesh.tp, self.sequence), *inputs[1:]
 
+    def drop(self, region: nn.Module, inputs: Any, y: Tensor) -> Tensor:
+        """Dropout of what a region adds to the residual stream: whole on every rank of tp, or its own part of it."""
+        if not torch.is_grad_enabled():
+            return y
+        return self.streams.dropout(y, self.dropout, "split" if self.sequence else "whole")
+
     @property
     def first_token(self) -> int:
         return share(self.config.vocab_size, self.mesh.tp.size, self.mesh.tp.rank)[0]
@@ -154,7 +192,8 @@ class Stage(nn.Module):
         """tokens, positions (B, T): this rank's part of the text. x: what the stage before gave; None on
         the first. (B, T, C), or with sequence parallelism (B, T/tp, C)."""
         cache: Any = RingCache(self.mesh.cp) if self.mesh.cp.size > 1 else None
-        return self.model(tokens, positions=positions, cache=cache, embedded=x, hidden=True)
+        with self.selective:
+            return self.model(tokens, positions=positions, cache=cache, embedded=x, hidden=True)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy (nats, scalar fp32) summed over targets (B, T), −100 ignored; the same on every rank of tp."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from finetune.distributed import plan
 from finetune.distributed.collectives import wire
 from finetune.distributed.mesh import Layout, share, sizes
-from finetune.distributed.stage import skeleton
+from finetune.distributed.stage import shapes
 
 
 def of_step(
@@ -75,13 +75,12 @@ def parameters(
     config: plan.Config, layout: Layout, tp_rank: int, stages: Iterable[int], chunks: int, sequence: bool
 ) -> tuple[int, int, int]:
     """Numbers of parameters on a rank: all, those whose gradients tp sums, those of a tied embedding."""
-    model = skeleton(config)
-    tied = model.head_weight is model.embed.weight
+    tied = "head.weight" not in shapes(config)
     count = layout.pp * chunks
     own = partial = embedding = 0
     stages = list(stages)
     blocks = {layer for n in stages for layer in range(*share(config.layers, count, n))}
-    for name, p in model.named_parameters():
+    for name, shape in shapes(config).items():
         layer = name.split(".")
         if layer[0] == "blocks":
             here = int(layer[1]) in blocks
@@ -90,7 +89,7 @@ def parameters(
         else:
             here = (0 if layer[0] == "positions" else count - 1) in stages
         if here:
-            piece = plan.piece(config, name, p.shape, layout.tp, tp_rank, sequence)
+            piece = plan.piece(config, name, shape, layout.tp, tp_rank, sequence)
             size = piece.local.numel()
             own += size
             partial += size * piece.partial

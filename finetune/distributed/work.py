@@ -17,7 +17,7 @@ from finetune.distributed.stage import initial
 
 def begin(rank: Rank, config: plan.Config, layout: Layout, seed: int, optimizer: dict[str, Any], **options: Any) -> int:
     """Makes this rank's part of the model and its optimizer; the number of its parameters. options: ParallelModel's."""
-    model = ParallelModel(config, rank.mesh(layout), **options)
+    model = ParallelModel(config, rank.mesh(layout), seed=seed, **options)
     model.load(initial(config, seed))
     model.make_optimizer(**optimizer)
     rank.kept["model"] = model
@@ -28,11 +28,11 @@ def part(rank: Rank) -> ParallelModel:
     return rank.kept["model"]
 
 
-def step(rank: Rank, rows: Tensor, lr: float, clip: float) -> tuple[float, float]:
-    """One step on rows (B, T + 1): loss (nats a token) and norm of the gradient, the same on every rank."""
+def step(rank: Rank, number: int, rows: Tensor, lr: float, clip: float) -> tuple[float, float]:
+    """Step `number` of the run, on rows (B, T + 1): loss (nats a token) and norm, on every rank alike."""
     model = part(rank)
     model.mesh.counts.clear()
-    loss = model.gradients(rows)
+    loss = model.gradients(rows, number)
     return loss, model.step(lr, clip)
 
 

@@ -72,7 +72,10 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.gelu(self.up(x)))
+        return self.down(self.activate(self.up(x)))
+
+    def activate(self, up: Tensor) -> Tensor:
+        return ops.gelu(up)
 
 
 class Block(nn.Module):

@@ -125,8 +125,10 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.hidden, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate(x), self.up(x)
-        return self.down(ops.swiglu(gate, up) if self.activation == "silu" else ops.gelu(gate) * up)
+        return self.down(self.activate(self.gate(x), self.up(x)))
+
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        return ops.swiglu(gate, up) if self.activation == "silu" else ops.gelu(gate) * up
 
 
 def norm(config: LlamaConfig, dim: int) -> RMSNorm:

@@ -264,7 +264,7 @@ def test_commands(sft, tmp_path, monkeypatch, capsys):
         (["quiz", "--day", "14"], "day 14 has no module yet"),
         (["quiz", "sft", "--day", "5"], "not both"),
         *(
-            ([command, "megatron"], "module 'megatron' is planned (day 14 of the path) and does not exist yet")
+            ([command, "deepspeed"], "module 'deepspeed' is planned (day 14 of the path) and does not exist yet")
             for command in ("quiz", "brief", "compare", "run", "memory")
         ),
     ):

@@ -12,6 +12,7 @@ import resource
 import signal
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import small_gguf
@@ -22,6 +23,7 @@ from small_gguf import TEXT
 from finetune.data import rows
 from finetune.diffusion import images, trained
 from finetune.diffusion.process import Process
+from finetune.distributed import sharded
 from finetune.errors import UserError
 from finetune.interview import answers, content
 from finetune.interview.quiz import Schedule
@@ -40,6 +42,7 @@ CASES = 45  # of each kind
 SECONDS = 5
 ROOM = 2 << 30  # bytes of address space that a case may add
 LLAMA = LlamaConfig(vocab_size=320, dim=16, layers=1, heads=2, kv_heads=1, hidden=24, max_length=64)
+SHARDED = GPTConfig(vocab_size=40, dim=16, layers=1, heads=2, max_length=8)
 
 ODD = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**40, -(10**40), 0.0, -1.5, 1e-45, 1e308, 1.0000001,
@@ -281,6 +284,15 @@ def load_dit(folder):
     return registry.part("dit", "convert").load(folder), registry.part("dit", "vae").load(folder)
 
 
+def write_shard(folder):
+    parts, tensors = [], {}
+    for i, (name, p) in enumerate(GPT(SHARDED).named_parameters()):
+        parts.append(sharded.Part(name, sharded.WEIGHT, list(p.shape), 0, [(0, len(p))], 0, p.numel()))
+        tensors[str(i)] = p.detach().clone()
+    header = msgspec.json.encode(sharded.Header(1, parts)).decode()
+    checkpoint.write_tensors(sharded.file_of(folder, 0), tensors, {"parts": header})
+
+
 KINDS = {
     "llama config.json": (write_llama, "config.json", load.llama),
     "llama generation_config.json": (write_llama, "generation_config.json", load.llama),
@@ -312,6 +324,7 @@ KINDS = {
     "dit config.json": (write_dit, "config.json", load_dit),
     "dit weights": (write_dit, "diffusion_pytorch_model.safetensors", load_dit),
     "vae.json": (write_dit, "vae.json", load_dit),
+    "shard": (write_shard, "shard_00000.safetensors", lambda f: sharded.whole_model(f, SHARDED)),
     "log": (write_log, "log.npz", lambda f: logged_data.load(f / "log.npz")),
 }
 
