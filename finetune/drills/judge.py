@@ -11,6 +11,7 @@ import contextlib
 import copy
 import importlib.util
 import io
+import linecache
 import math
 import re
 import sys
@@ -50,13 +51,16 @@ def load(name: str, path: Path, source: str | None = None) -> Code:
 
 
 def python(name: str, path: Path, source: str | None = None) -> ModuleType:
-    """A Python file as a module."""
+    """A Python file as a module. A source in its place has a name of its own, under which `inspect` finds its lines, as
+    Triton needs."""
     spec = importlib.util.spec_from_loader(name, loader=None, origin=str(path))
     assert spec
     module = importlib.util.module_from_spec(spec)
-    module.__file__ = str(path)
+    text = path.read_text(encoding="utf-8") if source is None else source
+    module.__file__ = str(path) if source is None else f"<{name} {hash(text):x}>"
+    linecache.cache[module.__file__] = (len(text), None, text.splitlines(keepends=True), module.__file__)
     sys.modules[name] = module
-    exec(compile(path.read_text(encoding="utf-8") if source is None else source, str(path), "exec"), module.__dict__)
+    exec(compile(text, module.__file__, "exec"), module.__dict__)
     return module
 
 
@@ -83,7 +87,8 @@ class Judge:
             leaf.requires_grad_()
         before = copy.deepcopy((detached(args), detached(kwargs)))
         reference = getattr(self.check, "reference", None) if wide else None
-        found = reference(*args, **kwargs) if reference else self.drive(code, *args, **kwargs)
+        with new_memory_is_nan():
+            found = reference(*args, **kwargs) if reference else self.drive(code, *args, **kwargs)
         if not case.changes and not same(before, (detached(args), detached(kwargs))):
             raise Wrong("changed")
         if not case.grad:
@@ -207,6 +212,17 @@ def failure(error: Exception, path: Path) -> Verdict:
     text = " ".join(str(error).split())[:300]
     return {"what": "raised", "details": {"error": f"{type(error).__name__}: {text}" if text else type(error).__name__},
             "line": line}  # fmt: skip
+
+
+@contextlib.contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """Fills whatever torch.empty gives with NaN, so that what an answer does not write is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def widened(value: Any) -> Any:
