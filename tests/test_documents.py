@@ -73,6 +73,8 @@ SMALLER = {
     "run rlhf --start '<RUN>' --reward gold --reward-clip 0 --beta 0 --steps 20 --unfinished 0 "
     "--beyond 0 --lr 3e-3 --warmup 2": "run rlhf --help",
     "smoke": "smoke --help",
+    "drill check softmax": "drill check --help",  # a draft that is not written is red (tests/drills)
+    "drill check softmax --lang zh": "drill check --help",
 }
 STEPS = {"cuda": "5", "td_learning": "8"}  # of the runs here, one of each experiment; else 2
 SETTINGS = {
