@@ -159,6 +159,18 @@ def batch_of(rows=5, length=16, ignored=0.2, seed=1):
     return batch
 
 
+def assembled(pieces):
+    """Whole tensors from the pieces of all ranks; NaN where no rank has one. Ranks that share a piece must agree."""
+    whole = {}
+    for name, piece, tensor in pieces:
+        there = whole.setdefault(name, torch.full(piece.shape, torch.nan))
+        mine = there.clone()
+        piece.put(mine, tensor)
+        torch.testing.assert_close(torch.where(there.isnan(), mine, there), mine, rtol=1e-5, atol=1e-7, equal_nan=True)
+        piece.put(there, tensor)
+    return whole
+
+
 def made(rank, name, layout, **options):
     model = ParallelModel(config_of(name), rank.mesh(layout), length=options.pop("length", 16), **options)
     model.load(dict(whole_model(name).named_parameters()).__getitem__)
@@ -466,3 +478,42 @@ def masks(rank, layout):
         third = streams.dropout(x, 0.25, "whole")
     fourth = streams.dropout(x, 0.25, "whole")
     return found, second, third, fourth
+
+
+# --- Experts
+
+
+def routed(rank, name, layout, rows, mixture, **options):
+    """Loss, norm, gradients, bytes of the all-to-alls, balance losses and dropped choices."""
+    config = config_of(name)
+    model = ParallelModel(config, rank.mesh(layout), length=16, mixture=mixture, **options)
+    weights = initial(config, 3, mixture.experts)
+    model.load(lambda key: weights(key) * (6 if weights(key).dim() == 2 else 1))
+    if options.get("sharded"):
+        model.make_optimizer()
+    model.mesh.counts.clear()
+    loss = model.gradients(rows)
+    calls, sent = (dict(c) for c in (model.mesh.counts.calls, model.mesh.counts.bytes))
+    norm = model.norm()
+    if options.get("sharded"):
+        for buckets in model.buckets:
+            for bucket in buckets.buckets:
+                bucket.flat.copy_(bucket.group.all_gather(bucket.shard.clone()))
+    grads = [(key, piece, p.grad.clone()) for key, p, piece in model.named()]
+    mixtures = model.mixtures()
+    balance = torch.stack([model.mesh.dp_cp.all_reduce(m.balance.detach().clone()) for m in mixtures])
+    return loss, norm, grads, (calls, sent), balance, sum(m.dropped for m in mixtures)
+
+
+def mixture_trained(rank, layout, folder, mixture, load=None, **options):
+    """Two steps, a checkpoint; or the two steps after one."""
+    config = config_of("gpt")
+    model = ParallelModel(config, rank.mesh(layout), length=16, mixture=mixture, **options)
+    model.load(initial(config, 3 if load is None else 4, mixture.experts))
+    model.make_optimizer()
+    if load is None:
+        steps_of(model, range(2))
+        sharded.save(model, folder, rank.number, rank.world)
+    else:
+        sharded.load(model, folder)
+    return steps_of(model, range(2, 4))

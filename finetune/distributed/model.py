@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune import optim
 from finetune.distributed import plan, schedules
 from finetune.distributed.context_parallel import tokens_of
 from finetune.distributed.data_parallel import BUCKET, Buckets
 from finetune.distributed.distributed_optimizer import ShardedAdamW
+from finetune.distributed.experts import Mixture, MixtureSettings
 from finetune.distributed.mesh import Mesh, share
 from finetune.distributed.pipeline import Played, Work, play
 from finetune.distributed.random import Streams
@@ -21,6 +22,11 @@ from finetune.distributed.stage import Named, Source, Stage
 from finetune.errors import UserError
 
 IGNORED = -100
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter is an expert's, which only the ranks of one place in ep have."""
+    return ".experts." in name
 
 
 class ParallelModel:
@@ -35,7 +41,7 @@ class ParallelModel:
     schedule: that of the pipeline; chunks: of each stage, more than one for interleaved. sequence: sequence
     parallelism. dropout, recompute: see `Stage`; seed: of dropout. sharded: AdamW's states are shared out over dp · cp.
     A batch's loss is the sum over its tokens divided by their number, whichever rank has them: micro-batches, ranks and
-    windows of unequal size count by tokens.
+    windows of unequal size count by tokens. mixture: experts in the place of every block's MLP.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class ParallelModel:
         dropout: float = 0.0,
         recompute: Recompute = "none",
         seed: int = 0,
+        mixture: MixtureSettings | None = None,
     ) -> None:
         self.config, self.mesh, self.length, self.micro = config, mesh, length, micro
         stages = mesh.pp.size * chunks
@@ -60,6 +67,12 @@ class ParallelModel:
         self.schedule = schedules.steps(schedule, mesh.pp.size, micro, mesh.pp.rank, chunks)
         self.sequence = sequence
         numbers = [chunk * mesh.pp.size + mesh.pp.rank for chunk in range(chunks)]
+        if mixture is not None:
+            mixture.check(mesh)
+            if recompute == "selective":
+                raise UserError("experts: selective recomputation is not supported; use block")
+        elif mesh.ep.size > 1:
+            raise UserError(f"ep {mesh.ep.size} needs experts")
         self.streams = Streams(mesh.layout, mesh.rank, seed)
         self.stages = [
             Stage(
@@ -72,6 +85,7 @@ class ParallelModel:
                 dropout=dropout,
                 recompute=recompute,
                 streams=self.streams,
+                mixture=mixture,
             )
             for n in numbers
         ]
@@ -81,14 +95,19 @@ class ParallelModel:
         self.late = Buckets(late, mesh.dp_cp, size=bucket, overlapped=False, scattered=sharded)
         self.buckets = [self.late]
         for stage in self.stages:
-            early = [p for name, p, _ in stage.named() if name not in self.shared]
+            early = [p for name, p, _ in stage.named() if name not in self.shared and not is_expert(name)]
             self.buckets.append(Buckets(early, mesh.dp_cp, size=bucket, scattered=sharded))
+            if experts := [p for name, p, _ in stage.named() if is_expert(name)]:
+                self.buckets.append(Buckets(experts, mesh.edp_cp, size=bucket, scattered=sharded))
         self.optimizer: optim.AdamW | ShardedAdamW | None = None
         self.played: Played | None = None
 
     def named(self) -> Iterator[Named]:
         for stage in self.stages:
             yield from stage.named()
+
+    def mixtures(self) -> list[Mixture]:
+        return [module for stage in self.stages for module in stage.modules() if isinstance(module, Mixture)]
 
     def shared_parameters(self) -> dict[str, Any]:
         """By name the parameters whose gradients several ranks have shares of: of tp, where each sees a part of the
@@ -121,6 +140,8 @@ class ParallelModel:
             return self.stages[chunk].output_shape(parts[micro][0])
 
         self.streams.restart(step)
+        for mixture in self.mixtures():
+            mixture.parts = self.micro
         for buckets in self.buckets:
             buckets.begin(self.micro)
         dtype = next(self.stages[0].parameters()).dtype
@@ -161,15 +182,18 @@ class ParallelModel:
     @torch.no_grad()
     def norm(self) -> float:
         """The norm of the whole model's gradient: every parameter counted once, the same on every rank."""
-        square = torch.zeros(1, dtype=torch.float64)
-        for _p, g, piece in self.owned_gradients():
+        dense, experts = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        names = {p: name for name, p, _ in self.named()}
+        for p, g, piece in self.owned_gradients():
             if piece.counted:
-                square += g.double().square().sum()
+                total = experts if is_expert(names[p]) else dense
+                total += g.double().square().sum()
         if self.sharded:
-            self.mesh.dp_cp.all_reduce(square)
-        return self.mesh.model.all_reduce(square).sqrt().item()
+            self.mesh.dp_cp.all_reduce(dense)
+            self.mesh.edp_cp.all_reduce(experts)
+        return self.mesh.model.all_reduce(dense + self.mesh.ep.all_reduce(experts)).sqrt().item()
 
-    def owned_gradients(self) -> Iterator[tuple[Tensor, Tensor, plan.Piece]]:
+    def owned_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, plan.Piece]]:
         """(parameter, gradient or this rank's slice of it, piece)."""
         if not self.sharded:
             yield from ((p, p.grad, piece) for _, p, piece in self.named() if p.grad is not None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.distributed import plan
 from finetune.distributed.distributed_optimizer import ShardedAdamW
-from finetune.distributed.model import ParallelModel
+from finetune.distributed.model import ParallelModel, is_expert
 from finetune.distributed.plan import Piece
 from finetune.distributed.stage import skeleton
 from finetune.errors import UserError
@@ -81,19 +81,24 @@ def save(model: ParallelModel, folder: Path, rank: int, world: int) -> str:
 def own_parts(model: ParallelModel) -> Iterator[tuple[Part, Tensor]]:
     """The weights and optimizer states that this rank writes: every one is written by exactly one rank."""
     pieces = {p: (name, piece) for name, p, piece in model.named()}
-    first = model.mesh.dp_cp.first
+    mesh = model.mesh
+
+    def first(name: str) -> bool:
+        """Whether this rank is the first of those that have the parameter."""
+        return (mesh.edp_cp if is_expert(name) else mesh.dp_cp).first
 
     def part(p: nn.Parameter, kind: str, start: int, stop: int, step: int = 0) -> Part:
         name, piece = pieces[p]
         return Part(name, kind, list(piece.shape), piece.dim, list(piece.ranges), start, stop, step)
 
-    for p, (_, piece) in pieces.items():
-        if first and piece.counted:
+    for p, (name, piece) in pieces.items():
+        if first(name) and piece.counted:
             yield part(p, WEIGHT, 0, p.numel()), p
     if model.optimizer is None:
         return
     for p, start, stop, state in states(model):
-        if pieces[p][1].counted and (first or model.sharded):
+        name, piece = pieces[p]
+        if piece.counted and (first(name) or model.sharded):
             for kind, value in state.items():
                 if isinstance(value, Tensor):
                     yield part(p, kind, start, stop, state["step"]), value.flatten()

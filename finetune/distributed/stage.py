@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from finetune.distributed import plan, tensor_parallel
 from finetune.distributed.context_parallel import RingCache
+from finetune.distributed.experts import Mixture, MixtureSettings
 from finetune.distributed.mesh import Mesh, share
 from finetune.distributed.plan import Piece
 from finetune.distributed.random import Streams
@@ -52,13 +55,16 @@ def shapes(config: plan.Config) -> dict[str, torch.Size]:
 _shapes: dict[str, dict[str, torch.Size]] = {}
 
 
-def initial(config: plan.Config, seed: int) -> Source:
+def initial(config: plan.Config, seed: int, experts: int = 0) -> Source:
     """GPT-2's initial weights, each drawn by (seed, its name): the same in every layout, and no rank needs more than
     one whole parameter at a time."""
     norm = 1.0 - getattr(config, "norm_plus_one", False)
 
     def draw(name: str) -> Tensor:
-        whole = torch.full(shapes(config)[name], norm)
+        if ".router." in name:
+            whole = torch.empty(experts, config.dim)
+        else:
+            whole = torch.full(shapes(config)[re.sub(r"\.experts\.\d+\.", ".", name)], norm)
         generator = torch.Generator().manual_seed(stable_hash(seed, name))
         init_parameter(name, whole, config.layers, RESIDUAL, generator)
         return whole
@@ -86,6 +92,7 @@ class Stage(nn.Module):
         dropout: float = 0.0,
         recompute: Recompute = "none",
         streams: Streams | None = None,
+        mixture: MixtureSettings | None = None,
     ) -> None:
         super().__init__()
         self.config, self.mesh, self.first, self.last = config, mesh, first, last
@@ -94,6 +101,12 @@ class Stage(nn.Module):
         model = skeleton(config)
         self.tied = model.head_weight is model.embed.weight
         model.blocks = nn.ModuleList(list(model.blocks)[slice(*layers)])
+        if mixture is not None:
+            for block in model.blocks:
+                whole: Any = block
+                with torch.device("meta"):
+                    kind: Any = type(whole.mlp)
+                    whole.mlp = Mixture(config.dim, partial(kind, config), mixture, mesh)
         unused: Any = nn.Identity()
         if not (first or (last and self.tied)):
             model.embed = unused

@@ -4,7 +4,7 @@ import on_ranks
 import pytest
 import torch
 import torch.nn.functional as F
-from on_ranks import batch_of, whole_model
+from on_ranks import assembled, batch_of, whole_model
 
 from finetune import optim
 from finetune.distributed.mesh import Layout
@@ -28,18 +28,6 @@ def alone(name, rows):
     grads = {name: p.grad for name, p in model.named_parameters()}
     norm = torch.stack([g.double().norm() for g in grads.values()]).norm()
     return loss.item() / max(int((targets != -100).sum()), 1), norm.item(), grads
-
-
-def assembled(pieces):
-    """Whole tensors from the pieces of all ranks; NaN where no rank has one. Ranks that share a piece must agree."""
-    whole = {}
-    for name, piece, tensor in pieces:
-        there = whole.setdefault(name, torch.full(piece.shape, torch.nan))
-        mine = there.clone()
-        piece.put(mine, tensor)
-        torch.testing.assert_close(torch.where(there.isnan(), mine, there), mine, rtol=1e-5, atol=1e-7, equal_nan=True)
-        piece.put(there, tensor)
-    return whole
 
 
 def agree(ranks, name, layout, rows, **options):
