@@ -98,6 +98,7 @@ class Stage(nn.Module):
         self.config, self.mesh, self.first, self.last = config, mesh, first, last
         self.sequence = sequence and mesh.tp.size > 1
         self.offset = layers[0]
+        self.blocks = f"{layers[0]}–{layers[1] - 1}"  # for people
         model = skeleton(config)
         self.tied = model.head_weight is model.embed.weight
         model.blocks = nn.ModuleList(list(model.blocks)[slice(*layers)])

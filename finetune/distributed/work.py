@@ -15,13 +15,28 @@ from finetune.distributed.schedules import Event
 from finetune.distributed.stage import initial
 
 
-def begin(rank: Rank, config: plan.Config, layout: Layout, seed: int, optimizer: dict[str, Any], **options: Any) -> int:
-    """Makes this rank's part of the model and its optimizer; the number of its parameters. options: ParallelModel's."""
+def begin(
+    rank: Rank,
+    config: plan.Config,
+    layout: Layout,
+    seed: int,
+    optimizer: dict[str, Any],
+    announce: bool = False,
+    **options: Any,
+) -> int:
+    """Makes this rank's part of the model and its optimizer; the number of its parameters. options: ParallelModel's.
+    announce: prints what this rank has."""
     model = ParallelModel(config, rank.mesh(layout), seed=seed, **options)
-    model.load(initial(config, seed))
+    mixture = options.get("mixture")
+    model.load(initial(config, seed, mixture.experts if mixture else 0))
     model.make_optimizer(**optimizer)
     rank.kept["model"] = model
-    return sum(p.numel() for _, p, _ in model.named())
+    count = sum(p.numel() for _, p, _ in model.named())
+    if announce:
+        place = " ".join(f"{dim} {model.mesh.place[dim]}" for dim in ("tp", "pp", "dp", "cp"))
+        blocks = ", ".join(stage.blocks for stage in model.stages)
+        print(f"{place}: blocks {blocks}; {count:,} parameters", flush=True)
+    return count
 
 
 def part(rank: Rank) -> ParallelModel:
@@ -51,6 +66,14 @@ def trace(rank: Rank) -> tuple[dict[str, int], list[Event], int]:
     model = part(rank)
     assert model.played is not None
     return model.mesh.place, model.played.trace, model.played.live
+
+
+def mixture(rank: Rank) -> tuple[float, int]:
+    """(the mean balance loss of this rank's experts in the latest step, choices that found no room)."""
+    model = part(rank)
+    found = model.mixtures()
+    shares = [model.mesh.dp_cp.all_reduce(each.balance.detach().clone()).item() for each in found]
+    return sum(shares) / len(shares), sum(each.dropped for each in found)
 
 
 def save(rank: Rank, folder: Path) -> str:

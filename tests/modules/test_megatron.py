@@ -104,12 +104,24 @@ def test_resumed_run_gives_the_same_bytes(tmp_path, no_pictures):
     resumes_to_the_same_bytes(INFO, config, tmp_path, calls=4)
 
 
+def test_experts_on_two_ranks(tmp_path, no_pictures, capsys):
+    summary = tiny(tmp_path / "run", pp=1, dp=2, experts=4, ep=2, capacity=1.0, dropout=0.1, recompute="block")
+    assert "largest_difference" not in summary["metrics"]
+    assert summary["checks"]["balance"]["value"] >= 1 - 1e-6
+    assert summary["checks"]["choices_without_room"]["value"] > 0
+    assert not (tmp_path / "run/model").exists()
+    said = capsys.readouterr().out
+    assert re.search(r"\[rank 1\] tp 0 pp 0 dp 1 cp 0: blocks 0–1; [\d,]+ parameters", said)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"tp": 4, "pp": 1}, "tp 4 is too large: there are 2 key–value heads"),
         ({"pp": 4}, "4 pipeline stages are too many: the model has 2 layers"),
         ({"pp": 1, "cp": 3}, "cp 3 needs a length that 6 divides, not 16"),
+        ({"tp": 2, "pp": 1, "experts": 4}, "experts: tp 2 is not supported"),
+        ({"pp": 1, "dp": 2, "ep": 2}, "ep 2 needs experts"),
         ({"pp": 1, "chunks": 2}, "1f1b has one chunk a stage, not 2"),
     ],
 )

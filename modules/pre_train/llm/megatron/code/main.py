@@ -22,6 +22,7 @@ from finetune import memory, ops, optim
 from finetune.data import ngram
 from finetune.data.text import character_tokenizer, encoded, open_text
 from finetune.distributed import plan, schedules, sharded, volume, work
+from finetune.distributed.experts import MixtureSettings
 from finetune.distributed.launch import Ranks
 from finetune.distributed.mesh import Layout
 from finetune.distributed.stage import initial
@@ -71,6 +72,12 @@ class Config(config.Config):
     weight_decay: float = bounded(0.1, at_least=0)  # AdamW's, on matrices only
     beta2: float = bounded(0.99, at_least=0, below=1)  # AdamW's decay of the squared gradient
     clip: float = bounded(1.0, above=0)  # largest norm of the gradient
+    # --- Experts
+    experts: int = bounded(0, at_least=0, at_most=1 << 16)  # in the place of each block's MLP; 0: none
+    top: int = bounded(2, at_least=1, at_most=1 << 16)  # experts that a token goes to
+    ep: int = bounded(1, at_least=1, at_most=64)  # ranks of dp that share the experts
+    capacity: float = bounded(0.0, at_least=0)  # of an expert, in shares of an even load; 0: it takes all that come
+    balance: float = bounded(0.01, at_least=0)  # weight of the balance loss
     # --- What a step keeps
     dropout: float = bounded(0.0, at_least=0, below=1)  # of what attention and MLP add; not while layouts are compared
     # made again in the backward pass: outputs of norms and activations, or all of a block but its input
@@ -89,7 +96,11 @@ class Config(config.Config):
 
     @property
     def layout(self) -> Layout:
-        return Layout(tp=self.tp, pp=self.pp, dp=self.dp, cp=self.cp)
+        return Layout(tp=self.tp, pp=self.pp, dp=self.dp, cp=self.cp, ep=self.ep)
+
+    @property
+    def mixture(self) -> MixtureSettings | None:
+        return MixtureSettings(self.experts, self.top, self.capacity, self.balance) if self.experts else None
 
 
 # --- The algorithm
@@ -116,11 +127,11 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 
     with Ranks(layout.world, timeout=cfg.timeout, check=cfg.check, folder=run.dir, on_line=logged(run)) as ranks:
         # What one process gets in the first steps, and what this layout and others of as many ranks do.
-        alone = one_process(cfg, shape, rows)
+        alone = [] if cfg.experts else one_process(cfg, shape, rows)
         found = compared(cfg, ranks, shape, rows, alone, run) if alone else {}
 
         # The run: every step is one call, which all ranks answer with the same loss and norm.
-        begin(cfg, ranks, shape, layout, cfg.dropout)
+        begin(cfg, ranks, shape, layout, announce=True, dropout=cfg.dropout, mixture=cfg.mixture)
         if cfg.start is not None and not run.resume:
             ranks.call(work.load, cfg.start)
         shards = Shards(ranks, run.dir / "checkpoints" / "shards")
@@ -134,19 +145,28 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
             run.log(step, loss=loss, grad_norm=norm, lr=lr)
 
         # What the ranks trained, as one model that the wider world opens; the held-out text by both.
-        model = sharded.whole_model(shards.write("final"), shape)
-        save.model(model, run.dir / "model", tokenizer)
+        folder = shards.write("final")
+        model = None if cfg.experts else sharded.whole_model(folder, shape)
+        if model is not None:
+            save.model(model, run.dir / "model", tokenizer)
+        else:
+            run.print(f"no model/: the wider world has no such model with experts; its shards are in {folder}")
         windows = rows_of(held_out, cfg.length)
         nats, count = map(sum, zip(*(ranks.call(work.loss, part)[0] for part in windows.split(96)), strict=True))
         if cfg.steps:  # one more step, which changes nothing, shows when the ranks do what
             ranks.call(work.step, cfg.steps, rows(cfg.steps - 1), 0.0, cfg.clip)
             show_pipeline(cfg, run, ranks.call(work.trace))
+            if cfg.experts:
+                balance, dropped = ranks.call(work.mixture)[0]
+                run.check("balance", balance)
+                run.check("choices_without_room", dropped)
 
-    with torch.no_grad():
-        joined = sum(language_loss(model, part, "sum").item() for part in windows.split(96)) / count
     bits = nats / count * len(held_out) / (text.characters - text.cut) / math.log(2)
     run.result("held_out_bits", bits, baseline=bigram, target=bigram, higher=False)
-    run.result("joined_difference", abs(joined - nats / count), target=1e-5, higher=False)
+    if model is not None:
+        with torch.no_grad():
+            joined = sum(language_loss(model, part, "sum").item() for part in windows.split(96)) / count
+        run.result("joined_difference", abs(joined - nats / count), target=1e-5, higher=False)
     if found:
         run.result("largest_difference", max(each.difference for each in found.values()), target=1e-5, higher=False)
         counted, formula = (
@@ -232,9 +252,9 @@ def other_layouts(cfg: Config) -> list[Layout]:
     return found
 
 
-def begin(cfg: Config, ranks: Ranks, shape: plan.Config, layout: Layout, dropout: float = 0.0) -> dict[str, Any]:
+def begin(cfg: Config, ranks: Ranks, shape: plan.Config, layout: Layout, **also: Any) -> dict[str, Any]:
     """Makes the model again on every rank; the layout of this run with its options, another with the plain ones."""
-    options: dict[str, Any] = {"length": cfg.length, "micro": cfg.micro, "recompute": cfg.recompute, "dropout": dropout}
+    options: dict[str, Any] = {"length": cfg.length, "micro": cfg.micro, "recompute": cfg.recompute, **also}
     if layout == cfg.layout:
         options |= {"schedule": cfg.schedule, "chunks": cfg.chunks, "sequence": cfg.sequence, "sharded": cfg.sharded}
     optimizer = {"weight_decay": cfg.weight_decay, "betas": (0.9, cfg.beta2)}
