@@ -5,7 +5,7 @@ gradients of Σ dout·out, where out = softmax(q kᵀ / √d) v and lse = log of
 pass left them. With causal=True query i sees the keys j ≤ i + tk − tq; for a query that sees no key out is 0 and lse
 −inf, and it has gradient 0. Do not call autograd.
 
-No tensor may have as many elements as the scores (tq·tk) when tk is larger than `block` and d.
+The scores are never whole in memory: with 64 queries, 64 keys, d = 8 and block = 16 no tensor may have 64·64 elements.
 
     >>> q, k, v = torch.zeros(1, 1), torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [4.0]])
     >>> attention_backward(q, k, v, torch.tensor([[3.0]]), torch.tensor([0.6931]), torch.ones(1, 1), block=1)

@@ -34,7 +34,8 @@ def cases(draw):
     yield Case("causal, wide tiles of queries", [*made(6, 6, 4, scale=2.0), 4, 2], causal)
     yield Case("causal, fewer queries than keys", [*made(3, 7, 4), 2, 2], causal)
     yield Case("causal, more queries than keys", [*made(5, 2, 4), 2, 1], causal)
-    yield Case("scores of 1e4", [*made(4, 6, 4, scale=1e4), 2, 2], length=100)
+    q, k = draw.integers(4, 4, 4, low=-3) * 1000.0, draw.integers(3, 6, 4, low=-2) + 0.0
+    yield Case("scores of 1e4", [q, k, draw.normal(6, 4), 2, 2], length=100_000)
     yield Case("not contiguous", [*made(7, 13, 16, draw.strided), 4, 4], causal)
     yield Case("memory: tiles of 16 × 16", [*made(64, 64, 8), 16, 16], {"memory": True})
     yield Case("67 queries, 131 keys", [*made(67, 131, 32), 16, 32], causal, length=200)

@@ -26,7 +26,7 @@ def cases(draw):
     yield Case("as many key heads as query heads", made(1, 3, 3, 3, 3, 4), grad=True)
     yield Case("one query, five keys", made(2, 4, 2, 1, 5, 4), grad=True)
     yield Case("two queries, five keys", made(2, 6, 2, 2, 5, 8), grad=True)
-    yield Case("large scores", [x * 8 for x in made(1, 4, 2, 5, 5, 8)])
+    yield Case("large scores", [x * 8 for x in made(1, 4, 2, 5, 5, 8)], length=10_000)
     yield Case("not contiguous", made(2, 6, 3, 5, 7, 8, draw.strided), grad=True)
     yield Case("memory: one query, 64 keys", made(2, 8, 2, 1, 64, 16), {"copies": True})
     yield Case("31 queries, 67 keys", made(1, 8, 2, 31, 67, 32), grad=True, length=200)

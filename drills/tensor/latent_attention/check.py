@@ -33,7 +33,7 @@ def cases(draw):
     yield Case("three tokens, two heads", made(3, 3, 2, 2, 3, 4, 3), grad=True)
     yield Case("one query, five tokens", made(1, 5, 2, 4, 2, 3, 6), grad=True)
     yield Case("two queries, five tokens", made(2, 5, 3, 4, 2, 5, 6), grad=True)
-    yield Case("large scores", [x * 4 for x in made(4, 4, 2, 4, 2, 4, 4)], length=200)
+    yield Case("large scores", [x * 4 for x in made(4, 4, 2, 4, 2, 4, 4)], length=10_000)
     yield Case("not contiguous", made(3, 7, 2, 4, 2, 4, 6, draw.strided), grad=True, length=200)
     yield Case("memory: one query, 64 tokens", made(1, 64, 4, 16, 4, 16, 8), {"memory": True})
     yield Case("17 queries, 67 tokens", made(17, 67, 4, 16, 8, 16, 32), grad=True, length=1000)

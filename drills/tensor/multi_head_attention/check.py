@@ -13,7 +13,7 @@ def cases(draw):
     yield Case("three tokens, two heads", made(1, 3, 4, 2, [3], 2.0), grad=True)
     yield Case("two rows, one padded", made(2, 3, 4, 2, [3, 2], 2.0), grad=True)
     yield Case("a row of one token", made(2, 4, 6, 3, [1, 4], 2.0), grad=True)
-    yield Case("large scores", made(2, 5, 8, 2, [5, 3], 6.0))
+    yield Case("large scores", made(2, 5, 8, 2, [5, 3], 6.0), length=10_000)
     args = made(2, 5, 12, 4, [5, 3])
     yield Case("not contiguous", [draw.strided(2, 5, 12), *args[1:]], grad=True)
     yield Case("four heads of 16", made(3, 37, 64, 4, [37, 1, 20]), grad=True, length=200)
