@@ -80,17 +80,6 @@ def to_x0(kind: str, x: Tensor, output: Tensor, bar: Any) -> Tensor:
     return output if kind == "x0" else pair(kind, x, output, alpha, sigma)[0]
 
 
-def to_eps(kind: str, x: Tensor, output: Tensor, bar: Any) -> Tensor:
-    """ε of a prediction."""
-    alpha, sigma = coefficients(kind, bar)
-    return output if kind == "eps" else pair(kind, x, output, alpha, sigma)[1]
-
-
-def to_velocity(kind: str, x: Tensor, output: Tensor, bar: Any) -> Tensor:
-    """The velocity ε − x₀ of a prediction."""
-    return convert(kind, "flow", x, output, *coefficients(kind, bar))
-
-
 def snr(kind: str, bar: Any) -> Tensor:
     """Signal to noise, α² / σ², of bar's shape."""
     alpha, sigma = coefficients(kind, bar)

@@ -33,11 +33,11 @@ def test_round_trips_between_all_predictions(path, kind, to):
 
 @pytest.mark.parametrize("kind", targets.KINDS)
 def test_a_perfect_prediction_gives_back_image_and_noise(kind):
-    x, _, _ = noisy(kind)
+    x, alpha, sigma = noisy(kind)
     output = targets.target(kind, X0, EPS, BAR)
     torch.testing.assert_close(targets.to_x0(kind, x, output, BAR), X0)
-    torch.testing.assert_close(targets.to_eps(kind, x, output, BAR), EPS)
-    torch.testing.assert_close(targets.to_velocity(kind, x, output, BAR), EPS - X0)
+    for found, wanted in zip(targets.pair(kind, x, output, alpha, sigma), (X0, EPS), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_the_score_is_the_gradient_of_the_log_density():
@@ -75,7 +75,7 @@ def test_refusals():
     for call, named in (
         (lambda: targets.target("noise", X0, EPS, BAR), "noise"),
         (lambda: targets.to_x0("eps", x, EPS, 0.0), "zero terminal SNR"),
-        (lambda: targets.to_eps("x0", x, X0, 1.0), "x0"),
+        (lambda: targets.pair("x0", x, X0, *targets.coefficients("x0", 1.0)), "x0"),
         (lambda: Process("eps", zero_snr=True), "zero terminal SNR"),
         (lambda: Process("eps", "flow"), "flow"),
         (lambda: Process("flow", "linear"), "flow"),
