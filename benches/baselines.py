@@ -79,20 +79,21 @@ def rope(x, cos, sin, positions):
     return {"rotate_half": call}
 
 
-def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None, window=0, softcap=0.0):
+def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None, window=0, softcap=0.0, mask=None):
     from finetune.ops.attention import capped, visible
 
     (_, tq, heads, _), (_, tk, kv_heads, _) = q.shape, k.shape
-    plain = lengths is None and cu_seqlens is None and not window and (not causal or tq == tk)
-    mask = None if plain else visible(q, k, causal, lengths, cu_seqlens, window)[:, None]  # (B, 1, Tq, Tk)
+    hides = (lengths, cu_seqlens, mask)
+    plain = all(each is None for each in hides) and not window and (not causal or tq == tk)
+    seen = None if plain else visible(q, k, causal, lengths, cu_seqlens, window, mask)[:, None]  # (B, 1, Tq, Tk)
     options = {"scale": scale, "enable_gqa": heads != kv_heads}
 
     def composed():  # torch has no fused form of a softcap
         queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
         keys, values = (t.repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
         scores = capped(queries @ keys.mT * (q.shape[-1] ** -0.5 if scale is None else scale), softcap)
-        seen = visible(q, k, causal, lengths, cu_seqlens, window)[:, None]
-        p = scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+        hidden = ~visible(q, k, causal, lengths, cu_seqlens, window, mask)[:, None]
+        p = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
         return (p @ values).transpose(1, 2)
 
     if softcap:
@@ -108,7 +109,7 @@ def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None
         return torch.cat(pieces, dim=1)
 
     ways = {}
-    if q.dtype != torch.float32 and lengths is None and not window and on_gpu_with("flash_attn", q):
+    if q.dtype != torch.float32 and lengths is None and mask is None and not window and on_gpu_with("flash_attn", q):
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
         if cu_seqlens is None:
@@ -121,7 +122,7 @@ def attention(q, k, v, *, causal=True, scale=None, lengths=None, cu_seqlens=None
             )[None]
     if plain:
         return {"SDPA": lambda: sdpa(q, k, v, is_causal=causal), **ways}
-    masked = {"SDPA, mask": lambda: sdpa(q, k, v, attn_mask=mask)}
+    masked = {"SDPA, mask": lambda: sdpa(q, k, v, attn_mask=seen)}
     return masked | ways if cu_seqlens is None or window else masked | ways | {"SDPA, a document each": each_document}
 
 
