@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune import memory, optim
 from finetune.diffusion.ema import Ema
@@ -39,17 +39,21 @@ def kept(net: UNet, side: tuple[int, int]) -> Iterator[Kept]:
     yield Kept("time and label: waves, two layers, their SiLU", width + 4 * 4 * width)
     yield Kept("image", net.channels * pixels)
     for level, blocks in enumerate(net.down):
-        yield from (Kept(f"down {level}", block_numbers(block, pixels)) for block in blocks)
+        yield from (Kept(f"down {level}", block_numbers(block, pixels)) for block in blocks_of(blocks))
         if level < len(net.shrink):
-            yield Kept(f"halving {level}", net.shrink[level].in_channels * pixels)
+            yield Kept(f"halving {level}", cast(nn.Conv2d, net.shrink[level]).in_channels * pixels)
             pixels //= 4
-    yield from (Kept("middle", block_numbers(block, pixels)) for block in net.middle)
+    yield from (Kept("middle", block_numbers(block, pixels)) for block in blocks_of(net.middle))
     for level, blocks in enumerate(net.up):
-        yield from (Kept(f"up {level}", block_numbers(block, pixels)) for block in blocks)
+        yield from (Kept(f"up {level}", block_numbers(block, pixels)) for block in blocks_of(blocks))
         if level < len(net.grow):
             pixels *= 4
-            yield Kept(f"doubling {level}", net.grow[level].in_channels * pixels)
+            yield Kept(f"doubling {level}", cast(nn.Conv2d, net.grow[level]).in_channels * pixels)
     yield Kept("last norm and its SiLU", 2 * net.norm.num_channels * pixels + 2 * net.norm.num_groups)
+
+
+def blocks_of(level: nn.Module) -> list[Block]:
+    return cast(list[Block], list(cast(nn.ModuleList, level)))
 
 
 def block_numbers(block: Block, pixels: int) -> int:
