@@ -25,6 +25,7 @@ from finetune.runs import reading, registry
 ROOT = Path(__file__).resolve().parents[2] / "drills"
 SUBJECTS = ("tensor", "cuda", "triton", "cpp", "debug")
 HINTS = 3
+NUMBER = r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?"
 
 
 class Edit(msgspec.Struct):
@@ -100,6 +101,24 @@ def find(name: str) -> Drill:
     if name not in known:
         raise UserError(f"unknown drill '{name}'{nearest(name, known) or '; `python -m finetune drill` lists all'}")
     return known[name]
+
+
+def case_names() -> dict[str, str]:
+    """What cases are called in Chinese, by their English names, with # for a number."""
+    return reading.toml_file(ROOT / "cases.zh.toml", dict[str, str])
+
+
+def case_key(name: str, book: dict[str, str]) -> str:
+    """Under which key a case's name is in the book; the name if it is not."""
+    key = re.sub(NUMBER, "#", name)
+    return key if key in book and name not in book else name
+
+
+def case_name(name: str, lang: str) -> str:
+    """What a case is called in this language; English where there is no Chinese name."""
+    book = case_names() if lang == "zh" else {}
+    key = case_key(name, book)
+    return book[key].format(*re.findall(NUMBER, name)) if key in book else name
 
 
 def retold(source: str, task: str) -> str:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from finetune.drills.catalog import Drill
+from finetune.drills.catalog import Drill, case_name
 
 SECONDS = 60.0  # for all cases of a drill, PyTorch's start included
 
@@ -132,7 +132,9 @@ def told(drill: Drill, verdict: dict[str, Any], lang: str) -> list[tuple[str, st
         return lines
     lines = []
     if verdict.get("case"):
-        lines.append((words["red"].format(number=verdict["passed"] + 1, case=verdict["case"]), "bold red"))
+        lines.append(
+            (words["red"].format(number=verdict["passed"] + 1, case=case_name(verdict["case"], lang)), "bold red")
+        )
     details = {"place": "", "line": "?"} | verdict["details"]
     if verdict.get("line"):
         details["line"] = verdict["line"]

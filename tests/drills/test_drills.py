@@ -9,6 +9,7 @@ import torch
 
 from finetune import cli
 from finetune.drills import catalog, judge, run
+from finetune.drills.cases import Draw
 from finetune.drills.journal import Journal
 
 DRILLS = {drill.name: drill for drill in catalog.drills()}
@@ -108,6 +109,20 @@ def test_chinese_is_chinese(name):
         assert each.en
         assert re.search(r"[\u4e00-\u9fff]", each.zh), each.zh
         assert not re.search(r"[\u4e00-\u9fff]", each.en), each.en
+
+
+def test_case_names_in_chinese():
+    names = {
+        case.name for d in DRILLS.values() for case in judge.python("check", d.folder / "check.py").cases(Draw(d.name))
+    }
+    book = catalog.case_names()
+    assert {key for key in book if not any(catalog.case_key(name, book) == key for name in names)} == set()
+    for name in names:
+        assert not re.search("[#{}]", catalog.case_name(name, "zh"))
+    assert (
+        catalog.case_name("stage 0 of 2, 3 micro-batches", "zh") == "2 个阶段中的第 0 个（从 0 数），3 个 micro-batch"
+    )
+    assert catalog.case_name("bfloat16", "zh") == "bfloat16"
 
 
 # --- Checking a draft, as a learner does
