@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -103,6 +104,7 @@ def find(name: str) -> Drill:
     return known[name]
 
 
+@cache
 def case_names() -> dict[str, str]:
     """What cases are called in Chinese, by their English names, with # for a number."""
     return reading.toml_file(ROOT / "cases.zh.toml", dict[str, str])
