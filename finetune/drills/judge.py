@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import inspect
 import io
 import linecache
 import math
@@ -17,6 +18,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,6 +74,13 @@ class Judge:
         self.check = python("drill_check", drill.folder / "check.py")
         self.solution = load("drill_solution", drill.solution)
         self.drive: Callable[..., Any] = getattr(self.check, "drive", None) or call(drill.text.write[0])
+
+    def names(self) -> list[str]:
+        """What the arguments of a case are called."""
+        drive = getattr(self.check, "drive", None)
+        called = drive or getattr(self.solution, self.drill.text.write[0])
+        every = inspect.signature(called).parameters.values()
+        return [each.name for each in every if each.kind is each.POSITIONAL_OR_KEYWORD][bool(drive) :]
 
     def cases(self) -> Iterator[Case]:
         """Made again for every answer: none sees what another changed."""
@@ -132,7 +141,7 @@ class Judge:
                 try:
                     compare(self.result(code, case), right, theirs, case)
                 except Exception as error:
-                    verdict |= {**failure(error, path), "case": case.name, "input": shown(case)}
+                    verdict |= {**failure(error, path), "case": case.name, "input": shown(case, self.names())}
                     verdict["printed"] = printed.getvalue()[-2000:]
                     return verdict | {"mistake": self.mistake(code, verdict["passed"])}
                 verdict["passed"] += 1
@@ -342,10 +351,10 @@ def tensor(
         )  # fmt: skip
 
 
-def shown(case: Case) -> str:
-    """The input in one line each: values if they are few, shapes otherwise."""
-    named = [("", a) for a in case.args] + [(f"{k} = ", v) for k, v in case.kwargs.items()]
-    return "\n".join(f"{name}{one(value)}" for name, value in named)
+def shown(case: Case, names: list[str]) -> str:
+    """The input in one line each, with its name where there is one: values if they are few, shapes otherwise."""
+    named = [*zip_longest(names[: len(case.args)], case.args), *case.kwargs.items()]
+    return "\n".join(f"{name} = {one(value)}" if name else one(value) for name, value in named)
 
 
 def one(value: Any) -> str:
