@@ -549,7 +549,7 @@ def test_the_toy_reaches_its_targets(seed, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"kinds": "left,up"}, "--kinds 'up': the questions are left, right, sum, larger"),
+        ({"kinds": "left,up"}, "'up' is no question: they are left, right, sum, larger"),
         ({"encoder": "mnist"}, "--encoder mnist has learned mnist, not digits: take digits"),
         ({"text_steps": 3, "language_model": "smollm2"}, "--text-steps is for --language-model scratch"),
         ({"data": "rows.jsonl"}, "scratch knows the built-in questions only"),

@@ -198,38 +198,40 @@ _epoch: dict[str, Any] = {}  # the batches of the epoch that was asked for last
 # --- Built-in pictures
 
 
-def asked(item: pictures.Item, *, caption: str | None = None) -> list[dict[str, Any]]:
-    """A question about a picture as a conversation; with a `caption` its text stands in the place of the image."""
+def asked(item: pictures.Item, last: bool = False, caption: str | None = None) -> list[dict[str, Any]]:
+    """A question about a picture as a conversation, the image first or `last`; with a `caption` its text stands in the
+    place of the image."""
     shown = {"type": "image"} if caption is None else {"type": "text", "text": caption}
+    text = {"type": "text", "text": f"{item.question} " if last else f"\n{item.question}"}
     return [
-        {"role": "user", "content": [shown, {"type": "text", "text": f"\n{item.question}"}]},
+        {"role": "user", "content": [text, shown] if last else [shown, text]},
         {"role": "assistant", "content": [{"type": "text", "text": item.answer}]},
     ]
 
 
-def picture_rows(split: pictures.Split, writer: Writer) -> list[Row]:
-    """A row of each question of a split; its image is the picture's number."""
+def picture_rows(split: pictures.Split, writer: Writer, kinds: Sequence[str], last: bool) -> list[Row]:
+    """A row of each question of a split that is of one of the kinds; its image is the picture's number."""
     rows = []
-    for item in split.items:
-        ((ids, mask, _),) = writer.documents(asked(item))
+    for item in (item for item in split.items if item.kind in kinds):
+        ((ids, mask, _),) = writer.documents(asked(item, last))
         rows.append(Row(ids, mask, (item.picture,)))
     return rows
 
 
-def picture_questions(split: pictures.Split, writer: Writer) -> list[Question]:
+def picture_questions(split: pictures.Split, writer: Writer, last: bool) -> list[Question]:
     prompts: dict[str, list[int]] = {}
     for item in split.items:
         if item.question not in prompts:
-            prompts[item.question] = writer.prompt(asked(item)[:1])
+            prompts[item.question] = writer.prompt(asked(item, last)[:1])
     return [
         Question(item.kind, item.question, prompts[item.question], (item.picture,), item.answer) for item in split.items
     ]
 
 
-def told(split: pictures.Split, caption: str) -> list[list[dict[str, Any]]]:
+def told(split: pictures.Split, caption: str, last: bool) -> list[list[dict[str, Any]]]:
     """The questions of a split with the picture told in words: what a language model can learn from text alone."""
     words = [caption.format(*(pictures.in_words(digit) for digit in row)) for row in split.digits.tolist()]
-    return [asked(item, caption=words[item.picture]) for item in split.items]
+    return [asked(item, last, words[item.picture]) for item in split.items]
 
 
 # --- Rows of one's own

@@ -53,7 +53,9 @@ class Config(config.Config):
     # a file or folder of rows with images (JSONL or JSON, as LLaVA's): none: pictures of two digits with questions
     data: Path | None = None
     pictures: Literal["digits", "mnist"] = "digits"  # whose digits: scikit-learn's or MNIST's
-    kinds: str = "left,right,larger"  # questions about them, of left, right, sum, larger
+    kinds: str = "left,right"  # questions about them to train on, of left, right, sum, larger
+    also: str = "larger"  # questions that are evaluated and not trained; may be empty
+    image_last: bool = True  # the question before the picture, so that what is seen can depend on it; else behind it
     count: int = bounded(4000, at_least=1, at_most=1 << 20)  # pictures to train on
     # --- Models
     # digits_coarse, digits, mnist, contrast_digits: made here (finetune/vision/pretrain.py); or a CLIP or SigLIP folder
@@ -83,32 +85,38 @@ class Config(config.Config):
     batch: int = bounded(16, at_least=1, at_most=1 << 20)  # rows of a step, of similar length
     max_length: int = bounded(256, at_least=8, at_most=1 << 26)  # tokens of a row, those of its images included
     # --- Evaluation
-    eval_rows: int = bounded(450, at_least=1, at_most=10**9)  # questions on unseen images
+    eval_rows: int = bounded(360, at_least=1, at_most=10**9)  # questions on unseen images
     samples: int = bounded(6, at_least=0, at_most=1 << 10)  # of them shown before and after
     shuffle_images: bool = False  # control: every question gets the image of another, so there is nothing to see
 
     @classmethod
     def toy(cls) -> "Config":
         return cls(
-            steps=350, projector_steps=100, text_steps=300, columns=0, language_model="scratch", dtype="float32",
-            kinds="left,right,larger,sum", tune="full", batch=32, max_length=64, eval_rows=800, checkpoint_every=100,
-            threads=1,
+            steps=350, projector_steps=100, text_steps=300, image_last=False, language_model="scratch", dtype="float32",
+            kinds="left,right,larger,sum", also="", tune="full", batch=32, max_length=64, eval_rows=800,
+            checkpoint_every=100, threads=1,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         sight.check(self.encoder, self.pictures if self.data is None else None)
-        for kind in self.asked:
+        for kind in (*self.learned, *self.asked):
             if kind not in QUESTIONS or kind == "count":
-                raise UserError(f"--kinds {kind!r}: the questions are left, right, sum, larger")
+                raise UserError(f"--kinds, --also: {kind!r} is no question: they are left, right, sum, larger")
         if self.language_model == "scratch" and self.data is not None:
             raise UserError("--language-model scratch knows the built-in questions only: give a model for --data")
         if self.text_steps and self.language_model != "scratch":
             raise UserError("--text-steps is for --language-model scratch: the others have learned from text already")
 
     @property
-    def asked(self) -> list[str]:
+    def learned(self) -> list[str]:
+        """The kinds of questions that are trained."""
         return [kind.strip() for kind in self.kinds.split(",")]
+
+    @property
+    def asked(self) -> list[str]:
+        """Those that are evaluated."""
+        return list(dict.fromkeys([*self.learned, *(kind.strip() for kind in self.also.split(",") if kind.strip())]))
 
     @property
     def stages(self) -> tuple[int, int]:
@@ -125,8 +133,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     net = assemble(cfg, run, encoder, language, tokenizer)
     writer = Writer(tokenizer, net.config.image_token, net.config.each)
     if split:
-        train = data.picture_rows(split["train"], writer)
-        questions = data.picture_questions(split["test"], writer)[: cfg.eval_rows]
+        train = data.picture_rows(split["train"], writer, cfg.learned, cfg.image_last)
+        questions = data.picture_questions(split["test"], writer, cfg.image_last)[: cfg.eval_rows]
         pixels = {name: sight.of_pictures(part, preprocess) for name, part in split.items()}
     else:
         assert cfg.data is not None
@@ -259,7 +267,7 @@ def evaluate(
     if lines:
         run.table("answers to questions on unseen images", lines)
     plots.draw(run, net, questions, found, before, unseen, split["test"] if split else None)
-    run.next_commands = next_commands(run, questions)
+    run.next_commands = next_commands(cfg, run, questions)
 
 
 def scores(questions: Sequence[Question], found: Sequence[str]) -> list[bool]:
@@ -292,14 +300,14 @@ def answers(net: Llava, tokenizer: Tokenizer, questions: Sequence[Question], see
     return found
 
 
-def next_commands(run: Run, questions: Sequence[Question]) -> list[tuple[str, str]]:
+def next_commands(cfg: Config, run: Run, questions: Sequence[Question]) -> list[tuple[str, str]]:
     """What one does next with the result: (what for, words of the command line)."""
-    folder = run.dir
-    image = folder / "pictures" / "0.png"
+    image = run.dir / "pictures" / "0.png"
     if not image.is_file():
         return []
-    return [("ask about a picture", f"generate --model {shlex.quote(str(folder))} --image "
-             f'{shlex.quote(str(image))} --prompt "{questions[0].text}"')]  # fmt: skip
+    prompt = questions[0].text + (f" {PLACEHOLDER}" if cfg.image_last else "")
+    folder, file = shlex.quote(str(run.dir)), shlex.quote(str(image))
+    return [("ask about a picture", f'generate --model {folder} --image {file} --prompt "{prompt}"')]
 
 
 # --- Parts
@@ -323,7 +331,7 @@ def language_model(cfg: Config, run: Run, split: dict[str, pictures.Split] | Non
 
 def from_text(cfg: Config, run: Run, split: pictures.Split) -> tuple[Tokenizer, Llama]:
     """A small Llama that answers questions about pictures told in words, which it learns in `text_steps`."""
-    told = data.told(split, CAPTION)
+    told = data.told(split, CAPTION, cfg.image_last)
     texts = [part["text"] for row in told for message in row for part in message["content"]]
     tokenizer = Tokenizer.train(dict.fromkeys(texts), vocab_size=512)
     run.seed("language")
