@@ -198,40 +198,59 @@ _epoch: dict[str, Any] = {}  # the batches of the epoch that was asked for last
 # --- Built-in pictures
 
 
-def asked(item: pictures.Item, last: bool = False, caption: str | None = None) -> list[dict[str, Any]]:
-    """A question about a picture as a conversation, the image first or `last`; with a `caption` its text stands in the
-    place of the image."""
+SENTENCES = {
+    "left": "The digit on the left is {}.",
+    "right": "The digit on the right is {}.",
+    "sum": "The sum of the digits is {}.",
+    "larger": "The largest digit is {}.",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How questions about built-in pictures are put: the picture behind the question, and the answer a sentence."""
+
+    last: bool = False
+    sentence: bool = False
+
+    def answer(self, item: pictures.Item) -> str:
+        return SENTENCES[item.kind].format(item.answer) if self.sentence else item.answer
+
+
+def asked(item: pictures.Item, form: Form, caption: str | None = None) -> list[dict[str, Any]]:
+    """A question about a picture as a conversation; with a `caption` its text stands in the place of the image."""
     shown = {"type": "image"} if caption is None else {"type": "text", "text": caption}
-    text = {"type": "text", "text": f"{item.question} " if last else f"\n{item.question}"}
+    text = {"type": "text", "text": f"{item.question} " if form.last else f"\n{item.question}"}
     return [
-        {"role": "user", "content": [text, shown] if last else [shown, text]},
-        {"role": "assistant", "content": [{"type": "text", "text": item.answer}]},
+        {"role": "user", "content": [text, shown] if form.last else [shown, text]},
+        {"role": "assistant", "content": [{"type": "text", "text": form.answer(item)}]},
     ]
 
 
-def picture_rows(split: pictures.Split, writer: Writer, kinds: Sequence[str], last: bool) -> list[Row]:
+def picture_rows(split: pictures.Split, writer: Writer, kinds: Sequence[str], form: Form) -> list[Row]:
     """A row of each question of a split that is of one of the kinds; its image is the picture's number."""
     rows = []
     for item in (item for item in split.items if item.kind in kinds):
-        ((ids, mask, _),) = writer.documents(asked(item, last))
+        ((ids, mask, _),) = writer.documents(asked(item, form))
         rows.append(Row(ids, mask, (item.picture,)))
     return rows
 
 
-def picture_questions(split: pictures.Split, writer: Writer, last: bool) -> list[Question]:
+def picture_questions(split: pictures.Split, writer: Writer, form: Form) -> list[Question]:
     prompts: dict[str, list[int]] = {}
     for item in split.items:
         if item.question not in prompts:
-            prompts[item.question] = writer.prompt(asked(item, last)[:1])
+            prompts[item.question] = writer.prompt(asked(item, form)[:1])
     return [
-        Question(item.kind, item.question, prompts[item.question], (item.picture,), item.answer) for item in split.items
+        Question(item.kind, item.question, prompts[item.question], (item.picture,), form.answer(item))
+        for item in split.items
     ]
 
 
-def told(split: pictures.Split, caption: str, last: bool) -> list[list[dict[str, Any]]]:
+def told(split: pictures.Split, caption: str, form: Form) -> list[list[dict[str, Any]]]:
     """The questions of a split with the picture told in words: what a language model can learn from text alone."""
     words = [caption.format(*(pictures.in_words(digit) for digit in row)) for row in split.digits.tolist()]
-    return [asked(item, last, words[item.picture]) for item in split.items]
+    return [asked(item, form, words[item.picture]) for item in split.items]
 
 
 # --- Rows of one's own

@@ -35,7 +35,7 @@ from finetune.vision.pictures import QUESTIONS
 from finetune.vision.vit import ViT
 
 from . import cost, data, files, plots, sight
-from .data import Batch, Question, Row, Writer
+from .data import Batch, Form, Question, Row, Writer
 from .model import Llava, LlavaConfig, answer_loss
 from .sight import Features
 
@@ -56,6 +56,8 @@ class Config(config.Config):
     kinds: str = "left,right"  # questions about them to train on, of left, right, sum, larger
     also: str = "larger"  # questions that are evaluated and not trained; may be empty
     image_last: bool = True  # the question before the picture, so that what is seen can depend on it; else behind it
+    # answers as sentences, which the language model would write anyway, and whose last words say what is asked
+    sentences: bool = True
     count: int = bounded(4000, at_least=1, at_most=1 << 20)  # pictures to train on
     # --- Models
     # digits_coarse, digits, mnist, contrast_digits: made here (finetune/vision/pretrain.py); or a CLIP or SigLIP folder
@@ -92,9 +94,9 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> "Config":
         return cls(
-            steps=350, projector_steps=100, text_steps=300, image_last=False, language_model="scratch", dtype="float32",
-            kinds="left,right,larger,sum", also="", tune="full", batch=32, max_length=64, eval_rows=800,
-            checkpoint_every=100, threads=1,
+            steps=350, projector_steps=100, text_steps=300, language_model="scratch", dtype="float32", columns=0,
+            kinds="left,right,larger,sum", also="", image_last=False, sentences=False, tune="full", batch=32,
+            max_length=64, eval_rows=800, checkpoint_every=100, threads=1,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -107,6 +109,10 @@ class Config(config.Config):
             raise UserError("--language-model scratch knows the built-in questions only: give a model for --data")
         if self.text_steps and self.language_model != "scratch":
             raise UserError("--text-steps is for --language-model scratch: the others have learned from text already")
+
+    @property
+    def form(self) -> Form:
+        return Form(self.image_last, self.sentences)
 
     @property
     def learned(self) -> list[str]:
@@ -133,8 +139,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     net = assemble(cfg, run, encoder, language, tokenizer)
     writer = Writer(tokenizer, net.config.image_token, net.config.each)
     if split:
-        train = data.picture_rows(split["train"], writer, cfg.learned, cfg.image_last)
-        questions = data.picture_questions(split["test"], writer, cfg.image_last)[: cfg.eval_rows]
+        train = data.picture_rows(split["train"], writer, cfg.learned, cfg.form)
+        questions = data.picture_questions(split["test"], writer, cfg.form)[: cfg.eval_rows]
         pixels = {name: sight.of_pictures(part, preprocess) for name, part in split.items()}
     else:
         assert cfg.data is not None
@@ -331,7 +337,7 @@ def language_model(cfg: Config, run: Run, split: dict[str, pictures.Split] | Non
 
 def from_text(cfg: Config, run: Run, split: pictures.Split) -> tuple[Tokenizer, Llama]:
     """A small Llama that answers questions about pictures told in words, which it learns in `text_steps`."""
-    told = data.told(split, CAPTION, cfg.image_last)
+    told = data.told(split, CAPTION, cfg.form)
     texts = [part["text"] for row in told for message in row for part in message["content"]]
     tokenizer = Tokenizer.train(dict.fromkeys(texts), vocab_size=512)
     run.seed("language")

@@ -140,6 +140,10 @@ def table(
     save(made, run.dir / "answers.png")
 
 
+def last_word(text: str) -> str:
+    return text.lower().rstrip(" .\n").rpartition(" ")[2]
+
+
 def short(text: str, most: int = 34) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"
@@ -150,7 +154,7 @@ def confusion(run: Run, questions: Sequence[Question], found: Sequence[str]) -> 
     counts = torch.zeros(10, 11)
     for question, answer in zip(questions, found, strict=True):
         if question.kind in ("left", "right"):
-            counts[WORDS[question.wanted], WORDS.get(answer.strip().lower(), 10)] += 1
+            counts[WORDS[last_word(question.wanted)], WORDS.get(last_word(answer), 10)] += 1
     if not counts.sum():
         return
     made, (axes,) = figure(5.6, 4.8)
