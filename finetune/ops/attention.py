@@ -25,6 +25,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -364,7 +365,7 @@ def samples() -> Iterator[Sample]:
     unseen = (torch.arange(21) % 3 == 0) | (torch.arange(21) < 8)
     blind = {"causal": False, "mask": bits(1, 21, 26) & ~unseen[:, None] & (torch.arange(26) % 5 > 0)}
     yield Sample("mask, blind NaN", (q.masked_fill(unseen[:, None, None], torch.nan), k, v), blind, grad=(0, 1, 2))
-    hides = {"lengths": ints(600, 310), "mask": bits(2, 1, 600) & (torch.arange(600) >= 290)}
+    hides: dict[str, Any] = {"lengths": ints(600, 310), "mask": bits(2, 1, 600) & (torch.arange(600) >= 290)}
     yield make("mask decode", 2, 1, 600, 4, 2, 16, causal=False, **hides)
     yield make("mask decode several", 1, 5, 530, 6, 2, 40, mask=bits(1, 5, 530, share=0.1))
     yield make("mask of columns", 2, 20, 33, 2, 1, 8, causal=False, mask=bits(2, 33, 20).transpose(1, 2))
