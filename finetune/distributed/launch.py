@@ -25,6 +25,8 @@ from typing import Any
 from finetune.distributed.mesh import Layout, Mesh
 from finetune.errors import UserError
 
+# What every rank needs is imported once, by the server that they are forked from; torch's optimizers import its compiler.
+PRELOADED = ["finetune.distributed.work", "torch.distributed.device_mesh", "torch.utils.checkpoint", "torch._dynamo"]
 LINE = 256  # bytes of a rank's trail
 GRACE = 3.0  # seconds that the other ranks have to report once one has failed
 
@@ -75,7 +77,7 @@ class Ranks:
         self.logs = [open(folder / f"rank_{r}.log", "a") for r in range(world)] if folder else []  # noqa: SIM115
         self.store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=timeout), wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["finetune.distributed.launch", "finetune.lm.llama", "finetune.lm.gpt"])
+        context.set_forkserver_preload(PRELOADED)
         self.trails = [context.RawArray("c", LINE) for _ in range(world)]
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []

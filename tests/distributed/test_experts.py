@@ -57,7 +57,7 @@ def alone(name, rows, settings):
     return loss.item(), norm, grads, balance.detach()
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("name", ["gpt", pytest.param("llama", marks=pytest.mark.long)])
 def test_gradients_equal_the_definition(two, four, name):
     """5 experts over 1, 2 and 4 ranks: 3 and 2; 2, 1, 1, 1."""
     rows = batch_of(rows=4)

@@ -44,7 +44,7 @@ def agree(ranks, name, layout, rows, **options):
     return answers
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("name", ["gpt", pytest.param("llama", marks=pytest.mark.long)])
 def test_gradients_on_two_ranks(two, name):
     for layout in TWO:
         agree(two, name, layout, batch_of(), micro=3)
@@ -54,7 +54,9 @@ def test_gradients_on_two_ranks(two, name):
     agree(two, name, Layout(dp=2), batch_of(), sharded=True, bucket=4000)
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "untied", "capped"])
+@pytest.mark.parametrize(
+    "name", ["gpt", "untied", *(pytest.param(n, marks=pytest.mark.long) for n in ("llama", "capped"))]
+)
 def test_gradients_on_four_ranks(four, name):
     for layout in FOUR:
         if (name, layout.tp) != ("untied", 4):  # its 3 key–value heads are too few

@@ -61,11 +61,13 @@ def equal(ranks, toy, layout, **options):
     assert losses[-1] < losses[0] - 0.5, "the loss moved"
 
 
+@pytest.mark.long
 def test_one_rank(toy):
     with Ranks(1) as one:
         equal(one, toy, Layout())
 
 
+@pytest.mark.long  # the run of the module makes the same comparison, and its test is a default one
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(cp=2)], ids=str)
 def test_two_ranks(two, toy, layout):
     equal(two, toy, layout, micro=4)

@@ -86,6 +86,7 @@ def test_another_layout_goes_on_from_a_checkpoint(learned, tmp_path, no_pictures
         tiny(tmp_path / "other", start=shards, compare=0)
 
 
+@pytest.mark.long
 def test_shuffled_text_teaches_frequencies_only(tmp_path, no_pictures):
     found = run(
         tmp_path / "run", steps=60, warmup=10, lr=3e-3, layers=2, dim=32, length=32, compare=0, shuffle=True
@@ -156,7 +157,7 @@ def ranks_of(folder, process):
     return sorted(pid for pid, parent in found.items() if parent in servers)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_run_ends_with_its_ranks(tmp_path, number):
     """A killed rank ends the run with code 2 and a line that names it; Ctrl-C ends all, and the run can be resumed."""
     folder = tmp_path / "run"
