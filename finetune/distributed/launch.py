@@ -25,7 +25,7 @@ from typing import Any
 from finetune.distributed.mesh import Layout, Mesh
 from finetune.errors import UserError
 
-# What every rank needs is imported once, by the server that they are forked from; torch's optimizers import its compiler.
+# What every rank needs, imported once by the server that they are forked from (an optimizer imports torch's compiler).
 PRELOADED = ["finetune.distributed.work", "torch.distributed.device_mesh", "torch.utils.checkpoint", "torch._dynamo"]
 LINE = 256  # bytes of a rank's trail
 GRACE = 3.0  # seconds that the other ranks have to report once one has failed
