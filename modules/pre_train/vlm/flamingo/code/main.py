@@ -34,11 +34,9 @@ from finetune.runs.run import Run
 from finetune.vision import pictures, pretrain
 from finetune.vision import save as save_vision
 
-from . import convert, cost, language, plots
+from . import convert, cost, language, measure, plots
 from .binding import DIGITS, POSES, Episodes, Pool, Task
 from .model import Flamingo, FlamingoConfig
-
-PART = 50  # sequences that are evaluated at once
 
 
 @dataclass
@@ -99,21 +97,21 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     frozen = fingerprint(model)
     run.print(describe(net))
     examples = task.draw(pools["test"], 6, cfg.shots, run.generator("examples"))
-    before = told(net, pools["test"], examples, tokenizer)
+    before = measure.told(net, pools["test"], examples, tokenizer)
     optimizer = bind(cfg, run, net, pools["train"], replace(task, poses=cfg.poses))
 
     # Saved first: whatever fails below, what was trained is kept.
     keep(net, tokenizer, run.dir / "model")
     run.check("language_model_changed", fingerprint(model) != frozen, **({"at_most": 0} if cfg.freeze else {}))
     evaluate(cfg, run, net, pools["test"], task)
-    after = told(net, pools["test"], examples, tokenizer)
-    run.table("sequences", [a | {"before": b, "after": c} for a, b, c in
-                            zip(shown(examples, pools["test"], tokenizer), before, after, strict=True)])  # fmt: skip
+    after = measure.told(net, pools["test"], examples, tokenizer)
+    run.table("sequences", measure.shown(examples, pools["test"], tokenizer, before, after))
     draw(run, net, pools["test"], examples, tokenizer)
     if cfg.lesson and cfg.freeze and cfg.language_model == "scratch":
         lesson(cfg, run, net, pools, task, tokenizer)
-    batch = task.draw(pools["train"], cfg.batch, cfg.shots, run.generator("memory"))
-    run.record_memory(memory_rows(net, optimizer, lambda: binding_loss(net, pools["train"], batch)[0], batch,
+    if cfg.steps:
+        batch = task.draw(pools["train"], cfg.batch, cfg.shots, run.generator("memory"))
+        run.record_memory(memory_rows(net, optimizer, lambda: binding_loss(net, pools["train"], batch)[0], batch,
                                   patches=pools["train"].features.shape[1] * cfg.frames))  # fmt: skip
     return {}
 
@@ -243,16 +241,9 @@ def copy_loss(model: Llama, tokens: Tensor, known: Tensor) -> tuple[Tensor, Tens
 
 def flamingo(cfg: Config, run: Run, encoder: nn.Module, model: Llama, tokenizer: Tokenizer) -> Flamingo:
     run.seed("model")
-    shape = FlamingoConfig(
-        encoder.config.dim,
-        model.config.dim,
-        cfg.latents,
-        cfg.depth,
-        4,
-        16,
-        cfg.every,
-        cfg.frames if cfg.frames > 1 else 0,
-    )
+    frames = cfg.frames if cfg.frames > 1 else 0
+    sizes = {"latents": cfg.latents, "depth": cfg.depth, "heads": 4, "head_dim": 16, "every": cfg.every}
+    shape = FlamingoConfig(encoder.config.dim, model.config.dim, frames=frames, **sizes)
     net = Flamingo(encoder, model, shape, ends_with=tokenizer.eos_id)
     if not cfg.freeze:
         model.requires_grad_(True)
@@ -268,24 +259,6 @@ def keep(net: Flamingo, tokenizer: Tokenizer, folder: Path) -> None:
 
 # --- What is measured
 
-Change = Callable[[Tensor], Tensor]  # of the features (B, M, frames, patches, C)
-
-
-@torch.no_grad()
-def chosen(net: Flamingo, pool: Pool, batch: Episodes, change: Change | None = None) -> Tensor:
-    """(B,): which of the sequence's words is the most probable behind the last image."""
-    found = []
-    for part in batch.split(PART):
-        features = pool.features[part.images]
-        media = net.media(features if change is None else change(features))
-        x = net.hidden(part.asked(net.image, net.end_of_chunk), media)[:, -1]
-        found.append(net.logits(x).gather(1, part.words).argmax(1))
-    return torch.cat(found)
-
-
-def accuracy(net: Flamingo, pool: Pool, batch: Episodes, change: Change | None = None) -> float:
-    return (chosen(net, pool, batch, change) == batch.classes[:, -1]).float().mean().item()
-
 
 def evaluate(cfg: Config, run: Run, net: Flamingo, pool: Pool, task: Task) -> None:
     """Accuracy by shots, of new images, and what it depends on."""
@@ -293,62 +266,32 @@ def evaluate(cfg: Config, run: Run, net: Flamingo, pool: Pool, task: Task) -> No
     curves: dict[str, dict[int, float]] = {"new images": {}, "images of another sequence": {}}
     for shots in sorted({0, 1, 2, 4, cfg.shots // 2, cfg.shots}):
         batch = task.draw(pool, count if shots else 3 * count, shots, run.generator("shots", shots))
-        curves["new images"][shots] = found = accuracy(net, pool, batch)
-        curves["images of another sequence"][shots] = accuracy(net, pool, batch[: count // 4], others)
+        curves["new images"][shots] = measure.accuracy(net, pool, batch)
+        curves["images of another sequence"][shots] = measure.accuracy(net, pool, batch[: count // 4], measure.others)
         bounds = {} if shots or count < 400 else {"at_least": chance - 0.05, "at_most": chance + 0.05}
-        run.check(f"accuracy_{shots}", found, **bounds)
-    run.result("accuracy", accuracy(net, pool, batch), baseline=chance, **targets(cfg, target=0.85))
-    run.result("relabeled", accuracy(net, pool, batch.relabeled(run.generator("relabeled"))), baseline=chance,
+        run.check(f"accuracy_{shots}", curves["new images"][shots], **bounds)
+    batch = task.draw(pool, count, cfg.shots, run.generator("shots", cfg.shots))
+    run.result("accuracy", curves["new images"][cfg.shots], baseline=chance, **targets(cfg, target=0.85))
+    run.result("relabeled", measure.accuracy(net, pool, batch.relabeled(run.generator("relabeled"))), baseline=chance,
                **targets(cfg, target=0.85))  # fmt: skip
-    run.result("written", written(net, pool, batch), baseline=0, **targets(cfg, target=0.85))
+    run.result("written", measure.written(net, pool, batch), baseline=0, **targets(cfg, target=0.85))
     gap = {} if cfg.shuffle else {"at_most": chance + 0.15}  # blind: the gap to `accuracy` must not be noise
-    run.check("other_images", accuracy(net, pool, batch, others), **gap)
-    run.check("gray_images", accuracy(net, pool, batch, torch.zeros_like), **gap)
-    run.check("nearest_class", nearest(pool, batch))
+    run.check("other_images", measure.accuracy(net, pool, batch, measure.others), **gap)
+    run.check("gray_images", measure.accuracy(net, pool, batch, torch.zeros_like), **gap)
+    run.check("nearest_class", measure.nearest(pool, batch))
     if cfg.kept_out >= 3 and cfg.frames == 1:
         new = Task([*range(DIGITS - cfg.kept_out, DIGITS)], task.words, 3)
         batch = new.draw(pool, count, 9, run.generator("kept out"))
-        run.result("kept_out", accuracy(net, pool, batch), baseline=1 / 3, **targets(cfg, target=0.55))
-        run.check("nearest_class_kept_out", nearest(pool, batch))
+        run.result("kept_out", measure.accuracy(net, pool, batch), baseline=1 / 3, **targets(cfg, target=0.55))
+        run.check("nearest_class_kept_out", measure.nearest(pool, batch))
     tokens, known = language.pairs(task.words, net.end_of_chunk, count, 8, run.generator("text"), keys=(3, 4))
-    run.check("text_alone", text_right(net, tokens, known))
+    run.check("text_alone", measure.text_right(net, tokens, known))
     plots.by_shots(run, curves, chance)
 
 
 def targets(cfg: Config, target: float) -> dict[str, float]:
     """What the built-in settings must reach; controls and other tasks are measured and not judged."""
     return {"target": target} if not cfg.shuffle and cfg.freeze and cfg.frames == 1 else {}
-
-
-def others(features: Tensor) -> Tensor:
-    """The images of each sequence in the place of another's."""
-    return features.roll(1, 0)
-
-
-def written(net: Flamingo, pool: Pool, batch: Episodes) -> float:
-    """Share of the sequences to which the right word and the end of the chunk are written, freely."""
-    found = []
-    for part in batch.split(PART):
-        media = net.media(pool.features[part.images])
-        found += net.generate(part.asked(net.image, net.end_of_chunk), media, most=3)
-    return sum(a == [b] for a, b in zip(found, batch.answers[:, -1].tolist(), strict=True)) / len(found)
-
-
-def nearest(pool: Pool, batch: Episodes) -> float:
-    """Accuracy of the class whose shown images are nearest to the query by the mean of their features: what the encoder
-    allows without learning."""
-    means = pool.features[batch.images].mean(3).flatten(2)  # (B, k + 1, C)
-    distance = (means[:, :-1] - means[:, -1:]).square().sum(-1)
-    one_hot = F.one_hot(batch.classes[:, :-1], batch.words.shape[1]).float()
-    each = (distance[..., None] * one_hot).sum(1) / one_hot.sum(1)  # NaN for a class that was not shown
-    return (each.nan_to_num(torch.inf).argmin(1) == batch.classes[:, -1]).float().mean().item()
-
-
-@torch.no_grad()
-def text_right(net: Flamingo, tokens: Tensor, known: Tensor) -> float:
-    """Share of the known labels that are right in text without any image."""
-    logits = torch.cat([net(part)[:, :-1] for part in tokens.split(PART)])
-    return (logits.argmax(-1) == tokens[:, 1:])[known[:, 1:]].float().mean().item()
 
 
 def lesson(cfg: Config, run: Run, net: Flamingo, pools: dict[str, Pool], task: Task, tokenizer: Tokenizer) -> None:
@@ -362,7 +305,7 @@ def lesson(cfg: Config, run: Run, net: Flamingo, pools: dict[str, Pool], task: T
         other = flamingo(arm, run, net.encoder, model, tokenizer)
         other.mean, other.deviation = net.mean, net.deviation
         bind(arm, run, other, pools["train"], replace(task, poses=cfg.poses), phase)
-        run.check(phase, accuracy(other, pools["test"], batch))
+        run.check(phase, measure.accuracy(other, pools["test"], batch))
     plots.lesson(run, {MAIN: "frozen language model, fast gates", "slow_gates": "frozen language model, slow gates",
                        "from_scratch": "all from scratch, fast gates"})  # fmt: skip
 
@@ -375,25 +318,6 @@ def draw(run: Run, net: Flamingo, pool: Pool, examples: Episodes, tokenizer: Tok
     plots.gates(run)
     words = [[tokenizer.decode([word]).strip() for word in row] for row in examples.answers.tolist()]
     plots.attention(run, net, pool, examples[:3], pretrain.inputs(pool.x), words)
-
-
-@torch.no_grad()
-def told(net: Flamingo, pool: Pool, batch: Episodes, tokenizer: Tokenizer) -> list[str]:
-    """What is written behind the last image of each sequence, freely."""
-    media = net.media(pool.features[batch.images])
-    answers = net.generate(batch.asked(net.image, net.end_of_chunk), media, most=3)
-    return [tokenizer.decode(answer).strip() for answer in answers]
-
-
-def shown(batch: Episodes, pool: Pool, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """Each sequence as text, with the digit in the place of its image."""
-    rows = []
-    for images, answers in zip(batch.images, batch.answers, strict=True):
-        names = ["".join(str(pool.labels[i].item()) for i in image) for image in images]
-        words = [tokenizer.decode([answer]).strip() for answer in answers.tolist()]
-        pairs = " ".join(f"[{name}] {word}" for name, word in zip(names[:-1], words[:-1], strict=True))
-        rows.append({"sequence": f"{pairs} [{names[-1]}]", "right": words[-1]})
-    return rows
 
 
 # --- Memory
