@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-import seeds
 import torch
 from resumed import resumes_to_the_same_bytes
 from summaries import numbers
@@ -14,6 +13,7 @@ from finetune.lm.io import load as load_language
 from finetune.runs import registry
 from finetune.runs.run import Run, execute
 from finetune.vision import load as load_vision
+from finetune.vision.vit import ViT, ViTConfig
 
 INFO = registry.find("flamingo")
 main = registry.load(INFO)
@@ -115,6 +115,42 @@ def test_words_are_one_token_each():
     assert len(set(words)) == 64
     assert all(len(tokenizer.encode(" " + word, add_special_tokens=False)) == 1 for word in words)
     assert len(tokenizer.encode("<image>", add_special_tokens=False)) > 1  # what a user types is text
+
+
+def small_net():
+    """An untrained Flamingo over a vocabulary of 100."""
+    torch.manual_seed(0)
+    encoder = ViT(ViTConfig(8, 8, 4, 8, 1, 2, channels=1))
+    return model.Flamingo(
+        encoder, language.small(100, 32, 1), model.FlamingoConfig(8, 32, latents=2, depth=1, heads=2, head_dim=8)
+    )
+
+
+def test_the_loss_is_of_known_words_and_ends():
+    """Each predicted once, by the token in front of it; an image's own token never."""
+    net, images = small_net(), pool()
+    batch = binding.Task([0, 1, 2], WORDS, 3).draw(images, 5, 4, generator())
+    tokens = batch.tokens(net.image, net.end_of_chunk)
+    logits = net(tokens, net.media(images.features[batch.images]))
+    losses = []
+    for row, classes, line in zip(tokens.tolist(), batch.classes.tolist(), logits.log_softmax(-1), strict=True):
+        for i, token in enumerate(row):
+            if i % 3 == 2 or (i % 3 == 1 and classes[i // 3] in classes[: i // 3]):
+                losses.append(-line[i - 1, token])
+    found, right = main.binding_loss(net, images, batch)
+    torch.testing.assert_close(found, torch.stack(losses).mean())
+    assert 0 <= right <= 0.5
+
+
+def test_the_optimizer_holds_what_is_trained():
+    net = small_net()
+    optimizer = main.gated_optimizer(net, toy())
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in net.trained().values()}
+    assert "(added, resampler, gated)" in main.describe(net)
+    main.set_rates(optimizer, 0.1, 30)
+    assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(3), 0.1]
+    assert len(optimizer.param_groups[0]["params"]) == 2 * len(net.gated)
 
 
 # --- What the toy learns

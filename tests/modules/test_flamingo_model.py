@@ -201,8 +201,12 @@ def test_a_row_alone_equals_itself_in_a_batch(places):
     for count in (0, 1):  # the row's padding may hold anything, a placeholder too
         padded = torch.cat([row, torch.full((1, 3), IMAGE if count else 0)], 1)
         media = net.media(net.features(images), torch.tensor([len(places), 2]))
-        batch = net(torch.cat([padded, longer]), media, lengths=torch.tensor([6, 9]))
+        lengths = torch.tensor([6, 9])
+        batch = net(torch.cat([padded, longer]), media, lengths=lengths)
         torch.testing.assert_close(batch[:1, :6], alone, rtol=1e-5, atol=1e-5)
+        padded = torch.cat([padded[:, 6:], row], 1)
+        batch = net(torch.cat([padded, longer]), media, lengths=lengths, side="left")
+        torch.testing.assert_close(batch[:1, 3:], alone, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

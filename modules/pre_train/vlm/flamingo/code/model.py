@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -185,6 +186,12 @@ def media_mask(shown: Tensor, images: int, latents: int, before: Tensor, only_pr
     return number == last[..., None] if only_preceding else number <= last[..., None]
 
 
+def rolled(x: Tensor, by: Tensor) -> Tensor:
+    """x (B, T, …) with row b moved by[b] places to the left; what leaves comes in on the right."""
+    steps = torch.arange(x.shape[1], device=x.device)
+    return x[torch.arange(len(x), device=x.device)[:, None], (steps + by[:, None]) % x.shape[1]]
+
+
 class Flamingo(nn.Module):
     """The model: frozen encoder and language model, trained resampler, gated layers and two embeddings."""
 
@@ -259,8 +266,12 @@ class Flamingo(nn.Module):
         *,
         lengths: Tensor | None = None,
         cache: KVCache | None = None,
+        side: Literal["right", "left"] = "right",
     ) -> Tensor:
         """The state (B, T, C) after the language model's last norm. Arguments as `forward`."""
+        if side == "left" and lengths is not None:  # computed as if the padding stood on the right
+            begin = tokens.shape[1] - lengths
+            return rolled(self.hidden(rolled(tokens, begin), media, lengths=lengths, cache=cache), -begin)
         if self.language_model.gradient_checkpointing:
             raise UserError("gradient checkpointing of the frozen language model is not supported with gated layers")
         if tokens.numel() and int(tokens.max()) > self.image:
@@ -316,13 +327,14 @@ class Flamingo(nn.Module):
         *,
         lengths: Tensor | None = None,
         cache: KVCache | None = None,
+        side: Literal["right", "left"] = "right",
     ) -> Tensor:
         """Logits (B, T, V + 1) of tokens (B, T), in which `self.image` stands where an image is shown.
 
-        media: the batch's images, None for text. lengths (B,): rows are padded on the right to T tokens.
+        media: the batch's images, None for text. lengths (B,): rows are padded to T tokens, on this side.
         cache: tokens of earlier calls are attended to, and their images counted.
         UserError: a row with more or fewer placeholders than images, a token that does not exist."""
-        return self.logits(self.hidden(tokens, media, lengths=lengths, cache=cache))
+        return self.logits(self.hidden(tokens, media, lengths=lengths, cache=cache, side=side))
 
     @torch.no_grad()
     def generate(
