@@ -39,13 +39,13 @@ def tokenizer(words: list[str]) -> Tokenizer:
     return Tokenizer.train([" " + word for word in words] * 2, vocab_size=259 + 4 * len(words))
 
 
-def small(vocab_size: int, dim: int, layers: int) -> Llama:
-    """An untrained Llama whose heads are wide enough to tell the words apart."""
-    return small_llama(LlamaConfig(vocab_size, dim, layers, dim // 32, dim // 32, 2 * dim, max_length=LONGEST))
+def shape(vocab_size: int, dim: int, layers: int) -> LlamaConfig:
+    """The shape of a Llama whose heads are wide enough to tell the words apart."""
+    return LlamaConfig(vocab_size, dim, layers, dim // 32, dim // 32, 2 * dim, max_length=LONGEST)
 
 
 def fresh(config: LlamaConfig) -> Llama:
-    """The same shape with new random weights."""
+    """A Llama of this shape with random weights."""
     return small_llama(config)
 
 

@@ -10,7 +10,6 @@ Reads top to bottom: settings, the run (setup, loop), then what is measured.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,19 +23,21 @@ from finetune.errors import UserError
 from finetune.lm import head
 from finetune.lm.io import hub, load
 from finetune.lm.io import save as save_language
-from finetune.lm.llama import Llama
+from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
-from finetune.memory import meters
 from finetune.runs import config
 from finetune.runs.config import bounded
 from finetune.runs.metrics import MAIN
 from finetune.runs.run import Run
 from finetune.vision import pictures, pretrain
 from finetune.vision import save as save_vision
+from finetune.vision.vit import ViTConfig
 
 from . import convert, cost, language, measure, plots
 from .binding import DIGITS, POSES, Episodes, Pool, Task
 from .model import Flamingo, FlamingoConfig
+
+WORDS = 64  # nonsense words that the small language model knows
 
 
 @dataclass
@@ -109,10 +110,9 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     draw(run, net, pools["test"], examples, tokenizer)
     if cfg.lesson and cfg.freeze and cfg.language_model == "scratch":
         lesson(cfg, run, net, pools, task, tokenizer)
-    if cfg.steps:
+    if cfg.steps and cfg.freeze:
         batch = task.draw(pools["train"], cfg.batch, cfg.shots, run.generator("memory"))
-        run.record_memory(memory_rows(net, optimizer, lambda: binding_loss(net, pools["train"], batch)[0], batch,
-                                  patches=pools["train"].features.shape[1] * cfg.frames))  # fmt: skip
+        run.record_memory(memory_rows(cfg, net, optimizer, pools["train"], batch))
     return {}
 
 
@@ -208,7 +208,7 @@ def pool(net: Flamingo, x: Tensor, labels: Tensor) -> Pool:
 
 def language_model(cfg: Config, run: Run) -> tuple[Llama, Tensor, Tokenizer]:
     """The language model, tokens of nonsense words that are one token each, and its tokenizer."""
-    made = language.nonsense(64)
+    made = language.nonsense(WORDS)
     if cfg.language_model != "scratch":
         source = hub.resolve(cfg.language_model, run.console)
         model, tokenizer = load.llama(source), load.tokenizer(source)
@@ -218,7 +218,7 @@ def language_model(cfg: Config, run: Run) -> tuple[Llama, Tensor, Tokenizer]:
     tokenizer = language.tokenizer(made)
     words = torch.tensor([tokenizer.encode(" " + word, add_special_tokens=False) for word in made])[:, 0]
     run.seed("language model")
-    model = language.small(tokenizer.vocab_size, cfg.width, cfg.layers)
+    model = language.fresh(language.shape(tokenizer.vocab_size, cfg.width, cfg.layers))
     optimizer = optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for step in run.steps(cfg.copy_steps, {"model": model, "optimizer": optimizer}, phase="language"):
         g = run.generator("text", step)
@@ -241,13 +241,15 @@ def copy_loss(model: Llama, tokens: Tensor, known: Tensor) -> tuple[Tensor, Tens
 
 def flamingo(cfg: Config, run: Run, encoder: nn.Module, model: Llama, tokenizer: Tokenizer) -> Flamingo:
     run.seed("model")
-    frames = cfg.frames if cfg.frames > 1 else 0
-    sizes = {"latents": cfg.latents, "depth": cfg.depth, "heads": 4, "head_dim": 16, "every": cfg.every}
-    shape = FlamingoConfig(encoder.config.dim, model.config.dim, frames=frames, **sizes)
-    net = Flamingo(encoder, model, shape, ends_with=tokenizer.eos_id)
+    net = Flamingo(encoder, model, added_shape(cfg, encoder.config.dim, model.config.dim), ends_with=tokenizer.eos_id)
     if not cfg.freeze:
         model.requires_grad_(True)
     return net
+
+
+def added_shape(cfg: Config, vision_dim: int, dim: int) -> FlamingoConfig:
+    frames = cfg.frames if cfg.frames > 1 else 0
+    return FlamingoConfig(vision_dim, dim, cfg.latents, cfg.depth, heads=4, head_dim=16, every=cfg.every, frames=frames)
 
 
 def keep(net: Flamingo, tokenizer: Tokenizer, folder: Path) -> None:
@@ -323,14 +325,29 @@ def draw(run: Run, net: Flamingo, pool: Pool, examples: Episodes, tokenizer: Tok
 # --- Memory
 
 
+def memory_plan(cfg: Config) -> memory.Plan:
+    """For `python -m finetune memory flamingo`: of a language model's folder the shape is read; nothing is built."""
+    if cfg.language_model == "scratch":
+        vocabulary = language.tokenizer(language.nonsense(WORDS)).vocab_size
+        shape = language.shape(vocabulary, cfg.width, cfg.layers)
+    else:
+        shape = load.llama_config(cfg.language_model)
+    recipe = pretrain.RECIPES[cfg.images]
+    return planned(cfg, shape, pretrain.shape(recipe), known=max(cfg.shots + 1 - cfg.ways, 0) * cfg.batch)
+
+
+def planned(cfg: Config, shape: LlamaConfig, vision: ViTConfig, known: int) -> memory.Plan:
+    """Of a step in which `known` words can be known; the ends of all chunks are learned too."""
+    images, (rows, columns) = cfg.shots + 1, vision.grid
+    learned = cfg.batch * images + known
+    added = added_shape(cfg, vision.dim, shape.dim)
+    return cost.plan(added, shape, vision, cfg.batch, images, learned, rows * columns * cfg.frames)
+
+
 def memory_rows(
-    net: Flamingo, optimizer: optim.AdamW, loss: Callable[[], Tensor], batch: Episodes, patches: int
+    cfg: Config, net: Flamingo, optimizer: optim.AdamW, pool: Pool, batch: Episodes
 ) -> list[dict[str, Any]]:
-    """Bytes of a training step, by formula and as measured. Features are made once, so the encoder is weights only."""
-    rows, images = batch.images.shape[:2]
-    learned = rows * images + int(batch.known().sum())  # ends of chunks, and words that can be known
-    predicted = cost.memory(net, rows, images, 3 * images, learned, patches)
-    measured = memory.measure(net, optimizer, loss)
-    measured |= {"encoder": meters.weight_bytes(net.encoder), "language model": meters.weight_bytes(net.language_model)}
-    measured["added"] = measured.pop("weights") - measured["encoder"] - measured["language model"]
-    return memory.table(predicted, measured)
+    """Bytes of a training step, by formula and as measured."""
+    found = planned(cfg, net.language_model.config, net.encoder.config, int(batch.known().sum()))
+    predicted = {term.name: term.bytes for term in found.terms}
+    return memory.table(predicted, cost.step_bytes(net, optimizer, lambda: binding_loss(net, pool, batch)[0]))
