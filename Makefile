@@ -52,7 +52,7 @@ $(VENV)/.native-built: $(VENV)/.base-installed $(NATIVE_SOURCES)
 $(VENV)/.test-installed: pyproject.toml | $(VENV)/.native-built
 	@echo "installing the test and peer packages (three to five minutes, once) …"
 	@$(PIP) --no-build-isolation --editable ".[test,peers,data]"
-	@$(PIP) --no-deps d3rlpy gym gym-notices structlog colorama dataclasses-json marshmallow typing-inspect mypy_extensions megatron-core
+	@$(PIP) --no-deps d3rlpy gym gym-notices structlog colorama dataclasses-json marshmallow typing-inspect mypy_extensions megatron-core open-flamingo einops einops-exts
 	@touch $@
 
 # Its wheel is built here: with the instructions that every x86 has, and without what shows pictures to a model.

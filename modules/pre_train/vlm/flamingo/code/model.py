@@ -11,10 +11,10 @@ image is shown. Blocks equal those of OpenFlamingo (Awadalla et al. 2023, arXiv:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,12 @@ class Resampler(nn.Module):
         self.layers = nn.ModuleList(ResamplerLayer(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.vision_dim)
 
+    @property
+    def last(self) -> ResamplerLayer:
+        layer = self.layers[-1]
+        assert isinstance(layer, ResamplerLayer)
+        return layer
+
     def forward(self, features: Tensor) -> Tensor:
         rows, images, frames = features.shape[:3]
         features = features.to(self.latents.dtype)
@@ -195,6 +201,9 @@ def rolled(x: Tensor, by: Tensor) -> Tensor:
 class Flamingo(nn.Module):
     """The model: frozen encoder and language model, trained resampler, gated layers and two embeddings."""
 
+    mean: Tensor  # of the features, (vision_dim,)
+    deviation: Tensor
+
     def __init__(self, encoder: ViT, language_model: Llama, config: FlamingoConfig, ends_with: int = 0) -> None:
         """ends_with: the language model's own token that is most like the end of a chunk, whose embedding it starts
         from; that of an image starts from the mean."""
@@ -219,6 +228,10 @@ class Flamingo(nn.Module):
         self.register_buffer("deviation", torch.ones(config.vision_dim))
         table = language_model.embed.weight.detach()
         self.added = nn.Parameter(torch.stack([table[ends_with], table.mean(0)]))
+
+    def layers(self) -> dict[str, GatedLayer]:
+        """The gated layers by the number of the block behind them."""
+        return {name: layer for name, layer in self.gated.items() if isinstance(layer, GatedLayer)}
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Name → parameter of all that is not frozen."""
@@ -249,7 +262,7 @@ class Flamingo(nn.Module):
         rows, images = features.shape[:2]
         none = torch.zeros(rows, dtype=torch.int64, device=features.device)
         latents = self.resampler(features).flatten(1, 2) if images else None
-        keys = {} if latents is None else {name: gated.attn.keys(latents) for name, gated in self.gated.items()}
+        keys = {} if latents is None else {name: layer.attn.keys(latents) for name, layer in self.layers().items()}
         return Media(keys, none + images if counts is None else counts, none, images)
 
     def embeddings(self, tokens: Tensor) -> Tensor:
@@ -303,7 +316,7 @@ class Flamingo(nn.Module):
     def looking(self, media: Media | None, mask: Tensor | None) -> Iterator[None]:
         """While this lasts, every n-th block of the language model is given what its gated layer makes of its input."""
 
-        def before(name: str):
+        def before(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
             keys = media.keys.get(name) if media is not None else None
             return lambda block, inputs: (self.gated[name](inputs[0], keys, mask), *inputs[1:])
 

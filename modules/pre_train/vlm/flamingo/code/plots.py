@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from finetune.runs.plots import GREY, INK, LINE, figure, moving_average, save
 from finetune.runs.run import Run
 
 from .binding import Episodes, Pool
-from .model import Flamingo, media_mask
+from .model import CrossAttention, Flamingo, media_mask
 
 COLORS = (LINE, "#d97706", "#059669", "#9333ea", "#dc2626")
 
@@ -81,7 +81,7 @@ def lesson(run: Run, ways: dict[str, str]) -> None:
 
 
 @contextmanager
-def inputs_of(module: nn.Module):
+def inputs_of(module: nn.Module) -> Iterator[list[tuple[Any, ...]]]:
     """Collects what a module is called with."""
     calls: list[tuple[Any, ...]] = []
     hook = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
@@ -91,7 +91,7 @@ def inputs_of(module: nn.Module):
         hook.remove()
 
 
-def weights(attention: nn.Module, call: tuple[Any, ...]) -> Tensor:
+def weights(attention: CrossAttention, call: tuple[Any, ...]) -> Tensor:
     """(B, T, N): softmax weights of one call of a CrossAttention, the mean of its heads."""
     x, (k, _), seen = (*call, None)[:3]
     q = attention.q(x).unflatten(-1, (attention.heads, -1))
@@ -106,7 +106,7 @@ def looked_at(net: Flamingo, features: Tensor, tokens: Tensor) -> Tensor:
     """(M, patches) of one sequence, features (M, frames, patches, C) and tokens (T,): how much the token of each image
     attends to each patch: the weights of the first gated layer over the latents, times those of the resampler's last
     layer over the patches (its frames added up)."""
-    first, last = next(iter(net.gated.values())).attn, net.resampler.layers[-1].attn
+    first, last = next(iter(net.layers().values())).attn, net.resampler.last.attn
     with inputs_of(last) as inner, inputs_of(first) as outer:
         net.hidden(tokens[None], net.media(features[None]))
     patches = features.shape[-2]
