@@ -241,6 +241,19 @@ def test_untrained_it_answers_by_chance(finished):
     assert abs(measure.accuracy(fresh, images, batch) - 0.25) < 0.08
 
 
+def test_a_language_model_of_ones_own(finished, tmp_path):
+    """A folder: its words of one token are found, it is not trained, and it is the one that was given."""
+    _, folder, config = finished
+    given = dataclasses.replace(
+        config, language_model=str(folder / "model/language_model"), steps=1, episodes=20, batch=2, lesson=True
+    )
+    found = numbers(execute(INFO, given, tmp_path / "run", toy=True))
+    assert found["language_model_changed"] == 0
+    assert "from_scratch" not in found  # of a large model that would take days
+    one, other = (load_language.llama(each / "model/language_model") for each in (folder, tmp_path / "run"))
+    assert main.fingerprint(one) == main.fingerprint(other)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_toy_reaches_its_targets(seed, tmp_path):
