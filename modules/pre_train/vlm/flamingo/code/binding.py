@@ -96,7 +96,8 @@ class Task:
         """(rows, ways, frames): the labels of each class of a sequence. Clips come in pairs, ab and ba."""
         order = torch.rand(rows, len(self.digits), generator=g).argsort(1)
         drawn = torch.tensor(self.digits)[order[:, : self.ways]]  # (rows, ways), all different
-        drawn = drawn + DIGITS * torch.randint(self.poses, drawn.shape, generator=g)
+        turned = torch.rand(drawn.shape, generator=g) < 0.5  # the others are upright, as all are that are asked for
+        drawn = drawn + DIGITS * torch.randint(self.poses, drawn.shape, generator=g) * turned
         if self.frames == 1:
             return drawn[..., None]
         there = drawn.unflatten(1, (-1, 2))  # (rows, ways / 2, 2)

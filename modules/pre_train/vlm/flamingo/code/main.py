@@ -42,8 +42,8 @@ WORDS = 64  # nonsense words that the small language model knows
 
 @dataclass
 class Config(config.Config):
-    steps: int = 500
-    checkpoint_every: int = 250
+    steps: int = 350
+    checkpoint_every: int = 175
     images: Literal["digits", "mnist"] = "digits"  # handwritten digits, 8×8 or 28×28, that ship in packages
     # --- language model
     # scratch: a small one, trained here on nonsense words; or smollm2, a folder, a .gguf file, a hub id
@@ -75,7 +75,7 @@ class Config(config.Config):
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(steps=350, copy_steps=800, episodes=500, lesson=False, threads=1)
+        return cls(lesson=False, threads=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
