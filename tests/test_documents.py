@@ -85,7 +85,7 @@ SETTINGS = {
     "dit": "--samples 20 --sample-steps 2 --judge-steps 5 --batch 8 --vae-steps 3",
     "diffusion": "--batch 8 --samples 20 --oracle-steps 5 --bound-rows 0 --no-exhibits --sample-steps 2 --width 8",
     "dpo": "--sft-steps 60 --prompts 60 --eval-prompts 30 --samples 4",
-    "flamingo": "--copy-steps 3 --episodes 20 --batch 4",
+    "flamingo": "--copy-steps 3 --episodes 20 --batch 4 --lesson 2",
     "grpo": "--sft-steps 20",
     "inference": "--train-steps 3 --requests 100 --rounds 2",
     "llava": "--text-steps 2 --count 40 --eval-rows 8 --batch 4",

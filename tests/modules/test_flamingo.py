@@ -245,7 +245,7 @@ def test_a_language_model_of_ones_own(finished, tmp_path):
     """A folder: its words of one token are found, it is not trained, and it is the one that was given."""
     _, folder, config = finished
     given = dataclasses.replace(
-        config, language_model=str(folder / "model/language_model"), steps=1, episodes=20, batch=2, lesson=True
+        config, language_model=str(folder / "model/language_model"), steps=1, episodes=20, batch=2, lesson=2
     )
     found = numbers(execute(INFO, given, tmp_path / "run", toy=True))
     assert found["language_model_changed"] == 0
@@ -269,7 +269,7 @@ def test_words_that_mean_nothing_teach_nothing(tmp_path):
 
 @pytest.mark.long
 def test_from_scratch_it_stays_at_chance(tmp_path):
-    found = numbers(execute(INFO, toy(lesson=True), tmp_path, toy=True))
+    found = numbers(execute(INFO, toy(lesson=350), tmp_path, toy=True))
     assert found["accuracy"] > 0.85
     assert found["from_scratch"] < 0.4
 

@@ -70,12 +70,13 @@ class Config(config.Config):
     clip: float = bounded(1.0, above=0)  # largest norm of the gradient
     # --- evaluation
     episodes: int = bounded(400, at_least=20, at_most=10**6)  # sequences of each accuracy
-    lesson: bool = True  # train twice more: with slow gates, and with a language model that knows nothing
+    # steps of training in two other ways: with slow gates, and with a language model that knows nothing; 0: not at all
+    lesson: int = bounded(160, at_least=0, at_most=10**9)
     shuffle: bool = False  # control: each word of a training sequence is drawn by itself, so that nothing is bound
 
     @classmethod
     def toy(cls) -> "Config":
-        return cls(lesson=False, threads=1)
+        return cls(lesson=0, threads=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -299,8 +300,9 @@ def judged(cfg: Config, target: float) -> float | None:
 
 
 def lesson(cfg: Config, run: Run, net: Flamingo, pools: dict[str, Pool], task: Task, tokenizer: Tokenizer) -> None:
-    """The same training twice more: with the gates at everybody's learning rate, and with a language model that begins
+    """The same training in two other ways: with the gates at everybody's learning rate, and with a language model that begins
     at random and is trained along."""
+    cfg = replace(cfg, steps=cfg.lesson)
     arms = {"slow_gates": replace(cfg, gate_factor=1.0), "from_scratch": replace(cfg, freeze=False)}
     batch = task.draw(pools["test"], cfg.episodes, cfg.shots, run.generator("shots", cfg.shots))
     for phase, arm in arms.items():
