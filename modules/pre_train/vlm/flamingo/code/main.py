@@ -300,8 +300,8 @@ def judged(cfg: Config, target: float) -> float | None:
 
 
 def lesson(cfg: Config, run: Run, net: Flamingo, pools: dict[str, Pool], task: Task, tokenizer: Tokenizer) -> None:
-    """The same training in two other ways: with the gates at everybody's learning rate, and with a language model that begins
-    at random and is trained along."""
+    """The same training in two other ways: with the gates at everybody's learning rate, and with a language model that
+    begins at random and is trained along."""
     cfg = replace(cfg, steps=cfg.lesson)
     arms = {"slow_gates": replace(cfg, gate_factor=1.0), "from_scratch": replace(cfg, freeze=False)}
     batch = task.draw(pools["test"], cfg.episodes, cfg.shots, run.generator("shots", cfg.shots))
