@@ -71,7 +71,7 @@ class Config(config.Config):
     # --- evaluation
     episodes: int = bounded(400, at_least=20, at_most=10**6)  # sequences of each accuracy
     # steps of training in two other ways: with slow gates, and with a language model that knows nothing; 0: not at all
-    lesson: int = bounded(350, at_least=0, at_most=10**9)
+    lesson: int = bounded(160, at_least=0, at_most=10**9)
     shuffle: bool = False  # control: each word of a training sequence is drawn by itself, so that nothing is bound
 
     @classmethod
