@@ -228,11 +228,9 @@ inline Prepared prepared(const PackedWeight& w, [[maybe_unused]] int64_t m, [[ma
                          void* workspace) {
   char* const data = static_cast<char*>(workspace);
 #if defined(FINETUNE_DOTS)
-  if (!exact && (w.format == WeightFormat::bf16 || w.format == WeightFormat::nf4))
-    return {Activations::bf16, data, w.padded() * 2};
-  if (!exact && (w.format == WeightFormat::int8 || w.format == WeightFormat::int4)) {
+  if (!exact && (w.format == WeightFormat::int8 || (kIntegers4 && w.format == WeightFormat::int4)))
     return {Activations::i16, data, Blocks(w).row()};
-  }
+  if (!exact && w.format != WeightFormat::fp32) return {Activations::bf16, data, bf16_row(w)};
 #endif
   return {Activations::f32, data, w.padded() * 4};
 }

@@ -1,7 +1,11 @@
-// The products of packed_product.h by AVX-512's dot products: vdpbf16ps (2 products of bf16 a lane) for bf16 and nf4
-// (its table rounded to bf16), vpdpbusd (4 of unsigned with signed bytes a lane) for int8 and int4. Included by packed_product.h.
+// The products of packed_product.h by AVX-512's dot products: vdpbf16ps (2 products of bf16 a lane) for bf16 and codes of
+// 4 bits, vpdpbusd (4 of unsigned with signed bytes a lane) for int8. Included by packed_product.h.
 //
-// For int8 and int4 a row of x becomes integers X = round(32639 x / largest) = 256 high + low, both signed bytes, so that
+// A code of 4 bits becomes its value in bf16 by a look-up (vpermw), for int4 exactly code − 8; the sum of a group is
+// multiplied by its scale in fp32, and minimum + 8 · scale, which is near 0, by the sum of the group's elements of x.
+//
+// For int8, and int4 where there is AMX, a row of x becomes integers X = round(32639 x / largest) = 256 high + low, both
+// signed bytes, so that
 //
 //     Σ_k code_k X_k = 256 Σ code · high + Σ code · low
 //
@@ -10,8 +14,8 @@
 // that adds, 128 Σ X or 8 Σ X, is a number a block and row of x, and is subtracted. Blocks are added up in fp32, in order.
 // The error is that of X, 2^-16 of the row's largest: one 128th of bf16's.
 //
-// Instructions for 16 rows of W and 64 products each: 2 vpdpbusd or vpdpwssd, as 2 vdpbf16ps; in addition 3 or 4 a block
-// and row of x, of which those for scale and minimum take the ports of the products: of int4 with minima, 2 to 16.
+// Instructions for 16 rows of W and 64 products each: 2 vdpbf16ps or vpdpbusd, of which a core of Zen 5 begins 2 a cycle;
+// in addition a block and row of x 1 or 2 for codes of 4 bits, 3 or 4 for integers, and a word of codes 7, for all rows.
 #pragma once
 
 #include <bit>
@@ -32,12 +36,10 @@ struct Blocks {  // a prepared row of integers: scale, high bytes, low bytes, an
 };
 constexpr int64_t kHigh = 64;  // where the high bytes begin
 
-// For int4 X stays whole, for vpdpwssd (2 products of 16 bits a lane): as fast, and its blocks of 32 are over in one pass.
-// Elements 0, 2, 4, 6, 1, 3, 5, 7 of each eight, as a word of codes gives them by shifts. AMX multiplies bytes only.
 #if defined(__AMX_BF16__) || defined(FINETUNE_EMULATED_TILES)
-constexpr bool kWholeX = false;
+constexpr bool kIntegers4 = true;  // of int4: exact, so that few rows by vpdpbusd have the bits of many by tiles
 #else
-constexpr bool kWholeX = true;
+constexpr bool kIntegers4 = false;
 #endif
 
 FINETUNE_INLINE __m512i bytes4(const char* p) {  // 4 bytes to all lanes
@@ -65,13 +67,6 @@ void prepare_integers(const PackedWeight& w, const T* x, char* to) {
       const vf product = inverse == 0 ? vf{} : part * inverse;
       const __m512i whole = _mm512_maskz_cvtps_epi32(0xffff, (__m512)product);
       sum = _mm512_add_epi32(sum, whole);
-      if (kWholeX && w.format == WeightFormat::int4) {
-        const __m256i order =
-            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kHigh + 2 * k),
-                            _mm256_shuffle_epi8(_mm512_maskz_cvtepi32_epi16(0xffff, whole), order));
-        continue;
-      }
       const __m512i low = (__m512i)((vi)((vu)(vi)whole << 24) >> 24), high = (__m512i)(((vi)whole - (vi)low) >> 8);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kHigh + k), _mm512_maskz_cvtepi32_epi8(0xffff, high));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kHigh + blocks.depth + k),
@@ -88,42 +83,53 @@ void prepare_integers(const PackedWeight& w, const T* x, char* to) {
   }
 }
 
+// A row in bf16. For codes of 4 bits in the order of code_pair; for int4, behind it, the sum of each group of 32.
+inline int64_t bf16_row(const PackedWeight& w) {
+  return w.padded() * 2 + (w.format == WeightFormat::int4 ? (w.groups() * 4 + 63) / 64 * 64 : 0);
+}
 template <class T>
 void prepare_bf16(const PackedWeight& w, const T* x, char* to) {
   auto* row = reinterpret_cast<bf16*>(to);
   for_each_vector(w.depth, [&](int64_t i, auto get, auto put) { put(row + i, get(x + i)); });
   std::memset(row + w.depth, 0, (w.padded() - w.depth) * sizeof(bf16));
-  if (w.format != WeightFormat::nf4) return;
-  for (int64_t k = 0; k < w.padded(); k += 4) {  // as nf4_pair pairs them
-    const bf16 second = row[k + 1];
-    row[k + 1] = row[k + 2], row[k + 2] = second;
+  if (w.format == WeightFormat::bf16) return;
+  auto* sums = reinterpret_cast<float*>(row + w.padded());
+  for (int64_t k = 0; k < w.padded(); k += 32) {
+    if (w.format == WeightFormat::int4) *sums++ = sum(load(row + k) + load(row + k + kLanes));
+    const __m512i pairs = _mm512_loadu_si512(row + k);
+    constexpr int kOrder = 0xd8;  // 0, 2, 1, 3
+    _mm512_storeu_si512(row + k,
+                        _mm512_maskz_shufflehi_epi16(~0u, _mm512_maskz_shufflelo_epi16(~0u, pairs, kOrder), kOrder));
   }
 }
 
-// NF4's values in bf16, twice, for vpermw.
-struct Nf4Pairs {
+// What codes of 4 bits mean before their scales, in bf16, twice: vpermw counts the low 5 bits of an index.
+struct CodeValues {
   alignas(64) uint16_t at[32];
-  constexpr Nf4Pairs() : at{} {
+  template <class Value>
+  constexpr explicit CodeValues(Value&& value) : at{} {
     for (int i = 0; i < 32; ++i) {
-      const uint32_t bits = std::bit_cast<uint32_t>(kNf4[i % 16]);
+      const uint32_t bits = std::bit_cast<uint32_t>(value(i % 16));
       at[i] = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
     }
   }
 };
-constexpr Nf4Pairs kNf4Pairs;
+constexpr CodeValues kNf4Values([](int code) { return kNf4[code]; });
+constexpr CodeValues kInt4Values([](int code) { return static_cast<float>(code - 8); });
 
 // Elements 0 and 2, 1 and 3, 4 and 6, 5 and 7 of a word of codes: their places are 16 bits apart.
-FINETUNE_INLINE __m512i nf4_pair(__m512i word, int which) {
+FINETUNE_INLINE __m512i code_pair(__m512i word, int which, __m512i values) {
   constexpr int kShift[] = {0, 8, 4, 12};
-  const __m512i index =
-      _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, word, kShift[which]), _mm512_set1_epi32(0x000f000f));
-  return _mm512_maskz_permutexvar_epi16(~0u, index, _mm512_load_si512(kNf4Pairs.at));
+  return _mm512_maskz_permutexvar_epi16(~0u, which ? _mm512_maskz_srli_epi32(0xffff, word, kShift[which]) : word,
+                                        values);
 }
 
-// How far ahead the first rows of x ask for the weights: 4 KB, or, where panels are read side by side, the next ones.
+// How far ahead of word i the first rows of x ask for the weights, in words: 4 KB of each panel that is read, where one
+// panel of codes is 8 KB; behind the end of two panels come the next two.
 template <int kPanels>
-FINETUNE_INLINE int64_t words_ahead(int64_t words) {
-  return kPanels == 1 ? 1024 : kPanels * words * kPanel;
+FINETUNE_INLINE int64_t ahead_of(int64_t i, const PackedWeight& w) {
+  const int64_t ahead = kPanels == 1 && w.format != WeightFormat::bf16 ? 128 : 64, words = w.words();
+  return (ahead + (i + ahead < words ? 0 : (kPanels - 1) * words)) * kPanel;
 }
 
 template <int kRows, int kPanels, class Emit>
@@ -137,38 +143,46 @@ FINETUNE_INLINE void emit_tile(const __m512 (&sum)[kRows][kPanels], int64_t pane
   }
 }
 
-// Sums of 64 elements, which need not wait for each other, then the sum of those (of nf4 times their scales).
-template <WeightFormat kFormat, int kRows, int kPanels, class Emit>
+struct BlockScales {
+  __m512 scale, minimum;
+};
+template <bool kMinima>
+FINETUNE_INLINE BlockScales block_scales(const PackedWeight& w, int64_t group) {
+  BlockScales out{};
+  if (w.group) out.scale = (__m512)of_group(w.scale, w.half_scales, group).part[0];
+  if constexpr (kMinima) out.minimum = (__m512)of_group(w.minimum, w.half_scales, group).part[0];
+  return out;
+}
+
+// Sums of a group or of 64 elements, which need not wait for each other, then the sum of those, times their scales.
+template <WeightFormat kFormat, bool kMinima, int kRows, int kPanels, class Emit>
 FINETUNE_INLINE void tile_bf16(const PackedWeight& w, const Prepared& x, int64_t panel, int64_t row, Emit&& emit) {
-  constexpr bool kCodes = kFormat == WeightFormat::nf4;
-  constexpr int kEach = kCodes ? 4 : 1, kWords = kDepthStep / 2 / kEach;  // pairs in a word, words of 64 elements
-  const int64_t words = w.words(), ahead = words_ahead<kPanels>(words);
+  constexpr bool kCodes = kFormat != WeightFormat::bf16;
+  constexpr int kEach = kCodes ? 4 : 1;                                          // pairs in a word
+  constexpr int kWords = (kFormat == WeightFormat::int4 ? 32 : 64) / 2 / kEach;  // of a block
+  const int64_t words = w.words(), blocks = words / kWords;
   const auto* codes = static_cast<const uint32_t*>(w.codes) + panel * words * kPanel;
-  const char* from = x.data + row * x.row;
+  const char *from = x.data + row * x.row, *sums = from + 2 * w.padded();
+  const __m512i values = _mm512_load_si512(kFormat == WeightFormat::nf4 ? kNf4Values.at : kInt4Values.at);
   __m512 sum[kRows][kPanels];
   for (auto& of_row : sum) {
     for (auto& s : of_row) s = _mm512_setzero_ps();
   }
-  for (int64_t block = 0; block < words; block += kWords) {
+  for (int64_t block = 0; block < blocks; ++block) {
     __m512 part[kRows][kPanels];
     for (auto& of_row : part) {
       for (auto& s : of_row) s = _mm512_setzero_ps();
     }
-    for (int64_t i = block; i < block + kWords; ++i) {
+    for (int64_t i = block * kWords; i < (block + 1) * kWords; ++i) {
       __m512i word[kPanels];
       for (int p = 0; p < kPanels; ++p) word[p] = _mm512_loadu_si512(codes + (p * words + i) * kPanel);
       if (row == 0) {
-        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(codes + (p * words + i) * kPanel + ahead);
+        const uint32_t* const ahead = codes + i * kPanel + ahead_of<kPanels>(i, w);
+        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(ahead + p * words * kPanel);
       }
       for (int e = 0; e < kEach; ++e) {
         __m512i weights[kPanels];
-        for (int p = 0; p < kPanels; ++p) {
-          if constexpr (kCodes) {
-            weights[p] = nf4_pair(word[p], e);
-          } else {
-            weights[p] = word[p];
-          }
-        }
+        for (int p = 0; p < kPanels; ++p) weights[p] = kCodes ? code_pair(word[p], e, values) : word[p];
         for (int r = 0; r < kRows; ++r) {
           const __m512i pair = bytes4(from + r * x.row + 4 * (i * kEach + e));
           for (int p = 0; p < kPanels; ++p) {
@@ -179,26 +193,21 @@ FINETUNE_INLINE void tile_bf16(const PackedWeight& w, const Prepared& x, int64_t
     }
     for (int p = 0; p < kPanels; ++p) {
       if constexpr (kCodes) {
-        const __m512 scale =
-            (__m512)of_group(w.scale, w.half_scales, (panel + p) * w.groups() + block / kWords).part[0];
-        for (int r = 0; r < kRows; ++r) sum[r][p] = _mm512_fmadd_ps(part[r][p], scale, sum[r][p]);
+        BlockScales of = block_scales<kMinima>(w, (panel + p) * blocks + block);
+        if constexpr (kMinima) of.minimum = _mm512_fmadd_ps(of.scale, _mm512_set1_ps(8), of.minimum);
+        for (int r = 0; r < kRows; ++r) {
+          sum[r][p] = _mm512_fmadd_ps(part[r][p], of.scale, sum[r][p]);
+          if constexpr (kMinima) {
+            const __m512 of_x = (__m512)bytes4(sums + r * x.row + 4 * block);
+            sum[r][p] = _mm512_fmadd_ps(of.minimum, of_x, sum[r][p]);
+          }
+        }
       } else {
         for (int r = 0; r < kRows; ++r) sum[r][p] = _mm512_add_ps(sum[r][p], part[r][p]);
       }
     }
   }
   emit_tile<kRows, kPanels>(sum, panel, row, emit);
-}
-
-struct BlockScales {
-  __m512 scale, minimum;
-};
-template <bool kMinima>
-FINETUNE_INLINE BlockScales block_scales(const PackedWeight& w, int64_t group) {
-  BlockScales out{};
-  if (w.group) out.scale = (__m512)of_group(w.scale, w.half_scales, group).part[0];
-  if constexpr (kMinima) out.minimum = (__m512)of_group(w.minimum, w.half_scales, group).part[0];
-  return out;
 }
 
 // What a block adds to a row's sum: `total` is that of its unsigned codes, `offset` as prepare_integers left it.
@@ -220,20 +229,18 @@ FINETUNE_INLINE __m512 scaled(const PackedWeight& w, const char* row, int64_t pa
   return _mm512_mul_ps(sum, _mm512_set1_ps(factor));
 }
 
-// Two passes over a block, high bytes and then low ones, leave registers for twice the rows; few rows take both in one,
-// and a whole X needs no second.
+// Two passes over a block, high bytes and then low ones, leave registers for twice the rows; few rows take both in one.
 template <WeightFormat kFormat, bool kMinima, int kRows, int kPanels, class Emit>
 FINETUNE_INLINE void tile_integers(const PackedWeight& w, const Prepared& x, int64_t panel, int64_t row, Emit&& emit) {
-  constexpr bool kCodes4 = kFormat == WeightFormat::int4, kWhole = kWholeX && kCodes4;
-  constexpr int kEach = !kCodes4 ? 1 : kWhole ? 4 : 2;  // steps that a word takes
-  constexpr int kPasses = kWhole || kRows <= 4 ? 1 : 2, kSums = kWhole ? 1 : 3 - kPasses;
+  constexpr bool kCodes4 = kFormat == WeightFormat::int4;
+  constexpr int kEach = kCodes4 ? 2 : 1;  // steps that a word takes
+  constexpr int kPasses = kRows <= 4 ? 1 : 2, kSums = 3 - kPasses;
   const Blocks blocks(w);
-  const int64_t words = w.words(), ahead = words_ahead<kPanels>(words), step = blocks.block / (kCodes4 ? 8 : 4),
-                x_row = x.row;
+  const int64_t words = w.words(), step = blocks.block / (kCodes4 ? 8 : 4), x_row = x.row;
   const auto* codes = static_cast<const uint32_t*>(w.codes) + panel * words * kPanel;
   const char* from = x.data + row * x_row;
   const auto* offsets = from + kHigh + 2 * blocks.depth;
-  const __m512i code = _mm512_set1_epi32(kWhole ? 0x000f000f : 0x0f0f0f0f);
+  const __m512i code = _mm512_set1_epi32(0x0f0f0f0f);
   __m512 sum[kRows][kPanels];
   for (auto& of_row : sum) {
     for (auto& s : of_row) s = _mm512_setzero_ps();
@@ -258,7 +265,7 @@ FINETUNE_INLINE void tile_integers(const PackedWeight& w, const Prepared& x, int
         __m512i word[kPanels];
         for (int p = 0; p < kPanels; ++p) {
           word[p] = _mm512_loadu_si512(codes + (p * words + i) * kPanel);
-          if (row == 0 && pass == 0) __builtin_prefetch(codes + (p * words + i) * kPanel + ahead);
+          if (row == 0 && pass == 0) __builtin_prefetch(codes + (p * words + i) * kPanel + ahead_of<kPanels>(i, w));
         }
         for (int e = 0; e < kEach; ++e) {
           __m512i weights[kPanels];
@@ -270,8 +277,7 @@ FINETUNE_INLINE void tile_integers(const PackedWeight& w, const Prepared& x, int
             for (int s = 0; s < kSums; ++s) {
               const __m512i four = bytes4(bytes + s * blocks.depth + r * x_row + 4 * (i * kEach + e));
               for (int p = 0; p < kPanels; ++p) {
-                __m512i& to = dot[s][r][p];
-                to = kWhole ? _mm512_dpwssd_epi32(to, weights[p], four) : _mm512_dpbusd_epi32(to, weights[p], four);
+                dot[s][r][p] = _mm512_dpbusd_epi32(dot[s][r][p], weights[p], four);
               }
             }
           }
@@ -311,13 +317,15 @@ FINETUNE_INLINE void in_blocks(int64_t m, int64_t first, int64_t last, Body&& bo
 
 template <class Emit>
 void product_bf16(const PackedWeight& w, const Prepared& x, int64_t m, int64_t first, int64_t last, Emit&& emit) {
-  const auto with = [&]<WeightFormat kFormat>() {
+  const auto with = [&]<WeightFormat kFormat, bool kMinima>() {
     in_blocks(m, first, last, [&]<int kRows, int kPanels>(int64_t panel, int64_t row) {
-      tile_bf16<kFormat, kRows, kPanels>(w, x, panel, row, emit);
+      tile_bf16<kFormat, kMinima, kRows, kPanels>(w, x, panel, row, emit);
     });
   };
-  if (w.format == WeightFormat::nf4) return with.template operator()<WeightFormat::nf4>();
-  with.template operator()<WeightFormat::bf16>();
+  if (w.format == WeightFormat::nf4) return with.template operator()<WeightFormat::nf4, false>();
+  if (w.format == WeightFormat::bf16) return with.template operator()<WeightFormat::bf16, false>();
+  if (w.minimum) return with.template operator()<WeightFormat::int4, true>();
+  with.template operator()<WeightFormat::int4, false>();
 }
 
 template <class Emit>
@@ -327,9 +335,11 @@ void product_integers(const PackedWeight& w, const Prepared& x, int64_t m, int64
       tile_integers<kFormat, kMinima, kRows, kPanels>(w, x, panel, row, emit);
     });
   };
-  if (w.format == WeightFormat::int8) return with.template operator()<WeightFormat::int8, false>();
-  if (w.minimum) return with.template operator()<WeightFormat::int4, true>();
-  with.template operator()<WeightFormat::int4, false>();
+  if constexpr (kIntegers4) {
+    if (w.format == WeightFormat::int4 && w.minimum) return with.template operator()<WeightFormat::int4, true>();
+    if (w.format == WeightFormat::int4) return with.template operator()<WeightFormat::int4, false>();
+  }
+  with.template operator()<WeightFormat::int8, false>();
 }
 
 }  // namespace

@@ -12,10 +12,10 @@ files hold has the same form and the same values, without rounding: Q8_0 is int8
 Bytes: all of the weight once, whatever the number of rows of x; 2 · rows · N · K FLOPs. Up to about 16 rows of x memory
 is the roof, so few bits are speed; above it the products are.
 
-Accumulation is fp32. The CPU kernels use x as it is if it has fp32. For x in bf16 they may also use integers, where
-there is AVX-512 with VNNI: a row of x becomes 16-bit integers of its largest magnitude / 32639, and the sums over a
-group are then exact; NF4's values are rounded to bf16. Each row of the result depends on its own row of x alone, to the
-bit: not on how many rows there are, nor on the threads.
+Accumulation is fp32. The CPU kernels use x as it is if it has fp32, and in bf16 too, but where there is AVX-512 with
+VNNI int8 (with AMX int4 also) takes integers: a row of x becomes 16-bit ones of its largest magnitude / 32639, and the
+sums over a group are then exact. NF4's values are rounded to bf16. Each row of the result depends on its own row of x
+alone, to the bit: not on how many rows there are, nor on the threads.
 
 On a GPU integers become x's type of 16 bits exactly, NF4's values are rounded to it, and scales multiply the fp32 sums
 of groups. There, too, a row's bits are its own: up to 8, up to 32 and more rows have different tiles, but add in one

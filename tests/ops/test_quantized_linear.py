@@ -191,6 +191,27 @@ def test_integer_activations_err_by_half_a_unit_of_their_row(kind):
     assert ((y - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("at", [at for at in LEVELS if at != "amx"])
+@pytest.mark.parametrize("kind", ["int4", "int4 without minima"])
+def test_int4_takes_x_in_bf16_as_it_is(kind, at, level):
+    """Next to an outlier in its row, too, by which integers would be coarse: nothing but the sums is rounded."""
+    level(at)
+    weight = weight_of(kind, 40, 320)
+    x = torch.randn(9, 320, generator=torch.Generator().manual_seed(3))
+    x[:, 7] = 1e5
+    weight.codes[:, 3] &= 15  # the outlier's codes, the high halves, …
+    weight.codes[:, 3] |= 8 << 4
+    if kind == "int4":  # … mean 0 with the minima, too
+        weight.minimum[:, 0] = -8 * weight.scale[:, 0]
+    x = x.bfloat16()
+    y = ops.quantized_linear(x, weight.packed("cpu")).double()
+    w = weight.dequantize(torch.float64)
+    size = x.double().abs() @ w.abs().T
+    exact = x.double() @ w.T
+    assert w[:, 7].abs().max() == 0
+    assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * size).all()
+
+
 def test_a_row_that_is_not_finite_spoils_no_other():
     x = torch.randn(9, 96).bfloat16()
     x[2, 5], x[7, 0] = torch.nan, torch.inf

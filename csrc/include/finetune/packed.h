@@ -36,7 +36,7 @@ struct PackedWeight {
 // What the activations become before the product (csrc/cpu/packed_product.h).
 enum class Activations : int {
   f32,   // as they are
-  bf16,  // rounded to bf16; for nf4 in another order, as its codes are looked up
+  bf16,  // rounded to bf16; for codes of 4 bits in the order of their look-ups, for int4 with the sums over groups
   i16,   // integers of the row's largest magnitude / 32639, their high and low bytes apart, and their sums over groups
 };
 
