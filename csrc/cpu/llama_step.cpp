@@ -25,8 +25,9 @@
 namespace finetune::FINETUNE_LEVEL {
 namespace {
 
-constexpr int64_t kAlone = 2;     // rows that every thread prepares for itself, in the place of a phase for it
-constexpr int64_t kQueries = 16;  // of a sequence that one task attends for
+constexpr int64_t kAlone = 2;      // rows that every thread prepares for itself, in the place of a phase for it
+constexpr int64_t kQueries = 32;   // of a sequence that one task attends for
+constexpr int64_t kManyRows = 64;  // from here on threads take products in their smallest units
 constexpr int64_t kLayerPhases = 20, kOtherPhases = 8;  // of the team, at most
 
 int64_t lanes_of(const PackedWeight& w) { return w.panels() * kPanel; }
@@ -324,11 +325,11 @@ struct Worker {
   // twice, or reads what a later phase writes, stands in `body`.
   template <class Body>
   void each(int64_t units, Body&& body) {
-    p.team.each(phase++, units, false, body);
+    p.team.each(phase++, units, 2, body);
   }
   template <class Body>
   void each_single(int64_t units, Body&& body) {
-    p.team.each(phase++, units, true, [&](int64_t first, int64_t last) {
+    p.team.each(phase++, units, Team::kSingle, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) body(i);
     });
   }
@@ -350,8 +351,11 @@ struct Worker {
     int64_t all = 0;
     for (int64_t i = 0; i < number; ++i) all += w[i]->panels();
     bool ready = !alone;
-    each(all, [&](int64_t first, int64_t last) {
+    const int64_t unit = n > 4 ? 2 : 1;  // panels that product() takes at once
+    const int64_t parts = n >= kManyRows ? Team::kSingle : 2 * unit;
+    p.team.each(phase++, (all + unit - 1) / unit, parts, [&](int64_t first_unit, int64_t last_unit) {
       if (!ready) prepare_rows(0, n), ready = true;
+      const int64_t first = first_unit * unit, last = smaller(last_unit * unit, all);
       for (int64_t i = 0, begin = 0; i < number; begin += w[i++]->panels()) {
         const int64_t from = first > begin ? first - begin : 0, end = smaller(last - begin, w[i]->panels());
         if (from < end) body(to, i, from, end);
@@ -359,7 +363,9 @@ struct Worker {
     });
   }
 
-  static bool alike(const PackedWeight& a, const PackedWeight& b) { return a.format == b.format && a.group == b.group; }
+  static bool alike(const PackedWeight& a, const PackedWeight& b) {
+    return a.format == b.format && a.group == b.group && !a.minimum == !b.minimum;
+  }
 
   // Products of several weights with the same rows, which are prepared again where formats differ.
   template <class Source>

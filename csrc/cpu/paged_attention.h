@@ -213,6 +213,9 @@ void attend(const PagedAttention& a, int64_t b, int64_t kv_head, int64_t piece, 
     for_each_vector(dim, [&](int64_t d, auto get, auto) { store(q + r * ld + d, get(q_at(r) + d) * factor); });
   }
   std::memset(o, 0, rows * ld * sizeof(float));
+  each_token<C>(a, a.v, b, kv_head, from, end - from, [&](int64_t, const C* x, float) {  // read when scores are known
+    for (int64_t i = 0; i < dim; i += 64 / static_cast<int64_t>(sizeof(C))) __builtin_prefetch(x + i);
+  });
 
   each_tile([&](int64_t at, int64_t n) {
     columns_of<C>(a, b, kv_head, at, n, tile);

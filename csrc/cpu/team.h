@@ -37,6 +37,7 @@ struct Phase {  // zero at first
 };
 
 struct Team {
+  static constexpr int64_t kSingle = 0;
   int64_t workers;  // at most
   Phase* phases;    // at least as many as the body goes through, the same ones on every thread
   alignas(64) uint32_t sleeping = 0;
@@ -47,17 +48,17 @@ struct Team {
     parallel_for(workers, 1, [&](int64_t begin, int64_t) { body(begin); });
   }
 
-  // body(first, last) for parts of [0, units): three quarters in one part a thread, the rest in smaller ones for those
-  // that are done early. With `single` every part is one unit.
+  // body(first, last) for parts of [0, units): three quarters in one part a thread, the rest in `small_parts` ones a
+  // thread for those that are done early. With kSingle every part is one unit.
   template <class Body>
-  void each(int64_t phase, int64_t units, bool single, Body&& body) {
+  void each(int64_t phase, int64_t units, int64_t small_parts, Body&& body) {
     if (workers == 1) {
       if (units) body(0, units);
       return;
     }
     Phase& p = phases[phase];
-    const int64_t large = single ? 0 : units * 3 / (4 * workers), rest = units - large * workers,
-                  small = single ? 1 : (rest + 2 * workers - 1) / (2 * workers);
+    const int64_t large = small_parts == kSingle ? 0 : units * 3 / (4 * workers), rest = units - large * workers,
+                  small = small_parts == kSingle ? 1 : (rest + small_parts * workers - 1) / (small_parts * workers);
     uint32_t mine = 0;
     while (true) {
       const int64_t part = __atomic_fetch_add(&p.taken, 1, __ATOMIC_RELAXED);
