@@ -48,7 +48,7 @@ ERRORS = 3.0  # standard errors by which the right image has to beat another one
 
 @dataclass
 class Config(config.Config):
-    steps: int = 300  # of both stages
+    steps: int = 200  # of both stages
     checkpoint_every: int = 50
     # a file or folder of rows with images (JSONL or JSON, as LLaVA's): none: pictures of two digits with questions
     data: Path | None = None
@@ -87,7 +87,7 @@ class Config(config.Config):
     batch: int = bounded(16, at_least=1, at_most=1 << 20)  # rows of a step, of similar length
     max_length: int = bounded(256, at_least=8, at_most=1 << 26)  # tokens of a row, those of its images included
     # --- Evaluation
-    eval_rows: int = bounded(360, at_least=1, at_most=10**9)  # questions on unseen images
+    eval_rows: int = bounded(240, at_least=1, at_most=10**9)  # questions on unseen images
     samples: int = bounded(6, at_least=0, at_most=1 << 10)  # of them shown before and after
     shuffle_images: bool = False  # control: every question gets the image of another, so there is nothing to see
 
