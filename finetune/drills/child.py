@@ -1,7 +1,8 @@
 """The process in which a learner's code runs (started by run.py): python -m finetune.drills.child DRILL FILE VERDICT.
 
-Its time and its memory are bounded by the operating system. When the time is over, faulthandler writes where the code
-was; the verdict goes to a file, since the code may print what it likes.
+Its time and its memory are bounded by the operating system: the time of the processor, so that a busy machine makes no
+answer wrong, and after WALL times as long that of the clock, for code that waits. When the time is over, faulthandler
+writes where the code was; the verdict goes to a file, since the code may print what it likes.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 import faulthandler
 import json
 import resource
+import signal
 import sys
 from pathlib import Path
 
 MEMORY = 8 << 30  # bytes of addresses; PyTorch alone takes about two
+WALL = 10  # times the seconds of the processor
 
 
 def main(name: str, answer: str, verdict: str, seconds: float) -> None:
     faulthandler.enable()
-    faulthandler.dump_traceback_later(seconds, exit=True)
+    faulthandler.register(signal.SIGPROF, chain=True)  # which then ends the process
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    faulthandler.dump_traceback_later(WALL * seconds, exit=True)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import torch

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.drills.catalog import Drill, case_name
+from finetune.drills.child import WALL
 
-SECONDS = 60.0  # for all cases of a drill, PyTorch's start included
+SECONDS = 60.0  # of the processor, for all cases of a drill, PyTorch's start included
 
 WORDS = {
     "en": {
@@ -85,7 +86,7 @@ def check(drill: Drill, answer: Path, seconds: float = SECONDS) -> dict[str, Any
             errors="replace", start_new_session=True,
         )  # fmt: skip
         try:
-            said, errors = process.communicate(timeout=seconds + 10)
+            said, errors = process.communicate(timeout=WALL * seconds + 10)
         except subprocess.TimeoutExpired:  # it caught the signal, or its children hold the pipe
             said, errors = "", ""
         finally:
@@ -108,7 +109,7 @@ def death(code: int | None, errors: str, answer: Path, seconds: float) -> dict[s
     """Why there is no verdict, from the exit code and what faulthandler wrote."""
     found = re.search(rf'File "{re.escape(str(answer))}", line (\d+)', errors)
     line = int(found[1]) if found else None
-    if "Timeout (" in errors or code is None or code == -signal.SIGKILL:
+    if "Timeout (" in errors or code in (None, -signal.SIGKILL, -signal.SIGPROF):
         return {"what": "time", "details": {"seconds": seconds}, "line": line}
     if code < 0:
         return {"what": "crash", "details": {"signal": signal.Signals(-code).name}, "line": line}
