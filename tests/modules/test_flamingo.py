@@ -178,7 +178,6 @@ def test_a_frozen_language_model_learns_to_look(finished):
     assert found["written"] >= 0.85
     assert found["language_model_changed"] == 0
     assert max(found["other_images"], found["gray_images"]) <= 0.4
-    assert found["text_alone"] >= 0.9
     for name in ("shots", "mask", "gates", "attention", "training_curves", "memory"):
         assert (folder / f"{name}.png").stat().st_size > 3000
     rows = json.loads((folder / "samples.json").read_text())[0]["rows"]
