@@ -315,17 +315,19 @@ WITH_RULES = {
     (32, 128): (*TILES[32, 128][:2], (16, 16, 8, 2)),
     (32, 256): (*TILES[32, 256][:2], (16, 16, 8, 1)),
 }
+# Calls with a mask: its bytes and their addresses spill with the tile above.
+WITH_MASK = {(16, 128): (*TILES[16, 128][:2], (32, 32, 4, 2))}
 FORWARD, QUERIES, KEYS = range(3)
 
 
-def tiles(t: Tensor, kernel: int, rows: int, rules: bool) -> dict[str, int]:
+def tiles(t: Tensor, kernel: int, rows: int, rules: bool, masked: bool) -> dict[str, int]:
     """Block sizes, warps and stages of a kernel whose programs own BLOCK_M queries or (KEYS) BLOCK_N keys of `rows`;
-    rules: it has a window, a softcap or a mask."""
+    rules: it has a window or a softcap."""
     wide, bits = max(triton.next_power_of_2(t.shape[3]), 16), 8 * t.element_size()
     key = bits, min(max(wide, 64), 256)
     kind = TILES[key]
-    if rules:
-        kind = WITH_RULES.get(key, kind)
+    if rules or masked:
+        kind = (WITH_MASK if masked and key in WITH_MASK else WITH_RULES).get(key, kind)
     elif capability() == 90:
         kind = HOPPER.get(key, kind)
     mine, stream, warps, stages = kind[kernel] if wide <= 256 else (16, 16, 8, 1)
@@ -397,7 +399,7 @@ def attention(
     if ends is not None:  # tokens of no document, if cu_seqlens is wrong
         o.zero_()
     if m.numel():
-        chosen = tiles(q, FORWARD, queries, window > 0 or softcap > 0 or mask is not None)
+        chosen = tiles(q, FORWARD, queries, window > 0 or softcap > 0, mask is not None)
         table, blocks = blocks_of(queries, chosen["BLOCK_M"], ends, none)
         attention_kernel[(blocks * batch * heads,)](
             q, k, v, o, m, l, *real, table, blocks, queries, keys, heads, heads // kv_heads, dim,
@@ -423,17 +425,17 @@ def attention_backward(
     hidden["CAPPED"], near = softcap > 0, window if hidden["WINDOW"] else 0
     sizes = (queries, keys, heads, heads // kv_heads, dim, *score_factors(scale, softcap), near, scale)
     strides = [s for t in (q, k, v, do) for s in t.stride()[:3]]
-    wide, rules = max(triton.next_power_of_2(dim), 16), window > 0 or softcap > 0 or mask is not None
+    wide, rules = max(triton.next_power_of_2(dim), 16), (window > 0 or softcap > 0, mask is not None)
     delta_kernel[(triton.cdiv(queries, 32) * batch * heads,)](
         o, do, delta, queries, heads, dim, *o.stride()[:3], *do.stride()[:3], BLOCK_M=32, BLOCK_D=wide, num_warps=8
     )
     if keys:
-        chosen = tiles(q, KEYS, keys, rules)
+        chosen = tiles(q, KEYS, keys, *rules)
         table, blocks = blocks_of(keys, chosen["BLOCK_N"], ends, none)
         attention_backward_keys_kernel[(blocks * batch * kv_heads,)](
             q, k, v, do, dk, dv, m, l, delta, *real, table, blocks, *sizes, *strides, **hidden, **chosen
         )
-    chosen = tiles(q, QUERIES, queries, rules)
+    chosen = tiles(q, QUERIES, queries, *rules)
     table, blocks = blocks_of(queries, chosen["BLOCK_M"], ends, none)
     attention_backward_queries_kernel[(blocks * batch * heads,)](
         q, k, v, do, dq, m, l, delta, *real, table, blocks, *sizes, *strides, **hidden, **chosen
