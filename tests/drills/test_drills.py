@@ -116,7 +116,9 @@ def test_case_names_in_chinese():
         case.name for d in DRILLS.values() for case in judge.python("check", d.folder / "check.py").cases(Draw(d.name))
     }
     book = catalog.case_names()
-    assert set(book) - {catalog.case_key(name, book) for name in names} == set()
+    keys = {name: catalog.case_key(name, book) for name in names}
+    assert set(book) - set(keys.values()) == set()
+    assert sum(key not in book for key in keys.values()) <= len(names) // 20  # a new drill's may follow later
     for name in names:
         assert not re.search("[#{}]", catalog.case_name(name, "zh"))
     assert (
