@@ -263,9 +263,10 @@ def test_a_batch_of_one_caption_is_no_error():
 TOKENIZER = Tokenizer.train([" three and seven", " one and nine"], 300)
 
 
-def said(vocab=TOKENIZER.vocab_size):
+def said(prompt=(5, 6)):
     torch.manual_seed(2)
-    return captions.frozen(small_llama(LlamaConfig(vocab, 40, 2, 4, 2, 64, max_length=40)), TOKENIZER)
+    shape = LlamaConfig(TOKENIZER.vocab_size, 40, 2, 4, 2, 64, max_length=40)
+    return captions.frozen(small_llama(shape), TOKENIZER, prompt)
 
 
 def test_the_prefix_is_what_the_language_model_reads():
@@ -283,6 +284,8 @@ def test_the_prefix_is_what_the_language_model_reads():
         want.item(), abs=1e-5
     )
     assert torch.equal(torch.where(targets == losses.IGNORED, tokens, targets), tokens)
+    assert (targets[:, :2] == losses.IGNORED).all()  # the prompt
+    assert (tokens[:, :2] == torch.tensor([5, 6])).all()
 
 
 def test_the_language_model_gets_no_gradient_and_the_bridge_all():
@@ -298,14 +301,15 @@ def test_the_language_model_gets_no_gradient_and_the_bridge_all():
 
 
 @torch.no_grad()
-def test_writing_with_a_cache_equals_writing_without():
-    language, net = said(), awake(model.Stage2, shape(vocab_size=0), 40)
+@pytest.mark.parametrize("prompt", [(), (5, 6)])
+def test_writing_with_a_cache_equals_writing_without(prompt):
+    language, net = said(prompt), awake(model.Stage2, shape(vocab_size=0), 40)
     image, *_ = inputs()
     prefix, want = net(image), []
     for row in prefix:
         ids: list[int] = []
         while len(ids) < captions.MOST and (not ids or ids[-1] != language.end):
-            x = torch.cat([row[None], language.model.embeddings(torch.tensor([ids], dtype=torch.int64))], 1)
+            x = torch.cat([row[None], language.model.embeddings(torch.tensor([[*prompt, *ids]], dtype=torch.int64))], 1)
             logits = language.model(torch.zeros(x.shape[:2], dtype=torch.int64), embedded=x)
             ids.append(int(logits[0, -1].argmax()))
         want.append(TOKENIZER.decode([i for i in ids if i != language.end], skip_special_tokens=True).strip())
@@ -643,6 +647,13 @@ def test_shuffled_captions_teach_nothing(tmp_path):
     assert found["digit_accuracy"] < 0.2
     assert found["digits_held_out_r5"] < 0.2
     assert found["itm_loss"] > 0.55
+
+
+@pytest.mark.long
+def test_places_tell_left_from_right(toy, tmp_path):
+    """Without them the same steps read less."""
+    found = run(tmp_path / "run", dataclasses.replace(main.Config.toy(), places=0.0))["metrics"]
+    assert found["digit_accuracy"] < toy[1]["metrics"]["digit_accuracy"] - 0.1
 
 
 def test_memory_of_the_second_stage_is_predicted(toy):

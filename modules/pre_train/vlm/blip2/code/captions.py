@@ -29,11 +29,13 @@ MOST = 12  # tokens of a written caption
 
 @dataclass(frozen=True)
 class Language:
-    """A frozen language model, its tokenizer, and the token with which captions end."""
+    """A frozen language model, its tokenizer, the token with which captions end, and those between the image's vectors
+    and a caption."""
 
     model: Llama
     tokenizer: Tokenizer
     end: int
+    prompt: tuple[int, ...]
 
     def digest(self) -> str:
         """SHA-256 of all weights."""
@@ -43,25 +45,33 @@ class Language:
         return found.hexdigest()
 
     def rows(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(tokens, targets), each (B, T), padded on the right: caption and end, all of which are learned."""
-        rows = [[*self.tokenizer.encode(f" {text}"), self.end] for text in captions]
-        longest = max(map(len, rows))
-        tokens = torch.full((len(rows), longest), self.end)
+        """(tokens, targets), each (B, T), padded on the right: the prompt, then caption and end, which are learned."""
+        rows = [[*self.prompt, *self.tokenizer.encode(f" {text}"), self.end] for text in captions]
+        tokens = torch.full((len(rows), max(map(len, rows))), self.end)
         targets = torch.full_like(tokens, IGNORED)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = targets[i, : len(row)] = torch.tensor(row)
+        targets[:, : len(self.prompt)] = IGNORED
         return tokens, targets
 
 
-def frozen(model: Llama, tokenizer: Tokenizer) -> Language:
+def frozen(model: Llama, tokenizer: Tokenizer, prompt: Sequence[int]) -> Language:
+    """The model without gradients. UserError if its captions could not end."""
     if tokenizer.eos_id is None:
         raise UserError("the language model's tokenizer names no end token, with which captions could end")
-    return Language(model.eval().requires_grad_(False), tokenizer, tokenizer.eos_id)
+    return Language(model.eval().requires_grad_(False), tokenizer, tokenizer.eos_id, tuple(prompt))
 
 
-def language(source: str, dtype: torch.dtype) -> Language:
+def language(source: str, dtype: torch.dtype, prompt: str) -> Language:
     """The language model of a folder, a .gguf file, smollm2 or a hub id."""
-    return frozen(load.llama(source, dtype), load.tokenizer(source))
+    tokenizer = load.tokenizer(source)
+    return frozen(load.llama(source, dtype), tokenizer, tokenizer.encode(prompt) if prompt else ())
+
+
+def small_language(model: Llama, tokenizer: Tokenizer) -> Language:
+    """The small model, which was trained on [begin] before what it repeats."""
+    assert tokenizer.bos_id is not None
+    return frozen(model, tokenizer, [tokenizer.bos_id])
 
 
 def width(model: Llama) -> float:
@@ -124,11 +134,12 @@ def write(model: Stage2, said: Language, features: Tensor, most: int = MOST) -> 
 
 def continued(prefix: Tensor, said: Language, most: int) -> list[str]:
     """What the language model writes after vectors (B, Q, C)."""
-    language, (rows, count) = said.model, prefix.shape[:2]
-    prefix = prefix.to(language.embed.weight.dtype)
-    cache = KVCache(language, rows, count + most)
-    empty = torch.zeros(rows, count, dtype=torch.int64)  # ids of the prefix: not read
-    state = language(empty, embedded=prefix, cache=cache, hidden=True)[:, -1:]
+    language, rows = said.model, len(prefix)
+    prompt = language.embeddings(torch.tensor(said.prompt, dtype=torch.int64)).expand(rows, -1, -1)
+    before = torch.cat([prefix.to(prompt.dtype), prompt], 1)
+    cache = KVCache(language, rows, before.shape[1] + most)
+    empty = torch.zeros(before.shape[:2], dtype=torch.int64)  # ids of what is embedded: not read
+    state = language(empty, embedded=before, cache=cache, hidden=True)[:, -1:]
     written: list[Tensor] = []
     for i in range(most):
         token = head.logits(language, state)[:, -1].argmax(-1)

@@ -35,16 +35,18 @@ MATCH_BASELINE = 0.6365  # nats: answering "no" with the probability 2/3 of nega
 
 @dataclass
 class Config(config.Config):
-    steps: int = 400  # of the first stage, for each data set; 0 trains nothing, the second stage neither
+    steps: int = 250  # of the first stage, for each data set; 0 trains nothing, the second stage neither
     checkpoint_every: int = 100
     # emoji and their names, digits (pictures of two, with captions), or both; emoji need a color font
     pictures: Literal["emoji", "digits", "emoji,digits"] = "emoji,digits"
     data: Path | None = None  # your own instead: rows with an image and a caption as the answer (JSONL, JSON)
-    count: int = bounded(4000, at_least=100, at_most=1 << 20)  # pictures of digits to train on
+    count: int = bounded(8000, at_least=100, at_most=1 << 20)  # pictures of digits to train on
     # --- Models
     # auto: made here, of emoji by contrast, of digits by classification; or a folder of CLIP, SigLIP or BLIP-2
     encoder: str = "auto"
-    layer: int = bounded(-2, at_least=-1000, at_most=1000)  # of the encoder, whose states are the features
+    layer: int = bounded(-1, at_least=-1000, at_most=1000)  # of the encoder, whose states are the features
+    # the sines of a patch's row and column, so many times, are added to its state, which hardly says where it is
+    places: float = bounded(1.0, at_least=0)
     # of the second stage: a model folder, a .gguf file, smollm2, a hub id, or scratch: a small one, trained on text
     language_model: str = "smollm2"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the language model
@@ -58,16 +60,17 @@ class Config(config.Config):
     projection: int = bounded(64, at_least=1, at_most=1 << 14)  # dimensions in which images and texts are compared
     # --- First stage
     batch: int = bounded(64, at_least=2, at_most=1 << 16)
-    lr: float = bounded(1e-3, at_least=0)  # peak learning rate of both stages; a cosine falls to a tenth
+    lr: float = bounded(2e-3, at_least=0)  # peak learning rate of both stages; a cosine falls to a tenth
     warmup: int = bounded(20, at_least=0, at_most=10**9)  # steps until the peak
     weight_decay: float = bounded(0.05, at_least=0)  # AdamW's, on matrices only
     clip: float = bounded(1.0, above=0)  # largest norm of the gradient
     smoothing: float = bounded(0.1, at_least=0, below=1)  # of the labels of contrast and text
     # share of the steps after which negatives are drawn by similarity; before, uniformly
-    hard_after: float = bounded(0.3, at_least=0, at_most=1)
+    hard_after: float = bounded(0.5, at_least=0, at_most=1)
     # --- Second stage (digits, or a file of rows)
     stage2_steps: int = bounded(200, at_least=0, at_most=10**9)
     stage2_batch: int = bounded(16, at_least=1, at_most=1 << 16)
+    prompt: str = "A photo of"  # text between the image's vectors and the caption
     # --- Controls
     stage1: bool = True  # false: the second stage begins with a new Q-Former
     shuffle_images: bool = False  # every caption gets the image of another, so there is nothing to learn
@@ -75,8 +78,8 @@ class Config(config.Config):
     @classmethod
     def toy(cls) -> "Config":
         return cls(
-            pictures="digits", steps=150, count=2000, dim=64, layers=2, every=1, lr=3e-3, stage2_steps=200,
-            stage2_batch=64, language_model="scratch", threads=1,
+            pictures="digits", steps=200, dim=64, layers=2, every=1, lr=3e-3, stage2_steps=150, stage2_batch=64,
+            language_model="scratch", language_steps=200, threads=1,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -260,12 +263,12 @@ def judged(cfg: Config, world: World) -> bool:
 def frozen_language(cfg: Config, run: Run, world: World) -> Language:
     """The language model that writes; `scratch` is trained on text first."""
     if cfg.language_model != "scratch":
-        return captions.language(cfg.language_model, getattr(torch, cfg.dtype))
+        return captions.language(cfg.language_model, getattr(torch, cfg.dtype), cfg.prompt)
     run.seed("language")
     model = captions.small_model(world.tokenizer)
     captions.train_small(run, model, world.tokenizer, world.train.captions, cfg.queries, cfg.language_steps)
     save.model(model, run.dir / "model" / world.name / "language", world.tokenizer)
-    return captions.frozen(model, world.tokenizer)
+    return captions.small_language(model, world.tokenizer)
 
 
 def seeing(folder: Path, cfg: Config, data_set: str | None = None) -> Trained:

@@ -22,7 +22,7 @@ from finetune.diffusion import images
 from finetune.errors import UserError
 from finetune.lm.tokenizer import Tokenizer
 from finetune.vision import load, pictures, preprocess, pretrain
-from finetune.vision.vit import ViT
+from finetune.vision.vit import ViT, sincos_2d
 
 from .losses import Texts
 
@@ -105,8 +105,8 @@ def world(cfg: Any, name: str, on_step: pretrain.OnStep | None = None) -> World:
     parts = []
     for of, said, place in ((train, captions, slice(len(train))), (test, held, slice(len(train), None))):
         shown = [image for image, _ in of]
-        parts.append(Pairs(shown, features_of(encoder, take, shown, cfg.layer), tuple(said), texts[place]))
-    gray = features_of(encoder, take, [torch.full_like(parts[0].shown[0], 128)], cfg.layer)
+        parts.append(Pairs(shown, features_of(encoder, take, shown, cfg.layer, cfg.places), tuple(said), texts[place]))
+    gray = features_of(encoder, take, [torch.full_like(parts[0].shown[0], 128)], cfg.layer, cfg.places)
     return World(name, *parts, gray, encoder, tokenizer)
 
 
@@ -133,10 +133,15 @@ def fit(x: Tensor, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def features_of(encoder: ViT, take: Take, shown: Sequence[Tensor], layer: int = -1) -> Tensor:
-    """(N, T, C): the normalized states of a layer, class token included; transformers' BLIP-2 takes the last one's."""
+def features_of(encoder: ViT, take: Take, shown: Sequence[Tensor], layer: int = -1, places: float = 0.0) -> Tensor:
+    """(N, T, C): the normalized states of a layer, class token included; transformers' BLIP-2 takes the last one's.
+    places: what the sines and cosines of a patch's row and column are multiplied by that are added to its state."""
     parts = [take(shown[i : i + AT_ONCE]) for i in range(0, len(shown), AT_ONCE)]
-    return torch.cat([encoder.norm(encoder.states(x, layer)) for x in parts])
+    found = torch.cat([encoder.norm(encoder.states(x, layer)) for x in parts])
+    if places:
+        first = int(encoder.config.class_token)
+        found[:, first:] += places * sincos_2d(encoder.config.dim, *encoder.config.grid)
+    return found
 
 
 def emoji() -> tuple[Shown, Shown]:

@@ -33,6 +33,7 @@ class Trained:
     encoder: ViT
     take: Take
     layer: int
+    places: float
     tokenizer: Tokenizer
     first: Stage1
     second: Stage2 | None
@@ -43,7 +44,7 @@ class Trained:
         return [own_image(open_image(Path(file))) for file in files]
 
     def features(self, shown: Sequence[Tensor]) -> Tensor:
-        return features_of(self.encoder, self.take, shown, self.layer)
+        return features_of(self.encoder, self.take, shown, self.layer, self.places)
 
     @torch.no_grad()
     def scores(self, shown: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
@@ -77,7 +78,7 @@ def opened(folder: Path, cfg: Config, name: str | None = None) -> Trained:
     if (place / "captions").is_dir():
         second = convert.load(Stage2, place / "captions")
         if cfg.language_model == "scratch":
-            said = captions.frozen(load.llama(place / "language"), load.tokenizer(place / "language"))
+            said = captions.small_language(load.llama(place / "language"), load.tokenizer(place / "language"))
         else:
-            said = captions.language(cfg.language_model, getattr(torch, cfg.dtype))
-    return Trained(encoder, take, cfg.layer, load.tokenizer(place / "qformer"), first, second, said)
+            said = captions.language(cfg.language_model, getattr(torch, cfg.dtype), cfg.prompt)
+    return Trained(encoder, take, cfg.layer, cfg.places, load.tokenizer(place / "qformer"), first, second, said)
