@@ -663,12 +663,26 @@ def test_memory_of_the_second_stage_is_predicted(toy):
     assert rows["activations"]["predicted"] == pytest.approx(rows["activations"]["measured"], rel=0.1)
 
 
-def test_a_trained_folder_writes_captions_and_ranks_texts(toy):
-    """The command of the README: captions of an image of one's own."""
-    told = main.seeing(toy[0], main.Config.toy())
-    world = pairs.world(main.Config.toy(), "digits")
-    shown, wanted = world.test.shown[:40], world.test.captions[:40]
-    assert captions.digits_right(told.captions(shown), wanted)[2] > 0.6
-    texts = [f"{one} and {two}" for one in ("three", "seven") for two in ("one", "nine")]
-    scores = told.scores(shown, texts)
-    assert scores.shape == (40, 4)
+def test_a_trained_folder_describes_image_files(toy, tmp_path):
+    """`python -m finetune caption RUN FILE …`, with and without texts to choose from."""
+    from finetune.caption import caption
+    from finetune.diffusion import images
+
+    _, test = pairs.digits(8000, 0)
+    files, wanted = [], [text for _, text in test[:40]]
+    for i, (image, _) in enumerate(test[:40]):
+        images.save(tmp_path / f"{i}.png", image)
+        files.append(str(tmp_path / f"{i}.png"))
+    found = caption(toy[0], files, threads=1)
+    assert [row["image"] for row in found] == files
+    assert captions.digits_right([row["caption"] for row in found], wanted)[2] > 0.8
+    texts = sorted(set(wanted))
+    ranked = caption(toy[0], files, texts, threads=1)
+    best = [max(row["scores"], key=row["scores"].get) for row in ranked]
+    assert sum(a == b for a, b in zip(best, wanted, strict=True)) / 40 > 0.4
+    with pytest.raises(UserError, match="digits"):
+        caption(toy[0], files, data_set="emoji")
+    with pytest.raises(UserError, match="no such file"):
+        caption(toy[0], ["missing.png"])
+    with pytest.raises(UserError, match="not the folder of a run"):
+        caption(tmp_path, files)
