@@ -48,6 +48,7 @@ class Question:
     prompt: list[int]
     images: tuple[Any, ...]
     wanted: str
+    lead: tuple[int, ...] = ()  # tokens of the wanted answer before its last word
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,14 @@ def picture_questions(split: pictures.Split, writer: Writer, form: Form) -> list
         if item.question not in prompts:
             prompts[item.question] = writer.prompt(asked(item, form)[:1])
     return [
-        Question(item.kind, item.question, prompts[item.question], (item.picture,), form.answer(item))
+        Question(
+            item.kind,
+            item.question,
+            prompts[item.question],
+            (item.picture,),
+            form.answer(item),
+            tuple(writer.encode(form.answer(item).rpartition(" ")[0], [])[0]),
+        )
         for item in split.items
     ]
 

@@ -79,16 +79,18 @@ def attention_to_image(net: Llava, prompt: Sequence[int], vectors: Tensor) -> Te
 def attention(
     run: Run, net: Llava, questions: Sequence[Question], found: Sequence[str], seen: Features, split: pictures.Split
 ) -> None:
-    """attention.png: pictures, over which lies where the answer's token looks more than it does on average over all
-    pictures and questions (some places draw attention whatever they show), in the layer where this differs most."""
+    """attention.png: pictures, over which lies where the token before the answer's last word looks more than it does on
+    average over all pictures and questions (some places draw attention whatever they show), in the layer where this
+    differs most."""
     numbers = sorted({q.images[0] for q in questions})
     wide = [
-        attention_to_image(net, q.prompt, net.projector(seen(q.images)))
+        attention_to_image(net, [*q.prompt, *q.lead], net.projector(seen(q.images)))
         for q in questions
         if q.images[0] in numbers[:AVERAGED]
     ]
     above = torch.stack(wide) - torch.stack(wide).mean(0)  # (questions, layers, P)
     layer = int(above.abs().sum((0, 2)).argmax())
+    top = float(above[:, layer].max())
     shown = [i for i, q in enumerate(questions) if q.images[0] in numbers[:SHOWN]]
     kinds = len({questions[i].kind for i in shown})
     made, axes = figure(2.6 * kinds, 2.5 * SHOWN, columns=kinds, rows=SHOWN)
@@ -99,7 +101,9 @@ def attention(
         picture = square(split.x[questions[i].images[0]])
         axis.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, 1, 1, 0))
         smooth = "bilinear" if len(looks) > 4 else "nearest"
-        axis.imshow(grid, cmap="magma", alpha=0.55, interpolation=smooth, extent=(0, 1, 1, 0), aspect="auto")
+        axis.imshow(
+            grid, cmap="magma", alpha=0.55, interpolation=smooth, extent=(0, 1, 1, 0), aspect="auto", vmin=0, vmax=top
+        )
         axis.set_title(f"{questions[i].text}\n{found[i]}", fontsize=8, color=INK)
     for axis in axes:
         axis.set_axis_off()
