@@ -80,8 +80,8 @@ def samples() -> Iterator[Sample]:
     yield make("digits", 3, 32, 8, 8, groups=8)
     yield make("volume", 1, 4, 3, 5, 7, groups=2)
     yield make("wide", 1, 4, 33, 35, groups=2)
-    # Wider than a block's threads take at once, by 16 bytes. Eight channels: the bound is twice torch's largest error, and
-    # of the sums over two channels that was, from seed to seed, a third to twice of ours, which has no more rounding.
+    # Wider than a block's threads take at once, by 16 bytes. Eight channels: the bound is twice torch's largest error,
+    # and of the sums over two channels that was, from seed to seed, a third to twice of ours, which rounds no more.
     yield make("wider", 2, 8, 1032, groups=4)
     yield make("beyond what is kept", 1, 2, 8200, groups=1)
     yield make("many", 33, 4, 9, groups=2)  # images, whose sums are added in parts

@@ -126,8 +126,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     )
 
     # What counting reaches on the same text: the model has to be better.
-    seen = text.pieces(max(0, text.cut - NGRAM), text.cut), text.pieces(text.cut, text.cut + NGRAM // 9)
-    baselines = ngram.held_out_bits(*map("".join, seen))
+    seen, unseen = text.pieces(max(0, text.cut - NGRAM), text.cut), text.pieces(text.cut, text.cut + NGRAM // 9)
+    baselines = ngram.held_out_bits("".join(seen), "".join(unseen))
     limit = f" (of {NGRAM:,} characters)" if text.cut > NGRAM else ""
     shown = ", ".join(f"{n} {b:.3f}" for n, b in baselines.items())
     run.print(f"held-out bits per character of n-gram models{limit}: {shown}")
