@@ -186,6 +186,7 @@ class QFormer(nn.Module):
         found = []
         x = self.norm(self.queries.expand(len(image), -1, -1))
         for block in self.blocks:
+            assert isinstance(block, Block)
             x = block.attn(x, x)
             if block.cross is not None:
                 found.append(block.cross.weights(x, image))
