@@ -315,8 +315,12 @@ WITH_RULES = {
     (32, 128): (*TILES[32, 128][:2], (16, 16, 8, 2)),
     (32, 256): (*TILES[32, 256][:2], (16, 16, 8, 1)),
 }
-# Calls with a mask: its bytes and their addresses spill with the tile above.
-WITH_MASK = {(16, 128): (*TILES[16, 128][:2], (32, 32, 4, 2))}
+# Calls with a mask: its bytes and their addresses spill with the tiles above.
+WITH_MASK = {
+    (16, 64): (*TILES[16, 64][:2], (32, 32, 4, 2)),
+    (16, 128): (*TILES[16, 128][:2], (32, 32, 4, 2)),
+    (16, 256): (TILES[16, 256][0], (32, 16, 8, 1), TILES[16, 256][2]),
+}
 FORWARD, QUERIES, KEYS = range(3)
 
 
