@@ -26,7 +26,7 @@ PAIRS = 16  # keys and labels of a text of training
 
 
 def nonsense(count: int) -> list[str]:
-    """`count` words of consonant, vowel, consonant, the same in every run."""
+    """`count` words (at most 845) of consonant, vowel, consonant, the same in every run."""
     rng = random.Random(0)
     found: dict[str, None] = {}
     while len(found) < count:

@@ -213,7 +213,7 @@ def language_model(cfg: Config, run: Run) -> tuple[Llama, Tensor, Tokenizer]:
     if cfg.language_model != "scratch":
         source = hub.resolve(cfg.language_model, run.console)
         model, tokenizer = load.llama(source), load.tokenizer(source)
-        ids = [tokenizer.encode(" " + word, add_special_tokens=False) for word in language.nonsense(2000)]
+        ids = [tokenizer.encode(" " + word, add_special_tokens=False) for word in language.nonsense(600)]
         words = torch.tensor([each[0] for each in ids if len(each) == 1])
         return model, words, tokenizer
     tokenizer = language.tokenizer(made)
