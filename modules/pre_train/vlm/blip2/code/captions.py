@@ -41,7 +41,7 @@ class Language:
         """SHA-256 of all weights."""
         found = hashlib.sha256()
         for parameter in self.model.parameters():
-            found.update(parameter.detach().contiguous().view(torch.uint8).numpy())
+            found.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     def rows(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -156,8 +156,7 @@ def second_stage(cfg: Config, run: Run, world: World, first: Stage1) -> None:
     run.check("language_model_unchanged", float(said.digest() == before), at_least=1)
     judge_second(cfg, run, world, model, said, start)
     if cfg.stage2_steps:
-        rows = slice(0, cfg.stage2_batch)
-        one = world.train.features[rows].clone(), tokens[rows].clone(), targets[rows].clone()
+        one = tuple(x[: cfg.stage2_batch].clone() for x in (world.train.features, tokens, targets))
         run.record_memory(memory_rows(cfg, world, model, said, optimizer, one))
 
 

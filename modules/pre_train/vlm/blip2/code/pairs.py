@@ -107,7 +107,7 @@ def world(cfg: Any, name: str, on_step: pretrain.OnStep | None = None) -> World:
         shown = [image for image, _ in of]
         parts.append(Pairs(shown, features_of(encoder, take, shown, cfg.layer, cfg.places), tuple(said), texts[place]))
     gray = features_of(encoder, take, [torch.full_like(parts[0].shown[0], 128)], cfg.layer, cfg.places)
-    return World(name, *parts, gray, encoder, tokenizer)
+    return World(name, parts[0], parts[1], gray, encoder, tokenizer)
 
 
 Shown = list[tuple[Tensor, str]]  # images uint8 (C, H, W) with their captions

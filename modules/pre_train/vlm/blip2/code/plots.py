@@ -14,7 +14,7 @@ from finetune.runs.plots import INK, figure, save
 from finetune.runs.run import Run
 from finetune.vision import pictures
 
-from .model import Stage1, visible
+from .model import Mask, Stage1, visible
 from .pairs import Pairs
 
 EXAMPLES = 12
@@ -70,7 +70,8 @@ def masks(run: Run, queries: int = 4, tokens: int = 5) -> None:
     """masks.png: who sees whom."""
     made, panels = figure(9.6, 3.6, columns=3)
     names = [f"query {i + 1}" for i in range(queries)] + ["[begin]", *[f"word {i + 1}" for i in range(tokens - 1)]]
-    for axes, kind, title in zip(panels, ("itc", "itm", "itg"), ("contrast", "match", "text"), strict=True):
+    kinds: dict[str, Mask] = {"contrast": "itc", "match": "itm", "text": "itg"}
+    for axes, (title, kind) in zip(panels, kinds.items(), strict=True):
         axes.imshow(visible(kind, queries, tokens)[0], cmap="Blues", vmin=0, vmax=1.6)
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, color=INK)
         axes.set_yticks(range(len(names)), names if axes is panels[0] else [], fontsize=8, color=INK)
