@@ -156,8 +156,8 @@ def second_stage(cfg: Config, run: Run, world: World, first: Stage1) -> None:
     run.check("language_model_unchanged", float(said.digest() == before), at_least=1)
     judge_second(cfg, run, world, model, said, start)
     if cfg.stage2_steps:
-        one = tuple(x[: cfg.stage2_batch].clone() for x in (world.train.features, tokens, targets))
-        run.record_memory(memory_rows(cfg, world, model, said, optimizer, one))
+        features, ids, wanted = (x[: cfg.stage2_batch].clone() for x in (world.train.features, tokens, targets))
+        run.record_memory(memory_rows(cfg, world, model, said, optimizer, (features, ids, wanted)))
 
 
 def update(cfg: Config, model: nn.Module, optimizer: optim.AdamW, step: int, steps: int) -> float:
