@@ -24,7 +24,7 @@ from finetune.lm.llama import Llama
 from finetune.ops import _op
 from finetune.ops._backends import NATIVE_PROBLEM
 from finetune.ops.kv_cache import raw
-from finetune.ops.quantized_linear import NUMBER, QuantizedWeight
+from finetune.ops.quantized_linear import NUMBER, QuantizedWeight, scale_group
 
 Pool = tuple[Tensor, Tensor | None]  # of keys or values: the blocks, and their scales if they have 8 bits
 KINDS = {"tokens": 0, "logits": 1, "states": 2}  # csrc/include/finetune/llama_step.h
@@ -107,8 +107,7 @@ class NativeLlama:
         weakref.finalize(self, operators.llama_free, self.handle)
 
     def packed(self, weight: QuantizedWeight) -> None:
-        group = 0 if weight.group == weight.shape[1] else weight.group
-        self.numbers += [NUMBER[weight.format], group, weight.minimum is not None]
+        self.numbers += [NUMBER[weight.format], scale_group(weight), weight.minimum is not None]
         self.tensors += weight.tensors
 
     def norm(self, norm: RMSNorm) -> None:

@@ -204,6 +204,12 @@ def nf4(codes: Tensor, absmax: Tensor, shape: tuple[int, int]) -> QuantizedWeigh
     return QuantizedWeight("nf4", swapped, absmax.float().view(n, k // 64), None, 64, shape)
 
 
+def scale_group(weight: QuantizedWeight) -> int:
+    """Elements that share a scale; 0 of a scale a row, or none. A 4-bit row as long as its group has a group."""
+    whole = weight.group == weight.shape[1] and weight.format not in ("int4", "nf4")
+    return 0 if whole else weight.group
+
+
 # --- the CPU's layout: panels of 16 rows, K padded to a multiple of 64. A panel holds, for each step along K, one
 # 32-bit word a row: 1 element of fp32, 2 of bf16, 4 of int8 (+ 128), 8 of 4 bits (elements 0 … 3 in the low halves of
 # the four bytes, 4 … 7 in the high ones). Scales are (panels, groups, 16).
@@ -220,7 +226,7 @@ def to_panels(weight: QuantizedWeight) -> QuantizedWeight:
         each = {"fp32": 1, "bf16": 2, "int8": 4}[weight.format]
         codes = codes.view(torch.uint8) ^ 128 if weight.format == "int8" else codes
         codes = codes.view(-1, PANEL, (k + depth) // each, each).transpose(1, 2)
-    groups = 1 if weight.group == k else (k + depth) // weight.group
+    groups = (k + depth) // group if (group := scale_group(weight)) else 1
 
     def scales(of_groups: Tensor | None) -> Tensor | None:
         if of_groups is None:
@@ -251,11 +257,6 @@ def from_panels(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 # --- the layout of GPUs: _fragments.py
-
-
-def scale_group(weight: QuantizedWeight) -> int:
-    """0 of int8 with a scale a row; a 4-bit row as long as its group has a group."""
-    return 0 if weight.format == "int8" and weight.group == weight.shape[1] else weight.group
 
 
 def to_fragments(weight: QuantizedWeight) -> QuantizedWeight:
@@ -353,14 +354,14 @@ def _(backend: str, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, **_
 
 @quantized_linear.operands
 def _(weight: QuantizedWeight, **_) -> dict[str, Any]:
-    n, k = weight.shape
+    n = weight.shape[0]
     return {
         "codes": weight.codes,
         "scale": weight.scale,
         "minimum": weight.minimum,
         "format": NUMBER[weight.format],
         "rows": n,
-        "group": 0 if weight.group == k else weight.group,
+        "group": scale_group(weight),
     }
 
 
