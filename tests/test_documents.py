@@ -73,6 +73,7 @@ SMALLER = {
     "run rlhf --start '<RUN>' --reward gold --reward-clip 0 --beta 0 --steps 20 --unfinished 0 "
     "--beyond 0 --lr 3e-3 --warmup 2": "run rlhf --help",
     "smoke": "smoke --help",
+    "caption RUN FILE '…'": "caption --help",  # of a run that read images (tests/modules/test_blip2.py)
     "drill check softmax": "drill check --help",  # a draft that is not written is red (tests/drills)
     "drill check softmax --lang zh": "drill check --help",
 }

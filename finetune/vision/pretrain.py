@@ -59,7 +59,7 @@ RECIPES = {
     "digits_coarse": Recipe("digits", "classes", size=8, patch=8),
     "mnist": Recipe("mnist", "classes", size=14, patch=7),
     "contrast": Recipe("emoji", "captions", size=32, patch=8, dim=128, layers=4, lr=1e-3, shift=2, sines=False),
-    "contrast_digits": Recipe("digits", "captions", size=8, patch=4),
+    "contrast_digits": Recipe("digits", "captions", size=8, patch=4, sines=True),
 }
 
 

@@ -119,13 +119,18 @@ if __name__ == "__main__":
 """
 
 
+def heeds_interrupts():
+    """In a child: SIGINT is ignored by what a shell starts in the background, and that is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_ranks_end_with_their_starter(number, tmp_path):
     (tmp_path / "starter.py").write_text(STARTER)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     starter = subprocess.Popen(
         [sys.executable, tmp_path / "starter.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env=environment, start_new_session=True,
+        env=environment, start_new_session=True, preexec_fn=heeds_interrupts,
     )  # fmt: skip
     pids = list(map(int, starter.stdout.readline().split()))
     assert len(pids) == 2

@@ -172,7 +172,7 @@ def test_attention_has_one_fma_for_each_exponential_and_no_mask_in_the_main_loop
     a tile, masks and scale included; 32 of the FMUL were the scale, 32 of the FADD the maximum."""
     _, rows = static_table.golden()
     for arch, found in rows["attention"].items():
-        around = found[f"attention::forward<{kind}, {dim}, false>"]["around"]
+        around = found[f"attention::forward<{kind}, {dim}, 0>"]["around"]
         assert around["FFMA"] == 32, (arch, around)  # the usual branch; the one of large scores has 32 FMUL and FADD
         assert around["MUFU"] == 64
         assert around["FMUL"] <= 32

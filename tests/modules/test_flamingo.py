@@ -162,7 +162,7 @@ def test_the_optimizer_holds_what_is_trained():
 def finished(tmp_path_factory):
     """A short toy: upright digits only, so that fewer steps suffice."""
     folder = tmp_path_factory.mktemp("flamingo") / "run"
-    config = toy(steps=160, poses=1, episodes=200)
+    config = toy(steps=300, poses=1, episodes=200)
     return execute(INFO, config, folder, toy=True), folder, config
 
 
