@@ -54,7 +54,7 @@ def test_a_damaged_cache_says_what_to_remove(cache):
 
 
 def test_an_unknown_recipe_is_one_line():
-    with pytest.raises(UserError, match="no encoder 'digit': they are digits, .*mnist.*did you mean 'digits'"):
+    with pytest.raises(UserError, match=r"no encoder 'digit': they are digits, .*mnist.*did you mean 'digits'"):
         pretrain.pretrained("digit")
 
 
