@@ -16,7 +16,7 @@ CODE_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "nf4": 4}
 def matrix_bytes(rows: int, depth: int, format: str) -> int:
     """Bytes of a packed matrix (rows, depth), codes and scales."""
     n, k = -(-rows // PANEL) * PANEL, -(-depth // DEPTH) * DEPTH
-    groups = {"int8": 1, "int4": 1 if depth == 32 else k // 32, "nf4": k // 64}
+    groups = {"int8": 1, "int4": k // 32, "nf4": k // 64}
     return n * k * CODE_BITS[format] // 8 + 4 * n * groups.get(format, 0)
 
 
