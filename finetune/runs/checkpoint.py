@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,6 +256,17 @@ def sha256(path: Path) -> str:
     with path.open("rb") as opened:
         while block := opened.read(1 << 20):
             total.update(block)
+    return total.hexdigest()
+
+
+def fingerprint(tensors: "Iterable[tuple[str, torch.Tensor]]") -> str:
+    """SHA-256 of named tensors, names and bits, in any order."""
+    import torch
+
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

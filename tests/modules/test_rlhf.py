@@ -18,7 +18,7 @@ from finetune.errors import UserError
 from finetune.lm.io import load
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.peft import adapters, lora
-from finetune.runs import registry
+from finetune.runs import checkpoint, registry
 from finetune.runs.metrics import MAIN
 from finetune.runs.run import execute
 
@@ -193,19 +193,19 @@ def test_the_models_share_their_weights_and_each_has_an_adapter(tmp_path):
     assert (tuned - base).abs().max() > 1e-3
     stages.new_adapter(cfg, Runs(), model, "policy", like="sft")
     assert torch.equal(model(batch), tuned)
-    before = stages.fingerprint(stages.frozen(model))
+    before = checkpoint.fingerprint(stages.frozen(model))
     trained = stages.parameters(model, "policy")
     assert all(".parts.policy." in name for name in trained)
     for p in trained.values():
         p.data += 0.05
-    assert stages.fingerprint(stages.frozen(model)) == before
+    assert checkpoint.fingerprint(stages.frozen(model)) == before
     assert not torch.equal(model(batch), tuned)
     stages.wear(model, "sft")
     assert torch.equal(model(batch), tuned)
     stages.wear(model, "none of them")
     assert torch.equal(model(batch), base)
     next(p for name, p in model.named_parameters() if ".parts.sft." in name).data.add_(1e-3)
-    assert stages.fingerprint(stages.frozen(model)) != before
+    assert checkpoint.fingerprint(stages.frozen(model)) != before
 
 
 def answer(text, ended=True, prompt="The dog was"):

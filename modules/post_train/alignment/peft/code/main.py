@@ -11,7 +11,6 @@ on a model, training.py holds the loop; the mechanisms are in finetune/peft (lor
 """
 
 import copy
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from finetune.lm.io import load, save
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.memory import meters
 from finetune.peft import adapters, bases, lora
-from finetune.runs import config, display
+from finetune.runs import checkpoint, config, display
 from finetune.runs.config import bounded
 from finetune.runs.run import Run
 
@@ -208,11 +207,7 @@ def unchanged(task: Task) -> Adapted:
 
 def base_hash(model: Llama) -> str:
     """SHA-256 of the base's tensors, names and bits; those of adapters are not in it."""
-    state = hashlib.sha256()
-    for name, tensor in lora.base_tensors(model):
-        state.update(name.encode())
-        state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    return checkpoint.fingerprint(lora.base_tensors(model))
 
 
 def measured(

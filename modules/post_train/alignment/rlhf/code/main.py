@@ -165,7 +165,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     asked = [sets.held_out[i % len(sets.held_out)] for i in range(cfg.samples)]
     stage = Stage(cfg, model, tokenizer, judge, value, Scale.of(raw), gold, asked)
     trained = stages.parameters(model, "policy", "value") if cfg.policy == "ppo" else stages.parameters(model, "policy")
-    before, frozen = policy.taste(stage, run, "sft"), stages.fingerprint(stages.frozen(model))
+    before, frozen = policy.taste(stage, run, "sft"), checkpoint.fingerprint(stages.frozen(model))
     head = judge.head.weight.clone()
     midway = policy.train(stage, run, sets.prompts, cfg.steps)
 
@@ -174,7 +174,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     base = None if cfg.model == "scratch" else bases.base_name(cfg.model)  # from scratch: the whole model
     adapters.save_trained(model, tokenizer, run.dir / "model", base, "policy")
     after = policy.taste(stage, run, "policy")
-    same = stages.fingerprint(stages.frozen(model)) == frozen and torch.equal(head, judge.head.weight)
+    same = checkpoint.fingerprint(stages.frozen(model)) == frozen and torch.equal(head, judge.head.weight)
     run.check("reference_and_reward_model_unchanged", float(same), at_least=1.0)
     show(run, first, before, midway, after)
     report(cfg, run, quality, first, before, after)

@@ -9,7 +9,6 @@ is an adapter on the weights that all share, begins as a copy of the adapter it 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -46,15 +45,6 @@ def parameters(model: nn.Module, *names: str) -> dict[str, nn.Parameter]:
     for p in found.values():
         p.requires_grad_(True)
     return found
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The SHA-256 of named tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def frozen(model: nn.Module) -> list[tuple[str, Tensor]]:

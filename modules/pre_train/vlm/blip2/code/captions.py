@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from finetune.lm.cache import KVCache
 from finetune.lm.io import load
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
+from finetune.runs import checkpoint
 from finetune.vision import pictures
 
 from .losses import IGNORED, prefix_loss
@@ -39,10 +39,7 @@ class Language:
 
     def digest(self) -> str:
         """SHA-256 of all weights."""
-        found = hashlib.sha256()
-        for parameter in self.model.parameters():
-            found.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+        return checkpoint.fingerprint(self.model.named_parameters())
 
     def rows(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(tokens, targets), each (B, T), padded on the right: the prompt, then caption and end, which are learned."""

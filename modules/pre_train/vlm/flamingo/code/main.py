@@ -9,14 +9,13 @@ from a few images in its prompt.
 Reads top to bottom: settings, the run (setup, loop), then what is measured.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune import memory, ops, optim
 from finetune.errors import UserError
@@ -25,7 +24,7 @@ from finetune.lm.io import hub, load
 from finetune.lm.io import save as save_language
 from finetune.lm.llama import Llama, LlamaConfig
 from finetune.lm.tokenizer import Tokenizer
-from finetune.runs import config
+from finetune.runs import checkpoint, config
 from finetune.runs.config import bounded
 from finetune.runs.metrics import MAIN
 from finetune.runs.run import Run
@@ -96,7 +95,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     net.standardize(pretrain.inputs(splits["train"][0]))
     pools = {name: pool(net, *split) for name, split in splits.items()}
     task = Task([*range(DIGITS - cfg.kept_out)], words, cfg.ways, cfg.frames)
-    frozen = fingerprint(model)
+    frozen = checkpoint.fingerprint(model.state_dict().items())
     run.print(describe(net))
     examples = task.draw(pools["test"], 6, cfg.shots, run.generator("examples"))
     before = measure.told(net, pools["test"], examples, tokenizer)
@@ -104,7 +103,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 
     # Saved first: whatever fails below, what was trained is kept.
     keep(net, tokenizer, run.dir / "model")
-    run.check("language_model_changed", fingerprint(model) != frozen, **({"at_most": 0} if cfg.freeze else {}))
+    changed = checkpoint.fingerprint(model.state_dict().items()) != frozen
+    run.check("language_model_changed", changed, **({"at_most": 0} if cfg.freeze else {}))
     evaluate(cfg, run, net, pools["test"], task)
     after = measure.told(net, pools["test"], examples, tokenizer)
     run.table("sequences", measure.shown(examples, pools["test"], tokenizer, before, after))
@@ -177,14 +177,6 @@ def describe(net: Flamingo) -> str:
     groups = ", ".join(dict.fromkeys(name.split(".")[0] for name in trained))
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     return f"trained: {sum(p.numel() for p in trained.values()):,} parameters ({groups}); frozen: {frozen:,}"
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all weights."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 # --- Frozen models and images
