@@ -54,7 +54,7 @@ class Bucket:
 class Buckets:
     """The gradients of `parameters` (in the order of the forward pass), summed over `group`.
 
-        buckets.begin(passes)       gradients 0; so many backward passes will come
+        buckets.begin(passes)       gradients 0; `passes` backward passes will come
         loss.backward() …           a bucket's sum starts with the last gradient of its last pass
         buckets.finish()            what has not started is started, and all are waited for
 

@@ -138,17 +138,13 @@ def stub(source: str, write: list[str], task: str = "") -> str:
     if (head := ast.get_docstring(tree)) is not None:
         parts.append(f'"""{(task or head).strip()}\n"""')
     for node in tree.body[1 if head is not None else 0 :]:
-        own = isinstance(node, ast.FunctionDef | ast.ClassDef)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            if node.name not in write:
-                continue
-            text = hollow(node, lines)
-        else:
-            text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+            if node.name in write:
+                parts.append(f"\n\n{hollow(node, lines)}")
+            continue
+        text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
         plain = isinstance(node, ast.Import | ast.ImportFrom)
         parts.append(text if plain and parts and parts[-1].lstrip().startswith(("import ", "from ")) else f"\n{text}")
-        if own:
-            parts[-1] = "\n" + parts[-1]
     return "\n".join(parts) + "\n"
 
 

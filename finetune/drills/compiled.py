@@ -49,8 +49,8 @@ class Cuda:
         self.kernel(inputs, outputs, sizes)
 
     def counts(self, call: Callable[[], Any]) -> dict[str, int]:
-        """Of what `call` launches: sectors of global memory, requests of warps to it, wavefronts of shared memory above
-        the fewest that would do, and floating-point operations of tensor cores."""
+        """Of what `call` launches: sectors of global memory, requests of warps to it, and wavefronts of shared
+        memory above the fewest that would do."""
         controls = self.kernel.controls
         controls.set_counting(True)
         call()

@@ -90,7 +90,7 @@ class Judge:
         """What an answer gives for a case, and its gradients; `wide`: in float64."""
         args, kwargs = copy.deepcopy((list(case.args), case.kwargs))
         if wide:
-            args, kwargs = widened(args), widened(kwargs)
+            args, kwargs = in_float64(args), in_float64(kwargs)
         leaves = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()] if case.grad else []
         for leaf in leaves:
             leaf.requires_grad_()
@@ -234,13 +234,13 @@ def new_memory_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def widened(value: Any) -> Any:
+def in_float64(value: Any) -> Any:
     """Floating-point tensors in float64, wherever they are."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, dict):
-        return {k: widened(v) for k, v in value.items()}
-    return type(value)(map(widened, value)) if isinstance(value, list | tuple) else value
+        return {k: in_float64(v) for k, v in value.items()}
+    return type(value)(map(in_float64, value)) if isinstance(value, list | tuple) else value
 
 
 def detached(value: Any) -> Any:

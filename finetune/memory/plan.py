@@ -42,7 +42,7 @@ class Plan:
 
 
 def states(parameters: int, buffers: int = 0, element: int = 4) -> Iterable[Term]:
-    """What stays while a network of so many parameters is trained by AdamW and averaged (EMA), and its gradients:
+    """What stays while a network of this many parameters is trained by AdamW and averaged (EMA), and its gradients:
     `element` bytes a number, moments and average in fp32, of 16-bit weights also a master copy."""
     kept, text = (8, "8·P") if element == 4 else (12, "12·P")
     weights = f"{element}·{'(P + b)' if buffers else 'P'}"

@@ -45,7 +45,7 @@ class Config(config.Config):
     # auto: made here, of emoji by contrast, of digits by classification; or a folder of CLIP, SigLIP or BLIP-2
     encoder: str = "auto"
     layer: int = bounded(-1, at_least=-1000, at_most=1000)  # of the encoder, whose states are the features
-    # the sines of a patch's row and column, so many times, are added to its state, which hardly says where it is
+    # the sines of a patch's row and column, times this, are added to its state, which hardly says where it is
     places: float = bounded(1.0, at_least=0)
     # of the second stage: a model folder, a .gguf file, smollm2, a hub id, or scratch: a small one, trained on text
     language_model: str = "smollm2"

@@ -83,7 +83,7 @@ class Task:
     """What is bound to words: digits, or clips of two digits of which the order is what tells them apart.
 
     digits: those that occur; words: (N,) tokens to draw from; frames: 1, or 2 for clips
-    poses: each class of a sequence is a digit in one of so many poses (POSES)
+    poses: each class of a sequence is a digit in one of this number of poses (POSES)
     """
 
     digits: Sequence[int]

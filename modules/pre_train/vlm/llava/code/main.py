@@ -63,7 +63,7 @@ class Config(config.Config):
     # digits_coarse, digits, mnist, contrast_digits: made here (finetune/vision/pretrain.py); or a CLIP or SigLIP folder
     encoder: str = "digits_coarse"
     layer: int = bounded(-2, at_least=-1000, at_most=1000)  # of the encoder, whose states are the features
-    # one vector for each of so many strips of the image, the mean of their patches; 0: one for each patch, as LLaVA
+    # strips of the image, each one vector, the mean of its patches; 0: one vector for each patch, as LLaVA
     columns: int = bounded(2, at_least=0, at_most=1 << 10)
     # a model folder, a .gguf file, smollm2, a hub id, or scratch: a small new Llama that first learns from text
     language_model: str = "smollm2"
@@ -72,7 +72,7 @@ class Config(config.Config):
     text_steps: int = bounded(0, at_least=0, at_most=10**9)  # scratch: steps on questions with the picture in words
     projector: Path | None = None  # weights to begin with: the projector.safetensors of another run
     # --- Stages
-    # stage 1: so many of the steps train the projector alone; none: all of them
+    # stage 1: this number of the steps trains the projector alone; none: all of them
     projector_steps: int | None = bounded(None, at_least=0, at_most=10**9)
     tune: Literal["lora", "full"] = "lora"  # stage 2: what is trained of the language model
     rank: int = bounded(8, at_least=1, at_most=1 << 16)  # LoRA

@@ -32,7 +32,7 @@ class LlavaConfig:
     image_token: int
     layer: int = -2  # of the encoder, whose states are taken
     class_token: bool = False  # keep the class token's state too
-    columns: int = 0  # average the patches to one vector for each of so many strips, from left to right; 0: do not
+    columns: int = 0  # strips, from left to right, each averaged to one vector; 0: the patches as they are
 
     def __post_init__(self) -> None:
         if self.columns and (self.class_token or self.vision.grid[1] % self.columns):
